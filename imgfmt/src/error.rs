@@ -96,8 +96,10 @@ impl Error {
     pub(crate) fn unsupported_format(format: Format, is_guess: bool) -> Self {
         let what = format.description();
         let advice = match format {
-            Format::Luks => "decrypt it with its key first, with cryptsetup or 'qemu-img convert'",
-            _ => "convert it first with 'qemu-img convert'",
+            Format::Luks => {
+                "use the device /dev/mapper/NAME that 'cryptsetup open FILE NAME' makes of it"
+            }
+            _ => "convert it with 'qemu-img convert -O qcow2' first",
         };
         let mut detail =
             format!("it is a {what} image, which can be recognised but not read yet; {advice}");

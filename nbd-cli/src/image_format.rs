@@ -76,7 +76,8 @@ impl TypedValueParser for ImageFormatParser {
         let known = name.and_then(Format::from_name).filter(|format| !format.is_supported());
         if let Some(format) = known {
             let message = format!(
-                "the format {} is recognised but cannot be read or written yet; use raw or qcow2\n",
+                "the format {} is recognised but cannot be read or written yet; create qcow2 \
+                 or raw images, and convert others to one of these first\n",
                 format.description()
             );
             return Err(clap::Error::raw(ErrorKind::InvalidValue, message).with_cmd(command));

@@ -137,6 +137,7 @@ fn a_format_that_cannot_be_read_yet_is_told_from_one_that_does_not_exist() {
         assert!(outcome.stderr.contains("cannot be read or written yet"), "{outcome:?}");
         let outcome = qemu_nbd(&["-f", if format == "vhd" { "vpc" } else { format }, disk.path()]);
         assert!(outcome.stderr.contains("cannot be read yet"), "{outcome:?}");
+        assert!(outcome.stderr.contains("convert the image"), "{outcome:?}");
     }
     let outcome = nbd_cli(&["image", "info", "--format", "nonsense", disk.path()]);
     assert!(outcome.stderr.contains("[possible values: raw, qcow2]"), "{outcome:?}");

@@ -296,7 +296,10 @@ impl Header {
     pub(crate) fn refuse_encryption(&self) -> Result<()> {
         match self.encryption_method {
             0 => Ok(()),
-            _ => Err(unsupported("it is encrypted; decrypt it with 'qemu-img convert' first")),
+            _ => Err(unsupported(
+                "it is encrypted, and encrypted disks cannot be read yet; decrypt it first with \
+                 'qemu-img convert' and its key (--object secret, --image-opts)",
+            )),
         }
     }
 

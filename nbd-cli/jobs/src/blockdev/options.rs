@@ -33,7 +33,7 @@ const FILE_TUNING: [&str; 5] =
 fn unknown_driver(name: &str) -> String {
     match Format::from_name(name) {
         Some(format) => format!(
-            "the format {} is recognised but cannot be read yet; there are raw and qcow2",
+            "the format {} is recognised but cannot be read yet; convert the image to qcow2 first",
             format.description()
         ),
         None => format!(
