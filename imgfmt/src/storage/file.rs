@@ -89,17 +89,20 @@ impl FileStorage {
         locking: Locking,
         cache: CacheMode,
     ) -> Result<Self> {
-        let mut storage = Self::open(path, access, locking)?;
-        storage.cache = cache;
+        Self::open(path, access, locking)?.with_cache(path, access, cache)
+    }
+
+    fn with_cache(mut self, path: &Path, access: Access, cache: CacheMode) -> Result<Self> {
+        self.cache = cache;
         if cache.is_direct() {
-            let device_block = match storage.kind {
+            let device_block = match self.kind {
                 Kind::Regular => None,
                 Kind::BlockDevice { logical_block_size } => Some(logical_block_size),
             };
-            let direct = Direct::open(path, access, storage.identity, device_block)?;
-            storage.direct = Some(Box::new(direct));
+            let direct = Direct::open(path, access, self.identity, device_block)?;
+            self.direct = Some(Box::new(direct));
         }
-        Ok(storage)
+        Ok(self)
     }
 
     /// Opens a block device for writing, exclusively: it fails if the device is mounted or a part
@@ -112,6 +115,15 @@ impl FileStorage {
     pub fn open_device(path: &Path, locking: Locking) -> Result<Self> {
         // By the descriptor that writes: the kernel refuses some requests of others meanwhile.
         Self::open_with(path, Access::ReadWrite, locking, OFlags::EXCL)
+    }
+
+    /// As [`open_device`](Self::open_device), with a say as in [`open_cached`](Self::open_cached).
+    ///
+    /// # Errors
+    ///
+    /// As both.
+    pub fn open_device_cached(path: &Path, locking: Locking, cache: CacheMode) -> Result<Self> {
+        Self::open_device(path, locking)?.with_cache(path, Access::ReadWrite, cache)
     }
 
     fn open_with(path: &Path, access: Access, locking: Locking, flags: OFlags) -> Result<Self> {

@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
+use crate::serve_cache::has_direct_io;
 use crate::support::image::{are_equal, chain, info, is_clean, write};
-use crate::support::{Disk, nbd_cli, peer, says};
+use crate::support::{Disk, PROGRAM, nbd_cli, peer, says};
 use crate::tools;
 
 #[test]
@@ -161,4 +162,63 @@ fn compression_needs_a_format_that_has_it() {
     let outcome = nbd_cli(&["image", "convert", "-c", disk.path(), &copy]);
     says(outcome, &["--compress needs", "--output-format qcow2"]);
     assert!(!Path::new(&copy).exists());
+}
+
+/// Runs a conversion under strace; returns what it opened and synced.
+fn traced(strace: &Path, disk: &Disk, arguments: &[&str]) -> String {
+    let log = disk.beside("strace.log");
+    let trace = ["-f", "-o", &log, "-e", "trace=openat,fsync,fdatasync", PROGRAM];
+    peer(strace, &[&trace[..], &["image", "convert", "--quiet"], arguments].concat());
+    std::fs::read_to_string(&log).expect("a log of strace")
+}
+
+#[test]
+fn caches_of_source_and_destination_are_those_that_were_asked_for() {
+    tools!(qemu_img = "qemu-img", strace = "strace");
+    let disk = Disk::sparse();
+    let has_direct_io = has_direct_io(disk.path());
+    for mode in ["writeback", "none", "writethrough", "directsync", "unsafe"] {
+        let is_direct = mode == "none" || mode == "directsync";
+        if is_direct && !has_direct_io {
+            eprintln!("skipped: no direct I/O in the directory for temporary files");
+            continue;
+        }
+        let (path, back) =
+            (disk.beside(&format!("{mode}.qcow2")), disk.beside(&format!("{mode}.img")));
+        let there = ["-t", mode, "-O", "qcow2", disk.path(), path.as_str()];
+        let log = traced(&strace, &disk, &there);
+        let opened = |name: &str, log: &str| {
+            log.lines().any(|line| line.contains(name) && line.contains("O_DIRECT"))
+        };
+        assert_eq!(opened(&format!("{mode}.qcow2"), &log), is_direct, "{mode}: {log}");
+        assert_eq!(log.contains("sync("), mode != "unsafe", "{mode}: {log}");
+        is_clean(&qemu_img, &path);
+        are_equal(&qemu_img, &path, disk.path());
+
+        let log = traced(&strace, &disk, &["--source-cache", mode, "--cache", mode, &path, &back]);
+        assert_eq!(opened(&format!("{mode}.qcow2"), &log), is_direct, "{mode}: {log}");
+        disk.assert_equals(&back);
+        // Into an image that is there.
+        let again = ["-n", "-T", mode, "-t", mode, "-O", "qcow2", &back, &path];
+        let log = traced(&strace, &disk, &again);
+        assert_eq!(opened(&format!("{mode}.img"), &log), is_direct, "{mode}: {log}");
+        is_clean(&qemu_img, &path);
+        are_equal(&qemu_img, &path, disk.path());
+    }
+}
+
+#[test]
+fn caches_that_contradict_the_command_are_refused() {
+    let disk = Disk::sparse();
+    let new = disk.beside("new.img");
+    let uri = "nbd://localhost:1/disk";
+    let convert = |arguments: &[&str]| nbd_cli(&[&["image", "convert"], arguments].concat());
+    for (arguments, why) in [
+        (["--flush", "-tunsafe", disk.path(), &new], "--cache unsafe forbids it"),
+        (["-q", "-tnone", disk.path(), uri], "--cache is for files"),
+        (["-q", "-Tnone", uri, &new], "--source-cache is for files"),
+    ] {
+        says(convert(&arguments), &[why]);
+        assert!(!Path::new(&new).exists());
+    }
 }

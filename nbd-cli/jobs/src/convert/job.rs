@@ -78,7 +78,7 @@ impl Conversion<'_> {
             .format(self.options.create.format)
             .access(Access::ReadWrite)
             // An unfinished image need not be durable: one sync at the end is enough.
-            .cache(CacheMode::Unsafe)
+            .cache(self.options.cache.unwrap_or(CacheMode::Unsafe))
             .policy(OpenPolicy::deny())
     }
 
@@ -91,8 +91,10 @@ impl Conversion<'_> {
 
     /// Writes the disk onto a device, raw.
     pub(super) fn overwrite_device(&self, path: &Path) -> Result<(), JobError> {
-        let disk = device::begin_disk(path, self.options.create.open.locking)?;
-        let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
+        let (locking, cache) = (self.options.create.open.locking, self.options.cache);
+        let cache = cache.unwrap_or_default();
+        let disk = device::begin_disk(path, locking, cache)?;
+        let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite).cache(cache);
         let image = Image::from_storage(disk.clone(), &options).map_err(in_destination)?;
         let to = ImageLocation::File(path.to_owned());
         self.check_room(&to, &image)?;
@@ -110,6 +112,8 @@ impl Conversion<'_> {
         let options = options.format(self.options.create.format).access(Access::ReadWrite);
         // This command was told to be run again.
         let options = options.incomplete(IncompleteDisk::Accepted);
+        let cache = self.options.cache.unwrap_or(options.cache);
+        let options = options.cache(cache);
         let image = to.open(&options, &self.options.remotes)?;
         self.check_room(to, &image)?;
         bitmaps::check_existing(&self.bitmaps, self.source, &image, to)?;

@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use imgfmt::jobs::{Background, Clusters};
-use imgfmt::{CreateOptions, OpenOptions};
+use imgfmt::{CacheMode, CreateOptions, OpenOptions};
 
 use crate::remote::Remotes;
 use crate::target::Durable;
@@ -34,6 +34,9 @@ pub struct ConvertOptions {
     pub background: Background,
     /// Number of threads. By default the number of cores, and 8 with a server.
     pub threads: Option<NonZeroUsize>,
+    /// The use of the page cache for the destination, if it is a file or a block device. By default
+    /// a new image is unsafe until it is complete, and an existing disk is written back.
+    pub cache: Option<CacheMode>,
     /// The durability of the result. By default it is durable later, like any file.
     pub durable: Durable,
 }
@@ -53,6 +56,7 @@ impl ConvertOptions {
             clusters: Clusters::default(),
             background: Background::default(),
             threads: None,
+            cache: None,
             durable: Durable::Later,
         }
     }

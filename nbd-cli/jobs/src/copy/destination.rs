@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use imgfmt::storage::FileStorage;
-use imgfmt::{Access, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage, Unfinished};
+use imgfmt::{
+    Access, CacheMode, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage, Unfinished,
+};
 use nbd_client::{Client, Durability, Speed, ZeroMode};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{Errno, TransmissionFlags};
@@ -325,7 +327,7 @@ impl Destination {
     }
 
     fn block_device(path: &Path, locking: Locking) -> Result<Self, JobError> {
-        let disk = device::begin_disk(path, locking)?;
+        let disk = device::begin_disk(path, locking, CacheMode::default())?;
         Ok(Self::File {
             storage: disk.clone(),
             path: path.to_owned(),

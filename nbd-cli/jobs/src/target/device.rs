@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use imgfmt::storage::FileStorage;
-use imgfmt::{CreateOptions, Image, Locking, NewOnDevice, Unfinished};
+use imgfmt::{CacheMode, CreateOptions, Image, Locking, NewOnDevice, Unfinished};
 
 use crate::text::printable;
 use crate::{JobError, JobErrorKind, Observer};
@@ -35,13 +35,18 @@ pub fn complete_image(device: &Path, new: NewOnDevice) -> Result<(), JobError> {
     new.complete().map_err(|error| lost(device, &image_error(error)))
 }
 
-/// Starts to overwrite a device as a raw disk; the first write changes it.
+/// Starts to overwrite a device as a raw disk, which uses the page cache as `cache` says; the first
+/// write changes it.
 ///
 /// # Errors
 ///
 /// If it is in use, also by the kernel, or cannot be read.
-pub fn begin_disk(device: &Path, locking: Locking) -> Result<Arc<Unfinished>, JobError> {
-    let storage = FileStorage::open_device(device, locking).map_err(image_error)?;
+pub fn begin_disk(
+    device: &Path,
+    locking: Locking,
+    cache: CacheMode,
+) -> Result<Arc<Unfinished>, JobError> {
+    let storage = FileStorage::open_device_cached(device, locking, cache).map_err(image_error)?;
     let unfinished = Unfinished::new(Arc::new(storage));
     unfinished.map(Arc::new).map_err(|error| {
         JobError::destination(format!("cannot read what is on '{}': {error}", device.display()))

@@ -20,6 +20,7 @@ use crate::image_format::{ImageFormat, name_of_another_format};
 use crate::locking::ShareArgs;
 use crate::output::warn;
 use crate::progress::{ProgressArgs, RateArgs};
+use crate::serving::CacheMode;
 use crate::shown::Shown;
 use crate::size::parse_duration;
 
@@ -48,7 +49,9 @@ With --bitmaps the dirty bitmaps of the source are copied, with their granularit
 The new image does not record after which backup they started: an incremental backup of it needs
 --trust-base. Bitmaps of backing files are never copied.
 
-The result is complete in memory when the command ends; --flush waits until it is on the disk.";
+The result is complete in memory when the command ends; --flush waits until it is on the disk, as
+does every --cache but unsafe. With --cache none and --source-cache none the copy does not displace
+what other programs have in the page cache.";
 
 /// Arguments of `nbd-cli image convert`.
 #[derive(Debug, Args)]
@@ -102,6 +105,15 @@ pub struct ConvertArgs {
     #[arg(long)]
     pub flush: bool,
 
+    /// The use of the page cache for the destination [default: unsafe for a new image, writeback
+    /// for an existing disk].
+    #[arg(short = 't', long, value_enum, value_name = "MODE")]
+    pub cache: Option<CacheMode>,
+
+    /// The use of the page cache for the source and its backing files [default: writeback].
+    #[arg(short = 'T', long, value_enum, value_name = "MODE")]
+    pub source_cache: Option<CacheMode>,
+
     #[command(flatten)]
     pub rate: RateArgs,
 
@@ -134,6 +146,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     let exists = args.no_create || matches!(destination, ImageLocation::Export { .. });
     let format = args.output_format.map_or(Format::Raw, Format::from);
     check_options(args, &destination, format, exists)?;
+    check_caches(args, &from, &destination)?;
     if let (ImageLocation::File(path), false) = (&destination, exists)
         && let Some(why) = name_of_another_format(path, format, "--output-format")
     {
@@ -167,6 +180,8 @@ fn options(
     let reconnecting = ServerArgs { reconnect: Some(args.reconnect), ..args.server.clone() };
     options.read = args.share.apply(args.open.options_with(&reconnecting));
     options.read.snapshot.clone_from(&args.snapshot);
+    options.read.cache = args.source_cache.map_or(options.read.cache, Into::into);
+    options.cache = args.cache.map(Into::into);
     options.write = locks.options().policy(args.open.trust.policy_with(&args.server));
     (options.remotes, options.reconnecting) = (args.server.remotes(), reconnecting.remotes());
     if exists {
@@ -186,7 +201,7 @@ fn options(
         options.background = Background::Unknown;
     }
     options.threads = args.jobs;
-    if args.flush {
+    if args.flush || args.cache.is_some_and(|cache| cache != CacheMode::Unsafe) {
         options.durable = Durable::Now;
     }
     Ok(options)
@@ -228,6 +243,30 @@ fn check_options(
     }
     if args.json && matches!(destination, ImageLocation::Export { .. }) {
         return refuse("--json describes files; for an export use 'nbd-cli info --json'");
+    }
+    Ok(())
+}
+
+/// Refuses caches that the command does not control, or that contradict `--flush`.
+fn check_caches(
+    args: &ConvertArgs,
+    from: &ImageLocation,
+    destination: &ImageLocation,
+) -> Result<(), CommandError> {
+    let caches =
+        [("--cache", args.cache, destination), ("--source-cache", args.source_cache, from)];
+    for (option, cache, place) in caches {
+        if let (Some(_), Some(uri)) = (cache, place.uri()) {
+            return Err(CommandError::new(format!(
+                "{option} is for files, and the server of {uri} decides how its disk is cached; \
+                 leave it out"
+            )));
+        }
+    }
+    if args.flush && args.cache == Some(CacheMode::Unsafe) {
+        return Err(CommandError::new(
+            "--flush makes the result durable, and --cache unsafe forbids it; leave one out",
+        ));
     }
     Ok(())
 }
