@@ -17,17 +17,17 @@ uri='nbd+unix:///?socket=/tmp/disk.sock'
 const SURVIVES: &str = "
 nbd-cli devices
 serve
-device=$(nbd-cli attach --timeout 2 \"$uri\")
+device=$(nbd-cli attach --connections 3 --timeout 2 \"$uri\")
 test \"$device\" = /dev/nbd0
-nbd-cli devices | grep -F \"$uri\"
+nbd-cli devices | grep -F \"$uri\" | grep ' rw   3 '
 nbd-cli devices --json
 /sbin/mke2fs -q -t ext4 $device
 mount -t ext4 -o discard $device /mnt
-dd if=/dev/urandom of=/mnt/one bs=64k count=100
+dd if=/dev/urandom of=/mnt/one bs=64k count=48
 sync
 rm /mnt/one
 fstrim /mnt
-( dd if=/dev/urandom of=/mnt/two bs=64k count=200 && sync ) & writer=$!
+( dd if=/dev/urandom of=/mnt/two bs=64k count=64 && sync ) & writer=$!
 kill -9 $server
 rm /tmp/disk.sock
 sleep 1
@@ -56,11 +56,11 @@ gone() { timeout 30 sh -c \"while test -e /sys/block/$1/pid -o -e /run/nbd-cli/$
 refused() { ! \"$@\" 2> /tmp/refused; cat /tmp/refused; }
 
 # An image, through a process that is killed while it serves and whose successor adopts the device.
-nbd-cli image create --format qcow2 /tmp/disk.qcow2 48M
+nbd-cli image create --format qcow2 /tmp/disk.qcow2 24M
 nbd-cli attach --timeout 2 /tmp/disk.qcow2 /dev/nbd3
 /sbin/mke2fs -q -t ext4 /dev/nbd3
 mount -t ext4 /dev/nbd3 /mnt
-( dd if=/dev/urandom of=/mnt/data bs=64k count=200 && sync ) & writer=$!
+( dd if=/dev/urandom of=/mnt/data bs=64k count=64 && sync ) & writer=$!
 kill -9 $(pid_of nbd3)
 nbd-cli attach --timeout 2 /tmp/disk.qcow2 /dev/nbd3
 wait $writer
@@ -70,7 +70,7 @@ keeper=$(pid_of nbd3)
 kill $keeper
 timeout 30 sh -c \"while test -e /proc/$keeper; do sleep 0.1; done\"
 test -e /sys/block/nbd3/pid
-refused nbd-cli attach memory:48M /dev/nbd3
+refused nbd-cli attach memory:24M /dev/nbd3
 grep -F \"'/tmp/disk.qcow2' is attached to it\" /tmp/refused
 refused nbd-cli attach --read-only /tmp/disk.qcow2 /dev/nbd3
 grep -F 'writable, and its source is not' /tmp/refused
@@ -102,12 +102,24 @@ gone nbd4
 nbd-cli attach --read-only --block-size 4096 --connections 3 /tmp/disk.qcow2 /dev/nbd5
 test $(cat /sys/block/nbd5/ro) = 1
 test $(cat /sys/block/nbd5/queue/logical_block_size) = 4096
-nbd-cli devices | grep -E '/dev/nbd5 +48.0 MiB  ro   3 '
+nbd-cli devices | grep -E '/dev/nbd5 +24.0 MiB  ro   3 '
 ! dd if=/dev/zero of=/dev/nbd5 bs=4096 count=1 conv=fsync
 nbd-cli detach /dev/nbd5
 refused nbd-cli attach --block-size 3000 memory:1M
 refused nbd-cli attach nbd://localhost:1/
 test -z \"$(nbd-cli devices)\"
+
+# The command line of qemu-nbd.
+qemu-nbd -c /dev/nbd7 -r -f qcow2 --pid-file /tmp/nbd7.pid /tmp/disk.qcow2
+cmp /dev/nbd7 /dev/vdb
+mount -t ext4 -o ro,noload /dev/nbd7 /mnt
+refused qemu-nbd -d /dev/nbd7
+grep -F 'it is mounted at /mnt' /tmp/refused
+umount /mnt
+qemu-nbd -d /dev/nbd7
+test ! -e /sys/block/nbd7/pid
+qemu-nbd -d /dev/nbd7
+refused qemu-nbd -c /dev/vda /tmp/disk.qcow2
 
 # TLS, through this process, with a server that is killed and comes back.
 nbd-cli tls psk alice --file /tmp/keys --client-file /tmp/alice
@@ -116,7 +128,7 @@ tls_serve
 nbd-cli attach --timeout 2 --tls-psk /tmp/alice 'nbds+unix://alice@/?socket=/tmp/tls.sock' /dev/nbd6
 mount -t ext4 /dev/nbd6 /mnt
 sha256sum -c /tmp/sum
-( dd if=/dev/urandom of=/mnt/more bs=64k count=100 && sync ) & writer=$!
+( dd if=/dev/urandom of=/mnt/more bs=64k count=48 && sync ) & writer=$!
 kill -9 $server
 rm /tmp/tls.sock
 tls_serve
@@ -144,7 +156,7 @@ fn devices_of_images_survive_their_process() {
     let Some(machine) = Machine::find() else { return };
     let directory = tempfile::tempdir().expect("a directory");
     let [image, seen] = ["image", "seen"].map(|name| directory.path().join(name));
-    for (disk, size) in [(&image, 64 << 20), (&seen, 48 << 20)] {
+    for (disk, size) in [(&image, 64 << 20), (&seen, 24 << 20)] {
         File::create(disk).and_then(|file| file.set_len(size)).expect("a disk");
     }
     machine.run(&format!("{COMMON}{IMAGES}"), &[&image, &seen]);
@@ -165,7 +177,7 @@ fn devices_keep_a_file_system_through_a_killed_server() {
     let directory = tempfile::tempdir().expect("a directory");
     let disks = ["served", "seen"].map(|name| directory.path().join(name));
     for disk in &disks {
-        File::create(disk).and_then(|file| file.set_len(64 << 20)).expect("a disk");
+        File::create(disk).and_then(|file| file.set_len(32 << 20)).expect("a disk");
     }
     machine.run(&format!("{COMMON}{SURVIVES}"), &[&disks[0], &disks[1]]);
     let names = disks.each_ref().map(|disk| disk.to_str().expect("a plain name"));

@@ -86,7 +86,7 @@ fn flushed(device: u32) -> Result<File, JobError> {
     let file = open_alone(&path).map_err(|error| match Errno::from_io_error(&error) {
         Some(Errno::BUSY) => {
             let user = SysDevice::new(device).user().unwrap_or_else(|| "it is in use".to_owned());
-            device_error(device, format!("{user}; unmount it or end its user first (--force detaches it anyway, and loses data)"))
+            device_error(device, format!("{user}; unmount it or end its user first (`nbd-cli detach --force` detaches it anyway, and loses data)"))
         }
         _ => device_error(device, format!("cannot open it to flush it: {error}")),
     })?;
@@ -94,7 +94,7 @@ fn flushed(device: u32) -> Result<File, JobError> {
         JobError::new(
             JobErrorKind::Device,
             format!(
-                "cannot flush {}: {error}; bring its server back, or detach it with --force and lose \
+                "cannot flush {}: {error}; bring its server back, or use `nbd-cli detach --force` and lose \
                  what was not written",
                 path.display()
             ),

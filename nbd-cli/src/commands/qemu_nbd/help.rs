@@ -70,8 +70,14 @@ TLS:
       --tls-authz=ID        only clients whose certificate that --object allows
       --tls-hostname=NAME   with -L: the name in the server's certificate
 
+Kernel devices (/dev/nbdX):
+  -c, --connect=DEVICE      attach FILE to DEVICE instead of serving it on a socket; without -v in
+                            the background
+  -d, --disconnect          flush and disconnect the device that is given as FILE; a device in use
+                            is refused
+
 Others:
   -L, --list                print what another server (-b, -p, -k) exports
 
-Not supported, and refused: -c (--connect), -d (--disconnect), --selinux-label.
+Not supported, and refused: --selinux-label.
 ";

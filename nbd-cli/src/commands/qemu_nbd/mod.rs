@@ -6,6 +6,7 @@
 //! or 1.
 
 mod daemon;
+mod device;
 mod getopt;
 mod help;
 mod list;
@@ -74,7 +75,12 @@ fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refus
     };
     let role = beginning.take_over()?;
     check(&options)?;
-    if options.fork && role == Role::Foreground {
+    if options.disconnect {
+        return device::disconnect(&options);
+    }
+    // As in QEMU, the daemon of a device stays in the foreground if it is to say something.
+    let is_daemon = options.fork || (options.connect.is_some() && !options.verbose);
+    if is_daemon && role == Role::Foreground {
         return daemon::start(&arguments);
     }
     // QEMU's -v reports on kernel devices only. Scripts compare the output.
@@ -82,9 +88,10 @@ fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refus
     if let Err(error) = logging::start(levels, &LogArgs::default()) {
         warn(&error.to_string());
     }
-    match options.list {
-        true => list::run(&options),
-        false => server::run(&options, role),
+    match (options.list, &options.connect) {
+        (true, _) => list::run(&options),
+        (false, Some(device)) => device::connect(&options, device, role),
+        (false, None) => server::run(&options, role),
     }
 }
 
@@ -105,13 +112,6 @@ fn check(options: &Options) -> Result<(), Refusal> {
     }
     if options.list {
         return Ok(());
-    }
-    if options.connect || options.disconnect {
-        let option = if options.connect { "-c (--connect)" } else { "-d (--disconnect)" };
-        return Err(Refusal::new(format!(
-            "{option} is not supported: kernel devices (/dev/nbdX) are not managed here; serve on a \
-             socket and use nbd-client"
-        )));
     }
     if options.files.len() != 1 {
         return Err(Refusal::usage("Invalid number of arguments"));
@@ -136,7 +136,7 @@ fn check_list(options: &Options) -> Result<(), Refusal> {
 }
 
 fn check_activation(options: &Options) -> Result<(), Refusal> {
-    let wrong = if options.connect {
+    let wrong = if options.connect.is_some() {
         "NBD device"
     } else if options.socket.is_some() {
         "Unix socket"
@@ -167,6 +167,9 @@ fn check_tls(options: &Options) -> Result<(), Refusal> {
             _ => Ok(()),
         };
     };
+    if options.connect.is_some() {
+        return Err(Refusal::new("TLS is for clients on sockets, not for kernel devices (-c)"));
+    }
     if options.tls_authz.is_some() && options.list {
         return Err(Refusal::new("TLS authorization is incompatible with export list"));
     }

@@ -48,7 +48,8 @@ pub(super) struct Options {
     pub(super) fork: bool,
     pub(super) pid_file: Option<PathBuf>,
     pub(super) selinux_label: bool,
-    pub(super) connect: bool,
+    /// The kernel device to attach the image to.
+    pub(super) connect: Option<String>,
     pub(super) disconnect: bool,
     pub(super) format: Option<String>,
     pub(super) read_only: bool,
@@ -181,7 +182,7 @@ impl Default for Options {
             fork: false,
             pid_file: None,
             selinux_label: false,
-            connect: false,
+            connect: None,
             disconnect: false,
             format: None,
             read_only: false,
@@ -243,7 +244,7 @@ impl Options {
             Id::ReadOnly => self.read_only = true,
             Id::AllocationDepth => self.allocation_depth = true,
             Id::Bitmap => self.bitmaps.push(text),
-            Id::Connect => self.connect = true,
+            Id::Connect => self.connect = Some(text),
             Id::Disconnect => self.disconnect = true,
             Id::List => self.list = true,
             Id::Snapshot => self.temporary = true,
@@ -360,7 +361,7 @@ impl Options {
         self.export_name.is_some()
             || self.description.is_some()
             || self.offset != 0
-            || self.connect
+            || self.connect.is_some()
             || self.disconnect
             || self.format.is_some()
             || self.snapshot.is_some()

@@ -1,0 +1,91 @@
+//! `-c` and `-d`: the image as a kernel device (`/dev/nbdX`).
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nbd_jobs::devices::{
+    AttachOptions, Attached, Backend, DetachMode, attached_devices, detach, ensure_driver,
+    parse_device,
+};
+use nbd_server::ServerConfig;
+use nbd_server::export::Export;
+
+use super::daemon::{self, Role};
+use super::options::{AioMode, Options};
+use super::refusal::{Refusal, complain, print};
+use super::source;
+use crate::error::CommandError;
+use crate::serving::{Aio, PidFile, keep_device, runtime};
+use crate::signals::{EndSignals, Hangup};
+
+/// `-c DEVICE FILE`.
+pub(super) fn connect(options: &Options, device: &str, role: Role) -> Result<(), Refusal> {
+    let index = parse_device(device).map_err(Refusal::new)?;
+    ensure_driver().map_err(CommandError::from)?;
+    let runtime = runtime()?;
+    let mut signals = runtime.block_on(async { EndSignals::new(Hangup::Ends) })?;
+    // An image on another server blocks: it is opened, and finally dropped, outside of tasks.
+    let export = std::thread::scope(|scope| {
+        let (done, opened) = tokio::sync::oneshot::channel();
+        scope.spawn(move || done.send(source::open(options)));
+        runtime.block_on(signals.meanwhile(opened))
+    });
+    let export = export.map_err(|_| Refusal::new("opening the image has ended unexpectedly"))??;
+    let kept = runtime.block_on(serve(options, index, role, Arc::clone(&export), &mut signals));
+    drop(export);
+    drop(runtime);
+    kept
+}
+
+async fn serve(
+    options: &Options,
+    index: u32,
+    role: Role,
+    export: Arc<dyn Export>,
+    signals: &mut EndSignals,
+) -> Result<(), Refusal> {
+    let pid_file = options.pid_file.as_deref().map(PidFile::write).transpose()?;
+    let mut config = ServerConfig::default();
+    let aio = if options.aio == Some(AioMode::Threads) { Aio::Threads } else { Aio::Auto };
+    config.io_uring = aio.may_use_io_uring();
+    let backend = Backend::of_export(export, config).await.map_err(CommandError::from)?;
+    let properties = properties(options, index);
+    let attached =
+        signals.meanwhile(Attached::new(backend, &properties)).await.map_err(CommandError::from)?;
+    if options.verbose {
+        complain(&format!("{} is attached", attached.path().display()));
+    }
+    daemon::ready(role, options)?;
+    keep_device(attached, signals).await?;
+    drop(pid_file);
+    Ok(())
+}
+
+fn properties(options: &Options, index: u32) -> AttachOptions {
+    let file = options.files.first().map_or_else(String::new, |file| file.display().to_string());
+    AttachOptions {
+        // A text that no other process has: options such as -o and -l change what the disk holds.
+        source: format!("{file} (qemu-nbd, process {})", std::process::id()),
+        device: Some(index),
+        connections: NonZeroUsize::MIN,
+        read_only: options.read_only,
+        block_size: None,
+        timeout: None,
+        // As with QEMU's, requests fail when the process has ended.
+        reconnect: Duration::ZERO,
+    }
+}
+
+/// `-d DEVICE`. A device that is not connected is not an error: scripts make sure of it this way.
+pub(super) fn disconnect(options: &Options) -> Result<(), Refusal> {
+    let device = options.files.first().map_or_else(String::new, |file| file.display().to_string());
+    let index = parse_device(&device).map_err(Refusal::new)?;
+    if attached_devices().iter().any(|attached| attached.index == index) {
+        let detached = runtime()?.block_on(detach(index, DetachMode::WhenUnused));
+        detached.map_err(CommandError::from)?;
+    } else if !std::path::Path::new(&format!("/sys/block/nbd{index}")).exists() {
+        return Err(Refusal::new(format!("{device}: this kernel has no such device")));
+    }
+    print(&format!("{device} disconnected\n"))
+}
