@@ -16,7 +16,8 @@
 //! let disk = DiskDescription::from_name(&name)?;
 //! let mut options = ServeOptions { format: disk.format, window: disk.window, ..Default::default() };
 //! let opened = disk.open(&mut options)?;
-//! assert_eq!(opened.image.size(), 4096);
+//! let export = options.export(opened.image)?;
+//! assert_eq!(export.info().size, 4096);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 

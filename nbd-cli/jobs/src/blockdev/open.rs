@@ -45,8 +45,8 @@ pub struct OpenedDisk {
 }
 
 impl DiskDescription {
-    /// Opens the disk; those of `options` that the description does not have apply. The window of a
-    /// raw disk is removed from `options`, because the disk is that part of its storage then.
+    /// Opens the disk. An export of it is made with the same `options`: their window is removed
+    /// if the opened disk is that part of its storage already.
     ///
     /// Blocks: neither this nor dropping the image may happen in asynchronous tasks, because the image
     /// may be on another server.
