@@ -69,7 +69,7 @@ pub enum Command {
     /// Show disks and their partitions as files, and the files in them
     #[cfg(feature = "mount")]
     Mount(mount::MountArgs),
-    /// Measure a server under load, and verify what it keeps
+    /// Measure a server under load, and verify its data
     Bench(bench::BenchArgs),
     /// Back up a served disk, in full or only its changes
     Backup(backup::BackupArgs),

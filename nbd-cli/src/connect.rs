@@ -194,7 +194,7 @@ fn usual_directory() -> Option<PathBuf> {
         .find(|directory| directory.join(CA_CERTIFICATE_FILE).is_file())
 }
 
-/// Refuses to copy an export to itself, as far as the URIs tell.
+/// Refuses to copy an export to itself, as far as the URIs show.
 ///
 /// # Errors
 ///

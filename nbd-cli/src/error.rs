@@ -34,7 +34,7 @@ pub(crate) enum CommandErrorKind {
     Failure,
     /// The reader of a report has closed it: nothing is reported.
     BrokenPipe,
-    /// The reader of a copied disk has closed it. Nothing is reported, but the exit code tells that
+    /// The reader of a copied disk has closed it. Nothing is reported, but the exit code shows that
     /// the copy is incomplete.
     CopyCutShort,
 }

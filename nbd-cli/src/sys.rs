@@ -61,7 +61,7 @@ fn with_buffer(
                 let length = buffer.len() * 4;
                 buffer.resize(length, 0);
             }
-            // What the databases answer for a name that is unknown or cannot be one.
+            // The answers of the databases for a name that is unknown or malformed.
             (libc::ENOENT | libc::ESRCH | libc::EINVAL, _) => return Ok(None),
             (error, _) => return Err(io::Error::from_raw_os_error(error)),
         }

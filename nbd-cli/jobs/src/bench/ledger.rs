@@ -70,8 +70,8 @@ impl Ledger {
         self.section
     }
 
-    /// The blocks, to be kept. What is not durable need not be there later; where the server has no FLUSH,
-    /// what it acknowledged is all that can be asked for.
+    /// Returns the blocks for the record. Later, writes that are not durable may be missing; of a server
+    /// without FLUSH all acknowledged writes are expected.
     pub(super) fn into_blocks(mut self, can_flush: bool) -> Vec<Generations> {
         if !can_flush {
             for block in &mut self.blocks {

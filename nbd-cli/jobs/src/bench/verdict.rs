@@ -9,7 +9,7 @@ pub(super) struct Mismatch {
     pub(super) what: String,
 }
 
-/// What is wrong with a block that may hold the generations from `oldest` to `newest`.
+/// Returns the defect of a block that may hold the generations from `oldest` to `newest`.
 pub(super) fn judge(
     found: Found,
     seed: u64,

@@ -21,7 +21,7 @@ pub enum Request {
     AddExport {
         /// Name of the new export.
         name: String,
-        /// What to export.
+        /// The source of the export.
         source: String,
         /// Refuse all writes.
         #[serde(default)]

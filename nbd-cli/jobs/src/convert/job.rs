@@ -110,7 +110,7 @@ impl Conversion<'_> {
     pub(super) fn replace(&self, to: &ImageLocation) -> Result<(), JobError> {
         let options = self.options.write.clone();
         let options = options.format(self.options.create.format).access(Access::ReadWrite);
-        // This command was told to be run again.
+        // A message asked the user to repeat this conversion.
         let options = options.incomplete(IncompleteDisk::Accepted);
         let cache = self.options.cache.unwrap_or(options.cache);
         let options = options.cache(cache);

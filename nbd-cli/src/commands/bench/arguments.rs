@@ -13,14 +13,14 @@ use crate::progress::ProgressArgs;
 use crate::size::{parse_duration, parse_limit};
 
 const AFTER_HELP: &str = "\
-Only --workload read leaves the disk as it is. The others overwrite it with data of no use, and are
+Only --workload read leaves the disk unchanged. The others overwrite it with useless data, and are
 refused without --destroy-data.
 
-With --verify every block that is written says which one it is: its offset, how often it was written,
-the seed of the run and a checksum. A READ must return the newest block that was acknowledged, or one
-that was being written at that time; after a lost connection it may also return an older one, but none
-from before the last FLUSH that succeeded. At the end everything that was written is read again. What
-was written is kept in --verify-state, so that a later run can verify it: after a restart of the server,
+With --verify every written block identifies itself: by its offset, the number of its writes, the
+seed of the run and a checksum. A READ must return the newest block that was acknowledged, or one
+that was being written at that time; after a lost connection it may also return an older one, but
+none from before the last FLUSH that succeeded. At the end all written blocks are read again. They
+are recorded in --verify-state, so that a later run can verify them: after a restart of the server,
 a crash of its machine, a copy or a backup.
 
 CPU time of the server is measured if it is a process of this machine: the one that listens on the unix
@@ -122,18 +122,18 @@ pub struct BenchArgs {
     #[arg(long, value_name = "PID")]
     pub server_pid: Option<u32>,
 
-    /// Write blocks that say what they are, and compare what is read with what was written.
+    /// Write blocks that identify themselves, and compare the data that is read with them.
     #[arg(long)]
     pub verify: bool,
 
     /// Write nothing; read what a run with `--verify` has written.
     ///
-    /// Without `--verify-state` its --seed is needed, and each block is looked at by itself: blocks
+    /// Without `--verify-state` its --seed is needed, and each block is checked on its own: blocks
     /// that are lost are not found then.
     #[arg(long, conflicts_with_all = ["verify", "workload", "requests", "duration"])]
     pub verify_only: bool,
 
-    /// File that keeps what was written; with `--verify` it is made or continued.
+    /// File that records the written blocks; with `--verify` it is created or continued.
     #[arg(long, value_name = "FILE")]
     pub verify_state: Option<PathBuf>,
 

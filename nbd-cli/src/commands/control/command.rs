@@ -15,7 +15,7 @@ pub(crate) enum ControlCommand {
     AddExport {
         /// Name of the new export.
         name: String,
-        /// What to export.
+        /// The source of the export.
         source: String,
         /// Refuse all writes.
         #[arg(short, long)]

@@ -24,7 +24,7 @@ Examples:
   nbd-cli image rebase --no-backing overlay.qcow2
   nbd-cli image rebase --unsafe --backing moved/base.img --backing-format raw overlay.qcow2
 
-The disk stays the same: what differs between the old and the new backing file is copied into
+The disk stays the same: the differences between the old and the new backing file are copied into
 the overlay first. With --unsafe only the name is changed and no backing file is looked at: for a
 backing file that was moved or renamed. A relative name starts at the directory of the overlay. An
 overlay whose backing file is on a server can be opened only with --trust-image.";

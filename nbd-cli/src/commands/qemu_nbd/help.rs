@@ -21,7 +21,7 @@ Serve a disk image over the Network Block Device protocol (nbd-cli in place of q
   -h, --help                print this help
   -V, --version             print the version
 
-Where to listen, and for whom:
+Listening and access:
   -p, --port=PORT           TCP port (default 10809)
   -b, --bind=IFACE          address to listen on (default 0.0.0.0)
   -k, --socket=PATH         unix socket, by its absolute path
@@ -33,7 +33,7 @@ Where to listen, and for whom:
   -D, --description=TEXT    a text about the export, for people
   -v, --verbose             with --fork: keep standard error open
 
-What to serve: FILE is a path, an NBD URI, null-co:// (a disk that forgets), or json:{...}
+The disk: FILE is a path, an NBD URI, null-co:// (a disk that forgets), or json:{...}
   -f, --format=FORMAT       raw or qcow2; detected unless given
       --image-opts          FILE is a list of options of the drivers raw, qcow2, file, host_device,
                             nbd and null-co, such as driver=raw,offset=1M,file.filename=disk.img;
@@ -77,7 +77,7 @@ Kernel devices (/dev/nbdX):
                             is refused
 
 Others:
-  -L, --list                print what another server (-b, -p, -k) exports
+  -L, --list                print the exports of another server (-b, -p, -k)
 
 Not supported, and refused: --selinux-label.
 ";

@@ -119,7 +119,7 @@ fn choices(options: &Options, disk: &DiskDescription) -> Result<ServeOptions, St
 }
 
 /// The layers that the depth counts. As in QEMU, a driver `raw` above an image, which `--offset` is
-/// too, tells only what the layer below it has itself.
+/// too, reports only the contents of the layer right below it.
 fn counted_layers(options: &Options, disk: &DiskDescription, writes: Writes) -> CountedLayers {
     // The temporary layer of an export that is read-only stays empty: it is not made.
     let is_above = options.temporary && writes == Writes::Refused;

@@ -59,7 +59,7 @@ pub struct ServeArgs {
     #[arg(required_unless_present_any = ["control", "config"], value_name = "SOURCE")]
     pub sources: Vec<OsString>,
 
-    /// Serve what a TOML file describes: at its top the options of the server, and in each table of
+    /// Serve the exports of a TOML file: at its top the options of the server, and in each table of
     /// 'export' the 'source', the 'name' and the options of an export, named as here. Read again on
     /// SIGHUP and by `nbd-cli control reload`.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["sources", "name"])]
@@ -91,7 +91,7 @@ pub struct ServeArgs {
     #[arg(short, long)]
     pub name: Option<String>,
 
-    /// How images are read that are not in memory.
+    /// The way in which images outside the page cache are read.
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     pub aio: Aio,
 

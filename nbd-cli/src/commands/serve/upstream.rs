@@ -15,7 +15,7 @@ use crate::size::{parse_duration, parse_limit};
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Sources on servers")]
 pub struct UpstreamArgs {
-    /// Time to reconnect when a source's server is gone, while requests wait: seconds, or 500ms,
+    /// Time limit for reconnecting to a source's server, while requests wait: seconds, or 500ms,
     /// 2m; 0 disables reconnecting.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_limit)]
     pub source_reconnect: Duration,

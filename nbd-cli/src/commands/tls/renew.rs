@@ -13,7 +13,7 @@ use crate::shown::warnings;
 
 const AFTER_HELP: &str = "\
 Examples:
-  nbd-cli tls renew pki                      what ends within 30 days
+  nbd-cli tls renew pki                      those that end within 30 days
   nbd-cli tls renew --within 90 pki
   nbd-cli tls renew --all --days 730 pki     everything, certificates for two years
 
