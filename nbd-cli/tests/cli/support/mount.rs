@@ -2,7 +2,7 @@
 
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -14,13 +14,22 @@ use super::qemu_nbd::wait_until;
 /// in continuous integration too.
 pub(crate) fn can_mount() -> bool {
     let device = std::fs::File::options().read(true).write(true).open("/dev/fuse");
-    match device {
-        Ok(_) => true,
-        Err(error) => {
-            eprintln!("skipped: /dev/fuse cannot be used: {error}");
-            false
-        }
+    if let Err(error) = device {
+        eprintln!("skipped: /dev/fuse cannot be used: {error}");
+        return false;
     }
+    // A container may have the device and forbid to mount.
+    let directory = tempfile::tempdir().expect("a directory");
+    let tried = rustix::process::geteuid().is_root().then(|| {
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "none"]).arg(directory.path());
+        let is_mounted = mount.output().is_ok_and(|output| output.status.success());
+        is_mounted && Command::new("umount").arg(directory.path()).status().is_ok()
+    });
+    if tried == Some(false) {
+        eprintln!("skipped: nothing can be mounted here");
+    }
+    tried != Some(false)
 }
 
 /// `nbd-cli mount` on a directory of its own.
