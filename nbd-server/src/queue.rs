@@ -30,9 +30,10 @@ const GROUP_SHARE_OF_FREE: usize = 3;
 pub(crate) struct Limits {
     /// Of all classes. At least 1.
     pub(crate) running: usize,
-    /// Of [`Class::Compute`], and of [`Class::Bulk`] for one export. At least 1.
+    /// Of [`Class::Compute`], and of [`Class::Bulk`] and [`Class::Extents`] each for one export. At
+    /// least 1.
     pub(crate) computing: usize,
-    /// Of [`Class::Bulk`], for all exports. At least 1.
+    /// Of [`Class::Bulk`] and of [`Class::Extents`], for all exports. At least 1.
     pub(crate) bulk: usize,
 }
 
@@ -173,8 +174,8 @@ impl<J> FairQueue<J> {
         if free == 0 {
             return None;
         }
-        // Few jobs of the first two classes run at a time, so they never take all threads from the third.
-        let classes = [Class::Compute, Class::Bulk, Class::Wait];
+        // Few jobs of the other classes run at a time, so they never take all threads from the last.
+        let classes = [Class::Compute, Class::Extents, Class::Bulk, Class::Wait];
         let (class, flow) = classes
             .into_iter()
             .filter(|class| self.of_class[*class as usize] < self.limit(*class))
@@ -193,7 +194,7 @@ impl<J> FairQueue<J> {
         self.of_class[class as usize] += 1;
         let group_entry = self.groups.entry(group).or_default();
         group_entry.running += 1;
-        group_entry.bulk += usize::from(class == Class::Bulk);
+        group_entry.of_class[class as usize] += 1;
         Some(Popped { job, started: Started { flow, group, cost } })
     }
 
@@ -201,7 +202,7 @@ impl<J> FairQueue<J> {
     const fn limit(&self, class: Class) -> usize {
         match class {
             Class::Wait => self.limits.running,
-            Class::Bulk => self.limits.bulk,
+            Class::Bulk | Class::Extents => self.limits.bulk,
             Class::Compute => self.limits.computing,
         }
     }
@@ -213,7 +214,8 @@ impl<J> FairQueue<J> {
         };
         let groups = self.groups.values();
         let groups = groups.filter(|group| {
-            let is_served = class == Class::Bulk && group.bulk >= self.limits.computing;
+            let is_served = matches!(class, Class::Bulk | Class::Extents)
+                && group.of_class[class as usize] >= self.limits.computing;
             group.running < GROUP_SHARE_OF_FREE * free && !is_served
         });
         // Few have so many running that they are passed over.
@@ -231,7 +233,7 @@ impl<J> FairQueue<J> {
         self.of_class[cost.class as usize] -= 1;
         if let Some(group) = self.groups.get_mut(&group) {
             group.running -= 1;
-            group.bulk -= usize::from(cost.class == Class::Bulk);
+            group.of_class[cost.class as usize] -= 1;
         }
         self.unready(flow);
         // A flow is there as long as any of its jobs.

@@ -65,7 +65,7 @@ impl PartRead {
         let length = request.data_len().checked_sub(*done)?;
         let (start, holes) = (request.offset + *done as u64, dispatch::holes_of(*encoder, request));
         let mapped = dispatch::map_in_place(&**export, start, length, holes, &mut ReadMap::new());
-        (mapped == Mapped::HolesUnknown).then_some(Self { class: Class::Bulk })
+        (mapped == Mapped::HolesUnknown).then_some(Self { class: Class::Extents })
     }
 
     /// For a request that is longer than a step.
@@ -86,7 +86,7 @@ impl PartRead {
         let read = reader.read();
         self.class = match read {
             Err(Stop::WouldBlock) if reader.answered == 0 => Class::Wait,
-            Err(Stop::HolesUnknown) => Class::Bulk,
+            Err(Stop::HolesUnknown) => Class::Extents,
             read => return reader.finish(read),
         };
         Step::Queue
@@ -146,7 +146,7 @@ impl<'a> Reader<'a> {
         let start = request.offset + *done as u64;
         match (dispatch::holes_of(*encoder, request), self.class) {
             (Holes::AsData, _) => Ok(ReadMap::of_export(self.length)),
-            (Holes::Told, Class::Wait | Class::Bulk) => {
+            (Holes::Told, Class::Wait | Class::Bulk | Class::Extents) => {
                 Ok(map_waiting(&**export, start, self.length))
             }
             (Holes::Told, Class::Compute) => {
@@ -190,12 +190,12 @@ impl<'a> Reader<'a> {
         }
         let position = position(self.answered + length, self.length);
         match self.class {
-            Class::Wait => {
+            Class::Wait | Class::Bulk => {
                 let chunk = (at, length);
                 read_part(&**export, *encoder, request, chunk, position, &mut self.out)
                     .map_err(|(error, at)| Stop::Failed(error, at))?;
             }
-            Class::Bulk | Class::Compute => {
+            Class::Extents | Class::Compute => {
                 let start = self.out.len();
                 encoder.data_header(request.tag(), at, length as u32, position, &mut self.out);
                 let data_start = self.out.len();
@@ -284,7 +284,7 @@ impl WholeRead {
                 }
                 Ok(())
             }
-            Class::Wait | Class::Bulk => work.export.read_at(offset, buffer),
+            Class::Wait | Class::Bulk | Class::Extents => work.export.read_at(offset, buffer),
         };
         if let Err(error) = result {
             // The whole or nothing.
@@ -300,7 +300,7 @@ impl WholeRead {
         }
         match std::mem::replace(&mut self.class, Class::Compute) {
             Class::Compute => Step::More,
-            Class::Wait | Class::Bulk => Step::Queue,
+            Class::Wait | Class::Bulk | Class::Extents => Step::Queue,
         }
     }
 }

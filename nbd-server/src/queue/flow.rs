@@ -10,12 +10,15 @@ pub(crate) enum Class {
     /// Changing or moving much of one disk: work of the kernel, under a lock of the file. More than a
     /// few of them at once on one disk achieve nothing.
     Bulk,
+    /// Asking the system where a file has holes: mostly work of the kernel as well, but not under
+    /// the lock that long changes hold.
+    Extents,
     /// Computing: more of them at once than there are cores would only take these from the connections.
     Compute,
 }
 
 /// The number of classes.
-pub(super) const CLASSES: usize = 3;
+pub(super) const CLASSES: usize = 4;
 
 /// Identifies a flow; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -73,8 +76,8 @@ impl<J> Flow<J> {
 #[derive(Debug, Default)]
 pub(super) struct Group {
     pub(super) running: usize,
-    /// Those of [`Class::Bulk`] among them.
-    pub(super) bulk: usize,
+    /// Those of each class among them.
+    pub(super) of_class: [usize; CLASSES],
     /// Flows that have jobs of a class, the one with the least service first.
     pub(super) ready: [BTreeSet<(u64, FlowId)>; CLASSES],
     /// The flow of the group's own jobs, while it has any.

@@ -69,10 +69,13 @@ impl Session {
                 }
                 return has_begun;
             }
-            Arrival::Refused(rejection, _) => {
-                self.incoming.refused();
+            Arrival::Refused { rejection, header_len, payload_len } => {
+                self.incoming.discard_payload(rejection, header_len, payload_len);
                 self.throttle.begun();
-                self.turn.spend(REQUEST_COST);
+                let payload_len = usize::try_from(payload_len).unwrap_or(usize::MAX);
+                self.turn.spend(REQUEST_COST.saturating_add(payload_len));
+            }
+            Arrival::Discarded(rejection) => {
                 self.tally.answer(rejection.tag.command.into(), 0, Outcome::Failure);
                 self.replies.refuse(rejection);
             }

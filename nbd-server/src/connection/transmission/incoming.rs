@@ -25,8 +25,8 @@ enum Receiving {
     Header,
     /// The rest of a long payload.
     Payload { request: Request, buffer: Vec<u8>, filled: usize, permit: Permit },
-    /// The payload of a refused request, of `length` bytes.
-    Discarded { rejection: Rejection, length: u64, remaining: u64 },
+    /// The payload of a refused request.
+    Discarded { rejection: Rejection, remaining: u64 },
     /// Nothing: the client has said goodbye, or the server ends.
     Nothing,
 }
@@ -35,9 +35,11 @@ enum Receiving {
 pub(super) enum Arrival {
     /// A request, whose header has so many bytes and is [still in the buffer](Incoming::consume).
     Request(Request, usize),
-    /// A request that is refused. Its payload, of so many bytes, is gone; nothing else arrives until
-    /// it [is answered](Incoming::refused).
-    Refused(Rejection, u64),
+    /// A request that will be refused. Its header is [still in the buffer](Incoming::consume), and
+    /// its payload is to be [discarded](Incoming::discard_payload).
+    Refused { rejection: Rejection, header_len: usize, payload_len: u64 },
+    /// A refused request whose payload is gone.
+    Discarded(Rejection),
     /// A WRITE with the long payload that was [waited for](Incoming::expect).
     Payload(Request, Vec<u8>, Permit),
 }
@@ -79,10 +81,8 @@ impl Incoming {
                     Ok(Some(Arrival::Request(request, consumed)))
                 }
                 Parsed::Rejected { rejection, consumed, discard } => {
-                    self.buffer.consume(consumed);
-                    let (length, remaining) = (discard, discard);
-                    self.receiving = Receiving::Discarded { rejection, length, remaining };
-                    Ok(self.discard())
+                    let (header_len, payload_len) = (consumed, discard);
+                    Ok(Some(Arrival::Refused { rejection, header_len, payload_len }))
                 }
             },
             Receiving::Payload { .. } => Ok(self.fill_payload()),
@@ -96,9 +96,15 @@ impl Incoming {
         self.buffer.consume(count);
     }
 
-    /// The answer to a [refused request](Arrival::Refused) is on its way.
-    pub(super) fn refused(&mut self) {
-        self.receiving = Receiving::Header;
+    /// Takes a [refused request](Arrival::Refused) off the buffer, and its payload as it arrives.
+    pub(super) fn discard_payload(
+        &mut self,
+        rejection: Rejection,
+        header_len: usize,
+        payload_len: u64,
+    ) {
+        self.buffer.consume(header_len);
+        self.receiving = Receiving::Discarded { rejection, remaining: payload_len };
     }
 
     /// Where the payload of `length` bytes is whose header has `header_len` bytes.
@@ -224,14 +230,19 @@ impl Incoming {
 
     /// Throws away the payload of a refused request; the request if all of it is gone.
     fn discard(&mut self) -> Option<Arrival> {
-        let Receiving::Discarded { rejection, length, remaining } = &mut self.receiving else {
+        let Receiving::Discarded { rejection, remaining } = &mut self.receiving else {
             return None;
         };
         let received = self.buffer.filled().len();
         let count = usize::try_from(*remaining).unwrap_or(usize::MAX).min(received);
         self.buffer.consume(count);
         *remaining -= count as u64;
-        (*remaining == 0).then_some(Arrival::Refused(*rejection, *length))
+        if *remaining > 0 {
+            return None;
+        }
+        let rejection = *rejection;
+        self.receiving = Receiving::Header;
+        Some(Arrival::Discarded(rejection))
     }
 }
 

@@ -56,8 +56,8 @@ impl Throttle {
                 _ => 0,
             },
             // It was paid for when its header came.
-            Arrival::Payload(..) => return true,
-            Arrival::Refused(_, payload_len) => *payload_len,
+            Arrival::Payload(..) | Arrival::Discarded(_) => return true,
+            Arrival::Refused { payload_len, .. } => *payload_len,
         };
         if self.is_open {
             return true;
