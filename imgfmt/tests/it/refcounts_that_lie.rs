@@ -121,6 +121,39 @@ fn a_missing_refcount_block_of_clusters_that_nothing_uses_is_made() {
     assert_eq!((report.leaks, report.corruptions), (0, 0), "{:?}", report.messages);
 }
 
+/// An L2 table may name clusters of several refcount blocks.
+#[test]
+fn a_refcount_block_that_cannot_be_read_keeps_nobody_from_writing_to_the_clusters_of_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    let mut create = CreateOptions::new(Format::Qcow2, SIZE);
+    create.cluster_size = CLUSTER;
+    let disk = Image::create(&path, &create).unwrap();
+    disk.write_at(at(0), &[7; USED as usize], Durability::Cached).unwrap();
+    disk.close().unwrap();
+    let mut bytes = std::fs::read(&path).unwrap();
+    let (l1, refcounts) = (u64_at(&bytes, 40) as usize, u64_at(&bytes, 48) as usize);
+    let mask = 0x00ff_ffff_ffff_fe00;
+    let host_of = |guest: u64| {
+        let l2 = u64_at(&bytes, l1 + (guest / (64 * CLUSTER) * 8) as usize) & mask;
+        u64_at(&bytes, (l2 + guest / CLUSTER % 64 * 8) as usize) & mask
+    };
+    // A block of 512 bytes counts 256 clusters; the third lies beyond the end of the file now.
+    let is_sound = |guest: &u64| host_of(*guest) / (256 * CLUSTER) != 2;
+    let guests = (0..USED).step_by(CLUSTER as usize);
+    let (sound, others): (Vec<u64>, Vec<u64>) = guests.partition(is_sound);
+    assert!(sound.len() > 500 && others.len() > 200);
+    bytes[refcounts + 16..refcounts + 24].copy_from_slice(&(1u64 << 40).to_be_bytes());
+    std::fs::write(&path, &bytes).unwrap();
+    let disk = Image::open(&path, &options(Access::ReadWrite)).unwrap();
+    for guest in sound {
+        disk.write_at(at(guest), &[8; CLUSTER as usize], Durability::Cached).unwrap();
+    }
+    for guest in others {
+        disk.write_at(at(guest), &[8; CLUSTER as usize], Durability::Cached).unwrap_err();
+    }
+}
+
 /// Runs something that must end. A deadlock fails the test instead of stopping all of them.
 fn within_a_minute<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, receiver) = std::sync::mpsc::channel();

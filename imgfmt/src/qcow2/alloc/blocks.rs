@@ -3,7 +3,7 @@
 
 use std::sync::MutexGuard;
 
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::ordered_lock::Ordered;
 use crate::qcow2::alloc::allocator::Allocator;
 use crate::qcow2::alloc::clusters::Clusters;
@@ -47,7 +47,12 @@ impl Clusters {
             let missing = allocator.0.refcounts.read_missing();
             drop((allocator, held));
             match (result, missing) {
-                (Err(_), Some(index)) => self.load_block(index)?,
+                (Err(_), Some(index)) => match self.load_block(index) {
+                    Ok(()) => {}
+                    // The work decides what that means, which may concern a single cluster of many.
+                    Err(error) if error.kind() == ErrorKind::Corrupt => break,
+                    Err(error) => return Err(error),
+                },
                 (result, _) => return result,
             }
         }

@@ -124,7 +124,7 @@ impl MappingTables {
                 || self.snapshot_places.iter().any(|place| place.contains(&offset));
             let is_counted = match allocator.refcounts.refcount(reference.cluster) {
                 Ok(count) => count > 0,
-                // Damaged refcounts must not prevent reads.
+                // Damaged refcounts must not make the other entries unwritable.
                 Err(error) if error.kind() == ErrorKind::Corrupt => false,
                 Err(error) => return Err(error),
             };
