@@ -80,7 +80,7 @@ pub fn commit(
                 context.cancellation.check()?;
                 let rest = span(position.bytes(), extent.range.end().bytes());
                 let data = &mut buffer[..rest.length().min(STEP) as usize];
-                context.keep_rate(data.len() as u64)?;
+                context.keep_rate(data.len() as u64, || false)?;
                 overlay.read_at(position, data).map_err(JobError::source)?;
                 let written = backing.write_at(position, data, Durability::Cached);
                 written.map_err(JobError::destination)?;

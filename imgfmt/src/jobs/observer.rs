@@ -34,7 +34,7 @@ struct Silent;
 impl Observer for Silent {}
 
 /// The caller's side of a job: the observer, the cancellation and a limit of the rate. By default
-/// there is none of them. Cheap to clone.
+/// nothing is observed, cancelled or limited. Cheap to clone.
 #[derive(Clone)]
 pub struct JobContext {
     /// Receives progress.
@@ -61,10 +61,10 @@ impl fmt::Debug for JobContext {
 }
 
 impl JobContext {
-    /// Blocks until `bytes` may be moved.
-    pub(super) fn keep_rate(&self, bytes: u64) -> Result<(), JobError> {
+    /// Blocks until `bytes` may be moved, or until `is_over` says that they need not be.
+    pub(super) fn keep_rate(&self, bytes: u64, is_over: impl Fn() -> bool) -> Result<(), JobError> {
         match &self.rate_limit {
-            Some(limit) => limit.wait(bytes, &self.cancellation),
+            Some(limit) => limit.wait(bytes, &self.cancellation, is_over),
             None => Ok(()),
         }
     }

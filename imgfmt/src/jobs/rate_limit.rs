@@ -38,7 +38,7 @@ impl RateLimit {
         Self { bytes_per_second, next: Arc::default() }
     }
 
-    /// Takes `bytes` of it, and returns how long to wait before they are moved.
+    /// Reserves `bytes`, and returns how long to wait before they are moved.
     pub fn reserve(&self, bytes: u64) -> Duration {
         self.reserve_at(bytes, Instant::now())
     }
@@ -55,10 +55,15 @@ impl RateLimit {
         begins.saturating_duration_since(now)
     }
 
-    /// Blocks until `bytes` may be moved.
-    pub(super) fn wait(&self, bytes: u64, cancellation: &Cancellation) -> Result<(), JobError> {
+    /// Blocks until `bytes` may be moved, or until `is_over` says that they need not be.
+    pub(super) fn wait(
+        &self,
+        bytes: u64,
+        cancellation: &Cancellation,
+        is_over: impl Fn() -> bool,
+    ) -> Result<(), JobError> {
         let mut rest = self.reserve(bytes);
-        while !rest.is_zero() {
+        while !rest.is_zero() && !is_over() {
             cancellation.check()?;
             let step = rest.min(CHECK_PERIOD);
             std::thread::sleep(step);
@@ -94,11 +99,13 @@ mod tests {
     }
 
     #[test]
-    fn a_job_that_waits_can_be_cancelled() {
+    fn a_job_that_waits_ends_when_it_is_cancelled_or_of_no_use() {
         let limit = RateLimit::new(NonZeroU64::MIN);
         let cancellation = Cancellation::new();
-        limit.wait(u64::from(u32::MAX), &cancellation).unwrap();
+        limit.wait(u64::from(u32::MAX), &cancellation, || false).unwrap();
+        limit.wait(1, &cancellation, || true).unwrap();
         cancellation.cancel("enough");
-        assert_eq!(limit.wait(1, &cancellation).unwrap_err().to_string(), "enough");
+        let error = limit.wait(1, &cancellation, || false).unwrap_err();
+        assert_eq!(error.to_string(), "enough");
     }
 }

@@ -78,7 +78,7 @@ struct Silent;
 impl Observer for Silent {}
 
 /// The caller's side of a job: the observer, the cancellation and a limit of the rate. By default
-/// there is none of them. Cheap to clone.
+/// nothing is observed, cancelled or limited. Cheap to clone.
 #[derive(Clone)]
 pub struct JobContext {
     /// Receives progress and warnings.

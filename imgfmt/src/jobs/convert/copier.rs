@@ -63,7 +63,7 @@ impl Copy<'_> {
             };
             let done = match next {
                 Ok(None) => return Ok(()),
-                Ok(Some(work)) => self.carry_out(work, &mut buffer),
+                Ok(Some(work)) => self.carry_out(work, &mut buffer, failed),
                 Err(error) => Err(error),
             };
             done.inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
@@ -71,9 +71,19 @@ impl Copy<'_> {
         Ok(())
     }
 
-    fn carry_out(&self, work: CopyRange, buffer: &mut [u8]) -> Result<(), JobError> {
+    fn carry_out(
+        &self,
+        work: CopyRange,
+        buffer: &mut [u8],
+        failed: &AtomicBool,
+    ) -> Result<(), JobError> {
         match work.content {
             Content::Data => {
+                let has_failed = || failed.load(Ordering::Relaxed);
+                self.context.keep_rate(work.range.length(), has_failed)?;
+                if has_failed() {
+                    return Ok(());
+                }
                 self.copy(work.range, &mut buffer[..work.range.length() as usize])?;
                 self.meter.add(work.range.length());
             }
@@ -86,7 +96,6 @@ impl Copy<'_> {
     }
 
     fn copy(&self, range: GuestRange, buffer: &mut [u8]) -> Result<(), JobError> {
-        self.context.keep_rate(range.length())?;
         if self.read(range, buffer)? == Content::Zero {
             return match self.background {
                 Background::Zero => Ok(()),
