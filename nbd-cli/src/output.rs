@@ -76,7 +76,7 @@ pub(crate) fn warn_in_log() {
 /// Writes a warning to standard error or to the log; a closed standard error is not an error.
 pub(crate) fn warn(message: &str) {
     let message = without_error_numbers(message.to_owned());
-    if WARNS_IN_LOG.load(Ordering::Relaxed) {
+    if WARNS_IN_LOG.load(Ordering::Relaxed) && tracing::enabled!(tracing::Level::WARN) {
         return tracing::warn!("{message}");
     }
     let _ = writeln!(io::stderr(), "nbd-cli: warning: {message}");

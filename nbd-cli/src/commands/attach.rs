@@ -24,6 +24,7 @@ use crate::connect::{ServerArgs, TlsArgs, explain_unknown_export};
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::locking::ShareArgs;
+use crate::logging;
 use crate::serving::background::{self, Role};
 use crate::serving::{
     Aio, CacheMode, DetectZeroes, Discard, PidFile, keep_device, runtime, service_manager,
@@ -136,8 +137,10 @@ pub struct ImageArgs {
     #[allow(missing_docs)]
     pub trust: TrustArgs,
 
-    /// The use of the page cache for images, and when writes are durable.
-    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    /// The use of the page cache for images, and when writes are durable. Another process can adopt
+    /// the device with writethrough and directsync only: with the others the end of this one may
+    /// lose writes that the kernel takes for written.
+    #[arg(long, value_enum, default_value = "writethrough", value_name = "MODE")]
     pub cache: CacheMode,
 
     /// The treatment of discarded space.
@@ -169,6 +172,7 @@ async fn attach(args: &AttachArgs) -> Result<Outcome, CommandError> {
     if args.role == Role::Background {
         background::ready(args.keeps_log)?;
     }
+    logging::include_warnings();
     service_manager::ready();
     keep_device(attached, &mut signals).await?;
     drop(pid_file);
@@ -222,7 +226,11 @@ fn identifier(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<String, Command
     if let Some(snapshot) = &args.image.snapshot {
         text = format!("{text} (snapshot {snapshot})");
     }
-    if is_memory(&args.source) || args.image.temporary {
+    // Changes of a qcow2 image that were not flushed end with this process, and the kernel does not
+    // learn that: a later flush would succeed without them.
+    let cache = imgfmt::CacheMode::from(args.image.cache);
+    let loses_changes = uri.is_none() && !args.read_only && !cache.is_writethrough();
+    if is_memory(&args.source) || args.image.temporary || loses_changes {
         text = format!("{text} (temporary, of process {})", std::process::id());
     }
     Ok(text)

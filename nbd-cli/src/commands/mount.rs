@@ -16,6 +16,7 @@ use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::locking::{ShareArgs, advise_sharing};
+use crate::logging;
 use crate::output::{Output, unless_closed};
 use crate::progress::Visibility;
 use crate::serving::background::{self, Role};
@@ -101,10 +102,14 @@ async fn serve(args: MountArgs) -> Result<Outcome, CommandError> {
     let mut signals = EndSignals::new(Hangup::Ends)?;
     let (role, keeps_log) = (args.role, args.keeps_log);
     let mut mounted = signals.meanwhile(blocking(move || start(&args))).await?;
-    announce(&mounted)?;
+    if let Err(error) = announce(&mounted) {
+        blocking(move || Ok(mounted.end()?)).await?;
+        return Err(error);
+    }
     if role == Role::Background {
         background::ready(keeps_log)?;
     }
+    logging::include_warnings();
     service_manager::ready();
     let unmounted = tokio::select! {
         unmounted = mounted.unmounted() => unmounted,

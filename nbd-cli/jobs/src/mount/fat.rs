@@ -32,7 +32,12 @@ impl<'a> FatVolume<'a> {
     fn entry(&self, path: &[u8]) -> Result<Option<DirEntry<'a, PartReader>>, Errno> {
         let path = std::str::from_utf8(path).map_err(|_| Errno::ENOENT)?;
         let mut found: Option<DirEntry<'a, PartReader>> = None;
-        for name in path.split('/').filter(|name| !name.is_empty()).take(MAX_DEPTH) {
+        let names = path.split('/').filter(|name| !name.is_empty());
+        // A damaged directory may contain itself.
+        if names.clone().count() > MAX_DEPTH {
+            return Err(Errno::ENAMETOOLONG);
+        }
+        for name in names {
             let directory = self.directory(found.as_ref())?;
             found = Some(find(&directory, name)?.ok_or(Errno::ENOENT)?);
         }

@@ -33,6 +33,14 @@ pub(super) type Read<'a> = dyn Fn(u64, &mut [u8]) -> imgfmt::Result<()> + 'a;
 /// If the disk cannot be read.
 pub(super) fn partitions(read: &Read<'_>, size: u64) -> imgfmt::Result<Vec<Partition>> {
     let disk = Disk { read, size };
+    // What is left of an older GPT, at the end of the disk for example, counts for nothing: the
+    // first sector says whether there is one, as it does for Linux.
+    let sector = disk.bytes(0, 512)?;
+    let entries = sector.as_deref().and_then(MbrEntry::of);
+    let is_protective = |entry: &MbrEntry| entry.kind == PROTECTIVE;
+    if !entries.is_some_and(|entries| entries.iter().any(is_protective)) {
+        return disk.mbr();
+    }
     for sector_size in SECTOR_SIZES {
         if let Some(found) = disk.gpt(sector_size)? {
             return Ok(found);
@@ -302,5 +310,15 @@ mod tests {
             damaged[byte] ^= 1;
             assert!(found(&damaged).is_empty(), "byte {byte}");
         }
+    }
+
+    /// Linux ignores the rest of a GPT over which an image with an MBR was written.
+    #[test]
+    fn a_gpt_that_the_first_sector_does_not_announce_is_none() {
+        let mut disk = gpt();
+        entry(&mut disk, 0, 0x83, 8, 16);
+        assert_eq!(found(&disk), [(1, 8 * 512..24 * 512)]);
+        disk[510..512].fill(0);
+        assert!(found(&disk).is_empty());
     }
 }

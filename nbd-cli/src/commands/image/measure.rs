@@ -35,7 +35,7 @@ pub struct MeasureArgs {
     #[arg(required_unless_present = "size")]
     pub path: Option<OsString>,
 
-    /// Size of an empty disk, in location of an image.
+    /// Size of an empty disk, in place of an image.
     #[arg(short, long, conflicts_with = "path")]
     pub size: Option<ByteSize>,
 
