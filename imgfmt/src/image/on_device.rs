@@ -51,7 +51,9 @@ impl NewOnDevice {
     ) -> Result<Self> {
         let named = |error: Error| error.with_path(path);
         refuse_what_devices_lack(options).map_err(named)?;
-        let device = FileStorage::open_device(path, Locking::On)?;
+        // What has no syncs would not protect the device until the image is complete.
+        let cache = Some(options.open.cache).filter(|cache| cache.syncs()).unwrap_or_default();
+        let device = FileStorage::open_device_cached(path, Locking::On, cache)?;
         let storage = Unfinished::new(Arc::new(device));
         let storage = storage.map_err(|error| named(Error::from_io("read", error)))?;
         let unused = lay_out(&storage, options, size, parts).map_err(named)?;

@@ -76,8 +76,8 @@ impl FileStorage {
         Self::open_with(path, access, locking, OFlags::empty())
     }
 
-    /// As [`open`](Self::open), with a say in how the page cache is used and whether syncs count. That
-    /// every change is durable in some modes is seen to by [`Image`](crate::Image), which asks for it.
+    /// As [`open`](Self::open), with a cache mode. Modes that make every change durable do so through
+    /// [`Image`](crate::Image), which asks for it.
     ///
     /// # Errors
     ///
@@ -117,7 +117,7 @@ impl FileStorage {
         Self::open_with(path, Access::ReadWrite, locking, OFlags::EXCL)
     }
 
-    /// As [`open_device`](Self::open_device), with a say as in [`open_cached`](Self::open_cached).
+    /// As [`open_device`](Self::open_device), with a cache mode, as [`open_cached`](Self::open_cached).
     ///
     /// # Errors
     ///

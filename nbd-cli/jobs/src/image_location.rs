@@ -143,7 +143,7 @@ impl ImageLocation {
             Self::Export { uri, files } => {
                 let storage = connect_to(uri, *files, remotes)?;
                 Image::inspect_storage(Arc::new(storage), &raw_unless_told(&options))
-                    .map_err(|error| self.named(error))
+                    .map_err(|error| self.named(JobErrorKind::Source, error))
             }
             file => Image::inspect_file(file.path(), &options).map_err(opening),
         }
@@ -322,11 +322,11 @@ impl ImageLocation {
         }
     }
 
-    /// Returns the error with the name of this image, if it has none yet.
-    pub fn named(&self, error: Error) -> JobError {
+    /// Returns the error, of this kind, with the name of this image, if it has none yet.
+    pub fn named(&self, kind: JobErrorKind, error: Error) -> JobError {
         match self.uri() {
-            None => JobError::image(JobErrorKind::Source, error),
-            Some(uri) => JobError::image(JobErrorKind::Source, error.with_path(uri.to_string())),
+            None => JobError::image(kind, error),
+            Some(uri) => JobError::image(kind, error.with_path(uri.to_string())),
         }
     }
 }

@@ -62,6 +62,7 @@ impl Conversion<'_> {
     pub(super) fn make_on_device(&self, path: &Path) -> Result<(), JobError> {
         let mut create = self.options.create.clone();
         create.size = Some(self.source.size());
+        create.open = self.for_filling();
         let new = device::begin_image(path, &create, &*self.context.observer)?;
         let filled = new
             .open(&self.for_filling())
@@ -92,7 +93,8 @@ impl Conversion<'_> {
     /// Writes the disk onto a device, raw.
     pub(super) fn overwrite_device(&self, path: &Path) -> Result<(), JobError> {
         let (locking, cache) = (self.options.create.open.locking, self.options.cache);
-        let cache = cache.unwrap_or_default();
+        // The syncs of an unfinished disk are few, and protect what is on the device.
+        let cache = cache.filter(|cache| cache.syncs()).unwrap_or_default();
         let disk = device::begin_disk(path, locking, cache)?;
         let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite).cache(cache);
         let image = Image::from_storage(disk.clone(), &options).map_err(in_destination)?;
@@ -110,26 +112,29 @@ impl Conversion<'_> {
     pub(super) fn replace(&self, to: &ImageLocation) -> Result<(), JobError> {
         let options = self.options.write.clone();
         let options = options.format(self.options.create.format).access(Access::ReadWrite);
-        // A message asked the user to repeat this conversion.
+        // An earlier conversion may have left the disk incomplete: this one makes it whole.
         let options = options.incomplete(IncompleteDisk::Accepted);
-        let cache = self.options.cache.unwrap_or(options.cache);
+        // As on a device, the mark of an incomplete disk has to be durable.
+        let cache = self.options.cache.filter(|cache| cache.syncs()).unwrap_or(options.cache);
         let options = options.cache(cache);
         let image = to.open(&options, &self.options.remotes)?;
         self.check_room(to, &image)?;
         bitmaps::check_existing(&self.bitmaps, self.source, &image, to)?;
-        image.begin_overwrite().map_err(|error| to.named(error))?;
+        image.begin_overwrite().map_err(|error| to.named(JobErrorKind::Destination, error))?;
         self.copy(&image, to, self.options.background).map_err(|error| incomplete(to, &error))?;
         if self.options.create.format != Format::Raw {
-            image.complete_overwrite().map_err(|error| incomplete(to, &to.named(error)))?;
+            image
+                .complete_overwrite()
+                .map_err(|error| incomplete(to, &to.named(JobErrorKind::Destination, error)))?;
         }
         copy_bitmaps(self.source, &image, &self.bitmaps).map_err(|error| self.named(to, error))?;
         if self.options.durable == Durable::Now {
-            return image.close().map_err(|error| to.named(error));
+            return image.close().map_err(|error| to.named(JobErrorKind::Destination, error));
         }
         // Changes of metadata must not be lost; data is as durable as any other write.
         match self.options.create.format {
             Format::Raw => Ok(()),
-            _ => image.close().map_err(|error| to.named(error)),
+            _ => image.close().map_err(|error| to.named(JobErrorKind::Destination, error)),
         }
     }
 
@@ -143,7 +148,9 @@ impl Conversion<'_> {
             self.copy(&image, to, self.options.background)
                 .map_err(|error| incomplete(to, &error))?;
             if self.options.durable == Durable::Now {
-                image.flush().map_err(|error| incomplete(to, &to.named(error)))?;
+                image
+                    .flush()
+                    .map_err(|error| incomplete(to, &to.named(JobErrorKind::Destination, error)))?;
             }
             if client.reconnects() == before {
                 return Ok(());
@@ -189,12 +196,12 @@ impl Conversion<'_> {
 
     /// Returns the error with the name of the image at fault, if it has none yet.
     fn named(&self, to: &ImageLocation, error: jobs::JobError) -> JobError {
-        let location = match error.kind() {
-            jobs::JobErrorKind::Source => self.from,
-            _ => to,
+        let (location, kind) = match error.kind() {
+            jobs::JobErrorKind::Source => (self.from, JobErrorKind::Source),
+            _ => (to, JobErrorKind::Destination),
         };
         match error.into_image_error() {
-            Ok(error) => location.named(error),
+            Ok(error) => location.named(kind, error),
             Err(error) => error.into(),
         }
     }
