@@ -4,6 +4,7 @@ use super::*;
 
 const WAIT: Cost = Cost { class: Class::Wait, estimate: 100 };
 const BULK: Cost = Cost { class: Class::Bulk, estimate: 100 };
+const EXTENTS: Cost = Cost { class: Class::Extents, estimate: 100 };
 const COMPUTE: Cost = Cost { class: Class::Compute, estimate: 100 };
 
 fn queue(running: usize, computing: usize) -> FairQueue<&'static str> {
@@ -132,6 +133,19 @@ fn bulk_work_is_done_a_few_jobs_at_a_time_on_each_disk_and_leaves_threads_to_all
     queue.finish(started, 100, Some((BULK, "its rest")));
     assert_ne!(queue.pop().unwrap().started.flow, started.flow);
     assert!(queue.pop().is_none());
+}
+
+#[test]
+fn looking_for_holes_waits_for_no_long_change_of_the_same_disk() {
+    let mut queue = queue(16, 1);
+    let (writer, reader) = (queue.open(1), queue.open(1));
+    for _ in 0..3 {
+        queue.push(writer, BULK, "write").unwrap();
+        queue.push(reader, EXTENTS, "look").unwrap();
+    }
+    let mut jobs: Vec<_> = std::iter::from_fn(|| queue.pop()).map(|popped| popped.job).collect();
+    jobs.sort_unstable();
+    assert_eq!(jobs, ["look", "write"], "one of each at a time");
 }
 
 #[test]

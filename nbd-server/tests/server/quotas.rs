@@ -150,3 +150,25 @@ fn requests_that_are_refused_count_against_the_quota() {
         assert_eq!(client.write(0, &[1; 4096]), Ok(()), "the connection goes on");
     }
 }
+
+#[test]
+fn a_client_that_leaves_in_the_middle_of_a_refused_request_has_used_its_quota() {
+    let server = serve(disk().quota(bytes_per_second(1)));
+    let past_the_end = header(CommandType::WRITE, 64 << 20, 1 << 20);
+    let mut first = Client::open(&server, ReplyMode::Extended, "slow", &[]);
+    first.send([first.encode(&past_the_end), vec![7; 100]].concat());
+    first.finish_sending();
+    assert!(first.read_to_end().is_empty());
+    wait_until("it is gone", || server.handle().clients().is_empty());
+    let mut second = Client::open(&server, ReplyMode::Extended, "slow", &[]);
+    second.submit(0, 1, &READ, &[]);
+    let mut other = Client::open(&server, ReplyMode::Extended, "fast", &[]);
+    for _ in 0..100 {
+        assert_eq!(other.write(0, &[1; 4096]), Ok(()));
+    }
+    let statistics = server.handle().statistics().exports.remove("slow").unwrap();
+    assert_eq!(statistics.requests.requests(), 0, "its request waits");
+    let entry = server.handle().exports().find("slow").unwrap().1;
+    drop(entry.quota(Quota::default()));
+    assert_eq!(second.next_finished().1.result, Ok(()));
+}
