@@ -5,6 +5,7 @@ use std::io::Read as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -79,6 +80,9 @@ fn an_interrupted_command_leaves_nothing_of_a_new_file() {
     }
 }
 
+/// A command that keeps no rate moves the disks of these tests in this time.
+const LONG_ENOUGH: Duration = Duration::from_millis(500);
+
 /// At one byte per second a disk takes years: what moves more is done before the signal comes.
 #[test]
 fn a_command_with_a_rate_moves_no_more_and_can_be_interrupted() {
@@ -96,8 +100,11 @@ fn a_command_with_a_rate_moves_no_more_and_can_be_interrupted() {
         (&["backup", backup_source], "new.qcow2"),
     ] {
         let target = directory.beside(target);
+        let partial = format!("{target}.partial");
         let child = start(&[command, &["--rate", "1", &target]].concat());
-        let (code, said) = interrupted(child, &format!("{target}.partial"), Signal::INT);
+        wait_until("the command is at work", || Path::new(&partial).exists());
+        std::thread::sleep(LONG_ENOUGH);
+        let (code, said) = interrupted(child, &partial, Signal::INT);
         assert_eq!(code, Some(128 + Signal::INT.as_raw()), "{command:?}: {said}");
         assert!(!Path::new(&target).exists(), "{command:?}");
         // An interrupted backup can be resumed.
@@ -107,6 +114,18 @@ fn a_command_with_a_rate_moves_no_more_and_can_be_interrupted() {
         nbd_cli(&[command, &["--rate", "1G", &target]].concat()).success();
         fs::remove_file(&target).expect("the copy");
     }
+    let (base, overlay) = (directory.beside("base.img"), directory.beside("full.qcow2"));
+    fs::write(&base, vec![0; 8 << 20]).expect("a file");
+    nbd_cli(&["image", "create", "-f", "qcow2", "-F", "raw", "-b", &base, &overlay]).success();
+    nbd_cli(&["image", "convert", "-U", "-n", "-O", "qcow2", &source, &overlay]).success();
+    let child = start(&["image", "commit", "--rate", "1", &overlay]);
+    wait_until("the commit is at work", || fs::read(&base).expect("the base")[0] == 7);
+    std::thread::sleep(LONG_ENOUGH);
+    let (code, said) = interrupted(child, &base, Signal::INT);
+    assert_eq!(code, Some(128 + Signal::INT.as_raw()), "{said}");
+    assert_eq!(fs::read(&base).expect("the base").last(), Some(&0));
+    nbd_cli(&["image", "commit", "--rate", "1G", &overlay]).success();
+    assert!(fs::read(&base).expect("the base") == fs::read(&source).expect("the source"));
     let refused = nbd_cli(&["copy", &source, "--rate", "0", "null:"]);
     assert!(refused.code == Some(1) && refused.stderr.contains("no limit"), "{refused:?}");
 }
