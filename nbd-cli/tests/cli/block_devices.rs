@@ -108,6 +108,22 @@ fn a_disk_is_converted_and_restored_onto_a_device() {
     }
 }
 
+/// After a power loss a part of a disk would otherwise be taken for the whole.
+#[test]
+fn an_unsafe_conversion_marks_a_device_as_incomplete_durably() {
+    tools!(strace = "strace");
+    let directory = Disk::sparse();
+    let Some(device) = LoopDevice::with_old_content(&directory, 17) else { return };
+    let log = directory.beside("strace.log");
+    for format in ["raw", "qcow2"] {
+        let trace = ["-f", "-o", &log, "-e", "trace=fsync,fdatasync", PROGRAM, "image", "convert"];
+        let convert = ["-q", "-t", "unsafe", "-O", format, directory.path(), &device.0];
+        peer(&strace, &[&trace[..], &convert].concat());
+        let syncs = std::fs::read_to_string(&log).expect("a log").matches("sync(").count();
+        assert!(syncs >= 2, "{format}: {syncs}");
+    }
+}
+
 #[test]
 fn a_device_that_is_too_small_is_said_to_be_so() {
     tools!(qemu_img = "qemu-img");

@@ -202,6 +202,8 @@ fn caches_of_source_and_destination_are_those_that_were_asked_for() {
         let again = ["-n", "-T", mode, "-t", mode, "-O", "qcow2", &back, &path];
         let log = traced(&strace, &disk, &again);
         assert_eq!(opened(&format!("{mode}.img"), &log), is_direct, "{mode}: {log}");
+        // What is overwritten is marked as incomplete, durably.
+        assert!(log.contains("sync("), "{mode}: {log}");
         is_clean(&qemu_img, &path);
         are_equal(&qemu_img, &path, disk.path());
     }

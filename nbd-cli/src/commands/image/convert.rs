@@ -106,7 +106,7 @@ pub struct ConvertArgs {
     pub flush: bool,
 
     /// The use of the page cache for the destination [default: unsafe for a new image, writeback
-    /// for an existing disk].
+    /// for an existing disk or a device, for which unsafe means the same].
     #[arg(short = 't', long, value_enum, value_name = "MODE")]
     pub cache: Option<CacheMode>,
 
