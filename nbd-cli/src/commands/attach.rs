@@ -209,8 +209,8 @@ fn options(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<AttachOptions, Com
     })
 }
 
-/// Returns the text by which the device is recognised when it is adopted. A disk whose content ends
-/// with this process must not be: its text is found once only.
+/// Returns the text by which the device is recognised when it is adopted. A disk of which something
+/// ends with this process must not be: its text is found once only.
 fn identifier(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<String, CommandError> {
     let mut text = match uri {
         Some(uri) => uri.to_string(),
@@ -231,7 +231,7 @@ fn identifier(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<String, Command
     let cache = imgfmt::CacheMode::from(args.image.cache);
     let loses_changes = uri.is_none() && !args.read_only && !cache.is_writethrough();
     if is_memory(&args.source) || args.image.temporary || loses_changes {
-        text = format!("{text} (temporary, of process {})", std::process::id());
+        text = format!("{text} (of process {} only)", std::process::id());
     }
     Ok(text)
 }
