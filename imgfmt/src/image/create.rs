@@ -75,6 +75,7 @@ fn create(path: &Path, options: &CreateOptions) -> Result<Image> {
     // Space that was set aside is not synced.
     open.is_synced = syncs && options.preallocation != Preallocation::Falloc;
     let image = Image::open(path, &open)?;
+    made.sync_names()?;
     made.keep();
     Ok(image)
 }
@@ -169,6 +170,17 @@ impl NewFiles {
         self.paths.push(path.to_owned());
         let sync = |()| if self.syncs { file.sync_all() } else { Ok(()) };
         fill(&file).and_then(sync).map_err(io_error)
+    }
+
+    /// Puts the names of the files on stable storage.
+    fn sync_names(&self) -> Result<()> {
+        for path in self.paths.iter().filter(|_| self.syncs) {
+            let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let directory = File::open(directory.unwrap_or(Path::new(".")));
+            let synced = directory.and_then(|directory| directory.sync_all());
+            synced.map_err(|error| Error::from_io("create", error).with_path(path))?;
+        }
+        Ok(())
     }
 
     fn keep(mut self) {
