@@ -146,7 +146,7 @@ mod tests {
             if look_in(&directory, 5).is_some_and(|found| !found.is_kept) {
                 break;
             }
-            std::thread::sleep(std::time::Duration::from_millis(10));
+            std::thread::sleep(Duration::from_millis(10));
         }
         assert_eq!(look_in(&directory, 5), Some(Found { note, is_kept: false }));
         Record::take_in(&directory, 5).expect("a record that nobody keeps").remove();
