@@ -10,7 +10,9 @@ use std::time::Duration;
 use clap::Args;
 use imgfmt::Format;
 use nbd_client::{ReplyMode, TransmissionFlags};
-use nbd_jobs::devices::{AttachOptions, Attached, Backend, ensure_driver, parse_device};
+use nbd_jobs::devices::{
+    AttachOptions, Attached, Backend, ensure_driver, parse_device, waits_for_adoption,
+};
 use nbd_jobs::serving::{ServeOptions, Writes};
 use nbd_jobs::{JobContext, qemu_name};
 use nbd_proto::NbdUri;
@@ -33,6 +35,10 @@ use crate::serving::{
 use crate::shown::warnings;
 use crate::signals::{EndSignals, Hangup};
 use crate::size::{ByteSize, parse_duration};
+
+/// Time to wait for the image of a killed process: the kernel may release it after the process has
+/// ended, when its last requests have.
+const RELEASE: Duration = Duration::from_secs(30);
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -263,7 +269,7 @@ async fn connected(
             choices.writes = Writes::Refused;
         }
     }
-    let export = opened(args.source.clone(), choices).await?;
+    let export = opened(args.source.clone(), args.device, choices).await?;
     let mut config = ServerConfig::default();
     config.io_uring = Aio::default().may_use_io_uring();
     let backend = Backend::of_export(export, config).await?;
@@ -271,8 +277,17 @@ async fn connected(
 }
 
 /// Opens the source as an export, on a separate thread: opening a layer on another server blocks.
-async fn opened(source: OsString, choices: ServeOptions) -> Result<Arc<dyn Export>, CommandError> {
-    let opening = tokio::task::spawn_blocking(move || open_source(&source, &choices));
+async fn opened(
+    source: OsString,
+    device: Option<u32>,
+    mut choices: ServeOptions,
+) -> Result<Arc<dyn Export>, CommandError> {
+    let opening = tokio::task::spawn_blocking(move || {
+        if device.is_some_and(waits_for_adoption) {
+            choices.patience = Some(RELEASE);
+        }
+        open_source(&source, &choices)
+    });
     let opened = opening.await.unwrap_or_else(|error| {
         Err(CommandError::new(format!("opening the image was given up: {error}")))
     });

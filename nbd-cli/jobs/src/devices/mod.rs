@@ -56,6 +56,12 @@ pub fn path_of(device: u32) -> PathBuf {
     PathBuf::from(format!("/dev/nbd{device}"))
 }
 
+/// Returns whether a device waits for a process that adopts it, because the one that kept it was
+/// killed. Blocks for up to five seconds while another process keeps the device: it may be ending.
+pub fn waits_for_adoption(device: u32) -> bool {
+    sysfs::SysDevice::new(device).is_connected() && record::has_lost_its_keeper(device)
+}
+
 fn device_error(device: u32, why: impl std::fmt::Display) -> JobError {
     JobError::new(JobErrorKind::Device, format!("/dev/nbd{device}: {why}"))
 }

@@ -13,6 +13,10 @@ use crate::error::{JobError, JobErrorKind};
 
 const DIRECTORY: &str = "/run/nbd-cli";
 
+/// A process that was killed keeps its devices until its requests to the kernel have ended.
+const ENDING: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(20);
+
 /// Processes that only look at a record hold its lock for an instant.
 const LOOKING: Duration = Duration::from_millis(500);
 
@@ -68,7 +72,7 @@ impl Record {
                 Ok(()) => {}
                 Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() > LOOKING => break,
                 Err(rustix::io::Errno::WOULDBLOCK) => {
-                    std::thread::sleep(Duration::from_millis(20));
+                    std::thread::sleep(PAUSE);
                 }
                 Err(error) => return Err(failed(error.into())),
             }
@@ -97,6 +101,23 @@ impl Record {
     pub(super) fn remove(self) {
         // Without it, the file would be taken for that of a process that was killed.
         let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Returns whether the process that kept a device has ended without detaching it. Waits for one that
+/// may be ending.
+pub(super) fn has_lost_its_keeper(device: u32) -> bool {
+    has_lost_its_keeper_in(Path::new(DIRECTORY), device, ENDING)
+}
+
+fn has_lost_its_keeper_in(directory: &Path, device: u32, patience: Duration) -> bool {
+    let start = Instant::now();
+    loop {
+        match look_in(directory, device) {
+            Some(found) if found.is_kept && start.elapsed() < patience => std::thread::sleep(PAUSE),
+            Some(found) => return !found.is_kept,
+            None => return false,
+        }
     }
 }
 
@@ -137,20 +158,17 @@ mod tests {
         let note = Note { pid: 4711, connections: 3 };
         let mut record = Record::take_in(&directory, 5).expect("a record");
         record.write(&note).expect("a note");
+        assert!(!has_lost_its_keeper_in(&directory, 5, Duration::ZERO));
         assert_eq!(look_in(&directory, 5), Some(Found { note: note.clone(), is_kept: true }));
         let error = Record::take_in(&directory, 5).expect_err("it is kept");
         assert!(error.to_string().contains("/dev/nbd5 is kept by process 4711"), "{error}");
         drop(record);
         // A process that another test is starting has the lock too, until its program runs.
-        for _ in 0..1000 {
-            if look_in(&directory, 5).is_some_and(|found| !found.is_kept) {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        assert!(has_lost_its_keeper_in(&directory, 5, Duration::from_secs(10)));
         assert_eq!(look_in(&directory, 5), Some(Found { note, is_kept: false }));
         Record::take_in(&directory, 5).expect("a record that nobody keeps").remove();
         assert_eq!(look_in(&directory, 5), None);
         assert_eq!(look_in(&directory, 6), None);
+        assert!(!has_lost_its_keeper_in(&directory, 6, Duration::from_secs(10)));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use imgfmt::storage::FileStorage;
 use imgfmt::{
@@ -67,6 +68,8 @@ pub struct ServeOptions {
     pub writes: Writes,
     /// The locking of files.
     pub locking: Locking,
+    /// Time to wait for an image that another process uses; `None`: one second.
+    pub patience: Option<Duration>,
     /// The use of the page cache, and when writes are durable.
     pub cache: CacheMode,
     /// Memory for the L2 tables of each qcow2 image, in bytes; `None`: the default.
@@ -137,13 +140,13 @@ impl ServeOptions {
                 let policy =
                     self.policy.clone().unwrap_or_else(|| allow_json_files(OpenPolicy::any_file()));
                 let directory = self.temporary_directory();
-                when_free(|| temporary(path, &options, policy.clone(), directory))
+                when_free(self.patience, || temporary(path, &options, policy.clone(), directory))
             }
             // A snapshot never changes.
             Writes::ToImage if self.snapshot.is_none() => {
                 let options = options.bitmap_durability(self.bitmap_durability.unwrap_or_default());
                 let options = options.access(Access::ReadWrite);
-                let image = when_free(|| Ok(Image::open(path, &options)?))?;
+                let image = when_free(self.patience, || Ok(Image::open(path, &options)?))?;
                 let observer = &*self.context.observer;
                 report_recovery(&image, path, observer);
                 frozen_bits::report_thaw(&image, observer);
@@ -153,7 +156,9 @@ impl ServeOptions {
                 }
                 Ok(image)
             }
-            Writes::ToImage | Writes::Refused => when_free(|| Ok(Image::open(path, &options)?)),
+            Writes::ToImage | Writes::Refused => {
+                when_free(self.patience, || Ok(Image::open(path, &options)?))
+            }
         }
     }
 
@@ -187,7 +192,9 @@ impl ServeOptions {
             Writes::Refused | Writes::ToTemporaryFile => Access::ReadOnly,
         };
         let observer = &*self.context.observer;
-        when_free(|| Ok(open_cached(path, access, self.locking, self.cache, observer)?))
+        when_free(self.patience, || {
+            Ok(open_cached(path, access, self.locking, self.cache, observer)?)
+        })
     }
 
     fn temporary_directory(&self) -> &Path {

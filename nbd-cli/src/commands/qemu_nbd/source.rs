@@ -104,6 +104,7 @@ fn choices(options: &Options, disk: &DiskDescription) -> Result<ServeOptions, St
         writes,
         policy: Some(policy),
         locking: disk.locking,
+        patience: None,
         cache,
         metadata_cache: disk.metadata_cache,
         backing: BackingFile::AsNamed,
