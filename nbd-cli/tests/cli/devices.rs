@@ -121,6 +121,14 @@ test ! -e /sys/block/nbd7/pid
 qemu-nbd -d /dev/nbd7
 refused qemu-nbd -c /dev/vda /tmp/disk.qcow2
 
+# A process that is killed while the kernel looks for partitions ends at once, and its image is free.
+qemu-nbd -c /dev/nbd8 --pid-file /tmp/nbd8.pid 'json:{\"driver\":\"null-co\",\"size\":1048576,\"latency-ns\":900000000000}'
+keeper=$(cat /tmp/nbd8.pid)
+timeout 30 sh -c \"until read reads writes < /sys/block/nbd8/inflight && test \\$reads != 0; do sleep 0.1; done\"
+kill -9 $keeper
+timeout 30 sh -c \"while test -e /proc/$keeper; do sleep 0.1; done\"
+nbd-cli detach --force /dev/nbd8
+
 # TLS, through this process, with a server that is killed and comes back.
 nbd-cli tls psk alice --file /tmp/keys --client-file /tmp/alice
 tls_serve() { nbd-cli serve --socket /tmp/tls.sock --tls-psk /tmp/keys /tmp/disk.qcow2 & server=$!; until_ready /tmp/tls.sock; }

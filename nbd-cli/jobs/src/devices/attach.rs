@@ -1,9 +1,9 @@
 //! Attaching a device, and keeping it connected.
 
-use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nbd_client::{ExportInfo, TransmissionFlags};
@@ -144,9 +144,7 @@ impl Attached {
         {
             tracing::warn!(%error, "the size of requests cannot be limited to the server's");
         }
-        // The first open of a device makes the kernel look for partitions.
-        let path = self.path();
-        tokio::task::spawn_blocking(move || drop(File::open(path)));
+        look_for_partitions(self.path());
     }
 
     /// Restores lost connections until the device is disconnected.
@@ -304,6 +302,19 @@ fn note(record: Option<Record>, index: u32, connections: usize) -> Result<Record
     let written = record.write(&note);
     written.map_err(|error| device_error(index, format!("cannot note its keeper: {error}")))?;
     Ok(record)
+}
+
+/// Has the kernel look for partitions, as it does when a device is opened first. Another process opens
+/// it: one that waits for a read of a device cannot be killed, and if this process has to answer the
+/// read, it would keep its image until the device gives up.
+fn look_for_partitions(device: PathBuf) {
+    let mut open = Command::new("/bin/sh");
+    open.args(["-c", ": < \"$0\""]).arg(device);
+    open.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    if let Ok(mut opening) = open.spawn() {
+        // It is reaped, and nothing waits for that.
+        std::thread::spawn(move || opening.wait());
+    }
 }
 
 /// Makes a connection, after a pause.
