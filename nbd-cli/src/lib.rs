@@ -6,11 +6,11 @@
 
 pub mod args;
 mod async_runtime;
-mod chart;
 pub mod commands;
 mod connect;
 mod context;
 mod date;
+mod drawing;
 mod error;
 mod file_path;
 pub mod help;

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use imgfmt::jobs::RateLimit;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nbd_jobs::chart::CharacterSet;
 
 use crate::output::ReportFormat;
 use crate::size::{ByteSize, rounded};
-use crate::terminal::{CharacterSet, character_set};
+use crate::terminal::character_set;
 
 /// When progress is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

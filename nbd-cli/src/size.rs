@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-pub(crate) use nbd_jobs::text::exact;
+pub(crate) use nbd_jobs::text::{exact, rounded};
 
 /// A number of bytes, written as `4096`, `64K`, `1G` or `2GiB`; suffixes are powers of 1024.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -60,22 +60,6 @@ fn shift_of(suffix: &str) -> Option<u32> {
         "e" => Some(60),
         _ => None,
     }
-}
-
-const SUFFIXES: [&str; 7] = ["", "K", "M", "G", "T", "P", "E"];
-
-/// A size rounded for reading: `8.0 MiB`, `1.5 GiB`, `17 bytes`.
-pub(crate) fn rounded(bytes: u64) -> String {
-    if bytes < 1024 {
-        return format!("{bytes} bytes");
-    }
-    let mut value = bytes as f64 / 1024.0;
-    let mut suffix = 1;
-    while value >= 1024.0 && suffix + 1 < SUFFIXES.len() {
-        value /= 1024.0;
-        suffix += 1;
-    }
-    format!("{value:.1} {}iB", SUFFIXES[suffix])
 }
 
 /// A polling time: `0`, or a duration such as `33us` or `1ms`, which is the most.
@@ -171,13 +155,6 @@ mod tests {
             assert_eq!(exact(bytes).parse(), Ok(ByteSize(bytes)));
         }
         assert_eq!(exact(8 << 20), "8M");
-    }
-
-    #[test]
-    fn rounded_sizes_have_one_decimal() {
-        assert_eq!(rounded(17), "17 bytes");
-        assert_eq!(rounded(1536), "1.5 KiB");
-        assert_eq!(rounded(u64::MAX), "16.0 EiB");
     }
 
     #[test]

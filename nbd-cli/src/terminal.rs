@@ -3,6 +3,7 @@
 use std::io::IsTerminal as _;
 
 use clap::ValueEnum;
+use nbd_jobs::chart::{CharacterSet, Color};
 
 /// When output is coloured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -14,20 +15,6 @@ pub enum ColorChoice {
     Always,
     /// Never.
     Never,
-}
-
-/// The formatting of text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Color {
-    On,
-    Off,
-}
-
-/// The characters of a chart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum CharacterSet {
-    Unicode,
-    Ascii,
 }
 
 /// Determines the formatting for standard output.

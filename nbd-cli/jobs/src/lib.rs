@@ -37,6 +37,8 @@
 //!
 //! Jobs are asynchronous and need a tokio runtime with timers and I/O.
 
+pub mod chart;
+
 mod backup;
 pub mod bench;
 #[cfg(feature = "server")]

@@ -43,6 +43,20 @@ pub fn exact(bytes: u64) -> String {
     format!("{number}{}", SUFFIXES[suffix])
 }
 
+/// A size rounded for reading: `8.0 MiB`, `1.5 GiB`, `17 bytes`.
+pub fn rounded(bytes: u64) -> String {
+    if bytes < 1024 {
+        return format!("{bytes} bytes");
+    }
+    let mut value = bytes as f64 / 1024.0;
+    let mut suffix = 1;
+    while value >= 1024.0 && suffix + 1 < SUFFIXES.len() {
+        value /= 1024.0;
+        suffix += 1;
+    }
+    format!("{value:.1} {}iB", SUFFIXES[suffix])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,5 +81,12 @@ mod tests {
     fn exact_sizes_have_the_largest_suffix() {
         let texts = [0, 1, 1023, 1024, 1025, 8 << 20, 1 << 62].map(exact);
         assert_eq!(texts, ["0", "1", "1023", "1K", "1025", "8M", "4E"]);
+    }
+
+    #[test]
+    fn rounded_sizes_have_one_decimal() {
+        assert_eq!(rounded(17), "17 bytes");
+        assert_eq!(rounded(1536), "1.5 KiB");
+        assert_eq!(rounded(u64::MAX), "16.0 EiB");
     }
 }

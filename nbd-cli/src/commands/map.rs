@@ -1,24 +1,27 @@
 //! `nbd-cli map`: the block status of an export: data, holes, dirty ranges and so on.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use clap::Args;
+use nbd_jobs::chart::{Chart, Class};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::MetaContextName;
 use serde::Serialize;
 
 use crate::async_runtime::runtime;
-use crate::chart::Chart;
 use crate::connect::{ServerArgs, connect, failed};
-use crate::context::{Class, description};
+use crate::context::description;
+use crate::drawing::Drawing;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat};
-use crate::terminal::{self, ColorChoice};
+use crate::terminal::ColorChoice;
 
 const AFTER_HELP: &str = "\
 Examples:
   nbd-cli map nbd://localhost/disk
   nbd-cli map --chart nbd://localhost/disk
+  nbd-cli map --svg disk.svg nbd://localhost/disk
   nbd-cli map --totals --json nbd://localhost/disk
   nbd-cli map --context qemu:dirty-bitmap:monday nbd://localhost/disk
 
@@ -46,6 +49,11 @@ pub struct MapArgs {
     /// Draw the disk, one line per part of it.
     #[arg(long, alias = "picture")]
     pub chart: bool,
+
+    /// Write a picture of the disk (SVG) to a file, or to standard output (-). An existing file is
+    /// replaced only if it is such a picture.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "totals", "chart"])]
+    pub svg: Option<PathBuf>,
 
     /// When to colour the chart.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
@@ -84,7 +92,7 @@ enum MapPrinter {
     Text,
     Json { first: bool },
     Totals { format: ReportFormat, bytes: BTreeMap<u64, u64> },
-    Chart { chart: Chart, color: ColorChoice },
+    Chart { chart: Chart, drawing: Drawing },
 }
 
 pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
@@ -124,7 +132,7 @@ async fn map(
         let extent = extent.map_err(|error| failed(&args.uri, "map", &error))?;
         report.add(context, extent.offset, extent.length, extent.flags, output)?;
     }
-    report.end(context, size, output)?;
+    report.end(args, context, size, output)?;
     drop(extents);
     // The result is complete, so the way in which the connection ends does not matter.
     let _ = client.disconnect().await;
@@ -134,9 +142,8 @@ async fn map(
 impl MapPrinter {
     fn new(args: &MapArgs, size: u64) -> Self {
         let format = ReportFormat::from_json_flag(args.json);
-        if args.chart {
-            let chart = Chart::new(size, terminal::columns());
-            Self::Chart { chart, color: args.color }
+        if let Some(drawing) = Drawing::requested(args.chart, args.color, args.svg.as_deref()) {
+            Self::Chart { chart: drawing.begin(size), drawing }
         } else if args.totals {
             Self::Totals { format, bytes: BTreeMap::new() }
         } else {
@@ -195,6 +202,7 @@ impl MapPrinter {
 
     fn end(
         self,
+        args: &MapArgs,
         context: &MetaContextName,
         size: u64,
         output: &mut Output,
@@ -203,11 +211,8 @@ impl MapPrinter {
             Self::Text => Ok(()),
             Self::Json { .. } => output.line("\n]"),
             Self::Totals { format, bytes } => totals(context, size, &bytes, format, output),
-            Self::Chart { chart, color } => {
-                for line in chart.lines(terminal::character_set(), terminal::color(color)) {
-                    output.line(&line)?;
-                }
-                Ok(())
+            Self::Chart { chart, drawing } => {
+                drawing.finish(&chart, &format!("{} ({context})", args.uri), output)
             }
         }
     }

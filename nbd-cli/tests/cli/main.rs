@@ -66,6 +66,7 @@ mod man_pages;
 mod map_chart;
 mod map_depth;
 mod map_output;
+mod map_svg;
 mod metrics;
 #[cfg(feature = "mount")]
 mod mount;

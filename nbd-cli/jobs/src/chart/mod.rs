@@ -1,13 +1,17 @@
-//! A disk as a chart: one line per part of the disk, one character per cell.
+//! A disk as a chart, as text and as a picture.
 
-use crate::context::Class;
-use crate::size::{exact, rounded};
-use crate::terminal::{CharacterSet, Color};
+mod class;
+mod svg;
+mod text;
+
+pub use self::class::{CharacterSet, Class, Color, Scheme};
+use crate::text::{exact, rounded};
 
 const MAX_ROWS: u64 = 16;
 /// Powers of two, so that each line and each cell cover a round number of bytes.
 const LEAST_CELLS_PER_ROW: u64 = 8;
 const MOST_CELLS_PER_ROW: u64 = 256;
+const CELLS_PER_PICTURE_ROW: u64 = 64;
 /// Columns of a line besides its cells.
 const LABEL_COLUMNS: usize = 12;
 /// Parts smaller than a sector are not shown.
@@ -15,7 +19,7 @@ const MIN_CELL_LENGTH: u64 = 512;
 
 /// Collects extents and draws them.
 #[derive(Debug)]
-pub(crate) struct Chart {
+pub struct Chart {
     size: u64,
     cell_length: u64,
     cells_per_row: u64,
@@ -25,13 +29,22 @@ pub(crate) struct Chart {
 
 impl Chart {
     /// Creates an empty chart of a disk of `size` bytes for a terminal of that many columns.
-    pub(crate) fn new(size: u64, columns: usize) -> Self {
+    pub fn of_columns(size: u64, columns: usize) -> Self {
         let mut cells_per_row = MOST_CELLS_PER_ROW;
         while LABEL_COLUMNS + cells_per_row as usize > columns
             && cells_per_row > LEAST_CELLS_PER_ROW
         {
             cells_per_row /= 2;
         }
+        Self::new(size, cells_per_row)
+    }
+
+    /// Creates an empty chart of a disk of `size` bytes for a picture.
+    pub fn of_picture(size: u64) -> Self {
+        Self::new(size, CELLS_PER_PICTURE_ROW)
+    }
+
+    fn new(size: u64, cells_per_row: u64) -> Self {
         // Sizes are below 2^63, so that the next power of two exists.
         let cell_length = size
             .div_ceil(MAX_ROWS * cells_per_row)
@@ -44,7 +57,7 @@ impl Chart {
     }
 
     /// Adds an extent; parts beyond the end of the disk are ignored.
-    pub(crate) fn add(&mut self, offset: u64, length: u64, class: Class) {
+    pub fn add(&mut self, offset: u64, length: u64, class: Class) {
         let end = offset.saturating_add(length).min(self.size);
         let mut at = offset;
         while at < end {
@@ -57,145 +70,35 @@ impl Chart {
         }
     }
 
-    /// Returns the lines of the chart and its legend.
-    pub(crate) fn lines(&self, characters: CharacterSet, color: Color) -> Vec<String> {
-        let mut lines = Vec::new();
-        for (row, cells) in (0_u64..).zip(self.cells.chunks(self.cells_per_row as usize)) {
-            let offset = row * self.cells_per_row * self.cell_length;
-            let mut line = format!("{:>8}  ", exact(offset));
-            let mut current = "";
-            for cell in cells {
-                let (glyph, ansi) = draw(cell, characters);
-                if color == Color::On && ansi != current {
-                    line.push_str(if current.is_empty() { "" } else { "\x1b[0m" });
-                    line.push_str(ansi);
-                    current = ansi;
-                }
-                line.push(glyph);
-            }
-            line.push_str(if current.is_empty() { "" } else { "\x1b[0m" });
-            lines.push(line);
-        }
-        lines.extend(self.legend(characters, color));
-        lines
+    fn scale(&self, cell: &str, row: &str) -> String {
+        let row_length = self.cell_length.saturating_mul(self.cells_per_row);
+        let (cell_length, row_length) = (exact(self.cell_length), exact(row_length));
+        let size = rounded(self.size);
+        format!("One {cell} is {cell_length}, one {row} {row_length}; the disk has {size}.")
     }
+}
 
-    fn legend(&self, characters: CharacterSet, color: Color) -> Vec<String> {
-        let mut lines = vec![String::new()];
+/// What a chart shows.
+struct Legend {
+    /// With the bytes of each, and their share in percent.
+    classes: Vec<(Class, u64, f64)>,
+    /// Whether a cell has several classes.
+    is_mixed: bool,
+}
+
+impl Legend {
+    fn of(chart: &Chart) -> Self {
         let mut is_mixed = false;
         let mut totals = [0_u64; Class::COUNT];
-        for cell in &self.cells {
+        for cell in &chart.cells {
             is_mixed |= cell.iter().filter(|&&bytes| bytes > 0).count() > 1;
             for (total, bytes) in totals.iter_mut().zip(cell) {
                 *total += bytes;
             }
         }
-        for class in Class::ALL {
-            let total = totals[class.index()];
-            if total == 0 {
-                continue;
-            }
-            let percent = total as f64 * 100.0 / self.size as f64;
-            let (glyph, ansi) = (class.glyph(characters), class.ansi());
-            let shown = match color {
-                Color::On => format!("{ansi}{glyph}\x1b[0m"),
-                Color::Off => glyph.to_string(),
-            };
-            lines.push(format!(
-                "  {shown}  {}: {} ({percent:.1} %)",
-                class.label(),
-                rounded(total)
-            ));
-        }
-        if is_mixed {
-            lines.push(format!("  {}  several of these", mixed(characters)));
-        }
-        let row_length = self.cell_length.saturating_mul(self.cells_per_row);
-        lines.push(format!(
-            "  One character is {}, one line {}; the disk has {}.",
-            exact(self.cell_length),
-            exact(row_length),
-            rounded(self.size)
-        ));
-        lines
-    }
-}
-
-fn mixed(characters: CharacterSet) -> char {
-    match characters {
-        CharacterSet::Unicode => '▒',
-        CharacterSet::Ascii => '+',
-    }
-}
-
-/// Returns the character and the colour of a cell: the most prominent class determines the colour.
-fn draw(cell: &[u64; Class::COUNT], characters: CharacterSet) -> (char, &'static str) {
-    let mut present = Class::ALL.into_iter().filter(|class| cell[class.index()] > 0);
-    match (present.next(), present.next()) {
-        (None, _) => (' ', ""),
-        (Some(only), None) => (only.glyph(characters), only.ansi()),
-        (Some(first), Some(_)) => (mixed(characters), first.ansi()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_line_is_one_part_of_the_disk() {
-        let mut chart = Chart::new(1 << 20, 80);
-        chart.add(0, 512 << 10, Class::Data);
-        chart.add(512 << 10, 512 << 10, Class::HoleZero);
-        let lines = chart.lines(CharacterSet::Ascii, Color::Off);
-        assert_eq!(lines[0], format!("{:>8}  {}", "0", "#".repeat(64)));
-        assert_eq!(lines[7], format!("{:>8}  {}", "448K", "#".repeat(64)));
-        assert_eq!(lines[8], format!("{:>8}  {}", "512K", ".".repeat(64)));
-        assert_eq!(lines[15], format!("{:>8}  {}", "960K", ".".repeat(64)));
-        assert_eq!(lines[17], "  #  data: 512.0 KiB (50.0 %)");
-        assert_eq!(lines[18], "  .  hole, reads as zero: 512.0 KiB (50.0 %)");
-        assert_eq!(lines[19], "  One character is 1K, one line 64K; the disk has 1.0 MiB.");
-        assert_eq!(lines.len(), 20);
-    }
-
-    #[test]
-    fn lines_are_as_long_as_the_terminal_allows() {
-        for (columns, cells) in [(20, 8), (75, 32), (76, 64), (140, 128), (1000, 256)] {
-            let mut chart = Chart::new(1 << 30, columns);
-            chart.add(0, 1 << 30, Class::Data);
-            let line = &chart.lines(CharacterSet::Ascii, Color::Off)[0];
-            assert_eq!(line.matches('#').count(), cells, "{columns}");
-        }
-    }
-
-    #[test]
-    fn a_cell_with_a_little_data_shows_it() {
-        let mut chart = Chart::new(1 << 40, 80);
-        chart.add(0, 5 << 30, Class::HoleZero);
-        chart.add(5 << 30, 1, Class::Data);
-        chart.add((5 << 30) + 1, (1 << 40) - (5 << 30) - 1, Class::HoleZero);
-        let lines = chart.lines(CharacterSet::Unicode, Color::Off);
-        assert_eq!(lines[0].chars().filter(|&glyph| glyph == '▒').count(), 1);
-        assert_eq!(lines[0].chars().nth(10 + 5), Some('▒'));
-    }
-
-    #[test]
-    fn any_size_and_any_extent_can_be_drawn() {
-        for size in [0, 1, 511, 513, 1_000_001, (1 << 63) - 1, u64::MAX] {
-            let mut chart = Chart::new(size, 20);
-            chart.add(0, u64::MAX, Class::Dirty);
-            chart.add(u64::MAX, u64::MAX, Class::Clean);
-            let lines = chart.lines(CharacterSet::Unicode, Color::On);
-            assert!(lines.len() <= 16 + 4, "{size}: {} lines", lines.len());
-        }
-    }
-
-    #[test]
-    fn colours_end_with_their_line() {
-        let mut chart = Chart::new(4096, 80);
-        chart.add(0, 4096, Class::Data);
-        let line = &chart.lines(CharacterSet::Ascii, Color::On)[0];
-        assert!(line.ends_with("########\x1b[0m"), "{line:?}");
-        assert_eq!(line.matches("\x1b[32m").count(), 1, "{line:?}");
+        let present = Class::ALL.into_iter().zip(totals).filter(|(_, total)| *total > 0);
+        let percent = |total| total as f64 * 100.0 / chart.size as f64;
+        let classes = present.map(|(class, total)| (class, total, percent(total))).collect();
+        Self { classes, is_mixed }
     }
 }

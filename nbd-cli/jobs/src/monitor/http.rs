@@ -15,6 +15,7 @@ use percent_encoding::percent_decode_str;
 use serde_json::json;
 
 use super::disk_map::DiskMaps;
+use super::page::page;
 use super::prometheus::{self, ExportSample};
 use super::status;
 
@@ -27,8 +28,6 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
                       connect-src 'self'; base-uri 'none'; form-action 'none'; \
                       frame-ancestors 'none'";
-
-const PAGE: &str = include_str!("page.html");
 
 type Reply = Response<Full<Bytes>>;
 
@@ -62,7 +61,7 @@ impl Site {
             return reply;
         }
         match request.uri().path() {
-            "/" => reply("text/html; charset=utf-8", PAGE),
+            "/" => reply("text/html; charset=utf-8", page()),
             "/healthz" => reply("text/plain; charset=utf-8", "ok\n"),
             "/metrics" => reply(prometheus::CONTENT_TYPE, self.metrics().await),
             "/status.json" => reply("application/json", self.status().to_string()),

@@ -7,6 +7,7 @@ mod disk_map;
 mod error;
 mod http;
 mod listener;
+mod page;
 mod prometheus;
 mod status;
 

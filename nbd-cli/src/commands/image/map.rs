@@ -4,26 +4,29 @@ mod entry;
 mod export;
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use clap::Args;
 use imgfmt::{Content, Extent, ExtentKind, Format, GuestOffset, GuestRange, Image};
+use nbd_jobs::chart::Chart;
 use nbd_jobs::image_location::ImageLocation;
 
 use self::entry::MapEntry;
 use super::location;
 use super::open::OpenArgs;
-use crate::chart::Chart;
 use crate::connect::ServerArgs;
+use crate::drawing::Drawing;
 use crate::error::{CommandError, Outcome};
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat};
-use crate::terminal::{self, ColorChoice};
+use crate::terminal::ColorChoice;
 
 const AFTER_HELP: &str = "\
 Examples:
   nbd-cli image map disk.qcow2
   nbd-cli image map --json overlay.qcow2
   nbd-cli image map --chart overlay.qcow2
+  nbd-cli image map --svg overlay.svg overlay.qcow2
   nbd-cli image map nbd://localhost/disk
 
 Columns of the text: offset and length on the disk in bytes, the layer (0 is the image itself, 1 its
@@ -48,6 +51,11 @@ pub struct MapArgs {
     #[arg(long)]
     pub chart: bool,
 
+    /// Write a picture of the disk (SVG) to a file, or to standard output (-). An existing file is
+    /// replaced only if it is such a picture.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "chart"])]
+    pub svg: Option<PathBuf>,
+
     /// When to colour the chart.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
     pub color: ColorChoice,
@@ -68,7 +76,7 @@ pub struct MapArgs {
 struct MapPrinter {
     format: ReportFormat,
     /// The chart, if one is drawn instead; begun with the first entry.
-    drawing: Option<(Option<Chart>, ColorChoice)>,
+    drawing: Option<(Option<Chart>, Drawing)>,
     pending: Option<MapEntry>,
     separator: &'static str,
 }
@@ -77,7 +85,8 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
     let location = location::parse_one(&args.path, &args.server, &args.open.trust)?;
     let format = ReportFormat::from_json_flag(args.json);
     let mut output = Output::new();
-    let drawing = args.chart.then_some((None, args.color));
+    let drawing = Drawing::requested(args.chart, args.color, args.svg.as_deref());
+    let drawing = drawing.map(|drawing| (None, drawing));
     let mut report = MapPrinter { format, drawing, pending: None, separator: "[" };
     let options = args.share.apply(args.open.options_with(&args.server));
     let (location, options) = location.settled(&options, &args.server.remotes())?;
@@ -96,7 +105,7 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
             }
         }
     }
-    report.end(&mut output)?;
+    report.end(args, &mut output)?;
     output.finish()?;
     Ok(Outcome::Success)
 }
@@ -165,8 +174,8 @@ fn parts(
 impl MapPrinter {
     /// `size` is that of the disk.
     fn add(&mut self, size: u64, entry: MapEntry, output: &mut Output) -> Result<(), CommandError> {
-        if let Some((chart, _)) = &mut self.drawing {
-            let chart = chart.get_or_insert_with(|| Chart::new(size, terminal::columns()));
+        if let Some((chart, drawing)) = &mut self.drawing {
+            let chart = chart.get_or_insert_with(|| drawing.begin(size));
             chart.add(entry.start, entry.length, entry.class());
             return Ok(());
         }
@@ -190,11 +199,10 @@ impl MapPrinter {
         }
     }
 
-    fn end(mut self, output: &mut Output) -> Result<(), CommandError> {
-        if let Some((chart, color)) = self.drawing {
-            let chart = chart.unwrap_or_else(|| Chart::new(0, terminal::columns()));
-            let lines = chart.lines(terminal::character_set(), terminal::color(color));
-            return lines.iter().try_for_each(|line| output.line(line));
+    fn end(mut self, args: &MapArgs, output: &mut Output) -> Result<(), CommandError> {
+        if let Some((chart, drawing)) = self.drawing {
+            let chart = chart.unwrap_or_else(|| drawing.begin(0));
+            return drawing.finish(&chart, &args.path.to_string_lossy(), output);
         }
         if let Some(last) = self.pending.take() {
             self.write(&last, output)?;

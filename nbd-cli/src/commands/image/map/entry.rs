@@ -1,8 +1,7 @@
 //! The entries of a map.
 
+use nbd_jobs::chart::Class;
 use serde::Serialize;
-
-use crate::context::Class;
 
 /// A range of the disk, with the keys of qemu-img.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
