@@ -6,7 +6,7 @@ use clap::{ArgAction, Parser, Subcommand};
 use crate::commands::mount;
 use crate::commands::{
     attach, backup, bench, bitmap, checksum, completions, control, copy, detach, devices, image,
-    info, list_meta, map, qemu_nbd, restore, serve, tls,
+    info, list_meta, map, qemu_nbd, restore, serve, tls, top,
 };
 
 pub use crate::logging::{LogArgs, LogFormat};
@@ -83,6 +83,8 @@ pub enum Command {
     Devices(devices::DevicesArgs),
     /// Inspect and control a running server
     Control(control::ControlArgs),
+    /// Show what a running server does, live
+    Top(top::TopArgs),
     /// Create, inspect, convert and change disk images
     Image(image::ImageArgs),
     /// List, add, merge and change the dirty bitmaps of an image

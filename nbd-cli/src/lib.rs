@@ -20,6 +20,7 @@ pub mod locking;
 mod logging;
 mod output;
 mod progress;
+mod screen;
 mod serving;
 mod shown;
 mod signals;
@@ -111,6 +112,7 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::Detach(args) => commands::detach::run(&args),
         Command::Devices(args) => commands::devices::run(&args),
         Command::Control(args) => commands::control::run(&args),
+        Command::Top(args) => commands::top::run(&args),
         Command::Backup(args) => commands::backup::run(args),
         Command::Restore(args) => commands::restore::run(&args),
         Command::Image(args) => commands::image::run(args),

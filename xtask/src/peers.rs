@@ -42,6 +42,7 @@ const PEERS: &[Peer] = &[
     Peer { program: "zsh", package: "zsh" },
     Peer { program: "fish", package: "fish" },
     Peer { program: "busybox", package: "busybox-static" },
+    Peer { program: "script", package: "bsdutils" },
     Peer { program: "ldd", package: "libc-bin" },
     // In a directory that is not on every user's search path.
     Peer { program: "/sbin/mke2fs", package: "e2fsprogs" },

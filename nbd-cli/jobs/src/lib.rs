@@ -25,7 +25,7 @@
 //! [`bench`](mod@bench) generates load and measures it. [`control`] sends requests to a running `nbd-cli
 //! serve`; with the feature `server`, [`control::server`] is the other side, for any `nbd-server`, and
 //! [`serving`] makes exports of images. The feature `monitor` serves metrics and a status page of any
-//! `nbd-server`; with the feature `devices`, `devices` attaches kernel devices (`/dev/nbdX`), and
+//! `nbd-server`, and has `watch`, which looks at one; with the feature `devices`, `devices` attaches kernel devices (`/dev/nbdX`), and
 //! with the feature `mount`, `mount` shows disks as files.
 //!
 //! # Jobs
@@ -38,6 +38,9 @@
 //! Jobs are asynchronous and need a tokio runtime with timers and I/O.
 
 pub mod chart;
+pub mod status;
+#[cfg(feature = "monitor")]
+pub mod watch;
 
 mod backup;
 pub mod bench;

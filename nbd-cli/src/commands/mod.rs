@@ -20,3 +20,4 @@ pub mod qemu_nbd;
 pub mod restore;
 pub mod serve;
 pub mod tls;
+pub mod top;

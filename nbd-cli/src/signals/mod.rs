@@ -2,7 +2,7 @@
 //!
 //! *Servers* are `serve` and `qemu-nbd`. *Writers* are the commands that create or change a disk:
 //! `copy`, `backup`, `restore`, `bitmap` and `image convert`, `commit`, `rebase`, `resize` and
-//! `snapshot`. The other commands (`info`, `map`, `control` and so on) leave nothing unfinished:
+//! `snapshot`. `top` restores the terminal before a signal ends or stops it. The other commands (`info`, `map`, `control` and so on) leave nothing unfinished:
 //! there every signal but SIGPIPE and SIGXFSZ has its default effect.
 //!
 //! | signal | servers | writers |
@@ -27,6 +27,7 @@
 
 mod interruption;
 mod server;
+mod terminal;
 
 use std::sync::OnceLock;
 use std::task::{Context, Poll};
@@ -38,6 +39,7 @@ pub(crate) use self::interruption::{
     cancellation, caught, interrupter, keep, remove_if_killed, stop_if_interrupted, watch,
 };
 pub(crate) use self::server::{EndSignals, Hangup, on_hangup};
+pub(crate) use self::terminal::{TerminalSignal, on_terminal_signals};
 use crate::error::CommandError;
 
 /// Signals with which a user or a program asks another one to end.

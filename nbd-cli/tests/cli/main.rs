@@ -114,5 +114,6 @@ mod signals;
 mod status_page;
 mod timeout;
 mod tls_authority;
+mod top;
 mod verbose;
 mod words;

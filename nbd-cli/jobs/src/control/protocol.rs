@@ -127,6 +127,9 @@ pub enum Request {
         /// Whether the backup succeeded.
         outcome: Outcome,
     },
+    /// Requests, bytes, errors, latencies and queues of all exports and clients: a
+    /// [`Status`](crate::status::Status)
+    Statistics {},
     /// Read the configuration file again
     Reload {},
     /// Stop the server as SIGTERM does

@@ -8,7 +8,6 @@ use http_body_util::Full;
 use hyper::body::Bytes;
 use hyper::header::{self, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
-use nbd_proto::wire::TransmissionFlags;
 use nbd_server::ServerHandle;
 use nbd_server::export::Export;
 use percent_encoding::percent_decode_str;
@@ -17,7 +16,7 @@ use serde_json::json;
 use super::disk_map::DiskMaps;
 use super::page::page;
 use super::prometheus::{self, ExportSample};
-use super::status;
+use crate::status::Status;
 
 /// The age up to which pictures of disks are shown, to scrapers and on the page.
 const MAX_AGE_FOR_METRICS: Duration = Duration::from_secs(30);
@@ -64,7 +63,7 @@ impl Site {
             "/" => reply("text/html; charset=utf-8", page()),
             "/healthz" => reply("text/plain; charset=utf-8", "ok\n"),
             "/metrics" => reply(prometheus::CONTENT_TYPE, self.metrics().await),
-            "/status.json" => reply("application/json", self.status().to_string()),
+            "/status.json" => self.status(),
             "/map.json" => self.map(request.uri().query().unwrap_or_default()).await,
             _ => refusal(
                 StatusCode::NOT_FOUND,
@@ -113,13 +112,11 @@ impl Site {
         prometheus::text(&server, &samples)
     }
 
-    fn status(&self) -> serde_json::Value {
-        let exports = self.exports();
-        status::json(&self.server.statistics(), |name| {
-            let (_, export) = exports.iter().find(|(found, _)| found == name)?;
-            let info = export.info();
-            Some((info.size, info.flags.contains(TransmissionFlags::READ_ONLY)))
-        })
+    fn status(&self) -> Reply {
+        match serde_json::to_string(&Status::of(&self.server)) {
+            Ok(text) => reply("application/json", text),
+            Err(_) => refusal(StatusCode::INTERNAL_SERVER_ERROR, "the numbers cannot be written\n"),
+        }
     }
 
     async fn map(&self, query: &str) -> Reply {

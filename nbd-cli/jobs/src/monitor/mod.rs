@@ -9,7 +9,6 @@ mod http;
 mod listener;
 mod page;
 mod prometheus;
-mod status;
 
 use std::sync::Arc;
 

@@ -2,12 +2,12 @@
 //! lines than this file, and its own counters.
 
 use std::fmt::Write as _;
-use std::time::{Duration, SystemTime};
 
 use nbd_server::ServerStatistics;
 use nbd_server::statistics::{ExportStatistics, LatencyHistogram};
 
 use super::disk_map::{Allocation, DiskMap};
+use crate::status::seconds_since_1970;
 
 /// The type of the text.
 pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -146,11 +146,6 @@ impl Allocation {
             ("hole,zero", sum(&self.hole_zero)),
         ]
     }
-}
-
-/// Seconds since 1970; 0 for times before.
-pub(super) fn seconds_since_1970(time: SystemTime) -> f64 {
-    time.duration_since(SystemTime::UNIX_EPOCH).as_ref().map_or(0.0, Duration::as_secs_f64)
 }
 
 #[derive(Default)]

@@ -6,6 +6,7 @@ use imgfmt::Format;
 use nbd_proto::wire::TransmissionFlags;
 use nbd_server::export::ExportEntry;
 use nbd_server::{ClientStatistics, InUse, RemoveError};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::bitmaps;
@@ -17,6 +18,7 @@ use super::event::ControlEvent;
 use crate::control::{
     ClientState, ErrorKind, ExportState, Failure, Lifetime, Listing, OnUse, Request, Traffic,
 };
+use crate::status::Status;
 
 impl Controller {
     /// Executes a request.
@@ -29,13 +31,13 @@ impl Controller {
             // It adds and removes exports itself.
             return (self.reload)().await;
         }
+        if matches!(request, Request::Statistics {}) {
+            // It waits for no other request.
+            return encoded(Status::of(&self.server));
+        }
         let mut disks = self.disks.lock().await;
         match request {
-            Request::List {} => {
-                let listing = self.list(&disks).await?;
-                serde_json::to_value(listing)
-                    .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))
-            }
+            Request::List {} => encoded(self.list(&disks).await?),
             Request::AddExport { name, source, read_only, format, description } => {
                 let format = format.as_deref().map(known_format).transpose()?;
                 let source = RequestedSource { name, source, read_only, format };
@@ -241,6 +243,10 @@ fn known_format(name: &str) -> Result<Format, Failure> {
         let message = format!("there is no format '{name}'; use raw or qcow2");
         Failure::new(ErrorKind::InvalidRequest, message)
     })
+}
+
+fn encoded(result: impl Serialize) -> Result<Value, Failure> {
+    serde_json::to_value(result).map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))
 }
 
 fn seconds(time: SystemTime) -> u64 {

@@ -1,0 +1,140 @@
+//! Where the numbers of a server come from.
+
+use std::fmt;
+use std::io;
+use std::net::{TcpStream, ToSocketAddrs as _};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use super::http;
+use crate::control::{Request, call};
+use crate::monitor::MetricsAddress;
+use crate::status::Status;
+use crate::{JobError, JobErrorKind};
+
+/// Time limit of each step of a request over HTTP.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A running server: its control socket, or the address of its metrics.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WatchSource {
+    /// The path of the control socket (`serve --control`).
+    Control(PathBuf),
+    /// The address of the metrics (`serve --metrics`).
+    Metrics(MetricsAddress),
+}
+
+impl FromStr for WatchSource {
+    type Err = String;
+
+    /// `[HOST:]PORT`, `http://HOST:PORT` and `unix:PATH` are addresses of metrics; everything else
+    /// is the path of a control socket.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let web = text.strip_prefix("http://").map(|rest| rest.trim_end_matches('/'));
+        match web.unwrap_or(text).parse() {
+            Ok(address) => Ok(Self::Metrics(address)),
+            Err(why) if web.is_some() || text.starts_with("unix:") => Err(why),
+            Err(_) if text.is_empty() => Err("the name of the server is empty".to_owned()),
+            Err(_) => Ok(Self::Control(text.into())),
+        }
+    }
+}
+
+impl fmt::Display for WatchSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Control(path) => write!(f, "{}", path.display()),
+            Self::Metrics(MetricsAddress::Unix(path)) => write!(f, "unix:{}", path.display()),
+            Self::Metrics(MetricsAddress::Tcp { host, port }) if host.contains(':') => {
+                write!(f, "[{host}]:{port}")
+            }
+            Self::Metrics(MetricsAddress::Tcp { host, port }) => write!(f, "{host}:{port}"),
+        }
+    }
+}
+
+impl WatchSource {
+    /// Asks for the numbers. Blocks; over HTTP for at most 10 s per step.
+    ///
+    /// # Errors
+    ///
+    /// If no server of ours answers there.
+    pub fn fetch(&self) -> Result<Status, JobError> {
+        let failed = |why: String| {
+            let message = format!("cannot get the numbers of the server at '{self}': {why}");
+            JobError::new(JobErrorKind::ControlSocket, message)
+        };
+        let unclear = |_| failed("its answer cannot be understood".to_owned());
+        match self {
+            Self::Control(path) => {
+                let reply = call(path, &Request::Statistics {})?;
+                serde_json::from_value(reply).map_err(unclear)
+            }
+            Self::Metrics(address) => {
+                let body = get(address).map_err(|error| {
+                    let advice = match error.kind() {
+                        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                            "; is a server running with --metrics?"
+                        }
+                        _ => "",
+                    };
+                    failed(format!("{error}{advice}"))
+                })?;
+                serde_json::from_slice(&body).map_err(unclear)
+            }
+        }
+    }
+}
+
+fn get(address: &MetricsAddress) -> io::Result<Vec<u8>> {
+    const PATH: &str = "/status.json";
+    match address {
+        MetricsAddress::Unix(path) => {
+            let stream = UnixStream::connect(path)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.set_write_timeout(Some(PATIENCE))?;
+            http::get(stream, PATH, "localhost")
+        }
+        MetricsAddress::Tcp { host, port } => {
+            let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+            for socket in (host.as_str(), *port).to_socket_addrs()? {
+                match TcpStream::connect_timeout(&socket, PATIENCE) {
+                    Ok(stream) => {
+                        stream.set_read_timeout(Some(PATIENCE))?;
+                        stream.set_write_timeout(Some(PATIENCE))?;
+                        return http::get(stream, PATH, &socket.to_string());
+                    }
+                    Err(error) => last = error,
+                }
+            }
+            Err(last)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_told_from_paths() {
+        let tcp = |host: &str, port| MetricsAddress::Tcp { host: host.to_owned(), port };
+        for (text, address) in [
+            ("9810", tcp("127.0.0.1", 9810)),
+            ("host:1", tcp("host", 1)),
+            ("http://[::1]:9810/", tcp("::1", 9810)),
+            ("unix:/run/m", MetricsAddress::Unix("/run/m".into())),
+        ] {
+            assert_eq!(text.parse(), Ok(WatchSource::Metrics(address)), "{text}");
+        }
+        for path in ["/run/nbd.control", "nbd.control", "./9810", "a:b"] {
+            assert_eq!(path.parse(), Ok(WatchSource::Control(path.into())), "{path}");
+        }
+        for wrong in ["", "unix:", "http://", "http://host"] {
+            assert!(wrong.parse::<WatchSource>().is_err(), "{wrong}");
+        }
+        assert_eq!("[::1]:5".parse::<WatchSource>().map(|it| it.to_string()), Ok("[::1]:5".into()));
+    }
+}

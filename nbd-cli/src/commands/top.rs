@@ -1,0 +1,222 @@
+//! `nbd-cli top`: what a running server does, live.
+
+use std::io::IsTerminal as _;
+use std::sync::mpsc::{self, Sender};
+use std::time::Duration;
+
+use clap::Args;
+use nbd_jobs::JobError;
+use nbd_jobs::chart::Color;
+use nbd_jobs::status::Status;
+use nbd_jobs::watch::{Activity, Line, LineKind, Order, WatchSource, table};
+
+use crate::error::{CommandError, Outcome};
+use crate::output::Output;
+use crate::screen::Screen;
+use crate::signals::{TerminalSignal, on_terminal_signals};
+use crate::size::parse_duration;
+use crate::terminal::{self, ColorChoice};
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli top /run/nbd.control
+  nbd-cli top 127.0.0.1:9810
+  nbd-cli top --once --sort latency unix:/run/nbd.metrics
+  nbd-cli top --json --interval 10 /run/nbd.control >> load.json
+
+Keys: q ends, s sorts by the next value, p pauses.
+
+Rates are those of the last interval. Latencies, from the arrival of a request until its reply is
+ready, are upper bounds, exact to a factor of two; 99 of 100 requests took no longer than P99.";
+
+/// Arguments of `nbd-cli top`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct TopArgs {
+    /// The server: the path of its control socket (serve --control), or the address of its metrics
+    /// (serve --metrics): HOST:PORT, PORT or unix:PATH.
+    #[arg(value_name = "CONTROL|ADDRESS")]
+    pub source: WatchSource,
+
+    /// Print the activity of one interval as text, and end.
+    #[arg(long)]
+    pub once: bool,
+
+    /// Print one JSON object per interval and line; with --once, a single one.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Time between two looks at the server, such as 500ms or 5s.
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_duration)]
+    pub interval: Duration,
+
+    /// The value that sorts exports and clients: throughput, requests, latency, queue, errors or name.
+    #[arg(long, value_name = "VALUE", default_value = "throughput")]
+    pub sort: Order,
+
+    /// When to use colours.
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
+    pub color: ColorChoice,
+}
+
+pub(crate) fn run(args: &TopArgs) -> Result<Outcome, CommandError> {
+    let before = args.source.fetch()?;
+    if args.once || args.json {
+        return print(args, before);
+    }
+    if !std::io::stdout().is_terminal() {
+        return Err(CommandError::new(
+            "standard output is not a terminal; give --once or --json to print the numbers",
+        ));
+    }
+    Session::new(args, before).run()
+}
+
+/// Prints the activity of one interval, or of all.
+fn print(args: &TopArgs, mut before: Status) -> Result<Outcome, CommandError> {
+    loop {
+        std::thread::sleep(args.interval);
+        let now = args.source.fetch()?;
+        let mut activity = Activity::between(&before, &now);
+        args.sort.apply(&mut activity);
+        let mut output = Output::new();
+        if args.json {
+            let line = serde_json::to_string(&activity);
+            output.line(&line.map_err(|error| CommandError::output(&error.into()))?)?;
+        } else {
+            let lines = table(&activity, terminal::columns(), None);
+            lines.iter().try_for_each(|line| output.line(line.text.trim_end()))?;
+        }
+        output.finish()?;
+        if args.once {
+            return Ok(Outcome::Success);
+        }
+        before = now;
+    }
+}
+
+/// What the display reacts to.
+enum Event {
+    Key(u8),
+    Numbers(Box<Result<Status, JobError>>),
+    Signal(TerminalSignal),
+    /// The terminal is gone.
+    NoKeys,
+}
+
+/// The display on a terminal.
+struct Session<'a> {
+    args: &'a TopArgs,
+    color: Color,
+    order: Order,
+    is_paused: bool,
+    latest: Status,
+    activity: Activity,
+    problem: Option<String>,
+}
+
+impl<'a> Session<'a> {
+    fn new(args: &'a TopArgs, first: Status) -> Self {
+        Self {
+            args,
+            color: terminal::color(args.color),
+            order: args.sort,
+            is_paused: false,
+            activity: Activity::between(&first, &first),
+            latest: first,
+            problem: None,
+        }
+    }
+
+    fn run(mut self) -> Result<Outcome, CommandError> {
+        let (sender, events) = mpsc::channel();
+        let signals = sender.clone();
+        on_terminal_signals(move |signal| {
+            // After the last event nobody listens.
+            let _ = signals.send(Event::Signal(signal));
+        })?;
+        let screen = Screen::open()?;
+        let (keys, gone) = (sender.clone(), sender.clone());
+        screen.read_keys(
+            move |key| keys.send(Event::Key(key)).is_ok(),
+            move || drop(gone.send(Event::NoKeys)),
+        )?;
+        watch(self.args, sender)?;
+        loop {
+            screen.draw(&self.lines(&screen))?;
+            // The threads that send hold a sender until they end.
+            let Ok(event) = events.recv() else { return Ok(Outcome::Success) };
+            match event {
+                Event::Key(b'q' | b'Q') | Event::NoKeys => return Ok(Outcome::Success),
+                Event::Key(b's') => self.order = self.order.next(),
+                Event::Key(b'p' | b' ') => self.is_paused = !self.is_paused,
+                Event::Key(_) | Event::Signal(TerminalSignal::Resized) => {}
+                Event::Signal(TerminalSignal::Stop) => screen.stop()?,
+                Event::Signal(TerminalSignal::End(signal)) => {
+                    return Ok(Outcome::Status(signal.exit_status()));
+                }
+                Event::Numbers(numbers) => self.note(*numbers),
+            }
+        }
+    }
+
+    fn note(&mut self, numbers: Result<Status, JobError>) {
+        match numbers {
+            Ok(now) => {
+                if !self.is_paused {
+                    self.activity = Activity::between(&self.latest, &now);
+                }
+                self.latest = now;
+                self.problem = None;
+            }
+            Err(error) => self.problem = Some(CommandError::from(error).to_string()),
+        }
+    }
+
+    fn lines(&mut self, screen: &Screen) -> Vec<String> {
+        self.order.apply(&mut self.activity);
+        let (columns, rows) = screen.size();
+        // The last line has the keys.
+        let found = table(&self.activity, columns, Some(rows.saturating_sub(2)));
+        let mut lines: Vec<_> = found.iter().map(|line| self.styled(line, columns)).collect();
+        lines.truncate(rows.saturating_sub(2));
+        lines.push(String::new());
+        let paused = if self.is_paused { " [paused]" } else { "" };
+        let (order, source) = (self.order.name(), &self.args.source);
+        lines.push(match &self.problem {
+            Some(problem) => self.with("\x1b[31m", &format!("The numbers are old: {problem}")),
+            None => format!("q quit  s sort: {order}  p pause{paused}  {source}"),
+        });
+        lines
+    }
+
+    fn styled(&self, line: &Line, columns: usize) -> String {
+        match line.kind {
+            LineKind::Plain => line.text.clone(),
+            LineKind::Heads => self.with("\x1b[7m", &format!("{:columns$}", line.text)),
+        }
+    }
+
+    fn with(&self, start: &str, text: &str) -> String {
+        match self.color {
+            Color::On => format!("{start}{text}\x1b[0m"),
+            Color::Off => text.to_owned(),
+        }
+    }
+}
+
+/// Starts a thread that looks at the server until nobody wants the numbers any more.
+fn watch(args: &TopArgs, sender: Sender<Event>) -> Result<(), CommandError> {
+    let (source, interval) = (args.source.clone(), args.interval);
+    let thread = std::thread::Builder::new().name("watch".to_owned());
+    let thread = thread.spawn(move || {
+        loop {
+            std::thread::sleep(interval);
+            if sender.send(Event::Numbers(Box::new(source.fetch()))).is_err() {
+                return;
+            }
+        }
+    });
+    let failed = |error| CommandError::new(format!("cannot start a thread: {error}"));
+    thread.map(drop).map_err(failed)
+}
