@@ -38,6 +38,7 @@
 //! Jobs are asynchronous and need a tokio runtime with timers and I/O.
 
 pub mod chart;
+pub mod graph;
 pub mod status;
 #[cfg(feature = "monitor")]
 pub mod watch;

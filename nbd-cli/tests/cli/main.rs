@@ -46,6 +46,7 @@ mod image_convert_existing;
 mod image_convert_nbd;
 mod image_create;
 mod image_foreign_formats;
+mod image_graph;
 mod image_in_use;
 mod image_info_details;
 mod image_json;

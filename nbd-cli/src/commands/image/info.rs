@@ -2,6 +2,7 @@
 
 mod backup;
 mod encryption;
+mod graph;
 
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
@@ -14,6 +15,7 @@ use imgfmt::{
     Qcow2Version, Recording,
 };
 use nbd_client::Scope;
+use nbd_jobs::graph::graph as draw;
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::qemu_name::has_scheme;
 use nbd_proto::NbdUri;
@@ -31,16 +33,18 @@ use crate::error::{CommandError, Outcome};
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable};
 use crate::size::{exact, rounded};
+use crate::terminal;
 
 const AFTER_HELP: &str = "\
 Examples:
   nbd-cli image info disk.qcow2
   nbd-cli image info --json disk.qcow2
   nbd-cli image info --backing-chain overlay.qcow2
+  nbd-cli image info --graph overlay.qcow2
   nbd-cli image info nbd://localhost/disk
 
 Only the file itself is read: the backing file and the data file that it names are not opened, unless
---backing-chain is given.";
+--backing-chain or --graph is given.";
 
 /// Arguments of `nbd-cli image info`.
 #[derive(Debug, Args)]
@@ -52,6 +56,10 @@ pub struct InfoArgs {
     /// Describe the whole chain of backing files as well.
     #[arg(long)]
     pub backing_chain: bool,
+
+    /// Draw the chain of backing files, with their data files, sizes, space and dates.
+    #[arg(long, conflicts_with = "json")]
+    pub graph: bool,
 
     /// Print JSON.
     #[arg(long)]
@@ -145,6 +153,15 @@ pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
     let location = location::parse_one(&args.path, &args.server, &args.open.trust)?;
     let layers = layers(args, location).map_err(advise_sharing)?;
     let mut output = Output::new();
+    if args.graph {
+        let nodes = (0..).zip(&layers);
+        let nodes = nodes.flat_map(|(index, it)| graph::nodes(&it.location, &it.info, index == 0));
+        let drawn =
+            draw(&nodes.collect::<Vec<_>>(), terminal::columns(), terminal::character_set());
+        drawn.iter().try_for_each(|line| output.line(line))?;
+        output.finish()?;
+        return Ok(Outcome::Success);
+    }
     match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json if args.backing_chain => {
             let all: Result<Vec<_>, _> = layers.iter().map(Found::json).collect();
@@ -187,7 +204,8 @@ struct Found {
 /// Returns the image and, on request, everything below it.
 fn layers(args: &InfoArgs, location: ImageLocation) -> Result<Vec<Found>, CommandError> {
     let mut options = args.share.apply(args.open.options_with(&args.server));
-    if args.backing_chain {
+    let whole_chain = args.backing_chain || args.graph;
+    if whole_chain {
         // Checks that every name may be followed, and that there is no cycle.
         location.open(&options, &args.server.remotes())?;
     }
@@ -197,7 +215,7 @@ fn layers(args: &InfoArgs, location: ImageLocation) -> Result<Vec<Found>, Comman
     };
     let info = location.inspect(&options, &args.server.remotes())?;
     let mut layers = vec![Found { location, info, server }];
-    while args.backing_chain
+    while whole_chain
         && let Some(above) = layers.last()
         && let Some(qcow2) = &above.info.qcow2
         && let Some((location, format)) = above.location.backing(recorded_backing(qcow2))?
