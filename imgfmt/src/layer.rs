@@ -11,6 +11,7 @@ use crate::lease::Lease;
 use crate::mapping::{Content, Encoded, FileSpan, Holes, Lookup, Mapped, Mapping};
 use crate::storage::{Capabilities, Durability, Speed, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
+use crate::write_map::WriteMap;
 
 /// An open image of one format, as the layer above it sees it and as [`Image`](crate::Image) reads it.
 /// A format that is only read needs nothing else. Every range handed in lies within
@@ -58,6 +59,11 @@ pub(crate) trait WritableLayer: Layer {
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()>;
     /// Writes if that needs neither waiting nor new space; says whether it did.
     fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite>;
+    /// Finds the place of a write that somebody else carries out, in whole and durable only after a flush;
+    /// `None` if there is not one such place, or if that takes waiting.
+    fn map_write(&self, _offset: GuestOffset, _length: u64) -> Result<Option<WriteMap>> {
+        Ok(None)
+    }
     /// Writes whole clusters, compressed where the format can.
     fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
         self.write_at(offset, data, Durability::Cached)

@@ -90,6 +90,7 @@ mod sys;
 pub mod testing;
 mod unfinished;
 mod units;
+mod write_map;
 pub mod zero;
 
 pub use access::{Access, BitmapDurability, Locking};
@@ -118,4 +119,5 @@ pub use sidecar::{BitmapDurabilityStatus, RecoveryPrecision};
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
 pub use unfinished::Unfinished;
 pub use units::{GuestOffset, GuestRange, HostOffset};
+pub use write_map::WriteMap;
 pub use zero::is_zero;

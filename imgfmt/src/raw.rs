@@ -9,6 +9,7 @@ use crate::mapping::{Content, FileSpan, Mapped};
 use crate::probe::{PROBE_LENGTH, probe};
 use crate::storage::{Capabilities, Durability, Speed, Storage, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
+use crate::write_map::WriteMap;
 
 /// Whether the first sector is kept from looking like another format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,6 +118,13 @@ impl WritableLayer for Raw {
     fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite> {
         self.write_at(offset, data, Durability::Cached)?;
         Ok(TryWrite::Complete)
+    }
+
+    fn map_write(&self, offset: GuestOffset, length: u64) -> Result<Option<WriteMap>> {
+        if self.first_sector.is_some() && offset.bytes() < PROBE_LENGTH as u64 {
+            return Ok(None);
+        }
+        Ok(WriteMap::new(&self.storage, host(offset), length))
     }
 
     fn write_zeroes(

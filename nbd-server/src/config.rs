@@ -41,8 +41,8 @@ pub struct ServerConfig {
     /// request in flight and costs CPU time. Polling stops as soon as requests arrive more slowly,
     /// and at most half of the cores poll. Zero: never. Default: 32.768 us.
     pub busy_poll: Duration,
-    /// Whether reads that have to wait for a disk may use io_uring; where the system lacks or forbids it,
-    /// or this does, a pool of threads reads. Default: true.
+    /// Whether reads that have to wait for a disk, and writes past the page cache, may use io_uring; where
+    /// the system lacks or forbids it, or this does, a pool of threads reads and writes. Default: true.
     pub io_uring: bool,
     /// Time without progress after which a client is closed that has sent a part of a request or
     /// has not received its replies (up to a quarter longer); its share of the budgets is then

@@ -1,11 +1,16 @@
-//! Reads that have to wait for a disk, through io_uring: one ring for each worker thread.
+//! Reads and writes that have to wait for a disk, through io_uring: one ring for each worker thread.
 //!
-//! A connection starts all reads of a turn with one system call, and a task of the same thread takes the
-//! results, so no other thread is woken. Reads that a ring cannot carry out completely (errors, ends of
-//! files) go back to the pool of threads. Without io_uring, or if the configuration switches it off, the
-//! pool does everything.
+//! A connection starts all those of a turn with one system call, and a task of the same thread takes the
+//! results, so no other thread is woken. What a ring cannot carry out completely (errors, ends of files)
+//! goes back to the pool of threads. Without io_uring, or if the configuration switches it off, the pool
+//! does everything.
+//!
+//! A write keeps its place until the kernel has reported its end, whatever becomes of the client, the
+//! server or the ring: if it could still reach the disk later, it might overwrite what another write has
+//! put there meanwhile.
 
 mod share;
+mod work;
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,34 +19,13 @@ use std::time::{Duration, Instant};
 use tokio::io::unix::AsyncFd;
 
 use crate::error::system_words;
-use crate::export::PlacedRead;
-use crate::sys::uring::{Ended, READS_MAX, Ring};
-use share::{ReaderId, Shares};
+use crate::sys::uring::{Ended, Ring, TRANSFERS_MAX};
+use share::{LaneId, Shares};
+use work::{Flight, Layout, Outcome, Work};
+pub(crate) use work::{Reader, RingRead, RingWrite, Writer};
 
 /// How long a worker that ends waits for the reads of clients that have left.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// A read to be carried out: bytes of one file, between bytes that are known already.
-pub(crate) struct RingRead {
-    /// Where the bytes are. It is kept until they have arrived.
-    pub(crate) placed: Box<dyn PlacedRead>,
-    /// The [number](PlacedRead::file) of the file, and the offset and the length of the bytes in it.
-    pub(crate) number: usize,
-    pub(crate) offset: u64,
-    pub(crate) length: usize,
-    /// The bytes before and after them.
-    pub(crate) head: Vec<u8>,
-    pub(crate) tail: Vec<u8>,
-}
-
-/// The receiver of a read.
-pub(crate) trait Reader: Send {
-    /// All bytes: the head, those of the file, and the tail.
-    fn filled(self: Box<Self>, bytes: Vec<u8>);
-
-    /// The ring has not read it: the pool has to.
-    fn failed(self: Box<Self>);
-}
 
 /// The ring of a worker thread, if it has one. Clones refer to the same ring.
 #[derive(Clone, Default)]
@@ -53,41 +37,22 @@ impl std::fmt::Debug for RingHandle {
     }
 }
 
-/// One connection's place among the others of its ring. Reads that wait there go when this is dropped.
+/// One connection's place among the others of its ring. What waits there goes when this is dropped, except
+/// writes that are wanted all the same.
 #[derive(Debug)]
 pub(crate) struct RingLane {
     ring: RingHandle,
-    id: ReaderId,
+    id: LaneId,
 }
 
 struct State {
     ring: Ring,
-    /// The waiting reads, and the started reads of each connection.
-    shares: Shares<(RingRead, Box<dyn Reader>)>,
-    /// The started reads, by their numbers.
-    reads: Vec<Option<(Flight, Box<dyn Reader>)>>,
+    /// What waits, and what each connection has started.
+    shares: Shares<Work>,
+    /// What has started, by its number: the connection, the bytes that it counts for, and the rest.
+    flights: Vec<Option<(LaneId, usize, Flight)>>,
     /// The ring has failed and is not used any more.
     is_broken: bool,
-}
-
-/// The receiver, and the bytes; `None` if the pool has to read them.
-type Outcome = (Box<dyn Reader>, Option<Vec<u8>>);
-
-/// A started read: its receiver, and what it holds until it has ended.
-struct Flight {
-    /// The connection, and how many of its bytes the read counts for.
-    id: ReaderId,
-    length: usize,
-    /// The file and the lease are let go when it has ended.
-    _placed: Box<dyn PlacedRead>,
-    layout: Layout,
-}
-
-enum Layout {
-    /// They are read directly into their place.
-    InPlace { length: usize, tail: Vec<u8> },
-    /// Whole blocks are read: the bytes begin at byte `at` of the buffer, after `skipped` others.
-    InBlocks { at: usize, skipped: usize, length: usize, head: Vec<u8>, tail: Vec<u8> },
 }
 
 impl RingHandle {
@@ -95,10 +60,10 @@ impl RingHandle {
     pub(crate) fn new() -> std::io::Result<(Self, RingDriver)> {
         let ring = Ring::new()?;
         let descriptor = ring.watch()?;
-        let mut reads = Vec::new();
-        reads.resize_with(READS_MAX, || None);
-        let shares = Shares::new(READS_MAX);
-        let state = Arc::new(Mutex::new(State { ring, shares, reads, is_broken: false }));
+        let mut flights = Vec::new();
+        flights.resize_with(TRANSFERS_MAX, || None);
+        let shares = Shares::new(TRANSFERS_MAX);
+        let state = Arc::new(Mutex::new(State { ring, shares, flights, is_broken: false }));
         Ok((Self(Some(Arc::clone(&state))), RingDriver { descriptor, state }))
     }
 
@@ -116,25 +81,44 @@ impl RingHandle {
 impl RingLane {
     /// Begins a read, or has it wait for its turn.
     pub(crate) fn read(&self, read: RingRead, reader: Box<dyn Reader>) {
-        let Some(mut state) = self.ring.lock() else { return reader.failed() };
-        let failed = state.read(self.id, read, reader);
-        drop(state);
-        failed.into_iter().for_each(Reader::failed);
+        self.begin(Work::Read(read, reader));
     }
 
-    /// Submits the reads that have begun to the kernel.
+    /// Begins a write, or has it wait for its turn.
+    pub(crate) fn write(&self, write: RingWrite, writer: Box<dyn Writer>) {
+        self.begin(Work::Write(write, writer));
+    }
+
+    fn begin(&self, work: Work) {
+        let Some(mut state) = self.ring.lock() else { return work.refuse().deliver() };
+        let failed = state.push(self.id, work);
+        drop(state);
+        failed.into_iter().for_each(Outcome::deliver);
+    }
+
+    /// Submits what has begun to the kernel.
     pub(crate) fn submit(&self) {
         let Some(mut state) = self.ring.lock() else { return };
         let failed = state.submit();
         drop(state);
-        failed.into_iter().for_each(Reader::failed);
+        failed.into_iter().for_each(Outcome::deliver);
+    }
+
+    /// Whether nothing waits or is under way, of any connection.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.ring
+            .lock()
+            .is_none_or(|state| state.ring.in_flight() == 0 && !state.shares.has_waiting())
     }
 }
 
 impl Drop for RingLane {
     fn drop(&mut self) {
+        let close = |mut state: MutexGuard<'_, State>| {
+            state.shares.close(self.id, Work::outlives_connection)
+        };
         // Their files and leases are released without the lock.
-        let abandoned = self.ring.lock().map(|mut state| state.shares.close(self.id));
+        let abandoned = self.ring.lock().map(close);
         drop(abandoned);
     }
 }
@@ -144,40 +128,41 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 impl State {
-    /// Begins a read, or queues it; the receivers of reads that the ring cannot do come back.
-    fn read(
-        &mut self,
-        id: ReaderId,
-        read: RingRead,
-        reader: Box<dyn Reader>,
-    ) -> Vec<Box<dyn Reader>> {
+    /// Begins work, or queues it; what the ring cannot do comes back.
+    fn push(&mut self, id: LaneId, work: Work) -> Vec<Outcome> {
         if self.is_broken {
-            return vec![reader];
+            return vec![work.refuse()];
         }
-        self.shares.push(id, read.length, (read, reader));
+        self.shares.push(id, work.length(), work);
         self.start()
     }
 
-    /// Begins those reads whose turn it is; the receivers of reads that the ring cannot do come back.
-    fn start(&mut self) -> Vec<Box<dyn Reader>> {
+    /// Begins the work whose turn it is; what the ring cannot do comes back.
+    fn start(&mut self) -> Vec<Outcome> {
         let mut failed = Vec::new();
-        while let Some((id, length, (read, reader))) = self.shares.pop() {
-            if let Err(reader) = self.begin((id, length), read, reader) {
-                self.shares.finish(id, length);
-                failed.push(reader);
+        while let Some((id, length, work)) = self.shares.pop() {
+            let begun = match work {
+                Work::Read(read, reader) => self.begin_read(read, reader),
+                Work::Write(write, writer) => self.begin_write(write, writer),
+            };
+            match begun {
+                Ok((number, flight)) => self.flights[number] = Some((id, length, flight)),
+                Err(outcome) => {
+                    self.shares.finish(id, length);
+                    failed.push(outcome);
+                }
             }
         }
         failed
     }
 
-    fn begin(
+    fn begin_read(
         &mut self,
-        (id, counted): (ReaderId, usize),
         read: RingRead,
         reader: Box<dyn Reader>,
-    ) -> Result<(), Box<dyn Reader>> {
+    ) -> Result<(usize, Flight), Outcome> {
         let RingRead { placed, number, offset, length, head, tail } = read;
-        let Some(file) = placed.file(number) else { return Err(reader) };
+        let Some(file) = placed.file(number) else { return Err(Outcome::Unread(reader)) };
         let (begun, layout) = if file.offset_alignment == 1 && file.memory_alignment == 1 {
             let at = head.len();
             let mut buffer = head;
@@ -190,7 +175,7 @@ impl State {
             let start = offset - offset % block;
             let skipped = (offset - start) as usize;
             let Some(blocks) = (skipped + length).checked_next_multiple_of(block as usize) else {
-                return Err(reader);
+                return Err(Outcome::Unread(reader));
             };
             // Never resized, so it stays where it is.
             let buffer = vec![0; blocks + file.memory_alignment];
@@ -198,72 +183,86 @@ impl State {
             let begun = self.ring.read(file.fd, start, (buffer, at, blocks));
             (begun, Layout::InBlocks { at, skipped, length, head, tail })
         };
-        let Ok(number) = begun else { return Err(reader) };
-        let flight = Flight { id, length: counted, _placed: placed, layout };
-        self.reads[number] = Some((flight, reader));
-        Ok(())
+        match begun {
+            Ok(number) => Ok((number, Flight::Read { placed, layout, reader })),
+            Err(_) => Err(Outcome::Unread(reader)),
+        }
     }
 
-    /// The receivers whose reads will not be done, if the ring has failed.
-    fn submit(&mut self) -> Vec<Box<dyn Reader>> {
+    fn begin_write(
+        &mut self,
+        write: RingWrite,
+        writer: Box<dyn Writer>,
+    ) -> Result<(usize, Flight), Outcome> {
+        let RingWrite { placed, payload } = write;
+        let length = payload.len();
+        let Some((fd, offset, alignment)) = work::target(&*placed, length) else {
+            drop(placed);
+            return Err(Outcome::Unwritten(writer, payload));
+        };
+        let (buffer, at) = work::aligned(payload, alignment);
+        let begun = self.ring.write(fd, offset, (buffer, at, length));
+        let flight = Flight::Write { placed, at, length, writer };
+        match begun {
+            Ok(number) => Ok((number, flight)),
+            Err(buffer) => Err(flight.end(buffer, None)),
+        }
+    }
+
+    /// Submits what has begun; what will not be done comes back, if the ring has failed.
+    fn submit(&mut self) -> Vec<Outcome> {
         if self.is_broken {
-            // Reads that were not submitted have no receiver any more, and their files may be closed.
+            // What was not submitted has no receiver any more, and its files may be closed.
             return Vec::new();
         }
         self.ring.submit().map_or_else(|error| self.give_up(&error), |()| Vec::new())
     }
 
-    /// The receivers of the reads that have ended, with the bytes.
+    /// What has ended.
     fn ended(&mut self) -> Vec<Outcome> {
         let ended = match self.ring.ended() {
             Ok(ended) => ended,
-            Err(error) => {
-                return self.give_up(&error).into_iter().map(|reader| (reader, None)).collect();
-            }
+            Err(error) => return self.give_up(&error),
         };
         let ended = ended.into_iter().filter_map(|Ended { number, buffer, result }| {
-            let (flight, reader) = self.reads.get_mut(number)?.take()?;
-            self.shares.finish(flight.id, flight.length);
-            Some((reader, result.ok().and_then(|read| flight.layout.finish(buffer, read))))
+            let (id, length, flight) = self.flights.get_mut(number)?.take()?;
+            self.shares.finish(id, length);
+            Some(flight.end(buffer, result.ok()))
         });
         let mut outcomes: Vec<Outcome> = ended.collect();
         if !self.is_broken {
             let failed = self.start().into_iter().chain(self.submit());
-            outcomes.extend(failed.map(|reader| (reader, None)));
+            outcomes.extend(failed);
         }
         outcomes
     }
 
-    /// Notes that the ring has failed, and returns all receivers. The kernel still finishes submitted
-    /// reads; their buffers stay until then.
-    fn give_up(&mut self, error: &std::io::Error) -> Vec<Box<dyn Reader>> {
+    /// Notes that the ring has failed, and returns all work but the writes that the kernel knows of: these
+    /// may still reach the disk, and so nobody else may write there until they have ended. The buffers of
+    /// what was submitted stay until then as well.
+    fn give_up(&mut self, error: &std::io::Error) -> Vec<Outcome> {
         if !std::mem::replace(&mut self.is_broken, true) {
             let error = system_words(error);
-            tracing::warn!(error, "io_uring has failed; threads read from now on");
+            tracing::warn!(error, "io_uring has failed; threads read and write from now on");
         }
-        let waiting = self.shares.give_up().into_iter().map(|(_, reader)| reader);
-        let under_way = self.reads.iter_mut().filter_map(Option::take).map(|(_, reader)| reader);
-        under_way.chain(waiting).collect()
+        let mut outcomes: Vec<Outcome> =
+            self.shares.give_up().into_iter().map(Work::refuse).collect();
+        for (number, place) in self.flights.iter_mut().enumerate() {
+            let is_at_large = |(_, _, flight): &mut (LaneId, usize, Flight)| match flight {
+                Flight::Read { .. } => true,
+                Flight::Write { .. } => self.ring.is_unsubmitted(number),
+            };
+            if let Some((_, _, flight)) = place.take_if(is_at_large) {
+                outcomes.push(flight.end(self.ring.buffer(number).to_vec(), None));
+            }
+        }
+        outcomes
     }
-}
 
-impl Layout {
-    /// Joins all bytes; `None` if some are missing.
-    fn finish(self, mut buffer: Vec<u8>, read: usize) -> Option<Vec<u8>> {
-        match self {
-            Self::InPlace { length, tail } => {
-                buffer.extend_from_slice(&tail);
-                (read == length).then_some(buffer)
-            }
-            Self::InBlocks { at, skipped, length, head, tail } => {
-                let found = buffer.get(at..at + read)?.get(skipped..skipped + length)?;
-                let mut bytes = head;
-                bytes.reserve_exact(found.len() + tail.len());
-                bytes.extend_from_slice(found);
-                bytes.extend_from_slice(&tail);
-                Some(bytes)
-            }
-        }
+    /// Whether the kernel has writes.
+    fn is_writing(&self) -> bool {
+        let flights = self.flights.iter().flatten();
+        flights.into_iter().any(|(_, _, flight)| matches!(flight, Flight::Write { .. }))
     }
 }
 
@@ -291,18 +290,20 @@ impl RingDriver {
 
     fn deliver(&self) {
         let ended = lock(&self.state).ended();
-        for (reader, bytes) in ended {
-            match bytes {
-                Some(bytes) => reader.filled(bytes),
-                None => reader.failed(),
-            }
-        }
+        ended.into_iter().for_each(Outcome::deliver);
     }
 
-    /// Waits for the reads of clients that have left, for a bounded time: a disk may hang.
+    /// Waits for the writes of clients that have left, and for their reads for a bounded time: a disk may
+    /// hang.
     pub(crate) async fn end(self) {
         let start = Instant::now();
-        while lock(&self.state).ring.in_flight() > 0 && start.elapsed() < PATIENCE {
+        let is_wanted = |state: &State| {
+            // What waits now are writes that are wanted.
+            state.is_writing()
+                || state.shares.has_waiting()
+                || state.ring.in_flight() > 0 && start.elapsed() < PATIENCE
+        };
+        while is_wanted(&lock(&self.state)) {
             let _ = tokio::time::timeout(Duration::from_millis(100), self.descriptor.readable())
                 .await
                 .map(|ready| ready.map(|mut ready| ready.clear_ready()));

@@ -12,7 +12,7 @@ use crate::acceptor::{Acceptor, MOST_UNGREETED};
 use crate::access::Access;
 use crate::budget::Budget;
 use crate::clients::Clients;
-use crate::connection::{Pauses, PollSlots, Shared};
+use crate::connection::{Pauses, Shared, Slots};
 use crate::export::{Export, ExportEntry, ExportRegistry};
 use crate::handle::ServerHandle;
 use crate::listener::Listener;
@@ -189,7 +189,8 @@ impl Server {
         let trigger = ShutdownTrigger::new();
         let shared = Shared {
             budget: Budget::new(self.config.memory_limit),
-            slots: PollSlots::new(),
+            slots: Slots::new(cores() / 2),
+            disk_slots: Slots::new(self.config.workers.get() / 2),
             exports: self.exports.clone(),
             clients: self.clients,
             access: self.access.clone(),

@@ -121,7 +121,7 @@ async fn run_with_ring(
     match made {
         Ok((ring, driver)) => {
             if index == 0 {
-                tracing::info!("reads that have to wait for a disk use io_uring");
+                tracing::info!("reads and direct writes that have to wait for a disk use io_uring");
             }
             tokio::select! {
                 () = run(receiver, thread.with_ring(ring), shared, shutdown) => {}
@@ -131,7 +131,7 @@ async fn run_with_ring(
         }
         Err(reason) => {
             if index == 0 {
-                tracing::info!(%reason, "without io_uring: threads read what is not in memory");
+                tracing::info!(%reason, "without io_uring: threads read what is not in memory, and write");
             }
             run(receiver, thread, shared, shutdown).await;
         }

@@ -4,6 +4,7 @@
 //! the disk passes through it. The image format defines how bitmaps are stored.
 
 mod bits;
+mod elsewhere;
 mod tracker;
 
 use crate::backup::{BeganAfter, Uuid};
@@ -11,7 +12,9 @@ use crate::units::GuestRange;
 
 pub use bits::DirtyBits;
 pub(crate) use bits::{Bits, GRANULARITY_BITS_MAX, GRANULARITY_BITS_MIN};
-pub(crate) use tracker::{Bitmap, Condition, ExclusiveState, Recorded, State, Tracker, WouldBlock};
+pub(crate) use tracker::{
+    Bitmap, Condition, ExclusiveState, Recorded, RecordedElsewhere, State, Tracker, WouldBlock,
+};
 
 /// Default granularity of a bitmap, in bytes.
 pub const BITMAP_GRANULARITY_DEFAULT: u64 = 64 << 10;

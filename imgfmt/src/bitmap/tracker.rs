@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::{Arc, OnceLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::elsewhere::{Counted, Elsewhere};
 use super::{Bits, Recording};
 use crate::error::{Error, Result};
 use crate::ordered_lock::{Ordered, OrderedMutex, OrderedRwLock, rank};
@@ -94,6 +95,20 @@ impl<S> State<S> {
         let _ = self.sidecar.set(sidecar);
     }
 
+    /// Notes that a range is about to change, if that needs no waiting.
+    fn try_note(&self, range: GuestRange) -> Result<Option<InFlight>, WouldBlock> {
+        if !self.is_marked.load(Acquire) {
+            return Err(WouldBlock);
+        }
+        let (start, length) = (range.offset().bytes(), range.length());
+        let in_flight = match self.sidecar.get() {
+            Some(sidecar) => Some(sidecar.try_before_change(start, length).ok_or(WouldBlock)?),
+            None => None,
+        };
+        self.live.iter().for_each(|bits| bits.set_range(range));
+        Ok(in_flight)
+    }
+
     /// The bitmaps, in the order in which they are stored.
     pub(crate) fn bitmaps(&self) -> &[Bitmap<S>] {
         &self.bitmaps
@@ -112,6 +127,15 @@ pub(crate) struct Recorded<'a, S> {
     _state: Ordered<RwLockReadGuard<'a, State<S>>>,
 }
 
+/// A change that has been noted and is carried out by no thread in particular. It must not be on its way
+/// any more when this is dropped.
+#[derive(Debug)]
+#[must_use = "the change must be over before this is dropped"]
+pub(crate) struct RecordedElsewhere {
+    _in_flight: Option<InFlight>,
+    _counted: Counted,
+}
+
 /// A change cannot be noted without waiting.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WouldBlock;
@@ -122,6 +146,7 @@ pub(crate) struct Tracker<S> {
     state: OrderedRwLock<{ rank::BITMAPS }, State<S>>,
     /// Held while the image is told that what is stored is out of date.
     marking: OrderedMutex<{ rank::MARKING }, ()>,
+    elsewhere: Arc<Elsewhere>,
 }
 
 impl<S> Tracker<S> {
@@ -131,6 +156,7 @@ impl<S> Tracker<S> {
         Self {
             state: OrderedRwLock::new(State::new(bitmaps, is_marked)),
             marking: OrderedMutex::default(),
+            elsewhere: Arc::default(),
         }
     }
 
@@ -164,16 +190,20 @@ impl<S> Tracker<S> {
         range: GuestRange,
     ) -> Result<Recorded<'_, S>, WouldBlock> {
         let state = self.state.try_read().ok_or(WouldBlock)?;
-        if !state.is_marked.load(Acquire) {
-            return Err(WouldBlock);
-        }
-        let (start, length) = (range.offset().bytes(), range.length());
-        let in_flight = match state.sidecar.get() {
-            Some(sidecar) => Some(sidecar.try_before_change(start, length).ok_or(WouldBlock)?),
-            None => None,
-        };
-        state.live.iter().for_each(|bits| bits.set_range(range));
+        let in_flight = state.try_note(range)?;
         Ok(Recorded { _in_flight: in_flight, _state: state })
+    }
+
+    /// As [`try_before_change`](Self::try_before_change), for a change that no thread waits for.
+    pub(crate) fn try_before_change_elsewhere(
+        &self,
+        range: GuestRange,
+    ) -> Result<RecordedElsewhere, WouldBlock> {
+        // Under the lock: who has it alone knows that nothing is counted.
+        let state = self.state.try_read().ok_or(WouldBlock)?;
+        let counted = self.elsewhere.begin().ok_or(WouldBlock)?;
+        let in_flight = state.try_note(range)?;
+        Ok(RecordedElsewhere { _in_flight: in_flight, _counted: counted })
     }
 
     /// The bitmaps as they are. Changes go on meanwhile.
@@ -183,6 +213,9 @@ impl<S> Tracker<S> {
 
     /// Has the bitmaps alone: every change that was noted is over, and others wait.
     pub(crate) fn exclusive(&self) -> ExclusiveState<'_, S> {
+        // What no thread carries out may need a thread that waits for this lock, so its end is waited for
+        // before.
+        let _closed = self.elsewhere.close();
         ExclusiveState { state: self.state.write() }
     }
 }

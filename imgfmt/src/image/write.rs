@@ -5,6 +5,7 @@ use crate::access::Access;
 use crate::error::Result;
 use crate::storage::{Durability, Speed, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
+use crate::write_map::WriteMap;
 
 impl Image {
     /// Writes `data` from `offset` on.
@@ -40,6 +41,22 @@ impl Image {
             return Ok(TryWrite::WouldBlock);
         }
         self.writable().try_write_at(offset, data).map_err(|error| self.name(error))
+    }
+
+    /// Finds where `length` bytes from `offset` on go, so that the caller can write them: past the page
+    /// cache, to one place of one file. `None` if [`write_at`](Self::write_at) has to do it, because the
+    /// bytes are for several places or for new ones, or because it takes waiting. What is written so is
+    /// durable after a [`flush`](Self::flush), in all cache modes.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_at`](Self::write_at).
+    pub fn map_write(&self, offset: GuestOffset, length: u64) -> Result<Option<WriteMap>> {
+        let range = self.check_change("write to", offset, length)?;
+        if range.is_empty() {
+            return Ok(None);
+        }
+        self.writable().map_write(offset, length).map_err(|error| self.name(error))
     }
 
     /// Writes whole clusters in compressed form where the format has one and it saves space; a raw

@@ -9,6 +9,7 @@ use crate::qcow2::map::lookup::span;
 use crate::qcow2::on_disk::l2::Subcluster;
 use crate::storage::{Capabilities, Durability, Speed, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
+use crate::write_map::WriteMap;
 
 impl Layer for Qcow2 {
     fn size(&self) -> u64 {
@@ -83,6 +84,14 @@ impl WritableLayer for Qcow2 {
             true => Ok(TryWrite::Complete),
             false => Ok(TryWrite::WouldBlock),
         }
+    }
+
+    fn map_write(&self, offset: GuestOffset, length: u64) -> Result<Option<WriteMap>> {
+        self.metadata.refuse_if_corrupt()?;
+        if self.flusher().is_under_pressure() {
+            return Ok(None);
+        }
+        self.map_in_place(span(offset.bytes(), offset.bytes() + length))
     }
 
     fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {

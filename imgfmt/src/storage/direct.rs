@@ -14,6 +14,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -37,7 +38,7 @@ const MEMORY_ALIGNMENT: usize = 4096;
 pub(super) struct Direct {
     file: File,
     alignment: DirectAlignment,
-    locks: RangeLocks,
+    locks: Arc<RangeLocks>,
     pool: BouncePool,
 }
 
@@ -70,7 +71,7 @@ impl Direct {
         let alignment = DirectAlignment::of(&file, device_block).map_err(open_error(path))?;
         let alignment = alignment.ok_or_else(|| no_direct_io(path))?;
         let memory = MEMORY_ALIGNMENT.max(alignment.memory as usize);
-        let (locks, pool) = (RangeLocks::default(), BouncePool::new(memory));
+        let (locks, pool) = (Arc::default(), BouncePool::new(memory));
         Ok(Self { file, alignment, locks, pool })
     }
 
@@ -85,12 +86,19 @@ impl Direct {
 
     /// Keeps blocks of a range from being read, changed and written back, while the caller changes it
     /// in another way.
-    pub(super) fn hold(&self, range: Range<u64>) -> RangeGuard<'_> {
+    pub(super) fn hold(&self, range: Range<u64>) -> RangeGuard {
         self.locks.shared(self.floor(range.start)..self.ceil(range.end).unwrap_or(u64::MAX))
     }
 
+    /// Keeps blocks of a range from being changed in another way, while somebody else writes them through
+    /// [`as_fd`](Self::as_fd); `None` if that needs waiting, or if they are not whole blocks.
+    pub(super) fn try_hold_blocks(&self, range: Range<u64>) -> Option<RangeGuard> {
+        let is_aligned = [range.start, range.end].iter().all(|at| at.is_multiple_of(self.block()));
+        if is_aligned { self.locks.try_shared(range) } else { None }
+    }
+
     /// Keeps everything from this place on from being changed, while the length of the file changes.
-    pub(super) fn hold_end(&self, start: u64) -> RangeGuard<'_> {
+    pub(super) fn hold_end(&self, start: u64) -> RangeGuard {
         self.locks.exclusive(start / PAGE_MAX * PAGE_MAX..u64::MAX)
     }
 

@@ -1,5 +1,6 @@
 //! Regular files and block devices.
 
+mod begun;
 mod zeroes;
 
 use std::fs::{File, Metadata, OpenOptions};
@@ -7,6 +8,7 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom};
@@ -20,8 +22,8 @@ use super::opening::{
     clear_non_blocking, device_can_discard, identity_from, open_error, refuse_what_is_no_image,
 };
 use super::{
-    Capabilities, Durability, FileIdentity, Speed, Storage, StorageExtent, TryRead, ZeroMode,
-    durable,
+    BegunWrite, Capabilities, Durability, FileIdentity, Speed, Storage, StorageExtent, TryRead,
+    ZeroMode, durable,
 };
 use crate::access::{Access, Locking};
 use crate::cache_mode::CacheMode;
@@ -43,7 +45,7 @@ pub struct FileStorage {
     lacks_locks: bool,
     /// Operations that this file system has turned out to lack; they are not tried again.
     lacks: Lacks,
-    known_data: Box<KnownData>,
+    known_data: Arc<KnownData>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,7 +181,7 @@ impl FileStorage {
             direct: None,
             lacks_locks: false,
             lacks,
-            known_data: Box::default(),
+            known_data: Arc::default(),
         }
     }
 
@@ -402,6 +404,10 @@ impl Storage for FileStorage {
 
     fn read_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.direct.as_deref().map_or(self.file.as_fd(), Direct::as_fd))
+    }
+
+    fn begin_write(&self, offset: HostOffset, length: u64) -> Option<Box<dyn BegunWrite>> {
+        self.begin_direct(offset.bytes(), length)
     }
 
     fn identity(&self) -> Option<FileIdentity> {

@@ -283,8 +283,23 @@ pub trait Storage: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Begins a write of `length` bytes that the caller carries out by itself, through
+    /// [`read_fd`](Self::read_fd) and with the [alignment](Self::direct_alignment) it has, as
+    /// [`write_at`](Self::write_at) would that need not be durable. `None` if that is not to be had, or
+    /// only by waiting.
+    fn begin_write(&self, _offset: HostOffset, _length: u64) -> Option<Box<dyn BegunWrite>> {
+        None
+    }
+
     /// Returns the identity of the file, if it is one.
     fn identity(&self) -> Option<FileIdentity> {
         None
     }
+}
+
+/// A write that the caller of [`Storage::begin_write`] carries out. It is dropped when nothing of it is
+/// under way any more.
+pub trait BegunWrite: Send + Sync + fmt::Debug {
+    /// Notes that all of it was written.
+    fn written(self: Box<Self>);
 }

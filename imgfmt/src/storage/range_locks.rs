@@ -2,9 +2,9 @@
 //! meanwhile.
 
 use std::ops::Range;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-/// Locks on ranges. A thread that holds one must not ask for another.
+/// Locks on ranges. A thread that holds one must not wait for another.
 #[derive(Debug, Default)]
 pub(super) struct RangeLocks {
     state: Mutex<State>,
@@ -41,6 +41,14 @@ impl Entry {
 }
 
 impl State {
+    /// Appends an entry; its number comes back.
+    fn push(&mut self, range: Range<u64>, mode: Mode) -> u64 {
+        let id = self.next_id;
+        self.next_id = id.wrapping_add(1);
+        self.entries.push(Entry { id, range, mode });
+        id
+    }
+
     fn is_blocked(&self, id: u64) -> bool {
         let Some(place) = self.entries.iter().position(|entry| entry.id == id) else {
             return false;
@@ -52,33 +60,43 @@ impl State {
 
 /// A lock that is held until this is dropped.
 #[derive(Debug)]
-pub(super) struct RangeGuard<'a> {
-    locks: &'a RangeLocks,
+pub(super) struct RangeGuard {
+    locks: Arc<RangeLocks>,
     id: u64,
 }
 
 impl RangeLocks {
     /// Waits until no exclusive lock is held on a part of `range`.
-    pub(super) fn shared(&self, range: Range<u64>) -> RangeGuard<'_> {
+    pub(super) fn shared(self: &Arc<Self>, range: Range<u64>) -> RangeGuard {
         self.lock(range, Mode::Shared)
     }
 
+    /// As [`shared`](Self::shared), without waiting; `None` if an exclusive lock is held or waited for.
+    pub(super) fn try_shared(self: &Arc<Self>, range: Range<u64>) -> Option<RangeGuard> {
+        let mut state = self.state();
+        let id = state.push(range, Mode::Shared);
+        if state.is_blocked(id) {
+            state.entries.pop();
+            return None;
+        }
+        Some(RangeGuard { locks: Arc::clone(self), id })
+    }
+
     /// Waits until no lock is held on a part of `range`.
-    pub(super) fn exclusive(&self, range: Range<u64>) -> RangeGuard<'_> {
+    pub(super) fn exclusive(self: &Arc<Self>, range: Range<u64>) -> RangeGuard {
         self.lock(range, Mode::Exclusive)
     }
 
-    fn lock(&self, range: Range<u64>, mode: Mode) -> RangeGuard<'_> {
+    fn lock(self: &Arc<Self>, range: Range<u64>, mode: Mode) -> RangeGuard {
         let mut state = self.state();
-        let id = state.next_id;
-        state.next_id = id.wrapping_add(1);
-        state.entries.push(Entry { id, range, mode });
+        let id = state.push(range, mode);
         while state.is_blocked(id) {
             state.waiting += 1;
             state = self.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
             state.waiting -= 1;
         }
-        RangeGuard { locks: self, id }
+        drop(state);
+        RangeGuard { locks: Arc::clone(self), id }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -86,7 +104,7 @@ impl RangeLocks {
     }
 }
 
-impl Drop for RangeGuard<'_> {
+impl Drop for RangeGuard {
     fn drop(&mut self) {
         let mut state = self.locks.state();
         state.entries.retain(|entry| entry.id != self.id);
@@ -105,15 +123,18 @@ mod tests {
 
     #[test]
     fn shared_locks_and_locks_of_other_ranges_do_not_wait() {
-        let locks = RangeLocks::default();
+        let locks = Arc::new(RangeLocks::default());
         let _one = locks.shared(0..10);
         let _two = locks.shared(5..15);
         let _three = locks.exclusive(15..20);
+        let _four = locks.try_shared(10..15).unwrap();
+        assert!(locks.try_shared(14..16).is_none(), "it would have to wait");
+        assert_eq!(locks.state().entries.len(), 4, "who was refused leaves nothing");
     }
 
     #[test]
     fn an_exclusive_lock_waits_for_shared_ones_and_is_not_overtaken() {
-        let locks = RangeLocks::default();
+        let locks = Arc::new(RangeLocks::default());
         let (is_held, was_overtaken) = (AtomicBool::new(false), AtomicBool::new(false));
         let shared = locks.shared(0..10);
         thread::scope(|scope| {

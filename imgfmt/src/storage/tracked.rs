@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, fence};
 
 use super::{
-    Capabilities, DirectAlignment, Durability, FileIdentity, Speed, Storage, StorageExtent,
-    TryRead, ZeroMode,
+    BegunWrite, Capabilities, DirectAlignment, Durability, FileIdentity, Speed, Storage,
+    StorageExtent, TryRead, ZeroMode,
 };
 use crate::units::HostOffset;
 
@@ -17,13 +17,20 @@ use crate::units::HostOffset;
 #[derive(Debug)]
 pub(crate) struct Tracked {
     inner: Arc<dyn Storage>,
-    may_be_unsynced: AtomicBool,
+    may_be_unsynced: Arc<AtomicBool>,
+}
+
+/// A change that somebody else carries out. It is noted once more when it is over, as every change is.
+#[derive(Debug)]
+struct BegunChange {
+    inner: Option<Box<dyn BegunWrite>>,
+    may_be_unsynced: Arc<AtomicBool>,
 }
 
 impl Tracked {
     /// What was written before counts as not synced, unless `is_synced`.
     pub(crate) fn new(inner: Arc<dyn Storage>, is_synced: bool) -> Self {
-        Self { inner, may_be_unsynced: AtomicBool::new(!is_synced) }
+        Self { inner, may_be_unsynced: Arc::new(AtomicBool::new(!is_synced)) }
     }
 
     /// Whether a change may not be on stable storage. No change may be in progress.
@@ -34,19 +41,35 @@ impl Tracked {
     /// Carries out a change. It is noted before, because it may fail in the middle, and after, because a
     /// sync in between need not cover it.
     fn change<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        self.note();
+        note(&self.may_be_unsynced);
         let result = change();
         // Either a sync that began later covers the change, or its clearing of the flag is seen here.
         fence(SeqCst);
-        self.note();
+        note(&self.may_be_unsynced);
         result
     }
+}
 
-    /// Writes to memory that other threads read only if it has to.
-    fn note(&self) {
-        if !self.may_be_unsynced.load(Relaxed) {
-            self.may_be_unsynced.store(true, SeqCst);
+/// Writes to memory that other threads read only if it has to.
+fn note(may_be_unsynced: &AtomicBool) {
+    if !may_be_unsynced.load(Relaxed) {
+        may_be_unsynced.store(true, SeqCst);
+    }
+}
+
+impl BegunWrite for BegunChange {
+    fn written(mut self: Box<Self>) {
+        if let Some(inner) = self.inner.take() {
+            inner.written();
         }
+    }
+}
+
+impl Drop for BegunChange {
+    fn drop(&mut self) {
+        // As for changes that this storage carries out.
+        fence(SeqCst);
+        note(&self.may_be_unsynced);
     }
 }
 
@@ -125,6 +148,12 @@ impl Storage for Tracked {
 
     fn read_fd(&self) -> Option<BorrowedFd<'_>> {
         self.inner.read_fd()
+    }
+
+    fn begin_write(&self, offset: HostOffset, length: u64) -> Option<Box<dyn BegunWrite>> {
+        let inner = Some(self.inner.begin_write(offset, length)?);
+        note(&self.may_be_unsynced);
+        Some(Box::new(BegunChange { inner, may_be_unsynced: Arc::clone(&self.may_be_unsynced) }))
     }
 
     fn identity(&self) -> Option<FileIdentity> {

@@ -4,8 +4,10 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use super::{SECTOR, lock};
-use crate::storage::{Capabilities, Durability, FileIdentity, Storage, StorageExtent, TryRead};
+use super::{Begun, SECTOR, lock};
+use crate::storage::{
+    BegunWrite, Capabilities, Durability, FileIdentity, Storage, StorageExtent, TryRead,
+};
 use crate::units::HostOffset;
 
 /// The system's code for a medium that failed.
@@ -228,6 +230,10 @@ impl Storage for FailingStorage {
 
     fn is_known_data(&self, offset: HostOffset, length: u64) -> bool {
         self.inner.is_known_data(offset, length)
+    }
+
+    fn begin_write(&self, _: HostOffset, _: u64) -> Option<Box<dyn BegunWrite>> {
+        Some(Box::new(Begun))
     }
 
     fn identity(&self) -> Option<FileIdentity> {

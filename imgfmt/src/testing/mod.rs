@@ -11,6 +11,8 @@ mod tests;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::storage::BegunWrite;
+
 pub use directory::RecordedDirectory;
 pub use failing::{Call, FailingStorage, Fault};
 pub(crate) use recording::MappedWords;
@@ -18,6 +20,14 @@ pub use recording::{Loss, Recording, RecordingStorage};
 
 /// The unit that a disk writes completely or not at all, in bytes.
 pub const SECTOR: u64 = 512;
+
+/// A write that a test carries out.
+#[derive(Debug)]
+struct Begun;
+
+impl BegunWrite for Begun {
+    fn written(self: Box<Self>) {}
+}
 
 // A thread that panicked while it held a lock has already failed the test.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

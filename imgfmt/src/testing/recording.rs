@@ -5,9 +5,10 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, Weak};
 
-use super::{SECTOR, lock};
+use super::{Begun, SECTOR, lock};
 use crate::storage::{
-    Capabilities, Durability, FileIdentity, MemoryStorage, Storage, StorageExtent, TryRead,
+    BegunWrite, Capabilities, Durability, FileIdentity, MemoryStorage, Storage, StorageExtent,
+    TryRead,
 };
 use crate::units::HostOffset;
 
@@ -336,6 +337,10 @@ impl Storage for RecordingStorage {
 
     fn is_known_data(&self, offset: HostOffset, length: u64) -> bool {
         self.inner.is_known_data(offset, length)
+    }
+
+    fn begin_write(&self, _: HostOffset, _: u64) -> Option<Box<dyn BegunWrite>> {
+        Some(Box::new(Begun))
     }
 
     fn identity(&self) -> Option<FileIdentity> {

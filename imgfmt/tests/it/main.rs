@@ -87,6 +87,7 @@ mod sync_that_fails_elsewhere;
 mod sync_that_loses_writes;
 mod syncing;
 mod unfinished;
+mod write_map;
 mod zeroes_vs_qemu;
 
 use bodies::handmade;

@@ -182,7 +182,21 @@ impl Model {
         {
             return Ok(());
         }
+        if self.operation % 3 == 1 && self.write_by_map(image, offset, data)? {
+            let is_durable = durability == Durability::Fua || image.cache_mode().is_writethrough();
+            return if is_durable { image.flush() } else { Ok(()) };
+        }
         image.write_at(at(offset), data, durability)
+    }
+
+    /// Writes as a server does that carries writes out by itself, if the image allows it and it succeeds.
+    fn write_by_map(&self, image: &Image, offset: u64, data: &[u8]) -> Result<bool> {
+        let Some(map) = image.map_write(at(offset), data.len() as u64)? else { return Ok(false) };
+        let written = map.storage().write_at(map.offset(), data, Durability::Cached);
+        if written.is_ok() {
+            map.written();
+        }
+        Ok(written.is_ok())
     }
 
     /// Bytes that tell by which operation and for which place they were written, and are not zero.

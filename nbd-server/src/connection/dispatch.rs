@@ -12,7 +12,7 @@ use nbd_proto::wire::{
 
 use super::writeback_errors::WritebackErrors;
 use crate::export::{
-    Export, ExportError, Holes, Lookup, Mapped, PlacedRead, ReadMap, TryRead, TryWrite,
+    Export, ExportError, Holes, Lookup, Mapped, PlacedRead, PlacedWrite, ReadMap, TryRead, TryWrite,
 };
 use crate::statistics::{Outcome, Ticket};
 
@@ -131,6 +131,15 @@ pub(super) fn place_in_place(
     holes: Holes,
 ) -> Option<Box<dyn PlacedRead>> {
     catch_unwind(AssertUnwindSafe(|| export.place_read(offset, length, holes))).ok()?
+}
+
+/// Finds out where a write goes, if it goes to a file as it is.
+pub(super) fn place_write_in_place(
+    export: &dyn Export,
+    offset: u64,
+    length: usize,
+) -> Option<Box<dyn PlacedWrite>> {
+    catch_unwind(AssertUnwindSafe(|| export.place_write(offset, length))).ok()?
 }
 
 /// Whether holes can be sent as such.

@@ -15,7 +15,7 @@ mod pool;
 mod read_steps;
 mod read_strategy;
 mod receive;
-mod ring_read;
+mod ring_work;
 mod room;
 mod send;
 mod shared;
@@ -39,7 +39,7 @@ use crate::statistics::Tally;
 use error::ConnectionError;
 
 pub(crate) use effort::Pauses;
-pub(crate) use polling::PollSlots;
+pub(crate) use polling::Slots;
 pub(crate) use shared::Shared;
 pub(crate) use socket::Socket;
 pub(crate) use turn::Thread;

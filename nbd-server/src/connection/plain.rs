@@ -126,11 +126,20 @@ impl PlainSocket {
     /// Has the client gone altogether, so that nothing can be sent to it? One that has only finished
     /// sending has not. Costs a system call.
     pub(super) fn has_hung_up(&self) -> bool {
-        let Some(socket) = self.descriptor() else { return false };
-        let mut asked = [PollFd::from_borrowed_fd(socket, PollFlags::empty())];
+        self.state(PollFlags::empty()).intersects(PollFlags::HUP | PollFlags::ERR)
+    }
+
+    /// Is there something to read? Costs a system call.
+    pub(super) fn has_input(&self) -> bool {
+        self.state(PollFlags::IN).intersects(PollFlags::IN)
+    }
+
+    fn state(&self, asked: PollFlags) -> PollFlags {
+        let Some(socket) = self.descriptor() else { return PollFlags::empty() };
+        let mut asked = [PollFd::from_borrowed_fd(socket, asked)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut asked, Some(&now)).is_ok()
-            && asked[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+        let polled = poll(&mut asked, Some(&now));
+        polled.map_or(PollFlags::empty(), |_| asked[0].revents())
     }
 
     /// What is under way. Costs a system call.

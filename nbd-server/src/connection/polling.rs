@@ -26,25 +26,25 @@ const FORGETS_AFTER: u32 = 256;
 /// How often the socket is asked before others get the core, if there are any.
 const LOOKS_BEFORE_YIELD: u32 = 8;
 
-/// How many threads of a server may poll at the same time: half of the cores, so that clients find
-/// the others free.
+/// How many threads of a server may do something at the same time that others should not do then. A clone is
+/// the same. At most half of the cores poll, so that clients find the others free.
 #[derive(Debug, Clone)]
-pub(crate) struct PollSlots(Arc<AtomicUsize>);
+pub(crate) struct Slots(Arc<AtomicUsize>);
 
-impl PollSlots {
-    pub(crate) fn new() -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
-        Self(Arc::new(AtomicUsize::new(cores / 2)))
+impl Slots {
+    pub(crate) fn new(count: usize) -> Self {
+        Self(Arc::new(AtomicUsize::new(count)))
     }
 
-    fn take(&self) -> Option<Seat<'_>> {
+    pub(super) fn take(&self) -> Option<Seat<'_>> {
         let less = |free: usize| free.checked_sub(1);
         self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok().map(|_| Seat(&self.0))
     }
 }
 
 /// Given back when it is dropped.
-struct Seat<'a>(&'a AtomicUsize);
+#[derive(Debug)]
+pub(super) struct Seat<'a>(&'a AtomicUsize);
 
 impl Drop for Seat<'_> {
     fn drop(&mut self) {
@@ -109,13 +109,13 @@ impl Habit {
 #[derive(Debug)]
 pub(super) struct Polling {
     habit: Habit,
-    slots: PollSlots,
+    slots: Slots,
     longest: Duration,
 }
 
 impl Polling {
     /// Polls for `longest` at a time, never if that is zero.
-    pub(super) const fn new(slots: PollSlots, longest: Duration) -> Self {
+    pub(super) const fn new(slots: Slots, longest: Duration) -> Self {
         Self { habit: Habit::new(), slots, longest }
     }
 
@@ -185,14 +185,14 @@ mod tests {
 
     #[test]
     fn zero_means_never() {
-        let slots = PollSlots(Arc::new(AtomicUsize::new(1)));
+        let slots = Slots::new(1);
         let mut polling = Polling::new(slots, Duration::ZERO);
         assert!((0..1000).all(|_| !polling.after_batch(|| panic!("looked"))));
     }
 
     #[test]
     fn no_more_threads_poll_than_have_seats() {
-        let slots = PollSlots(Arc::new(AtomicUsize::new(1)));
+        let slots = Slots::new(1);
         let mut one = Polling::new(slots.clone(), Duration::from_micros(1));
         let mut other = Polling::new(slots.clone(), Duration::from_micros(1));
         for polling in [&mut one, &mut other] {

@@ -1,5 +1,6 @@
 //! Requests that may block, on their way through the [scheduler](crate::scheduler).
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 
@@ -8,15 +9,15 @@ use nbd_proto::transmission::{Command, ExtentLimit, ReplyEncoder, Request};
 use tokio::sync::mpsc;
 
 use super::answer::{Answer, Farewell, Held, Reply};
-use super::dispatch::{PreparedRequest, Step};
+use super::dispatch::{PreparedRequest, Step, can_flush, is_durable};
 use super::durability::{DurableChange, FlushWaiter};
 use super::read_steps::{self, PartRead};
-use super::ring_read;
+use super::ring_work;
 use super::steps::{self, Progress};
 use crate::budget::{Budget, Permit};
-use crate::export::ExportEntry;
+use crate::export::{ExportEntry, ExportError};
 use crate::queue::{Cost, GroupId};
-use crate::ring::{Reader, RingHandle, RingLane};
+use crate::ring::{Reader, RingHandle, RingLane, RingWrite, Writer};
 use crate::scheduler::{Job, Lane, Scheduler};
 use crate::statistics::Outcome;
 
@@ -30,6 +31,16 @@ const FREE_DESCRIPTORS: usize = 1024;
 /// Memory for a descriptor, in bytes: once as it is found, once as it is sent.
 const DESCRIPTOR_LEN: usize = 32;
 
+/// Longest READ or WRITE that the connection's thread waits for, in bytes.
+const MOST_WAITED_FOR: usize = 64 * 1024;
+
+/// Whether the thread of a connection may wait for a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Patience {
+    Waits,
+    Never,
+}
+
 /// One connection's use of the pool. What waits there goes when this is dropped; but if the client has
 /// said goodbye its changes are still carried out, as the protocol demands.
 pub(super) struct Pool {
@@ -37,10 +48,11 @@ pub(super) struct Pool {
     /// answers then see that the connection has ended, and do not take it for a panic.
     replies: mpsc::UnboundedReceiver<Reply>,
     lane: Arc<Lane>,
-    /// Reads what it can, if there is one.
+    /// Reads and writes what it can, if there is one.
     ring: Option<RingLane>,
-    /// The ring has reads that are to be started.
+    /// The ring has reads or writes that are to be started.
     has_begun: bool,
+    has_waited: bool,
     group: GroupId,
     entry: ExportEntry,
     answers: Budget,
@@ -70,6 +82,7 @@ impl Pool {
             lane,
             ring: ring.lane(),
             has_begun: false,
+            has_waited: false,
             group,
             entry,
             answers,
@@ -115,8 +128,13 @@ impl Pool {
         }
     }
 
-    /// Has `work` carried out on another thread.
-    pub(super) fn submit(&mut self, mut work: PreparedRequest, mut permit: Permit) {
+    /// Has `work` carried out on another thread, by the ring, or by this thread if it may wait.
+    pub(super) fn submit(
+        &mut self,
+        mut work: PreparedRequest,
+        mut permit: Permit,
+        patience: Patience,
+    ) {
         let slots =
             if is_heavy(&work.request) { self.max_requests.div_ceil(HEAVY_PART) } else { 1 };
         let bytes = Self::memory_len(work.encoder, &work.request, work.done);
@@ -146,7 +164,7 @@ impl Pool {
             let progress = steps::begin(&work);
             let durable = DurableChange::begin(&work, &self.entry, self.group);
             let job = Box::new(RequestJob { work, progress, durable, answer });
-            if let Err(mut job) = self.read_by_ring(job) {
+            if let Err(mut job) = self.do_by_ring(job, patience) {
                 let job_for_holes = || PartRead::for_holes(&job.work).map(Progress::Part);
                 job.progress = job.progress.take().or_else(job_for_holes);
                 self.lane.submit(job);
@@ -154,25 +172,62 @@ impl Pool {
         }
     }
 
-    /// Has the ring carry out a READ, if it can; otherwise the job comes back.
-    fn read_by_ring(&mut self, job: Box<RequestJob>) -> Result<(), Box<RequestJob>> {
+    /// Has the ring carry out a READ or a WRITE, if it can, or does so itself if it may wait; otherwise the
+    /// job comes back.
+    fn do_by_ring(
+        &mut self,
+        mut job: Box<RequestJob>,
+        patience: Patience,
+    ) -> Result<(), Box<RequestJob>> {
         let Some(ring) = self.ring.as_ref().filter(|_| job.progress.is_none()) else {
             return Err(job);
         };
-        let Some(read) = ring_read::plan(&job.work) else { return Err(job) };
-        self.has_begun = true;
+        let read = ring_work::plan_read(&job.work);
+        let write = if job.may_use_ring(self.requests > 1) {
+            ring_work::plan_write(&job.work)
+        } else {
+            None
+        };
+        let is_short = job.work.request.data_len() <= MOST_WAITED_FOR;
+        let is_planned = read.is_some() || write.is_some();
+        // Other connections that have left may have work in the ring, which this thread ends.
+        if patience == Patience::Waits && is_planned && is_short && ring.is_idle() {
+            drop((read, write));
+            self.has_waited = true;
+            let scheduler = self.lane.scheduler();
+            // It answers even if it panics.
+            let rest = catch_unwind(AssertUnwindSafe(|| job.step(scheduler))).unwrap_or_default();
+            rest.into_iter().for_each(|job| self.lane.submit(job));
+            return Ok(());
+        }
         // What fails goes to the pool by itself.
-        ring.read(read, Box::new(PooledRead { job, lane: Arc::downgrade(&self.lane) }));
+        let lane = Arc::downgrade(&self.lane);
+        if let Some(read) = read {
+            ring.read(read, Box::new(PooledRead { job, lane }));
+        } else if let Some(placed) = write {
+            let payload = std::mem::take(&mut job.work.payload);
+            let (scheduler, entry) = (self.lane.scheduler().clone(), self.entry.clone());
+            let writer = PooledWrite { job, lane, scheduler, entry, group: self.group };
+            ring.write(RingWrite { placed, payload }, Box::new(writer));
+        } else {
+            return Err(job);
+        }
+        self.has_begun = true;
         Ok(())
     }
 
-    /// Has the reads started that the ring has begun.
-    pub(super) fn start_reads(&mut self) {
+    /// Has the reads and writes started that the ring has begun.
+    pub(super) fn start_ring(&mut self) {
         if std::mem::take(&mut self.has_begun)
             && let Some(ring) = &self.ring
         {
             ring.submit();
         }
+    }
+
+    /// Has this thread waited for the disk since this was asked last?
+    pub(super) const fn take_has_waited(&mut self) -> bool {
+        std::mem::replace(&mut self.has_waited, false)
     }
 
     /// The next reply that is ready.
@@ -249,6 +304,52 @@ impl Reader for PooledRead {
     }
 }
 
+/// A WRITE that a ring carries out, or the pool after all.
+struct PooledWrite {
+    job: Box<RequestJob>,
+    lane: Weak<Lane>,
+    scheduler: Scheduler,
+    entry: ExportEntry,
+    group: GroupId,
+}
+
+impl Writer for PooledWrite {
+    fn is_abandoned(&self) -> bool {
+        self.job.is_abandoned()
+    }
+
+    fn written(self: Box<Self>, result: Result<(), ExportError>) {
+        let Self { job, scheduler, entry, group, .. } = *self;
+        let RequestJob { work, durable, answer, .. } = *job;
+        let PreparedRequest { export, writeback, request, .. } = work;
+        if let Err(error) = result {
+            return answer.send_short(writeback.judge(&request, Err(error)));
+        }
+        if !is_durable(&request.command) && !export.is_writethrough() {
+            return answer.send_short(Ok(()));
+        }
+        // Where every change is durable a flush is shared as well.
+        let waiter = FlushWaiter::new(answer, writeback, request);
+        match durable {
+            Some(durable) => durable.wait_for_flush(&scheduler, waiter),
+            None => {
+                let (export, failures) = (entry.export(), entry.failures());
+                entry.flushes().join(&scheduler, group, export, failures, Box::new(waiter));
+            }
+        }
+    }
+
+    fn failed(mut self: Box<Self>, payload: Vec<u8>) {
+        self.job.work.payload = payload;
+        match self.lane.upgrade() {
+            Some(lane) => lane.submit(self.job),
+            // The connection has ended.
+            None if self.job.is_abandoned() => {}
+            None => self.scheduler.submit_own(self.group, self.job),
+        }
+    }
+}
+
 /// A request in the queue of the scheduler.
 struct RequestJob {
     work: PreparedRequest,
@@ -256,6 +357,18 @@ struct RequestJob {
     progress: Option<Progress>,
     durable: Option<DurableChange>,
     answer: Answer,
+}
+
+impl RequestJob {
+    /// Whether a ring may carry out a change: if it has to be durable a flush is waited for after it, which
+    /// pays where others share it. A change that is alone is made durable by one call of the export.
+    fn may_use_ring(&self, has_company: bool) -> bool {
+        if self.work.export.is_writethrough() {
+            return has_company && can_flush(&self.work);
+        }
+        let shares_flush = self.durable.as_ref().is_some_and(DurableChange::has_company);
+        shares_flush || !is_durable(&self.work.request.command)
+    }
 }
 
 impl Job for RequestJob {

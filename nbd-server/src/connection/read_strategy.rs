@@ -47,6 +47,11 @@ impl ReadStrategy {
         self.moved = self.moved.saturating_add(length);
     }
 
+    /// Whether the thread has no other connection.
+    pub(super) fn is_alone(&self) -> bool {
+        self.neighbours.load(Ordering::Relaxed) <= 1
+    }
+
     /// Reads in the way that suits the client. False if the runtime is to say when there is
     /// something to read.
     pub(super) fn read(
@@ -58,7 +63,7 @@ impl ReadStrategy {
         let taken = std::mem::take(&mut self.taken);
         let moved = std::mem::take(&mut self.moved);
         let is_small = moved / taken.max(1) <= SMALL_LEN;
-        if idle == Idle::No || !is_small || self.neighbours.load(Ordering::Relaxed) > 1 {
+        if idle == Idle::No || !is_small || !self.is_alone() {
             return false;
         }
         let mut look = || {

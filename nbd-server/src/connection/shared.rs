@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::effort::Pauses;
-use super::polling::PollSlots;
+use super::polling::Slots;
 use crate::ServerConfig;
 use crate::access::Access;
 use crate::budget::Budget;
@@ -23,7 +23,9 @@ pub(crate) struct Shared {
     /// Large requests of all connections.
     pub(crate) budget: Budget,
     /// Threads that may poll.
-    pub(crate) slots: PollSlots,
+    pub(crate) slots: Slots,
+    /// Threads that may wait for a disk themselves.
+    pub(crate) disk_slots: Slots,
     /// Memory for the buffers of busy connections.
     pub(crate) room: Budget,
     /// Memory for long answers to BLOCK_STATUS.

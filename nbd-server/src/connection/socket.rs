@@ -113,6 +113,15 @@ impl Socket {
         }
     }
 
+    /// Is there something to read? Costs a system call.
+    pub(super) fn has_input(&self) -> bool {
+        match self {
+            Self::Plain(socket) => socket.has_input(),
+            #[cfg(feature = "tls")]
+            Self::Tls(tls) => tls.has_input(),
+        }
+    }
+
     /// What is under way. Costs a system call.
     pub(super) fn traffic(&self) -> Traffic {
         match self {

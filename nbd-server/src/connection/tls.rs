@@ -283,6 +283,11 @@ impl TlsSocket {
         self.socket.has_hung_up()
     }
 
+    /// As [`PlainSocket::has_input`].
+    pub(super) fn has_input(&self) -> bool {
+        self.socket.has_input()
+    }
+
     /// What is under way below the plaintext; as [`PlainSocket::traffic`].
     pub(super) fn traffic(&self) -> Traffic {
         let wire = self.session.get_ref();

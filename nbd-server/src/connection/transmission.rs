@@ -6,6 +6,7 @@
 //! ready.
 
 mod backlog;
+mod disk_wait;
 mod execute;
 mod incoming;
 mod read;
@@ -28,6 +29,7 @@ use super::turn::{BARREN_COST, Thread, Turn};
 use crate::shutdown::{Phase, Shutdown};
 use crate::statistics::Tally;
 use backlog::Backlog;
+use disk_wait::DiskWait;
 use incoming::{Incoming, Received};
 use read::PromptReads;
 use replies::Replies;
@@ -45,6 +47,7 @@ pub(super) struct Session {
     replies: Replies,
     room: Room,
     read_strategy: ReadStrategy,
+    disk_wait: DiskWait,
     throttle: Throttle,
     watch: Watch,
     turn: Turn,
@@ -67,6 +70,7 @@ impl Session {
             replies: Replies::new(target.encoder()),
             room: Room::new(shared.room.clone()),
             read_strategy: ReadStrategy::new(polling, thread.connections.clone()),
+            disk_wait: DiskWait::new(shared.disk_slots.clone(), thread.connections.clone()),
             watch: Watch::new(shared.config.stall_timeout),
             turn: Turn::new(thread),
             throttle: Throttle::new(established.admission),
@@ -92,7 +96,7 @@ impl Session {
         self.throttle.open();
         poll_fn(|cx| {
             let drained = self.poll_drain(cx);
-            self.backlog.start_reads();
+            self.backlog.start_ring();
             drained
         })
         .await?;
@@ -106,10 +110,10 @@ impl Session {
         poll_fn(|cx| Poll::Ready(self.socket.poll_flush(cx).is_ready())).await;
     }
 
-    /// As [`poll`](Self::poll), and has the reads started that have begun meanwhile, all at once.
+    /// As [`poll`](Self::poll), and has the reads and writes started that have begun meanwhile, all at once.
     fn poll_and_start(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
         let polled = self.poll(cx);
-        self.backlog.start_reads();
+        self.backlog.start_ring();
         polled
     }
 

@@ -4,6 +4,7 @@ use nbd_proto::transmission::Durability;
 
 use super::info::ExportError;
 use super::placed_read::PlacedRead;
+use super::placed_write::PlacedWrite;
 use super::read_map::{Holes, Lookup, Mapped, ReadMap};
 
 /// Whether a call may make its thread wait for a disk or a network.
@@ -135,6 +136,14 @@ pub trait FastExport: Send + Sync {
     /// [`read_at`](super::Export::read_at) would. They stay there until the answer is dropped. Only what is in
     /// memory is looked at. Asked for ranges that [`try_read_at`](Self::try_read_at) did not give.
     fn place_read(&self, _offset: u64, _length: usize, _: Holes) -> Option<Box<dyn PlacedRead>> {
+        None
+    }
+
+    /// Tells where a write of `length` bytes goes, if it goes to one place of a file and the server can write
+    /// them there as [`write_at`](super::Export::write_at) would, not durably:
+    /// [`flush`](super::Export::flush) makes them durable. Only what is in memory is looked at. Asked for
+    /// writes that [`try_write_at`](Self::try_write_at) did not do.
+    fn place_write(&self, _offset: u64, _length: usize) -> Option<Box<dyn PlacedWrite>> {
         None
     }
 

@@ -4,7 +4,7 @@ use nbd_proto::wire::{BlockDescriptor, MetaContextName};
 
 use super::{
     Durability, Export, ExportError, ExportInfo, FastExport, Holes, Lookup, Mapped, MayBlock,
-    Operation, PlacedRead, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
+    Operation, PlacedRead, PlacedWrite, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 /// An export in front of another one: every call is forwarded, except for the methods that are
@@ -102,6 +102,11 @@ pub trait Filter: Send + Sync + 'static {
     /// See [`FastExport::place_read`]. By default nothing is placed, so that a filter which changes what
     /// is read need not know of it.
     fn place_read(&self, _offset: u64, _length: usize, _: Holes) -> Option<Box<dyn PlacedRead>> {
+        None
+    }
+
+    /// See [`FastExport::place_write`]. By default nothing is placed, so that a filter sees every write.
+    fn place_write(&self, _offset: u64, _length: usize) -> Option<Box<dyn PlacedWrite>> {
         None
     }
 
@@ -276,6 +281,10 @@ impl<T: Filter> FastExport for T {
 
     fn place_read(&self, offset: u64, length: usize, holes: Holes) -> Option<Box<dyn PlacedRead>> {
         Filter::place_read(self, offset, length, holes)
+    }
+
+    fn place_write(&self, offset: u64, length: usize) -> Option<Box<dyn PlacedWrite>> {
+        Filter::place_write(self, offset, length)
     }
 
     fn may_block(&self, operation: Operation) -> MayBlock {

@@ -12,6 +12,7 @@ mod image;
 mod info;
 mod memory;
 mod placed_read;
+mod placed_write;
 mod read_map;
 mod registry;
 
@@ -31,6 +32,7 @@ pub use image::{CountedLayers, ImageExport};
 pub use info::{ExportError, ExportInfo};
 pub use memory::MemoryExport;
 pub use placed_read::{PlacedFile, PlacedPart, PlacedRead, Placement};
+pub use placed_write::PlacedWrite;
 pub use read_map::{Content, FileSpan, Holes, Lookup, Mapped, ReadMap, Segment};
 pub use registry::ExportRegistry;
 
@@ -214,6 +216,12 @@ impl dyn Export + '_ {
         holes: Holes,
     ) -> Option<Box<dyn PlacedRead>> {
         self.fast()?.place_read(offset, length, holes)
+    }
+
+    /// See [`FastExport::place_write`].
+    #[must_use]
+    pub fn place_write(&self, offset: u64, length: usize) -> Option<Box<dyn PlacedWrite>> {
+        self.fast()?.place_write(offset, length)
     }
 
     /// See [`FastExport::is_writethrough`].

@@ -1,4 +1,4 @@
-//! The share that each connection has of the reads of a ring.
+//! The share that each connection has of the reads and writes of a ring, which are called reads here.
 //!
 //! A disk carries out many reads at once, but reads that it has already precede all later ones. So the
 //! number of reads and of bytes at the disk is limited for each connection, and for all connections of a
@@ -17,12 +17,12 @@ const BYTES_OF_ALL: usize = 8 << 20;
 
 /// Identifies a connection; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct ReaderId(u64);
+pub(crate) struct LaneId(u64);
 
 /// Reads under way, and those that wait for them.
 #[derive(Debug)]
 pub(super) struct Shares<T> {
-    connections: BTreeMap<ReaderId, Connection<T>>,
+    connections: BTreeMap<LaneId, Connection<T>>,
     next_id: u64,
     /// Reads that were started, ever.
     started: u64,
@@ -61,20 +61,20 @@ impl<T> Shares<T> {
         }
     }
 
-    pub(super) const fn open(&mut self) -> ReaderId {
-        let id = ReaderId(self.next_id);
+    pub(super) const fn open(&mut self) -> LaneId {
+        let id = LaneId(self.next_id);
         self.next_id += 1;
         id
     }
 
     /// Queues a read of `length` bytes after the others of its connection.
-    pub(super) fn push(&mut self, id: ReaderId, length: usize, read: T) {
+    pub(super) fn push(&mut self, id: LaneId, length: usize, read: T) {
         self.connections.entry(id).or_default().waiting.push_back((length, read));
         self.waiting += 1;
     }
 
     /// The read that is started next, if one may be, with its connection and its length.
-    pub(super) fn pop(&mut self) -> Option<(ReaderId, usize, T)> {
+    pub(super) fn pop(&mut self) -> Option<(LaneId, usize, T)> {
         if self.waiting == 0 || self.reads >= self.most {
             return None;
         }
@@ -102,8 +102,13 @@ impl<T> Shares<T> {
                 && fits(self.reads, self.bytes, READS_OF_ALL, BYTES_OF_ALL)
     }
 
+    /// Whether any read waits.
+    pub(super) const fn has_waiting(&self) -> bool {
+        self.waiting > 0
+    }
+
     /// A read has ended.
-    pub(super) fn finish(&mut self, id: ReaderId, length: usize) {
+    pub(super) fn finish(&mut self, id: LaneId, length: usize) {
         self.reads -= 1;
         self.bytes -= length;
         if let Some(connection) = self.connections.get_mut(&id) {
@@ -113,10 +118,13 @@ impl<T> Shares<T> {
         self.forget(id);
     }
 
-    /// The connection has ended: its reads that wait are returned.
-    pub(super) fn close(&mut self, id: ReaderId) -> VecDeque<(usize, T)> {
-        let Some(connection) = self.connections.get_mut(&id) else { return VecDeque::new() };
-        let abandoned = std::mem::take(&mut connection.waiting);
+    /// The connection has ended: its reads that wait are returned, but for those that are wanted still.
+    pub(super) fn close(&mut self, id: LaneId, is_wanted: impl Fn(&T) -> bool) -> Vec<(usize, T)> {
+        let Some(connection) = self.connections.get_mut(&id) else { return Vec::new() };
+        let waiting = std::mem::take(&mut connection.waiting);
+        let (wanted, abandoned): (Vec<_>, Vec<_>) =
+            waiting.into_iter().partition(|(_, read)| is_wanted(read));
+        connection.waiting = wanted.into();
         self.waiting -= abandoned.len();
         self.forget(id);
         abandoned
@@ -131,7 +139,7 @@ impl<T> Shares<T> {
     }
 
     /// Forgets a connection that has no reads.
-    fn forget(&mut self, id: ReaderId) {
+    fn forget(&mut self, id: LaneId) {
         if self.connections.get(&id).is_some_and(|one| one.reads == 0 && one.waiting.is_empty()) {
             self.connections.remove(&id);
         }
@@ -145,7 +153,7 @@ mod tests {
     const SMALL: usize = 4096;
     const LARGE: usize = 1 << 20;
 
-    fn start_all(shares: &mut Shares<&'static str>) -> Vec<(ReaderId, usize, &'static str)> {
+    fn start_all(shares: &mut Shares<&'static str>) -> Vec<(LaneId, usize, &'static str)> {
         std::iter::from_fn(|| shares.pop()).collect()
     }
 
@@ -206,19 +214,22 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_ends_takes_the_reads_with_it_that_wait() {
+    fn a_connection_that_ends_takes_the_reads_with_it_that_wait_and_are_not_wanted() {
         let mut shares = Shares::new(1);
         let (gone, stays) = (shares.open(), shares.open());
         for _ in 0..3 {
             shares.push(gone, SMALL, "gone");
         }
+        shares.push(gone, SMALL, "wanted");
         shares.push(stays, SMALL, "stays");
         assert_eq!(shares.pop(), Some((gone, SMALL, "gone")));
-        assert_eq!(shares.close(gone).len(), 2);
+        assert_eq!(shares.close(gone, |name| *name == "wanted").len(), 2);
         assert_eq!(shares.pop(), None, "the ring has no room");
         shares.finish(gone, SMALL);
         assert_eq!(shares.pop(), Some((stays, SMALL, "stays")));
         shares.finish(stays, SMALL);
+        assert_eq!(shares.pop(), Some((gone, SMALL, "wanted")));
+        shares.finish(gone, SMALL);
         assert!(shares.connections.is_empty() && shares.waiting == 0);
     }
 }

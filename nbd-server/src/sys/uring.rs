@@ -1,25 +1,27 @@
-//! Reads through io_uring. The buffer of a read belongs to the [`Ring`] until the kernel is done with it.
+//! Reads and writes through io_uring. The buffer of one belongs to the [`Ring`] until the kernel is done
+//! with it.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
-use io_uring::{EnterFlags, IoUring, opcode, types};
+use io_uring::{EnterFlags, IoUring, opcode, squeue, types};
 use rustix::event::{EventfdFlags, eventfd};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// A read that has ended.
+/// A transfer that has ended: a read or a write.
 pub(crate) struct Ended {
     pub(crate) number: usize,
     pub(crate) buffer: Vec<u8>,
-    /// How many bytes were read.
+    /// How many bytes were moved.
     pub(crate) result: io::Result<usize>,
 }
 
-/// Reads at a time. The kernel keeps room for the results of twice as many.
-pub(crate) const READS_MAX: usize = 256;
+/// Transfers at a time. The kernel keeps room for the results of twice as many.
+pub(crate) const TRANSFERS_MAX: usize = 256;
 
-/// A ring, and the buffers that the kernel writes into.
+/// A ring, and the buffers that the kernel reads from and writes into.
 ///
 /// It is used by the thread that made it alone: others get errors.
 pub(crate) struct Ring {
@@ -27,11 +29,11 @@ pub(crate) struct Ring {
     /// An eventfd that is written to when results have come. (The ring's own descriptor becomes readable
     /// only when they were fetched.)
     event: OwnedFd,
-    /// The buffers of all reads that have not ended, each in the place that the read is numbered by.
+    /// The buffers of all transfers that have not ended, each in the place that its transfer is numbered by.
     in_flight: Vec<Option<Vec<u8>>>,
     free: Vec<usize>,
-    /// Reads that are not submitted.
-    unsubmitted: usize,
+    /// The transfers that are not submitted, in their order.
+    unsubmitted: VecDeque<usize>,
 }
 
 impl Ring {
@@ -39,7 +41,7 @@ impl Ring {
     ///
     /// Those of the system, which may lack io_uring or forbid it.
     pub(crate) fn new() -> io::Result<Self> {
-        let entries = READS_MAX as u32;
+        let entries = TRANSFERS_MAX as u32;
         let mut modern = IoUring::builder();
         // Nothing interrupts the thread: it fetches results when it looks for them. Linux 6.1.
         modern.setup_single_issuer().setup_coop_taskrun().setup_defer_taskrun();
@@ -50,8 +52,14 @@ impl Ring {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
         let mut in_flight = Vec::new();
-        in_flight.resize_with(READS_MAX, || None);
-        Ok(Self { ring, event, in_flight, free: (0..READS_MAX).rev().collect(), unsubmitted: 0 })
+        in_flight.resize_with(TRANSFERS_MAX, || None);
+        Ok(Self {
+            ring,
+            event,
+            in_flight,
+            free: (0..TRANSFERS_MAX).rev().collect(),
+            unsubmitted: VecDeque::new(),
+        })
     }
 
     /// Becomes readable when results have come. To be called within a runtime.
@@ -65,9 +73,9 @@ impl Ring {
         Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
     }
 
-    /// How many reads have not ended.
+    /// How many transfers have not ended.
     pub(crate) fn in_flight(&self) -> usize {
-        READS_MAX - self.free.len()
+        TRANSFERS_MAX - self.free.len()
     }
 
     /// Begins to read `length` bytes from `offset` of a file on into `buffer`, from its byte `at` on. The
@@ -76,49 +84,86 @@ impl Ring {
         &mut self,
         file: BorrowedFd<'_>,
         offset: u64,
+        buffer: (Vec<u8>, usize, usize),
+    ) -> Result<usize, Vec<u8>> {
+        let file = types::Fd(file.as_raw_fd());
+        self.begin(buffer, |start, length| {
+            opcode::Read::new(file, start, length).offset(offset).build()
+        })
+    }
+
+    /// Begins to write `length` bytes of `buffer`, from its byte `at` on, to `offset` of a file. The number of
+    /// the write comes back, or the buffer if there is no room.
+    pub(crate) fn write(
+        &mut self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        buffer: (Vec<u8>, usize, usize),
+    ) -> Result<usize, Vec<u8>> {
+        let file = types::Fd(file.as_raw_fd());
+        self.begin(buffer, |start, length| {
+            opcode::Write::new(file, start.cast_const(), length).offset(offset).build()
+        })
+    }
+
+    /// Begins the transfer that `entry` describes, between a file and these bytes of the buffer.
+    fn begin(
+        &mut self,
         (mut buffer, at, length): (Vec<u8>, usize, usize),
+        entry: impl FnOnce(*mut u8, u32) -> squeue::Entry,
     ) -> Result<usize, Vec<u8>> {
         let fits = at.checked_add(length).is_some_and(|end| end <= buffer.len());
         let (true, Ok(short)) = (fits, u32::try_from(length)) else { return Err(buffer) };
         let Some(number) = self.free.pop() else { return Err(buffer) };
-        let start = buffer[at..].as_mut_ptr();
-        let read = opcode::Read::new(types::Fd(file.as_raw_fd()), start, short).offset(offset);
-        let entry = read.build().user_data(number as u64);
-        // SAFETY: `length` bytes from `start` on lie within the buffer (checked above). It goes to `in_flight`,
-        // is not touched there, and is taken out only when the kernel has reported the end of this read; a
-        // ring that is dropped before that leaks it. The kernel takes its own reference to the file
-        // when the read is submitted.
+        let entry = entry(buffer[at..].as_mut_ptr(), short).user_data(number as u64);
+        // SAFETY: the entry is about `length` bytes that lie within the buffer (checked above). It goes to
+        // `in_flight`, is not touched there, and is taken out only when the kernel has reported the end of
+        // this transfer; a ring that is dropped before that leaks it. The kernel takes its own reference
+        // to the file when the entry is submitted.
         if unsafe { self.ring.submission().push(&entry) }.is_err() {
             self.free.push(number);
             return Err(buffer);
         }
         self.in_flight[number] = Some(buffer);
-        self.unsubmitted += 1;
+        self.unsubmitted.push_back(number);
         Ok(number)
     }
 
-    /// Submits the reads that have begun.
+    /// Whether a transfer that has not ended is not submitted either.
+    pub(crate) fn is_unsubmitted(&self, number: usize) -> bool {
+        self.unsubmitted.contains(&number)
+    }
+
+    /// The buffer of a transfer that has not ended; empty for any other number.
+    pub(crate) fn buffer(&self, number: usize) -> &[u8] {
+        self.in_flight.get(number).and_then(Option::as_deref).unwrap_or_default()
+    }
+
+    /// Submits the transfers that have begun.
     ///
     /// # Errors
     ///
     /// Those of the system; then the kernel does not know of all of them.
     pub(crate) fn submit(&mut self) -> io::Result<()> {
-        while self.unsubmitted > 0 {
-            let told = self.enter(self.unsubmitted, EnterFlags::empty())?;
+        while !self.unsubmitted.is_empty() {
+            let told = self.enter(self.unsubmitted.len(), EnterFlags::empty())?;
             if told == 0 {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
-            self.unsubmitted = self.unsubmitted.saturating_sub(told);
+            self.unsubmitted.drain(..told.min(self.unsubmitted.len()));
         }
         Ok(())
     }
 
-    /// The reads that have ended.
+    /// The transfers that have ended.
     ///
     /// # Errors
     ///
     /// Those of the system.
     pub(crate) fn ended(&mut self) -> io::Result<Vec<Ended>> {
+        if self.in_flight() == 0 {
+            return Ok(Vec::new());
+        }
         self.enter(0, EnterFlags::GETEVENTS)?;
         let Self { ring, in_flight, free, .. } = self;
         let ended = ring.completion().filter_map(|entry| {
@@ -134,7 +179,7 @@ impl Ring {
 
     fn enter(&self, count: usize, flags: EnterFlags) -> io::Result<usize> {
         loop {
-            // SAFETY: no argument is passed along. The entries of the queue are those that `read` made, whose
+            // SAFETY: no argument is passed along. The entries of the queue are those that `begin` made, whose
             // buffers live until the kernel is done with them.
             let entered = unsafe {
                 let count = u32::try_from(count).unwrap_or(u32::MAX);
@@ -150,7 +195,7 @@ impl Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        // The kernel may still write into them.
+        // The kernel may still use them.
         std::mem::forget(std::mem::take(&mut self.in_flight));
     }
 }
@@ -219,12 +264,12 @@ mod tests {
         for (at, length) in [(0, 11), (11, 1), (usize::MAX, 2)] {
             ring.read(file.as_fd(), 0, (vec![0; 10], at, length)).unwrap_err();
         }
-        for _ in 0..READS_MAX {
+        for _ in 0..TRANSFERS_MAX {
             ring.read(file.as_fd(), 0, (vec![0; 10], 0, 10)).unwrap();
         }
         let refused = ring.read(file.as_fd(), 0, (vec![3; 10], 0, 10)).unwrap_err();
         assert_eq!(refused, [3; 10]);
-        assert_eq!(all(&mut ring).len(), READS_MAX);
+        assert_eq!(all(&mut ring).len(), TRANSFERS_MAX);
         assert_eq!(ring.in_flight(), 0);
     }
 

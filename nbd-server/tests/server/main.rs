@@ -30,6 +30,7 @@ mod quotas;
 mod read_errors;
 mod refusals;
 mod ring;
+mod ring_writes;
 mod run_time_changes;
 mod send_file;
 mod shutdown;

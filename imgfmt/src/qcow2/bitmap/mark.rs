@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 use super::directory::{Entry, flag};
 use super::ownership::FOREIGN_DIRECTORY;
 use super::store::{Bitmaps, ImageServices, Ownership, unusable};
-use crate::bitmap::{Bitmap, Condition, Recorded, Recording, State, WouldBlock};
+use crate::bitmap::{Bitmap, Condition, Recorded, RecordedElsewhere, Recording, State, WouldBlock};
 use crate::error::Result;
 use crate::qcow2::metadata::header_edit::change_autoclear;
 use crate::qcow2::on_disk::cluster::HostCluster;
@@ -77,6 +77,14 @@ impl Bitmaps {
         range: GuestRange,
     ) -> Result<Recorded<'_, Entry>, WouldBlock> {
         self.tracker.try_before_change(range)
+    }
+
+    /// As [`try_before_change`](Self::try_before_change), for a change that no thread waits for.
+    pub(in crate::qcow2) fn try_before_change_elsewhere(
+        &self,
+        range: GuestRange,
+    ) -> Result<RecordedElsewhere, WouldBlock> {
+        self.tracker.try_before_change_elsewhere(range)
     }
 
     /// Says on disk of every bitmap that notes changes that what is stored is out of date.

@@ -8,6 +8,7 @@ use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::map::tables::Change;
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
+use crate::write_map::WriteMap;
 
 /// Length in bytes of one step of an allocating write, but at least one cluster. The stripes are held
 /// for one step at a time.
@@ -68,6 +69,22 @@ impl Qcow2 {
             self.data.write(host, &data[from..to], start + from as u64)?;
         }
         Ok(true)
+    }
+
+    /// Finds where all of a range can be written in place, if it is one place that is known in memory.
+    pub(in crate::qcow2) fn map_in_place(&self, range: GuestRange) -> Result<Option<WriteMap>> {
+        // Noted before anything is looked up, as for every change.
+        let Ok(recorded) = self.bitmaps.try_before_change_elsewhere(range) else {
+            return Ok(None);
+        };
+        let lease = self.clusters.lease_to_write()?;
+        let mut segments = Vec::new();
+        if !self.mapping.find_in_place(range, Lookup::CachedOnly, &mut segments)? {
+            return Ok(None);
+        }
+        let [(host, ..)] = segments[..] else { return Ok(None) };
+        let map = WriteMap::new(self.data.storage(), host, range.length());
+        Ok(map.map(|map| map.with(recorded, lease)))
     }
 
     /// Writes data that lies within one slice of an L2 table, whatever its clusters are. Returns false,

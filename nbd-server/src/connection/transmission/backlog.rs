@@ -7,7 +7,7 @@ use nbd_proto::transmission::Request;
 
 use super::super::answer::{Reply, Unfinished};
 use super::super::handshake::Established;
-use super::super::pool::Pool;
+use super::super::pool::{Patience, Pool};
 use super::super::read_steps;
 use super::super::shared::Shared;
 use super::target::Target;
@@ -65,9 +65,14 @@ impl Backlog {
         }
     }
 
-    /// Has the reads started that were handed to the ring.
-    pub(super) fn start_reads(&mut self) {
-        self.pool.start_reads();
+    /// Has the reads and writes started that were handed to the ring.
+    pub(super) fn start_ring(&mut self) {
+        self.pool.start_ring();
+    }
+
+    /// Has the thread itself waited for the disk since this was asked last?
+    pub(super) fn take_has_waited(&mut self) -> bool {
+        self.pool.take_has_waited()
     }
 
     /// Nothing waits, and nothing is in the pool.
@@ -127,11 +132,16 @@ impl Backlog {
         payload: Vec<u8>,
         permit: Permit,
     ) {
-        self.pool.submit(target.work(request, ticket, payload, 0), permit);
+        self.pool.submit(target.work(request, ticket, payload, 0), permit, Patience::Never);
     }
 
     /// Gives the waiting request its part of the budget, if there is one.
-    pub(super) fn admit(&mut self, cx: &mut Context<'_>, target: &Target) -> Admitted {
+    pub(super) fn admit(
+        &mut self,
+        cx: &mut Context<'_>,
+        target: &Target,
+        patience: Patience,
+    ) -> Admitted {
         let Some(waiting) = &self.waiting else { return Admitted::ToPool };
         let length = match waiting {
             Waiting::Pool(request, _, _, done) => {
@@ -147,7 +157,7 @@ impl Backlog {
         match self.waiting.take() {
             Some(Waiting::Payload(request)) => Admitted::Payload(request, permit),
             Some(Waiting::Pool(request, ticket, payload, done)) => {
-                self.pool.submit(target.work(request, ticket, payload, done), permit);
+                self.pool.submit(target.work(request, ticket, payload, done), permit, patience);
                 Admitted::ToPool
             }
             None => Admitted::ToPool,

@@ -10,6 +10,7 @@ use super::incoming::{Arrival, Payload};
 use super::read::{Answering, PromptReads, Rest};
 use crate::connection::answer::Unfinished;
 use crate::connection::error::ConnectionError;
+use crate::connection::pool::Patience;
 use crate::connection::turn::REQUEST_COST;
 use crate::export::ExportError;
 use crate::statistics::{Outcome, Ticket};
@@ -26,7 +27,7 @@ impl Session {
         let mut progress = false;
         loop {
             if self.backlog.is_waiting() {
-                match self.backlog.admit(cx, &self.target) {
+                match self.admit(cx) {
                     Admitted::No => return Ok(progress),
                     Admitted::ToPool => {}
                     Admitted::Payload(request, permit) => self.incoming.expect(request, permit),
@@ -57,6 +58,22 @@ impl Session {
             }
             progress = true;
         }
+    }
+
+    /// Gives the waiting request its part of the budget. The thread may wait for the disk if the client has
+    /// no other request.
+    fn admit(&mut self, cx: &mut Context<'_>) -> Admitted {
+        let is_single =
+            self.backlog.len() == 1 && self.is_all_sent() && !self.incoming.is_partial();
+        let may_wait = self.disk_wait.begin(is_single);
+        let patience = if may_wait.is_some() { Patience::Waits } else { Patience::Never };
+        let admitted = self.backlog.admit(cx, &self.target, patience);
+        if let Some(elapsed) = may_wait.map(|may_wait| may_wait.elapsed())
+            && self.backlog.take_has_waited()
+        {
+            self.disk_wait.learn(elapsed, || self.socket.has_input());
+        }
+        admitted
     }
 
     /// Carries out what has arrived or prepares to; false if a payload is waited for.

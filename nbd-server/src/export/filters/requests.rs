@@ -10,7 +10,8 @@ use super::options::{
 };
 use crate::export::{
     Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, MayBlock,
-    MinimumBlockSize, Operation, PlacedRead, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
+    MinimumBlockSize, Operation, PlacedRead, PlacedWrite, ReadMap, Speed, TryRead, TryWrite,
+    ZeroMode,
 };
 
 /// In bytes; what direct I/O is aligned to, and the least unit that clients are told to prefer.
@@ -138,6 +139,13 @@ impl Filter for RequestFilter {
         match self.options.blocking {
             Blocking::Inherit => self.inner.place_read(offset, length, holes),
             Blocking::Always => None,
+        }
+    }
+
+    fn place_write(&self, offset: u64, length: usize) -> Option<Box<dyn PlacedWrite>> {
+        match (self.options.blocking, self.options.detect_zeroes) {
+            (Blocking::Inherit, DetectZeroes::Off) => self.inner.place_write(offset, length),
+            _ => None,
         }
     }
 

@@ -6,7 +6,7 @@ use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName};
 
 use crate::export::{
     Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, PlacedRead,
-    ReadMap, Speed, TryRead, TryWrite, ZeroMode,
+    PlacedWrite, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 /// A part of a disk cannot be served. All sizes are in bytes.
@@ -173,6 +173,10 @@ impl Filter for WindowExport {
 
     fn place_read(&self, offset: u64, length: usize, holes: Holes) -> Option<Box<dyn PlacedRead>> {
         self.inner.place_read(self.inside(offset).ok()?, length, holes)
+    }
+
+    fn place_write(&self, offset: u64, length: usize) -> Option<Box<dyn PlacedWrite>> {
+        self.inner.place_write(self.inside(offset).ok()?, length)
     }
 
     fn write_at(

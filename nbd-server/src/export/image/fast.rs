@@ -7,7 +7,7 @@ use imgfmt::{GuestOffset, Storage};
 use super::{ImageExport, translate};
 use crate::export::{
     Durability, ExportError, FastExport, FileSpan, Holes, Lookup, Mapped, MayBlock, Operation,
-    PlacedFile, PlacedPart, PlacedRead, Placement, ReadMap, TryRead, TryWrite,
+    PlacedFile, PlacedPart, PlacedRead, PlacedWrite, Placement, ReadMap, TryRead, TryWrite,
 };
 
 /// Longest write that is carried out where it stands: a copy into the page cache. A longer one
@@ -74,6 +74,14 @@ impl FastExport for ImageExport {
         let range = Self::range(offset, length as u64).ok()?;
         let map = self.image.map_read_cached(range, of_image(holes)).ok()??;
         ImageRead::new(map).map(|read| Box::new(read) as _)
+    }
+
+    fn place_write(&self, offset: u64, length: usize) -> Option<Box<dyn PlacedWrite>> {
+        // Where the page cache is used a write rarely waits, and needs no ring.
+        self.image.direct_alignment()?;
+        // What is wrong shows when it is written the other way.
+        let map = self.image.map_write(GuestOffset::new(offset), length as u64).ok()??;
+        Some(Box::new(ImageWrite(map)))
     }
 
     fn may_block(&self, operation: Operation) -> MayBlock {
@@ -155,13 +163,34 @@ impl PlacedRead for ImageRead {
     }
 
     fn file(&self, number: usize) -> Option<PlacedFile<'_>> {
-        let storage = self.files.get(number)?;
-        let (memory, offset) = storage
-            .direct_alignment()
-            .map_or((1, 1), |alignment| (alignment.memory as usize, u64::from(alignment.offset)));
-        let fd = storage.read_fd()?;
-        Some(PlacedFile { fd, memory_alignment: memory, offset_alignment: offset })
+        placed_file(&**self.files.get(number)?)
     }
+}
+
+/// A write to an image.
+struct ImageWrite(imgfmt::WriteMap);
+
+impl PlacedWrite for ImageWrite {
+    fn file(&self) -> Option<PlacedFile<'_>> {
+        placed_file(&**self.0.storage())
+    }
+
+    fn offset(&self) -> u64 {
+        self.0.offset().bytes()
+    }
+
+    fn written(self: Box<Self>) -> Result<(), ExportError> {
+        self.0.written();
+        Ok(())
+    }
+}
+
+fn placed_file(storage: &dyn Storage) -> Option<PlacedFile<'_>> {
+    let (memory, offset) = storage
+        .direct_alignment()
+        .map_or((1, 1), |alignment| (alignment.memory as usize, u64::from(alignment.offset)));
+    let fd = storage.read_fd()?;
+    Some(PlacedFile { fd, memory_alignment: memory, offset_alignment: offset })
 }
 
 const fn of_image(holes: Holes) -> imgfmt::Holes {

@@ -1,15 +1,16 @@
-//! READs for the [ring](crate::ring): where their bytes are, and what the reply has around them.
+//! READs and WRITEs for the [ring](crate::ring): where their bytes are, and what the reply to a READ has around
+//! them.
 
 use nbd_proto::transmission::{Command, Position};
 
 use super::dispatch::{self, PreparedRequest};
 use super::read_steps;
-use crate::export::{Holes, Placement};
+use crate::export::{Holes, PlacedWrite, Placement};
 use crate::ring::RingRead;
 
 /// What is to be read for a request; `None` if it is no READ, a long one, or one whose bytes are not in one
 /// piece of one file.
-pub(super) fn plan(work: &PreparedRequest) -> Option<RingRead> {
+pub(super) fn plan_read(work: &PreparedRequest) -> Option<RingRead> {
     let PreparedRequest { export, encoder, request, done, .. } = work;
     let length = request.data_len().checked_sub(*done)?;
     let (tag, holes) = (request.tag(), dispatch::holes_of(*encoder, request));
@@ -44,4 +45,14 @@ pub(super) fn plan(work: &PreparedRequest) -> Option<RingRead> {
     }
     let (number, offset, length) = found.filter(|_| at == end)?;
     Some(RingRead { placed, number, offset, length, head, tail })
+}
+
+/// Where a WRITE goes; `None` if it is no WRITE, a long one, or one for other than one place of one file.
+pub(super) fn plan_write(work: &PreparedRequest) -> Option<Box<dyn PlacedWrite>> {
+    let PreparedRequest { export, request, payload, .. } = work;
+    let is_short = (1..=read_steps::STEP_LEN).contains(&payload.len());
+    if !matches!(request.command, Command::Write(_)) || !is_short {
+        return None;
+    }
+    dispatch::place_write_in_place(&**export, request.offset, payload.len())
 }

@@ -1,0 +1,200 @@
+//! What a ring is asked for, and what becomes of it.
+
+use std::os::fd::BorrowedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use nbd_proto::wire::Errno;
+
+use crate::export::{ExportError, PlacedRead, PlacedWrite};
+
+/// A read to be carried out: bytes of one file, between bytes that are known already.
+pub(crate) struct RingRead {
+    /// Where the bytes are. It is kept until they have arrived.
+    pub(crate) placed: Box<dyn PlacedRead>,
+    /// The [number](PlacedRead::file) of the file, and the offset and the length of the bytes in it.
+    pub(crate) number: usize,
+    pub(crate) offset: u64,
+    pub(crate) length: usize,
+    /// The bytes before and after them.
+    pub(crate) head: Vec<u8>,
+    pub(crate) tail: Vec<u8>,
+}
+
+/// The receiver of a read.
+pub(crate) trait Reader: Send {
+    /// All bytes: the head, those of the file, and the tail.
+    fn filled(self: Box<Self>, bytes: Vec<u8>);
+
+    /// The ring has not read it: the pool has to.
+    fn failed(self: Box<Self>);
+}
+
+/// A write to be carried out.
+pub(crate) struct RingWrite {
+    /// Where the bytes go. It is kept until they are there.
+    pub(crate) placed: Box<dyn PlacedWrite>,
+    pub(crate) payload: Vec<u8>,
+}
+
+/// Who waits for a write.
+pub(crate) trait Writer: Send {
+    /// Whether the write is not wanted any more, unless it has begun.
+    fn is_abandoned(&self) -> bool;
+
+    /// It is over.
+    fn written(self: Box<Self>, result: Result<(), ExportError>);
+
+    /// The ring has not written it, or only a part of it: the pool has to write the payload.
+    fn failed(self: Box<Self>, payload: Vec<u8>);
+}
+
+/// Work that has not begun. What it is about comes first: it is dropped before who waits for it, and with
+/// that the export.
+pub(super) enum Work {
+    Read(RingRead, Box<dyn Reader>),
+    Write(RingWrite, Box<dyn Writer>),
+}
+
+impl Work {
+    pub(super) fn length(&self) -> usize {
+        match self {
+            Self::Read(read, _) => read.length,
+            Self::Write(write, _) => write.payload.len(),
+        }
+    }
+
+    /// Whether it still has to be done if its connection has ended.
+    pub(super) fn outlives_connection(&self) -> bool {
+        match self {
+            Self::Read(..) => false,
+            Self::Write(_, writer) => !writer.is_abandoned(),
+        }
+    }
+
+    /// The ring cannot do it.
+    pub(super) fn refuse(self) -> Outcome {
+        match self {
+            Self::Read(_, reader) => Outcome::Unread(reader),
+            Self::Write(RingWrite { placed, payload }, writer) => {
+                drop(placed);
+                Outcome::Unwritten(writer, payload)
+            }
+        }
+    }
+}
+
+/// What became of a read or a write. Its receiver learns it without the lock of the ring.
+#[must_use]
+pub(super) enum Outcome {
+    Filled(Box<dyn Reader>, Vec<u8>),
+    Unread(Box<dyn Reader>),
+    Written(Box<dyn PlacedWrite>, Box<dyn Writer>),
+    Unwritten(Box<dyn Writer>, Vec<u8>),
+}
+
+impl Outcome {
+    pub(super) fn deliver(self) {
+        match self {
+            Self::Filled(reader, bytes) => reader.filled(bytes),
+            Self::Unread(reader) => reader.failed(),
+            Self::Written(placed, writer) => {
+                let written = catch_unwind(AssertUnwindSafe(|| placed.written()));
+                writer.written(written.unwrap_or_else(|_| {
+                    tracing::error!("the end of a write panicked");
+                    Err(ExportError::new(Errno::EIO, "the server failed"))
+                }));
+            }
+            Self::Unwritten(writer, payload) => writer.failed(payload),
+        }
+    }
+}
+
+/// Started work: what it holds until it has ended.
+pub(super) enum Flight {
+    /// The file and the lease are let go when it has ended.
+    Read { placed: Box<dyn PlacedRead>, layout: Layout, reader: Box<dyn Reader> },
+    /// The payload is in the buffer from byte `at` on.
+    Write { placed: Box<dyn PlacedWrite>, at: usize, length: usize, writer: Box<dyn Writer> },
+}
+
+impl Flight {
+    /// It has ended, with so many bytes moved.
+    pub(super) fn end(self, buffer: Vec<u8>, moved: Option<usize>) -> Outcome {
+        match self {
+            Self::Read { placed, layout, reader } => {
+                drop(placed);
+                match moved.and_then(|moved| layout.finish(buffer, moved)) {
+                    Some(bytes) => Outcome::Filled(reader, bytes),
+                    None => Outcome::Unread(reader),
+                }
+            }
+            Self::Write { placed, length, writer, .. } if moved == Some(length) => {
+                Outcome::Written(placed, writer)
+            }
+            Self::Write { placed, at, length, writer } => {
+                drop(placed);
+                Outcome::Unwritten(writer, payload_in(buffer, at, length))
+            }
+        }
+    }
+}
+
+/// The payload of a write, out of its buffer.
+fn payload_in(mut buffer: Vec<u8>, at: usize, length: usize) -> Vec<u8> {
+    buffer.truncate(at + length);
+    if at > 0 {
+        buffer.drain(..at);
+    }
+    buffer
+}
+
+/// How the bytes of a read lie in its buffer.
+pub(super) enum Layout {
+    /// They are read directly into their place.
+    InPlace { length: usize, tail: Vec<u8> },
+    /// Whole blocks are read: the bytes begin at byte `at` of the buffer, after `skipped` others.
+    InBlocks { at: usize, skipped: usize, length: usize, head: Vec<u8>, tail: Vec<u8> },
+}
+
+impl Layout {
+    /// Joins all bytes; `None` if some are missing.
+    fn finish(self, mut buffer: Vec<u8>, read: usize) -> Option<Vec<u8>> {
+        match self {
+            Self::InPlace { length, tail } => {
+                buffer.extend_from_slice(&tail);
+                (read == length).then_some(buffer)
+            }
+            Self::InBlocks { at, skipped, length, head, tail } => {
+                let found = buffer.get(at..at + read)?.get(skipped..skipped + length)?;
+                let mut bytes = head;
+                bytes.reserve_exact(found.len() + tail.len());
+                bytes.extend_from_slice(found);
+                bytes.extend_from_slice(&tail);
+                Some(bytes)
+            }
+        }
+    }
+}
+
+/// The payload of a write in memory that is aligned as the file wants it, and where it begins there.
+pub(super) fn aligned(payload: Vec<u8>, alignment: usize) -> (Vec<u8>, usize) {
+    if payload.as_ptr().addr().is_multiple_of(alignment) {
+        return (payload, 0);
+    }
+    // Never resized, so it stays where it is.
+    let mut buffer = vec![0; payload.len() + alignment];
+    let at = buffer.as_ptr().addr().wrapping_neg() % alignment;
+    buffer[at..at + payload.len()].copy_from_slice(&payload);
+    (buffer, at)
+}
+
+/// Where a write of `length` bytes goes, and the alignment of its memory, if it can be written as it is.
+pub(super) fn target(
+    placed: &dyn PlacedWrite,
+    length: usize,
+) -> Option<(BorrowedFd<'_>, u64, usize)> {
+    let (file, offset) = (placed.file()?, placed.offset());
+    let ends = [offset, length as u64];
+    let is_aligned = ends.iter().all(|end| end.is_multiple_of(file.offset_alignment));
+    is_aligned.then_some((file.fd, offset, file.memory_alignment))
+}

@@ -1,0 +1,317 @@
+//! Writes past the page cache: by io_uring, and by threads where it is not to be used.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+
+use imgfmt::{Access, CacheMode, CreateOptions, Format, Image, Locking, OpenOptions};
+use nbd_proto::transmission::{Command, Durability};
+use nbd_proto::wire::{Cookie, Errno, TransmissionFlags};
+use nbd_server::ServerConfig;
+use nbd_server::export::{
+    Export, ExportError, ExportInfo, FastExport, ImageExport, PlacedFile, PlacedWrite,
+};
+
+use crate::support::{Client, MODES, Random, TestServer, disk_file, skip, wait_until};
+
+const SIZE: u64 = 4 << 20;
+
+/// With io_uring if the system has it, and without.
+fn configs() -> [ServerConfig; 2] {
+    [true, false].map(|io_uring| {
+        let mut config = ServerConfig::default();
+        config.io_uring = io_uring;
+        config
+    })
+}
+
+/// The image in `path`, which the server before this one may not have let go yet; `None` where the file
+/// system has no direct I/O.
+fn open(path: &Path, format: Format, cache: CacheMode) -> Option<Arc<ImageExport>> {
+    let options = OpenOptions::new().format(format).access(Access::ReadWrite);
+    match Image::open(path, &options.cache(cache).locking(Locking::Off)) {
+        Ok(image) => Some(Arc::new(ImageExport::new(image))),
+        Err(error) if error.kind() == imgfmt::ErrorKind::Unsupported => {
+            skip("this file system has no direct I/O");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Writes to places of any alignment, many at a time of which no two overlap, in place and, if the image
+/// has clusters, to new ones.
+fn write_many(client: &mut Client, content: &mut [u8], random: &mut Random) {
+    let mut under_way: HashMap<Cookie, (u64, Vec<u8>)> = HashMap::new();
+    for round in 0..200 {
+        let longest = [1, 4096, 16 << 10, 65536][round % 4];
+        let mut length = 1 + random.below(longest);
+        // Each has its own part of the disk.
+        let part = (round as u64 % 32) * (SIZE / 32);
+        let mut offset = part + random.below(SIZE / 32 - 65536 - 4096);
+        if round % 2 == 0 {
+            offset = offset.next_multiple_of(4096);
+            length = length.next_multiple_of(4096);
+        }
+        let data = random.bytes(length as usize);
+        let durability = if round % 5 == 0 { Durability::Fua } else { Durability::Cached };
+        let cookie = client.submit(offset, length, &Command::Write(durability), &data);
+        under_way.insert(cookie, (offset, data));
+        if under_way.len() == 32 || round == 199 {
+            while !under_way.is_empty() {
+                let (cookie, outcome) = client.next_finished();
+                assert_eq!(outcome.result, Ok(()));
+                let (offset, data) = under_way.remove(&cookie).unwrap();
+                content[offset as usize..][..data.len()].copy_from_slice(&data);
+            }
+            let from = random.below(SIZE - 300_000);
+            assert!(client.read(from, 300_000) == content[from as usize..][..300_000]);
+        }
+    }
+}
+
+/// Writes to the image in all ways, and compares what it holds then, also when it is opened again.
+fn write_and_compare(path: &Path, format: Format, mut content: Vec<u8>) {
+    let mut random = Random::new();
+    for config in configs() {
+        for cache in [CacheMode::None, CacheMode::DirectSync] {
+            let Some(export) = open(path, format, cache) else { return };
+            let server = TestServer::with(config.clone(), export);
+            for mode in MODES {
+                write_many(&mut Client::connect(&server, mode), &mut content, &mut random);
+            }
+            server.stop().unwrap();
+            let export = open(path, format, CacheMode::Writeback).unwrap();
+            let mut now = vec![0; content.len()];
+            export.read_at(0, &mut now).unwrap();
+            assert!(now == content);
+        }
+    }
+}
+
+#[test]
+fn raw_images_hold_what_was_written_past_the_page_cache() {
+    let content = Random::new().bytes(SIZE as usize);
+    let file = disk_file(&content);
+    write_and_compare(file.path(), Format::Raw, content);
+}
+
+#[test]
+fn qcow2_images_hold_what_was_written_past_the_page_cache() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
+    write_and_compare(&path, Format::Qcow2, vec![0; SIZE as usize]);
+}
+
+#[test]
+fn a_client_that_waits_for_each_write_and_read_has_them_in_order() {
+    let file = disk_file(&vec![0; SIZE as usize]);
+    let mut random = Random::new();
+    for config in configs() {
+        let Some(export) = open(file.path(), Format::Raw, CacheMode::None) else { return };
+        let server = TestServer::with(config, export);
+        let mut client = Client::connect(&server, MODES[1]);
+        // So many that the thread of the connection waits for the disk.
+        for _ in 0..300 {
+            let offset = random.below(64) * 4096;
+            let data = random.bytes(4096);
+            client.write(offset, &data).unwrap();
+            assert!(client.read(offset, 4096) == data);
+        }
+    }
+}
+
+/// A disk that places writes in a file, or says so.
+struct Placing {
+    file: OwnedFd,
+    offset: fn(u64) -> u64,
+    is_writethrough: bool,
+    fails_to_flush: AtomicBool,
+    /// Calls, and writes that the server has carried out by itself.
+    writes: AtomicUsize,
+    flushes: AtomicUsize,
+    placed: Arc<AtomicUsize>,
+    /// Writes whose place is still theirs.
+    held: Arc<AtomicUsize>,
+    written: Mutex<Vec<(u64, Vec<u8>)>>,
+}
+
+struct Place {
+    file: OwnedFd,
+    offset: u64,
+    placed: Arc<AtomicUsize>,
+    held: Arc<AtomicUsize>,
+}
+
+impl Placing {
+    fn new(file: impl Into<OwnedFd>) -> Self {
+        Self {
+            file: file.into(),
+            offset: |offset| offset,
+            is_writethrough: false,
+            fails_to_flush: AtomicBool::new(false),
+            writes: AtomicUsize::new(0),
+            flushes: AtomicUsize::new(0),
+            placed: Arc::default(),
+            held: Arc::default(),
+            written: Mutex::default(),
+        }
+    }
+}
+
+impl Export for Placing {
+    fn info(&self) -> ExportInfo {
+        let mut info = ExportInfo::new(SIZE);
+        info.flags |= TransmissionFlags::SEND_FLUSH | TransmissionFlags::SEND_FUA;
+        info
+    }
+
+    fn read_at(&self, _: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        buffer.fill(0);
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8], _: Durability) -> Result<(), ExportError> {
+        self.writes.fetch_add(1, SeqCst);
+        self.written.lock().unwrap().push((offset, data.to_vec()));
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), ExportError> {
+        self.flushes.fetch_add(1, SeqCst);
+        match self.fails_to_flush.load(SeqCst) {
+            true => Err(ExportError::new(Errno::EIO, "the disk has lost it")),
+            false => Ok(()),
+        }
+    }
+
+    fn fast(&self) -> Option<&dyn FastExport> {
+        Some(self)
+    }
+}
+
+impl FastExport for Placing {
+    fn is_writethrough(&self) -> bool {
+        self.is_writethrough
+    }
+
+    fn place_write(&self, offset: u64, _: usize) -> Option<Box<dyn PlacedWrite>> {
+        self.held.fetch_add(1, SeqCst);
+        let (placed, held) = (Arc::clone(&self.placed), Arc::clone(&self.held));
+        let (file, offset) = (self.file.try_clone().unwrap(), (self.offset)(offset));
+        Some(Box::new(Place { file, offset, placed, held }))
+    }
+}
+
+impl PlacedWrite for Place {
+    fn file(&self) -> Option<PlacedFile<'_>> {
+        Some(PlacedFile::new(self.file.as_fd()))
+    }
+
+    fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    fn written(self: Box<Self>) -> Result<(), ExportError> {
+        self.placed.fetch_add(1, SeqCst);
+        Ok(())
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.held.fetch_sub(1, SeqCst);
+    }
+}
+
+/// Whether the ring has carried writes out; if not, for want of one.
+fn has_ring(disk: &Placing) -> bool {
+    let has_ring = disk.placed.load(SeqCst) > 0;
+    if !has_ring {
+        let is_forbidden = std::env::var_os("NBD_AIO").is_some_and(|mode| mode == "threads");
+        assert!(is_forbidden || std::env::var_os("CI").is_none(), "nothing went through the ring");
+        skip("there is no io_uring");
+    }
+    has_ring
+}
+
+#[test]
+fn a_write_that_the_ring_cannot_carry_out_is_the_exports() {
+    let file = disk_file(&[0; 8192]);
+    // It is open for reading only.
+    let disk = Arc::new(Placing::new(File::open(file.path()).unwrap()));
+    let server = TestServer::with(ServerConfig::default(), disk.clone());
+    for (round, mode) in MODES.into_iter().enumerate() {
+        let mut client = Client::connect(&server, mode);
+        assert_eq!(client.write(4096, &[round as u8; 4096]), Ok(()));
+    }
+    assert_eq!((disk.writes.load(SeqCst), disk.placed.load(SeqCst)), (3, 0));
+    let expected: Vec<_> = (0..3).map(|round| (4096, vec![round; 4096])).collect();
+    assert!(*disk.written.lock().unwrap() == expected);
+    wait_until("the places are free", || disk.held.load(SeqCst) == 0);
+}
+
+/// Sixteen durable writes at once; how many failed.
+fn failures_of_durable_writes(disk: &Arc<Placing>) -> usize {
+    let server = TestServer::with(ServerConfig::default(), disk.clone());
+    let mut client = Client::connect(&server, MODES[1]);
+    let mut failures = 0;
+    for _ in 0..20 {
+        for place in 0..16 {
+            client.submit(place * 4096, 512, &Command::Write(Durability::Fua), &[1; 512]);
+        }
+        failures += (0..16).filter(|_| client.next_finished().1.result.is_err()).count();
+    }
+    failures
+}
+
+#[test]
+fn durable_writes_through_the_ring_share_flushes_and_their_failures() {
+    for is_writethrough in [false, true] {
+        let file = tempfile::tempfile().unwrap();
+        let disk = Arc::new(Placing { is_writethrough, ..Placing::new(file) });
+        assert_eq!(failures_of_durable_writes(&disk), 0);
+        if !has_ring(&disk) {
+            return;
+        }
+        let (placed, writes) = (disk.placed.load(SeqCst), disk.writes.load(SeqCst));
+        let flushes = disk.flushes.load(SeqCst);
+        assert_eq!(placed + writes, 320);
+        assert!(flushes > 0 && flushes <= placed, "{flushes} flushes for {placed} writes");
+        disk.fails_to_flush.store(true, SeqCst);
+        assert!(failures_of_durable_writes(&disk) >= disk.placed.load(SeqCst) - placed);
+    }
+}
+
+#[test]
+fn a_write_keeps_its_place_until_the_system_is_done_with_it_whoever_leaves() {
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    // Nothing fits into it any more: a write to it waits.
+    let room = rustix::pipe::fcntl_getpipe_size(&writer).unwrap();
+    std::io::Write::write_all(&mut &writer, &vec![7; room]).unwrap();
+    let disk = Arc::new(Placing { offset: |_| u64::MAX, ..Placing::new(writer) });
+    let mut server = TestServer::with(ServerConfig::default(), disk.clone());
+    let mut client = Client::connect(&server, MODES[1]);
+    client.submit(0, 4096, &Command::Write(Durability::Cached), &[5; 4096]);
+    wait_until("it is under way", || disk.held.load(SeqCst) == 1 || disk.writes.load(SeqCst) == 1);
+    if disk.writes.load(SeqCst) == 1 {
+        return skip("there is no io_uring");
+    }
+    drop(client);
+    wait_until("the client has gone", || server.handle().clients().is_empty());
+    server.begin_stop();
+    // Longer than reads are waited for would take too long; that it has not ended at once tells enough.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert!(!server.has_ended() && disk.held.load(SeqCst) == 1);
+    let mut bytes = vec![0; room + 4096];
+    reader.read_exact(&mut bytes).unwrap();
+    assert!(bytes[..room].iter().all(|byte| *byte == 7));
+    assert!(bytes[room..].iter().all(|byte| *byte == 5));
+    wait_until("the server ends", || server.has_ended());
+    assert_eq!((disk.held.load(SeqCst), disk.placed.load(SeqCst)), (0, 1));
+}
