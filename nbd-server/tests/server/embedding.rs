@@ -219,6 +219,8 @@ fn a_server_for_one_job_ends_with_its_last_client() {
     drop(UnixStream::connect(&path).unwrap());
     let connect = || Client::on(UnixStream::connect(&path).unwrap(), ReplyMode::Simple, "");
     let (first, mut second) = (connect().unwrap(), connect().unwrap());
+    // A client counts from when its handshake has ended on the server's side.
+    assert_eq!(second.read(0, 3), [0; 3]);
     drop(first);
     assert_eq!(second.read(0, 3), [0; 3]);
     assert!(!waiting.is_finished());
