@@ -82,6 +82,55 @@ impl FromStr for Uuid {
     }
 }
 
+/// The sum of the blocks that a backup holds, to which blocks are added in any order: 256 bits, the
+/// lowest byte first. The sum of no blocks is 0.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub struct ContentSum([u64; 4]);
+
+impl ContentSum {
+    /// Creates a sum from its bytes, such as the digest of one block.
+    #[must_use]
+    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+        let mut words = [0; 4];
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+            *word = u64::from_le_bytes(*bytes);
+        }
+        Self(words)
+    }
+
+    /// Returns its bytes.
+    #[must_use]
+    pub fn bytes(self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        for (place, word) in bytes.as_chunks_mut().0.iter_mut().zip(self.0) {
+            *place = word.to_le_bytes();
+        }
+        bytes
+    }
+
+    /// Adds another sum, modulo 2^256.
+    pub fn add(&mut self, other: Self) {
+        let mut carry = false;
+        for (word, other) in self.0.iter_mut().zip(other.0) {
+            let (sum, over) = word.overflowing_add(other);
+            let (sum, over_again) = sum.overflowing_add(u64::from(carry));
+            (*word, carry) = (sum, over || over_again);
+        }
+    }
+}
+
+impl fmt::Display for ContentSum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.bytes().iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for ContentSum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
 /// The identity of a backup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -98,6 +147,8 @@ pub struct BackupIdentity {
     pub bitmap: Option<String>,
     /// The name of the export that was backed up; at most 4096 bytes.
     pub export: String,
+    /// The sum of the blocks that the file itself holds, if it was computed.
+    pub content: Option<ContentSum>,
 }
 
 /// The base of a backup.
@@ -127,7 +178,7 @@ impl BackupIdentity {
     /// Creates the identity of a full backup of a disk of that size in bytes.
     pub fn new(id: Uuid, disk_size: u64) -> Self {
         let base = BackupBase::None;
-        Self { id, base, disk: None, disk_size, bitmap: None, export: String::new() }
+        Self { id, base, disk: None, disk_size, bitmap: None, export: String::new(), content: None }
     }
 }
 
@@ -142,6 +193,9 @@ pub struct Backup {
     /// still the same file, it was not modified. Changes of a copy by other programs cannot be
     /// detected.
     pub is_unchanged: bool,
+    /// True if no program that respects the format has opened the file for writing since: if its
+    /// content is another one nevertheless, it is damaged.
+    pub is_sealed: bool,
 }
 
 /// The backup after which a bitmap started.
@@ -161,6 +215,23 @@ pub enum BeganAfter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sums_of_content_carry_and_wrap() {
+        let bytes = |first: u8, last: u8| {
+            let mut bytes = [0xff; 32];
+            (bytes[0], bytes[31]) = (first, last);
+            ContentSum::from_bytes(bytes)
+        };
+        let mut one = [0; 32];
+        one[0] = 1;
+        let mut sum = bytes(0xff, 0x7f);
+        assert_eq!(ContentSum::from_bytes(sum.bytes()), sum);
+        sum.add(ContentSum::from_bytes(one));
+        assert_eq!(sum.to_string(), format!("{}80", "00".repeat(31)));
+        sum.add(sum);
+        assert_eq!(sum, ContentSum::default());
+    }
 
     #[test]
     fn uuids_are_written_as_they_are_read() {

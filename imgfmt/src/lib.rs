@@ -95,7 +95,7 @@ pub mod zero;
 
 pub use access::{Access, BitmapDurability, Locking};
 pub use backing_file::{BackingFile, BackingOptions, NameTarget};
-pub use backup::{Backup, BackupBase, BackupIdentity, BeganAfter, NotAUuid, Uuid};
+pub use backup::{Backup, BackupBase, BackupIdentity, BeganAfter, ContentSum, NotAUuid, Uuid};
 pub use bitmap::{
     BITMAP_GRANULARITY_DEFAULT, BITMAP_NAME_BYTES_MAX, BitmapChange, BitmapInfo, BitmapState,
     DirtyBits, DirtyExtent, Recording,

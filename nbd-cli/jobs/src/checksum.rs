@@ -4,107 +4,40 @@
 //! Threads read ahead of it; holes are not read.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Mutex, PoisonError};
 
 use imgfmt::{ExtentKind, GuestOffset, GuestRange, Image};
-use openssl::hash::{Hasher, MessageDigest};
 
+pub use crate::digest::{Checksum, ChecksumAlgorithm};
+use crate::digest::{Digest, Piece};
 use crate::error::{JobError, JobErrorKind};
 use crate::observer::{JobContext, Meter, Phase};
-use crate::text::printable;
 
 /// Bytes that are read at a time.
 const READ_LEN: u64 = 1 << 20;
+/// Bytes of a hole that the digest is given at a time: a bound on the time between two looks at the
+/// cancellation.
+const ZEROES_LEN: u64 = 64 << 20;
 /// Threads that read.
 const THREADS: usize = 4;
 /// Reads, or ranges of zeroes, that are ahead of the digest.
 const AHEAD: usize = 2 * THREADS;
-/// Bytes of zeroes that the digest is given at a time.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
-
-/// The digests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum ChecksumAlgorithm {
-    /// SHA-256, of 64 digits.
-    #[default]
-    Sha256,
-    /// SHA-512, of 128 digits.
-    Sha512,
-}
-
-impl ChecksumAlgorithm {
-    /// Returns its name in lower case.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Sha256 => "sha256",
-            Self::Sha512 => "sha512",
-        }
-    }
-
-    fn digest(self) -> MessageDigest {
-        match self {
-            Self::Sha256 => MessageDigest::sha256(),
-            Self::Sha512 => MessageDigest::sha512(),
-        }
-    }
-
-    /// Parses a checksum in hexadecimal, in upper or lower case.
-    ///
-    /// # Errors
-    ///
-    /// A sentence, if it does not have the digits of this algorithm.
-    pub fn parse(self, text: &str) -> Result<Checksum, JobError> {
-        let digits = 2 * self.digest().size();
-        if text.len() != digits || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-            return Err(JobError::invalid(format!(
-                "'{}' is not a {}: it has {digits} hexadecimal digits",
-                printable(text),
-                self.name()
-            )));
-        }
-        Ok(Checksum { algorithm: self, digits: text.to_ascii_lowercase() })
-    }
-}
-
-/// The digest of a disk. It is displayed in hexadecimal, in lower case.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Checksum {
-    algorithm: ChecksumAlgorithm,
-    digits: String,
-}
-
-impl Checksum {
-    /// Returns the algorithm.
-    #[must_use]
-    pub fn algorithm(&self) -> ChecksumAlgorithm {
-        self.algorithm
-    }
-}
-
-impl fmt::Display for Checksum {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.digits)
-    }
-}
 
 /// A read, and the receiver of its bytes.
 struct ReadAhead {
     range: GuestRange,
-    done: Sender<imgfmt::Result<Vec<u8>>>,
+    done: Sender<Result<Piece, JobError>>,
 }
 
 /// The next bytes of the disk.
 enum Next {
     Zeroes(u64),
-    Data(u64, Receiver<imgfmt::Result<Vec<u8>>>),
+    Data(Receiver<Result<Piece, JobError>>),
 }
 
-/// Computes the digest of a disk as a guest sees it: the one of the disk as a raw file. Blocks, so
-/// asynchronous tasks must not call it.
+/// Computes the digest of a disk as a guest sees it, whatever its format. Blocks, so asynchronous
+/// tasks must not call it.
 ///
 /// # Errors
 ///
@@ -114,36 +47,32 @@ pub fn checksum(
     algorithm: ChecksumAlgorithm,
     context: &JobContext,
 ) -> Result<Checksum, JobError> {
-    let mut hasher = Hasher::new(algorithm.digest()).map_err(|error| {
-        let message = format!("OpenSSL lacks {}: {error}", algorithm.name());
-        JobError::new(JobErrorKind::Internal, message)
-    })?;
+    let mut hasher = Digest::new(algorithm)?;
     let meter = Meter::begin(context, Phase::Reading, Some(image.size()), 0);
     let (sender, receiver) = mpsc::channel::<ReadAhead>();
     let receiver = Mutex::new(receiver);
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
-            scope.spawn(|| read(image, &receiver));
+            scope.spawn(|| read(image, algorithm, &receiver));
         }
         // Dropped at the end, also after an error: the threads end then.
         let sender = sender;
         digest(image, &sender, &mut hasher, &meter, context)
     })?;
-    let digest = hasher.finish().map_err(|error| failed(&error))?;
-    let digits = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(Checksum { algorithm, digits })
+    hasher.finish()
 }
 
 /// Reads until there is no more to read.
-fn read(image: &Image, reads: &Mutex<Receiver<ReadAhead>>) {
+fn read(image: &Image, algorithm: ChecksumAlgorithm, reads: &Mutex<Receiver<ReadAhead>>) {
     loop {
         let next = reads.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(ReadAhead { range, done }) = next else { return };
         // At most `READ_LEN`.
         let mut buffer = vec![0; usize::try_from(range.length()).unwrap_or(0)];
-        let read = image.read_at(range.offset(), &mut buffer).map(|()| buffer);
+        let read = image.read_at(range.offset(), &mut buffer).map_err(unreadable);
+        let piece = read.and_then(|()| algorithm.prepare(range.offset().bytes(), buffer.into()));
         // After an error there is no receiver.
-        let _ = done.send(read);
+        let _ = done.send(piece);
     }
 }
 
@@ -151,7 +80,7 @@ fn read(image: &Image, reads: &Mutex<Receiver<ReadAhead>>) {
 fn digest(
     image: &Image,
     reads: &Sender<ReadAhead>,
-    hasher: &mut Hasher,
+    hasher: &mut Digest,
     meter: &Meter,
     context: &JobContext,
 ) -> Result<(), JobError> {
@@ -173,10 +102,10 @@ fn digest(
                 // The threads are there as long as this sender.
                 let _ = reads.send(ReadAhead { range: range(at, length)?, done });
                 at += length;
-                Next::Data(length, bytes)
+                Next::Data(bytes)
             } else {
-                let length = end - at;
-                at = end;
+                let length = ZEROES_LEN.min(end - at);
+                at += length;
                 Next::Zeroes(length)
             };
             ahead.push_back(next);
@@ -191,31 +120,21 @@ fn digest(
 }
 
 /// Passes the next bytes to the digest.
-fn take(next: Next, hasher: &mut Hasher, meter: &Meter) -> Result<(), JobError> {
+fn take(next: Next, hasher: &mut Digest, meter: &Meter) -> Result<(), JobError> {
     match next {
         Next::Zeroes(length) => {
-            zeroes(hasher, length)?;
+            hasher.add(&Piece::Zeroes(length))?;
             meter.add(length, length);
         }
-        Next::Data(length, bytes) => {
+        Next::Data(bytes) => {
             let lost = |_| {
                 let message = "a thread that reads the disk has failed";
                 JobError::new(JobErrorKind::Internal, message)
             };
-            let bytes = bytes.recv().map_err(lost)?.map_err(unreadable)?;
-            hasher.update(&bytes).map_err(|error| failed(&error))?;
-            meter.add(length, 0);
+            let piece = bytes.recv().map_err(lost)??;
+            hasher.add(&piece)?;
+            meter.add(piece.length(), 0);
         }
-    }
-    Ok(())
-}
-
-fn zeroes(hasher: &mut Hasher, mut length: u64) -> Result<(), JobError> {
-    while length > 0 {
-        let count = length.min(ZEROES.len() as u64);
-        let bytes = ZEROES.get(..usize::try_from(count).unwrap_or(0)).unwrap_or_default();
-        hasher.update(bytes).map_err(|error| failed(&error))?;
-        length -= count;
     }
     Ok(())
 }
@@ -223,10 +142,6 @@ fn zeroes(hasher: &mut Hasher, mut length: u64) -> Result<(), JobError> {
 fn range(offset: u64, length: u64) -> Result<GuestRange, JobError> {
     GuestRange::new(GuestOffset::new(offset), length)
         .ok_or_else(|| JobError::source("the disk is larger than any file can be"))
-}
-
-fn failed(error: &openssl::error::ErrorStack) -> JobError {
-    JobError::new(JobErrorKind::Internal, format!("OpenSSL cannot compute the digest: {error}"))
 }
 
 #[allow(clippy::needless_pass_by_value)] // For map_err.

@@ -50,7 +50,6 @@ pub mod blockdev;
 mod cancellation;
 #[cfg(feature = "certificates")]
 pub mod certificates;
-#[cfg(feature = "checksum")]
 pub mod checksum;
 pub mod connect;
 pub mod control;
@@ -58,12 +57,14 @@ pub mod convert;
 pub mod copy;
 #[cfg(feature = "devices")]
 pub mod devices;
+mod digest;
 mod error;
 mod files;
 pub mod frozen_bits;
 pub mod image_location;
 pub mod key_values;
 mod lanes;
+mod layers;
 mod location;
 #[cfg(feature = "monitor")]
 pub mod monitor;
@@ -90,5 +91,5 @@ pub use self::copy::{Copied, CopyOptions, Knowledge, Zeroes, copy};
 pub use self::error::{JobError, JobErrorKind};
 pub use self::location::Location;
 pub use self::observer::{JobContext, Observer, Phase, Progress, TemporaryFile};
-pub use self::restore::{RestoreOptions, Restored, Verify, restore};
+pub use self::restore::{Check as RestoreCheck, RestoreOptions, Restored, Verify, restore};
 pub use self::target::Durable;

@@ -16,8 +16,10 @@ use crate::copy::destination::{Background, Destination};
 use crate::copy::job::{Job, Settings, ZeroPolicy};
 use crate::copy::local_file::create_empty;
 use crate::copy::source::Source;
+use crate::copy::sum::{OfLayers, Sum};
 use crate::copy::verify::Verification;
 use crate::copy::{Knowledge, check_concurrency};
+use crate::layers;
 use crate::target::{self, Durable, Existing, NewFile, device};
 use crate::{ConnectOptions, JobContext, JobError, JobErrorKind, Location};
 
@@ -56,6 +58,18 @@ pub struct RestoreOptions {
     /// The data to verify at the end. A restore copies the whole disk, so [`Verify::Copied`] and
     /// [`Verify::All`] are the same.
     pub verify: Verify,
+    /// Whether the files of the image are checked against the sums that the backups recorded.
+    pub check: Check,
+}
+
+/// The check of the files of a backup against the sums that were recorded when they were made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Check {
+    /// A file that holds something else is an error.
+    #[default]
+    Recorded,
+    /// The sums are ignored.
+    Off,
 }
 
 impl Default for RestoreOptions {
@@ -67,6 +81,7 @@ impl Default for RestoreOptions {
             format: Format::Raw,
             destination_locking: Locking::Auto,
             verify: Verify::Nothing,
+            check: Check::Recorded,
         }
     }
 }
@@ -83,6 +98,8 @@ pub struct Restored {
     pub zero: u64,
     /// Bytes compared, if the restore was verified.
     pub verified: Option<u64>,
+    /// Files of the chain that hold what the backups put into them.
+    pub checked: usize,
 }
 
 /// Restores the disk in an image: the newest file of a chain of backups represents the whole disk.
@@ -93,7 +110,8 @@ pub struct Restored {
 ///
 /// # Errors
 ///
-/// If the image cannot be opened or read, if the destination exists, is too small or cannot be
+/// If the image cannot be opened or read, if a file of it holds something else than a backup
+/// recorded, if the destination exists, is too small or cannot be
 /// written, if verification finds a difference, if the options are out of range, and if the job is
 /// cancelled. A new file is then removed.
 ///
@@ -112,10 +130,10 @@ pub async fn restore(
     let image = image.map_err(|error| JobError::opening(JobErrorKind::Source, error))?;
     let is_new = match to {
         Location::File(path) => is_new(path)?,
-        Location::Nbd(_) => false,
-        Location::Standard | Location::Null => {
+        Location::Nbd(_) | Location::Null => false,
+        Location::Standard => {
             return Err(JobError::invalid(
-                "a backup is restored to a file, a device or an NBD URI",
+                "a backup is restored to a file, a device or an NBD URI, or checked with null:",
             ));
         }
     };
@@ -140,9 +158,10 @@ pub async fn restore(
         Ok(destination) => fill_and_verify(to, options, source, destination, &new, context).await,
         Err(error) => Err(error),
     };
-    let ([copied, zero], verified) = result.map_err(|error| failure(path, to, &new, &error))?;
+    let Filled { counts: [copied, zero], verified, checked } =
+        result.map_err(|error| failure(path, to, &new, &error))?;
     new.complete(to)?;
-    Ok(Restored { size, copied, zero, verified })
+    Ok(Restored { size, copied, zero, verified, checked })
 }
 
 fn image_error(error: imgfmt::Error) -> JobError {
@@ -270,11 +289,11 @@ async fn fill_and_verify(
     destination: Destination,
     new: &New,
     context: &JobContext,
-) -> Result<([u64; 2], Option<u64>), JobError> {
+) -> Result<Filled, JobError> {
     let Source::Image { image, .. } = &source else {
         return Err(JobError::source("only an image can be restored"));
     };
-    let image = image.clone();
+    let (image, size) = (image.clone(), source.size().unwrap_or_default());
     let zeroes = match destination.is_zero() {
         true => ZeroPolicy::Skip,
         false => ZeroPolicy::Write(ZeroMode::MayUnmap),
@@ -289,9 +308,10 @@ async fn fill_and_verify(
         sparse: Some(if is_image { CLUSTER_SIZE } else { unit.max(4096) }),
         start: 0,
         lanes: options.connect.lanes.clone(),
+        sum: (options.check == Check::Recorded).then(|| Sum::OfLayers(OfLayers::new(size))),
     };
     let extents = source.extents(0);
-    let job = Arc::new(Job::new(&settings, source, destination, extents, context));
+    let job = Arc::new(Job::new(settings, source, destination, extents, context));
     // A server without FLUSH offers nothing better.
     let flushes = match &job.destination {
         Destination::Nbd { client, .. } => {
@@ -306,11 +326,36 @@ async fn fill_and_verify(
     })?;
     job.destination.close().await;
     job.destination.close_image()?;
+    let checked = match job.sum {
+        Some(Sum::OfLayers(sum)) => check(&image, sum, options, context).await?,
+        _ => 0,
+    };
     let verified = match options.verify {
         Verify::Nothing => None,
         Verify::Copied | Verify::All => Some(verify(to, options, new, image, context).await?),
     };
-    Ok((counts, verified))
+    Ok(Filled { counts, verified, checked })
+}
+
+/// What was written, before it counts.
+struct Filled {
+    counts: [u64; 2],
+    verified: Option<u64>,
+    checked: usize,
+}
+
+/// Checks the files of the chain; returns how many of them are known to be right.
+async fn check(
+    image: &Arc<Image>,
+    sum: OfLayers,
+    options: &RestoreOptions,
+    context: &JobContext,
+) -> Result<usize, JobError> {
+    let (image, open, context) = (image.clone(), options.image.clone(), context.clone());
+    let check = move || layers::check_chain(&image, &sum, &open, &context);
+    let checked = tokio::task::spawn_blocking(check).await;
+    let checked = checked.map_err(|error| JobError::given_up("read", &error))??;
+    Ok(checked.files)
 }
 
 async fn verify(

@@ -3,13 +3,18 @@
 use std::num::NonZeroUsize;
 
 use clap::Args;
-use nbd_jobs::{CopyOptions, Durable, JobContext, JobErrorKind, Knowledge, Location, Zeroes};
+use nbd_jobs::checksum::ChecksumAlgorithm;
+use nbd_jobs::{
+    Copied, CopyOptions, Durable, JobContext, JobErrorKind, Knowledge, Location, Zeroes,
+};
 
+use super::checksum::Algorithm;
 use crate::async_runtime::block_on;
 use crate::connect::{ConnectionArgs, TlsArgs, refuse_same_export};
 use crate::error::{CommandError, Outcome};
 use crate::location_parser::LocationParser;
 use crate::locking::{LockArgs, ShareArgs, advise_sharing};
+use crate::output::{Output, printable};
 use crate::progress::{ProgressArgs, RateArgs};
 use crate::shown::Shown;
 use crate::size::ByteSize;
@@ -36,6 +41,7 @@ Examples:
   nbd-cli copy --destination-is-zero --flush disk.img 'nbd+unix:///new?socket=/run/nbd.sock'
   nbd-cli copy --tls-psk keys.psk nbds://alice@backup.example.org/disk disk.img
   nbd-cli copy nbd://localhost/disk - | zstd > disk.zst
+  nbd-cli copy --checksum=blkhash nbd://localhost/disk backup.img
 
 A lost connection is restored (--reconnect). If it led to the destination, everything since the last
 flush is written again: a restarted server may have lost it.
@@ -93,6 +99,22 @@ pub struct CopyArgs {
     #[arg(short = 'S', long, value_name = "SIZE", default_value = "4K")]
     pub sparse: ByteSize,
 
+    /// Compute a checksum of what is copied, without a second read, and print it on standard
+    /// output: sha256 unless another one is given.
+    #[arg(
+        long,
+        value_name = "DIGEST",
+        value_enum,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "sha256"
+    )]
+    pub checksum: Option<Algorithm>,
+
+    /// Succeed only if that checksum is this one, in hexadecimal; a new file is removed otherwise.
+    #[arg(long, value_name = "HEX", requires = "checksum")]
+    pub expect: Option<String>,
+
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub share: ShareArgs,
@@ -116,7 +138,13 @@ pub struct CopyArgs {
 
 pub(crate) fn run(args: CopyArgs) -> Result<Outcome, CommandError> {
     check(&args)?;
-    block_on(copy(&args))?;
+    let options = options(&args)?;
+    let copied = block_on(copy(&args, &options))?;
+    if let Some(checksum) = copied.checksum {
+        let mut output = Output::new();
+        output.line(&format!("{checksum}  {}", shown_name(&args.source)))?;
+        output.finish()?;
+    }
     Ok(Outcome::Success)
 }
 
@@ -142,25 +170,39 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
             "--requests is limited to 4096 and --connections to 256; give smaller numbers",
         ));
     }
+    if args.checksum.is_some() && args.destination == Location::Standard {
+        return Err(CommandError::new(
+            "--checksum prints on standard output, which is the destination; give another one",
+        ));
+    }
     Ok(())
 }
 
-async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
+async fn copy(args: &CopyArgs, options: &CopyOptions) -> Result<Copied, CommandError> {
     let shown = Shown::new(args.progress.visibility());
     let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
-    let result = nbd_jobs::copy(&args.source, &args.destination, &options(args), &context).await;
+    let result = nbd_jobs::copy(&args.source, &args.destination, options, &context).await;
     match &result {
         Ok(_) => shown.finish(),
         Err(_) => shown.clear(),
     }
-    result.map(drop).map_err(|error| match error.kind() {
+    result.map_err(|error| match error.kind() {
         JobErrorKind::Source => advise_sharing(error),
         _ => error.into(),
     })
 }
 
+/// Returns the name of a source on the line of its checksum.
+fn shown_name(source: &Location) -> String {
+    match source {
+        Location::File(path) => printable(&path.to_string_lossy()),
+        Location::Standard => "-".to_owned(),
+        other => printable(&other.to_string()),
+    }
+}
+
 /// Returns the options of the job.
-fn options(args: &CopyArgs) -> CopyOptions {
+fn options(args: &CopyArgs) -> Result<CopyOptions, CommandError> {
     let mut options = CopyOptions::default();
     options.connect = args.connection.options(&args.tls);
     options.requests = args.requests;
@@ -175,5 +217,9 @@ fn options(args: &CopyArgs) -> CopyOptions {
     options.durability = if args.flush { Durable::Now } else { Durable::Later };
     options.source_locking = args.share.locking(args.locks);
     options.destination_locking = args.locks.locking();
-    options
+    options.checksum = args.checksum.map(ChecksumAlgorithm::from);
+    if let (Some(algorithm), Some(expected)) = (options.checksum, &args.expect) {
+        options.expected = Some(algorithm.parse(expected)?);
+    }
+    Ok(options)
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use nbd_jobs::{JobContext, JobErrorKind, Location, RestoreOptions, Verify};
+use nbd_jobs::{JobContext, JobErrorKind, Location, RestoreCheck as Check, RestoreOptions, Verify};
 use serde::Serialize;
 
 use super::image::open::OpenArgs;
@@ -27,11 +27,14 @@ Examples:
   nbd-cli restore --output-format qcow2 monday.qcow2 disk.qcow2
   nbd-cli restore --verify monday.qcow2 /dev/vg/disk
   nbd-cli restore monday.qcow2 nbd://vmhost/disk
+  nbd-cli restore monday.qcow2 null:
 
 The newest file of a chain represents the whole disk. A file as the destination must not exist yet:
 it grows as NAME.partial, is renamed when it is complete, and is removed if the restore fails or is
 interrupted (after kill -9 NAME.partial is left). A device or a server's disk is overwritten and
-must be at least as large; a device is marked as incomplete until everything is written.";
+must be at least as large; a device is marked as incomplete until everything is written.
+'nbd-cli backup' records a checksum of the data in each file. All files of the chain must still hold
+that data; 'null:' as the destination checks them and writes nothing.";
 
 /// Arguments of `nbd-cli restore`.
 #[derive(Debug, Args)]
@@ -41,7 +44,7 @@ pub struct RestoreArgs {
     #[arg(value_parser = FilePathParser)]
     pub image: PathBuf,
 
-    /// A new file, a block device or an NBD URI.
+    /// A new file, a block device or an NBD URI; null: only reads and checks the image.
     #[arg(value_parser = LocationParser)]
     pub destination: Location,
 
@@ -52,6 +55,10 @@ pub struct RestoreArgs {
     /// Read both sides again at the end and compare checksums.
     #[arg(long)]
     pub verify: bool,
+
+    /// Restore files that do not hold what the backups recorded.
+    #[arg(long)]
+    pub no_check: bool,
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
@@ -93,6 +100,8 @@ struct RestoreReport {
     zero: u64,
     /// Bytes compared, if the restore was verified.
     verified: Option<u64>,
+    /// Files of the chain that hold what the backups recorded.
+    checked: usize,
     seconds: f64,
 }
 
@@ -137,6 +146,7 @@ async fn restore(args: &RestoreArgs) -> Result<RestoreReport, CommandError> {
         copied: restored.copied,
         zero: restored.zero,
         verified: restored.verified,
+        checked: restored.checked,
         seconds: started.elapsed().as_secs_f64(),
     })
 }
@@ -150,6 +160,7 @@ fn options(args: &RestoreArgs) -> RestoreOptions {
     options.format = args.output_format.into();
     options.destination_locking = args.open.trust.locks.locking();
     options.verify = if args.verify { Verify::All } else { Verify::Nothing };
+    options.check = if args.no_check { Check::Off } else { Check::Recorded };
     options
 }
 
@@ -163,8 +174,12 @@ impl RestoreReport {
                     Some(bytes) => format!(", {} verified", rounded(bytes)),
                     None => String::new(),
                 };
+                let checked = match self.checked {
+                    0 => "",
+                    _ => ", as recorded",
+                };
                 output.line(&format!(
-                    "{}: {} in {:.1} s: {} copied, {} zero{verified}",
+                    "{}: {} in {:.1} s: {} copied, {} zero{checked}{verified}",
                     printable(&self.destination),
                     rounded(self.size),
                     self.seconds,

@@ -65,6 +65,10 @@ fn an_incremental_backup_is_resumed_behind_what_was_copied() {
     assert_eq!(number("copied"), 64 << 10, "{report}");
     is_clean(&qemu_img, &second);
     are_equal(&qemu_img, &disk, &second);
+    // The part that was copied before is part of what is recorded.
+    let said = nbd_cli(&["restore", "--json", &second, "null:"]).success();
+    let report: Value = serde_json::from_str(&said).expect("JSON");
+    assert_eq!(report["checked"], 2, "{report}");
 }
 
 #[test]

@@ -47,6 +47,27 @@ fn checksums_are_those_of_the_raw_disk_for_every_format_and_server() {
     assert_eq!(ours(&["--format", "raw", &odd]), theirs(&sha256sum, &odd));
 }
 
+/// Known to libnbd's test of `nbdcopy --blkhash` for the same disk.
+const BLKHASH_OF_A_PATTERN_OF_1G: &str =
+    "6750a1c3d78e46eaffb0d094624825dea88f0c7098b2424fce776c0748442649";
+
+#[test]
+fn block_hashes_are_those_of_nbdcopy_for_every_format() {
+    tools!(qemu_img = "qemu-img", nbdkit = "nbdkit");
+    let server = Server::nbdkit(&nbdkit, &["pattern", "1G"]);
+    let pattern = ours(&["-a", "blkhash", "-f", "raw", server.uri()]);
+    assert_eq!(pattern, BLKHASH_OF_A_PATTERN_OF_1G);
+    let disk = Disk::sparse();
+    let (qcow2, odd) = (disk.beside("a.qcow2"), disk.beside("odd.img"));
+    peer(&qemu_img, &["convert", "-f", "raw", "-O", "qcow2", disk.path(), &qcow2]);
+    let raw = ours(&["-a", "blkhash", disk.path()]);
+    assert_eq!(ours(&["-a", "blkhash", &qcow2]), raw);
+    // The last block is incomplete, and the size counts.
+    std::fs::write(&odd, &disk.content()[..3_000_001]).expect("room");
+    assert_ne!(ours(&["-a", "blkhash", "-f", "raw", &odd]), raw);
+    nbd_cli(&["checksum", "-q", "-a", "blkhash", "--expect", &raw, &qcow2]).success();
+}
+
 #[test]
 fn checksums_of_snapshots_are_those_of_their_moment() {
     tools!(sha256sum = "sha256sum", qemu_img = "qemu-img", qemu_io = "qemu-io");

@@ -12,7 +12,7 @@ use std::os::fd::BorrowedFd;
 
 use rustix::fs::{AtFlags, StatxFlags, Timespec, Timestamps, futimens, statx};
 
-use crate::backup::{Backup, BackupBase, BackupIdentity, Uuid};
+use crate::backup::{Backup, BackupBase, BackupIdentity, ContentSum, Uuid};
 use crate::bytes::{u16_at, u32_at, u64_at};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::metadata::header_edit::{change_autoclear, replace_extension, rewrite_autoclear};
@@ -29,6 +29,9 @@ const TIME_STEP: i64 = 2;
 const EXPORT_LENGTH_MAX: usize = 4096;
 /// Flag: the user has vouched for the base.
 const TRUSTED_BASE: u32 = 1;
+/// Flag: the sum of the content follows the names.
+const HAS_CONTENT: u32 = 2;
+const CONTENT_LENGTH: usize = 32;
 
 /// Writes the identity into the file of an image that nobody has open.
 pub(crate) fn seal(storage: &dyn Storage, identity: &BackupIdentity) -> Result<()> {
@@ -111,7 +114,7 @@ impl MetadataFile {
         let now = self.file.as_fd().and_then(FileTimes::of);
         let was_modified = times.zip(now).is_some_and(|(then, now)| then.was_modified(now));
         let is_unchanged = is_sealed && !was_modified && self.file.len().ok() == Some(length);
-        Some(Backup { identity, is_unchanged })
+        Some(Backup { identity, is_unchanged, is_sealed })
     }
 
     /// Whether the header says that the file is as the backup left it. Before the first change it
@@ -148,10 +151,13 @@ fn encode(identity: &BackupIdentity, length: u64, times: Option<FileTimes>) -> R
         let detail = "a name of a bitmap or an export is too long for it";
         return Err(Error::new(ErrorKind::InvalidInput, SEAL, detail));
     }
-    let flags = match identity.base {
+    let mut flags = match identity.base {
         BackupBase::Trusted(_) => TRUSTED_BASE,
         BackupBase::None | BackupBase::Backup(_) => 0,
     };
+    if identity.content.is_some() {
+        flags |= HAS_CONTENT;
+    }
     let uuid = |uuid: Option<Uuid>| uuid.map_or([0; 16], Uuid::bytes);
     let mut content = Vec::new();
     content.extend(VERSION.to_be_bytes());
@@ -169,6 +175,7 @@ fn encode(identity: &BackupIdentity, length: u64, times: Option<FileTimes>) -> R
     content.extend((identity.export.len() as u16).to_be_bytes());
     content.extend(bitmap.as_bytes());
     content.extend(identity.export.as_bytes());
+    content.extend(identity.content.iter().flat_map(|sum| sum.bytes()));
     let checksum = crc32fast::hash(&content[8..]);
     content[4..8].copy_from_slice(&checksum.to_be_bytes());
     Ok(content)
@@ -198,6 +205,15 @@ fn decode(content: &[u8]) -> Option<Sealed> {
         disk_size: u64_at(content, 56),
         bitmap: text(content.get(FIXED_LENGTH..bitmap_end)).filter(|name| !name.is_empty()),
         export: text(content.get(bitmap_end..export_end))?,
+        content: None,
+    };
+    let sum = content.get(export_end..export_end + CONTENT_LENGTH);
+    let identity = match u32_at(content, 96) & HAS_CONTENT {
+        0 => identity,
+        _ => {
+            let content = ContentSum::from_bytes(sum?.try_into().ok()?);
+            BackupIdentity { content: Some(content), ..identity }
+        }
     };
     let (inode, born, modified) = (u64_at(content, 72), u64_at(content, 80), u64_at(content, 88));
     let times = (inode != 0).then_some(FileTimes { inode, born, modified });
@@ -214,19 +230,20 @@ mod tests {
     fn identities_are_read_as_they_are_written_and_damaged_ones_are_none() {
         let uuid = || Uuid::random().unwrap();
         let mut identity = BackupIdentity::new(uuid(), 1_000_001);
-        for base in [
-            BackupBase::None,
-            BackupBase::Backup(uuid()),
-            BackupBase::Trusted(None),
-            BackupBase::Trusted(Some(uuid())),
+        for (base, sum) in [
+            (BackupBase::None, true),
+            (BackupBase::Backup(uuid()), false),
+            (BackupBase::Trusted(None), false),
+            (BackupBase::Trusted(Some(uuid())), true),
         ] {
+            identity.content = sum.then(|| ContentSum::from_bytes([0xa5; 32]));
             identity.base = base;
             identity.disk = Some(uuid());
             identity.bitmap = Some("daily".into());
             identity.export = "vm".into();
             let times = FileTimes { inode: 5, born: 6, modified: 7 };
             let content = encode(&identity, 77, Some(times)).unwrap();
-            assert_eq!(content.len(), 104 + 7);
+            assert_eq!(content.len(), 104 + 7 + if sum { 32 } else { 0 });
             let sealed = Sealed { identity: identity.clone(), length: 77, times: Some(times) };
             assert_eq!(decode(&content), Some(sealed));
             for length in 0..content.len() {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use imgfmt::{Access, BackupIdentity, Uuid};
+use imgfmt::{Access, BackupIdentity, ContentSum, Uuid};
 use nbd_client::{Client, ZeroMode};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{MetaContextName, TransmissionFlags};
@@ -19,7 +19,9 @@ use crate::copy::engine;
 use crate::copy::job::{Job, Settings, ZeroPolicy};
 use crate::copy::plan::Extents;
 use crate::copy::source::Source;
+use crate::copy::sum::{OfLayers, Sum};
 use crate::copy::verify::Verification;
+use crate::layers;
 use crate::restore::Verify;
 use crate::text::printable;
 use crate::{JobError, JobErrorKind};
@@ -49,6 +51,16 @@ pub struct BackedUp {
     pub verified: Option<u64>,
     /// Duration of the copy.
     pub took: Duration,
+}
+
+/// What was copied into the partial file.
+struct Filled {
+    /// Bytes copied, by kind.
+    counts: [u64; 3],
+    /// The start of the copy, in bytes.
+    start: u64,
+    /// The sum of the blocks that the file holds.
+    content: Option<ContentSum>,
 }
 
 /// The identities of the backup and of its disk.
@@ -90,7 +102,7 @@ pub(super) async fn run(
     let mut partial = Partial::begin(work, state, base)?;
     let disk = (client.clone(), uri);
     let result = fill(work, disk, bitmap.as_ref(), &mut partial).await;
-    let (counts, resumed_at) = result.map_err(|error| {
+    let Filled { counts, start: resumed_at, content } = result.map_err(|error| {
         let error = error.in_words(format!("the backup of {uri} failed: {error}"));
         partial.failed(
             &error,
@@ -114,6 +126,7 @@ pub(super) async fn run(
         BackupSource::Export(uri) => uri.export_name.clone(),
         BackupSource::Checkpoint { export, .. } => export.clone(),
     };
+    identity.content = content;
     partial.complete(&identity, work)?;
     // Everything was read, so the way in which the connection ends does not matter.
     let _ = client.disconnect().await;
@@ -167,14 +180,15 @@ async fn connect_to_disk(
     Ok(client)
 }
 
-/// Copies into the partial file; returns the bytes copied by kind, and the start of the copy.
+/// Copies into the partial file.
 async fn fill(
     work: BackupJob<'_>,
     (client, uri): (Client, &NbdUri),
     bitmap: Option<&MetaContextName>,
     partial: &mut Partial,
-) -> Result<([u64; 3], u64), JobError> {
+) -> Result<Filled, JobError> {
     let start = partial.done();
+    let size = client.info().size;
     let source = Source::Nbd { client: client.clone(), uri: uri.clone() };
     let extents = extents(&client, bitmap, start);
     let background = if work.options.base.is_some() || start > 0 {
@@ -197,8 +211,9 @@ async fn fill(
         sparse: Some(CLUSTER_SIZE),
         start,
         lanes: work.options.connect.lanes.clone(),
+        sum: Some(Sum::OfLayers(OfLayers::new(size))),
     };
-    let job = Arc::new(Job::new(&settings, source, destination, extents, work.context));
+    let job = Arc::new(Job::new(settings, source, destination, extents, work.context));
     let result = run_and_save(&job, partial).await;
     // Saves the progress in any case; the first error is reported.
     let saved = save(&job, partial).await;
@@ -209,7 +224,30 @@ async fn fill(
         JobError::new(JobErrorKind::Internal, "a task of the backup has not ended")
     })?;
     job.destination.close_image()?;
-    Ok((counts, start))
+    let mut content = match &job.sum {
+        Some(Sum::OfLayers(sum)) => sum.of_layer(0),
+        _ => None,
+    };
+    if let Some(content) = content.as_mut().filter(|_| start > 0) {
+        content.add(earlier(work, partial, start).await?);
+    }
+    Ok(Filled { counts, start, content })
+}
+
+/// Returns the sum of the blocks below `start` (in bytes), which an interrupted backup has left: the
+/// only ones that are read again.
+async fn earlier(
+    work: BackupJob<'_>,
+    partial: &Partial,
+    start: u64,
+) -> Result<ContentSum, JobError> {
+    let image = partial.open_alone(work)?;
+    let context = work.context.clone();
+    let sum = move || {
+        layers::sum_of(&image, layers::disk(&image, start), |range| Ok(vec![range]), &context)
+    };
+    let summed = tokio::task::spawn_blocking(sum).await;
+    summed.map_err(|error| JobError::given_up("read", &error))?
 }
 
 fn extents(client: &Client, bitmap: Option<&MetaContextName>, start: u64) -> Extents {

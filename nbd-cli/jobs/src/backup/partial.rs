@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use crate::target::device;
 use imgfmt::storage::FileStorage;
 use imgfmt::{
-    Access, BackupIdentity, CreateOptions, Format, Image, Locking, NewOnDevice, OpenOptions,
-    OpenPolicy, Repair,
+    Access, BackingFile, BackupIdentity, CreateOptions, Format, Image, Locking, NewOnDevice,
+    OpenOptions, OpenPolicy, Repair,
 };
 use nbd_proto::NbdUri;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -186,6 +186,16 @@ impl Partial {
     /// Opens it.
     pub(super) fn open(&self, work: BackupJob<'_>, access: Access) -> Result<Image, JobError> {
         let options = self.options(work).access(access);
+        match &self.kind {
+            PartialKind::File { .. } => Image::open(&self.path, &options),
+            PartialKind::Device(new) => new.open(&options),
+        }
+        .map_err(destination_error)
+    }
+
+    /// Opens it without its base, for reading.
+    pub(super) fn open_alone(&self, work: BackupJob<'_>) -> Result<Image, JobError> {
+        let options = self.options(work).access(Access::ReadOnly).backing(BackingFile::Ignored);
         match &self.kind {
             PartialKind::File { .. } => Image::open(&self.path, &options),
             PartialKind::Device(new) => new.open(&options),

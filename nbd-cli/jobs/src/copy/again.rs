@@ -61,7 +61,7 @@ pub(crate) async fn run(job: &Arc<Job>, flush: bool) -> Result<(), JobError> {
              everything from offset {position} on is written again"
         ));
         safe.reconnects = client.reconnects();
-        job.begin_again(position).await;
+        job.begin_again(position).await?;
     }
     Err(JobError::destination(format!(
         "the connection to {uri} is lost again and again, so that nothing is known to have arrived; \

@@ -15,6 +15,8 @@ use super::holes::{WriteSpan, write_spans};
 use super::options::{CopyOptions, Zeroes};
 use super::plan::{Extents, Lengths, Plan, PlannedRange};
 use super::source::Source;
+use super::sum::{InOrder, Sum};
+use crate::checksum::Checksum;
 use crate::lanes::Lanes;
 use crate::observer::Meter;
 use crate::{JobContext, JobError, Phase};
@@ -37,6 +39,8 @@ pub(crate) struct Settings {
     pub(crate) start: u64,
     /// The threads that copy.
     pub(crate) lanes: Lanes,
+    /// The sum of what is read, if it is wanted.
+    pub(crate) sum: Option<Sum>,
 }
 
 /// The treatment of zeroes.
@@ -69,6 +73,8 @@ pub(crate) struct Job {
     /// The offsets of the ranges in work.
     begun: SyncMutex<BTreeSet<u64>>,
     counts: Counts,
+    /// The sum of what is read.
+    pub(crate) sum: Option<Sum>,
 }
 
 /// Bytes copied, by kind.
@@ -89,7 +95,7 @@ impl Settings {
         lanes: &Lanes,
         source: &Source,
         destination: &Destination,
-    ) -> Self {
+    ) -> Result<Self, JobError> {
         let unit = source.alignment().max(destination.alignment());
         let zeroes = match options.zeroes {
             Zeroes::Allocate => ZeroPolicy::Write(ZeroMode::KeepAllocated),
@@ -102,13 +108,15 @@ impl Settings {
         let sparse = options.sparse.filter(|_| looks).map(|sparse| sparse.max(unit));
         let (requests, request_size) = (options.requests.get(), options.request_size);
         let lanes = lanes.clone();
-        Self { requests, request_size, unit, zeroes, sparse, start: 0, lanes }
+        let algorithm = options.expected.as_ref().map(Checksum::algorithm).or(options.checksum);
+        let sum = algorithm.map(InOrder::new).transpose()?.map(Sum::InOrder);
+        Ok(Self { requests, request_size, unit, zeroes, sparse, start: 0, lanes, sum })
     }
 }
 
 impl Job {
     pub(crate) fn new(
-        settings: &Settings,
+        settings: Settings,
         source: Source,
         destination: Destination,
         extents: Extents,
@@ -130,7 +138,7 @@ impl Job {
             source,
             destination,
             context: context.clone(),
-            lanes: settings.lanes.clone(),
+            lanes: settings.lanes,
             meter,
             requests: settings.requests,
             request_size,
@@ -143,6 +151,7 @@ impl Job {
             plan,
             begun: SyncMutex::default(),
             counts: Counts::default(),
+            sum: settings.sum,
         }
     }
 
@@ -166,13 +175,22 @@ impl Job {
     }
 
     /// Restarts the copy at `position` (in bytes), after everything was copied once.
-    pub(super) async fn begin_again(&self, position: u64) {
+    pub(super) async fn begin_again(&self, position: u64) -> Result<(), JobError> {
+        let position = match &self.sum {
+            // What was summed up before has not arrived: the sum begins again as well.
+            Some(sum) => {
+                sum.clear().await?;
+                0
+            }
+            None => position,
+        };
         let size = self.source.size().unwrap_or_default();
         let (unit, longest) = self.cut;
         let extents = self.source.extents(position);
         *self.plan.lock().await = Plan::new(position, size, unit, longest, extents);
         self.begun().clear();
         self.meter.set_back(size.saturating_sub(position));
+        Ok(())
     }
 
     pub(crate) fn counts(&self) -> &Counts {
@@ -208,6 +226,27 @@ impl Job {
         }
     }
 
+    /// Takes data of a layer into the sum, if there is one.
+    pub(super) async fn sum_data(
+        &self,
+        offset: u64,
+        data: &Bytes,
+        depth: u32,
+    ) -> Result<(), JobError> {
+        match &self.sum {
+            Some(sum) => sum.data(offset, data, depth).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Takes a range of zeroes into the sum, if there is one.
+    pub(super) async fn sum_zeroes(&self, offset: u64, length: u64) -> Result<(), JobError> {
+        match &self.sum {
+            Some(sum) => sum.zeroes(offset, length).await,
+            None => Ok(()),
+        }
+    }
+
     /// Reads and writes a range, through memory of earlier ones; returns the number of bytes that
     /// turned out to be a hole.
     async fn copy_data(&self, range: &PlannedRange, memory: &ReadMemory) -> Result<u64, JobError> {
@@ -217,12 +256,14 @@ impl Job {
         for part in write_spans(read, self.hole_unit) {
             match part {
                 WriteSpan::Data { offset, data } => {
+                    self.sum_data(offset, &data, range.depth).await?;
                     self.store(offset, &data).await?;
                     self.counts.data.fetch_add(data.len() as u64, Ordering::Relaxed);
                     memory.give_back(data);
                 }
                 // The server reported it in the answer to a read.
                 WriteSpan::Zero { offset, length } => {
+                    self.sum_zeroes(offset, length).await?;
                     self.store_zeroes(offset, length).await?;
                     self.counts.zero.fetch_add(length, Ordering::Relaxed);
                     holes += length;
@@ -238,6 +279,7 @@ impl Job {
             let holes = match range.content {
                 Content::Data => self.copy_data(&range, memory).await?,
                 Content::Zero => {
+                    self.sum_zeroes(range.offset, range.length).await?;
                     self.store_zeroes(range.offset, range.length).await?;
                     self.counts.zero.fetch_add(range.length, Ordering::Relaxed);
                     range.length

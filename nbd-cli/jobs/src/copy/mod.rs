@@ -1,6 +1,7 @@
 //! A copy from one place to another, and its parts that other jobs use.
 
 pub(crate) mod again;
+pub(crate) mod block_sum;
 mod content;
 pub(crate) mod destination;
 pub(crate) mod dirty;
@@ -12,6 +13,7 @@ mod options;
 pub(crate) mod plan;
 pub(crate) mod source;
 mod stream;
+pub(crate) mod sum;
 pub(crate) mod verify;
 mod write_behind;
 mod writer;
@@ -26,18 +28,22 @@ pub(crate) use self::options::check_concurrency;
 pub use self::options::{CopyOptions, Knowledge, Zeroes};
 use self::plan::Extents;
 use self::source::Source;
+use self::sum::Sum;
+use crate::checksum::Checksum;
 use crate::location::Location;
 use crate::target::{Durable, device};
-use crate::{JobContext, JobError};
+use crate::{JobContext, JobError, JobErrorKind};
 
 /// The result of a copy. Sizes are in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Copied {
     /// Size of the copied disk.
     pub size: u64,
     /// Bytes that the source reported as zero.
     pub holes: u64,
+    /// The checksum of what was copied, if it was asked for.
+    pub checksum: Option<Checksum>,
 }
 
 /// Copies a disk.
@@ -53,8 +59,9 @@ pub struct Copied {
 ///
 /// # Errors
 ///
-/// If one side cannot be opened, read or written, if the source does not fit, if the options are
-/// out of range, and if the job is cancelled. A new file is then removed.
+/// If one side cannot be opened, read or written, if the source does not fit, if the checksum is
+/// not the expected one, if the options are out of range, and if the job is cancelled. A new file
+/// is then removed.
 ///
 /// # Cancel safety
 ///
@@ -77,15 +84,35 @@ pub async fn copy(
         Knowledge::Nothing => Extents::Unknown,
         Knowledge::Holes => source.extents(0),
     };
-    let settings = Settings::of_copy(options, &connect.lanes, &source, &destination);
-    let job = Arc::new(Job::new(&settings, source, destination, extents, context));
+    let settings = Settings::of_copy(options, &connect.lanes, &source, &destination)?;
+    let job = Arc::new(Job::new(settings, source, destination, extents, context));
     let result = again::run(&job, options.durability == Durable::Now).await;
-    result.map_err(|error| incomplete(from, to, &job.destination, &error))?;
+    let summed = match result {
+        Ok(()) => summed(&job, options.expected.as_ref()).await,
+        Err(error) => Err(error),
+    };
+    let checksum = summed.map_err(|error| incomplete(from, to, &job.destination, &error))?;
     job.destination.complete(options.durability)?;
     job.source.close().await;
     job.destination.close().await;
     let progress = job.meter.progress();
-    Ok(Copied { size: progress.done, holes: progress.holes })
+    Ok(Copied { size: progress.done, holes: progress.holes, checksum })
+}
+
+/// Returns the checksum of what was copied, if there is one, after a comparison.
+async fn summed(job: &Job, expected: Option<&Checksum>) -> Result<Option<Checksum>, JobError> {
+    let Some(Sum::InOrder(sum)) = &job.sum else { return Ok(None) };
+    let found = sum.finish().await?;
+    match expected {
+        Some(expected) if *expected != found => Err(JobError::new(
+            JobErrorKind::Mismatch,
+            format!(
+                "the source has another {} than expected: {found}; it has changed or is damaged",
+                found.algorithm().name()
+            ),
+        )),
+        _ => Ok(Some(found)),
+    }
 }
 
 /// Warns if a file to be copied byte for byte is an image: that is rarely intended.

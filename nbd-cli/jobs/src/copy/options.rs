@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use imgfmt::Locking;
 
 use crate::JobError;
+use crate::checksum::{Checksum, ChecksumAlgorithm};
 use crate::connect::ConnectOptions;
 use crate::target::Durable;
 
@@ -52,6 +53,10 @@ pub struct CopyOptions {
     pub source_locking: Locking,
     /// Locking of a file as the destination.
     pub destination_locking: Locking,
+    /// The checksum of what is copied, computed on the way. By default none.
+    pub checksum: Option<ChecksumAlgorithm>,
+    /// The checksum to which that must be equal; its algorithm is used.
+    pub expected: Option<Checksum>,
 }
 
 /// The block status to request from a server or file.
@@ -75,6 +80,8 @@ impl Default for CopyOptions {
             durability: Durable::Later,
             source_locking: Locking::Auto,
             destination_locking: Locking::Auto,
+            checksum: None,
+            expected: None,
         }
     }
 }

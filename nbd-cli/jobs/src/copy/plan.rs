@@ -25,6 +25,8 @@ pub(crate) struct PlannedRange {
     pub(crate) offset: u64,
     pub(crate) length: u64,
     pub(crate) content: Content,
+    /// The layer of an image that has it, as in [`imgfmt::Extent`]; 1 for other sources.
+    pub(crate) depth: u32,
 }
 
 /// The source of information about holes.
@@ -51,17 +53,32 @@ impl ImageExtents {
         Self(image.shared_extents(GuestRange::between(start, end).unwrap_or_default()))
     }
 
-    /// The end and the content of the extent that holds the byte `at`, which never goes back.
-    fn at(&mut self, at: u64) -> Result<(u64, Content), JobError> {
+    /// The extent that holds the byte `at`, which never goes back.
+    fn at(&mut self, at: u64) -> Result<Known, JobError> {
         for extent in self.0.by_ref() {
             let extent = extent.map_err(|error| JobError::image(JobErrorKind::Source, error))?;
             let end = extent.range.end().bytes();
             if end > at {
-                return Ok((end, content_of(extent.kind)));
+                return Ok(Known { end, content: content_of(extent.kind), depth: extent.depth });
             }
         }
         // After an error, which another task has.
         Err(JobError::source(format!("the map of the image ends at byte {at}")))
+    }
+}
+
+/// What is known about a part of the disk.
+#[derive(Clone, Copy)]
+struct Known {
+    end: u64,
+    content: Content,
+    depth: u32,
+}
+
+impl Known {
+    /// A part of a source without layers.
+    fn new(end: u64, content: Content) -> Self {
+        Self { end, content, depth: 1 }
     }
 }
 
@@ -74,8 +91,8 @@ pub(crate) struct Plan {
     extents: Extents,
     /// Start of the next range.
     at: u64,
-    /// The end and the content of the known part.
-    known: (u64, Content),
+    /// The known part.
+    known: Known,
 }
 
 impl Plan {
@@ -87,7 +104,14 @@ impl Plan {
         longest: Lengths,
         extents: Extents,
     ) -> Self {
-        Self { size, alignment, longest, extents, at: start, known: (start, Content::Data) }
+        Self {
+            size,
+            alignment,
+            longest,
+            extents,
+            at: start,
+            known: Known::new(start, Content::Data),
+        }
     }
 
     /// Returns the start of the next range, in bytes.
@@ -100,10 +124,10 @@ impl Plan {
         if self.at >= self.size {
             return Ok(None);
         }
-        if self.at >= self.known.0 {
+        if self.at >= self.known.end {
             self.known = self.look().await?;
         }
-        let (end, content) = self.known;
+        let Known { end, content, depth } = self.known;
         let longest = match content {
             Content::Data => self.longest.data - self.at % self.longest.data,
             Content::Zero | Content::Unchanged => self.longest.zeroes,
@@ -111,40 +135,46 @@ impl Plan {
         let offset = self.at;
         let length = (end - offset).min(longest);
         self.at += length;
-        Ok(Some(PlannedRange { offset, length, content }))
+        Ok(Some(PlannedRange { offset, length, content, depth }))
     }
 
     /// Determines the content at the current offset and its end.
-    async fn look(&mut self) -> Result<(u64, Content), JobError> {
-        let (end, content) = self.extents.at(self.at, self.size).await?;
+    async fn look(&mut self) -> Result<Known, JobError> {
+        let Known { end, content, depth } = self.extents.at(self.at, self.size).await?;
         // Only whole blocks count as zero or unchanged; a partly zero or unchanged block is data.
         if end >= self.size {
-            return Ok((self.size, content));
+            return Ok(Known { end: self.size, content, depth });
         }
         let end_of_whole_blocks = end - end % self.alignment;
         if content != Content::Data && end_of_whole_blocks > self.at {
-            return Ok((end_of_whole_blocks, content));
+            return Ok(Known { end: end_of_whole_blocks, content, depth });
         }
         let end = end.next_multiple_of(self.alignment);
-        Ok((end.min(self.size), Content::Data))
+        Ok(Known { end: end.min(self.size), content: Content::Data, depth })
     }
 }
 
 impl Extents {
-    /// Returns the end (above `at`) and content of the extent that holds the byte `at`.
-    async fn at(&mut self, at: u64, size: u64) -> Result<(u64, Content), JobError> {
+    /// Returns the extent that holds the byte `at`; its end is above that.
+    async fn at(&mut self, at: u64, size: u64) -> Result<Known, JobError> {
         match self {
-            Self::Unknown => Ok((size, Content::Data)),
+            Self::Unknown => Ok(Known::new(size, Content::Data)),
             Self::File(file) => {
                 let found = file.next_extent(HostOffset::new(at), size - at).map_err(|error| {
                     JobError::source(format!("cannot find holes at offset {at}: {error}"))
                 })?;
                 // An empty answer would stall the plan.
                 let end = at.saturating_add(found.length.max(1)).min(size);
-                Ok((end, content_of(found.kind)))
+                Ok(Known::new(end, content_of(found.kind)))
             }
-            Self::Image(extents) => extents.at(at).map(|(end, content)| (end.min(size), content)),
-            Self::Dirty(extents) => extents.at(at, size).await,
+            Self::Image(extents) => {
+                let known = extents.at(at)?;
+                Ok(Known { end: known.end.min(size), ..known })
+            }
+            Self::Dirty(extents) => {
+                let (end, content) = extents.at(at, size).await?;
+                Ok(Known::new(end, content))
+            }
             Self::Server(extents) => loop {
                 let extent = match extents.next().await {
                     Some(Ok(extent)) => extent,
@@ -155,13 +185,13 @@ impl Extents {
                         )));
                     }
                     // The server reports no more: the rest is read.
-                    None => return Ok((size, Content::Data)),
+                    None => return Ok(Known::new(size, Content::Data)),
                 };
                 let end = extent.offset.saturating_add(extent.length).min(size);
                 if end <= at {
                     continue;
                 }
-                return Ok((end, allocated(&extent)));
+                return Ok(Known::new(end, allocated(&extent)));
             },
         }
     }
@@ -204,9 +234,13 @@ mod tests {
         std::os::unix::fs::FileExt::write_all_at(&file, b"x", 4096 * 5).unwrap();
         let storage = FileStorage::open(&path, Access::ReadOnly, Locking::Off).unwrap();
         let plan = Plan::new(0, 1 << 20, 65_536, LONGEST, Extents::File(Arc::new(storage)));
-        let zero =
-            PlannedRange { offset: 65_536, length: (1 << 20) - 65_536, content: Content::Zero };
-        let data = PlannedRange { offset: 0, length: 65_536, content: Content::Data };
+        let zero = PlannedRange {
+            offset: 65_536,
+            length: (1 << 20) - 65_536,
+            content: Content::Zero,
+            depth: 1,
+        };
+        let data = PlannedRange { offset: 0, length: 65_536, content: Content::Data, depth: 1 };
         // A file system without holes reports data throughout.
         let found = ranges(plan).await;
         assert!(found == [data, zero] || found.iter().all(|p| p.content == Content::Data));

@@ -35,6 +35,7 @@ pub(super) async fn from_standard_input(job: &Arc<Job>) -> Result<(), JobError> 
                 room.unwrap_or_default()
             )));
         }
+        job.sum_data(offset, &data, 1).await?;
         let permit = permits.clone().acquire_owned().await;
         let job = job.clone();
         tasks.spawn(async move {
@@ -68,14 +69,17 @@ pub(super) async fn to_standard_output(job: &Arc<Job>) -> Result<(), JobError> {
         }
         match ahead.pop_front() {
             None => return Ok(()),
-            Some(Ahead::Zero(length)) => write_zeroes(job, &zeroes, length).await?,
+            Some(Ahead::Zero(offset, length)) => {
+                write_zeroes(job, &zeroes, (offset, length)).await?;
+            }
             Some(Ahead::Data(reading)) => {
                 for chunk in flatten(reading.await)? {
                     match chunk {
-                        ReadChunk::Hole { length, .. } => {
-                            write_zeroes(job, &zeroes, length).await?;
+                        ReadChunk::Hole { offset, length } => {
+                            write_zeroes(job, &zeroes, (offset, length)).await?;
                         }
-                        ReadChunk::Data { data, .. } => {
+                        ReadChunk::Data { offset, data } => {
+                            job.sum_data(offset, &data, 1).await?;
                             let length = data.len() as u64;
                             write_standard_output(data).await?;
                             job.meter.add(length, 0);
@@ -87,7 +91,12 @@ pub(super) async fn to_standard_output(job: &Arc<Job>) -> Result<(), JobError> {
     }
 }
 
-async fn write_zeroes(job: &Job, zeroes: &Bytes, mut length: u64) -> Result<(), JobError> {
+async fn write_zeroes(
+    job: &Job,
+    zeroes: &Bytes,
+    (offset, mut length): (u64, u64),
+) -> Result<(), JobError> {
+    job.sum_zeroes(offset, length).await?;
     while length > 0 {
         let part = length.min(zeroes.len() as u64);
         write_standard_output(zeroes.slice(..part as usize)).await?;
@@ -99,12 +108,15 @@ async fn write_zeroes(job: &Job, zeroes: &Bytes, mut length: u64) -> Result<(), 
 
 /// From standard input to standard output.
 pub(super) async fn through(job: &Arc<Job>) -> Result<(), JobError> {
+    let mut offset = 0;
     loop {
         let data = read_standard_input(job.request_size).await?;
         if data.is_empty() {
             return Ok(());
         }
         job.context.keep_rate(data.len() as u64).await;
+        job.sum_data(offset, &data, 1).await?;
+        offset += data.len() as u64;
         job.meter.add(data.len() as u64, 0);
         write_standard_output(data).await?;
     }
@@ -112,14 +124,15 @@ pub(super) async fn through(job: &Arc<Job>) -> Result<(), JobError> {
 
 /// A range out of order.
 enum Ahead {
-    Zero(u64),
+    /// The offset and the length.
+    Zero(u64, u64),
     Data(JoinHandle<Result<Vec<ReadChunk>, JobError>>),
 }
 
 impl Ahead {
     fn start(job: &Arc<Job>, range: PlannedRange) -> Self {
         match range.content {
-            Content::Zero => Self::Zero(range.length),
+            Content::Zero => Self::Zero(range.offset, range.length),
             Content::Data | Content::Unchanged => {
                 let job = job.clone();
                 let read = async move {
