@@ -93,3 +93,8 @@ pub use self::location::Location;
 pub use self::observer::{JobContext, Observer, Phase, Progress, TemporaryFile};
 pub use self::restore::{Check as RestoreCheck, RestoreOptions, Restored, Verify, restore};
 pub use self::target::Durable;
+
+/// The Rust code of `docs/embed.md`, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/embed.md")]
+struct Embedding;

@@ -11,14 +11,18 @@ use crate::support::{PROGRAM, nbd_cli, run};
 use crate::tools;
 
 /// Every document whose commands a test below runs.
-const DOCUMENTS: [(&str, &str); 9] = [
+const DOCUMENTS: [(&str, &str); 13] = [
     ("README.md", include_str!("../../../README.md")),
     ("docs/backup.md", include_str!("../../../docs/backup.md")),
     ("docs/bench.md", include_str!("../../../docs/bench.md")),
     ("docs/control.md", include_str!("../../../docs/control.md")),
+    ("docs/copy.md", include_str!("../../../docs/copy.md")),
     ("docs/images.md", include_str!("../../../docs/images.md")),
+    ("docs/inspect.md", include_str!("../../../docs/inspect.md")),
     ("docs/mount.md", include_str!("../../../docs/mount.md")),
+    ("docs/nbdkit.md", include_str!("../../../docs/nbdkit.md")),
     ("docs/qemu-nbd.md", include_str!("../../../docs/qemu-nbd.md")),
+    ("docs/restore.md", include_str!("../../../docs/restore.md")),
     ("docs/serve.md", include_str!("../../../docs/serve.md")),
     ("docs/tls.md", include_str!("../../../docs/tls.md")),
 ];
@@ -121,6 +125,39 @@ fn readme_commands_of_mounts_run() {
 #[test]
 fn readme_commands_of_qemu_nbd_run() {
     paste("docs/qemu-nbd.md");
+}
+
+#[test]
+fn readme_commands_of_inspecting_run() {
+    paste("docs/inspect.md");
+}
+
+#[test]
+fn readme_commands_of_copying_run() {
+    paste("docs/copy.md");
+}
+
+#[test]
+fn readme_commands_of_restoring_run() {
+    paste("docs/restore.md");
+}
+
+#[test]
+fn readme_commands_in_place_of_nbdkit_run() {
+    paste("docs/nbdkit.md");
+}
+
+/// The table of guides leads to every document.
+#[test]
+fn readme_guides_are_complete() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    let guides = std::fs::read_to_string(docs.join("guides.md")).expect("the guides");
+    let left_out = ["guides.md", "control.md", "experiments.md"];
+    for entry in docs.read_dir().expect("docs/") {
+        let name = entry.expect("an entry").file_name().into_string().expect("a plain name");
+        let is_listed = guides.contains(&format!("]({name})"));
+        assert!(is_listed || left_out.contains(&name.as_str()), "guides.md has no link to {name}");
+    }
 }
 
 #[test]
