@@ -49,6 +49,11 @@ pub const MAX_ERROR_CHUNKS_LEN: u64 = 1024 * 1024;
 /// MiB). For a larger one the server disconnects.
 pub const MAX_DISCARDED_PAYLOAD: u64 = 64 * 1024 * 1024;
 
+/// Most bytes that a connection has received and not begun to carry out when it is
+/// [saved](crate::transmission::SavedConnection): a WRITE with the longest payload, and a large
+/// receive buffer behind it.
+pub const MAX_SAVED_RECEIVED_LEN: usize = 2 * MAX_PAYLOAD as usize;
+
 /// Most descriptors a server puts in one block status chunk. "Block status" allows 2^20; 2^17
 /// keeps a compact chunk at 1 MiB, as QEMU does.
 pub const MAX_DESCRIPTORS_SENT: usize = 128 * 1024;

@@ -17,9 +17,11 @@ mod in_flight;
 mod pending;
 mod reply;
 mod request;
+mod saved;
 pub mod server;
 
 pub use reply::{Position, ReplyEncoder};
 pub use request::{
     Command, Durability, ExtentLimit, Fragmentation, Request, RequestTag, Speed, ZeroMode,
 };
+pub use saved::SavedConnection;

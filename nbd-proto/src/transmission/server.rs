@@ -102,6 +102,26 @@ impl Transmission {
         }
     }
 
+    /// Appends the header of a WRITE that was parsed, as a client sends it: what is appended parses to
+    /// the same request.
+    pub fn encode_write(&self, request: &Request, out: &mut Vec<u8>) {
+        let mut flags = match request.command {
+            Command::Write(Durability::Fua) => CommandFlags::FUA,
+            _ => CommandFlags::empty(),
+        };
+        let &Request { cookie, offset, length, .. } = request;
+        let command = CommandType::WRITE;
+        if self.mode == ReplyMode::Extended {
+            flags |= CommandFlags::PAYLOAD_LEN;
+            RequestHeader { flags, command, cookie, offset, length }.encode_extended(out);
+        } else {
+            // A parsed length fits: it came from such a header.
+            let header = RequestHeader { flags, command, cookie, offset, length };
+            debug_assert!(u32::try_from(length).is_ok(), "the request was parsed");
+            let _ = header.encode_compact(out);
+        }
+    }
+
     fn reject(
         header: &RequestHeader,
         consumed: usize,
@@ -369,4 +389,27 @@ impl Range {
 
 const fn extent_limit(flags: CommandFlags) -> ExtentLimit {
     if flags.contains(CommandFlags::REQ_ONE) { ExtentLimit::One } else { ExtentLimit::Many }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::Cookie;
+
+    #[test]
+    fn a_write_is_encoded_as_it_was_parsed() {
+        let flags = TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_FUA;
+        for mode in [ReplyMode::Simple, ReplyMode::Structured, ReplyMode::Extended] {
+            let transmission = Transmission::new(&Negotiated::new("", 1 << 20, flags, mode));
+            for durability in [Durability::Cached, Durability::Fua] {
+                let command = Command::Write(durability);
+                let request = Request { cookie: Cookie(7), offset: 4096, length: 512, command };
+                let mut bytes = Vec::new();
+                transmission.encode_write(&request, &mut bytes);
+                let consumed = bytes.len();
+                let parsed = transmission.parse(&bytes).unwrap();
+                assert_eq!(parsed, Parsed::Request { request, consumed }, "{mode:?}");
+            }
+        }
+    }
 }
