@@ -40,8 +40,9 @@ pub(crate) struct Acceptor {
 }
 
 impl Acceptor {
-    /// Accepts clients until the server ends. Those that wait then are closed.
-    pub(crate) async fn accept(self, listener: Listener, mut shutdown: Shutdown) {
+    /// Accepts clients until the server ends or pauses, and returns the listener. Clients that wait
+    /// for a place then are closed.
+    pub(crate) async fn accept(self, listener: Listener, mut shutdown: Shutdown) -> Listener {
         let mut waiting = JoinSet::new();
         let mut rate = AcceptRate::new(Instant::now());
         loop {
@@ -59,11 +60,11 @@ impl Acceptor {
                     if let Ok(Some(client)) = admitted
                         && self.clients.send(client).await.is_err()
                     {
-                        return;
+                        return listener;
                     }
                     continue;
                 }
-                () = shutdown.reached(Phase::Draining) => return,
+                () = shutdown.reached(Phase::Pausing) => return listener,
             };
             match accepted {
                 Ok((socket, peer)) => {
@@ -71,7 +72,7 @@ impl Acceptor {
                     let newcomer = Newcomer { socket, peer, ungreeted };
                     let Some(client) = self.admit(newcomer, &mut waiting) else { continue };
                     if self.clients.send(client).await.is_err() {
-                        return;
+                        return listener;
                     }
                 }
                 Err(error) if is_of_the_client(&error) => tracing::debug!(%error, "accept"),
@@ -95,7 +96,7 @@ impl Acceptor {
         let Newcomer { socket, peer, ungreeted } = newcomer;
         let places = Arc::clone(&self.places);
         if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
-            return Some(Accepted { socket, peer, place, ungreeted });
+            return Some(Accepted { socket, peer, place, ungreeted, saved: None });
         }
         let deadline = self.queue_timeout;
         if deadline.is_zero() || waiting.len() >= MAX_WAITING {
@@ -108,7 +109,7 @@ impl Acceptor {
             if place.is_none() {
                 tracing::warn!(%peer, "closed a client that waited for another one to leave");
             }
-            Some(Accepted { socket, peer, place: place?, ungreeted: None })
+            Some(Accepted { socket, peer, place: place?, ungreeted: None, saved: None })
         });
         None
     }

@@ -152,6 +152,13 @@ impl BudgetQueue {
     }
 }
 
+impl BudgetQueue {
+    /// Nothing is waited for any more.
+    pub(crate) fn give_up(&mut self) {
+        self.waiting = None;
+    }
+}
+
 impl Reserve {
     /// Takes it, or has the task of `cx` woken when it is given back.
     fn take(self: &Arc<Self>, cx: &Context<'_>) -> Option<Reserved> {

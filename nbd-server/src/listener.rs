@@ -14,6 +14,7 @@ use crate::connection::Socket;
 use crate::error::{SOCKET_PATH_MAX, system_words};
 use crate::handover::take_over;
 use crate::listen_address::{BoundAddress, ListenAddress};
+use crate::paused::{ListenerOrigin, PausedListener};
 use crate::{ServeError, sys};
 
 /// How long nothing arrives from a client before its host is asked whether it is still there.
@@ -25,10 +26,17 @@ const KEEPALIVE_PROBES: u32 = 6;
 /// A socket that accepts connections.
 #[derive(Debug)]
 pub(crate) enum Listener {
-    Tcp(TcpListener),
+    Tcp(Opener, TcpListener),
     /// The file is removed before the socket is closed: no client finds a file without a listener, and
     /// no other socket can have the same identity meanwhile.
     Unix(Option<SocketFile>, UnixListener),
+}
+
+/// Who opened a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Opener {
+    Server,
+    ServiceManager,
 }
 
 /// The file of a unix socket this server made. Removed when dropped, if it is still the same.
@@ -36,11 +44,13 @@ pub(crate) enum Listener {
 pub(crate) struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
+    /// Not while another server may still use the socket.
+    is_owned: bool,
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|now| now == self.identity) {
+        if self.is_owned && identity(&self.path).is_ok_and(|now| now == self.identity) {
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -52,15 +62,21 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 impl Listener {
-    /// Opens every socket that `address` stands for.
+    /// Opens every socket that `address` stands for, or takes it from those that were `adopted`.
     ///
     /// # Errors
     ///
     /// [`ServeError`]; no file is left.
-    pub(crate) async fn open(address: &ListenAddress) -> Result<Vec<Self>, ServeError> {
+    pub(crate) async fn open(
+        address: &ListenAddress,
+        adopted: &mut Vec<Self>,
+    ) -> Result<Vec<Self>, ServeError> {
         match address {
-            ListenAddress::Tcp(address) => open_tcp(address).await,
+            ListenAddress::Tcp(address) => open_tcp(address, adopted).await,
             ListenAddress::Unix(path) => {
+                if let Some(listener) = adopted_unix(path, adopted) {
+                    return Ok(vec![listener]);
+                }
                 Ok(vec![take_over(|| std::future::ready(open_unix(path))).await?])
             }
             ListenAddress::Systemd => open_inherited(),
@@ -70,7 +86,7 @@ impl Listener {
     /// Where this listens.
     pub(crate) fn address(&self) -> io::Result<BoundAddress> {
         match self {
-            Self::Tcp(listener) => listener.local_addr().map(BoundAddress::Tcp),
+            Self::Tcp(_, listener) => listener.local_addr().map(BoundAddress::Tcp),
             Self::Unix(Some(file), _) => Ok(BoundAddress::Unix(Some(file.path.clone()))),
             Self::Unix(None, listener) => {
                 let address = listener.local_addr()?;
@@ -80,10 +96,90 @@ impl Listener {
         }
     }
 
+    /// One that a service manager passed, whichever family its socket has.
+    fn passed(socket: OwnedFd) -> Result<Self, ServeError> {
+        let refuse = |error: io::Error| ServeError::Systemd { why: system_words(&error) };
+        let listening =
+            sockopt::socket_acceptconn(socket.as_fd()).map_err(|error| refuse(error.into()))?;
+        if !listening {
+            return Err(ServeError::Systemd {
+                why: "a descriptor is a connected socket; set Accept=no in the socket unit".into(),
+            });
+        }
+        // The service manager owns the file.
+        Self::from_descriptor(socket, Opener::ServiceManager, None).map_err(refuse)
+    }
+
+    /// One of a server that was paused. Its file is not [owned](Self::own_file) yet.
+    pub(crate) fn adopt(paused: PausedListener) -> Result<Self, ServeError> {
+        let (opener, file) = match paused.origin {
+            ListenerOrigin::Tcp => (Opener::Server, None),
+            ListenerOrigin::UnixFile { path, identity } => {
+                (Opener::Server, Some(SocketFile { path, identity, is_owned: false }))
+            }
+            ListenerOrigin::ServiceManager => (Opener::ServiceManager, None),
+        };
+        let adopted = Self::from_descriptor(paused.socket, opener, file);
+        adopted.map_err(|source| ServeError::Bind { address: "an adopted socket".into(), source })
+    }
+
+    fn from_descriptor(
+        socket: OwnedFd,
+        opener: Opener,
+        file: Option<SocketFile>,
+    ) -> io::Result<Self> {
+        let family = sockopt::socket_domain(socket.as_fd())?;
+        if family == rustix::net::AddressFamily::UNIX {
+            let listener = std::os::unix::net::UnixListener::from(socket);
+            listener.set_nonblocking(true)?;
+            return Ok(Self::Unix(file, UnixListener::from_std(listener)?));
+        }
+        let listener = std::net::TcpListener::from(socket);
+        listener.set_nonblocking(true)?;
+        Ok(Self::Tcp(opener, TcpListener::from_std(listener)?))
+    }
+
+    /// Gives the socket to another server, with its file.
+    pub(crate) fn pause(self) -> io::Result<PausedListener> {
+        let (socket, origin) = match self {
+            Self::Tcp(opener, listener) => {
+                let origin = match opener {
+                    Opener::Server => ListenerOrigin::Tcp,
+                    Opener::ServiceManager => ListenerOrigin::ServiceManager,
+                };
+                (listener.into_std()?.into(), origin)
+            }
+            Self::Unix(file, listener) => {
+                let origin = match file {
+                    None => ListenerOrigin::ServiceManager,
+                    Some(mut file) => {
+                        file.is_owned = false;
+                        let (path, identity) = (file.path.clone(), file.identity);
+                        ListenerOrigin::UnixFile { path, identity }
+                    }
+                };
+                (listener.into_std()?.into(), origin)
+            }
+        };
+        Ok(PausedListener { socket, origin })
+    }
+
+    /// Whether a service manager passed it.
+    pub(crate) const fn is_passed(&self) -> bool {
+        matches!(self, Self::Tcp(Opener::ServiceManager, _) | Self::Unix(None, _))
+    }
+
+    /// From here on its file, if it has one, is removed with it.
+    pub(crate) const fn own_file(&mut self) {
+        if let Self::Unix(Some(file), _) = self {
+            file.is_owned = true;
+        }
+    }
+
     /// The next client and a name for it in the log.
     pub(crate) async fn accept(&self) -> io::Result<(Socket, String)> {
         match self {
-            Self::Tcp(listener) => {
+            Self::Tcp(_, listener) => {
                 let (stream, peer) = listener.accept().await?;
                 prepare_tcp(&stream)?;
                 Ok((Socket::from_std_tcp(stream.into_std()?), peer.to_string()))
@@ -111,7 +207,34 @@ pub(crate) fn prepare_tcp(stream: impl AsFd) -> io::Result<()> {
     Ok(sockopt::set_socket_keepalive(stream, true)?)
 }
 
-async fn open_tcp(address: &str) -> Result<Vec<Listener>, ServeError> {
+/// The adopted listener at a TCP address; port 0 stands for any.
+fn adopted_tcp(wanted: SocketAddr, adopted: &mut Vec<Listener>) -> Option<Listener> {
+    take_from(adopted, |address| match address {
+        BoundAddress::Tcp(address) if wanted.port() == 0 => address.ip() == wanted.ip(),
+        BoundAddress::Tcp(address) => *address == wanted,
+        BoundAddress::Unix(_) => false,
+    })
+}
+
+/// The adopted listener of a unix socket's file.
+fn adopted_unix(wanted: &Path, adopted: &mut Vec<Listener>) -> Option<Listener> {
+    let wanted = std::path::absolute(wanted).ok()?;
+    take_from(
+        adopted,
+        |address| matches!(address, BoundAddress::Unix(Some(path)) if *path == wanted),
+    )
+}
+
+fn take_from(
+    adopted: &mut Vec<Listener>,
+    is_wanted: impl Fn(&BoundAddress) -> bool,
+) -> Option<Listener> {
+    let mut listeners = adopted.iter();
+    let found = listeners.position(|listener| listener.address().is_ok_and(|at| is_wanted(&at)))?;
+    Some(adopted.swap_remove(found))
+}
+
+async fn open_tcp(address: &str, adopted: &mut Vec<Listener>) -> Result<Vec<Listener>, ServeError> {
     let bind_error = |source| ServeError::Bind { address: address.to_owned(), source };
     let name = address.to_owned();
     let found = tokio::task::spawn_blocking(move || resolve(&name));
@@ -121,12 +244,16 @@ async fn open_tcp(address: &str) -> Result<Vec<Listener>, ServeError> {
     addresses.dedup();
     let mut listeners = Vec::with_capacity(addresses.len());
     for address in addresses {
+        if let Some(listener) = adopted_tcp(address, adopted) {
+            listeners.push(listener);
+            continue;
+        }
         let bind = || async move {
             let bound = TcpListener::bind(address).await;
             bound.map_err(|source| ServeError::Bind { address: address.to_string(), source })
         };
         let listener = take_over(bind).await?;
-        listeners.push(Listener::Tcp(listener));
+        listeners.push(Listener::Tcp(Opener::Server, listener));
     }
     if listeners.is_empty() {
         return Err(ServeError::NoAddress { address: address.to_owned() });
@@ -167,7 +294,8 @@ fn open_unix(path: &Path) -> Result<Listener, ServeError> {
     // The directory this program works in may be another one when a client gets the URI or the file
     // is removed. Binding takes the path as it was given: the absolute one may be too long for it.
     let path = std::path::absolute(path).map_err(bind_error)?;
-    Ok(Listener::Unix(Some(SocketFile { path, identity }), listener))
+    let file = SocketFile { path, identity, is_owned: true };
+    Ok(Listener::Unix(Some(file), listener))
 }
 
 /// Removes a socket file without a listener, and nothing else.
@@ -216,34 +344,16 @@ fn open_inherited() -> Result<Vec<Listener>, ServeError> {
     if fds.len() != usize::from(count) {
         return Err(refuse(format!("only {} of {count} descriptors are open", fds.len())));
     }
-    fds.into_iter().map(adopt).collect()
-}
-
-/// Turns a descriptor into a listener, whichever family its socket has.
-fn adopt(fd: OwnedFd) -> Result<Listener, ServeError> {
-    let refuse = |error: io::Error| ServeError::Systemd { why: system_words(&error) };
-    let listening = sockopt::socket_acceptconn(fd.as_fd()).map_err(|error| refuse(error.into()))?;
-    if !listening {
-        return Err(ServeError::Systemd {
-            why: "a descriptor is a connected socket; set Accept=no in the socket unit".into(),
-        });
-    }
-    let family = sockopt::socket_domain(fd.as_fd()).map_err(|error| refuse(error.into()))?;
-    if family == rustix::net::AddressFamily::UNIX {
-        let listener = std::os::unix::net::UnixListener::from(fd);
-        listener.set_nonblocking(true).map_err(refuse)?;
-        // The service manager owns the file.
-        Ok(Listener::Unix(None, UnixListener::from_std(listener).map_err(refuse)?))
-    } else {
-        let listener = std::net::TcpListener::from(fd);
-        listener.set_nonblocking(true).map_err(refuse)?;
-        Ok(Listener::Tcp(TcpListener::from_std(listener).map_err(refuse)?))
-    }
+    fds.into_iter().map(Listener::passed).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    async fn open(address: &ListenAddress) -> Result<Vec<Listener>, ServeError> {
+        Listener::open(address, &mut Vec::new()).await
+    }
 
     #[tokio::test]
     async fn a_stale_socket_is_replaced_and_removed_at_the_end() {
@@ -252,8 +362,8 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists(), "the standard library leaves the file behind");
         let address = ListenAddress::Unix(path.clone());
-        let listeners = Listener::open(&address).await.unwrap();
-        assert!(matches!(Listener::open(&address).await, Err(ServeError::SocketInUse { .. })));
+        let listeners = open(&address).await.unwrap();
+        assert!(matches!(open(&address).await, Err(ServeError::SocketInUse { .. })));
         drop(listeners);
         assert!(!path.exists());
     }
@@ -290,7 +400,7 @@ mod tests {
         let path = directory.path().join("s");
         let old = std::os::unix::net::UnixListener::bind(&path).unwrap();
         let address = ListenAddress::Unix(path.clone());
-        let next = tokio::spawn(async move { Listener::open(&address).await });
+        let next = tokio::spawn(async move { open(&address).await });
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!next.is_finished(), "it is neither taken away nor refused at once");
         drop(old);
@@ -300,7 +410,7 @@ mod tests {
 
         let old = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = ListenAddress::Tcp(old.local_addr().unwrap().to_string());
-        let next = tokio::spawn(async move { Listener::open(&address).await });
+        let next = tokio::spawn(async move { open(&address).await });
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!next.is_finished());
         drop(old);
@@ -313,10 +423,10 @@ mod tests {
         let path = directory.path().join("s");
         let address = ListenAddress::Unix(path.clone());
         for _ in 0..100 {
-            let old = Listener::open(&address).await.unwrap();
+            let old = open(&address).await.unwrap();
             // The next one comes while this one goes.
             let going = std::thread::spawn(move || drop(old));
-            let next = Listener::open(&address).await.unwrap();
+            let next = open(&address).await.unwrap();
             going.join().unwrap();
             assert!(std::os::unix::net::UnixStream::connect(&path).is_ok(), "its file is there");
             drop(next);
@@ -328,7 +438,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("precious");
         std::fs::write(&path, "data").unwrap();
-        let result = Listener::open(&ListenAddress::Unix(path.clone())).await;
+        let result = open(&ListenAddress::Unix(path.clone())).await;
         assert!(matches!(result, Err(ServeError::NotASocket { .. })));
         assert_eq!(std::fs::read(&path).unwrap(), b"data");
     }
@@ -337,7 +447,7 @@ mod tests {
     async fn a_path_that_cannot_be_a_socket_is_refused_in_words() {
         let directory = tempfile::tempdir().unwrap();
         let said = |path: PathBuf| async move {
-            Listener::open(&ListenAddress::Unix(path)).await.unwrap_err().to_string()
+            open(&ListenAddress::Unix(path)).await.unwrap_err().to_string()
         };
         let long = said(directory.path().join("x".repeat(150))).await;
         assert!(long.contains("107 is the limit"), "{long}");
@@ -349,7 +459,7 @@ mod tests {
     async fn a_socket_that_took_our_place_is_not_removed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
-        let listeners = Listener::open(&ListenAddress::Unix(path.clone())).await.unwrap();
+        let listeners = open(&ListenAddress::Unix(path.clone())).await.unwrap();
         std::fs::rename(&path, directory.path().join("moved")).unwrap();
         std::fs::write(&path, "somebody else's").unwrap();
         drop(listeners);
@@ -358,9 +468,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_busy_port_is_an_error_that_says_so() {
-        let first = Listener::open(&ListenAddress::Tcp("127.0.0.1:0".into())).await.unwrap();
+        let first = open(&ListenAddress::Tcp("127.0.0.1:0".into())).await.unwrap();
         let address = first[0].address().unwrap().to_string();
-        let error = Listener::open(&ListenAddress::Tcp(address.clone())).await.unwrap_err();
+        let error = open(&ListenAddress::Tcp(address.clone())).await.unwrap_err();
         let text = error.to_string();
         assert!(text.contains(&address) && text.contains("another program"), "{text}");
     }

@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 
 use crate::connection::Socket;
 use crate::listener::prepare_tcp;
+use crate::paused::Paused;
 use crate::worker::Accepted;
 use crate::{BoundAddress, ServeError, ServerHandle, ServerStatistics};
 
@@ -51,6 +52,15 @@ pub enum ConnectionRefused {
     Unusable(#[from] io::Error),
 }
 
+/// How a server is to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// For good.
+    Shutdown,
+    /// To be continued by another server.
+    Pause,
+}
+
 /// How streams of the caller's reach the workers.
 #[derive(Debug, Clone)]
 pub(crate) struct Door {
@@ -62,19 +72,19 @@ impl Door {
     async fn let_in(&self, stream: ClientStream) -> Result<(), ConnectionRefused> {
         let places = Arc::clone(&self.places);
         let place = places.try_acquire_owned().map_err(|_| ConnectionRefused::LimitReached)?;
-        let (socket, peer) = match stream {
+        let socket = match stream {
             ClientStream::Tcp(stream) => {
                 stream.set_nonblocking(true)?;
                 prepare_tcp(&stream)?;
-                let peer = stream.peer_addr()?.to_string();
-                (Socket::from_std_tcp(stream), peer)
+                Socket::from_std_tcp(stream)
             }
             ClientStream::Unix(stream) => {
                 stream.set_nonblocking(true)?;
-                (Socket::from_std_unix(stream), "unix socket".to_owned())
+                Socket::from_std_unix(stream)
             }
         };
-        let client = Accepted { socket, peer, place, ungreeted: None };
+        let client =
+            Accepted { peer: socket.peer_name(), socket, place, ungreeted: None, saved: None };
         self.clients.send(client).await.map_err(|_| ConnectionRefused::ShuttingDown)
     }
 }
@@ -87,9 +97,9 @@ pub struct RunningServer {
     pub(crate) addresses: Vec<BoundAddress>,
     pub(crate) handle: ServerHandle,
     pub(crate) door: Door,
-    pub(crate) stop: watch::Sender<bool>,
+    pub(crate) stop: watch::Sender<Option<Ending>>,
     /// `None` once it has ended.
-    pub(crate) task: Option<JoinHandle<Result<(), ServeError>>>,
+    pub(crate) task: Option<JoinHandle<Result<Option<Paused>, ServeError>>>,
 }
 
 impl RunningServer {
@@ -134,7 +144,7 @@ impl RunningServer {
     /// flushes all exports and removes its unix sockets. Returns at once; [`wait`](Self::wait)
     /// waits for the end. Further calls have no effect.
     pub fn shutdown(&self) {
-        self.stop.send_replace(true);
+        self.stop.send_replace(Some(Ending::Shutdown));
     }
 
     /// Waits until the server has ended, after [`shutdown`](Self::shutdown) or by an error. Returns
@@ -154,7 +164,36 @@ impl RunningServer {
     ///
     /// Safe: the server continues, and can be waited for again.
     pub async fn wait(&mut self) -> Result<(), ServeError> {
-        let Some(task) = &mut self.task else { return Ok(()) };
+        self.join().await.map(drop)
+    }
+
+    /// Pauses the server: it accepts no more clients, answers the requests that it has begun within
+    /// [`ServerConfig::drain_timeout`](crate::ServerConfig::drain_timeout), begins no others, and
+    /// flushes all exports. Its listening sockets and connections are returned, for a server that
+    /// [adopts](crate::Server::adopt) them: clients notice a pause. It may be in another process,
+    /// which gets the descriptors over a unix socket.
+    ///
+    /// Connections with TLS end as at a [`shutdown`](Self::shutdown), and so do those that have not
+    /// selected an export after a moment. Connections whose replies are not taken in time are cut.
+    /// The exports stay in the registry; threads may still work on requests of connections that
+    /// were cut.
+    ///
+    /// # Errors
+    ///
+    /// As [`wait`](Self::wait), if the server has ended before. A flush that fails is no error here,
+    /// but reported with what is returned.
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped all connections are closed, and files of unix sockets may be left.
+    pub async fn pause(mut self) -> Result<Paused, ServeError> {
+        self.stop.send_replace(Some(Ending::Pause));
+        // It may have been shut down before.
+        self.join().await.map(|paused| paused.unwrap_or_else(Paused::nothing))
+    }
+
+    async fn join(&mut self) -> Result<Option<Paused>, ServeError> {
+        let Some(task) = &mut self.task else { return Ok(None) };
         let ended = task.await;
         self.task = None;
         match ended {

@@ -12,12 +12,14 @@ use crate::acceptor::{Acceptor, MOST_UNGREETED};
 use crate::access::Access;
 use crate::budget::Budget;
 use crate::clients::Clients;
-use crate::connection::{Pauses, Shared, Slots};
+use crate::connection::{Pauses, Shared, Slots, Socket};
+use crate::error::system_words;
 use crate::export::{Export, ExportEntry, ExportRegistry};
 use crate::handle::ServerHandle;
 use crate::listener::Listener;
 use crate::overview::Gauges;
-use crate::running::Door;
+use crate::paused::{Paused, PausedConnection, PausedListener, Resting};
+use crate::running::{Door, Ending};
 use crate::scheduler::Scheduler;
 use crate::shutdown::{Phase, ShutdownTrigger};
 use crate::worker::{Accepted, Workers};
@@ -43,6 +45,10 @@ pub struct Server {
     exports: ExportRegistry,
     listeners: Vec<Listener>,
     addresses: Vec<BoundAddress>,
+    /// Listeners of a paused server that no address has named yet.
+    adopted: Vec<Listener>,
+    /// Connections of a paused server.
+    resumed: Vec<PausedConnection>,
     clients: Clients,
     access: Access,
     gauges: Arc<OnceLock<Gauges>>,
@@ -56,7 +62,10 @@ struct Serving {
     trigger: ShutdownTrigger,
     workers: Workers,
     clients: mpsc::Receiver<Accepted>,
-    acceptors: JoinSet<()>,
+    acceptors: JoinSet<Listener>,
+    places: Arc<Semaphore>,
+    resting: Resting,
+    resumed: Vec<PausedConnection>,
 }
 
 impl Server {
@@ -66,7 +75,8 @@ impl Server {
         let (listeners, addresses) = (Vec::new(), Vec::new());
         let (clients, access) = (Clients::new(), Access::default());
         let gauges = Arc::default();
-        Self { config, exports, listeners, addresses, clients, access, gauges }
+        let (adopted, resumed) = (Vec::new(), Vec::new());
+        Self { config, exports, listeners, addresses, adopted, resumed, clients, access, gauges }
     }
 
     /// Sets a hook that is called for each client: when it connects, and again after STARTTLS, when
@@ -124,19 +134,49 @@ impl Server {
         &mut self,
         address: &ListenAddress,
     ) -> Result<Vec<BoundAddress>, ServeError> {
-        let opened = Listener::open(address).await?;
+        let opened = Listener::open(address, &mut self.adopted).await?;
         let mut bound = Vec::with_capacity(opened.len());
         for listener in &opened {
-            bound.push(
-                listener.address().map_err(|source| ServeError::Bind {
-                    address: format!("{address:?}"),
-                    source,
-                })?,
-            );
+            bound.push(bound_address(listener, &format!("{address:?}"))?);
         }
         self.listeners.extend(opened);
         self.addresses.extend_from_slice(&bound);
         Ok(bound)
+    }
+
+    /// Adopts the listening sockets and the connections of a server that was
+    /// [paused](RunningServer::pause). To be called in a runtime, before [`listen`](Self::listen).
+    ///
+    /// A listening socket is used for the address that names it: [`listen`](Self::listen) finds it
+    /// there instead of opening another one. Sockets that a service manager passed are used in any
+    /// case; their addresses are returned. All others are closed when the server starts. The files
+    /// of unix sockets are left alone until then, so that the paused server can be continued.
+    ///
+    /// A connection goes on when the server starts, with the export of the name that its client
+    /// requested. If that does not keep what the client was promised, if the rules deny it, or if
+    /// this server requires TLS, the connection is closed.
+    ///
+    /// # Errors
+    ///
+    /// [`ServeError`] if a socket cannot be used.
+    pub fn adopt(
+        &mut self,
+        listeners: Vec<PausedListener>,
+        connections: Vec<PausedConnection>,
+    ) -> Result<Vec<BoundAddress>, ServeError> {
+        let mut passed = Vec::new();
+        for listener in listeners {
+            let listener = Listener::adopt(listener)?;
+            if listener.is_passed() {
+                passed.push(bound_address(&listener, "the service manager")?);
+                self.listeners.push(listener);
+            } else {
+                self.adopted.push(listener);
+            }
+        }
+        self.addresses.extend_from_slice(&passed);
+        self.resumed.extend(connections);
+        Ok(passed)
     }
 
     /// Starts to serve on the current runtime, and returns at once. A server without addresses
@@ -153,10 +193,11 @@ impl Server {
         let addresses = std::mem::take(&mut self.addresses);
         let handle = self.handle();
         let (serving, door) = self.begin();
-        let (stop, mut stopped) = watch::channel(false);
+        let (stop, mut stopped) = watch::channel(None);
         let task = tokio::spawn(serving.run(async move {
+            let ending = stopped.wait_for(Option::is_some).await;
             // An error means that the owner has dropped it.
-            let _ = stopped.wait_for(|is_stopped| *is_stopped).await;
+            ending.ok().and_then(|ending| *ending).unwrap_or(Ending::Shutdown)
         }));
         RunningServer { addresses, handle, door, stop, task: Some(task) }
     }
@@ -181,11 +222,20 @@ impl Server {
             return Err(ServeError::NoListener);
         }
         let (serving, _) = self.begin();
-        serving.run(shutdown).await
+        let ending = async {
+            shutdown.await;
+            Ending::Shutdown
+        };
+        serving.run(ending).await.map(drop)
     }
 
     /// Lets clients connect; they wait until [`Serving::run`] takes them.
-    fn begin(self) -> (Serving, Door) {
+    fn begin(mut self) -> (Serving, Door) {
+        for listener in self.listeners.iter_mut().chain(&mut self.adopted) {
+            listener.own_file();
+        }
+        drop(std::mem::take(&mut self.adopted));
+        let resting = Resting::default();
         let trigger = ShutdownTrigger::new();
         let shared = Shared {
             budget: Budget::new(self.config.memory_limit),
@@ -198,6 +248,7 @@ impl Server {
             answers: Budget::new(ANSWERS_LEN),
             options: Budget::new(OPTIONS_LEN),
             pauses: Pauses::new(cores()),
+            resting: resting.clone(),
             scheduler: Scheduler::new(Handle::current(), cores()),
             config: Arc::new(self.config),
         };
@@ -218,29 +269,56 @@ impl Server {
             acceptors.spawn(acceptor.accept(listener, trigger.subscribe()));
         }
         let workers = Workers::new(config.workers, shared, trigger.subscribe());
-        let door = Door { places, clients: sender };
-        let (exports, access) = (self.exports, self.access);
-        (Serving { config, exports, access, trigger, workers, clients, acceptors }, door)
+        let door = Door { places: Arc::clone(&places), clients: sender };
+        let (exports, access, resumed) = (self.exports, self.access, self.resumed);
+        let serving = Serving {
+            config,
+            exports,
+            access,
+            trigger,
+            workers,
+            clients,
+            acceptors,
+            places,
+            resting,
+            resumed,
+        };
+        (serving, door)
     }
 }
 
 impl Serving {
-    /// Serves until `shutdown` is ready, and then comes to an orderly end.
-    async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
-        let mut shutdown = std::pin::pin!(shutdown);
-        loop {
+    /// Serves until `ending` is ready, and then comes to an orderly end. What is left after a pause
+    /// is returned.
+    async fn run(
+        mut self,
+        ending: impl Future<Output = Ending>,
+    ) -> Result<Option<Paused>, ServeError> {
+        let mut ending = std::pin::pin!(ending);
+        self.resume()?;
+        let ending = loop {
             tokio::select! {
-                () = &mut shutdown => break,
+                ending = &mut ending => break ending,
                 Some(accepted) = self.clients.recv() => self.workers.serve(accepted)?,
             }
-        }
+        };
         // Those that only their clients have go with them.
         let unregistered = unregistered(&self.exports, &self.access);
-        tracing::info!("stopping: no new clients, finishing what is in flight");
-        self.trigger.announce(Phase::Draining);
-        // Dropping the listeners removes the sockets' files.
-        self.clients.close();
-        while self.acceptors.join_next().await.is_some() {}
+        let mut listeners = Vec::new();
+        match ending {
+            Ending::Shutdown => {
+                tracing::info!("stopping: no new clients, finishing what is in flight");
+                self.trigger.announce(Phase::Draining);
+                // Dropping the listeners removes the sockets' files.
+                self.clients.close();
+                while self.acceptors.join_next().await.is_some() {}
+            }
+            Ending::Pause => {
+                tracing::info!("pausing: no new clients, finishing what has begun");
+                self.trigger.announce(Phase::Pausing);
+                listeners = self.stop_accepting().await?;
+            }
+        }
         let workers = self.workers;
         let ended = tokio::task::spawn_blocking(move || workers.join());
         let mut ended = std::pin::pin!(ended);
@@ -248,8 +326,68 @@ impl Serving {
             self.trigger.announce(Phase::Aborting);
             let _ = ended.await;
         }
-        flush_all(&self.exports, &self.access, unregistered).await
+        let flushed = flush_all(&self.exports, &self.access, unregistered).await;
+        match ending {
+            Ending::Shutdown => flushed.map(|()| None),
+            Ending::Pause => {
+                let connections = self.resting.take();
+                Ok(Some(Paused { listeners, connections, flushed }))
+            }
+        }
     }
+
+    /// Goes on with the connections of a paused server.
+    fn resume(&mut self) -> Result<(), ServeError> {
+        for PausedConnection { socket, state } in std::mem::take(&mut self.resumed) {
+            let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
+                tracing::warn!("connections not continued: the limit of connections is reached");
+                break;
+            };
+            match Socket::from_descriptor(socket) {
+                Ok(socket) => self.workers.serve(Accepted {
+                    peer: socket.peer_name(),
+                    socket,
+                    place,
+                    ungreeted: None,
+                    saved: Some(Box::new(state)),
+                })?,
+                Err(error) => {
+                    tracing::warn!(error = system_words(&error), "connection not continued");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until nothing accepts any more; clients that were accepted before still get a worker.
+    async fn stop_accepting(&mut self) -> Result<Vec<PausedListener>, ServeError> {
+        let mut listeners = Vec::new();
+        loop {
+            tokio::select! {
+                stopped = self.acceptors.join_next() => match stopped {
+                    Some(Ok(listener)) => match listener.pause() {
+                        Ok(paused) => listeners.push(paused),
+                        Err(error) => {
+                            tracing::error!(error = system_words(&error), "cannot keep a listener");
+                        }
+                    },
+                    Some(Err(_)) => {}
+                    None => break,
+                },
+                Some(accepted) = self.clients.recv() => self.workers.serve(accepted)?,
+            }
+        }
+        self.clients.close();
+        while let Ok(accepted) = self.clients.try_recv() {
+            self.workers.serve(accepted)?;
+        }
+        Ok(listeners)
+    }
+}
+
+fn bound_address(listener: &Listener, address: &str) -> Result<BoundAddress, ServeError> {
+    let bound = listener.address();
+    bound.map_err(|source| ServeError::Bind { address: address.to_owned(), source })
 }
 
 fn cores() -> usize {

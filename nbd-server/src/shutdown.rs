@@ -1,4 +1,4 @@
-//! Propagates the end of the server to every connection.
+//! Propagates the end of the server, or a pause, to every connection.
 
 use tokio::sync::watch;
 
@@ -7,6 +7,8 @@ use tokio::sync::watch;
 pub(crate) enum Phase {
     /// Continue.
     Serving,
+    /// Come to rest between two requests, to be continued by another server.
+    Pausing,
     /// Accept no new requests, complete the received ones.
     Draining,
     /// Close at once.
@@ -40,6 +42,11 @@ impl ShutdownTrigger {
 }
 
 impl Shutdown {
+    /// Whether the server is in `phase` now.
+    pub(crate) fn is_in(&self, phase: Phase) -> bool {
+        *self.phase.borrow() == phase
+    }
+
     /// Waits until the server is at least in `phase`. A server that is gone counts as aborting.
     pub(crate) async fn reached(&mut self, phase: Phase) {
         // An error means that the sender is gone.

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use nbd_proto::transmission::SavedConnection;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinSet;
 use tracing::Instrument;
@@ -37,6 +38,8 @@ pub(crate) struct Accepted {
     pub(crate) place: OwnedSemaphorePermit,
     /// Its place among those that wait for the greeting; `None` if it has waited long enough.
     pub(crate) ungreeted: Option<OwnedSemaphorePermit>,
+    /// Of a connection that another server has begun.
+    pub(crate) saved: Option<Box<SavedConnection>>,
 }
 
 /// The threads of a server. They are started when they are needed.
@@ -158,7 +161,8 @@ async fn run(
     loop {
         tokio::select! {
             accepted = receiver.recv() => {
-                let Some(Accepted { socket, peer, place, ungreeted }) = accepted else { break };
+                let Some(accepted) = accepted else { break };
+                let Accepted { socket, peer, place, ungreeted, saved } = accepted;
                 let count = Leaves(Arc::clone(&connections));
                 let thread = thread.clone();
                 let (shared, shutdown) = (shared.clone(), shutdown.clone());
@@ -168,7 +172,7 @@ async fn run(
                     let _held = (count, place);
                     match socket.attach() {
                         Ok(socket) => {
-                            let newcomer = Newcomer { socket, peer: &peer, ungreeted };
+                            let newcomer = Newcomer { socket, peer: &peer, ungreeted, saved };
                             connection::serve(newcomer, shared, shutdown, thread).await;
                         },
                         Err(error) => tracing::warn!(error = system_words(&error), "cannot use the socket"),

@@ -32,6 +32,8 @@ pub(crate) enum ConnectionError {
     HungUp,
     #[error("the client was refused: {0}")]
     Refused(Refusal),
+    #[error("the export does not keep what the client was promised: {0}")]
+    NotResumed(String),
     #[error("a file ended while it was being sent: another program has made it shorter")]
     FileTruncated,
 }

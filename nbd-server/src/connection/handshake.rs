@@ -57,6 +57,23 @@ pub(super) struct Established {
     pub(super) admission: Admission,
     /// The bytes after the client's last option: its first requests.
     pub(super) received: BytesMut,
+    /// How much of what comes first is the payload of a request that was refused, in bytes.
+    pub(super) discard: u64,
+    /// Whether the client is still to be told that data may be lost.
+    pub(super) owes_failure: bool,
+}
+
+impl Established {
+    /// A client whose first request comes next.
+    fn new(
+        socket: Socket,
+        negotiated: Negotiated,
+        Granted { entry, admission }: Granted,
+        received: BytesMut,
+    ) -> Self {
+        let (discard, owes_failure) = (0, false);
+        Self { socket, negotiated, entry, admission, received, discard, owes_failure }
+    }
 }
 
 /// What was received and is to be sent.
@@ -123,12 +140,11 @@ pub(super) async fn negotiate(
                     effort.next().await;
                 }
             }
-            Step::Transmission(negotiated, Granted { entry, admission }) => {
+            Step::Transmission(negotiated, granted) => {
                 effort.rest();
                 let Buffers { input: received, mut output, .. } = buffers;
                 send(&mut socket, &mut output).await?;
-                let negotiated = *negotiated;
-                return Ok(Some(Established { socket, negotiated, entry, admission, received }));
+                return Ok(Some(Established::new(socket, *negotiated, granted, received)));
             }
             Step::Aborted => {
                 effort.rest();

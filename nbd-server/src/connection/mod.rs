@@ -15,6 +15,7 @@ mod pool;
 mod read_steps;
 mod read_strategy;
 mod receive;
+mod resume;
 mod ring_work;
 mod room;
 mod send;
@@ -30,13 +31,19 @@ mod transmission;
 mod turn;
 mod writeback_errors;
 
+use std::time::Duration;
+
+use nbd_proto::transmission::SavedConnection;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::client;
 use crate::clients::Arrival;
+use crate::error::system_words;
+use crate::paused::PausedConnection;
 use crate::shutdown::{Phase, Shutdown};
 use crate::statistics::Tally;
 use error::ConnectionError;
+use handshake::Established;
 
 pub(crate) use effort::Pauses;
 pub(crate) use polling::Slots;
@@ -50,40 +57,28 @@ pub(crate) struct Newcomer<'a> {
     pub(crate) peer: &'a str,
     /// Given back with the greeting.
     pub(crate) ungreeted: Option<OwnedSemaphorePermit>,
+    /// Of a connection that another server has begun.
+    pub(crate) saved: Option<Box<SavedConnection>>,
 }
+
+/// Time for handshakes that are in progress when the server is paused.
+const HANDSHAKE_GRACE: Duration = Duration::from_millis(250);
 
 /// Serves one client until it leaves, misbehaves, or the server ends.
 ///
 /// `thread` counts the connections of this thread, this one included.
 pub(crate) async fn serve(
-    Newcomer { socket, peer, ungreeted }: Newcomer<'_>,
+    newcomer: Newcomer<'_>,
     shared: Shared,
     mut shutdown: Shutdown,
     thread: Thread,
 ) {
-    let mut draining = shutdown.clone();
+    let ending = shutdown.clone();
+    let (peer, socket) = (newcomer.peer, &newcomer.socket);
     let address = socket.client_address();
     client::record_process(&tracing::Span::current(), &address);
-    let deadline = shared.config.handshake_timeout;
-    let negotiation =
-        tokio::time::timeout(deadline, handshake::negotiate(socket, ungreeted, &shared, &thread));
-    let established = tokio::select! {
-        result = negotiation => match result {
-            Ok(Ok(Some(established))) => established,
-            #[cfg(feature = "tls")]
-            Ok(Err(ConnectionError::Tls(error))) => {
-                // A refused client cannot be told the reason; the administrator needs it.
-                return tracing::warn!(%error, "no TLS with a client");
-            }
-            Ok(Ok(None)) => return tracing::debug!("the client left during the handshake"),
-            Ok(Err(error)) => return tracing::info!(%error, "handshake failed"),
-            Err(_) => {
-                let error = ConnectionError::HandshakeTimeout;
-                return tracing::info!(%error, "handshake failed");
-            }
-        },
-        () = draining.reached(Phase::Draining) => return,
-    };
+    let established = establish(newcomer, &shared, ending.clone(), &thread).await;
+    let Some(established) = established else { return };
     let name = established.negotiated.export_name.clone();
     tracing::Span::current().record("export", tracing::field::debug(&name));
     shared.access.note_use(&name, established.entry.export());
@@ -106,8 +101,12 @@ pub(crate) async fn serve(
     tracing::debug!(size = agreed.size, mode = ?agreed.reply_mode, ?contexts, "negotiated");
     let session = transmission::Session::new(established, &shared, thread, tally);
     tokio::select! {
-        result = session.run(draining) => match result {
-            Ok(()) => tracing::info!("client disconnected"),
+        result = session.run(ending) => match result {
+            Ok(None) => tracing::info!("client disconnected"),
+            Ok(Some((socket, state))) => match socket.into_descriptor() {
+                Ok(socket) => shared.resting.add(PausedConnection { socket, state }),
+                Err(error) => tracing::warn!(error = system_words(&error), "connection failed"),
+            },
             Err(error) => tracing::warn!(%error, "connection failed"),
         },
         () = present.cut() => tracing::info!("connection cut: the export was removed"),
@@ -115,4 +114,48 @@ pub(crate) async fn serve(
             tracing::warn!("connection cut: the server ended before its replies were taken");
         }
     }
+}
+
+/// The result of the handshake, or of an earlier one; `None` if the connection is over.
+async fn establish(
+    newcomer: Newcomer<'_>,
+    shared: &Shared,
+    mut ending: Shutdown,
+    thread: &Thread,
+) -> Option<Established> {
+    let Newcomer { socket, ungreeted, saved, .. } = newcomer;
+    if let Some(saved) = saved {
+        let name = saved.negotiated.export_name.clone();
+        let resumed = resume::resume(socket, *saved, shared);
+        return resumed
+            .inspect_err(|error| tracing::warn!(export = ?name, %error, "connection not continued"))
+            .ok();
+    }
+    let deadline = shared.config.handshake_timeout;
+    let negotiation =
+        tokio::time::timeout(deadline, handshake::negotiate(socket, ungreeted, shared, thread));
+    let mut pausing = ending.clone();
+    let grace = async {
+        pausing.reached(Phase::Pausing).await;
+        tokio::time::sleep(HANDSHAKE_GRACE).await;
+    };
+    tokio::select! {
+        result = negotiation => match result {
+            Ok(Ok(Some(established))) => return Some(established),
+            #[cfg(feature = "tls")]
+            Ok(Err(ConnectionError::Tls(error))) => {
+                // A refused client cannot be told the reason; the administrator needs it.
+                tracing::warn!(%error, "no TLS with a client");
+            }
+            Ok(Ok(None)) => tracing::debug!("the client left during the handshake"),
+            Ok(Err(error)) => tracing::info!(%error, "handshake failed"),
+            Err(_) => {
+                let error = ConnectionError::HandshakeTimeout;
+                tracing::info!(%error, "handshake failed");
+            }
+        },
+        () = grace => {}
+        () = ending.reached(Phase::Draining) => {}
+    }
+    None
 }

@@ -1,7 +1,7 @@
 //! The stream of one client as the system has it: bytes go through as they are.
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -70,6 +70,16 @@ impl PlainSocket {
             }
             attached => Ok(attached),
         }
+    }
+
+    /// Takes the socket out of its runtime.
+    pub(super) fn into_descriptor(self) -> io::Result<OwnedFd> {
+        Ok(match self {
+            Self::StdTcp(stream) => stream.into(),
+            Self::StdUnix(stream) => stream.into(),
+            Self::Tcp(stream) => stream.into_std()?.into(),
+            Self::Unix(stream) => stream.into_std()?.into(),
+        })
     }
 
     /// Reads into `buffer`; 0 means that the client will send nothing more.

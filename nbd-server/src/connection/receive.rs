@@ -25,7 +25,9 @@ pub(super) struct ReceiveBuffer {
 impl ReceiveBuffer {
     /// A buffer that begins with `received`.
     pub(super) fn new(received: &[u8]) -> Self {
-        let mut data = vec![0; SMALL_LEN.max(received.len())];
+        // There is always room to read into.
+        let length = if received.len() < SMALL_LEN { 0 } else { received.len() + MEDIUM_LEN };
+        let mut data = vec![0; length.max(SMALL_LEN)];
         data[..received.len()].copy_from_slice(received);
         Self { data, start: 0, end: received.len(), read_len: LARGE_LEN, total: 0, is_tight: false }
     }

@@ -9,6 +9,7 @@ use crate::access::Access;
 use crate::budget::Budget;
 use crate::clients::Clients;
 use crate::export::ExportRegistry;
+use crate::paused::Resting;
 use crate::scheduler::Scheduler;
 
 /// What all connections of a server share.
@@ -34,6 +35,8 @@ pub(crate) struct Shared {
     pub(crate) options: Budget,
     /// Pauses of handshakes.
     pub(crate) pauses: Pauses,
+    /// Where connections come to rest when the server is paused.
+    pub(crate) resting: Resting,
     /// Carries out what may block.
     pub(crate) scheduler: Scheduler,
 }

@@ -1,8 +1,10 @@
 //! The stream of one client, under TLS or not.
 
 use std::io::{self, IoSlice};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::task::{Context, Poll};
+
+use rustix::net::{AddressFamily, sockopt};
 
 use super::plain::{Channel, More, PlainSocket, Traffic};
 #[cfg(feature = "tls")]
@@ -25,6 +27,43 @@ impl Socket {
 
     pub(crate) const fn from_std_unix(stream: std::os::unix::net::UnixStream) -> Self {
         Self::Plain(PlainSocket::StdUnix(stream))
+    }
+
+    /// A connected socket of any family.
+    pub(crate) fn from_descriptor(socket: OwnedFd) -> io::Result<Self> {
+        let family = sockopt::socket_domain(&socket)?;
+        if family == AddressFamily::UNIX {
+            let stream = std::os::unix::net::UnixStream::from(socket);
+            stream.set_nonblocking(true)?;
+            return Ok(Self::from_std_unix(stream));
+        }
+        let stream = std::net::TcpStream::from(socket);
+        stream.set_nonblocking(true)?;
+        Ok(Self::from_std_tcp(stream))
+    }
+
+    /// The address of a TCP client, or the path of the unix socket that it has connected to.
+    pub(crate) fn peer_name(&self) -> String {
+        let known = match self {
+            Self::Plain(PlainSocket::StdTcp(stream)) => {
+                stream.peer_addr().ok().map(|address| address.to_string())
+            }
+            Self::Plain(PlainSocket::StdUnix(stream)) => {
+                let address = stream.local_addr().ok();
+                address.and_then(|at| at.as_pathname().map(|path| path.display().to_string()))
+            }
+            _ => None,
+        };
+        known.unwrap_or_else(|| "unix socket".to_owned())
+    }
+
+    /// Takes the socket out of its runtime. Fails under TLS.
+    pub(super) fn into_descriptor(self) -> io::Result<OwnedFd> {
+        match self {
+            Self::Plain(socket) => socket.into_descriptor(),
+            #[cfg(feature = "tls")]
+            Self::Tls(_) => Err(io::Error::other("a socket under TLS cannot be taken out")),
+        }
     }
 
     /// Makes the socket part of the runtime this is called on.

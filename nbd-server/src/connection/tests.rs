@@ -16,6 +16,7 @@ use crate::export::{
     Export, ExportEntry, ExportError, ExportInfo, FastExport, FileSpan, Holes, Lookup, Mapped,
     MayBlock, Operation, ReadMap, TryRead, TryWrite,
 };
+use crate::paused::Resting;
 use crate::scheduler::Scheduler;
 use crate::shutdown::ShutdownTrigger;
 use crate::{ExportRegistry, ServerConfig};
@@ -105,7 +106,7 @@ impl Peer {
         let (shared, shutdown) = (shared.clone(), trigger.subscribe());
         let thread = thread.clone();
         tokio::spawn(async move {
-            let newcomer = Newcomer { socket, peer: "peer", ungreeted: None };
+            let newcomer = Newcomer { socket, peer: "peer", ungreeted: None, saved: None };
             serve(newcomer, shared, shutdown, thread).await;
         });
         let peer = Self { stream: ours, received: AtomicU64::new(0) };
@@ -199,6 +200,7 @@ fn shared(disk: Arc<CachedDisk>) -> Shared {
         options: Budget::new(1 << 20),
         pauses: Pauses::new(1),
         scheduler: Scheduler::new(tokio::runtime::Handle::current(), 1),
+        resting: Resting::default(),
         exports,
     }
 }

@@ -11,6 +11,7 @@ mod execute;
 mod incoming;
 mod read;
 mod replies;
+mod rest;
 mod target;
 mod throttle;
 mod watch;
@@ -18,8 +19,12 @@ mod watch;
 use std::future::poll_fn;
 use std::task::{Context, Poll, ready};
 
+use nbd_proto::handshake::Negotiated;
+use nbd_proto::transmission::SavedConnection;
+
 use super::error::{Awaiting, ConnectionError};
 use super::handshake::Established;
+use super::plain::Channel;
 use super::polling::Polling;
 use super::read_strategy::{Idle, ReadStrategy};
 use super::room::Room;
@@ -52,6 +57,7 @@ pub(super) struct Session {
     watch: Watch,
     turn: Turn,
     tally: Tally,
+    negotiated: Negotiated,
 }
 
 impl Session {
@@ -77,19 +83,28 @@ impl Session {
             target,
             tally,
             socket: established.socket,
+            negotiated: established.negotiated,
         }
     }
 
-    /// Serves until the client leaves or the server ends, and every reply is sent.
-    pub(super) async fn run(mut self, mut shutdown: Shutdown) -> Result<(), ConnectionError> {
+    /// Serves until the client leaves or the server ends, and every reply is sent. If the server is
+    /// paused, what another server needs to continue is returned.
+    pub(super) async fn run(
+        mut self,
+        mut shutdown: Shutdown,
+    ) -> Result<Option<(Socket, SavedConnection)>, ConnectionError> {
         tokio::select! {
             biased;
             result = poll_fn(|cx| self.poll_and_start(cx)) => {
                 result?;
                 self.say_goodbye().await;
-                return Ok(());
+                return Ok(None);
             }
-            () = shutdown.reached(Phase::Draining) => {}
+            () = shutdown.reached(Phase::Pausing) => {}
+        }
+        // What is encrypted cannot be continued by another process.
+        if shutdown.is_in(Phase::Pausing) && self.socket.channel() == Channel::Clear {
+            return self.rest().await;
         }
         // What has arrived whole was in flight when the server was told to stop; it is finished.
         // A payload of which a part is missing is not waited for.
@@ -101,7 +116,7 @@ impl Session {
         })
         .await?;
         self.say_goodbye().await;
-        Ok(())
+        Ok(None)
     }
 
     /// Ends an encrypted stream, if the client takes the message at once. It may be gone.

@@ -5,8 +5,8 @@
 //! disk, whose own FLUSH succeeds a moment later. Each connection therefore receives the error with
 //! its next FLUSH or FUA, if not earlier.
 
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::AcqRel;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use nbd_proto::transmission::{Command, Durability, Request};
 use nbd_proto::wire::Errno;
@@ -18,17 +18,26 @@ use crate::export::{DurabilityFailures, ExportError};
 pub(super) struct WritebackErrors {
     failures: DurabilityFailures,
     known: AtomicU64,
+    /// A failure in another server, which the client is still to be told of.
+    is_owed: AtomicBool,
 }
 
 impl WritebackErrors {
-    /// Nothing was written yet, so what happened before does not matter.
-    pub(super) fn new(failures: DurabilityFailures) -> Self {
+    /// On a new connection nothing was written yet, so what happened before does not matter. On
+    /// one that another server has begun the client may still be owed a failure.
+    pub(super) fn new(failures: DurabilityFailures, owes_failure: bool) -> Self {
         let known = AtomicU64::new(failures.count());
-        Self { failures, known }
+        Self { failures, known, is_owed: AtomicBool::new(owes_failure) }
+    }
+
+    /// Whether the client is still to be told of a failure.
+    pub(super) fn owes_failure(&self) -> bool {
+        self.is_owed.load(Acquire) || self.known.load(Acquire) < self.failures.count()
     }
 
     /// The client is being told of a failure, the `count`th, and of all before it.
     pub(super) fn is_told(&self, count: u64) {
+        self.is_owed.store(false, Release);
         self.known.fetch_max(count, AcqRel);
     }
 
@@ -50,7 +59,8 @@ impl WritebackErrors {
             Err(_) => result,
             Ok(()) => {
                 let count = self.failures.count();
-                if self.known.fetch_max(count, AcqRel) == count {
+                let was_owed = self.is_owed.swap(false, AcqRel);
+                if self.known.fetch_max(count, AcqRel) == count && !was_owed {
                     return result;
                 }
                 let why = "a FLUSH of another client failed; what was written before may be lost";

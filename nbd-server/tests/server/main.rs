@@ -25,6 +25,7 @@ mod loop_device;
 mod multi_conn;
 mod ordering;
 mod panics;
+mod pause;
 mod payload_sizes;
 mod quotas;
 mod read_errors;

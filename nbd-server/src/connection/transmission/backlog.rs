@@ -124,6 +124,20 @@ impl Backlog {
         self.waiting = Some(Waiting::Payload(request));
     }
 
+    /// Takes the WRITE back whose payload waits for memory.
+    pub(super) fn take_waiting_for_payload(&mut self) -> Option<Request> {
+        match self.waiting.take() {
+            Some(Waiting::Payload(request)) => {
+                self.budget.give_up();
+                Some(request)
+            }
+            other => {
+                self.waiting = other;
+                None
+            }
+        }
+    }
+
     /// Hands a WRITE whose payload has memory to the pool.
     pub(super) fn submit(
         &mut self,

@@ -15,6 +15,17 @@ use crate::connection::turn::REQUEST_COST;
 use crate::export::ExportError;
 use crate::statistics::{Outcome, Ticket};
 
+/// How a request that has begun went on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Begun {
+    /// A step further.
+    Moved,
+    /// It waits for memory.
+    Waits,
+    /// There is none, or none that may.
+    Nothing,
+}
+
 impl Session {
     /// Carries out what has been received, as far as it may.
     pub(super) fn execute(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
@@ -26,22 +37,13 @@ impl Session {
     fn execute_received(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
         let mut progress = false;
         loop {
-            if self.backlog.is_waiting() {
-                match self.admit(cx) {
-                    Admitted::No => return Ok(progress),
-                    Admitted::ToPool => {}
-                    Admitted::Payload(request, permit) => self.incoming.expect(request, permit),
+            match self.go_on(cx) {
+                Begun::Moved => {
+                    progress = true;
+                    continue;
                 }
-                progress = true;
-            }
-            self.replies.ask_for_room(&mut self.room);
-            if !self.replies.are_many(&self.room)
-                && !self.turn.is_over()
-                && let Some(unfinished) = self.backlog.next_unfinished()
-            {
-                self.read_on(unfinished);
-                progress = true;
-                continue;
+                Begun::Waits => return Ok(progress),
+                Begun::Nothing => {}
             }
             if self.is_busy() {
                 return Ok(progress);
@@ -74,6 +76,37 @@ impl Session {
             self.disk_wait.learn(elapsed, || self.socket.has_input());
         }
         admitted
+    }
+
+    /// Goes on with the requests that have begun, as far as they may.
+    pub(super) fn finish_begun(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut progress = false;
+        while self.go_on(cx) == Begun::Moved {
+            progress = true;
+        }
+        self.tally.settle(self.backlog.len());
+        progress
+    }
+
+    /// Goes on with one request that has begun.
+    fn go_on(&mut self, cx: &mut Context<'_>) -> Begun {
+        if self.backlog.is_waiting() {
+            match self.admit(cx) {
+                Admitted::No => return Begun::Waits,
+                Admitted::ToPool => {}
+                Admitted::Payload(request, permit) => self.incoming.expect(request, permit),
+            }
+            return Begun::Moved;
+        }
+        self.replies.ask_for_room(&mut self.room);
+        if !self.replies.are_many(&self.room)
+            && !self.turn.is_over()
+            && let Some(unfinished) = self.backlog.next_unfinished()
+        {
+            self.read_on(unfinished);
+            return Begun::Moved;
+        }
+        Begun::Nothing
     }
 
     /// Carries out what has arrived or prepares to; false if a payload is waited for.

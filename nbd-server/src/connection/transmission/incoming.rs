@@ -25,8 +25,8 @@ enum Receiving {
     Header,
     /// The rest of a long payload.
     Payload { request: Request, buffer: Vec<u8>, filled: usize, permit: Permit },
-    /// The payload of a refused request.
-    Discarded { rejection: Rejection, remaining: u64 },
+    /// The payload of a refused request, and the request if it is not answered.
+    Discarded { rejection: Option<Rejection>, remaining: u64 },
     /// Nothing: the client has said goodbye, or the server ends.
     Nothing,
 }
@@ -67,7 +67,10 @@ impl Incoming {
         Self {
             transmission: Transmission::new(&established.negotiated),
             buffer: ReceiveBuffer::new(&established.received),
-            receiving: Receiving::Header,
+            receiving: match established.discard {
+                0 => Receiving::Header,
+                remaining => Receiving::Discarded { rejection: None, remaining },
+            },
             spare_payload: Vec::new(),
         }
     }
@@ -86,7 +89,12 @@ impl Incoming {
                 }
             },
             Receiving::Payload { .. } => Ok(self.fill_payload()),
-            Receiving::Discarded { .. } => Ok(self.discard()),
+            Receiving::Discarded { .. } => match self.discard() {
+                Some(rejection) => Ok(Some(Arrival::Discarded(rejection))),
+                // It was answered before.
+                None if matches!(self.receiving, Receiving::Header) => self.next(),
+                None => Ok(None),
+            },
             Receiving::Nothing => Ok(None),
         }
     }
@@ -104,6 +112,7 @@ impl Incoming {
         payload_len: u64,
     ) {
         self.buffer.consume(header_len);
+        let rejection = Some(rejection);
         self.receiving = Receiving::Discarded { rejection, remaining: payload_len };
     }
 
@@ -140,6 +149,34 @@ impl Incoming {
         if buffer.capacity() <= KEPT_PAYLOAD_LEN {
             self.spare_payload = buffer;
         }
+    }
+
+    /// The refused request whose payload is being discarded, if it is not answered. The caller
+    /// answers it; its payload may come later.
+    pub(super) fn take_rejection(&mut self) -> Option<Rejection> {
+        match &mut self.receiving {
+            Receiving::Discarded { rejection, .. } => rejection.take(),
+            _ => None,
+        }
+    }
+
+    /// What was received of requests that have not begun, and how much of what comes first is to
+    /// be discarded, in bytes. `waiting` is a WRITE whose header has been consumed, and nothing of
+    /// its payload.
+    pub(super) fn save(&self, waiting: Option<&Request>) -> (Vec<u8>, u64) {
+        let mut saved = Vec::new();
+        let mut discard = 0;
+        match (&self.receiving, waiting) {
+            (Receiving::Payload { request, buffer, filled, .. }, _) => {
+                self.transmission.encode_write(request, &mut saved);
+                saved.extend_from_slice(&buffer[..*filled]);
+            }
+            (Receiving::Discarded { remaining, .. }, _) => discard = *remaining,
+            (_, Some(request)) => self.transmission.encode_write(request, &mut saved),
+            (Receiving::Header | Receiving::Nothing, None) => {}
+        }
+        saved.extend_from_slice(self.buffer.filled());
+        (saved, discard)
     }
 
     /// Nothing more is wanted.
@@ -229,7 +266,7 @@ impl Incoming {
     }
 
     /// Throws away the payload of a refused request; the request if all of it is gone.
-    fn discard(&mut self) -> Option<Arrival> {
+    fn discard(&mut self) -> Option<Rejection> {
         let Receiving::Discarded { rejection, remaining } = &mut self.receiving else {
             return None;
         };
@@ -240,9 +277,9 @@ impl Incoming {
         if *remaining > 0 {
             return None;
         }
-        let rejection = *rejection;
+        let rejection = rejection.take();
         self.receiving = Receiving::Header;
-        Some(Arrival::Discarded(rejection))
+        rejection
     }
 }
 

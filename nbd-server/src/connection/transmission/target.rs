@@ -28,10 +28,18 @@ impl Target {
         Self {
             entry: entry.clone(),
             export: Arc::clone(entry.export()),
-            writeback: Arc::new(WritebackErrors::new(entry.failures().clone())),
+            writeback: Arc::new(WritebackErrors::new(
+                entry.failures().clone(),
+                established.owes_failure,
+            )),
             contexts: negotiated.meta_contexts.clone().into(),
             encoder: ReplyEncoder::new(negotiated.reply_mode),
         }
+    }
+
+    /// Whether the client is still to be told that data may be lost.
+    pub(super) fn owes_failure(&self) -> bool {
+        self.writeback.owes_failure()
     }
 
     pub(super) const fn encoder(&self) -> ReplyEncoder {

@@ -96,6 +96,18 @@ impl Client {
         Some(Self::start(handshake.stream, handshake.input, negotiated))
     }
 
+    /// Opens the default export on a connected stream and selects contexts.
+    pub fn with_contexts(
+        stream: UnixStream,
+        mode: ReplyMode,
+        contexts: &[MetaContextName],
+    ) -> Self {
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        let mut handshake = Handshake { stream, input: BytesMut::new() };
+        let phase = handshake.greet();
+        Self::negotiate(handshake, phase, mode, "", contexts)
+    }
+
     fn negotiate(
         mut handshake: Handshake,
         mut phase: OptionPhase,

@@ -1,0 +1,36 @@
+//! Connections that another server has begun.
+
+use bytes::BytesMut;
+use nbd_proto::transmission::SavedConnection;
+
+use super::catalog::{Catalog, Granted};
+use super::error::ConnectionError;
+use super::handshake::Established;
+use super::shared::Shared;
+use super::socket::Socket;
+#[cfg(feature = "tls")]
+use crate::tls::TlsMode;
+
+/// Continues a connection, if this server offers what the client was promised.
+pub(super) fn resume(
+    socket: Socket,
+    saved: SavedConnection,
+    shared: &Shared,
+) -> Result<Established, ConnectionError> {
+    let refuse = |why: &str| Err(ConnectionError::NotResumed(why.to_owned()));
+    #[cfg(feature = "tls")]
+    if matches!(shared.config.tls, TlsMode::Require(_)) {
+        return refuse("this server requires TLS");
+    }
+    let SavedConnection { negotiated, received, discard, owes_failure } = saved;
+    let catalog = Catalog::for_client(&socket, shared)?;
+    let (description, Granted { entry, admission }) = match catalog.grant(&negotiated.export_name) {
+        Ok(granted) => granted,
+        Err((_, why)) => return refuse(why),
+    };
+    if let Err(why) = negotiated.check_kept_by(&description) {
+        return refuse(why);
+    }
+    let received = BytesMut::from(&received[..]);
+    Ok(Established { socket, negotiated, entry, admission, received, discard, owes_failure })
+}

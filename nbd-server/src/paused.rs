@@ -1,0 +1,80 @@
+//! [`Paused`]: what a server that was paused leaves to its successor.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nbd_proto::transmission::SavedConnection;
+
+use crate::ServeError;
+
+/// What a [paused](crate::RunningServer::pause) server leaves to a server that
+/// [adopts](crate::Server::adopt) it, in this process or in another one.
+///
+/// Dropping it closes the connections and the listening sockets; the files of unix sockets stay.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Paused {
+    /// The sockets that accepted clients. Those that connect now wait.
+    pub listeners: Vec<PausedListener>,
+    /// The connections without TLS that had selected an export. All others have ended.
+    pub connections: Vec<PausedConnection>,
+    /// Whether all exports were flushed: if not, they are not to be closed without need, because
+    /// another process would not know of the lost data.
+    pub flushed: Result<(), ServeError>,
+}
+
+impl Paused {
+    /// That of a server that has ended.
+    pub(crate) const fn nothing() -> Self {
+        Self { listeners: Vec::new(), connections: Vec::new(), flushed: Ok(()) }
+    }
+}
+
+/// A socket that accepted clients.
+#[derive(Debug)]
+pub struct PausedListener {
+    /// The listening socket.
+    pub socket: OwnedFd,
+    /// Where it comes from.
+    pub origin: ListenerOrigin,
+}
+
+/// Where a listening socket comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ListenerOrigin {
+    /// A server opened it at a TCP address.
+    Tcp,
+    /// A server made its file, and removes it at its end.
+    UnixFile {
+        /// Absolute path of the file.
+        path: PathBuf,
+        /// Device and inode number of the file: another one in its place is left alone.
+        identity: (u64, u64),
+    },
+    /// A service manager passed it.
+    ServiceManager,
+}
+
+/// A connection between two requests.
+#[derive(Debug)]
+pub struct PausedConnection {
+    /// The connected socket.
+    pub socket: OwnedFd,
+    /// What was negotiated, and what was received.
+    pub state: SavedConnection,
+}
+
+/// Where connections come to rest. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Resting(Arc<Mutex<Vec<PausedConnection>>>);
+
+impl Resting {
+    pub(crate) fn add(&self, connection: PausedConnection) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+    }
+
+    pub(crate) fn take(&self) -> Vec<PausedConnection> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}

@@ -1,0 +1,251 @@
+//! A server is paused, and another one goes on with its listeners and connections.
+
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nbd_proto::transmission::{Command, Durability, ExtentLimit, SavedConnection};
+use nbd_proto::wire::{CommandFlags, CommandType, Errno, MetaContextName, ReplyMode};
+use nbd_server::export::{Export, ExportEntry, MemoryExport};
+use nbd_server::{
+    ExportRegistry, ListenAddress, Paused, PausedConnection, RunningServer, Server, ServerConfig,
+};
+use tokio::runtime::Runtime;
+
+use crate::support::{Client, LONG, MODES, Script, Scripted, header, wait_until};
+
+/// Servers of one disk, one after the other.
+struct Relay {
+    runtime: Runtime,
+    directory: tempfile::TempDir,
+    server: Option<RunningServer>,
+}
+
+impl Relay {
+    fn start(export: Arc<dyn Export>) -> Self {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let (runtime, directory) = (runtime.unwrap(), tempfile::tempdir().unwrap());
+        let mut relay = Self { runtime, directory, server: None };
+        relay.serve(export, None);
+        relay
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("socket")
+    }
+
+    fn connect(&self, mode: ReplyMode) -> Client {
+        let stream = UnixStream::connect(self.path()).unwrap();
+        Client::on(stream, mode, "").expect("a server")
+    }
+
+    /// A server goes on with what another one has left.
+    fn serve(&mut self, export: Arc<dyn Export>, paused: Option<Paused>) {
+        let exports = ExportRegistry::new();
+        exports.add("", ExportEntry::new(export)).unwrap();
+        let address = ListenAddress::Unix(self.path());
+        let running = self.runtime.block_on(async move {
+            let mut server = Server::new(ServerConfig::default(), exports);
+            if let Some(Paused { listeners, connections, .. }) = paused {
+                // The state travels as bytes.
+                let connections =
+                    connections.into_iter().map(|PausedConnection { socket, state }| {
+                        let state = SavedConnection::decode(&state.encode().unwrap()).unwrap();
+                        PausedConnection { socket, state }
+                    });
+                server.adopt(listeners, connections.collect()).unwrap();
+            }
+            server.listen(&address).await.unwrap();
+            server.start()
+        });
+        self.server = Some(running);
+    }
+
+    fn pause(&mut self) -> Paused {
+        let paused = self.runtime.block_on(self.server.take().unwrap().pause()).unwrap();
+        assert!(paused.flushed.is_ok());
+        paused
+    }
+
+    fn relay(&mut self, export: Arc<dyn Export>) -> usize {
+        let paused = self.pause();
+        let connections = paused.connections.len();
+        self.serve(export, Some(paused));
+        connections
+    }
+}
+
+fn memory() -> Arc<dyn Export> {
+    Arc::new(MemoryExport::new(1 << 20))
+}
+
+#[test]
+fn a_client_goes_on_wherever_its_request_was_cut() {
+    let payload: Vec<u8> = (0..200_000_u32).map(|index| (index / 7) as u8).collect();
+    let mut handed_over = 0;
+    for mode in MODES {
+        let disk = memory();
+        let mut relay = Relay::start(Arc::clone(&disk));
+        let mut client = relay.connect(mode);
+        for (place, cut) in
+            [0, 1, 27, 28, 31, 32, 33, 5000, 70_000, 150_000].into_iter().enumerate()
+        {
+            let mut header = header(CommandType::WRITE, place as u64 * 512, 200_000);
+            header.flags = CommandFlags::FUA;
+            if mode == ReplyMode::Extended {
+                header.flags |= CommandFlags::PAYLOAD_LEN;
+            }
+            let mut bytes = client.encode(&header);
+            bytes.extend_from_slice(&payload);
+            let rest = bytes.split_off(cut);
+            client.send(bytes);
+            let paused = relay.pause();
+            let [connection] = &paused.connections[..] else { panic!("{mode:?}, {cut}") };
+            handed_over += connection.state.received.len();
+            relay.serve(Arc::clone(&disk), Some(paused));
+            client.send(rest);
+            assert_eq!(client.raw_reply(), (header.cookie, Errno(0)), "{mode:?}, {cut}");
+            assert!(client.read(place as u64 * 512, 200_000) == payload, "{mode:?}, {cut}");
+        }
+    }
+    assert!(handed_over > 0, "some of it had been received");
+}
+
+#[test]
+fn a_refused_payload_is_discarded_across_a_pause() {
+    for mode in MODES {
+        let disk = memory();
+        let mut relay = Relay::start(Arc::clone(&disk));
+        let mut client = relay.connect(mode);
+        let mut past_end = header(CommandType::WRITE, 1 << 20, 300_000);
+        if mode == ReplyMode::Extended {
+            past_end.flags = CommandFlags::PAYLOAD_LEN;
+        }
+        let mut bytes = client.encode(&past_end);
+        bytes.extend_from_slice(&[0x25; 100_000]);
+        client.send(bytes);
+        // It is answered when the server is paused, if not earlier.
+        assert_eq!(relay.relay(Arc::clone(&disk)), 1);
+        client.send(vec![0x25; 200_000]);
+        assert_eq!(client.raw_reply(), (past_end.cookie, Errno::ENOSPC), "{mode:?}");
+        assert_eq!(client.write(0, b"next"), Ok(()));
+        assert_eq!(client.read(0, 4), b"next");
+    }
+}
+
+#[test]
+fn many_clients_with_requests_in_flight_lose_nothing_over_many_pauses() {
+    let disk = memory();
+    let mut relay = Relay::start(Arc::clone(&disk));
+    let clients: Vec<_> = (0..4).map(|_| relay.connect(ReplyMode::Extended)).collect();
+    let threads: Vec<_> = clients
+        .into_iter()
+        .enumerate()
+        .map(|(number, mut client)| {
+            std::thread::spawn(move || {
+                let start = number as u64 * (256 << 10);
+                for round in 0..80_u64 {
+                    let data = vec![(round + 1) as u8; 3000];
+                    let offset = start + round % 64 * 4096;
+                    let write = Command::Write(Durability::Cached);
+                    for part in 0..8 {
+                        client.submit(offset + part, 3000, &write, &data);
+                    }
+                    for _ in 0..8 {
+                        assert_eq!(client.next_finished().1.result, Ok(()));
+                    }
+                    assert!(client.read(offset, 3000) == data, "client {number}, round {round}");
+                }
+            })
+        })
+        .collect();
+    let mut pauses = 0;
+    while !threads.iter().all(std::thread::JoinHandle::is_finished) {
+        relay.relay(Arc::clone(&disk));
+        pauses += 1;
+    }
+    assert!(pauses > 2, "the clients were done before it began");
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn requests_that_have_begun_are_answered_before_the_pause() {
+    let script = Script { gated: Some(0..512), ..Script::default() };
+    let disk = Scripted::new(1 << 20, script);
+    let mut relay = Relay::start(Arc::clone(&disk) as _);
+    let mut client = relay.connect(ReplyMode::Structured);
+    client.submit(0, 512, &Command::Write(Durability::Cached), &[1; 512]);
+    wait_until("the write is under way", || disk.gate.arrived() == 1);
+    let gate = Arc::clone(&disk);
+    let opener = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        gate.gate.open();
+    });
+    let paused = relay.pause();
+    opener.join().unwrap();
+    client.stream().set_read_timeout(Some(LONG)).unwrap();
+    assert_eq!(client.next_finished().1.result, Ok(()), "its reply was sent");
+    assert_eq!(paused.connections.len(), 1);
+    assert!(paused.connections[0].state.received.is_empty());
+}
+
+#[test]
+fn contexts_and_their_numbers_survive() {
+    let disk = memory();
+    let mut relay = Relay::start(Arc::clone(&disk));
+    for mode in [ReplyMode::Structured, ReplyMode::Extended] {
+        let stream = UnixStream::connect(relay.path()).unwrap();
+        let mut client = Client::with_contexts(stream, mode, &[MetaContextName::base_allocation()]);
+        let ask = Command::BlockStatus(ExtentLimit::Many, None);
+        let before = client.request(0, 1 << 20, &ask);
+        relay.relay(Arc::clone(&disk));
+        let after = client.request(0, 1 << 20, &ask);
+        assert_eq!(before, after);
+        assert_eq!(after.statuses.len(), 1);
+    }
+}
+
+#[test]
+fn a_promise_that_cannot_be_kept_ends_its_connection_only() {
+    let mut relay = Relay::start(memory());
+    let mut client = relay.connect(ReplyMode::Simple);
+    relay.relay(Arc::new(MemoryExport::new(2 << 20)));
+    client.expect_end();
+    let mut next = relay.connect(ReplyMode::Simple);
+    assert_eq!(next.negotiated.size, 2 << 20);
+    assert_eq!(next.read(0, 1), [0]);
+}
+
+#[test]
+fn clients_that_connect_during_a_pause_wait_and_the_socket_file_stays() {
+    let disk = memory();
+    let mut relay = Relay::start(Arc::clone(&disk));
+    let paused = relay.pause();
+    assert!(relay.path().exists());
+    let stream = UnixStream::connect(relay.path()).unwrap();
+    relay.serve(disk, Some(paused));
+    let mut client = Client::on(stream, ReplyMode::Extended, "").unwrap();
+    assert_eq!(client.read(0, 1), [0]);
+    // What is given up leaves the file alone.
+    drop(relay.pause());
+    assert!(relay.path().exists(), "another process may use it");
+}
+
+#[test]
+fn a_lost_write_is_still_told_to_the_client_that_does_not_know_of_it() {
+    let disk = Scripted::new(1 << 20, Script::default());
+    let mut relay = Relay::start(Arc::clone(&disk) as _);
+    let (mut first, mut second) =
+        (relay.connect(ReplyMode::Simple), relay.connect(ReplyMode::Simple));
+    assert_eq!(second.write(0, b"lost"), Ok(()));
+    disk.bad_flushes.store(1, Ordering::SeqCst);
+    assert!(first.request(0, 0, &Command::Flush).result.is_err());
+    relay.relay(disk);
+    assert_eq!(first.request(0, 0, &Command::Flush).result, Ok(()), "it was told");
+    assert!(second.request(0, 0, &Command::Flush).result.is_err(), "it was not told yet");
+    assert_eq!(second.request(0, 0, &Command::Flush).result, Ok(()));
+}
