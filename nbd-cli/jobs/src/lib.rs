@@ -77,6 +77,8 @@ pub mod remote;
 mod restore;
 #[cfg(feature = "server")]
 pub mod serving;
+#[cfg(feature = "server")]
+pub mod takeover;
 pub mod target;
 pub mod text;
 #[cfg(feature = "server")]

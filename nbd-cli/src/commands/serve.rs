@@ -10,14 +10,15 @@ mod export;
 mod reload;
 mod socket_file;
 mod source;
+mod takeover;
 mod tls;
 mod upstream;
 
 use std::io::Write as _;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use nbd_jobs::control::server::{ControlSocket, Controller, ServedDisks};
+use nbd_jobs::control::server::{ControlSocket, Controller};
 use nbd_jobs::monitor::{Monitor, MonitorError, RunningMonitor};
 use nbd_jobs::serving::PrivateDirectory;
 use nbd_server::tls::TlsMode;
@@ -35,6 +36,7 @@ use self::export::ExportSpec;
 use self::reload::{ReloadHandle, Reloader};
 pub use self::socket_file::SocketFileArgs;
 pub(super) use self::source::{is_memory, open as open_source};
+use self::takeover::{HandOver, Opened, Origin};
 pub use self::tls::{TlsArgs, TlsChoice};
 pub use self::upstream::UpstreamArgs;
 use crate::error::{CommandError, Outcome};
@@ -42,7 +44,7 @@ use crate::logging;
 use crate::output::warn;
 use crate::serving::background::{self, Role};
 pub use crate::serving::{Aio, BitmapDurability, CacheMode, DetectZeroes, Discard};
-use crate::serving::{PidFile, drain, runtime, serve_until_signal, service_manager};
+use crate::serving::{PidFile, drain, runtime, serve_error, serve_until_signal, service_manager};
 use crate::signals::{self, EndSignals, Hangup};
 use crate::size::ByteSize;
 
@@ -60,70 +62,134 @@ pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
 
 async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     let mut signals = EndSignals::new(Hangup::EndsWithTerminal)?;
-    let registry = ExportRegistry::new();
     let (args, file) = with_file(args)?;
     let tls = args.tls.load()?;
-    let args = Arc::new(args);
-    let exports = Arc::new(match &file {
+    let exports = match &file {
         Some(file) => file.specs(),
         None => source::exports(&args)?,
-    });
+    };
     if args.check {
         return check(&args, &tls, &exports);
     }
-    let disks = signals.meanwhile(open_sources(&args, &exports, &registry)).await?;
-    let names: Vec<_> = exports.iter().map(|export| export.name.clone()).collect();
-    let private = private_directory(&args)?;
-    // Declared after the directory, so that its socket is always removed first.
-    let mut server = Server::new(config(&args, &tls)?, registry.clone());
-    let mut bound = Vec::new();
-    for address in addresses(&args, private.as_ref()) {
-        bound.extend(args.sockets.listen(&mut server, &address).await?);
+    // What is wrong here is found before another server is paused.
+    config(&args, &tls)?;
+    let (args, exports) = (Arc::new(args), Arc::new(exports));
+    let mut opened = Opened::new(&args, &exports, &mut signals).await?;
+    if file.is_none() {
+        tls::reload_on_hangup(&tls)?;
     }
-    let are_read_only = exports.iter().all(|export| export.options.read_only);
-    warn_of_exposure(&bound, &tls, if are_read_only { "" } else { " and change" });
-    let (reload, wishes) = ReloadHandle::new();
-    let control = match (&args.control, disks) {
-        (Some(path), Some(disks)) => {
-            let socket = ControlSocket::open(path).await;
-            let socket = socket.map_err(|error| CommandError::new(error.to_string()))?;
-            let (bound, tls) = (bound.clone(), tls.clone());
-            let mut controller = control::controller(server.handle(), disks, &args)
-                .uris(move |name| uris(&bound, name, &tls));
-            if file.is_some() {
-                controller = controller.reload(move || Box::pin(reload.clone().reload()));
-            }
-            Some((socket, Arc::new(controller)))
-        }
-        _ => None,
-    };
-    let controller = control.as_ref().map(|(_, controller)| Arc::clone(controller));
-    let reloading = match (file, args.config.clone()) {
-        (Some(config), Some(path)) => {
-            let (tls, server) = (tls.clone(), server.handle());
-            Some(Reloader { path, config, tls, server, controller }.start(wishes)?)
-        }
-        _ => tls::reload_on_hangup(&tls).map(|()| None)?,
-    };
     signals::on_hangup(logging::reopen)?;
-    let monitor = monitor(&args, &server)?;
-    match &args.run {
-        None => {
-            let pid_file = started(&args, || announce(&bound, &names, &tls))?;
-            logging::include_warnings();
-            let served = match control {
-                Some(control) => serve_controlled(server, signals, control).await,
-                None => serve_until_signal(server, signals, std::future::pending()).await,
-            };
-            close(registry, monitor, reloading).await;
-            drop(pid_file);
-            served.map(|()| Outcome::Success)
-        }
-        Some(command) => {
-            let captive = Captive::start(command, &bound, &names, &tls)?;
-            serve_while_running(server, captive, &mut signals).await
+    let mut signals = Some(signals);
+    let file = file.map(|file| Arc::new(Mutex::new(file)));
+    let setup = Setup { args, exports, tls, file };
+    loop {
+        match setup.serve(opened, &mut signals).await? {
+            Served::Ended(outcome) => return Ok(outcome),
+            Served::HandsOver(hand_over) => {
+                let Some(signals) = &mut signals else { return Ok(Outcome::Success) };
+                let Some(again) = signals.meanwhile(hand_over.carry_out()).await? else {
+                    return Ok(Outcome::Success);
+                };
+                opened = again;
+            }
         }
     }
+}
+
+/// What a server is to be.
+struct Setup {
+    args: Arc<ServeArgs>,
+    exports: Arc<Vec<ExportSpec>>,
+    tls: TlsMode,
+    /// The file that it was read from, as of the last reload.
+    file: Option<Arc<Mutex<Config>>>,
+}
+
+/// How serving came to an end.
+enum Served {
+    Ended(Outcome),
+    /// Another program takes over.
+    HandsOver(Box<HandOver>),
+}
+
+impl Setup {
+    /// Serves with what is open, until a signal or until another program takes over.
+    async fn serve(
+        &self,
+        opened: Opened,
+        signals: &mut Option<EndSignals>,
+    ) -> Result<Served, CommandError> {
+        let Self { args, exports, tls, file } = self;
+        // In this order, so that images are closed before the server is told that they are from
+        // which this one was to take over.
+        let Opened { origin, taken, disks, registry } = opened;
+        let names: Vec<_> = exports.iter().map(|export| export.name.clone()).collect();
+        let private = private_directory(args)?;
+        // Declared after the directory, so that its socket is always removed first.
+        let mut server = Server::new(config(args, tls)?, registry.clone());
+        let adopted = server.adopt(taken.listeners, taken.connections);
+        let mut bound = adopted.map_err(serve_error)?;
+        for address in addresses(args, private.as_ref(), !bound.is_empty()) {
+            bound.extend(args.sockets.listen(&mut server, &address).await?);
+        }
+        let goes_on = matches!(origin, Origin::GoesOn);
+        if !goes_on {
+            let are_read_only = exports.iter().all(|export| export.options.read_only);
+            warn_of_exposure(&bound, tls, if are_read_only { "" } else { " and change" });
+        }
+        let (reload, wishes) = ReloadHandle::new();
+        let control = match (&args.control, disks) {
+            (Some(path), Some(disks)) => {
+                let socket = ControlSocket::open(path).await;
+                let socket = socket.map_err(|error| CommandError::new(error.to_string()))?;
+                let (bound, tls) = (bound.clone(), tls.clone());
+                let mut controller = control::controller(server.handle(), disks, args)
+                    .uris(move |name| uris(&bound, name, &tls));
+                if file.is_some() {
+                    controller = controller.reload(move || Box::pin(reload.clone().reload()));
+                }
+                Some((socket, Arc::new(controller)))
+            }
+            _ => None,
+        };
+        let controller = control.as_ref().map(|(_, controller)| Arc::clone(controller));
+        let reloading = match (file, args.config.clone()) {
+            (Some(config), Some(path)) => {
+                let (tls, server) = (tls.clone(), server.handle());
+                Some(Reloader::new(path, config, tls, server, controller).start(wishes)?)
+            }
+            _ => None,
+        };
+        let monitor = monitor(args, &server)?;
+        if let Some(command) = &args.run {
+            let Some(signals) = signals else { return Ok(Served::Ended(Outcome::Success)) };
+            let captive = Captive::start(command, &bound, &names, tls)?;
+            return serve_while_running(server, captive, signals).await.map(Served::Ended);
+        }
+        let pid_file = started(args, origin, || announce(&bound, &names, tls)).await?;
+        logging::include_warnings();
+        let served = match control {
+            Some(control) => serve_controlled(server, signals, control).await,
+            None => serve_until_end(server, signals).await,
+        };
+        if let Ok(Served::HandsOver(_)) = &served {
+            stop_helpers(monitor, reloading).await;
+        } else {
+            close(registry, monitor, reloading).await;
+        }
+        drop(pid_file);
+        served
+    }
+}
+
+async fn serve_until_end(
+    server: Server,
+    signals: &mut Option<EndSignals>,
+) -> Result<Served, CommandError> {
+    if let Some(signals) = signals.take() {
+        serve_until_signal(server, signals, std::future::pending()).await?;
+    }
+    Ok(Served::Ended(Outcome::Success))
 }
 
 /// Makes the directory of a socket that is only for a command, if there is one.
@@ -139,18 +205,24 @@ async fn close(
     monitor: Option<RunningMonitor>,
     reloading: Option<JoinHandle<()>>,
 ) {
-    if let Some(reloading) = reloading {
-        reloading.abort();
-        let _ = reloading.await;
-    }
-    // The last one to drop an image closes it, and the monitor is waited for; both may block.
+    stop_helpers(monitor, reloading).await;
+    // The last one to drop an image closes it, which may block.
     let closing = tokio::task::spawn_blocking(move || {
-        drop(monitor);
         for (name, _) in registry.entries() {
             drop(registry.remove(&name));
         }
     });
     let _ = closing.await;
+}
+
+/// Stops what works beside the server, and may hold its exports.
+async fn stop_helpers(monitor: Option<RunningMonitor>, reloading: Option<JoinHandle<()>>) {
+    if let Some(reloading) = reloading {
+        reloading.abort();
+        let _ = reloading.await;
+    }
+    // The monitor is waited for, which may block.
+    let _ = tokio::task::spawn_blocking(move || drop(monitor)).await;
 }
 
 /// Returns the options of the file, if there is one, with those of the command line that a file
@@ -160,7 +232,7 @@ fn with_file(args: ServeArgs) -> Result<(ServeArgs, Option<Config>), CommandErro
     let path = std::path::absolute(path)
         .map_err(|error| CommandError::new(format!("cannot use '{}': {error}", path.display())))?;
     let config = Config::read(&path)?;
-    let ServeArgs { check, fork, role, keeps_log, run, pid_file, .. } = args;
+    let ServeArgs { check, fork, role, keeps_log, run, pid_file, takeover, .. } = args;
     let file = config.args.clone();
     if run.is_some() && file.control.is_some() {
         return Err(CommandError::new(
@@ -169,8 +241,17 @@ fn with_file(args: ServeArgs) -> Result<(ServeArgs, Option<Config>), CommandErro
     }
     let pid_file = pid_file.or_else(|| file.pid_file.clone());
     let config_path = Some(path);
-    let args =
-        ServeArgs { config: config_path, check, fork, role, keeps_log, run, pid_file, ..file };
+    let args = ServeArgs {
+        config: config_path,
+        check,
+        fork,
+        role,
+        keeps_log,
+        run,
+        pid_file,
+        takeover,
+        ..file
+    };
     Ok((args, Some(config)))
 }
 
@@ -204,37 +285,51 @@ fn monitor(args: &ServeArgs, server: &Server) -> Result<Option<RunningMonitor>, 
     monitor.start(server.handle()).map(Some).map_err(explained)
 }
 
-/// Opens all sources, on a separate thread: opening a layer on another server blocks.
-async fn open_sources(
-    args: &Arc<ServeArgs>,
-    exports: &Arc<Vec<ExportSpec>>,
-    registry: &ExportRegistry,
-) -> Result<Option<ServedDisks>, CommandError> {
-    let (args, exports, registry) = (Arc::clone(args), Arc::clone(exports), registry.clone());
-    let opening = tokio::task::spawn_blocking(move || {
-        let mut disks = args.control.as_ref().map(|_| ServedDisks::default());
-        source::add_all(&exports, &args.tls.tls_only, &registry, disks.as_mut()).map(|()| disks)
-    });
-    opening.await.unwrap_or_else(|error| match error.try_into_panic() {
-        Ok(panic) => std::panic::resume_unwind(panic),
-        Err(error) => Err(CommandError::new(format!("opening the images was given up: {error}"))),
-    })
-}
-
+/// Serves until a signal, a request to stop, or a program that takes over.
 async fn serve_controlled(
     server: Server,
-    signals: EndSignals,
+    signals: &mut Option<EndSignals>,
     (socket, controller): (ControlSocket, Arc<Controller>),
-) -> Result<(), CommandError> {
+) -> Result<Served, CommandError> {
+    let Some(signal) = signals else { return Ok(Served::Ended(Outcome::Success)) };
     let listening = tokio::spawn(socket.serve(Arc::clone(&controller)));
-    let served = serve_until_signal(server, signals, controller.shutdown_requested()).await;
+    let mut server = server.start();
+    let mut failed = None;
+    let successor = tokio::select! {
+        _ = signal.next() => None,
+        () = controller.shutdown_requested() => None,
+        successor = controller.takeover_requested() => Some(successor),
+        ended = server.wait() => {
+            failed = ended.err();
+            None
+        }
+    };
+    if let Some(successor) = successor {
+        // The other program makes a control socket of its own.
+        listening.abort();
+        let _ = listening.await;
+        let hand_over = HandOver::pause(server, &controller, successor).await?;
+        return Ok(Served::HandsOver(Box::new(hand_over)));
+    }
+    if let Some(mut signals) = signals.take() {
+        // The sender of a second signal does not want to wait for slow clients.
+        tokio::spawn(async move {
+            std::process::exit(signals.insisted().await.exit_status().into());
+        });
+    }
+    service_manager::stopping();
+    server.shutdown();
+    let served = match failed {
+        Some(error) => Err(error),
+        None => server.wait().await,
+    };
     // The socket's file is removed before the disks are reported closed.
     listening.abort();
     let _ = listening.await;
     controller.end_checkpoints().await;
     // A client of the control socket that stays connected holds the controller.
     controller.release_disks().await;
-    served
+    served.map(|()| Served::Ended(Outcome::Success)).map_err(serve_error)
 }
 
 async fn serve_while_running(
@@ -297,11 +392,19 @@ fn config(args: &ServeArgs, tls: &TlsMode) -> Result<ServerConfig, CommandError>
 }
 
 /// Returns the addresses to listen on: as given, else a private socket for a command, else the
-/// loopback interface.
-fn addresses(args: &ServeArgs, private: Option<&PrivateDirectory>) -> Vec<ListenAddress> {
+/// loopback interface. Sockets of a service manager may have been
+/// taken over already.
+fn addresses(
+    args: &ServeArgs,
+    private: Option<&PrivateDirectory>,
+    has_passed: bool,
+) -> Vec<ListenAddress> {
     let tcp = args.listen.iter().map(|address| ListenAddress::Tcp(address.to_string()));
     let unix = args.socket.iter().cloned().map(ListenAddress::Unix);
     let mut addresses: Vec<_> = tcp.chain(unix).collect();
+    if has_passed {
+        return addresses;
+    }
     if service_manager_gave_sockets() {
         addresses.push(ListenAddress::Systemd);
     } else if let Some(directory) = private {
@@ -320,9 +423,22 @@ fn service_manager_gave_sockets() -> bool {
 }
 
 /// Reports that clients can connect: with the process id file, the printed addresses, and a
-/// notification of a waiting parent.
-fn started(args: &ServeArgs, announce: impl FnOnce()) -> Result<Option<PidFile>, CommandError> {
+/// notification of a waiting parent. A server that this one takes over from ends first.
+async fn started(
+    args: &ServeArgs,
+    origin: Origin,
+    announce: impl FnOnce(),
+) -> Result<Option<PidFile>, CommandError> {
     let pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
+    match origin {
+        Origin::Started => {}
+        Origin::TakesOver(predecessor) => {
+            takeover::complete(predecessor).await?;
+            service_manager::main_process(std::process::id());
+        }
+        // All of them know.
+        Origin::GoesOn => return Ok(pid_file),
+    }
     announce();
     if args.role == Role::Background {
         background::ready(args.keeps_log)?;

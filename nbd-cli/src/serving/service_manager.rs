@@ -27,6 +27,11 @@ pub(crate) fn reloading() {
     }
 }
 
+/// The main process of the service is this one from now on.
+pub(crate) fn main_process(process: u32) {
+    tell(&[NotifyState::MainPid(process)]);
+}
+
 /// It has read them.
 pub(crate) fn reloaded() {
     tell(&[NotifyState::Ready]);

@@ -115,6 +115,7 @@ mod serve_trust;
 mod serve_upstream;
 mod signals;
 mod status_page;
+mod takeover;
 mod timeout;
 mod tls_authority;
 mod top;

@@ -88,6 +88,26 @@ impl Conversation {
         }
     }
 
+    /// As [`call`](Self::call), for a reply that is followed by descriptors: nothing after it is
+    /// read.
+    #[cfg(feature = "server")]
+    pub(crate) fn call_before_descriptors(&mut self, request: &Request) -> Result<Value, JobError> {
+        let path = self.path.clone();
+        // A buffer would take bytes, and lose their descriptors.
+        let stream = self.stream.get_ref().try_clone().map_err(|error| {
+            let message = format!("the control socket '{}' failed: {error}", path.display());
+            JobError::new(JobErrorKind::ControlSocket, message)
+        })?;
+        let mut unbuffered = Self { path, stream: BufReader::with_capacity(1, stream) };
+        unbuffered.call(request)
+    }
+
+    /// Returns the connection itself.
+    #[cfg(feature = "server")]
+    pub(crate) fn into_stream(self) -> UnixStream {
+        self.stream.into_inner()
+    }
+
     fn exchange(&mut self, request: &Request) -> io::Result<Vec<u8>> {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');

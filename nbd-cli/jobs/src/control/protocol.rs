@@ -132,6 +132,9 @@ pub enum Request {
     Statistics {},
     /// Read the configuration file again
     Reload {},
+    /// Hand listeners, connections and images over to the program that asks
+    // What follows the reply is the matter of the module `takeover`.
+    Takeover {},
     /// Stop the server as SIGTERM does
     Shutdown {},
 }

@@ -39,6 +39,7 @@ Examples:
   nbd-cli serve --metrics 9810 disk.img
   nbd-cli serve --run 'qemu-img info \"$uri\"' disk.img
   nbd-cli serve --config /etc/nbd-cli/server.toml
+  nbd-cli serve --control /run/nbd.control --takeover /run/nbd.control --socket /run/nbd.sock disk.img
 
 When clients can connect, one URI per export and address is printed on standard output. With --run
 nothing is printed, and the environment of the command contains uri, exportname, and unixsocket or
@@ -105,6 +106,12 @@ pub struct ServeArgs {
     /// runs; only this user can use it. See `nbd-cli control --help`.
     #[arg(long, value_name = "PATH", conflicts_with = "run")]
     pub control: Option<PathBuf>,
+
+    /// Take over from the running server with this control socket: its listening sockets, its
+    /// clients and its images, with the sources and options given here. Clients notice a short
+    /// pause; those with TLS are disconnected. If anything fails that server goes on.
+    #[arg(long, value_name = "CONTROL", conflicts_with_all = ["check", "run"])]
+    pub takeover: Option<PathBuf>,
 
     /// Serve in the background: return when clients can connect, after printing the URIs. The log
     /// is discarded unless -v is given.

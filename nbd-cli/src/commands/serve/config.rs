@@ -24,8 +24,8 @@ use crate::error::CommandError;
 const EXPORT: &str = "export";
 /// Options of the command line that a file cannot have: they are about the file or the process that
 /// reads it, or are other spellings.
-const ONLY_ON_COMMAND_LINE: [&str; 8] =
-    ["config", "check", "fork", "run", "name", "port", "poll-max-ns", "help"];
+const ONLY_ON_COMMAND_LINE: [&str; 9] =
+    ["config", "check", "fork", "run", "name", "port", "poll-max-ns", "help", "takeover"];
 
 /// Keys with their values, as options of the command line.
 pub(super) type Settings = BTreeMap<String, Vec<String>>;
@@ -68,8 +68,8 @@ impl Config {
 }
 
 /// Options of the command line that may stand beside `--config`.
-const BESIDE_FILE: [&str; 8] =
-    ["config", "check", "fork", "run", "pid_file", "verbose", "log_format", "log_file"];
+const BESIDE_FILE: [&str; 9] =
+    ["config", "check", "fork", "run", "pid_file", "takeover", "verbose", "log_format", "log_file"];
 
 /// Refuses options of `serve` that the file would have to say.
 ///

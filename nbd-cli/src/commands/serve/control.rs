@@ -1,5 +1,6 @@
 //! `serve --control`: the options and the log of the control socket.
 
+use std::ffi::OsString;
 use std::sync::Arc;
 
 use imgfmt::Locking;
@@ -26,7 +27,10 @@ pub(super) fn controller(
         let opened = source::open(requested.source.as_ref(), &choices)
             .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))?;
         let disk = source::served_disk(requested.source.clone(), opened);
-        Ok(disk.configured(|entry| configured(&args, &requested.name, entry)))
+        let disk = disk.configured(|entry| configured(&args, &requested.name, entry));
+        let source = OsString::from(&requested.source);
+        let is_lost = source::is_memory(&source);
+        Ok(if is_lost { disk } else { source::reopened(disk, source, choices) })
     });
     match temporary_directory() {
         Some(directory) => controller.temporary_directory(directory),

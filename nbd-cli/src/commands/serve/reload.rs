@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nbd_jobs::control::server::Controller;
 use nbd_jobs::control::{ErrorKind, Failure};
@@ -62,12 +62,14 @@ impl ReloadHandle {
 
 /// The configuration with which a server was started, and the current one.
 pub(super) struct Reloader {
-    pub(super) path: PathBuf,
-    pub(super) config: Config,
-    pub(super) tls: TlsMode,
-    pub(super) server: ServerHandle,
+    path: PathBuf,
+    config: Config,
+    /// The current configuration, for a server that goes on after a takeover that failed.
+    kept: Arc<Mutex<Config>>,
+    tls: TlsMode,
+    server: ServerHandle,
     /// Of a server with a control socket.
-    pub(super) controller: Option<Arc<Controller>>,
+    controller: Option<Arc<Controller>>,
 }
 
 /// The changes that a new file requests.
@@ -80,7 +82,23 @@ struct Changes {
     config: Config,
 }
 
+fn lock(config: &Mutex<Config>) -> MutexGuard<'_, Config> {
+    config.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Reloader {
+    /// For a server that was started with the configuration in `kept`, which is kept current.
+    pub(super) fn new(
+        path: PathBuf,
+        kept: &Arc<Mutex<Config>>,
+        tls: TlsMode,
+        server: ServerHandle,
+        controller: Option<Arc<Controller>>,
+    ) -> Self {
+        let (config, kept) = (lock(kept).clone(), Arc::clone(kept));
+        Self { path, config, kept, tls, server, controller }
+    }
+
     /// Reads the file again on each SIGHUP and on each wish. The task holds the exports.
     ///
     /// # Errors
@@ -156,6 +174,7 @@ impl Reloader {
             let what = without_error_numbers(what.clone());
             tracing::warn!("not changed while the server runs: {what}");
         }
+        lock(&self.kept).clone_from(&config);
         self.config = config;
         Ok(json!({ "added": added, "removed": removed, "left": left }))
     }

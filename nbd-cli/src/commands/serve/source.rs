@@ -1,12 +1,14 @@
 //! The sources: from command line arguments to exports.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
+use std::time::Duration;
 
 use imgfmt::storage::MemoryStorage;
 use imgfmt::{Format, Image, OpenOptions};
 use nbd_jobs::control::server::{ServedDisk, ServedDisks};
+use nbd_jobs::control::{ErrorKind, Failure};
 use nbd_jobs::serving::{OfferedBitmaps, OpenError, OpenedExport, ServeOptions, Writes};
 use nbd_jobs::{JobContext, qemu_name};
 use nbd_proto::NbdUri;
@@ -22,6 +24,9 @@ use crate::locking::ShareArgs;
 use crate::serving::temporary_directory;
 use crate::shown::warnings;
 use crate::size::ByteSize;
+
+/// How long an image is waited for that another program was to take over.
+const PATIENCE_AFTER_TAKEOVER: Duration = Duration::from_secs(10);
 
 /// Returns the exports of a command line. The first one is the default export.
 pub(super) fn exports(args: &ServeArgs) -> Result<Vec<ExportSpec>, CommandError> {
@@ -103,7 +108,10 @@ pub(super) fn open_export(
         return Ok(Source::Plain(entry(export, tls_only, ExportEntry::new(opened.export))));
     }
     let disk = served_disk(source.to_string_lossy().into_owned(), opened);
-    Ok(Source::Controlled(disk.configured(|plain| entry(export, tls_only, plain))))
+    let disk = disk.configured(|plain| entry(export, tls_only, plain));
+    let is_lost = is_memory(source) || options.temporary;
+    let (source, choices) = (source.clone(), choices(options));
+    Ok(Source::Controlled(if is_lost { disk } else { reopened(disk, source, choices) }))
 }
 
 /// Opens every source and registers it.
@@ -127,6 +135,23 @@ pub(super) fn add_all(
     Ok(())
 }
 
+/// Opens all sources, on a separate thread: opening a layer on another server blocks.
+pub(super) async fn open_sources(
+    args: &Arc<ServeArgs>,
+    exports: &Arc<Vec<ExportSpec>>,
+    registry: &ExportRegistry,
+) -> Result<Option<ServedDisks>, CommandError> {
+    let (args, exports, registry) = (Arc::clone(args), Arc::clone(exports), registry.clone());
+    let opening = tokio::task::spawn_blocking(move || {
+        let mut disks = args.control.as_ref().map(|_| ServedDisks::default());
+        add_all(&exports, &args.tls.tls_only, &registry, disks.as_mut()).map(|()| disks)
+    });
+    opening.await.unwrap_or_else(|error| match error.try_into_panic() {
+        Ok(panic) => std::panic::resume_unwind(panic),
+        Err(error) => Err(CommandError::new(format!("opening the images was given up: {error}"))),
+    })
+}
+
 /// Gives an export the properties that clients see.
 pub(super) fn entry(
     export: &ExportSpec,
@@ -144,6 +169,19 @@ pub(super) fn entry(
         entry = entry.hidden();
     }
     options.access.apply(name, entry)
+}
+
+/// A disk that can be closed and opened again.
+pub(super) fn reopened(disk: ServedDisk, source: OsString, choices: ServeOptions) -> ServedDisk {
+    disk.reopened_by(move || {
+        let mut choices = choices.clone();
+        // The program that was to take over may be slow to close it.
+        choices.patience = Some(PATIENCE_AFTER_TAKEOVER);
+        let opened = open(&source, &choices)
+            .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))?;
+        let name = source.to_string_lossy().into_owned();
+        Ok(reopened(served_disk(name, opened), source.clone(), choices))
+    })
 }
 
 /// Returns the disk of a control socket.

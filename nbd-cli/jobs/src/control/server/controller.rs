@@ -1,9 +1,10 @@
 //! The object that carries out the requests of a control socket.
 
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 
 use imgfmt::Format;
 use nbd_server::ServerHandle;
@@ -47,6 +48,9 @@ pub struct Controller {
     pub(super) observer: Arc<ControlObserver>,
     pub(super) temporary_directory: PathBuf,
     pub(super) stop: Notify,
+    /// The program that takes over, once it has asked.
+    successor: std::sync::Mutex<Option<UnixStream>>,
+    succession: Notify,
     connections: AtomicU64,
 }
 
@@ -70,6 +74,8 @@ impl Controller {
             observer: ignore(),
             temporary_directory: PathBuf::from(TEMPORARY_DIRECTORY),
             stop: Notify::new(),
+            successor: std::sync::Mutex::default(),
+            succession: Notify::new(),
             connections: AtomicU64::new(0),
         }
     }
@@ -126,6 +132,48 @@ impl Controller {
     /// Safe.
     pub async fn shutdown_requested(&self) {
         self.stop.notified().await;
+    }
+
+    /// Waits until another program asks to take over, and returns the connection to it, for
+    /// [`takeover::Successor`](crate::takeover::Successor). From the request on no other request is
+    /// carried out.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe.
+    pub async fn takeover_requested(&self) -> UnixStream {
+        loop {
+            self.succession.notified().await;
+            let successor = self.successor.lock();
+            let successor = successor.unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(successor) = successor {
+                return successor;
+            }
+        }
+    }
+
+    /// Refuses further requests, if the server can be taken over.
+    pub(super) async fn suspend(&self) -> Result<(), Failure> {
+        let mut disks = self.disks.lock().await;
+        disks.refuse_if_suspended()?;
+        disks.check_takeover()?;
+        disks.is_suspended = true;
+        Ok(())
+    }
+
+    pub(super) fn hand_over_to(&self, successor: UnixStream) {
+        let slot = self.successor.lock();
+        *slot.unwrap_or_else(PoisonError::into_inner) = Some(successor);
+        self.succession.notify_one();
+    }
+
+    /// Takes the disks of a server that was paused, to close them or to go on with another
+    /// controller.
+    pub async fn take_disks(&self) -> ServedDisks {
+        let mut disks = self.disks.lock().await;
+        let taken = ServedDisks { disks: std::mem::take(&mut disks.disks), is_suspended: false };
+        disks.is_suspended = true;
+        taken
     }
 
     /// Ends every checkpoint as failed: ranges without a backup stay dirty. To be called when the

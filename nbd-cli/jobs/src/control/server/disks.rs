@@ -19,8 +19,12 @@ pub struct ServedDisk {
     /// The image, if it is one.
     pub(super) image: Option<Arc<ImageExport>>,
     pub(super) checkpoint: Option<RunningCheckpoint>,
-    entry: ExportEntry,
+    pub(super) entry: ExportEntry,
+    pub(super) reopen: Option<Arc<Reopen>>,
 }
+
+/// Opens a disk again that was closed. Called on a thread that may block.
+pub type Reopen = dyn Fn() -> Result<ServedDisk, Failure> + Send + Sync;
 
 /// A checkpoint in progress.
 #[derive(Debug, Clone)]
@@ -63,7 +67,8 @@ impl ServedDisk {
     pub fn new(source: impl Into<String>, export: Arc<dyn Export>) -> Self {
         let export = Arc::new(Checkpointed::new(export));
         let entry = ExportEntry::new(export.clone());
-        Self { source: source.into(), export, image: None, checkpoint: None, entry }
+        let (source, reopen) = (source.into(), None);
+        Self { source, export, image: None, checkpoint: None, entry, reopen }
     }
 
     /// An image, with its bitmaps.
@@ -77,6 +82,17 @@ impl ServedDisk {
     #[must_use]
     pub fn with_image(mut self, image: Arc<ImageExport>) -> Self {
         self.image = Some(image);
+        self
+    }
+
+    /// Sets how the disk is opened again after it was closed for a takeover that failed. A disk
+    /// without this would be lost: a server that has one is not taken over.
+    #[must_use]
+    pub fn reopened_by(
+        mut self,
+        reopen: impl Fn() -> Result<Self, Failure> + Send + Sync + 'static,
+    ) -> Self {
+        self.reopen = Some(Arc::new(reopen));
         self
     }
 
@@ -128,7 +144,9 @@ impl std::fmt::Debug for ServedDisk {
 /// Disks by the names of their exports. Views are not among them.
 #[derive(Debug, Default)]
 pub struct ServedDisks {
-    disks: BTreeMap<String, ServedDisk>,
+    pub(super) disks: BTreeMap<String, ServedDisk>,
+    /// The server is being taken over: no request is carried out.
+    pub(super) is_suspended: bool,
 }
 
 impl ServedDisks {
@@ -140,6 +158,33 @@ impl ServedDisks {
 
     pub(super) fn remove(&mut self, name: &str) -> Option<ServedDisk> {
         self.disks.remove(name)
+    }
+
+    /// Refuses a takeover that would lose something.
+    pub(super) fn check_takeover(&self) -> Result<(), Failure> {
+        for (name, disk) in &self.disks {
+            if disk.checkpoint.is_some() {
+                let message = format!(
+                    "a checkpoint of '{name}' is in progress; wait for the end of the backup"
+                );
+                return Err(Failure::new(ErrorKind::InUse, message));
+            }
+            if disk.reopen.is_none() {
+                let message = format!(
+                    "the export '{name}' is in memory or temporary, and its data would be lost;                      remove it first"
+                );
+                return Err(Failure::new(ErrorKind::InUse, message));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn refuse_if_suspended(&self) -> Result<(), Failure> {
+        if !self.is_suspended {
+            return Ok(());
+        }
+        let message = "another program is taking this server over; connect again";
+        Err(Failure::new(ErrorKind::InUse, message))
     }
 
     pub(super) fn names(&self) -> Vec<String> {

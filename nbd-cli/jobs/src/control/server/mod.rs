@@ -27,6 +27,7 @@
 mod bitmaps;
 mod checkpoint;
 mod checkpoint_bitmap;
+mod closed;
 mod controller;
 mod disks;
 mod event;
@@ -35,7 +36,8 @@ mod requests;
 mod slots;
 mod socket;
 
+pub use self::closed::{ClosedDisks, NotClosed};
 pub use self::controller::{Controller, Reloading, RequestedSource};
-pub use self::disks::{ServedDisk, ServedDisks};
+pub use self::disks::{Reopen, ServedDisk, ServedDisks};
 pub use self::event::{ControlEvent, ControlObserver};
 pub use self::socket::{ControlSocket, ControlSocketError};

@@ -28,6 +28,7 @@ impl Controller {
         connection: ConnectionId,
     ) -> Result<Value, Failure> {
         if matches!(request, Request::Reload {}) {
+            self.disks.lock().await.refuse_if_suspended()?;
             // It adds and removes exports itself.
             return (self.reload)().await;
         }
@@ -36,6 +37,7 @@ impl Controller {
             return encoded(Status::of(&self.server));
         }
         let mut disks = self.disks.lock().await;
+        disks.refuse_if_suspended()?;
         match request {
             Request::List {} => encoded(self.list(&disks).await?),
             Request::AddExport { name, source, read_only, format, description } => {
@@ -66,6 +68,10 @@ impl Controller {
             Request::CheckpointEnd { export, outcome } => {
                 self.end_checkpoint(&mut disks, &export, outcome).await
             }
+            Request::Takeover {} => {
+                let message = "a takeover comes from a program that takes over";
+                Err(Failure::new(ErrorKind::InvalidRequest, message))
+            }
             Request::Shutdown {} => {
                 self.stop.notify_one();
                 Ok(json!({}))
@@ -86,6 +92,7 @@ impl Controller {
     ) -> Result<Vec<String>, Failure> {
         let name = name.into();
         let mut disks = self.disks.lock().await;
+        disks.refuse_if_suspended()?;
         self.refuse_taken(&name)?;
         self.add(&mut disks, name, disk)
     }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::json;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{UnixListener, UnixStream};
 
@@ -199,6 +200,14 @@ async fn answer(
         let (reply, go_on) = match lines.next(&mut stream).await? {
             Line::End => return Ok(()),
             Line::Request(line) => match decode(&line) {
+                Ok(Request::Takeover {}) => match controller.suspend().await {
+                    Ok(()) => {
+                        stream.write_all(&encode(Ok(json!({})))).await?;
+                        controller.hand_over_to(stream.into_std()?);
+                        return Ok(());
+                    }
+                    refused @ Err(_) => (refused.map(|()| json!({})), true),
+                },
                 Ok(request) => {
                     if !slot.set(Activity::Busy) {
                         return Ok(());

@@ -1,0 +1,133 @@
+//! The disks of a server that is being taken over, while another program has their images.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nbd_proto::wire::MetaContextName;
+use nbd_server::ExportRegistry;
+use nbd_server::export::{Export, ExportEntry, MemoryExport};
+
+use super::disks::{Reopen, ServedDisk, ServedDisks};
+use crate::control::Failure;
+
+/// Time for requests of connections that were cut, which threads may still carry out.
+const TIME_TO_CLOSE: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_millis(1);
+
+/// Disks whose images are closed, with what is needed to open them again.
+pub struct ClosedDisks {
+    disks: BTreeMap<String, ClosedDisk>,
+}
+
+struct ClosedDisk {
+    reopen: Arc<Reopen>,
+    /// The properties of the export, which may have changed since it was opened first.
+    entry: ExportEntry,
+    /// The bitmaps that it offered.
+    contexts: Vec<MetaContextName>,
+}
+
+/// Disks that could not be closed, and are as they were.
+#[derive(Debug)]
+pub struct NotClosed {
+    /// The disks.
+    pub disks: ServedDisks,
+    /// The reason, a sentence.
+    pub reason: String,
+}
+
+impl ServedDisks {
+    /// Closes all images and removes their exports from the registry. Blocks. The server must have
+    /// been paused, so that its connections do not use them.
+    ///
+    /// # Errors
+    ///
+    /// If a disk cannot be opened again, or a thread still uses one. Nothing has changed then.
+    pub fn close(mut self, registry: &ExportRegistry) -> Result<ClosedDisks, Box<NotClosed>> {
+        if let Err(failure) = self.check_takeover() {
+            return Err(Box::new(NotClosed { disks: self, reason: failure.message }));
+        }
+        let mut closed = BTreeMap::new();
+        for (name, disk) in &mut self.disks {
+            let Some(reopen) = disk.reopen.clone() else { continue };
+            let entry = registry.remove(name).unwrap_or_else(|| disk.entry());
+            let contexts = disk.export.info().meta_contexts;
+            // Only the disk itself holds its export now.
+            let entry = entry.with_export(Arc::new(MemoryExport::new(0)));
+            disk.entry = entry.clone();
+            closed.insert(name.clone(), ClosedDisk { reopen, entry, contexts });
+        }
+        let deadline = Instant::now() + TIME_TO_CLOSE;
+        while !self.disks.values().all(ServedDisk::is_unused) {
+            if Instant::now() >= deadline {
+                let disks = self.restored(registry);
+                let reason = "requests of a client that has left are still being carried out";
+                return Err(Box::new(NotClosed { disks, reason: reason.to_owned() }));
+            }
+            sleep(LOOK);
+        }
+        // Nothing else holds them: their images are closed here.
+        drop(self);
+        Ok(ClosedDisks { disks: closed })
+    }
+
+    /// Registers the exports again.
+    fn restored(mut self, registry: &ExportRegistry) -> Self {
+        for (name, disk) in &mut self.disks {
+            disk.entry = disk.entry.with_export(disk.export.clone());
+            let _ = registry.add(name.clone(), disk.entry());
+        }
+        self
+    }
+}
+
+impl ServedDisk {
+    /// Whether nothing but this holds the export.
+    fn is_unused(&self) -> bool {
+        Arc::strong_count(&self.export) == 1
+    }
+}
+
+impl ClosedDisks {
+    /// Opens all images again and registers their exports, after the other program has closed them.
+    /// Blocks. Returns the disks, and the reasons why others are not among them.
+    #[must_use]
+    pub fn reopen(self, registry: &ExportRegistry) -> (ServedDisks, Vec<Failure>) {
+        let (mut disks, mut failures) = (ServedDisks::default(), Vec::new());
+        for (name, ClosedDisk { reopen, entry, contexts }) in self.disks {
+            let mut disk = match reopen() {
+                Ok(disk) => disk,
+                Err(failure) => {
+                    failures.push(failure);
+                    continue;
+                }
+            };
+            if let Some(image) = &disk.image {
+                // Bitmaps may have been added since the disk was opened first. One that is not
+                // there any more ends the connections that have selected it.
+                for bitmap in contexts.iter().filter_map(MetaContextName::dirty_bitmap) {
+                    let _ = image.offer_bitmap(bitmap);
+                }
+            }
+            disk.entry = entry.with_export(disk.export.clone());
+            match registry.add(name.clone(), disk.entry()) {
+                Ok(()) => disks.insert(name, disk),
+                Err(error) => {
+                    failures.push(Failure::new(
+                        crate::control::ErrorKind::Failed,
+                        format!("'{name}' cannot be exported again: {error}"),
+                    ));
+                }
+            }
+        }
+        (disks, failures)
+    }
+}
+
+impl std::fmt::Debug for ClosedDisks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.disks.keys()).finish()
+    }
+}

@@ -1,0 +1,99 @@
+//! The side of the server that is taken over.
+
+use std::io;
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use nbd_server::Paused;
+use rustix::net::sockopt;
+
+use super::TakeoverError;
+use super::wire::{Kind, encode_origin, receive, send};
+
+/// Time for the successor to open everything. Clients wait meanwhile.
+const TIME_TO_OPEN: Duration = Duration::from_secs(60);
+/// Time for a successor that is not wanted any more to close everything.
+const TIME_TO_CLOSE: Duration = Duration::from_secs(30);
+
+/// The program that takes over from this one. All methods block.
+#[derive(Debug)]
+pub struct Successor {
+    stream: UnixStream,
+}
+
+impl Successor {
+    /// The program at the other end of a connection to the control socket, which has requested the
+    /// takeover.
+    ///
+    /// # Errors
+    ///
+    /// If the socket cannot be used.
+    pub fn new(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(TIME_TO_OPEN))?;
+        stream.set_write_timeout(Some(TIME_TO_OPEN))?;
+        Ok(Self { stream })
+    }
+
+    /// Returns its process id.
+    #[must_use]
+    pub fn process_id(&self) -> Option<u32> {
+        let credentials = sockopt::socket_peercred(&self.stream).ok()?;
+        u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()
+    }
+
+    /// Hands everything over, and waits until the successor has opened its images. The images of
+    /// this process are closed by now.
+    ///
+    /// # Errors
+    ///
+    /// [`TakeoverError`]: then [`abandon`](Self::abandon) it.
+    pub fn hand_over(&self, paused: &Paused) -> Result<(), TakeoverError> {
+        for listener in &paused.listeners {
+            let (origin, socket) = (encode_origin(&listener.origin), listener.socket.as_fd());
+            send(&self.stream, Kind::Listener, &origin, Some(socket))?;
+        }
+        for connection in &paused.connections {
+            // One that has received too much is closed with this process.
+            let Ok(state) = connection.state.encode() else { continue };
+            send(&self.stream, Kind::Connection, &state, Some(connection.socket.as_fd()))?;
+        }
+        send(&self.stream, Kind::Complete, &[], None)?;
+        self.expect(Kind::Ready)
+    }
+
+    /// Lets the successor serve. On return it does, and this process must neither use the
+    /// connections nor open the images again.
+    ///
+    /// # Errors
+    ///
+    /// [`TakeoverError`] if the successor has ended before it served: then
+    /// [`abandon`](Self::abandon) it.
+    pub fn confirm(&self) -> Result<(), TakeoverError> {
+        // Whatever it says or does not say, only its end tells that it does not serve.
+        self.stream.set_read_timeout(None)?;
+        send(&self.stream, Kind::Go, &[], None)?;
+        self.expect(Kind::Serving)
+    }
+
+    /// Tells the successor that this process goes on, and waits until it has closed everything.
+    pub fn abandon(self, reason: &str) {
+        // One that is gone needs not be told.
+        let _ = send(&self.stream, Kind::Abandoned, reason.as_bytes(), None);
+        let deadline = Instant::now() + TIME_TO_CLOSE;
+        while let Some(left) = deadline.checked_duration_since(Instant::now())
+            && !left.is_zero()
+            && self.stream.set_read_timeout(Some(left)).is_ok()
+            && matches!(receive(&self.stream), Ok(Some(_)))
+        {}
+    }
+
+    fn expect(&self, kind: Kind) -> Result<(), TakeoverError> {
+        match receive(&self.stream)? {
+            Some(message) if message.kind == kind => Ok(()),
+            Some(_) => Err(TakeoverError::Unexpected { what: "a message out of turn" }),
+            None => Err(TakeoverError::Gone),
+        }
+    }
+}

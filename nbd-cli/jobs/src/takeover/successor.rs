@@ -1,0 +1,115 @@
+//! The side of the server that takes over.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use nbd_proto::transmission::SavedConnection;
+use nbd_server::{PausedConnection, PausedListener};
+
+use super::TakeoverError;
+use super::wire::{Kind, Message, decode_origin, receive, send};
+use crate::JobError;
+use crate::control::{Conversation, Request};
+use crate::text::printable;
+
+/// What was taken over, for [`nbd_server::Server::adopt`].
+#[derive(Debug, Default)]
+#[non_exhaustive]
+pub struct TakenOver {
+    /// The listening sockets.
+    pub listeners: Vec<PausedListener>,
+    /// The connections.
+    pub connections: Vec<PausedConnection>,
+}
+
+/// The server from which this one takes over. It goes on if this is dropped before
+/// [`complete`](Self::complete).
+#[derive(Debug)]
+pub struct Predecessor {
+    stream: UnixStream,
+}
+
+impl Predecessor {
+    /// Asks the server with this control socket to hand over, and waits until it has: its images are
+    /// closed then. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// If no server listens, or the server's reason not to hand over. It goes on then.
+    pub fn begin(control: &Path) -> Result<(Self, TakenOver), JobError> {
+        let mut conversation = Conversation::begin(control)?;
+        conversation.call_before_descriptors(&Request::Takeover {})?;
+        let predecessor = Self { stream: conversation.into_stream() };
+        match predecessor.receive_all() {
+            Ok(taken) => Ok((predecessor, taken)),
+            Err(error) => Err(explained(&error)),
+        }
+    }
+
+    fn receive_all(&self) -> Result<TakenOver, TakeoverError> {
+        let unexpected = |what| Err(TakeoverError::Unexpected { what });
+        let mut taken = TakenOver::default();
+        loop {
+            let Some(Message { kind, payload, descriptor }) = receive(&self.stream)? else {
+                return Err(TakeoverError::Gone);
+            };
+            match (kind, descriptor) {
+                (Kind::Listener, Some(socket)) => match decode_origin(&payload) {
+                    Some(origin) => taken.listeners.push(PausedListener { socket, origin }),
+                    None => return unexpected("a listener of unknown origin"),
+                },
+                (Kind::Connection, Some(socket)) => match SavedConnection::decode(&payload) {
+                    Ok(state) => taken.connections.push(PausedConnection { socket, state }),
+                    Err(_) => return unexpected("the state of a connection of another version"),
+                },
+                (Kind::Listener | Kind::Connection, None) => {
+                    return unexpected(
+                        "a message whose socket cannot be opened here: raise the \
+                                       limit of open files (ulimit -n)",
+                    );
+                }
+                (Kind::Complete, _) => return Ok(taken),
+                (Kind::Abandoned, _) => return Err(abandoned(&payload)),
+                _ => return unexpected("a message out of turn"),
+            }
+        }
+    }
+
+    /// Everything is open: the other server ends, and this one serves from now on. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// If the other server goes on. Nothing that was taken over must be used then.
+    pub fn complete(self) -> Result<(), JobError> {
+        // An error means that the other server has ended. What it has said before is still read.
+        let _ = send(&self.stream, Kind::Ready, &[], None);
+        match receive(&self.stream) {
+            Ok(Some(Message { kind: Kind::Abandoned, payload, .. })) => {
+                Err(explained(&abandoned(&payload)))
+            }
+            Ok(Some(Message { kind: Kind::Go, .. })) => {
+                let _ = send(&self.stream, Kind::Serving, &[], None);
+                Ok(())
+            }
+            Ok(Some(_)) => {
+                Err(explained(&TakeoverError::Unexpected { what: "a message out of turn" }))
+            }
+            // Nobody else has the images, or the connections.
+            Ok(None) | Err(TakeoverError::Gone) => Ok(()),
+            Err(error) => Err(explained(&error)),
+        }
+    }
+}
+
+fn abandoned(payload: &[u8]) -> TakeoverError {
+    TakeoverError::Abandoned { reason: printable(&String::from_utf8_lossy(payload)) }
+}
+
+fn explained(error: &TakeoverError) -> JobError {
+    let kind = crate::JobErrorKind::ControlSocket;
+    let goes_on = match error {
+        TakeoverError::Gone => "",
+        _ => "; it goes on",
+    };
+    JobError::new(kind, format!("the running server was not taken over: {error}{goes_on}"))
+}

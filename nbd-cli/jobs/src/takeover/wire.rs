@@ -1,0 +1,225 @@
+//! Messages between the two servers of a takeover, with descriptors.
+//!
+//! ```text
+//! | "NBTO" u32 | kind u32 | length of the payload u64 | payload |
+//! ```
+//!
+//! A descriptor comes with the first byte of its message.
+
+use std::io::{self, IoSlice, IoSliceMut, Read as _, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use nbd_proto::codec::Reader;
+use nbd_server::ListenerOrigin;
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+use super::TakeoverError;
+
+const MAGIC: u32 = 0x4e42_544f;
+const HEADER_LEN: usize = 16;
+/// Longest payload, in bytes: a saved connection.
+const MAX_PAYLOAD_LEN: u64 = 128 << 20;
+/// Longest path of a socket's file, in bytes.
+const MAX_PATH_LEN: usize = 4096;
+
+/// What a message is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A listening socket, with its origin.
+    Listener = 1,
+    /// A connection, with its state.
+    Connection = 2,
+    /// There are no further ones.
+    Complete = 3,
+    /// The successor has opened everything.
+    Ready = 4,
+    /// The predecessor will not go on.
+    Go = 5,
+    /// The successor serves.
+    Serving = 6,
+    /// The predecessor goes on, for a reason in words.
+    Abandoned = 7,
+}
+
+const KINDS: [Kind; 7] = [
+    Kind::Listener,
+    Kind::Connection,
+    Kind::Complete,
+    Kind::Ready,
+    Kind::Go,
+    Kind::Serving,
+    Kind::Abandoned,
+];
+
+/// A received message.
+#[derive(Debug)]
+pub(super) struct Message {
+    pub(super) kind: Kind,
+    pub(super) payload: Vec<u8>,
+    pub(super) descriptor: Option<OwnedFd>,
+}
+
+/// Sends a message. Blocks.
+pub(super) fn send(
+    mut stream: &UnixStream,
+    kind: Kind,
+    payload: &[u8],
+    descriptor: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let mut header = Vec::with_capacity(HEADER_LEN);
+    header.extend_from_slice(&MAGIC.to_be_bytes());
+    header.extend_from_slice(&(kind as u32).to_be_bytes());
+    header.extend_from_slice(&(payload.len() as u64).to_be_bytes());
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let descriptors: Vec<_> = descriptor.into_iter().collect();
+    if !descriptors.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+    }
+    let sent = loop {
+        match sendmsg(stream, &[IoSlice::new(&header)], &mut ancillary, SendFlags::NOSIGNAL) {
+            Err(Errno::INTR) => {}
+            sent => break sent?,
+        }
+    };
+    stream.write_all(header.get(sent..).unwrap_or_default())?;
+    stream.write_all(payload)
+}
+
+/// Receives a message; `None` at the end of the stream. Blocks.
+pub(super) fn receive(mut stream: &UnixStream) -> Result<Option<Message>, TakeoverError> {
+    let unexpected = |what| Err(TakeoverError::Unexpected { what });
+    let mut header = [0; HEADER_LEN];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        let mut slices = [IoSliceMut::new(&mut header)];
+        match recvmsg(stream, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            received => break received.map_err(io::Error::from)?.bytes,
+        }
+    };
+    if received == 0 {
+        return Ok(None);
+    }
+    let descriptor = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    stream.read_exact(header.get_mut(received..).unwrap_or_default())?;
+    let mut reader = Reader::new(&header);
+    if reader.u32() != Some(MAGIC) {
+        return unexpected("something that is not part of a takeover");
+    }
+    let number = reader.u32().unwrap_or_default();
+    let Some(kind) = KINDS.into_iter().find(|kind| *kind as u32 == number) else {
+        return unexpected("a message of another version");
+    };
+    let length = reader.u64().unwrap_or_default();
+    if length > MAX_PAYLOAD_LEN {
+        return unexpected("a message that is too long");
+    }
+    let mut payload = Vec::new();
+    stream.take(length).read_to_end(&mut payload)?;
+    if payload.len() as u64 != length {
+        return Err(TakeoverError::Gone);
+    }
+    Ok(Some(Message { kind, payload, descriptor }))
+}
+
+/// The origin of a listener as bytes.
+pub(super) fn encode_origin(origin: &ListenerOrigin) -> Vec<u8> {
+    match origin {
+        ListenerOrigin::Tcp => 0_u32.to_be_bytes().to_vec(),
+        ListenerOrigin::ServiceManager => 1_u32.to_be_bytes().to_vec(),
+        ListenerOrigin::UnixFile { path, identity: (device, inode) } => {
+            let mut bytes = 2_u32.to_be_bytes().to_vec();
+            bytes.extend_from_slice(&device.to_be_bytes());
+            bytes.extend_from_slice(&inode.to_be_bytes());
+            bytes.extend_from_slice(path.as_os_str().as_bytes());
+            bytes
+        }
+    }
+}
+
+/// The origin of a listener from bytes.
+pub(super) fn decode_origin(bytes: &[u8]) -> Option<ListenerOrigin> {
+    let mut reader = Reader::new(bytes);
+    let origin = match reader.u32()? {
+        0 => ListenerOrigin::Tcp,
+        1 => ListenerOrigin::ServiceManager,
+        2 => {
+            let identity = (reader.u64()?, reader.u64()?);
+            let path = reader.bytes(reader.rest().len())?.to_vec();
+            let path = PathBuf::from(std::ffi::OsString::from_vec(path));
+            let is_plain = path.is_absolute() && path.as_os_str().len() <= MAX_PATH_LEN;
+            return is_plain.then_some(ListenerOrigin::UnixFile { path, identity });
+        }
+        _ => return None,
+    };
+    reader.is_empty().then_some(origin)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Seek as _;
+    use std::os::fd::AsFd as _;
+
+    use super::*;
+
+    #[test]
+    fn messages_arrive_with_their_descriptors() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"content").unwrap();
+        file.rewind().unwrap();
+        send(&ours, Kind::Connection, b"state", Some(file.as_fd())).unwrap();
+        send(&ours, Kind::Complete, b"", None).unwrap();
+        drop((ours, file));
+        let first = receive(&theirs).unwrap().unwrap();
+        assert_eq!((first.kind, &first.payload[..]), (Kind::Connection, &b"state"[..]));
+        let mut content = String::new();
+        std::fs::File::from(first.descriptor.unwrap()).read_to_string(&mut content).unwrap();
+        assert_eq!(content, "content");
+        let second = receive(&theirs).unwrap().unwrap();
+        assert_eq!((second.kind, second.descriptor.is_none()), (Kind::Complete, true));
+        assert!(receive(&theirs).unwrap().is_none());
+    }
+
+    #[test]
+    fn messages_of_others_are_refused() {
+        for bytes in [
+            &b"GET / HTTP/1.1\r\n\r\n"[..],
+            b"NBTO\0\0\0\x63\0\0\0\0\0\0\0\0",
+            b"NBTO\0\0\0\x01\xff\0\0\0\0\0\0\0",
+            b"NBTO\0\0\0\x01\0\0\0\0\0\0\0\x05abc",
+            b"NBTO",
+        ] {
+            let (mut ours, theirs) = UnixStream::pair().unwrap();
+            ours.write_all(bytes).unwrap();
+            drop(ours);
+            assert!(receive(&theirs).is_err(), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn origins_come_back_as_they_were() {
+        let path = PathBuf::from("/run/nbd.socket");
+        let unix = ListenerOrigin::UnixFile { path, identity: (7, 1 << 40) };
+        for origin in [ListenerOrigin::Tcp, ListenerOrigin::ServiceManager, unix] {
+            let bytes = encode_origin(&origin);
+            assert_eq!(decode_origin(&bytes), Some(origin));
+            assert_eq!(decode_origin(&bytes[..3]), None);
+        }
+        assert_eq!(decode_origin(&[0, 0, 0, 0, 1]), None);
+        assert_eq!(decode_origin(b"\0\0\0\x02\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0relative"), None);
+    }
+}
