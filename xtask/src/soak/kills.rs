@@ -15,7 +15,8 @@ use super::random::Random;
 use super::served::{Served, check_image, output_of};
 use super::wire::Wire;
 
-const SIZE: u64 = 24 << 20;
+/// Size of the disk, in bytes.
+pub(super) const SIZE: u64 = 24 << 20;
 const KILLS: u64 = 4;
 /// The name of the dirty bitmap.
 const BITMAP: &str = "changes";
@@ -64,15 +65,15 @@ impl Judge for Kills {
 }
 
 /// An image with a dirty bitmap.
-struct Disk<'a> {
-    round: &'a Round<'a>,
-    image: PathBuf,
-    socket: PathBuf,
+pub(super) struct Disk<'a> {
+    pub(super) round: &'a Round<'a>,
+    pub(super) image: PathBuf,
+    pub(super) socket: PathBuf,
     durability: &'static str,
 }
 
 impl<'a> Disk<'a> {
-    fn make(round: &'a Round<'a>, random: &mut Random) -> Result<Self> {
+    pub(super) fn make(round: &'a Round<'a>, random: &mut Random) -> Result<Self> {
         let image = round.directory.join("disk.qcow2");
         let options = *random.choose(&[
             "cluster_size=65536",
@@ -92,14 +93,19 @@ impl<'a> Disk<'a> {
         Ok(Self { round, image, socket: round.directory.join("socket"), durability })
     }
 
-    fn serve(&self) -> Result<Served> {
+    /// The server, to which options can be added.
+    pub(super) fn command(&self) -> Command {
         let mut command = Command::new(&self.round.programs.cli);
         command
             .args(["serve", "--format", "qcow2", "--bitmap", BITMAP])
             .args(["--bitmap-durability", self.durability, "--socket"])
             .arg(&self.socket)
             .arg(&self.image);
-        Served::start(&mut command, self.round.directory, &self.socket)
+        command
+    }
+
+    fn serve(&self) -> Result<Served> {
+        Served::start(&mut self.command(), self.round.directory, &self.socket)
     }
 }
 
@@ -132,7 +138,7 @@ fn kill_while_written(
 }
 
 /// Writes until the server is gone, which is an error unless it was killed.
-fn write(
+pub(super) fn write(
     socket: &Path,
     part: &mut Blocks,
     random: &mut Random,
@@ -158,7 +164,7 @@ fn write(
 }
 
 /// Checks that every written block is dirty.
-fn check_bits(disk: &Disk<'_>, parts: &[Blocks]) -> Result<()> {
+pub(super) fn check_bits(disk: &Disk<'_>, parts: &[Blocks]) -> Result<()> {
     let uri = format!("nbd+unix:///?socket={}", disk.socket.display());
     let context = format!("qemu:dirty-bitmap:{BITMAP}");
     let mut map = Command::new(&disk.round.programs.cli);

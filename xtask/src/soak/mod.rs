@@ -19,6 +19,7 @@ mod programs;
 mod random;
 mod report;
 mod served;
+mod takeovers;
 mod wire;
 
 use std::path::PathBuf;

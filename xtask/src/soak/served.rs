@@ -73,6 +73,19 @@ impl Served {
         }
     }
 
+    /// Waits until the server has ended by itself.
+    ///
+    /// # Errors
+    ///
+    /// It does not, or not with status 0.
+    pub(super) fn ended(mut self) -> Result<()> {
+        match wait(&mut self.child, PATIENCE)? {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => bail!("the server ended with {status}: {}", self.complaints()),
+            None => bail!("the server does not end by itself: {}", self.complaints()),
+        }
+    }
+
     /// The largest resident size so far, in KiB.
     ///
     /// # Errors
