@@ -120,8 +120,8 @@ impl Setup {
         signals: &mut Option<EndSignals>,
     ) -> Result<Served, CommandError> {
         let Self { args, exports, tls, file } = self;
-        // In this order, so that images are closed before the server is told that they are from
-        // which this one was to take over.
+        // The first, so that it is dropped last.
+        let guard = opened.origin.guard()?;
         let Opened { origin, taken, disks, registry } = opened;
         let names: Vec<_> = exports.iter().map(|export| export.name.clone()).collect();
         let private = private_directory(args)?;
@@ -160,13 +160,14 @@ impl Setup {
             }
             _ => None,
         };
-        let monitor = monitor(args, &server)?;
+        let monitor = takeover::patiently(goes_on, || monitor(args, &server)).await?;
         if let Some(command) = &args.run {
             let Some(signals) = signals else { return Ok(Served::Ended(Outcome::Success)) };
             let captive = Captive::start(command, &bound, &names, tls)?;
             return serve_while_running(server, captive, signals).await.map(Served::Ended);
         }
         let pid_file = started(args, origin, || announce(&bound, &names, tls)).await?;
+        drop(guard);
         logging::include_warnings();
         let served = match control {
             Some(control) => serve_controlled(server, signals, control).await,
@@ -429,7 +430,9 @@ async fn started(
     origin: Origin,
     announce: impl FnOnce(),
 ) -> Result<Option<PidFile>, CommandError> {
-    let pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
+    let goes_on = matches!(origin, Origin::GoesOn);
+    let write = || args.pid_file.as_deref().map(PidFile::write).transpose();
+    let pid_file = takeover::patiently(goes_on, write).await?;
     match origin {
         Origin::Started => {}
         Origin::TakesOver(predecessor) => {

@@ -75,6 +75,16 @@ impl Predecessor {
         }
     }
 
+    /// Returns the connection, which the other server takes for this process having something open:
+    /// as long as it is not dropped either, that server does not go on.
+    ///
+    /// # Errors
+    ///
+    /// If there are too many open files.
+    pub fn connection(&self) -> std::io::Result<UnixStream> {
+        self.stream.try_clone()
+    }
+
     /// Everything is open: the other server ends, and this one serves from now on. Blocks.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nbd_jobs::control::server::{Controller, NotClosed, ServedDisks};
 use nbd_jobs::takeover::{Predecessor, Successor, TakenOver, TakeoverError};
@@ -15,6 +16,10 @@ use super::source::open_sources;
 use crate::error::CommandError;
 use crate::serving::{serve_error, service_manager};
 use crate::signals::EndSignals;
+
+/// Attempts of a server that goes on, about ten seconds.
+const ATTEMPTS: u32 = 200;
+const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(50);
 
 /// What a server starts with.
 pub(super) struct Opened {
@@ -33,6 +38,42 @@ pub(super) enum Origin {
     TakesOver(Predecessor),
     /// They are its own: another program was to take over, and did not.
     GoesOn,
+}
+
+impl Origin {
+    /// Returns what has to be dropped after everything that is open: the server from which this one
+    /// takes over waits for it before it goes on.
+    ///
+    /// # Errors
+    ///
+    /// If there are too many open files.
+    pub(super) fn guard(&self) -> Result<Option<UnixStream>, CommandError> {
+        let Self::TakesOver(predecessor) = self else { return Ok(None) };
+        let guard = predecessor.connection().map_err(|error| {
+            CommandError::new(format!("cannot keep the connection to the running server: {error}"))
+        })?;
+        Ok(Some(guard))
+    }
+}
+
+/// Tries what a program that was to take over may still prevent for a moment, because it is ending.
+///
+/// # Errors
+///
+/// That of the last attempt.
+pub(super) async fn patiently<T>(
+    goes_on: bool,
+    attempt: impl Fn() -> Result<T, CommandError>,
+) -> Result<T, CommandError> {
+    if goes_on {
+        for _ in 0..ATTEMPTS {
+            match attempt() {
+                Err(_) => tokio::time::sleep(BETWEEN_ATTEMPTS).await,
+                done => return done,
+            }
+        }
+    }
+    attempt()
 }
 
 impl Opened {
