@@ -62,6 +62,8 @@ mod error;
 mod files;
 pub mod frozen_bits;
 pub mod image_location;
+pub mod image_map;
+pub mod image_report;
 pub mod key_values;
 mod lanes;
 mod layers;
@@ -75,6 +77,7 @@ pub mod qemu_name;
 pub mod qemu_numbers;
 pub mod remote;
 mod restore;
+pub mod server_report;
 #[cfg(feature = "server")]
 pub mod serving;
 #[cfg(feature = "server")]

@@ -2,14 +2,13 @@
 //!
 //! Text and JSON are those of nbdinfo, key by key, so that scripts written for it continue to work.
 
-mod content;
 mod property;
-pub(super) mod report;
 
 use std::io::Write as _;
 
 use clap::Args;
 use nbd_client::{Scope, ServerInfo};
+use nbd_jobs::server_report::{ExportReport, ServerReport, content_of};
 use nbd_proto::NbdUri;
 
 use crate::async_runtime::runtime;
@@ -17,7 +16,6 @@ use crate::connect::{ServerArgs, explain_unknown_export};
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable, unless_closed};
 use property::Property;
-use report::ServerReport;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -113,7 +111,7 @@ async fn info(args: &InfoArgs) -> Result<Outcome, CommandError> {
         let mut report = ServerReport::new(&server, &args.uri);
         if args.content || !(args.list || args.no_content) {
             for export in &mut report.exports {
-                export.content = content::of(&connector, &export.name).await;
+                export.content = content_of(&connector, &export.name).await;
             }
         }
         unless_closed(print(&report, ReportFormat::from_json_flag(args.json)))?;
@@ -130,9 +128,46 @@ fn print(report: &ServerReport, format: ReportFormat) -> Result<(), CommandError
     let mut output = Output::new();
     match format {
         ReportFormat::Json => output.json(report)?,
-        ReportFormat::Text => report.write_text(&mut output)?,
+        ReportFormat::Text => text(report, &mut output)?,
     }
     output.finish()
+}
+
+/// Writes the report in the format of nbdinfo.
+fn text(report: &ServerReport, output: &mut Output) -> Result<(), CommandError> {
+    output.line(&format!("protocol: {}", report.protocol()))?;
+    report.exports.iter().try_for_each(|export| export_text(export, output))
+}
+
+fn export_text(export: &ExportReport, output: &mut Output) -> Result<(), CommandError> {
+    let mut line = |text: String| output.line(&text);
+    line(format!("export=\"{}\":", printable(&export.name)))?;
+    if let Some(description) = &export.description {
+        line(format!("\tdescription: {}", printable(description)))?;
+    }
+    match export.size_text.ends_with(|last: char| last.is_ascii_digit()) {
+        true => line(format!("\texport-size: {}", export.size))?,
+        false => line(format!("\texport-size: {} ({})", export.size, export.size_text))?,
+    }
+    if let Some(content) = export.content {
+        line(format!("\tcontent: {content}"))?;
+    }
+    line(format!("\turi: {}", export.uri))?;
+    if !export.contexts.is_empty() {
+        line("\tcontexts:".to_owned())?;
+    }
+    for context in &export.contexts {
+        line(format!("\t\t{}", printable(context)))?;
+    }
+    for (name, value) in export.abilities() {
+        line(format!("\t{name}: {value}"))?;
+    }
+    if let Some(sizes) = export.block_sizes {
+        line(format!("\tblock_size_minimum: {}", sizes.minimum))?;
+        line(format!("\tblock_size_preferred: {}", sizes.preferred))?;
+        line(format!("\tblock_size_maximum: {}", sizes.maximum_payload))?;
+    }
+    Ok(())
 }
 
 fn only_export<'a>(

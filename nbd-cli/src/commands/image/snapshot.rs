@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use imgfmt::{Image, OpenOptions, Snapshot};
 use nbd_jobs::image_location::ImageLocation;
+use nbd_jobs::image_report::SnapshotReport;
 use nbd_jobs::remote::Remotes;
-use serde::Serialize;
 
 use super::location;
 use super::open::OpenArgs;
@@ -98,19 +98,6 @@ pub struct ChangeArgs {
     pub open: OpenArgs,
 }
 
-/// The keys are those of qemu-img.
-#[derive(Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub(super) struct JsonSnapshot<'a> {
-    id: &'a str,
-    name: &'a str,
-    vm_state_size: u64,
-    date_sec: u32,
-    date_nsec: u32,
-    vm_clock_sec: u64,
-    vm_clock_nsec: u64,
-}
-
 pub(crate) fn run(args: &SnapshotArgs) -> Result<Outcome, CommandError> {
     match &args.command {
         SnapshotCommand::List(args) => list(args),
@@ -165,29 +152,13 @@ fn print(
     let snapshots = info.qcow2.map(|qcow2| qcow2.snapshots).unwrap_or_default();
     let mut output = Output::new();
     match format {
-        ReportFormat::Json => output.json(&json(&snapshots))?,
+        ReportFormat::Json => {
+            output.json(&snapshots.iter().map(SnapshotReport::from).collect::<Vec<_>>())?;
+        }
         ReportFormat::Text => text(&snapshots, &mut output)?,
     }
     output.finish()?;
     Ok(Outcome::Success)
-}
-
-pub(super) fn json(snapshots: &[Snapshot]) -> Vec<JsonSnapshot<'_>> {
-    snapshots.iter().map(JsonSnapshot::from).collect()
-}
-
-impl<'a> From<&'a Snapshot> for JsonSnapshot<'a> {
-    fn from(snapshot: &'a Snapshot) -> Self {
-        Self {
-            id: &snapshot.id,
-            name: &snapshot.name,
-            vm_state_size: snapshot.vm_state_size,
-            date_sec: snapshot.date_s,
-            date_nsec: snapshot.date_ns,
-            vm_clock_sec: snapshot.vm_clock_ns / 1_000_000_000,
-            vm_clock_nsec: snapshot.vm_clock_ns % 1_000_000_000,
-        }
-    }
 }
 
 /// One line per snapshot: id, disk size, time, name.

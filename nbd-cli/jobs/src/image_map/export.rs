@@ -2,56 +2,58 @@
 
 use std::collections::VecDeque;
 
-use nbd_client::{Client, ExtentLimit};
-use nbd_proto::NbdUri;
+use nbd_client::{Client, Connector, ExtentLimit};
 use nbd_proto::wire::{AllocationFlags, BlockDescriptor, MetaContextName};
 
-use super::entry::MapEntry;
-use crate::async_runtime::runtime;
-use crate::connect::{ServerArgs, connect, failed};
-use crate::error::CommandError;
+use super::entry::{Joined, MapEntry};
+use crate::cancellation::Cancellation;
+use crate::connect::{connect, failed};
+use crate::error::{JobError, JobErrorKind};
 
-/// Passes the size of an export and its parts to `each`, in order.
-pub(super) fn map(
-    uri: &NbdUri,
-    server: &ServerArgs,
-    each: impl FnMut(u64, MapEntry) -> Result<(), CommandError>,
-) -> Result<(), CommandError> {
-    runtime()?.block_on(walk(uri, server, each))
-}
-
-async fn walk(
-    uri: &NbdUri,
-    server: &ServerArgs,
-    mut each: impl FnMut(u64, MapEntry) -> Result<(), CommandError>,
-) -> Result<(), CommandError> {
-    let contexts = [MetaContextName::base_allocation(), depth_context()];
-    let client = connect(&server.connector(uri).meta_contexts(contexts), uri).await?;
+/// Connects to an export and passes its size and its parts to `each`, in order and without gaps.
+///
+/// The server reports them in `base:allocation` and, if it has it, `qemu:allocation-depth`; without
+/// the latter the export has one layer, and without both everything is data.
+///
+/// # Errors
+///
+/// If the server cannot be reached or refuses, if the connection is cancelled, or the error of
+/// `each`, which ends the walk.
+///
+/// # Cancel safety
+///
+/// Safe: the connection is closed.
+pub async fn map_export<E: From<JobError>>(
+    connector: Connector,
+    cancellation: &Cancellation,
+    mut each: impl FnMut(u64, MapEntry) -> Result<(), E>,
+) -> Result<(), E> {
+    let contexts = [MetaContextName::base_allocation(), MetaContextName::qemu_allocation_depth()];
+    let connector = connector.meta_contexts(contexts);
+    let uri = connector.uri();
+    let client = connect(&connector, uri, JobErrorKind::Source, cancellation).await?;
     let size = client.info().size;
+    let mut entries = Joined::new(|entry| each(size, entry));
     if client.meta_contexts().is_empty() && size > 0 {
         // Without information from the server everything is data.
-        each(size, part(0, size, AllocationFlags::empty(), None))?;
+        entries.add(part(0, size, AllocationFlags::empty(), None))?;
     } else {
         let mut position = 0;
         while position < size {
             let mut answer = Answer::ask(&client, position, size - position)
                 .await
-                .map_err(|error| failed(uri, "map", &error))?;
+                .map_err(|error| JobError::source(failed(uri, "map", &error)))?;
             while let Some((length, allocation, depth)) = answer.next() {
                 let length = length.min(size - position);
-                each(size, part(position, length, allocation, depth))?;
+                entries.add(part(position, length, allocation, depth))?;
                 position += length;
             }
         }
     }
+    entries.end()?;
     // The map is complete, so the way in which the connection ends does not matter.
     let _ = client.disconnect().await;
     Ok(())
-}
-
-fn depth_context() -> MetaContextName {
-    MetaContextName::new(MetaContextName::QEMU_ALLOCATION_DEPTH)
-        .expect("the constant is the name of a context")
 }
 
 /// The server's answer about a range, in one context or in two.

@@ -8,9 +8,13 @@ use nbd_client::Connector;
 /// End of the magic number of an ISO 9660 file system.
 const HEAD_LENGTH: u64 = 32_768 + 6;
 
-/// Reads the beginning of an export. Returns `None` on failure: the rest of the report is still
-/// valid.
-pub(super) async fn of(connector: &Connector, export_name: &str) -> Option<&'static str> {
+/// Reads the beginning of an export and names the kind of its content. Returns `None` on failure: the
+/// rest of a report is still valid.
+///
+/// # Cancel safety
+///
+/// Safe: the connection is closed.
+pub async fn content_of(connector: &Connector, export_name: &str) -> Option<&'static str> {
     let client = connector.clone().export_name(export_name).connect().await.ok()?;
     let block = u64::from(client.info().block_sizes.map_or(1, |sizes| sizes.minimum()));
     let length = HEAD_LENGTH.next_multiple_of(block.max(1)).min(client.info().size);

@@ -1,0 +1,298 @@
+//! Reports about images and the layers below them, with the keys of qemu-img.
+//!
+//! ```
+//! use imgfmt::{CreateOptions, Format, Image, OpenOptions};
+//! use nbd_jobs::image_location::ImageLocation;
+//! use nbd_jobs::image_report::describe_chain;
+//! use nbd_jobs::remote::Remotes;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let directory = tempfile::tempdir()?;
+//! # let path = directory.path().join("disk.qcow2");
+//! Image::create(&path, &CreateOptions::new(Format::Qcow2, 1 << 20))?;
+//! let location = ImageLocation::parse(path.as_os_str())?;
+//! let layers = describe_chain(location, &OpenOptions::new(), &Remotes::default())?;
+//! let report = layers[0].report();
+//! assert_eq!((layers.len(), report.format, report.virtual_size), (1, "qcow2", 1 << 20));
+//! println!("{}", serde_json::to_string_pretty(&report)?);
+//! # Ok(())
+//! # }
+//! ```
+
+mod backup;
+mod encryption;
+mod qcow2;
+mod snapshot;
+
+use std::ffi::OsStr;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use imgfmt::{Format, ImageInfo, OpenOptions, Qcow2Info};
+use nbd_client::{Scope, blocking};
+use nbd_proto::NbdUri;
+use serde::Serialize;
+
+use self::encryption::Naming;
+use crate::connect::explain_unknown_export;
+use crate::error::JobError;
+use crate::image_location::ImageLocation;
+use crate::qemu_name::has_scheme;
+use crate::remote::{Remotes, run_elsewhere};
+use crate::server_report::ServerReport;
+
+pub use self::backup::BackupReport;
+pub use self::encryption::{EncryptionReport, LuksDetails, LuksReport, LuksSlotReport};
+pub use self::qcow2::{BitmapReport, Qcow2Report};
+pub use self::snapshot::SnapshotReport;
+
+/// What is known about an image whose backing and data files are not open.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct DescribedImage {
+    /// The image.
+    pub location: ImageLocation,
+    /// Its header and tables.
+    pub info: ImageInfo,
+    /// The space that its file occupies, in bytes; `None` for an export.
+    pub actual_size: Option<u64>,
+    /// The server of an export; only of the image that the caller has named.
+    pub server: Option<ServerReport>,
+}
+
+/// The facts about an image, with the keys of qemu-img. Sizes are in bytes.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub struct ImageReport {
+    /// The file or the URI.
+    pub filename: String,
+    /// The name of the format.
+    pub format: &'static str,
+    /// Size of the disk.
+    pub virtual_size: u64,
+    /// Space that the file occupies.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub actual_size: Option<u64>,
+    /// Size of a cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_size: Option<u64>,
+    /// Whether the disk is encrypted.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub encrypted: bool,
+    /// Whether the image was not closed properly.
+    pub dirty_flag: bool,
+    /// Name of the backing file in the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_filename: Option<String>,
+    /// The same, as a path from the working directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub full_backing_filename: Option<String>,
+    /// Name of the format of the backing file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_filename_format: Option<String>,
+    /// The internal snapshots.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub snapshots: Vec<SnapshotReport>,
+    /// The backup that the image is; not a key of qemu-img.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backup: Option<BackupReport>,
+    /// What only images of this format have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format_specific: Option<FormatSpecific>,
+    /// The properties of an export, with the keys of nbdinfo.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub server: Option<ServerReport>,
+}
+
+/// What only images of one format have.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct FormatSpecific {
+    /// The name of the format.
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    /// The properties.
+    pub data: FormatSpecificData,
+}
+
+/// Properties of a format.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+#[non_exhaustive]
+pub enum FormatSpecificData {
+    /// Those of qcow2.
+    Qcow2(Box<Qcow2Report>),
+    /// Those of an encrypted container.
+    Luks(Box<EncryptionReport>),
+}
+
+/// Describes an image; the files and exports that it names are not opened. Blocks, and must not be
+/// called by asynchronous tasks.
+///
+/// # Errors
+///
+/// If the image or the server cannot be read, or `options` contradict the name of the image.
+pub fn describe(
+    location: ImageLocation,
+    options: &OpenOptions,
+    remotes: &Remotes,
+) -> Result<DescribedImage, JobError> {
+    let server = location.uri().map(|uri| server(uri, remotes)).transpose()?;
+    Ok(DescribedImage { server, ..layer(location, options, remotes)? })
+}
+
+/// Describes an image and all layers below it, the image first. Blocks, and must not be called by
+/// asynchronous tasks.
+///
+/// # Errors
+///
+/// If a layer cannot be read, the policy in `options` does not allow to follow a name, or the chain
+/// is a circle or too long.
+pub fn describe_chain(
+    location: ImageLocation,
+    options: &OpenOptions,
+    remotes: &Remotes,
+) -> Result<Vec<DescribedImage>, JobError> {
+    // Checks that every name may be followed, and that there is no cycle.
+    location.open(options, remotes)?;
+    let mut options = options.clone();
+    let mut layers = vec![describe(location, &options, remotes)?];
+    while let Some(above) = layers.last()
+        && let Some(qcow2) = &above.info.qcow2
+        && let Some((location, format)) = above.location.backing(recorded_backing(qcow2))?
+    {
+        options.format = format;
+        layers.push(layer(location, &options, remotes)?);
+    }
+    Ok(layers)
+}
+
+fn layer(
+    location: ImageLocation,
+    options: &OpenOptions,
+    remotes: &Remotes,
+) -> Result<DescribedImage, JobError> {
+    let info = location.inspect(options, remotes)?;
+    let actual_size = match location.uri() {
+        None => Some(actual_size(location.path())?),
+        Some(_) => None,
+    };
+    Ok(DescribedImage { location, info, actual_size, server: None })
+}
+
+/// The name and format of the backing file in an image.
+fn recorded_backing(qcow2: &Qcow2Info) -> Option<(&OsStr, Option<Format>)> {
+    // Any other name is one of a raw image.
+    let format = |name| Format::from_name(name).unwrap_or(Format::Raw);
+    let name = qcow2.backing_name.as_deref()?;
+    Some((name, qcow2.backing_format.as_deref().map(format)))
+}
+
+/// Describes the server of an export.
+fn server(uri: &NbdUri, remotes: &Remotes) -> Result<ServerReport, JobError> {
+    let connector = remotes.connector(uri);
+    match blocking::inspect(&connector, Scope::ThisExport) {
+        Ok(server) => Ok(ServerReport::new(&server, uri)),
+        Err(error) => {
+            let explained = run_elsewhere(explain_unknown_export(&connector, uri, &error));
+            Err(JobError::source(explained.unwrap_or_else(|error| error.to_string())))
+        }
+    }
+}
+
+/// The space that the file occupies, in bytes.
+fn actual_size(path: &Path) -> Result<u64, JobError> {
+    let metadata = std::fs::metadata(path).map_err(|error| {
+        JobError::source(format!("cannot look at '{}': {error}", path.display()))
+    })?;
+    Ok(metadata.blocks() * 512)
+}
+
+impl DescribedImage {
+    /// Returns the facts with the keys of qemu-img.
+    #[must_use]
+    pub fn report(&self) -> ImageReport {
+        let qcow2 = self.info.qcow2.as_ref();
+        let backing = qcow2.and_then(|qcow2| qcow2.backing_name.as_deref());
+        ImageReport {
+            filename: self.location.name(),
+            format: self.info.format.name(),
+            virtual_size: self.info.size,
+            actual_size: self.actual_size,
+            cluster_size: qcow2.map(|qcow2| qcow2.cluster_size),
+            encrypted: self.info.encryption.is_some(),
+            dirty_flag: qcow2.is_some_and(|qcow2| qcow2.is_dirty),
+            backing_filename: backing.map(|name| name.to_string_lossy().into_owned()),
+            full_backing_filename: backing.map(|name| self.full_name(name)),
+            backing_filename_format: qcow2.and_then(|qcow2| qcow2.backing_format.clone()),
+            snapshots: qcow2
+                .map(|qcow2| qcow2.snapshots.iter().map(SnapshotReport::from).collect())
+                .unwrap_or_default(),
+            backup: qcow2.and_then(|qcow2| qcow2.backup.as_ref()).map(BackupReport::from),
+            format_specific: self.specific(),
+            server: self.server.clone(),
+        }
+    }
+
+    /// A name in the image, as a path from the working directory.
+    fn full_name(&self, name: &OsStr) -> String {
+        match self.location.beside(name) {
+            Ok(location @ ImageLocation::File(_)) if !name.to_str().is_some_and(has_scheme) => {
+                location.name()
+            }
+            _ => name.to_string_lossy().into_owned(),
+        }
+    }
+
+    fn specific(&self) -> Option<FormatSpecific> {
+        match (&self.info.qcow2, self.info.encryption.as_ref()) {
+            (Some(qcow2), encryption) => {
+                let report = Qcow2Report::new(qcow2, encryption);
+                let data = FormatSpecificData::Qcow2(Box::new(report));
+                Some(FormatSpecific { kind: "qcow2", data })
+            }
+            (None, Some(encryption)) => {
+                let data = EncryptionReport::new(encryption, Naming::Alone);
+                let kind = self.info.format.name();
+                Some(FormatSpecific { kind, data: FormatSpecificData::Luks(Box::new(data)) })
+            }
+            (None, None) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use imgfmt::{CreateOptions, Image};
+
+    use super::*;
+
+    #[test]
+    fn a_chain_is_described_from_the_top_with_the_keys_of_qemu_img() {
+        let directory = tempfile::tempdir().unwrap();
+        let [base, overlay] = ["base.raw", "overlay.qcow2"].map(|name| directory.path().join(name));
+        std::fs::write(&base, vec![1; 128 << 10]).unwrap();
+        let mut options = CreateOptions::overlay("base.raw", Format::Raw);
+        options.size = Some(1 << 20);
+        Image::create(&overlay, &options).unwrap();
+        let location = ImageLocation::parse(overlay.as_os_str()).unwrap();
+        let remotes = Remotes::default();
+        let layers = describe_chain(location.clone(), &OpenOptions::new(), &remotes).unwrap();
+        let [top, below] = &layers[..] else { panic!("{layers:?}") };
+        let top = serde_json::to_value(top.report()).unwrap();
+        assert_eq!(top["backing-filename"], "base.raw");
+        assert_eq!(top["full-backing-filename"], base.to_str().unwrap());
+        assert_eq!(top["backing-filename-format"], "raw");
+        assert_eq!(top["format-specific"]["type"], "qcow2");
+        assert_eq!(top["format-specific"]["data"]["compat"], "1.1");
+        let below = below.report();
+        assert_eq!((below.format, below.virtual_size), ("raw", 128 << 10));
+        assert!(below.format_specific.is_none());
+
+        std::fs::remove_file(&base).unwrap();
+        let alone = describe(location.clone(), &OpenOptions::new(), &remotes).unwrap();
+        assert_eq!(alone.report().virtual_size, 1 << 20, "nothing below is opened");
+        assert!(describe_chain(location, &OpenOptions::new(), &remotes).is_err());
+    }
+}
