@@ -74,6 +74,8 @@ pub mod monitor;
 pub mod mount;
 mod observer;
 pub mod qemu_name;
+#[cfg(feature = "server")]
+pub mod qemu_nbd;
 pub mod qemu_numbers;
 pub mod remote;
 mod restore;

@@ -3,13 +3,13 @@
 //! The parent starts this program again and waits for one byte on a pipe, the daemon's standard
 //! output. Until that byte is sent, the daemon's errors go to the inherited standard error.
 
+use nbd_jobs::qemu_nbd::Options;
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io::{Read as _, Write as _};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Command, Stdio};
 
-use super::options::Options;
 use super::refusal::Refusal;
 
 /// The first argument of the background process. Users never pass it: otherwise it is an unknown

@@ -8,11 +8,11 @@ use nbd_jobs::devices::{
     AttachOptions, Attached, Backend, DetachMode, attached_devices, detach, ensure_driver,
     parse_device,
 };
+use nbd_jobs::qemu_nbd::{AioMode, Options};
 use nbd_server::ServerConfig;
 use nbd_server::export::Export;
 
 use super::daemon::{self, Role};
-use super::options::{AioMode, Options};
 use super::refusal::{Refusal, complain, print};
 use super::source;
 use crate::error::CommandError;

@@ -3,13 +3,11 @@
 use std::fmt::Write as _;
 
 use nbd_client::{Connector, ExportInfo, Scope, ServerInfo};
+use nbd_jobs::qemu_nbd::Options;
 use nbd_proto::uri::{NbdUri, Transport};
 use nbd_proto::wire::{ReplyMode, TransmissionFlags};
 
-use super::options::Options;
 use super::refusal::{Refusal, print};
-use super::server::host_and_port;
-use super::tls;
 use crate::async_runtime::runtime;
 use crate::output::printable;
 
@@ -33,12 +31,12 @@ pub(super) fn run(options: &Options) -> Result<(), Refusal> {
     let transport = match &options.socket {
         Some(path) => Transport::Unix { path: path.clone() },
         None => {
-            let (host, port) = host_and_port(options)?;
+            let (host, port) = options.host_and_port()?;
             Transport::Tcp { host, port }
         }
     };
     let mut connector = Connector::new(NbdUri::new(transport, ""));
-    if let Some(tls) = tls::for_client(options).map_err(Refusal::new)? {
+    if let Some(tls) = options.client_tls()? {
         connector = connector.tls(tls);
     }
     let server = runtime()?.block_on(connector.inspect(Scope::AllExports));

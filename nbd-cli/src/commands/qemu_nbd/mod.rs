@@ -7,23 +7,19 @@
 
 mod daemon;
 mod device;
-mod getopt;
 mod help;
 mod list;
-mod objects;
-mod options;
 mod refusal;
 mod server;
 mod source;
-mod tls;
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use clap::Args;
+use nbd_jobs::qemu_nbd::{Activation, Wanted, parse};
 
 use self::daemon::{Beginning, Role};
-use self::options::{Options, Wanted};
 use self::refusal::{Refusal, complain, print};
 use crate::logging::{self, LogArgs};
 use crate::output::warn;
@@ -64,7 +60,7 @@ pub(crate) fn run(arguments: Vec<OsString>) -> u8 {
 }
 
 fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refusal> {
-    let options = match options::parse(arguments.clone())? {
+    let options = match parse(arguments.clone())? {
         Wanted::Help => return print(help::HELP),
         Wanted::Version => return print(&help::version()),
         Wanted::TraceHelp => {
@@ -74,7 +70,7 @@ fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refus
         Wanted::Work(options) => options,
     };
     let role = beginning.take_over()?;
-    check(&options)?;
+    options.check(activation())?;
     if options.disconnect {
         return device::disconnect(&options);
     }
@@ -95,88 +91,15 @@ fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refus
     }
 }
 
-/// Refuses contradictory options, in the order in which QEMU detects them.
-fn check(options: &Options) -> Result<(), Refusal> {
-    if options.list {
-        check_list(options)?;
+/// Returns the sockets that a service manager has given to this process.
+fn activation() -> Activation {
+    if !daemon::service_manager_gave_sockets() {
+        return Activation::None;
     }
-    if daemon::service_manager_gave_sockets() {
-        check_activation(options)?;
+    match std::env::var("LISTEN_FDS").as_deref().map(str::trim) {
+        Ok("1") => Activation::OneSocket,
+        _ => Activation::OtherSockets,
     }
-    check_tls(options)?;
-    if options.selinux_label {
-        return Err(Refusal::new(match options.socket {
-            None => "--selinux-label is not permitted without --socket",
-            Some(_) => "--selinux-label is not supported; label the socket with chcon",
-        }));
-    }
-    if options.list {
-        return Ok(());
-    }
-    if options.files.len() != 1 {
-        return Err(Refusal::usage("Invalid number of arguments"));
-    }
-    if options.image_options && options.format.is_some() {
-        return Err(Refusal::new("--image-opts and -f are mutually exclusive"));
-    }
-    Ok(())
-}
-
-fn check_list(options: &Options) -> Result<(), Refusal> {
-    let wrong = if !options.files.is_empty() {
-        "a file name"
-    } else if options.says_something_about_the_disk() {
-        "per-device settings"
-    } else if options.fork {
-        "forking"
-    } else {
-        return Ok(());
-    };
-    Err(Refusal::new(format!("List mode is incompatible with {wrong}")))
-}
-
-fn check_activation(options: &Options) -> Result<(), Refusal> {
-    let wrong = if options.connect.is_some() {
-        "NBD device"
-    } else if options.socket.is_some() {
-        "Unix socket"
-    } else if options.bind.is_some() {
-        "The interface"
-    } else if options.port.is_some() {
-        "TCP port number"
-    } else if options.selinux_label {
-        "SELinux label"
-    } else if options.list {
-        return Err(Refusal::new("List mode is incompatible with socket activation"));
-    } else {
-        return match std::env::var("LISTEN_FDS").as_deref().map(str::trim) {
-            Ok("1") => Ok(()),
-            _ => Err(Refusal::new("socket activation is supported with LISTEN_FDS=1 only")),
-        };
-    };
-    Err(Refusal::new(format!("{wrong} can't be set when using socket activation")))
-}
-
-fn check_tls(options: &Options) -> Result<(), Refusal> {
-    let Some(id) = &options.tls_creds else {
-        return match (&options.tls_authz, &options.tls_hostname) {
-            (Some(_), _) => Err(Refusal::new("--tls-authz is not permitted without --tls-creds")),
-            (_, Some(_)) => {
-                Err(Refusal::new("--tls-hostname is not permitted without --tls-creds"))
-            }
-            _ => Ok(()),
-        };
-    };
-    if options.connect.is_some() {
-        return Err(Refusal::new("TLS is for clients on sockets, not for kernel devices (-c)"));
-    }
-    if options.tls_authz.is_some() && options.list {
-        return Err(Refusal::new("TLS authorization is incompatible with export list"));
-    }
-    if options.tls_hostname.is_some() && !options.list {
-        return Err(Refusal::new("TLS hostname is only supported with export list"));
-    }
-    options.objects.credentials(id, options.list).map(drop).map_err(Refusal::new)
 }
 
 #[cfg(test)]

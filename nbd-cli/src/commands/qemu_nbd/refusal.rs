@@ -2,6 +2,8 @@
 
 use std::io::Write as _;
 
+use nbd_jobs::qemu_nbd::CommandLineError;
+
 use crate::error::CommandError;
 
 /// The reason why nothing is served or listed.
@@ -17,12 +19,6 @@ impl Refusal {
         Self { message: Some(message.into()), advice: None }
     }
 
-    /// The command line is invalid.
-    pub(super) fn usage(message: impl Into<String>) -> Self {
-        let advice = Some("Try 'qemu-nbd --help' for more information.");
-        Self { message: Some(message.into()), advice }
-    }
-
     /// A failure that another process has reported.
     pub(super) fn already_reported() -> Self {
         Self { message: None, advice: None }
@@ -32,6 +28,13 @@ impl Refusal {
 impl From<CommandError> for Refusal {
     fn from(error: CommandError) -> Self {
         Self::new(error.to_string())
+    }
+}
+
+impl From<CommandLineError> for Refusal {
+    fn from(error: CommandLineError) -> Self {
+        let advice = error.is_usage().then_some("Try 'qemu-nbd --help' for more information.");
+        Self { message: Some(error.to_string()), advice }
     }
 }
 

@@ -3,19 +3,15 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use nbd_jobs::qemu_nbd::{AioMode, Options};
 use nbd_server::export::{Export, ExportEntry};
 use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
 
 use super::daemon::{self, Role};
-use super::options::{AioMode, Options};
 use super::refusal::Refusal;
-use super::{source, tls};
-use crate::error::CommandError;
+use super::source;
 use crate::serving::{Aio, PidFile, runtime, serve_error, serve_until_signal};
 use crate::signals::{EndSignals, Hangup};
-
-const DEFAULT_BIND: &str = "0.0.0.0";
-pub(super) const DEFAULT_PORT: &str = "10809";
 
 pub(super) fn run(options: &Options, role: Role) -> Result<(), Refusal> {
     let runtime = runtime()?;
@@ -43,7 +39,7 @@ async fn listen(
 ) -> Result<(Server, EndSignals), Refusal> {
     let signals = EndSignals::new(Hangup::Ends)?;
     let mut config = config(options);
-    config.tls = tls::for_server(options).map_err(Refusal::new)?;
+    config.tls = options.server_tls()?;
     let mut server = Server::new(config, registry);
     // As in qemu-nbd: clients can connect from here on, and wait for their greeting.
     server.listen(&address(options)?).await.map_err(serve_error)?;
@@ -96,29 +92,16 @@ fn config(options: &Options) -> ServerConfig {
     config
 }
 
-fn address(options: &Options) -> Result<ListenAddress, CommandError> {
+fn address(options: &Options) -> Result<ListenAddress, Refusal> {
     if daemon::service_manager_gave_sockets() {
         return Ok(ListenAddress::Systemd);
     }
     match &options.socket {
         Some(path) => Ok(ListenAddress::Unix(PathBuf::clone(path))),
         None => {
-            let (host, port) = host_and_port(options)?;
+            let (host, port) = options.host_and_port()?;
             let host = if host.contains(':') { format!("[{host}]") } else { host };
             Ok(ListenAddress::Tcp(format!("{host}:{port}")))
         }
     }
-}
-
-/// Returns the TCP address to listen on or to connect to; IPv6 addresses without brackets.
-pub(super) fn host_and_port(options: &Options) -> Result<(String, u16), CommandError> {
-    let host = options.bind.as_deref().unwrap_or(DEFAULT_BIND);
-    let port = options.port.as_deref().unwrap_or(DEFAULT_PORT);
-    // Parses a number like the C library's resolver: decimal, with leading blanks.
-    let digits = port.trim_start_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
-    let number = digits.parse().map_err(|_| {
-        CommandError::new(format!("Invalid port '{port}' for {host}: not a number up to 65535"))
-    })?;
-    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-    Ok((host.to_owned(), number))
 }

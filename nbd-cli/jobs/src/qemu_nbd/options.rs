@@ -5,73 +5,109 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use imgfmt::CacheMode;
-use nbd_jobs::blockdev::{SnapshotName, parse_detect_zeroes, parse_discard};
-use nbd_jobs::key_values::KeyValues;
-use nbd_jobs::qemu_numbers::parse_integer;
 use nbd_proto::limits::MAX_STRING_LEN;
+use nbd_server::export::filters::{DetectZeroes, Discard};
 
+use super::error::CommandLineError;
 use super::getopt::{Getopt, Known, Takes};
 use super::objects::Objects;
-use super::refusal::Refusal;
-use nbd_server::export::filters::{DetectZeroes, Discard};
+use crate::blockdev::{SnapshotName, parse_detect_zeroes, parse_discard};
+use crate::key_values::KeyValues;
+use crate::qemu_numbers::parse_integer;
+
+/// The port without `-p`.
+pub const DEFAULT_PORT: &str = "10809";
+const DEFAULT_BIND: &str = "0.0.0.0";
 
 /// The task that a command line requests.
 #[derive(Debug)]
-pub(super) enum Wanted {
+pub enum Wanted {
+    /// Print the help.
     Help,
+    /// Print the version.
     Version,
     /// List the event names.
     TraceHelp,
+    /// Serve an image, list exports, or attach or detach a device.
     Work(Box<Options>),
 }
 
 /// All options of a server; `None` means that the option was not given.
 #[derive(Debug)]
-pub(super) struct Options {
-    pub(super) bind: Option<String>,
-    pub(super) port: Option<String>,
-    pub(super) socket: Option<PathBuf>,
-    /// Most clients at a time; 0 for no limit.
-    pub(super) shared: u32,
-    pub(super) persistent: bool,
-    pub(super) verbose: bool,
-    pub(super) export_name: Option<String>,
-    pub(super) description: Option<String>,
-    pub(super) offset: u64,
-    pub(super) allocation_depth: bool,
-    pub(super) bitmaps: Vec<String>,
-    pub(super) list: bool,
+#[non_exhaustive]
+pub struct Options {
+    /// `-b`: the address to listen on.
+    pub bind: Option<String>,
+    /// `-p`: the port, not checked yet.
+    pub port: Option<String>,
+    /// `-k`: the unix socket, as an absolute path.
+    pub socket: Option<PathBuf>,
+    /// `-e`: most clients at a time; 0 for no limit.
+    pub shared: u32,
+    /// `-t`: serve further clients after the last one has left.
+    pub persistent: bool,
+    /// `-v`.
+    pub verbose: bool,
+    /// `-x`: the name of the export.
+    pub export_name: Option<String>,
+    /// `-D`: the description of the export.
+    pub description: Option<String>,
+    /// `-o`: where the export starts on the disk, in bytes.
+    pub offset: u64,
+    /// `-A`: offer the layers as a metadata context.
+    pub allocation_depth: bool,
+    /// `-B`: the dirty bitmaps to offer.
+    pub bitmaps: Vec<String>,
+    /// `-L`: list the exports of another server.
+    pub list: bool,
     pub(super) objects: Objects,
     pub(super) tls_creds: Option<String>,
     pub(super) tls_authz: Option<String>,
     pub(super) tls_hostname: Option<String>,
-    pub(super) fork: bool,
-    pub(super) pid_file: Option<PathBuf>,
-    pub(super) selinux_label: bool,
-    /// The kernel device to attach the image to.
-    pub(super) connect: Option<String>,
-    pub(super) disconnect: bool,
-    pub(super) format: Option<String>,
-    pub(super) read_only: bool,
-    pub(super) temporary: bool,
-    pub(super) snapshot: Option<SnapshotName>,
-    pub(super) cache: Option<CacheMode>,
-    pub(super) aio: Option<AioMode>,
-    pub(super) discard: Option<Discard>,
-    pub(super) detect_zeroes: DetectZeroes,
-    pub(super) image_options: bool,
+    /// `--fork`: serve in the background.
+    pub fork: bool,
+    /// `--pid-file`.
+    pub pid_file: Option<PathBuf>,
+    /// Whether a label of SELinux was given.
+    pub selinux_label: bool,
+    /// `-c`: the kernel device to attach the image to.
+    pub connect: Option<String>,
+    /// `-d`: detach the kernel device that is the operand.
+    pub disconnect: bool,
+    /// `-f`: the name of the format.
+    pub format: Option<String>,
+    /// `-r`.
+    pub read_only: bool,
+    /// `-s`: writes go to a temporary file.
+    pub temporary: bool,
+    /// `-l`: the internal snapshot to serve.
+    pub snapshot: Option<SnapshotName>,
+    /// `--cache`.
+    pub cache: Option<CacheMode>,
+    /// `--aio`.
+    pub aio: Option<AioMode>,
+    /// `--discard`.
+    pub discard: Option<Discard>,
+    /// `--detect-zeroes`.
+    pub detect_zeroes: DetectZeroes,
+    /// `--image-opts`: the operand is a list of options.
+    pub image_options: bool,
     /// Time limit of a handshake; `Duration::MAX` for no limit.
-    pub(super) handshake_limit: Duration,
+    pub handshake_limit: Duration,
     /// Whether events are logged.
-    pub(super) traces: bool,
+    pub traces: bool,
     /// The operands.
-    pub(super) files: Vec<OsString>,
+    pub files: Vec<OsString>,
 }
 
+/// How requests wait for a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum AioMode {
+pub enum AioMode {
+    /// In threads.
     Threads,
+    /// In the kernel's older interface; only past the page cache.
     Native,
+    /// In an io_uring.
     IoUring,
 }
 
@@ -205,10 +241,10 @@ impl Default for Options {
 /// # Errors
 ///
 /// The first error.
-pub(super) fn parse(arguments: Vec<OsString>) -> Result<Wanted, Refusal> {
+pub fn parse(arguments: Vec<OsString>) -> Result<Wanted, CommandLineError> {
     let mut getopt = Getopt::new(KNOWN, arguments);
     let mut options = Options::default();
-    while let Some((id, value)) = getopt.next().map_err(Refusal::usage)? {
+    while let Some((id, value)) = getopt.next().map_err(CommandLineError::usage)? {
         match id {
             Id::Help => return Ok(Wanted::Help),
             Id::Version => return Ok(Wanted::Version),
@@ -218,7 +254,7 @@ pub(super) fn parse(arguments: Vec<OsString>) -> Result<Wanted, Refusal> {
             Id::PidFile => options.pid_file = Some(value.into()),
             _ => {
                 let text = value.into_string().map_err(|value| {
-                    Refusal::new(format!("'{}' is not valid UTF-8", value.display()))
+                    CommandLineError::new(format!("'{}' is not valid UTF-8", value.display()))
                 })?;
                 options.set(id, text)?;
             }
@@ -229,15 +265,15 @@ pub(super) fn parse(arguments: Vec<OsString>) -> Result<Wanted, Refusal> {
 }
 
 impl Options {
-    fn set_socket(&mut self, path: PathBuf) -> Result<(), Refusal> {
+    fn set_socket(&mut self, path: PathBuf) -> Result<(), CommandLineError> {
         if !path.is_absolute() {
-            return Err(Refusal::new("socket path must be absolute"));
+            return Err(CommandLineError::new("socket path must be absolute"));
         }
         self.socket = Some(path);
         Ok(())
     }
 
-    fn set(&mut self, id: Id, text: String) -> Result<(), Refusal> {
+    fn set(&mut self, id: Id, text: String) -> Result<(), CommandLineError> {
         match id {
             Id::Bind => self.bind = Some(text),
             Id::Port => self.port = Some(text),
@@ -251,7 +287,7 @@ impl Options {
             Id::Format => self.format = Some(text),
             Id::Persistent => self.persistent = true,
             Id::Verbose => self.verbose = true,
-            Id::Object => self.objects.add(&text).map_err(Refusal::new)?,
+            Id::Object => self.objects.add(&text).map_err(CommandLineError::new)?,
             Id::TlsCreds => self.tls_creds = Some(text),
             Id::TlsHostname => self.tls_hostname = Some(text),
             Id::TlsAuthz => self.tls_authz = Some(text),
@@ -265,22 +301,23 @@ impl Options {
     }
 
     /// Options with a checked value.
-    fn set_checked(&mut self, id: Id, text: String) -> Result<(), Refusal> {
+    fn set_checked(&mut self, id: Id, text: String) -> Result<(), CommandLineError> {
         match id {
             Id::Offset => {
                 self.offset = parse_integer(&text)
-                    .ok_or_else(|| Refusal::new(format!("Invalid offset '{text}'")))?;
+                    .ok_or_else(|| CommandLineError::new(format!("Invalid offset '{text}'")))?;
             }
             Id::Shared => {
                 let shared = parse_integer(&text).and_then(|number| i32::try_from(number).ok());
                 self.shared = shared.map(i32::cast_unsigned).ok_or_else(|| {
-                    Refusal::new(format!("Invalid shared device number '{text}'"))
+                    CommandLineError::new(format!("Invalid shared device number '{text}'"))
                 })?;
             }
             Id::HandshakeLimit => {
                 let seconds = parse_integer(&text).and_then(|number| u32::try_from(number).ok());
-                let seconds = seconds
-                    .ok_or_else(|| Refusal::new(format!("Invalid handshake limit '{text}'")))?;
+                let seconds = seconds.ok_or_else(|| {
+                    CommandLineError::new(format!("Invalid handshake limit '{text}'"))
+                })?;
                 self.handshake_limit = match seconds {
                     0 => Duration::MAX,
                     seconds => Duration::from_secs(seconds.into()),
@@ -308,52 +345,71 @@ impl Options {
         Ok(())
     }
 
-    fn set_cache(&mut self, text: &str) -> Result<(), Refusal> {
+    fn set_cache(&mut self, text: &str) -> Result<(), CommandLineError> {
         if self.cache.is_some() {
-            return Err(Refusal::new("-n and --cache can only be specified once"));
+            return Err(CommandLineError::new("-n and --cache can only be specified once"));
         }
         let mode = match text {
             "off" => Some(CacheMode::None),
             name => CacheMode::from_name(name),
         };
-        let refusal = || Refusal::new(format!("Invalid cache mode '{text}'"));
+        let refusal = || CommandLineError::new(format!("Invalid cache mode '{text}'"));
         self.cache = Some(mode.ok_or_else(refusal)?);
         Ok(())
     }
 
-    fn set_aio(&mut self, text: &str) -> Result<(), Refusal> {
+    fn set_aio(&mut self, text: &str) -> Result<(), CommandLineError> {
         if self.aio.is_some() {
-            return Err(Refusal::new("--aio can only be specified once"));
+            return Err(CommandLineError::new("--aio can only be specified once"));
         }
         self.aio = Some(match text {
             "threads" => AioMode::Threads,
             "native" => AioMode::Native,
             "io_uring" => AioMode::IoUring,
-            _ => return Err(Refusal::new(format!("Invalid aio mode '{text}'"))),
+            _ => return Err(CommandLineError::new(format!("Invalid aio mode '{text}'"))),
         });
         Ok(())
     }
 
-    fn set_discard(&mut self, text: &str) -> Result<(), Refusal> {
+    fn set_discard(&mut self, text: &str) -> Result<(), CommandLineError> {
         if self.discard.is_some() {
-            return Err(Refusal::new("--discard can only be specified once"));
+            return Err(CommandLineError::new("--discard can only be specified once"));
         }
         let discard = parse_discard(text);
-        let discard =
-            discard.ok_or_else(|| Refusal::new(format!("Invalid discard mode '{text}'")))?;
+        let discard = discard
+            .ok_or_else(|| CommandLineError::new(format!("Invalid discard mode '{text}'")))?;
         self.discard = Some(discard);
         Ok(())
     }
 
-    fn set_detect_zeroes(&mut self, text: &str) -> Result<(), Refusal> {
+    fn set_detect_zeroes(&mut self, text: &str) -> Result<(), CommandLineError> {
         self.detect_zeroes = parse_detect_zeroes(text)
-            .ok_or_else(|| Refusal::new(format!("Invalid detect-zeroes mode '{text}'")))?;
+            .ok_or_else(|| CommandLineError::new(format!("Invalid detect-zeroes mode '{text}'")))?;
         if self.detect_zeroes == DetectZeroes::Unmap && self.discard != Some(Discard::Unmap) {
-            return Err(Refusal::new(
+            return Err(CommandLineError::new(
                 "--detect-zeroes=unmap is not allowed without --discard=unmap before it",
             ));
         }
         Ok(())
+    }
+
+    /// Returns the TCP address to listen on or to connect to; IPv6 addresses without brackets.
+    ///
+    /// # Errors
+    ///
+    /// If the port is not a number.
+    pub fn host_and_port(&self) -> Result<(String, u16), CommandLineError> {
+        let host = self.bind.as_deref().unwrap_or(DEFAULT_BIND);
+        let port = self.port.as_deref().unwrap_or(DEFAULT_PORT);
+        // Parses a number like the C library's resolver: decimal, with leading blanks.
+        let digits = port.trim_start_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
+        let number = digits.parse().map_err(|_| {
+            CommandLineError::new(format!(
+                "Invalid port '{port}' for {host}: not a number up to 65535"
+            ))
+        })?;
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        Ok((host.to_owned(), number))
     }
 
     /// Returns whether there are options about the disk, which a list does not use.
@@ -373,9 +429,9 @@ impl Options {
     }
 }
 
-fn too_long(what: &str, text: &str) -> Result<(), Refusal> {
+fn too_long(what: &str, text: &str) -> Result<(), CommandLineError> {
     match text.len() > MAX_STRING_LEN {
-        true => Err(Refusal::new(format!(
+        true => Err(CommandLineError::new(format!(
             "{what} too long: {} bytes, the protocol allows {MAX_STRING_LEN}",
             text.len()
         ))),
@@ -383,11 +439,11 @@ fn too_long(what: &str, text: &str) -> Result<(), Refusal> {
     }
 }
 
-fn parse_snapshot(text: String) -> Result<SnapshotName, Refusal> {
+fn parse_snapshot(text: String) -> Result<SnapshotName, CommandLineError> {
     if !text.starts_with("snapshot.") {
         return Ok(SnapshotName::IdOrName(text));
     }
-    let wrong = |why: String| Refusal::new(format!("{why}, in '-l {text}'"));
+    let wrong = |why: String| CommandLineError::new(format!("{why}, in '-l {text}'"));
     let mut values = KeyValues::parse(&text, None).map_err(wrong)?;
     let (id, name) = (values.take("snapshot.id"), values.take("snapshot.name"));
     match values.left_over() {

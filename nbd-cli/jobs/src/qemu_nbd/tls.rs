@@ -5,14 +5,15 @@ use std::io::Read as _;
 use std::path::Path;
 
 use nbd_client::{TlsOptions, VerifyPeer};
-use nbd_jobs::key_values::KeyValues;
 use nbd_server::tls::{
     Authorization as Allowed, ClientCertificates, CredentialSource, Matching, Rule, TlsCredentials,
     TlsMode, Verdict,
 };
 
+use super::error::CommandLineError;
 use super::objects::{Authorization, CredentialsKind};
 use super::options::Options;
+use crate::key_values::KeyValues;
 
 const PSK_FILE: &str = "keys.psk";
 /// The default user of a client's key.
@@ -20,12 +21,28 @@ const DEFAULT_USER: &str = "qemu";
 /// Longest file with rules that is read, in bytes.
 const MAX_RULES_LEN: u64 = 1 << 20;
 
+impl Options {
+    /// Returns what the server requires of its clients, and reads the credentials.
+    ///
+    /// # Errors
+    ///
+    /// If credentials are missing, unreadable or for another purpose.
+    pub fn server_tls(&self) -> Result<TlsMode, CommandLineError> {
+        for_server(self).map_err(CommandLineError::new)
+    }
+
+    /// Returns the TLS settings of `-L`; `None`: without TLS.
+    ///
+    /// # Errors
+    ///
+    /// If an option is missing or is for a server.
+    pub fn client_tls(&self) -> Result<Option<TlsOptions>, CommandLineError> {
+        for_client(self).map_err(CommandLineError::new)
+    }
+}
+
 /// The server's requirements.
-///
-/// # Errors
-///
-/// A sentence about the missing or unreadable credentials.
-pub(super) fn for_server(options: &Options) -> Result<TlsMode, String> {
+fn for_server(options: &Options) -> Result<TlsMode, String> {
     let Some(id) = &options.tls_creds else { return Ok(TlsMode::Off) };
     let credentials = options.objects.credentials(id, options.list)?;
     let source = match &credentials.kind {
@@ -63,12 +80,8 @@ pub(super) fn for_server(options: &Options) -> Result<TlsMode, String> {
     TlsCredentials::load(source).map(TlsMode::Require).map_err(|error| error.to_string())
 }
 
-/// The TLS settings of `-L`; `None`: without TLS.
-///
-/// # Errors
-///
-/// A sentence about the missing option.
-pub(super) fn for_client(options: &Options) -> Result<Option<TlsOptions>, String> {
+/// The TLS settings of `-L`.
+fn for_client(options: &Options) -> Result<Option<TlsOptions>, String> {
     let Some(id) = &options.tls_creds else { return Ok(None) };
     let credentials = options.objects.credentials(id, options.list)?;
     let tls = TlsOptions::new(nbd_client::TlsMode::Require);

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use nbd_jobs::key_values::KeyValues;
 use nbd_server::tls::{Matching, Rule, Verdict};
+
+use crate::key_values::KeyValues;
 
 /// The defined objects.
 #[derive(Debug, Default)]
