@@ -45,6 +45,7 @@ pub mod watch;
 
 mod backup;
 pub mod bench;
+pub mod bitmaps;
 #[cfg(feature = "server")]
 pub mod blockdev;
 mod cancellation;
@@ -61,6 +62,7 @@ mod digest;
 mod error;
 mod files;
 pub mod frozen_bits;
+pub mod image_check;
 pub mod image_location;
 pub mod image_map;
 pub mod image_report;

@@ -1,13 +1,13 @@
 //! `nbd-cli bitmap`: the dirty bitmaps of a qcow2 image, without a server.
 
-mod list;
-
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use imgfmt::{BITMAP_GRANULARITY_DEFAULT, BitmapChange, Image, Recording};
-use nbd_jobs::frozen_bits;
+use imgfmt::{BitmapChange, BitmapState, Image, Recording};
+use nbd_jobs::bitmaps::{
+    BitmapList, change_bitmaps, check_all_complete, granularity_default, merges_from,
+};
 
 use super::image::location;
 use super::image::open::OpenArgs;
@@ -15,12 +15,9 @@ use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
 use crate::locking::{ShareArgs, advise_sharing};
-use crate::output::{Output, ReportFormat};
+use crate::output::{Output, ReportFormat, printable};
 use crate::shown::warnings;
-use crate::size::ByteSize;
-
-/// The finest default granularity, in bytes.
-const GRANULARITY_DEFAULT_MIN: u64 = 4 << 10;
+use crate::size::{ByteSize, rounded};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -184,10 +181,7 @@ pub(crate) fn run(args: &BitmapArgs) -> Result<Outcome, CommandError> {
         BitmapCommand::Repair(args) => named(|name| BitmapChange::Repair { name }, args),
         BitmapCommand::Recover(args) => carry_out(args, |image| {
             // They were restored if that was possible.
-            image
-                .bitmaps()
-                .iter()
-                .try_for_each(|it| frozen_bits::check_complete(image, &it.name))?;
+            check_all_complete(image)?;
             Ok(Vec::new())
         }),
     }
@@ -199,8 +193,8 @@ fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
     let image = location.open(&options, &args.server.remotes()).map_err(advise_sharing)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
-        ReportFormat::Json => list::json(&image, &mut output)?,
-        ReportFormat::Text => list::text(&image, &mut output)?,
+        ReportFormat::Json => output.json(&BitmapList::of(&image))?,
+        ReportFormat::Text => text(&image, &mut output)?,
     }
     output.finish()?;
     Ok(Outcome::Success)
@@ -217,29 +211,17 @@ fn add(args: &AddArgs) -> Result<Outcome, CommandError> {
     })
 }
 
-/// The default is QEMU's.
-fn granularity_default(image: &Image) -> Result<u64, CommandError> {
-    let cluster_size = image.info()?.qcow2.map_or(0, |qcow2| qcow2.cluster_size);
-    Ok(cluster_size.clamp(GRANULARITY_DEFAULT_MIN, BITMAP_GRANULARITY_DEFAULT))
-}
-
 fn merge(args: &MergeArgs) -> Result<Outcome, CommandError> {
-    let into = || args.into.clone();
     let changes = match &args.from {
         None => {
-            let merge = |from: &String| BitmapChange::Merge { into: into(), from: from.clone() };
+            let merge =
+                |from: &String| BitmapChange::Merge { into: args.into.clone(), from: from.clone() };
             args.sources.iter().map(merge).collect::<Vec<_>>()
         }
         Some(path) => {
             // Closed again before the other one is opened: one may be the other's backing file.
             let other = args.image.open.read(path, ShareArgs::default())?;
-            let mut changes = Vec::new();
-            for name in &args.sources {
-                frozen_bits::check_complete(&other, name)?;
-                let from = other.dirty_bits(name)?;
-                changes.push(BitmapChange::MergeBits { into: into(), from });
-            }
-            changes
+            merges_from::<CommandError>(&other, &args.sources, &args.into)?
         }
     };
     carry_out(&args.image, |_| Ok(changes))
@@ -251,18 +233,41 @@ fn carry_out(
     changes: impl FnOnce(&Image) -> Result<Vec<BitmapChange>, CommandError>,
 ) -> Result<Outcome, CommandError> {
     let image = args.open.change(&args.path)?;
-    frozen_bits::report_thaw(&image, &*warnings());
-    let changes = changes(&image)?;
-    image
-        .bitmap_transaction(&changes)
-        .map_err(|error| frozen_bits::explain_change(&image, &changes, error))?;
-    // A repair may have made that possible.
-    frozen_bits::report_thawed(&image.thaw_bitmaps()?, &*warnings());
+    change_bitmaps(&image, &*warnings(), changes)?;
     let mut output = Output::new();
     if args.json {
-        list::json(&image, &mut output)?;
+        output.json(&BitmapList::of(&image))?;
     }
     image.close()?;
     output.finish()?;
     Ok(Outcome::Success)
+}
+
+/// Prints one line per bitmap: granularity, recording state, dirty bytes, name.
+fn text(image: &Image, output: &mut Output) -> Result<(), CommandError> {
+    if let Some(damage) = image.bitmap_damage() {
+        output.line(&format!("the bitmaps cannot be found: {}", printable(&damage)))?;
+    }
+    for bitmap in image.bitmaps() {
+        let recording = match bitmap.recording {
+            Recording::Enabled => "enabled",
+            Recording::Disabled => "disabled",
+        };
+        let state = match &bitmap.state {
+            BitmapState::Consistent { dirty_bytes } => format!("{} dirty", rounded(*dirty_bytes)),
+            BitmapState::Inconsistent { reason } => format!("inconsistent: {}", printable(reason)),
+            BitmapState::Damaged { reason } => format!("damaged: {}", printable(reason)),
+            BitmapState::Incomplete { .. } => match bitmap.state.problem() {
+                Some(problem) => format!("incomplete: {}", printable(&problem)),
+                None => "incomplete".into(),
+            },
+            _ => "unknown".into(),
+        };
+        output.line(&format!(
+            "{:>8}  {recording:<8}  {}  {state}",
+            rounded(bitmap.granularity),
+            printable(&bitmap.name),
+        ))?;
+    }
+    Ok(())
 }

@@ -43,6 +43,7 @@ use crate::server_report::ServerReport;
 
 pub use self::backup::BackupReport;
 pub use self::encryption::{EncryptionReport, LuksDetails, LuksReport, LuksSlotReport};
+pub(crate) use self::qcow2::bitmap_flags;
 pub use self::qcow2::{BitmapReport, Qcow2Report};
 pub use self::snapshot::SnapshotReport;
 

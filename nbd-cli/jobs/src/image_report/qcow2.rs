@@ -82,7 +82,7 @@ impl From<&BitmapEntry> for BitmapReport {
 }
 
 /// The flags of a bitmap, with qemu-img's names.
-pub(super) fn bitmap_flags(is_in_use: bool, recording: Recording) -> Vec<&'static str> {
+pub(crate) fn bitmap_flags(is_in_use: bool, recording: Recording) -> Vec<&'static str> {
     let flags = [(is_in_use, "in-use"), (recording == Recording::Enabled, "auto")];
     flags.into_iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag).collect()
 }

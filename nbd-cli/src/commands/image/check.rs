@@ -2,17 +2,13 @@
 
 use std::ffi::OsString;
 use std::io::Write as _;
-use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use imgfmt::{CheckReport, Error, ErrorKind, Format, Image, OpenOptions, OpenPolicy, Repair};
-use nbd_jobs::image_location::{ImageLocation, connect_to};
+use imgfmt::{CheckReport, Format, OpenPolicy, Repair};
+use nbd_jobs::image_check::{CheckSummary, Checked, EXIT_CODE_UNSUPPORTED, Verdict, check};
 use nbd_jobs::qemu_name::path_in;
-use nbd_jobs::remote::Remotes;
-use serde::Serialize;
 
 use super::location;
-use super::open::explained;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
@@ -36,10 +32,6 @@ Exit codes, for the state after repair:
   2  corruptions
   3  leaks, but no corruption
   63 images of this format cannot be checked";
-
-const CORRUPTIONS: u8 = 2;
-const LEAKS: u8 = 3;
-const UNSUPPORTED: u8 = 63;
 
 /// Arguments of `nbd-cli image check`.
 #[derive(Debug, Args)]
@@ -82,36 +74,6 @@ pub enum RepairChoice {
     All,
 }
 
-/// The keys, and their absence at zero, are those of qemu-img.
-#[derive(Serialize)]
-#[serde(rename_all = "kebab-case")]
-struct CheckOutcome {
-    filename: String,
-    format: &'static str,
-    check_errors: u64,
-    image_end_offset: u64,
-    total_clusters: u64,
-    #[serde(skip_serializing_if = "is_zero")]
-    allocated_clusters: u64,
-    #[serde(skip_serializing_if = "is_zero")]
-    compressed_clusters: u64,
-    #[serde(skip_serializing_if = "is_zero")]
-    fragmented_clusters: u64,
-    #[serde(skip_serializing_if = "is_zero")]
-    corruptions: u64,
-    #[serde(skip_serializing_if = "is_zero")]
-    leaks: u64,
-    #[serde(skip_serializing_if = "is_zero")]
-    corruptions_fixed: u64,
-    #[serde(skip_serializing_if = "is_zero")]
-    leaks_fixed: u64,
-}
-
-#[allow(clippy::trivially_copy_pass_by_ref)] // The signature that serde calls.
-fn is_zero(number: &u64) -> bool {
-    *number == 0
-}
-
 pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
     let share = ShareArgs { force_share: args.force_share };
     let mut options = share.apply(args.locks.options()).policy(OpenPolicy::deny());
@@ -122,86 +84,29 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
         Some(RepairChoice::All) => Repair::All,
     };
     let location = location::parse_alone(&args.path, &args.server)?;
-    let report = match check(&location, &options, repair, &args.server.remotes())? {
-        Ok(report) => report,
-        Err(why) => {
-            let _ = writeln!(std::io::stderr(), "nbd-cli: {why}");
-            return Ok(Outcome::Status(UNSUPPORTED));
+    let checked = check(&location, &options, repair, &args.server.remotes());
+    match checked.map_err(advise_sharing)? {
+        Checked::Examined(report) => {
+            unless_closed(print(args, &report))?;
+            Ok(Outcome::Status(Verdict::of(&report).exit_code()))
         }
-    };
-    unless_closed(print(args, &report))?;
-    Ok(match (report.corruptions, report.leaks) {
-        (0, 0) => Outcome::Success,
-        (0, _) => Outcome::Status(LEAKS),
-        _ => Outcome::Status(CORRUPTIONS),
-    })
+        Checked::Unsupported(why) => {
+            let _ = writeln!(std::io::stderr(), "nbd-cli: {why}");
+            Ok(Outcome::Status(EXIT_CODE_UNSUPPORTED))
+        }
+    }
 }
 
 fn print(args: &CheckArgs, report: &CheckReport) -> Result<(), CommandError> {
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
-        ReportFormat::Json => output.json(&json(args, report))?,
+        ReportFormat::Json => {
+            let name = path_in(&args.path).to_string_lossy().into_owned();
+            output.json(&CheckSummary::new(name, report))?;
+        }
         ReportFormat::Text => text(report, &mut output)?,
     }
     output.finish()
-}
-
-/// The inner error means that such an image cannot be checked.
-fn check(
-    location: &ImageLocation,
-    options: &OpenOptions,
-    repair: Repair,
-    remotes: &Remotes,
-) -> Result<Result<CheckReport, Error>, CommandError> {
-    let (location, options) = location.settled(options, remotes)?;
-    let options = &options;
-    let (checked, can_be_described) = match location {
-        ImageLocation::Export { .. } if repair != Repair::None => {
-            return Err(CommandError::new(format!(
-                "cannot repair {location}: an export is only checked, because nothing keeps others \
-                 from using it meanwhile; repair the image where its file is"
-            )));
-        }
-        ImageLocation::Export { uri, files } => {
-            let storage = Arc::new(connect_to(uri, *files, remotes)?);
-            let checked = Image::check_storage(storage.clone(), options, Repair::None)
-                .map_err(|error| error.with_path(uri.to_string()));
-            (checked, Image::inspect_storage(storage, options).is_ok())
-        }
-        file => {
-            let checked = Image::check_file(file.path(), options, repair);
-            (checked, Image::inspect_file(file.path(), options).is_ok())
-        }
-    };
-    match checked {
-        Ok(report) => Ok(Ok(report)),
-        // An image that cannot even be described has an unknown feature.
-        Err(error)
-            if error.kind() == ErrorKind::Unsupported
-                && (error.found_format().is_some() || can_be_described) =>
-        {
-            Ok(Err(error))
-        }
-        Err(error) => Err(advise_sharing(explained(error))),
-    }
-}
-
-fn json(args: &CheckArgs, report: &CheckReport) -> CheckOutcome {
-    CheckOutcome {
-        filename: path_in(&args.path).to_string_lossy().into_owned(),
-        // No other format can be checked.
-        format: Format::Qcow2.name(),
-        check_errors: 0,
-        image_end_offset: report.image_end_offset,
-        total_clusters: report.total_clusters,
-        allocated_clusters: report.allocated_clusters,
-        compressed_clusters: report.compressed_clusters,
-        fragmented_clusters: report.fragmented_clusters,
-        corruptions: report.corruptions,
-        leaks: report.leaks,
-        corruptions_fixed: report.corruptions_repaired,
-        leaks_fixed: report.leaks_repaired,
-    }
 }
 
 fn text(report: &CheckReport, output: &mut Output) -> Result<(), CommandError> {
