@@ -10,8 +10,8 @@ use crate::commands::{
 };
 
 pub use crate::logging::{LogArgs, LogFormat};
-pub use crate::size::ByteSize;
 pub use crate::terminal::ColorChoice;
+pub use nbd_jobs::size::ByteSize;
 
 /// The text after the list of commands.
 const AFTER_HELP: &str = "\

@@ -9,12 +9,12 @@ use nbd_client::{Client, Connector, Error, LocalFiles, TlsMode, VerifyPeer};
 use nbd_jobs::JobErrorKind;
 use nbd_jobs::connect::{self, ConnectOptions, TlsSettings};
 use nbd_jobs::remote::Remotes;
+use nbd_jobs::size::parse_duration;
 use nbd_proto::NbdUri;
 use nbd_proto::tls::CA_CERTIFICATE_FILE;
 
 use crate::error::CommandError;
 use crate::signals;
-use crate::size::parse_duration;
 
 /// The TLS options of the client commands.
 #[derive(Clone, Debug, Default, Args)]

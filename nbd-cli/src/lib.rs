@@ -9,7 +9,6 @@ mod async_runtime;
 pub mod commands;
 mod connect;
 mod context;
-mod date;
 mod drawing;
 mod error;
 mod file_path;
@@ -24,7 +23,6 @@ mod screen;
 mod serving;
 mod shown;
 mod signals;
-mod size;
 mod sys;
 mod terminal;
 

@@ -10,9 +10,9 @@ use clap::Args;
 use imgfmt::jobs::RateLimit;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nbd_jobs::chart::CharacterSet;
+use nbd_jobs::size::{ByteSize, rounded};
 
 use crate::output::ReportFormat;
-use crate::size::{ByteSize, rounded};
 use crate::terminal::character_set;
 
 /// When progress is shown.

@@ -56,6 +56,7 @@ pub mod connect;
 pub mod control;
 pub mod convert;
 pub mod copy;
+pub mod date;
 #[cfg(feature = "devices")]
 pub mod devices;
 mod digest;
@@ -84,6 +85,7 @@ mod restore;
 pub mod server_report;
 #[cfg(feature = "server")]
 pub mod serving;
+pub mod size;
 #[cfg(feature = "server")]
 pub mod takeover;
 pub mod target;

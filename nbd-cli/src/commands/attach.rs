@@ -14,6 +14,7 @@ use nbd_jobs::devices::{
     AttachOptions, Attached, Backend, ensure_driver, parse_device, waits_for_adoption,
 };
 use nbd_jobs::serving::{ServeOptions, Writes};
+use nbd_jobs::size::{ByteSize, parse_duration};
 use nbd_jobs::{JobContext, qemu_name};
 use nbd_proto::NbdUri;
 use nbd_server::ServerConfig;
@@ -34,7 +35,6 @@ use crate::serving::{
 };
 use crate::shown::warnings;
 use crate::signals::{EndSignals, Hangup};
-use crate::size::{ByteSize, parse_duration};
 
 /// Time to wait for the image of a killed process: the kernel may release it after the process has
 /// ended, when its last requests have.

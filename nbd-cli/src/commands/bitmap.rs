@@ -8,6 +8,7 @@ use imgfmt::{BitmapChange, BitmapState, Image, Recording};
 use nbd_jobs::bitmaps::{
     BitmapList, change_bitmaps, check_all_complete, granularity_default, merges_from,
 };
+use nbd_jobs::size::{ByteSize, rounded};
 
 use super::image::location;
 use super::image::open::OpenArgs;
@@ -17,7 +18,6 @@ use crate::file_path::FilePathParser;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable};
 use crate::shown::warnings;
-use crate::size::{ByteSize, rounded};
 
 const AFTER_HELP: &str = "\
 Examples:

@@ -8,12 +8,12 @@ use std::time::SystemTime;
 
 use clap::Args;
 use nbd_jobs::qemu_name::{is_name_of_server, path_in};
+use nbd_jobs::size::{exact, rounded};
 use serde_json::Value;
 
 use self::command::ControlCommand;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable};
-use crate::size::{exact, rounded};
 use nbd_jobs::control::{self, CheckpointStarted, Listing, Request, Traffic};
 
 const AFTER_HELP: &str = "\

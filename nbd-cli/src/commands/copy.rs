@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 
 use clap::Args;
 use nbd_jobs::checksum::ChecksumAlgorithm;
+use nbd_jobs::size::ByteSize;
 use nbd_jobs::{
     Copied, CopyOptions, Durable, JobContext, JobErrorKind, Knowledge, Location, Zeroes,
 };
@@ -17,7 +18,6 @@ use crate::locking::{LockArgs, ShareArgs, advise_sharing};
 use crate::output::{Output, printable};
 use crate::progress::{ProgressArgs, RateArgs};
 use crate::shown::Shown;
-use crate::size::ByteSize;
 
 const AFTER_HELP: &str = "\
 Sources and destinations:

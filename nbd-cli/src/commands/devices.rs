@@ -2,11 +2,11 @@
 
 use clap::Args;
 use nbd_jobs::devices::{AttachedDevice, attached_devices, kernel_has_devices};
+use nbd_jobs::size::rounded;
 use serde::Serialize;
 
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable, warn};
-use crate::size::rounded;
 
 const AFTER_HELP: &str = "\
 Examples:

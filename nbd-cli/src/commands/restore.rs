@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
+use nbd_jobs::size::rounded;
 use nbd_jobs::{JobContext, JobErrorKind, Location, RestoreCheck as Check, RestoreOptions, Verify};
 use serde::Serialize;
 
@@ -19,7 +20,6 @@ use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable, warn};
 use crate::progress::{RateArgs, SummaryArgs};
 use crate::shown::Shown;
-use crate::size::rounded;
 
 const AFTER_HELP: &str = "\
 Examples:

@@ -21,6 +21,7 @@ use std::time::Duration;
 use nbd_jobs::control::server::{ControlSocket, Controller};
 use nbd_jobs::monitor::{Monitor, MonitorError, RunningMonitor};
 use nbd_jobs::serving::PrivateDirectory;
+use nbd_jobs::size::ByteSize;
 use nbd_server::tls::TlsMode;
 use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, Server, ServerConfig};
 use tokio::task::JoinHandle;
@@ -46,7 +47,6 @@ use crate::serving::background::{self, Role};
 pub use crate::serving::{Aio, BitmapDurability, CacheMode, DetectZeroes, Discard};
 use crate::serving::{PidFile, drain, runtime, serve_error, serve_until_signal, service_manager};
 use crate::signals::{self, EndSignals, Hangup};
-use crate::size::ByteSize;
 
 pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
     if args.role == Role::Background {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Args;
 use nbd_jobs::JobError;
 use nbd_jobs::chart::Color;
+use nbd_jobs::size::parse_duration;
 use nbd_jobs::status::Status;
 use nbd_jobs::watch::{Activity, Line, LineKind, Order, WatchSource, table};
 
@@ -14,7 +15,6 @@ use crate::error::{CommandError, Outcome};
 use crate::output::Output;
 use crate::screen::Screen;
 use crate::signals::{TerminalSignal, on_terminal_signals};
-use crate::size::parse_duration;
 use crate::terminal::{self, ColorChoice};
 
 const AFTER_HELP: &str = "\

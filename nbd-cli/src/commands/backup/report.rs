@@ -3,12 +3,12 @@
 use std::fs::Metadata;
 
 use nbd_jobs::BackedUp;
+use nbd_jobs::size::rounded;
 use serde::Serialize;
 
 use super::args::BackupArgs;
 use crate::error::CommandError;
 use crate::output::{Output, ReportFormat, printable};
-use crate::size::rounded;
 
 /// The result of a backup. Sizes are in bytes.
 #[derive(Debug, Serialize)]

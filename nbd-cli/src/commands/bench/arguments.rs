@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use nbd_jobs::size::{parse_duration, parse_limit};
 use nbd_proto::NbdUri;
 
 use super::sizes::{DiskRange, WeightedSize};
 use crate::connect::TlsArgs;
 use crate::progress::ProgressArgs;
-use crate::size::{parse_duration, parse_limit};
 
 const AFTER_HELP: &str = "\
 Only --workload read leaves the disk unchanged. The others overwrite it with useless data, and are

@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use crate::size::ByteSize;
+use nbd_jobs::size::ByteSize;
 
 /// A size with a weight: `4K`, `64K:3`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use nbd_jobs::bench::{BenchInterval, BenchReport, KindReport, Stage, VerifyReport};
-
-use crate::size::ByteSize;
+use nbd_jobs::size::ByteSize;
 
 const MEBIBYTE: f64 = 1_048_576.0;
 

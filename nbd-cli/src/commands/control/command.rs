@@ -3,8 +3,7 @@
 use clap::builder::{BoolishValueParser, PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Subcommand};
 use nbd_jobs::control::{IfMissing, IfUnusable, InitialState, Lifetime, OnUse, Outcome, Request};
-
-use crate::size::ByteSize;
+use nbd_jobs::size::ByteSize;
 
 /// A request as a command line. Names are those of exports and of bitmaps in their images.
 #[derive(Debug, Clone, PartialEq, Eq, Subcommand)]

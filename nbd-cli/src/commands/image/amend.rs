@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, ValueEnum};
 use imgfmt::{Amendment, Image, LazyRefcounts, Qcow2Version};
 use nbd_jobs::key_values::KeyValues;
+use nbd_jobs::size::ByteSize;
 
 use super::create::Compat;
 use super::info::print_json;
@@ -12,7 +13,6 @@ use super::open::{OpenArgs, explained};
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
 use crate::output::printable;
-use crate::size::ByteSize;
 
 const AFTER_HELP: &str = "\
 Examples:

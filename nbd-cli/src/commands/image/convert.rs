@@ -9,6 +9,7 @@ use imgfmt::jobs::{Background, Clusters};
 use imgfmt::{CreateOptions, Format};
 use nbd_jobs::convert::{ConvertOptions, CopiedBitmaps, Destination, convert};
 use nbd_jobs::image_location::ImageLocation;
+use nbd_jobs::size::parse_duration;
 use nbd_jobs::{Durable, JobContext};
 
 use super::create::{Compat, Qcow2Args};
@@ -22,7 +23,6 @@ use crate::output::warn;
 use crate::progress::{ProgressArgs, RateArgs};
 use crate::serving::CacheMode;
 use crate::shown::Shown;
-use crate::size::parse_duration;
 
 const AFTER_HELP: &str = "\
 Examples:

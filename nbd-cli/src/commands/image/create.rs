@@ -9,6 +9,7 @@ use imgfmt::{
     Qcow2Version,
 };
 use nbd_jobs::remote::allow_exports;
+use nbd_jobs::size::ByteSize;
 use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 
 use super::info::print_json;
@@ -20,7 +21,6 @@ use crate::locking::LockArgs;
 use crate::output::warn;
 use crate::shown::warnings;
 use crate::signals;
-use crate::size::ByteSize;
 
 const AFTER_HELP: &str = "\
 Examples:

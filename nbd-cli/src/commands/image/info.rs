@@ -12,6 +12,7 @@ use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::image_report::{
     DescribedImage, FormatSpecific, FormatSpecificData, ImageReport, describe, describe_chain,
 };
+use nbd_jobs::size::{exact, rounded};
 
 use super::location;
 use super::open::OpenArgs;
@@ -20,7 +21,6 @@ use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable};
-use crate::size::{exact, rounded};
 use crate::terminal;
 
 const AFTER_HELP: &str = "\

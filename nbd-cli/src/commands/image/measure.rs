@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use clap::Args;
 use imgfmt::jobs::{JobContext, MeasuredDisk, measure};
 use imgfmt::{CreateOptions, Format};
+use nbd_jobs::size::{ByteSize, rounded};
 use serde::Serialize;
 
 use super::create::Qcow2Args;
@@ -15,7 +16,6 @@ use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat};
-use crate::size::{ByteSize, rounded};
 
 const AFTER_HELP: &str = "\
 Examples:

@@ -5,12 +5,12 @@ use std::str::FromStr;
 
 use clap::Args;
 use imgfmt::Shrink;
+use nbd_jobs::size::ByteSize;
 
 use super::info::print_json;
 use super::open::OpenArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
-use crate::size::ByteSize;
 
 const AFTER_HELP: &str = "\
 Examples:

@@ -5,19 +5,19 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use imgfmt::{Image, OpenOptions, Snapshot};
+use nbd_jobs::date::date_and_time;
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::image_report::SnapshotReport;
 use nbd_jobs::remote::Remotes;
+use nbd_jobs::size::rounded;
 
 use super::location;
 use super::open::OpenArgs;
 use crate::connect::ServerArgs;
-use crate::date::date_and_time;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable};
-use crate::size::rounded;
 
 const AFTER_HELP: &str = "\
 Examples:

@@ -4,11 +4,11 @@ use std::num::NonZeroU64;
 use std::str::FromStr;
 
 use clap::Args;
+use nbd_jobs::size::ByteSize;
 use nbd_server::export::ExportEntry;
 use nbd_server::{AccessRules, ClientRule, Quota};
 
 use crate::error::CommandError;
-use crate::size::ByteSize;
 use crate::sys;
 
 /// Rules and quotas of exports.

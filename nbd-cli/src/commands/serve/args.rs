@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 use nbd_jobs::monitor::MetricsAddress;
+use nbd_jobs::size::{ByteSize, parse_busy_poll, parse_duration, parse_limit};
 
 use super::address::TcpAddress;
 use super::export::ExportArgs;
@@ -13,7 +14,6 @@ use super::socket_file::SocketFileArgs;
 use super::tls::TlsArgs;
 use crate::serving::Aio;
 use crate::serving::background::Role;
-use crate::size::{ByteSize, parse_busy_poll, parse_duration, parse_limit};
 
 const AFTER_HELP: &str = "\
 Sources:

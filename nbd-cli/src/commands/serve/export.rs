@@ -4,13 +4,13 @@ use std::ffi::OsString;
 use std::sync::Arc;
 
 use clap::Args;
+use nbd_jobs::size::ByteSize;
 
 use super::access::AccessArgs;
 use super::upstream::UpstreamArgs;
 use crate::commands::image::open::TrustArgs;
 use crate::image_format::ImageFormat;
 use crate::serving::{BitmapDurability, CacheMode, DetectZeroes, Discard};
-use crate::size::ByteSize;
 
 /// The properties of an export.
 #[derive(Clone, Debug, Args)]

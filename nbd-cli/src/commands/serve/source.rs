@@ -10,6 +10,7 @@ use imgfmt::{Format, Image, OpenOptions};
 use nbd_jobs::control::server::{ServedDisk, ServedDisks};
 use nbd_jobs::control::{ErrorKind, Failure};
 use nbd_jobs::serving::{OfferedBitmaps, OpenError, OpenedExport, ServeOptions, Writes};
+use nbd_jobs::size::ByteSize;
 use nbd_jobs::{JobContext, qemu_name};
 use nbd_proto::NbdUri;
 use nbd_server::ExportRegistry;
@@ -23,7 +24,6 @@ use crate::error::CommandError;
 use crate::locking::ShareArgs;
 use crate::serving::temporary_directory;
 use crate::shown::warnings;
-use crate::size::ByteSize;
 
 /// How long an image is waited for that another program was to take over.
 const PATIENCE_AFTER_TAKEOVER: Duration = Duration::from_secs(10);

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use nbd_jobs::size::{parse_duration, parse_limit};
 use nbd_proto::NbdUri;
 use nbd_proto::uri::Security;
 
 use crate::connect::{OnOff, ServerArgs, TlsArgs, TlsChoice};
 use crate::error::CommandError;
-use crate::size::{parse_duration, parse_limit};
 
 /// The use of servers whose NBD URIs are sources.
 #[derive(Clone, Debug, Args)]

@@ -6,9 +6,9 @@ use clap::Args;
 use nbd_jobs::certificates::{
     HostName, Issue, Issued, NewAuthority, Role, issue, new_authority, parse_text, server_name,
 };
+use nbd_jobs::date::date;
 
 use super::existing::existing;
-use crate::date::date;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, printable};
 use crate::shown::warnings;

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 use nbd_jobs::certificates::{Due, Renewal, renew};
+use nbd_jobs::date::date;
 
 use super::issue::MAX_DAYS;
-use crate::date::date;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, printable};
 use crate::shown::warnings;

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 use nbd_jobs::certificates::{CertificateInfo, CertificateKind, CredentialInfo, Validity, inspect};
+use nbd_jobs::date::date_and_time;
 use serde::Serialize;
 
 use super::issue::MAX_DAYS;
-use crate::date::date_and_time;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable};
 

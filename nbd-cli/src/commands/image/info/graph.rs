@@ -5,10 +5,9 @@ use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt as _;
 
 use imgfmt::ImageInfo;
+use nbd_jobs::date::date_and_time;
 use nbd_jobs::graph::{GraphNode, Relation};
 use nbd_jobs::image_location::ImageLocation;
-
-use crate::date::date_and_time;
 
 /// Returns an image, and its data file if it has one.
 pub(super) fn nodes(location: &ImageLocation, info: &ImageInfo, is_first: bool) -> Vec<GraphNode> {

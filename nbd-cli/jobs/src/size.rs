@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-pub(crate) use nbd_jobs::text::{exact, rounded};
+pub use crate::text::{exact, rounded};
 
 /// A number of bytes, written as `4096`, `64K`, `1G` or `2GiB`; suffixes are powers of 1024.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,8 +62,12 @@ fn shift_of(suffix: &str) -> Option<u32> {
     }
 }
 
-/// A polling time: `0`, or a duration such as `33us` or `1ms`, which is the most.
-pub(crate) fn parse_busy_poll(text: &str) -> Result<Duration, String> {
+/// Parses a polling time: `0`, or a duration such as `33us` or `1ms`, which is the most.
+///
+/// # Errors
+///
+/// A sentence with what is possible.
+pub fn parse_busy_poll(text: &str) -> Result<Duration, String> {
     let wrong =
         || format!("'{text}' is not a time from 0 to 1ms; give microseconds such as 33us, or 0");
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
@@ -82,8 +86,12 @@ pub(crate) fn parse_busy_poll(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// A duration, written as `10` (seconds), `10s`, `500ms` or `2m`.
-pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+/// Parses a duration, written as `10` (seconds), `10s`, `500ms` or `2m`: from a millisecond to a day.
+///
+/// # Errors
+///
+/// A sentence with what is possible.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
     let wrong =
@@ -104,7 +112,11 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
 
 /// Like [`parse_duration`], or `0` (with or without a unit) for no limit, which is returned as
 /// zero.
-pub(crate) fn parse_limit(text: &str) -> Result<Duration, String> {
+///
+/// # Errors
+///
+/// As [`parse_duration`].
+pub fn parse_limit(text: &str) -> Result<Duration, String> {
     match text {
         "0" | "0s" | "0m" | "0ms" => Ok(Duration::ZERO),
         _ => parse_duration(text),

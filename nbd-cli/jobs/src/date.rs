@@ -1,14 +1,14 @@
 //! Dates of the Gregorian calendar.
 
 /// Formats seconds since 1970 as date and time in UTC: `2024-12-31 23:59:59 UTC`.
-pub(crate) fn date_and_time(seconds: u64) -> String {
+pub fn date_and_time(seconds: u64) -> String {
     let second = seconds % 86_400;
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
     format!("{} {hour:02}:{minute:02}:{second:02} UTC", date(seconds))
 }
 
 /// Formats the day of seconds since 1970 in UTC: `2024-12-31`.
-pub(crate) fn date(seconds: u64) -> String {
+pub fn date(seconds: u64) -> String {
     // Years are counted from March, so that the day of a leap year comes last; an era has 400.
     let days = seconds / 86_400 + 719_468;
     let (era, day) = (days / 146_097, days % 146_097);
