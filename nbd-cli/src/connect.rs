@@ -194,28 +194,6 @@ fn usual_directory() -> Option<PathBuf> {
         .find(|directory| directory.join(CA_CERTIFICATE_FILE).is_file())
 }
 
-/// Refuses to copy an export to itself, as far as the URIs show.
-///
-/// # Errors
-///
-/// If both name the same export of the same server.
-pub(crate) fn refuse_same_export(
-    source: Option<&NbdUri>,
-    destination: Option<&NbdUri>,
-) -> Result<(), CommandError> {
-    match (source, destination) {
-        (Some(source), Some(destination))
-            if source.transport == destination.transport
-                && source.export_name == destination.export_name =>
-        {
-            Err(CommandError::new(format!(
-                "{source} is the source and the destination; give another destination"
-            )))
-        }
-        _ => Ok(()),
-    }
-}
-
 /// Connects, unless a signal interrupts that; if the export does not exist, the error lists the
 /// existing ones.
 pub(crate) async fn connect(connector: &Connector, uri: &NbdUri) -> Result<Client, CommandError> {

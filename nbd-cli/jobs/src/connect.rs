@@ -146,6 +146,28 @@ impl TlsSettings {
     }
 }
 
+/// Refuses to copy an export to itself, as far as the URIs show.
+///
+/// # Errors
+///
+/// If both name the same export of the same server.
+pub fn refuse_same_export(
+    source: Option<&NbdUri>,
+    destination: Option<&NbdUri>,
+) -> Result<(), JobError> {
+    match (source, destination) {
+        (Some(source), Some(destination))
+            if source.transport == destination.transport
+                && source.export_name == destination.export_name =>
+        {
+            Err(JobError::invalid(format!(
+                "{source} is the source and the destination; give another destination"
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Connects; if the export does not exist, the error lists the existing ones. `kind` is that of
 /// the error.
 ///

@@ -68,6 +68,7 @@ pub mod image_location;
 pub mod image_map;
 pub mod image_report;
 pub mod key_values;
+pub mod known_names;
 mod lanes;
 mod layers;
 mod location;

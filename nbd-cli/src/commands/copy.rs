@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 
 use clap::Args;
 use nbd_jobs::checksum::ChecksumAlgorithm;
+use nbd_jobs::connect::refuse_same_export;
 use nbd_jobs::size::ByteSize;
 use nbd_jobs::{
     Copied, CopyOptions, Durable, JobContext, JobErrorKind, Knowledge, Location, Zeroes,
@@ -11,7 +12,7 @@ use nbd_jobs::{
 
 use super::checksum::Algorithm;
 use crate::async_runtime::block_on;
-use crate::connect::{ConnectionArgs, TlsArgs, refuse_same_export};
+use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome};
 use crate::location_parser::LocationParser;
 use crate::locking::{LockArgs, ShareArgs, advise_sharing};

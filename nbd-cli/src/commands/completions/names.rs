@@ -7,17 +7,13 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use clap::{Arg, Command};
-use imgfmt::{Image, ImageInfo, Locking, OpenOptions};
-use nbd_client::{Connector, LocalFiles};
-use nbd_jobs::control::{self, Listing, Request};
-use nbd_proto::NbdUri;
-
-use crate::async_runtime::runtime;
+use nbd_jobs::known_names::{
+    bitmaps_in, controlled_bitmaps, controlled_exports, served_bitmaps, served_exports,
+    snapshots_in,
+};
 
 /// A shell waits for the names, and a server may not answer.
 const PATIENCE: Duration = Duration::from_secs(2);
-
-const BITMAP_CONTEXT: &str = "qemu:dirty-bitmap:";
 
 /// Returns the words that can take the place of the last one; none if that is not a name, or if the
 /// server or the image does not answer.
@@ -132,24 +128,24 @@ impl Position {
         let index = self.arguments.last()?.len();
         match (commands.as_slice(), self.id.as_str()) {
             (["control", "add-export" | "bitmap-add"], "name" | "bitmap") => None,
-            (["control", _], "name" | "export") => exports_of(self.arguments.get(1)?.first()?),
-            (["control", _], "bitmap" | "from") => {
-                bitmaps_of(self.arguments.get(1)?.first()?, first()?)
+            (["control", _], "name" | "export") => {
+                controlled_exports(&path(self.arguments.get(1)?.first()?))
             }
-            (["backup"], "export") => exports_of(self.options.get("control")?),
+            (["control", _], "bitmap" | "from") => {
+                controlled_bitmaps(&path(self.arguments.get(1)?.first()?), first()?)
+            }
+            (["backup"], "export") => controlled_exports(&path(self.options.get("control")?)),
             (["backup"], "bitmap") => match self.options.get("control") {
-                Some(socket) => bitmaps_of(socket, self.options.get("export")?),
+                Some(socket) => controlled_bitmaps(&path(socket), self.options.get("export")?),
                 None => served_bitmaps(first()?),
             },
             (["bitmap", "add"], _) => None,
             (["bitmap", _], _) if index > 0 => {
                 let image = self.options.get("from").filter(|_| index > 1);
-                let entries = inspect(image.or(first())?)?.qcow2?.bitmaps;
-                Some(entries.into_iter().map(|bitmap| bitmap.name).collect())
+                bitmaps_in(&path(image.or(first())?))
             }
             (["image", "snapshot", "apply" | "delete"], _) if index > 0 => {
-                let snapshots = inspect(first()?)?.qcow2?.snapshots;
-                Some(snapshots.into_iter().map(|snapshot| snapshot.name).collect())
+                snapshots_in(&path(first()?))
             }
             _ => served_exports(&self.word),
         }
@@ -182,54 +178,6 @@ fn path(text: &str) -> PathBuf {
         (Some(rest), Some(home)) => Path::new(&home).join(rest),
         _ => PathBuf::from(text),
     }
-}
-
-fn listing(socket: &str) -> Option<Listing> {
-    let listing = control::call(&path(socket), &Request::List {}).ok()?;
-    serde_json::from_value(listing).ok()
-}
-
-fn exports_of(socket: &str) -> Option<Vec<String>> {
-    Some(listing(socket)?.exports.into_iter().map(|export| export.name).collect())
-}
-
-fn bitmaps_of(socket: &str, export: &str) -> Option<Vec<String>> {
-    let listing = listing(socket)?;
-    let export = listing.exports.into_iter().find(|state| state.name == *export)?;
-    let name = |bitmap: &serde_json::Value| bitmap["name"].as_str().map(ToOwned::to_owned);
-    Some(export.bitmaps.iter().filter_map(name).collect())
-}
-
-/// The image may be served: it is not locked.
-fn inspect(image: &str) -> Option<ImageInfo> {
-    Image::inspect_file(path(image), &OpenOptions::new().locking(Locking::Shared)).ok()
-}
-
-/// The exports of `nbd://HOST/`, as URIs.
-fn served_exports(word: &str) -> Option<Vec<String>> {
-    let (scheme, rest) = word.split_once("://")?;
-    let (host, _) = rest.split_once('/')?;
-    if !matches!(scheme, "nbd" | "nbds") || host.is_empty() || rest.contains('?') {
-        return None;
-    }
-    let base = format!("{scheme}://{host}/");
-    let connector = Connector::new(base.parse().ok()?).local_files(LocalFiles::Allowed);
-    let exports = runtime().ok()?.block_on(connector.list()).ok()?;
-    let is_plain =
-        |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b));
-    let names = exports.into_iter().map(|export| export.name).filter(|name| is_plain(name));
-    Some(names.map(|name| format!("{base}{name}")).collect())
-}
-
-fn served_bitmaps(uri: &str) -> Option<Vec<String>> {
-    let uri: NbdUri = uri.parse().ok()?;
-    let connector = Connector::new(uri).local_files(LocalFiles::Allowed);
-    let queries = [BITMAP_CONTEXT.to_owned()];
-    let contexts = runtime().ok()?.block_on(connector.list_meta_contexts(&queries)).ok()?;
-    let name = |context: &nbd_proto::wire::MetaContextName| {
-        context.as_str().strip_prefix(BITMAP_CONTEXT).map(ToOwned::to_owned)
-    };
-    Some(contexts.iter().filter_map(name).collect())
 }
 
 #[cfg(test)]

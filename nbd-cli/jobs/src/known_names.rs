@@ -1,0 +1,102 @@
+//! The names that servers and images know, to choose from: exports, bitmaps and snapshots.
+//!
+//! The functions block, and must not be called by asynchronous tasks. They return `None` if the server
+//! or the image does not answer, for whatever reason; a server may take its time. Nothing is locked.
+
+use std::path::Path;
+
+use imgfmt::{Image, ImageInfo, Locking, OpenOptions};
+use nbd_client::{Connector, LocalFiles, blocking};
+use nbd_proto::NbdUri;
+use nbd_proto::wire::MetaContextName;
+
+use crate::control::{self, Listing, Request};
+
+const BITMAP_CONTEXT: &str = "qemu:dirty-bitmap:";
+
+/// Returns the exports of a server with a control socket.
+pub fn controlled_exports(socket: &Path) -> Option<Vec<String>> {
+    Some(listing(socket)?.exports.into_iter().map(|export| export.name).collect())
+}
+
+/// Returns the bitmaps of an export of a server with a control socket.
+pub fn controlled_bitmaps(socket: &Path, export: &str) -> Option<Vec<String>> {
+    let listing = listing(socket)?;
+    let export = listing.exports.into_iter().find(|state| state.name == *export)?;
+    let name = |bitmap: &serde_json::Value| bitmap["name"].as_str().map(ToOwned::to_owned);
+    Some(export.bitmaps.iter().filter_map(name).collect())
+}
+
+fn listing(socket: &Path) -> Option<Listing> {
+    let listing = control::call(socket, &Request::List {}).ok()?;
+    serde_json::from_value(listing).ok()
+}
+
+/// Returns the bitmaps in an image, which may be served.
+pub fn bitmaps_in(image: &Path) -> Option<Vec<String>> {
+    let bitmaps = inspect(image)?.qcow2?.bitmaps;
+    Some(bitmaps.into_iter().map(|bitmap| bitmap.name).collect())
+}
+
+/// Returns the internal snapshots of an image, which may be served.
+pub fn snapshots_in(image: &Path) -> Option<Vec<String>> {
+    let snapshots = inspect(image)?.qcow2?.snapshots;
+    Some(snapshots.into_iter().map(|snapshot| snapshot.name).collect())
+}
+
+fn inspect(image: &Path) -> Option<ImageInfo> {
+    Image::inspect_file(image, &OpenOptions::new().locking(Locking::Shared)).ok()
+}
+
+/// Returns the exports of `nbd://HOST/`, the beginning of a URI, as URIs. Those whose names would have
+/// to be escaped are left out.
+pub fn served_exports(beginning: &str) -> Option<Vec<String>> {
+    let (scheme, rest) = beginning.split_once("://")?;
+    let (host, _) = rest.split_once('/')?;
+    if !matches!(scheme, "nbd" | "nbds") || host.is_empty() || rest.contains('?') {
+        return None;
+    }
+    let base = format!("{scheme}://{host}/");
+    let connector = Connector::new(base.parse().ok()?).local_files(LocalFiles::Allowed);
+    let exports = blocking::list(&connector).ok()?;
+    let is_plain =
+        |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b));
+    let names = exports.into_iter().map(|export| export.name).filter(|name| is_plain(name));
+    Some(names.map(|name| format!("{base}{name}")).collect())
+}
+
+/// Returns the bitmaps that a server offers for the export of a URI.
+pub fn served_bitmaps(uri: &str) -> Option<Vec<String>> {
+    let uri: NbdUri = uri.parse().ok()?;
+    let connector = Connector::new(uri).local_files(LocalFiles::Allowed);
+    let queries = [BITMAP_CONTEXT.to_owned()];
+    let contexts = blocking::list_meta_contexts(&connector, &queries).ok()?;
+    let name = |context: &MetaContextName| {
+        context.as_str().strip_prefix(BITMAP_CONTEXT).map(ToOwned::to_owned)
+    };
+    Some(contexts.iter().filter_map(name).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use imgfmt::{CreateOptions, Format};
+
+    use super::*;
+
+    #[test]
+    fn an_image_in_use_tells_its_names_and_nonsense_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.qcow2");
+        Image::create(&path, &CreateOptions::new(Format::Qcow2, 1 << 20)).unwrap();
+        let options = OpenOptions::new().access(imgfmt::Access::ReadWrite);
+        let mut image = Image::open(&path, &options).unwrap();
+        image.create_snapshot("before").unwrap();
+        assert_eq!(snapshots_in(&path), Some(vec!["before".to_owned()]));
+        assert_eq!(bitmaps_in(&path), Some(Vec::new()));
+        assert_eq!(bitmaps_in(directory.path()), None);
+        assert_eq!(controlled_exports(&path), None);
+        for beginning in ["", "nbd://", "nbd:///", "http://host/", "nbd://host/?socket=x"] {
+            assert_eq!(served_exports(beginning), None, "{beginning}");
+        }
+    }
+}
