@@ -23,7 +23,6 @@ mod screen;
 mod serving;
 mod shown;
 mod signals;
-mod sys;
 mod terminal;
 
 use std::ffi::OsString;

@@ -88,11 +88,15 @@ pub mod server_report;
 pub mod serving;
 pub mod size;
 #[cfg(feature = "server")]
+mod sys;
+#[cfg(feature = "server")]
 pub mod takeover;
 pub mod target;
 pub mod text;
 #[cfg(feature = "server")]
 mod unix_socket;
+#[cfg(feature = "server")]
+pub mod users;
 
 pub use self::backup::{
     BackedUp, BackupOptions, BackupSource, Leftover, Sharing, UnknownBase, backup,

@@ -13,7 +13,7 @@ use nbd_client::{ReplyMode, TransmissionFlags};
 use nbd_jobs::devices::{
     AttachOptions, Attached, Backend, ensure_driver, parse_device, waits_for_adoption,
 };
-use nbd_jobs::serving::{ServeOptions, Writes};
+use nbd_jobs::serving::{ServeOptions, Writes, is_memory};
 use nbd_jobs::size::{ByteSize, parse_duration};
 use nbd_jobs::{JobContext, qemu_name};
 use nbd_proto::NbdUri;
@@ -22,7 +22,6 @@ use nbd_server::export::Export;
 use nbd_server::export::filters::FilterOptions;
 
 use super::image::open::TrustArgs;
-use super::serve::{is_memory, open_source};
 use crate::connect::{ServerArgs, TlsArgs, explain_unknown_export};
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
@@ -286,7 +285,7 @@ async fn opened(
         if device.is_some_and(waits_for_adoption) {
             choices.patience = Some(RELEASE);
         }
-        open_source(&source, &choices)
+        Ok(choices.open_source(&source)?)
     });
     let opened = opening.await.unwrap_or_else(|error| {
         Err(CommandError::new(format!("opening the image was given up: {error}")))

@@ -26,7 +26,7 @@ use nbd_server::tls::TlsMode;
 use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, Server, ServerConfig};
 use tokio::task::JoinHandle;
 
-pub use self::access::{AccessArgs, Clients, ExportRule};
+pub use self::access::AccessArgs;
 use self::address::TcpAddress;
 pub use self::args::ServeArgs;
 use self::captive::Captive;
@@ -36,7 +36,6 @@ pub use self::export::ExportArgs;
 use self::export::ExportSpec;
 use self::reload::{ReloadHandle, Reloader};
 pub use self::socket_file::SocketFileArgs;
-pub(super) use self::source::{is_memory, open as open_source};
 use self::takeover::{HandOver, Opened, Origin};
 pub use self::tls::{TlsArgs, TlsChoice};
 pub use self::upstream::UpstreamArgs;

@@ -14,14 +14,20 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod access;
 mod durability;
 mod error;
 mod options;
 mod patience;
 mod private_directory;
+mod reload;
+mod source;
 mod temporary;
 mod upstream;
 
+pub use self::access::{AccessSettings, Clients, ExportRule};
 pub use self::error::OpenError;
 pub use self::options::{OfferedBitmaps, OpenedExport, ServeOptions, Writes};
 pub use self::private_directory::PrivateDirectory;
+pub use self::reload::{Changes, Configuration, ConfiguredExport, LiveSettings, Settings};
+pub use self::source::{is_memory, same_source, source_uri, split_name};

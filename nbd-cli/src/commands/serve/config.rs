@@ -12,6 +12,7 @@ use std::sync::Arc;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, Args, Command, FromArgMatches, Id};
+use nbd_jobs::serving::{Configuration, ConfiguredExport, Settings};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -27,23 +28,20 @@ const EXPORT: &str = "export";
 const ONLY_ON_COMMAND_LINE: [&str; 9] =
     ["config", "check", "fork", "run", "name", "port", "poll-max-ns", "help", "takeover"];
 
-/// Keys with their values, as options of the command line.
-pub(super) type Settings = BTreeMap<String, Vec<String>>;
-
 /// The content of a file.
 #[derive(Debug, Clone)]
 pub(super) struct Config {
     pub(super) args: ServeArgs,
-    /// The settings of the server.
-    pub(super) server: Settings,
-    pub(super) exports: Vec<ConfiguredExport>,
+    pub(super) configuration: Configuration<Arc<ExportArgs>>,
 }
 
 /// An export of a file.
-#[derive(Debug, Clone)]
-pub(super) struct ConfiguredExport {
-    pub(super) spec: ExportSpec,
-    pub(super) settings: Settings,
+pub(super) type Configured = ConfiguredExport<Arc<ExportArgs>>;
+
+/// Returns what is to be served.
+pub(super) fn spec(export: &Configured) -> ExportSpec {
+    let ConfiguredExport { name, source, options, .. } = export.clone();
+    ExportSpec { name, source, options }
 }
 
 impl Config {
@@ -63,7 +61,7 @@ impl Config {
     }
 
     pub(super) fn specs(&self) -> Vec<ExportSpec> {
-        self.exports.iter().map(|export| export.spec.clone()).collect()
+        self.configuration.exports.iter().map(spec).collect()
     }
 }
 
@@ -144,11 +142,8 @@ fn parse(text: &str) -> Result<Config, Problem> {
         exports.push(export(text, &of_export, value)?);
     }
     check(&args, &exports, &server)?;
-    Ok(Config {
-        args,
-        server: server.settings,
-        exports: exports.into_iter().map(|(_, e)| e).collect(),
-    })
+    let exports = exports.into_iter().map(|(_, export)| export).collect();
+    Ok(Config { args, configuration: Configuration { server: server.settings, exports } })
 }
 
 /// Finds the tables of exports.
@@ -175,7 +170,7 @@ fn export(
     text: &str,
     command: &Command,
     value: &Spanned<DeValue<'_>>,
-) -> Result<(usize, ConfiguredExport), Problem> {
+) -> Result<(usize, Configured), Problem> {
     let line = line_of(text, value.span().start);
     let mut section = Section::new(text, line);
     let (mut name, mut source) = (None, None);
@@ -197,30 +192,31 @@ fn export(
         return Err(Problem { line, message: "an export needs a 'source'".to_owned() });
     };
     let options: ExportArgs = section.parse(command, &[])?;
+    let only_reads = options.read_only || options.temporary || options.snapshot.is_some();
     let (name, options) = (name.unwrap_or_default(), Arc::new(options));
-    let spec = ExportSpec { name, source: source.into(), options };
-    Ok((line, ConfiguredExport { spec, settings: section.settings }))
+    let (source, settings) = (source.into(), section.settings);
+    Ok((line, ConfiguredExport { name, source, only_reads, settings, options }))
 }
 
 /// Checks what concerns several options or exports.
 fn check(
     args: &ServeArgs,
-    exports: &[(usize, ConfiguredExport)],
+    exports: &[(usize, Configured)],
     server: &Section<'_>,
 ) -> Result<(), Problem> {
     if exports.is_empty() && args.control.is_none() {
         let message = "there is no [[export]], and no 'control' socket to add one".to_owned();
         return Err(Problem { line: 1, message });
     }
-    for (index, (line, ConfiguredExport { spec, .. })) in exports.iter().enumerate() {
+    for (index, (line, export)) in exports.iter().enumerate() {
         let problem = |error: CommandError| Problem { line: *line, message: error.to_string() };
-        if exports[..index].iter().any(|(_, other)| other.spec.name == spec.name) {
-            let message = format!("there is another export with the name '{}'", spec.name);
+        if exports[..index].iter().any(|(_, other)| other.name == export.name) {
+            let message = format!("there is another export with the name '{}'", export.name);
             return Err(Problem { line: *line, message });
         }
-        source::check(spec, args.tls.has_credentials()).map_err(problem)?;
+        source::check(&spec(export), args.tls.has_credentials()).map_err(problem)?;
     }
-    let is_known = |name: &&String| exports.iter().any(|(_, export)| export.spec.name == **name);
+    let is_known = |name: &&String| exports.iter().any(|(_, export)| export.name == **name);
     if let Some(unknown) = args.tls.tls_only.iter().find(|name| !is_known(name)) {
         let line = server.lines.get("tls-only").copied().unwrap_or(1);
         return Err(Problem { line, message: format!("tls-only: there is no export '{unknown}'") });
@@ -351,12 +347,12 @@ mod tests {
         .unwrap();
         assert_eq!((config.args.listen.len(), config.args.max_connections), (2, 7));
         assert!(config.args.busy_poll.is_zero() && config.args.sources.is_empty());
-        let [first, second] = &config.exports[..] else { panic!("{config:?}") };
-        assert_eq!(first.spec.name, "vm");
-        assert!(first.spec.options.read_only && !first.spec.options.hidden);
-        assert_eq!(first.spec.options.access.allow.len(), 2);
-        assert_eq!(first.spec.options.access.client_rate.map(u64::from), Some(1 << 20));
-        assert_eq!((second.spec.name.as_str(), second.spec.options.read_only), ("", false));
+        let [first, second] = &config.configuration.exports[..] else { panic!("{config:?}") };
+        assert_eq!(first.name, "vm");
+        assert!(first.options.read_only && !first.options.hidden);
+        assert_eq!(first.options.access.allow.len(), 2);
+        assert_eq!(first.options.access.client_rate.map(u64::from), Some(1 << 20));
+        assert_eq!((second.name.as_str(), second.options.read_only), ("", false));
     }
 
     #[test]

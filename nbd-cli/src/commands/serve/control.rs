@@ -6,7 +6,7 @@ use std::sync::Arc;
 use imgfmt::Locking;
 use nbd_jobs::control::server::{ControlEvent, Controller, RequestedSource, ServedDisks};
 use nbd_jobs::control::{ErrorKind, Failure};
-use nbd_jobs::serving::{ServeOptions, Writes};
+use nbd_jobs::serving::{ServeOptions, Writes, is_memory};
 use nbd_server::ServerHandle;
 use nbd_server::export::ExportEntry;
 
@@ -24,12 +24,13 @@ pub(super) fn controller(
     let (choices, args) = (source::choices(&args.export), Arc::clone(args));
     let controller = Controller::new(server, disks).observer(log).open_sources(move |requested| {
         let choices = choices_for(&choices, requested);
-        let opened = source::open(requested.source.as_ref(), &choices)
+        let opened = choices
+            .open_source(requested.source.as_ref())
             .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))?;
-        let disk = source::served_disk(requested.source.clone(), opened);
+        let disk = opened.into_disk(requested.source.clone());
         let disk = disk.configured(|entry| configured(&args, &requested.name, entry));
         let source = OsString::from(&requested.source);
-        let is_lost = source::is_memory(&source);
+        let is_lost = is_memory(&source);
         Ok(if is_lost { disk } else { source::reopened(disk, source, choices) })
     });
     match temporary_directory() {
@@ -46,7 +47,7 @@ fn configured(args: &ServeArgs, name: &str, mut entry: ExportEntry) -> ExportEnt
     if args.export.hidden {
         entry = entry.hidden();
     }
-    args.export.access.apply(name, entry)
+    args.export.access.settings().apply(name, entry)
 }
 
 fn choices_for(common: &ServeOptions, requested: &RequestedSource) -> ServeOptions {

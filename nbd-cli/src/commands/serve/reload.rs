@@ -1,12 +1,11 @@
 //! A server with a configuration file reads it again, on SIGHUP and on request.
 
-use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nbd_jobs::control::server::Controller;
 use nbd_jobs::control::{ErrorKind, Failure};
-use nbd_jobs::qemu_name;
+use nbd_jobs::serving::{Changes, LiveSettings};
 use nbd_jobs::text::without_error_numbers;
 use nbd_server::ServerHandle;
 use nbd_server::export::ExportEntry;
@@ -16,27 +15,27 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use super::config::{Config, ConfiguredExport, Settings};
-use super::export::ExportSpec;
+use super::config::{Config, Configured, spec};
 use super::source::{self, Source};
 use crate::error::CommandError;
 use crate::serving::service_manager;
 
-/// Options of exports that can change while they are served.
-const LIVE: [&str; 10] = [
-    "description",
-    "hidden",
-    "allow",
-    "readonly-for",
-    "client-connections",
-    "client-rate",
-    "client-iops",
-    "export-connections",
-    "export-rate",
-    "export-iops",
-];
-/// Options of the server that can change while it runs.
-const LIVE_OF_SERVER: [&str; 1] = ["tls-only"];
+/// Options that can change while the server runs.
+const LIVE: LiveSettings<'static> = LiveSettings {
+    server: &["tls-only"],
+    exports: &[
+        "description",
+        "hidden",
+        "allow",
+        "readonly-for",
+        "client-connections",
+        "client-rate",
+        "client-iops",
+        "export-connections",
+        "export-rate",
+        "export-iops",
+    ],
+};
 
 /// A request to read the file again, and where the result goes.
 type Wish = oneshot::Sender<Result<Value, Failure>>;
@@ -70,16 +69,6 @@ pub(super) struct Reloader {
     server: ServerHandle,
     /// Of a server with a control socket.
     controller: Option<Arc<Controller>>,
-}
-
-/// The changes that a new file requests.
-struct Changes {
-    added: Vec<ConfiguredExport>,
-    removed: Vec<ConfiguredExport>,
-    /// The settings that cannot change while the server runs.
-    left: Vec<String>,
-    /// The new file, with the old values of what is left.
-    config: Config,
 }
 
 fn lock(config: &Mutex<Config>) -> MutexGuard<'_, Config> {
@@ -137,11 +126,21 @@ impl Reloader {
 
     /// Makes the server what the file says now. After an error nothing has changed.
     async fn reload(&mut self) -> Result<Value, CommandError> {
-        let changes = self.compare(Config::read(&self.path)?)?;
-        let Changes { added, removed, mut left, mut config } = changes;
+        let mut config = Config::read(&self.path)?;
+        self.check_tls_only(&config)?;
+        let served: Vec<_> =
+            self.server.exports().entries().into_iter().map(|(name, _)| name).collect();
+        let (old, new) = (&self.config.configuration, &mut config.configuration);
+        let Changes { added, removed, mut left, keeps_server, .. } =
+            old.changes_to(new, LIVE, &served)?;
+        if keeps_server {
+            let mut args = self.config.args.clone();
+            args.tls.tls_only.clone_from(&config.args.tls.tls_only);
+            config.args = args;
+        }
         let is_controlled = self.controller.is_some();
         let tls_only = config.args.tls.tls_only.clone();
-        let specs: Vec<_> = added.iter().map(|export| export.spec.clone()).collect();
+        let specs: Vec<_> = added.iter().map(spec).collect();
         let only = tls_only.clone();
         // Opening a layer on another server blocks.
         let opened = tokio::task::spawn_blocking(move || {
@@ -159,16 +158,18 @@ impl Reloader {
         let added = self.add_all(added, opened, &mut config, &mut left).await;
         let exports = self.server.exports();
         for (name, entry) in exports.entries() {
-            let Some(export) = config.exports.iter().find(|export| export.spec.name == name) else {
+            let Some(export) =
+                config.configuration.exports.iter().find(|export| export.name == name)
+            else {
                 continue;
             };
-            let entry = source::entry(&export.spec, &tls_only, entry.with_default_properties());
+            let entry = source::entry(&spec(export), &tls_only, entry.with_default_properties());
             if let Err(error) = exports.replace(&name, entry) {
                 left.push(format!("{name}: {error}"));
             }
         }
-        if let Some(first) = config.exports.first() {
-            exports.set_default(first.spec.name.clone());
+        if let Some(first) = config.configuration.exports.first() {
+            exports.set_default(first.name.clone());
         }
         for what in &left {
             let what = without_error_numbers(what.clone());
@@ -177,53 +178,6 @@ impl Reloader {
         lock(&self.kept).clone_from(&config);
         self.config = config;
         Ok(json!({ "added": added, "removed": removed, "left": left }))
-    }
-
-    /// Finds out what is to be done.
-    fn compare(&self, new: Config) -> Result<Changes, CommandError> {
-        let mut config = new;
-        let mut left = differences(&self.config.server, &config.server, &LIVE_OF_SERVER);
-        if !left.is_empty() {
-            let mut args = self.config.args.clone();
-            args.tls.tls_only.clone_from(&config.args.tls.tls_only);
-            config.args = args;
-            config.server.clone_from(&self.config.server);
-        }
-        self.check_tls_only(&config)?;
-        let served = self.server.exports().entries();
-        let is_served = |name: &str| served.iter().any(|(taken, _)| *taken == name);
-        let old = |name: &str| self.config.exports.iter().find(|old| old.spec.name == name);
-        let mut added = Vec::new();
-        for export in &mut config.exports {
-            let name = export.spec.name.clone();
-            // One that was removed through the control socket is added again.
-            let Some(old) = old(&name).filter(|_| is_served(&name)) else {
-                if is_served(&name) {
-                    return Err(CommandError::new(format!(
-                        "the new export '{name}' has the name of one that was added by the control \
-                         socket"
-                    )));
-                }
-                added.push(export.clone());
-                continue;
-            };
-            let fixed = differences(&old.settings, &export.settings, &LIVE);
-            left.extend(fixed.iter().map(|key| format!("{key} of the export '{name}'")));
-            // The next reload compares with what is served.
-            for key in fixed {
-                match old.settings.get(&key) {
-                    Some(value) => export.settings.insert(key, value.clone()),
-                    None => export.settings.remove(&key),
-                };
-            }
-        }
-        let gone = self.config.exports.iter().filter(|old| {
-            let name = &old.spec.name;
-            is_served(name) && config.exports.iter().all(|export| export.spec.name != *name)
-        });
-        let removed: Vec<_> = gone.cloned().collect();
-        refuse_renaming(&added, &removed)?;
-        Ok(Changes { added, removed, left, config })
     }
 
     /// Refuses what a start refuses: exports for TLS only where TLS is not a choice.
@@ -241,18 +195,18 @@ impl Reloader {
     /// that the next reload tries again.
     async fn remove_all(
         &self,
-        removed: Vec<ConfiguredExport>,
+        removed: Vec<Configured>,
         config: &mut Config,
         left: &mut Vec<String>,
     ) -> Vec<String> {
         let mut names = Vec::new();
         for export in removed {
-            let name = export.spec.name.clone();
+            let name = export.name.clone();
             if let Err(why) = self.remove(&name).await {
                 left.push(format!("{name}: {why}"));
             }
             if self.server.exports().entries().iter().any(|(served, _)| *served == name) {
-                config.exports.push(export);
+                config.configuration.exports.push(export);
             } else {
                 names.push(name);
             }
@@ -264,19 +218,19 @@ impl Reloader {
     /// that the next reload tries again.
     async fn add_all(
         &self,
-        added: Vec<ConfiguredExport>,
+        added: Vec<Configured>,
         opened: Vec<Source>,
         config: &mut Config,
         left: &mut Vec<String>,
     ) -> Vec<String> {
         let mut names = Vec::new();
         for (export, source) in added.into_iter().zip(opened) {
-            let name = export.spec.name;
+            let name = export.name;
             match self.add(&name, source).await {
                 Ok(()) => names.push(name),
                 Err(why) => {
                     left.push(format!("{name}: {why}"));
-                    config.exports.retain(|export| export.spec.name != name);
+                    config.configuration.exports.retain(|export| export.name != name);
                 }
             }
         }
@@ -317,47 +271,4 @@ impl Reloader {
             }
         }
     }
-}
-
-/// Refuses a new export of the source of one that goes: new exports are opened first, and where
-/// nothing locks, an image would have two writers.
-fn refuse_renaming(
-    added: &[ConfiguredExport],
-    removed: &[ConfiguredExport],
-) -> Result<(), CommandError> {
-    for (new, old) in added.iter().flat_map(|new| removed.iter().map(move |old| (new, old))) {
-        let (new, old) = (&new.spec, &old.spec);
-        let only_reads = |export: &ExportSpec| {
-            let options = &export.options;
-            options.read_only || options.temporary || options.snapshot.is_some()
-        };
-        if same_source(&new.source, &old.source) && !(only_reads(new) && only_reads(old)) {
-            return Err(CommandError::new(format!(
-                "the source of the new export '{}' is still that of '{}': remove '{}' in one \
-                 reload and add '{}' in the next",
-                new.name, old.name, old.name, new.name
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// Returns whether two sources are the same disk, also under two names of a file. Each disk in
-/// memory is one of its own.
-fn same_source(one: &OsStr, other: &OsStr) -> bool {
-    if one.to_str().is_some_and(|source| source.starts_with("memory:")) {
-        return false;
-    }
-    let file = |source| std::fs::canonicalize(qemu_name::path_in(source)).ok();
-    one == other || file(one).is_some_and(|one| file(other) == Some(one))
-}
-
-/// The keys whose values differ, except for those that can change.
-fn differences(old: &Settings, new: &Settings, live: &[&str]) -> Vec<String> {
-    let keys: std::collections::BTreeSet<_> = old.keys().chain(new.keys()).collect();
-    let changed = keys.into_iter().filter(|key| {
-        let value = |settings: &Settings| settings.get(*key).cloned().unwrap_or_default();
-        !live.contains(&key.as_str()) && value(old) != value(new)
-    });
-    changed.cloned().collect()
 }

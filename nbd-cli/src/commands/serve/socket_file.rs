@@ -4,14 +4,13 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use clap::Args;
+use nbd_jobs::users::{group_id, user_id};
 use nbd_server::{BoundAddress, ListenAddress, Server};
 use rustix::fs::Mode;
 use rustix::process::umask;
 
-use super::access::id;
 use crate::error::CommandError;
 use crate::serving::serve_error;
-use crate::sys;
 
 /// Access to the unix sockets of `--socket`.
 #[derive(Clone, Debug, Args)]
@@ -22,11 +21,11 @@ pub struct SocketFileArgs {
     pub socket_mode: Option<u32>,
 
     /// Owner of the unix sockets, by name or id.
-    #[arg(long, value_name = "USER", value_parser = parse_user, requires = "socket")]
+    #[arg(long, value_name = "USER", value_parser = user_id, requires = "socket")]
     pub socket_owner: Option<u32>,
 
     /// Group of the unix sockets, by name or id.
-    #[arg(long, value_name = "GROUP", value_parser = parse_group, requires = "socket")]
+    #[arg(long, value_name = "GROUP", value_parser = group_id, requires = "socket")]
     pub socket_group: Option<u32>,
 }
 
@@ -35,14 +34,6 @@ fn parse_mode(text: &str) -> Result<u32, String> {
         Ok(mode @ 0..=0o777) => Ok(mode),
         _ => Err("a mode is three octal digits, as in 660".to_owned()),
     }
-}
-
-fn parse_user(name: &str) -> Result<u32, String> {
-    id("user", name, sys::user_id)
-}
-
-fn parse_group(name: &str) -> Result<u32, String> {
-    id("group", name, sys::group_id)
 }
 
 impl SocketFileArgs {

@@ -1,25 +1,21 @@
 //! The sources: from command line arguments to exports.
 
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStrExt as _;
+use std::ffi::OsString;
 use std::sync::Arc;
 use std::time::Duration;
 
-use imgfmt::storage::MemoryStorage;
-use imgfmt::{Format, Image, OpenOptions};
+use imgfmt::Format;
+use nbd_jobs::JobContext;
 use nbd_jobs::control::server::{ServedDisk, ServedDisks};
 use nbd_jobs::control::{ErrorKind, Failure};
-use nbd_jobs::serving::{OfferedBitmaps, OpenError, OpenedExport, ServeOptions, Writes};
+use nbd_jobs::serving::{OfferedBitmaps, ServeOptions, Writes, is_memory, source_uri, split_name};
 use nbd_jobs::size::ByteSize;
-use nbd_jobs::{JobContext, qemu_name};
-use nbd_proto::NbdUri;
 use nbd_server::ExportRegistry;
 use nbd_server::export::filters::{FilterOptions, Medium};
-use nbd_server::export::{CountedLayers, Export, ExportEntry, ImageExport, MemoryExport};
+use nbd_server::export::{CountedLayers, ExportEntry};
 
 use super::args::ServeArgs;
 use super::export::{ExportArgs, ExportSpec};
-use crate::commands::image::open::explained as explained_image;
 use crate::error::CommandError;
 use crate::locking::ShareArgs;
 use crate::serving::temporary_directory;
@@ -31,7 +27,8 @@ const PATIENCE_AFTER_TAKEOVER: Duration = Duration::from_secs(10);
 /// Returns the exports of a command line. The first one is the default export.
 pub(super) fn exports(args: &ServeArgs) -> Result<Vec<ExportSpec>, CommandError> {
     let named: Vec<_> = args.sources.iter().map(|source| split_name(source)).collect();
-    let uris = named.iter().filter_map(|(_, source)| uri(source)).collect::<Result<Vec<_>, _>>()?;
+    let uris =
+        named.iter().filter_map(|(_, source)| source_uri(source)).collect::<Result<Vec<_>, _>>()?;
     let options = &args.export;
     options.upstream.check(&uris, args.control.is_some())?;
     let unnamed = named.iter().filter(|(name, _)| name.is_none()).count();
@@ -61,15 +58,19 @@ pub(super) fn exports(args: &ServeArgs) -> Result<Vec<ExportSpec>, CommandError>
             "--tls-only '{unknown}' is not the name of an export"
         )));
     }
-    options.access.check(&names, args.control.is_some(), args.tls.has_credentials())?;
+    options.access.settings().check(&names, args.control.is_some(), args.tls.has_credentials())?;
     Ok(exports)
 }
 
 /// Checks an export of a configuration file, without opening anything.
 pub(super) fn check(export: &ExportSpec, has_tls: bool) -> Result<(), CommandError> {
-    let uris = uri(&export.source).into_iter().collect::<Result<Vec<_>, _>>()?;
+    let uris = source_uri(&export.source).into_iter().collect::<Result<Vec<_>, _>>()?;
     export.options.upstream.check(&uris, false)?;
-    export.options.access.check(std::slice::from_ref(&export.name), false, has_tls)
+    Ok(export.options.access.settings().check(
+        std::slice::from_ref(&export.name),
+        false,
+        has_tls,
+    )?)
 }
 
 /// Opens the source of an export without writing anything, also while others write it.
@@ -77,7 +78,7 @@ pub(super) fn try_to_open(export: &ExportSpec) -> Result<(), CommandError> {
     let mut choices = choices(&export.options);
     choices.writes = Writes::Refused;
     choices.locking = ShareArgs { force_share: true }.locking(export.options.trust.locks);
-    open(&export.source, &choices).map(drop)
+    Ok(choices.open_source(&export.source).map(drop)?)
 }
 
 /// An open source.
@@ -103,11 +104,11 @@ pub(super) fn open_export(
     is_controlled: bool,
 ) -> Result<Source, CommandError> {
     let ExportSpec { source, options, .. } = export;
-    let opened = open(source, &choices(options))?;
+    let opened = choices(options).open_source(source)?;
     if !is_controlled {
         return Ok(Source::Plain(entry(export, tls_only, ExportEntry::new(opened.export))));
     }
-    let disk = served_disk(source.to_string_lossy().into_owned(), opened);
+    let disk = opened.into_disk(source.to_string_lossy());
     let disk = disk.configured(|plain| entry(export, tls_only, plain));
     let is_lost = is_memory(source) || options.temporary;
     let (source, choices) = (source.clone(), choices(options));
@@ -124,7 +125,10 @@ pub(super) fn add_all(
     for export in exports {
         let source = open_export(export, tls_only, controlled.is_some())?;
         let added = registry.add(&*export.name, source.entry());
-        added.map_err(|error| cannot_export(&export.source, error))?;
+        added.map_err(|error| {
+            let source = export.source.display();
+            CommandError::new(format!("cannot export '{source}': {error}"))
+        })?;
         if let (Source::Controlled(disk), Some(disks)) = (source, &mut controlled) {
             disks.insert(&*export.name, disk);
         }
@@ -168,7 +172,7 @@ pub(super) fn entry(
     if options.hidden {
         entry = entry.hidden();
     }
-    options.access.apply(name, entry)
+    options.access.settings().apply(name, entry)
 }
 
 /// A disk that can be closed and opened again.
@@ -177,71 +181,12 @@ pub(super) fn reopened(disk: ServedDisk, source: OsString, choices: ServeOptions
         let mut choices = choices.clone();
         // The program that was to take over may be slow to close it.
         choices.patience = Some(PATIENCE_AFTER_TAKEOVER);
-        let opened = open(&source, &choices)
+        let opened = choices
+            .open_source(&source)
             .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))?;
-        let name = source.to_string_lossy().into_owned();
-        Ok(reopened(served_disk(name, opened), source.clone(), choices))
+        let disk = opened.into_disk(source.to_string_lossy());
+        Ok(reopened(disk, source.clone(), choices))
     })
-}
-
-/// Returns the disk of a control socket.
-pub(super) fn served_disk(source: String, opened: OpenedExport) -> ServedDisk {
-    let disk = ServedDisk::new(source, opened.export);
-    match opened.image {
-        Some(image) => disk.with_image(image),
-        None => disk,
-    }
-}
-
-/// Returns the export of another server that a source names, if it does.
-fn uri(source: &OsStr) -> Option<Result<NbdUri, CommandError>> {
-    let text = source.to_str().filter(|text| qemu_name::is_name_of_server(text))?;
-    Some(qemu_name::from_name(text).map_err(|error| cannot_export(source, error)))
-}
-
-fn cannot_export(source: &OsStr, why: impl std::fmt::Display) -> CommandError {
-    CommandError::new(format!("cannot export '{}': {why}", source.display()))
-}
-
-/// Splits `NAME=SOURCE`. The text before the `=` is not a name if it is a path or a URI.
-fn split_name(source: &OsStr) -> (Option<&str>, &OsStr) {
-    if source.to_str().is_some_and(qemu_name::is_name_of_server) {
-        return (None, source);
-    }
-    let bytes = source.as_bytes();
-    let found = bytes.iter().position(|byte| *byte == b'=').map(|at| bytes.split_at(at));
-    match found.map(|(name, rest)| (std::str::from_utf8(name), &rest[1..])) {
-        Some((Ok(name), rest)) if !name.is_empty() && !name.contains('/') => {
-            (Some(name), OsStr::from_bytes(rest))
-        }
-        _ => (None, source),
-    }
-}
-
-/// Whether a source is a disk in memory.
-pub(in crate::commands) fn is_memory(source: &OsStr) -> bool {
-    memory_size(source).is_some()
-}
-
-fn memory_size(source: &OsStr) -> Option<&str> {
-    source.to_str()?.strip_prefix("memory:")
-}
-
-/// Opens the source of an export.
-pub(in crate::commands) fn open(
-    source: &OsStr,
-    choices: &ServeOptions,
-) -> Result<OpenedExport, CommandError> {
-    if let Some(size) = memory_size(source) {
-        return Ok(OpenedExport { export: memory(source, size, choices)?, image: None });
-    }
-    if source.is_empty() {
-        return Err(CommandError::new("a source is empty; give a path, a URI or memory:SIZE"));
-    }
-    if let Some(uri) = uri(source) {
-        return choices.open_export(&uri?).map_err(|error| explained(error, choices));
-    }
-    choices.open(qemu_name::path_in(source)).map_err(|error| explained(error, choices))
 }
 
 /// Returns the options that apply to every image.
@@ -281,76 +226,4 @@ fn filter(args: &ExportArgs) -> FilterOptions {
         options.medium = Medium::Rotational;
     }
     options
-}
-
-fn explained(error: OpenError, choices: &ServeOptions) -> CommandError {
-    if error.may_be_readable() && choices.writes != Writes::Refused {
-        CommandError::new(format!("{error}; to serve it without writing, add --read-only"))
-    } else {
-        match error {
-            OpenError::Image(error) if error.could_be_shared() => {
-                CommandError::new(format!("{error}, or add --force-share to serve it anyway"))
-            }
-            OpenError::Image(error) => explained_image(error),
-            error => CommandError::new(error.to_string()),
-        }
-    }
-}
-
-fn memory(
-    source: &OsStr,
-    size: &str,
-    choices: &ServeOptions,
-) -> Result<Arc<dyn Export>, CommandError> {
-    let size: ByteSize = size.parse().map_err(|error| cannot_export(source, error))?;
-    if choices.snapshot.is_some() || choices.writes == Writes::ToTemporaryFile {
-        let why = "a disk in memory has no snapshots and is temporary as it is; leave out \
-                   --snapshot and --temporary";
-        return Err(cannot_export(source, why));
-    }
-    if choices.writes != Writes::Refused {
-        let export = Arc::new(MemoryExport::new(size.bytes()));
-        return Ok(choices.filter.apply(export));
-    }
-    let storage = Arc::new(MemoryStorage::new(size.bytes()));
-    let options = OpenOptions::new().format(Format::Raw);
-    let export = Arc::new(ImageExport::new(Image::from_storage(storage, &options)?));
-    Ok(choices.filter.apply(export))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::ffi::OsStr;
-    use std::os::unix::ffi::OsStrExt as _;
-
-    fn split_name(source: &str) -> (Option<&str>, &str) {
-        let (name, rest) = super::split_name(source.as_ref());
-        (name, rest.to_str().unwrap())
-    }
-
-    #[test]
-    fn a_name_stands_before_the_first_equals_sign() {
-        assert_eq!(split_name("disk.img"), (None, "disk.img"));
-        assert_eq!(split_name("vm=disk.img"), (Some("vm"), "disk.img"));
-        assert_eq!(split_name("vm=a=b.img"), (Some("vm"), "a=b.img"));
-        assert_eq!(split_name("scratch=memory:1G"), (Some("scratch"), "memory:1G"));
-        assert_eq!(split_name("vm=nbd://host/a=b"), (Some("vm"), "nbd://host/a=b"));
-    }
-
-    #[test]
-    fn a_path_with_an_equals_sign_is_a_path() {
-        assert_eq!(split_name("./a=b.img"), (None, "./a=b.img"));
-        assert_eq!(split_name("/srv/a=b.img"), (None, "/srv/a=b.img"));
-        assert_eq!(split_name("=x"), (None, "=x"));
-        for server in ["nbd+unix:///?socket=/run/s", "nbd:host:10809:exportname=disk"] {
-            assert_eq!(split_name(server), (None, server));
-        }
-    }
-
-    #[test]
-    fn paths_need_not_be_text() {
-        let path = |bytes: &'static [u8]| OsStr::from_bytes(bytes);
-        assert_eq!(super::split_name(path(b"vm=\xff=")), (Some("vm"), path(b"\xff=")));
-        assert_eq!(super::split_name(path(b"\xff=a")), (None, path(b"\xff=a")));
-    }
 }
