@@ -13,13 +13,12 @@ use nbd_client::{ReplyMode, TransmissionFlags};
 use nbd_jobs::devices::{
     AttachOptions, Attached, Backend, ensure_driver, parse_device, waits_for_adoption,
 };
+use nbd_jobs::qemu_name;
 use nbd_jobs::serving::{ServeOptions, Writes, is_memory};
 use nbd_jobs::size::{ByteSize, parse_duration};
-use nbd_jobs::{JobContext, qemu_name};
 use nbd_proto::NbdUri;
 use nbd_server::ServerConfig;
 use nbd_server::export::Export;
-use nbd_server::export::filters::FilterOptions;
 
 use super::image::open::TrustArgs;
 use crate::connect::{ServerArgs, TlsArgs, explain_unknown_export};
@@ -29,10 +28,8 @@ use crate::locking::ShareArgs;
 use crate::logging;
 use crate::serving::background::{self, Role};
 use crate::serving::{
-    Aio, CacheMode, DetectZeroes, Discard, PidFile, keep_device, runtime, service_manager,
-    temporary_directory,
+    Aio, CacheMode, FilterArgs, PidFile, keep_device, runtime, serve_options, service_manager,
 };
-use crate::shown::warnings;
 use crate::signals::{EndSignals, Hangup};
 
 /// Time to wait for the image of a killed process: the kernel may release it after the process has
@@ -148,13 +145,9 @@ pub struct ImageArgs {
     #[arg(long, value_enum, default_value = "writethrough", value_name = "MODE")]
     pub cache: CacheMode,
 
-    /// The treatment of discarded space.
-    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
-    pub discard: Discard,
-
-    /// The treatment of writes whose data is all zero.
-    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
-    pub detect_zeroes: DetectZeroes,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub filter: FilterArgs,
 }
 
 pub(crate) fn run(args: &AttachArgs) -> Result<Outcome, CommandError> {
@@ -297,25 +290,15 @@ fn choices(args: &AttachArgs) -> ServeOptions {
     let image = &args.image;
     let server =
         ServerArgs { timeout: None, reconnect: Some(args.reconnect), tls: args.tls.clone() };
-    let mut filter = FilterOptions::default();
-    filter.discard = image.discard.into();
-    filter.detect_zeroes = image.detect_zeroes.into();
     ServeOptions {
-        context: JobContext { observer: warnings(), ..JobContext::default() },
-        temporary_directory: temporary_directory(),
         format: image.format.map(Format::from),
         snapshot: image.snapshot.clone(),
-        writes: match (image.temporary, args.read_only) {
-            (true, _) => Writes::ToTemporaryFile,
-            (false, true) => Writes::Refused,
-            (false, false) => Writes::ToImage,
-        },
         locking: ShareArgs { force_share: image.force_share }.locking(image.trust.locks),
         cache: image.cache.into(),
         policy: image.trust.trust_image.then(|| image.trust.policy()),
-        filter,
+        filter: image.filter.options(),
         remotes: server.remotes(),
-        ..ServeOptions::default()
+        ..serve_options(args.read_only, image.temporary)
     }
 }
 
@@ -325,7 +308,6 @@ impl ImageArgs {
         self.format.is_some_and(|format| Format::from(format) != Format::Raw)
             || self.snapshot.is_some()
             || self.temporary
-            || self.discard != Discard::default()
-            || self.detect_zeroes != DetectZeroes::default()
+            || !self.filter.is_default()
     }
 }

@@ -43,7 +43,7 @@ use crate::error::{CommandError, Outcome};
 use crate::logging;
 use crate::output::warn;
 use crate::serving::background::{self, Role};
-pub use crate::serving::{Aio, BitmapDurability, CacheMode, DetectZeroes, Discard};
+pub use crate::serving::{Aio, BitmapDurability, CacheMode, DetectZeroes, Discard, FilterArgs};
 use crate::serving::{PidFile, drain, runtime, serve_error, serve_until_signal, service_manager};
 use crate::signals::{self, EndSignals, Hangup};
 

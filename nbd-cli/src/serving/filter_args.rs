@@ -1,7 +1,34 @@
 //! Values of `--discard`, `--detect-zeroes`, `--cache` and `--aio`.
 
-use clap::ValueEnum;
-use nbd_server::export::filters;
+use clap::{Args, ValueEnum};
+use nbd_server::export::filters::{self, FilterOptions};
+
+/// Changes of requests in front of an image.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct FilterArgs {
+    /// The treatment of discarded space.
+    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
+    pub discard: Discard,
+
+    /// The treatment of writes whose data is all zero.
+    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
+    pub detect_zeroes: DetectZeroes,
+}
+
+impl FilterArgs {
+    /// Returns the options of a filter.
+    pub(crate) fn options(self) -> FilterOptions {
+        let mut options = FilterOptions::default();
+        options.discard = self.discard.into();
+        options.detect_zeroes = self.detect_zeroes.into();
+        options
+    }
+
+    /// Returns whether the image itself does what is wanted.
+    pub(crate) fn is_default(self) -> bool {
+        self.discard == Discard::default() && self.detect_zeroes == DetectZeroes::default()
+    }
+}
 
 /// The treatment of space that a client has discarded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

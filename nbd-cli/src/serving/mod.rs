@@ -10,18 +10,35 @@ pub(crate) mod service_manager;
 use std::future::Future;
 use std::path::PathBuf;
 
+use nbd_jobs::JobContext;
+use nbd_jobs::serving::{ServeOptions, Writes};
 use nbd_server::{ServeError, Server};
 
 pub(crate) use self::device::keep_device;
 pub use self::durability::BitmapDurability;
-pub use self::filter_args::{Aio, CacheMode, DetectZeroes, Discard};
+pub use self::filter_args::{Aio, CacheMode, DetectZeroes, Discard, FilterArgs};
 pub(crate) use self::pid_file::PidFile;
 use crate::error::CommandError;
+use crate::shown::warnings;
 use crate::signals::EndSignals;
 
 /// Returns the directory of temporary files that the environment names.
 pub(crate) fn temporary_directory() -> Option<PathBuf> {
     std::env::var_os("TMPDIR").map(PathBuf::from)
+}
+
+/// Returns the options of an image as this program opens it, for a read-only or temporary export.
+pub(crate) fn serve_options(read_only: bool, temporary: bool) -> ServeOptions {
+    ServeOptions {
+        context: JobContext { observer: warnings(), ..JobContext::default() },
+        temporary_directory: temporary_directory(),
+        writes: match (temporary, read_only) {
+            (true, _) => Writes::ToTemporaryFile,
+            (false, true) => Writes::Refused,
+            (false, false) => Writes::ToImage,
+        },
+        ..ServeOptions::default()
+    }
 }
 
 /// Runs a server front end: one thread that accepts and waits for signals, because connections have

@@ -10,7 +10,7 @@ use super::access::AccessArgs;
 use super::upstream::UpstreamArgs;
 use crate::commands::image::open::TrustArgs;
 use crate::image_format::ImageFormat;
-use crate::serving::{BitmapDurability, CacheMode, DetectZeroes, Discard};
+use crate::serving::{BitmapDurability, CacheMode, FilterArgs};
 
 /// The properties of an export.
 #[derive(Clone, Debug, Args)]
@@ -57,13 +57,9 @@ pub struct ExportArgs {
     #[arg(long, value_name = "SIZE")]
     pub metadata_cache: Option<ByteSize>,
 
-    /// The treatment of discarded space.
-    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
-    pub discard: Discard,
-
-    /// The treatment of writes whose data is all zero.
-    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
-    pub detect_zeroes: DetectZeroes,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub filter: FilterArgs,
 
     /// Report the disk as rotational (NBD_FLAG_ROTATIONAL), for which clients may schedule requests
     /// differently. By default no medium is reported.

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use imgfmt::Format;
-use nbd_jobs::JobContext;
 use nbd_jobs::control::server::{ServedDisk, ServedDisks};
 use nbd_jobs::control::{ErrorKind, Failure};
 use nbd_jobs::serving::{OfferedBitmaps, ServeOptions, Writes, is_memory, source_uri, split_name};
@@ -18,8 +17,7 @@ use super::args::ServeArgs;
 use super::export::{ExportArgs, ExportSpec};
 use crate::error::CommandError;
 use crate::locking::ShareArgs;
-use crate::serving::temporary_directory;
-use crate::shown::warnings;
+use crate::serving::serve_options;
 
 /// How long an image is waited for that another program was to take over.
 const PATIENCE_AFTER_TAKEOVER: Duration = Duration::from_secs(10);
@@ -192,15 +190,8 @@ pub(super) fn reopened(disk: ServedDisk, source: OsString, choices: ServeOptions
 /// Returns the options that apply to every image.
 pub(super) fn choices(args: &ExportArgs) -> ServeOptions {
     ServeOptions {
-        context: JobContext { observer: warnings(), ..JobContext::default() },
-        temporary_directory: temporary_directory(),
         format: args.format.map(Format::from),
         snapshot: args.snapshot.clone(),
-        writes: match (args.temporary, args.read_only) {
-            (true, _) => Writes::ToTemporaryFile,
-            (false, true) => Writes::Refused,
-            (false, false) => Writes::ToImage,
-        },
         locking: ShareArgs { force_share: args.force_share }.locking(args.trust.locks),
         cache: args.cache.into(),
         metadata_cache: args.metadata_cache.map(ByteSize::bytes),
@@ -214,14 +205,12 @@ pub(super) fn choices(args: &ExportArgs) -> ServeOptions {
             false => OfferedBitmaps::Named(args.bitmap.clone()),
         },
         remotes: args.upstream.choices().remotes(),
-        ..ServeOptions::default()
+        ..serve_options(args.read_only, args.temporary)
     }
 }
 
 fn filter(args: &ExportArgs) -> FilterOptions {
-    let mut options = FilterOptions::default();
-    options.discard = args.discard.into();
-    options.detect_zeroes = args.detect_zeroes.into();
+    let mut options = args.filter.options();
     if args.rotational {
         options.medium = Medium::Rotational;
     }
