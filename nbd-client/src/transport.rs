@@ -7,9 +7,12 @@ use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use nbd_proto::host_lookup;
 use nbd_proto::uri::Transport;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpSocket, TcpStream, UnixStream, lookup_host};
+
+use crate::system_words::system_words;
 
 /// Any other byte stream.
 pub(crate) trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -49,7 +52,10 @@ impl Socket {
             Transport::Unix { path } => Self::connect_unix(path).await,
             Transport::Tcp { host, port } => {
                 let mut last = None;
-                for address in lookup_host((host.as_str(), *port)).await? {
+                let found = lookup_host((host.as_str(), *port)).await.map_err(|error| {
+                    io::Error::new(error.kind(), host_lookup::explain(host, &system_words(&error)))
+                })?;
+                for address in found {
                     match connect_tcp(address).await {
                         Ok(stream) => return Ok(Self::Tcp(stream)),
                         Err(error) => last = Some(error),

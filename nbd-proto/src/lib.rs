@@ -44,6 +44,7 @@
 pub mod codec;
 pub mod error;
 pub mod handshake;
+pub mod host_lookup;
 pub mod limits;
 pub mod tls;
 pub mod transmission;

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nbd_proto::host_lookup;
 use rustix::net::sockopt;
 use tokio::net::{TcpListener, UnixListener};
 
@@ -264,13 +265,17 @@ async fn open_tcp(address: &str, adopted: &mut Vec<Listener>) -> Result<Vec<List
 /// Every address that `host:port` stands for. Unlike the standard library it knows zones in
 /// brackets.
 fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
-    if let Some((bracketed, port)) = address.rsplit_once(':')
-        && let Some(host) = bracketed.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'))
-        && let Ok(port) = port.parse::<u16>()
-    {
-        return (host, port).to_socket_addrs().map(Iterator::collect);
-    }
-    address.to_socket_addrs().map(Iterator::collect)
+    let Some((host, port)) = address.rsplit_once(':') else {
+        return address.to_socket_addrs().map(Iterator::collect);
+    };
+    let host = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
+    let found = match port.parse::<u16>() {
+        Ok(port) => (host, port).to_socket_addrs(),
+        Err(_) => return address.to_socket_addrs().map(Iterator::collect),
+    };
+    found.map(Iterator::collect).map_err(|error| {
+        io::Error::new(error.kind(), host_lookup::explain(host, &system_words(&error)))
+    })
 }
 
 fn open_unix(path: &Path) -> Result<Listener, ServeError> {
@@ -377,7 +382,8 @@ mod tests {
             let uri = BoundAddress::Tcp(address.into()).uri("disk").to_string();
             assert_eq!(uri, "nbd://[fe80::1%25lo]:7/disk");
         }
-        assert!(resolve("[fe80::1%no-such-interface]:7").is_err());
+        let error = resolve("[fe80::1%no-such-interface]:7").unwrap_err().to_string();
+        assert_eq!(error, "this machine has no network interface 'no-such-interface'");
         assert_eq!(resolve("[::1]:7").unwrap(), ["[::1]:7".parse().unwrap()]);
         assert_eq!(resolve("127.0.0.1:7").unwrap(), ["127.0.0.1:7".parse().unwrap()]);
     }

@@ -71,6 +71,26 @@ fn a_port_alone_is_one_of_this_machine() {
 }
 
 #[test]
+fn an_unknown_interface_or_host_is_named_in_a_sentence() {
+    let disk = Disk::sparse();
+    let metrics = ["serve", "-r", "--listen", ":0", "--metrics", "[fe80::1%nosuchif]:1"];
+    for words in [
+        &["serve", "-r", "--listen", "[fe80::1%nosuchif]:10809"][..],
+        &metrics,
+        &["qemu-nbd", "-r", "-f", "raw", "-b", "fe80::1%nosuchif"],
+        &["info", "nbd://[fe80::1%25nosuchif]/"],
+    ] {
+        let file = (words[0] != "info").then_some(disk.path());
+        let refused = nbd_cli(&[words, file.as_slice()].concat());
+        assert_eq!(refused.code, Some(1), "{refused:?}");
+        let why = "this machine has no network interface 'nosuchif'";
+        assert!(refused.stderr.contains(why), "{words:?}: {}", refused.stderr);
+    }
+    let refused = nbd_cli(&["info", "nbd://no-such-host.invalid/"]);
+    assert!(refused.stderr.contains("host name 'no-such-host.invalid' cannot be"), "{refused:?}");
+}
+
+#[test]
 fn a_port_that_does_not_exist_is_named_once() {
     let refused = nbd_cli(&["serve", "--listen", "localhost:99999", "memory:1M"]);
     assert_eq!(refused.code, Some(1), "{refused:?}");

@@ -12,6 +12,7 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use nbd_proto::host_lookup;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -109,7 +110,10 @@ impl fmt::Display for MonitorListener {
 }
 
 fn open_tcp(host: &str, port: u16) -> io::Result<Kind> {
-    let addresses: Vec<_> = (host, port).to_socket_addrs()?.collect();
+    let addresses = (host, port).to_socket_addrs().map_err(|error| {
+        io::Error::new(error.kind(), host_lookup::explain(host, &in_words(&error)))
+    })?;
+    let addresses: Vec<_> = addresses.collect();
     let listener = StdTcpListener::bind(&addresses[..])?;
     listener.set_nonblocking(true)?;
     Ok(Kind::Tcp(listener))
