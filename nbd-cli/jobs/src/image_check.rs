@@ -20,7 +20,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::{CheckReport, Error, ErrorKind, Format, Image, OpenOptions, Repair};
+use imgfmt::{Access, CheckReport, Error, ErrorKind, Format, Image, OpenOptions, Repair};
 use serde::Serialize;
 
 use crate::error::{JobError, JobErrorKind};
@@ -84,7 +84,11 @@ pub fn check(
     repair: Repair,
     remotes: &Remotes,
 ) -> Result<Checked, JobError> {
-    let (location, options) = location.settled(options, remotes)?;
+    let mut options = options.clone();
+    if repair != Repair::None {
+        options.access = Access::ReadWrite;
+    }
+    let (location, options) = location.settled(&options, remotes)?;
     let options = &options;
     let (checked, can_be_described) = match location {
         ImageLocation::Export { .. } if repair != Repair::None => {

@@ -13,8 +13,8 @@ use nbd_proto::NbdUri;
 use crate::error::{JobError, JobErrorKind};
 use crate::location::Location;
 use crate::qemu_name::{
-    BackingInName, FormatInName, NameInImage, NamedImage, from_json, from_name_in_image,
-    has_scheme, path_in,
+    BackingInName, DriverSettings, FormatInName, NameInImage, NamedImage, from_json,
+    from_name_in_image, has_scheme, path_in,
 };
 use crate::remote::{Remotes, backing_file};
 
@@ -42,6 +42,8 @@ pub enum ImageLocation {
         format: FormatInName,
         /// The backing file that the name specifies.
         backing: BackingInName,
+        /// How the name specifies that it is used.
+        settings: DriverSettings,
     },
 }
 
@@ -70,10 +72,10 @@ impl ImageLocation {
         // File names need not be UTF-8; URIs must be.
         let Some(text) = word.to_str() else { return Ok(Self::File(path_in(word).into())) };
         if let Some(object) = text.strip_prefix("json:") {
-            let NamedImage { name, format, backing } = from_json(object)
+            let NamedImage { name, format, backing, settings } = from_json(object)
                 .map_err(|why| JobError::invalid(format!("'{text}' cannot be used: {why}")))?;
             let location = Box::new(Self::of(name, LocalFiles::Allowed));
-            return Ok(Self::Described { location, format, backing });
+            return Ok(Self::Described { location, format, backing, settings });
         }
         match text.parse().map_err(JobError::invalid)? {
             Location::File(path) => Ok(Self::File(path)),
@@ -112,7 +114,7 @@ impl ImageLocation {
         remotes: &Remotes,
     ) -> Result<(&Self, OpenOptions), JobError> {
         let mut options = options.clone();
-        let Self::Described { location, format, backing } = self else {
+        let Self::Described { location, format, backing, settings } = self else {
             return Ok((self, options));
         };
         match (format, options.format) {
@@ -126,6 +128,9 @@ impl ImageLocation {
             (FormatInName::Bytes, None) => options.format = Some(Format::Raw),
             (FormatInName::Bytes | FormatInName::Unsaid, _) => {}
         }
+        settings
+            .apply_to(&mut options)
+            .map_err(|why| JobError::invalid(format!("cannot open {location}: {why}")))?;
         let files = location.local_files();
         let target = |name| Self::of(name, files).target(remotes);
         options.backing = backing_file(backing.clone(), &target)?;
@@ -263,6 +268,7 @@ impl ImageLocation {
                     location: Box::new(location),
                     format: FormatInName::Unsaid,
                     backing,
+                    settings: DriverSettings::default(),
                 },
             });
         }
@@ -298,6 +304,7 @@ impl ImageLocation {
             location: Box::new(location),
             format: FormatInName::Unsaid,
             backing: given.backing.clone(),
+            settings: given.settings.clone(),
         };
         let format = given.format.known().or(format.flatten());
         Ok(location.map(|location| (described(location), format)))

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use imgfmt::Format;
+use imgfmt::{Format, Locking};
 use nbd_proto::NbdUri;
 
 use crate::qemu_name::{
@@ -59,6 +59,13 @@ impl FromStr for Location {
             let is_qcow2 = image.format == FormatInName::Said(Format::Qcow2);
             if is_qcow2 || image.backing != BackingInName::AsNamed {
                 return Err("the disk in an image is copied with 'nbd-cli image convert'".into());
+            }
+            if image.settings.read_only || image.settings.locking != Locking::Auto {
+                return Err(
+                    "leave read-only, locking and force-share out of a name for a copy, and \
+                            give --locking or --force-share"
+                        .into(),
+                );
             }
             return Ok(match image.name {
                 NameInImage::Export(uri) => Self::Nbd(*uri),

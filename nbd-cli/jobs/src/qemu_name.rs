@@ -2,6 +2,8 @@
 //! driver `nbd`.
 
 mod driver_options;
+mod settings;
+mod values;
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
@@ -14,6 +16,9 @@ pub use self::driver_options::{
     from_options, take_backing,
 };
 use self::driver_options::{tcp, uri};
+pub use self::settings::{CacheSwitches, DriverSettings};
+pub use self::values::{parse_detect_zeroes, parse_discard};
+pub(crate) use self::values::{take_size, take_window};
 
 /// Schemes of NBD URIs.
 pub const SCHEMES: [&str; 6] = ["nbd", "nbd+unix", "nbd+tcp", "nbds", "nbds+unix", "nbds+tcp"];
@@ -64,7 +69,8 @@ pub fn from_name(text: &str) -> Result<NbdUri, String> {
 
 /// Parses the name of a backing or data file that has a scheme: see [`from_name`], `file:` and a
 /// path, or `json:` and the options of the drivers `nbd` or `file`, alone or below those of an
-/// image format. The image itself records that format beside the name.
+/// image format. The image itself records that format beside the name. The settings in the name, such
+/// as the locking, are checked and ignored: those of the image above apply, which the user chooses.
 ///
 /// # Errors
 ///

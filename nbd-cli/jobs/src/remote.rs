@@ -167,6 +167,7 @@ pub fn backing_file<E>(
     let mut options = BackingOptions::default();
     options.target = given.name.map(target).transpose()?;
     options.format = given.format.known();
+    given.settings.apply_to_backing(&mut options);
     options.backing = backing_file(given.backing, target)?;
     Ok(BackingFile::Given(Box::new(options)))
 }

@@ -170,6 +170,69 @@ fn names_with_options_of_drivers_say_the_format_too() {
 }
 
 #[test]
+fn every_reader_of_names_accepts_the_same_options_of_drivers() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let (image, overlay) = (disk.beside("a.qcow2"), disk.beside("b.qcow2"));
+    peer(&qemu_img, &["convert", "-O", "qcow2", disk.path(), &image]);
+    let readers = |name: &str| {
+        let create = ["create", "-q", "-f", "qcow2", "-u", "-b", name, "-F", "qcow2"];
+        peer(&qemu_img, &[&create[..], &[&overlay, "8M"]].concat());
+        [
+            nbd_cli(&["image", "info", name]),
+            nbd_cli(&["image", "compare", name, disk.path()]),
+            nbd_cli(&["image", "compare", "--trust-image", &overlay, disk.path()]),
+        ]
+    };
+    let named = |format: &str, file: &str| {
+        let file = format!(r#"{{"driver":"file","filename":"{image}"{file}}}"#);
+        format!(r#"json:{{"driver":"qcow2"{format},"file":{file}}}"#)
+    };
+    for option in [
+        r#","node-name":"a""#,
+        r#","auto-read-only":true"#,
+        r#","cache":{"direct":false,"no-flush":false}"#,
+        r#","read-only":true"#,
+        r#","read-only":true,"force-share":true"#,
+        r#","discard":"unmap","detect-zeroes":"off""#,
+    ] {
+        for name in [named(option, ""), named("", option)] {
+            for outcome in readers(&name) {
+                assert_eq!(outcome.code, Some(0), "{name}: {outcome:?}");
+            }
+        }
+    }
+    for name in [
+        named(r#","lazy-refcounts":true,"overlap-check":"all","l2-cache-size":262144"#, ""),
+        named(r#","pass-discard-request":true,"cache-clean-interval":0"#, ""),
+        named("", r#","locking":"auto","aio":"threads""#),
+        named("", r#","locking":"off","drop-cache":true"#),
+        format!(
+            r#"json:{{"driver":"qcow2","file":{{"driver":"raw","file":{{"driver":"file","filename":"{image}"}}}}}}"#
+        ),
+    ] {
+        for outcome in readers(&name) {
+            assert_eq!(outcome.code, Some(0), "{name}: {outcome:?}");
+        }
+    }
+    for (name, part) in [
+        (named(r#","discard":"maybe""#, ""), "maybe"),
+        (named("", r#","locking":"maybe""#), "maybe"),
+        (named(r#","encrypt":{"key-secret":"s"}"#, ""), "encrypt"),
+        (named(r#","more":1"#, ""), "more"),
+    ] {
+        for outcome in readers(&name) {
+            assert_ne!(outcome.code, Some(0), "{name}");
+            assert!(outcome.stderr.contains(part), "{name}: {}", outcome.stderr);
+        }
+    }
+    // The settings count.
+    let writer = r#"json:{"driver":"qcow2","read-only":true,"file":{"driver":"file","filename":""#;
+    let refused = nbd_cli(&["image", "check", "-r", "all", &format!("{writer}{image}\"}}}}")]);
+    assert!(refused.stderr.contains("read-only=on"), "{refused:?}");
+}
+
+#[test]
 fn names_in_images_need_not_be_text() {
     tools!(qemu_img = "qemu-img");
     let disk = Disk::sparse();

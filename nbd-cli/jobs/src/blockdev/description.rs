@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use imgfmt::{CacheMode, Format, Locking};
+use imgfmt::Format;
 use nbd_proto::NbdUri;
-use nbd_server::export::filters::{DetectZeroes, Discard, Window};
+use nbd_server::export::filters::Window;
 
-use crate::qemu_name;
+use crate::qemu_name::{self, DriverSettings};
 
 /// A disk described by options.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -25,18 +25,8 @@ pub struct DiskDescription {
     pub window: Window,
     /// Whether there are drivers `raw` above its format.
     pub is_below_raw: bool,
-    /// Whether it must not be written to.
-    pub read_only: bool,
-    /// The locking of its file.
-    pub locking: Locking,
-    /// The use of the page cache.
-    pub cache: CacheSwitches,
-    /// Memory for L2 tables, in bytes; `None`: the default.
-    pub metadata_cache: Option<u64>,
-    /// The treatment of discards; `None`: not given.
-    pub discard: Option<Discard>,
-    /// The treatment of zeroes in writes; `None`: not given.
-    pub detect_zeroes: Option<DetectZeroes>,
+    /// How it is used.
+    pub settings: DriverSettings,
 }
 
 /// The backing file of a disk.
@@ -50,29 +40,6 @@ pub enum DescribedBacking {
     Ignored,
     /// This one. It is read-only, regardless of its options.
     Given(Box<DiskDescription>),
-}
-
-/// The cache options of drivers, which override a [`CacheMode`]; `None` where they are not given.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CacheSwitches {
-    pub(super) direct: Option<bool>,
-    pub(super) no_flush: Option<bool>,
-}
-
-impl CacheSwitches {
-    /// Returns the mode with these switches applied. Combinations without a name honour flushes, as
-    /// all modes except "unsafe" do.
-    pub fn applied_to(self, mode: CacheMode) -> CacheMode {
-        let direct = self.direct.unwrap_or(mode.is_direct());
-        let no_flush = self.no_flush.unwrap_or(!mode.syncs());
-        match (direct, mode.is_writethrough()) {
-            (true, true) => CacheMode::DirectSync,
-            (true, false) => CacheMode::None,
-            (false, true) => CacheMode::Writethrough,
-            (false, false) if no_flush => CacheMode::Unsafe,
-            (false, false) => CacheMode::Writeback,
-        }
-    }
 }
 
 /// The storage of a disk.
@@ -133,6 +100,8 @@ impl DiskSource {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use imgfmt::CacheMode;
+
     use crate::key_values::KeyValues;
 
     #[test]
@@ -140,6 +109,7 @@ mod tests {
         let mode = |text: &str, mode| {
             DiskDescription::from_options(KeyValues::parse(text, None).unwrap())
                 .unwrap()
+                .settings
                 .cache
                 .applied_to(mode)
         };

@@ -24,9 +24,8 @@
 mod description;
 mod open;
 mod options;
-mod values;
 
-pub use self::description::{CacheSwitches, DescribedBacking, DiskDescription, DiskSource};
+pub use self::description::{DescribedBacking, DiskDescription, DiskSource};
 pub use self::open::{OpenedDisk, SnapshotName};
 pub use self::options::image_format;
-pub use self::values::{parse_detect_zeroes, parse_discard};
+pub use crate::qemu_name::{CacheSwitches, DriverSettings, parse_detect_zeroes, parse_discard};

@@ -101,7 +101,8 @@ impl DiskDescription {
         wanted: &SnapshotName,
         remotes: &Remotes,
     ) -> Result<String, JobError> {
-        let mut options = OpenOptions::new().access(Access::ReadOnly).locking(self.locking);
+        let mut options =
+            OpenOptions::new().access(Access::ReadOnly).locking(self.settings.locking);
         options.format = self.format;
         let info = match (&self.source, self.storage_window == Window::default()) {
             (DiskSource::File(path), true) => Image::inspect_file(path, &options),
@@ -188,7 +189,7 @@ fn backing_file(
         _ => disk.storage_window,
     };
     let whole = Window::default();
-    let cache = disk.cache.applied_to(options.cache);
+    let cache = disk.settings.cache.applied_to(options.cache);
     let mut opened = BackingOptions::default();
     opened.target = match &disk.source {
         DiskSource::NamedAbove if window == whole => None,
@@ -200,7 +201,7 @@ fn backing_file(
         source => {
             let reading = ServeOptions {
                 writes: Writes::Refused,
-                locking: disk.locking,
+                locking: disk.settings.locking,
                 cache,
                 ..options.clone()
             };
@@ -210,9 +211,9 @@ fn backing_file(
         }
     };
     opened.format = disk.format;
-    opened.locking = Some(disk.locking).filter(|locking| *locking != Locking::Auto);
+    opened.locking = Some(disk.settings.locking).filter(|locking| *locking != Locking::Auto);
     opened.cache = Some(cache);
-    opened.metadata_cache_bytes = disk.metadata_cache;
+    opened.metadata_cache_bytes = disk.settings.metadata_cache;
     opened.backing = backing_file(options, &disk.backing)?;
     Ok(BackingFile::Given(Box::new(opened)))
 }

@@ -3,31 +3,13 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use imgfmt::{Format, Locking};
+use imgfmt::Format;
 use nbd_server::export::filters::Window;
 
 use super::description::{DescribedBacking, DiskDescription, DiskSource, NULL_SIZE};
-use super::values::{
-    parse_detect_zeroes, parse_discard, take_metadata_cache, take_size, take_window,
-};
 use crate::error::JobError;
 use crate::key_values::KeyValues;
-use crate::qemu_name::{self, BackingOption, take_backing};
-
-/// Options of the qcow2 driver that tune it or relax guarantees that this engine keeps anyway: they
-/// are accepted and have no effect.
-const QCOW2_TUNING: [&str; 6] = [
-    "lazy-refcounts",
-    "l2-cache-entry-size",
-    "cache-clean-interval",
-    "pass-discard-request",
-    "pass-discard-snapshot",
-    "pass-discard-other",
-];
-
-/// Options of the file driver without an effect that clients see.
-const FILE_TUNING: [&str; 5] =
-    ["aio", "aio-max-batch", "pr-manager", "drop-cache", "x-check-cache-dropped"];
+use crate::qemu_name::{self, BackingOption, DriverSettings, take_backing, take_size, take_window};
 
 /// The error of an unknown image driver.
 fn unknown_driver(name: &str) -> String {
@@ -88,7 +70,8 @@ impl DiskDescription {
 
     /// Parses the options of a disk with `depth` disks above it, for which it is a backing file.
     fn layer_from_options(mut options: KeyValues, depth: usize) -> Result<Self, String> {
-        let mut disk = Self { format: Some(Format::Raw), read_only: depth > 0, ..Self::default() };
+        let settings = DriverSettings { read_only: depth > 0, ..DriverSettings::default() };
+        let mut disk = Self { format: Some(Format::Raw), settings, ..Self::default() };
         let mut met = Met::NoFormat;
         let (mut driver, mut has_raw) = (options.take("driver"), false);
         if driver.is_none() {
@@ -115,7 +98,8 @@ impl DiskDescription {
                     }
                     (disk.format, met) = (Some(Format::Qcow2), Met::Format);
                     disk.is_below_raw = has_raw;
-                    options = disk.qcow2(options, depth)?;
+                    disk.settings.take_qcow2(&mut options)?;
+                    disk.backing = take_backing_disk(&mut options, depth)?;
                     options = disk.format_driver("qcow2", options, depth)?;
                 }
                 name @ ("file" | "host_device") => {
@@ -125,7 +109,7 @@ impl DiskDescription {
                 "nbd" => {
                     let uri = qemu_name::from_options(&mut options)?;
                     disk.source = DiskSource::Export(Box::new(uri));
-                    disk.last_driver("nbd", options)?;
+                    disk.settings.take_last("nbd", options)?;
                     return Ok(disk);
                 }
                 name @ ("null-co" | "null-aio") => {
@@ -155,7 +139,7 @@ impl DiskDescription {
         if file.is_empty() && depth == 0 {
             return Err("A block device must be specified for \"file\"".to_owned());
         }
-        self.last_driver(name, options)?;
+        self.settings.take_last(name, options)?;
         Ok(file)
     }
 
@@ -167,20 +151,8 @@ impl DiskDescription {
             None if depth > 0 => DiskSource::NamedAbove,
             None => return Err(format!("The '{driver}' block driver requires a file name")),
         };
-        let locking = match options.take("locking").as_deref() {
-            None | Some("auto") => Locking::Auto,
-            Some("on") => Locking::On,
-            Some("off") => Locking::Off,
-            Some(other) => return Err(format!("Invalid value '{other}' for 'locking'")),
-        };
-        // A setting of a driver further up applies here.
-        if self.locking != Locking::Shared {
-            self.locking = locking;
-        }
-        for key in FILE_TUNING {
-            options.take(key);
-        }
-        self.last_driver(driver, options)
+        self.settings.take_file(&mut options)?;
+        self.settings.take_last(driver, options)
     }
 
     /// Parses the options of the drivers `null-co` and `null-aio`.
@@ -196,61 +168,7 @@ impl DiskDescription {
                 .map_err(|_| format!("Parameter 'latency-ns' expects nanoseconds, not '{text}'"))?,
         };
         self.source = DiskSource::Null { size, latency };
-        self.last_driver(driver, options)
-    }
-
-    /// Removes options that only tune the driver, and refuses those that would change the disk.
-    fn qcow2(&mut self, mut options: KeyValues, depth: usize) -> Result<KeyValues, String> {
-        self.metadata_cache = take_metadata_cache(&mut options)?;
-        for key in QCOW2_TUNING {
-            options.take(key);
-        }
-        options.take("overlap-check");
-        options.take_below("overlap-check");
-        if options.take_switch("discard-no-unref")? == Some(true) {
-            return Err("discard-no-unref=on is not supported".to_owned());
-        }
-        self.backing = take_backing_disk(&mut options, depth)?;
-        for group in ["encrypt", "data-file"] {
-            if options.take(group).is_some() || !options.take_below(group).is_empty() {
-                return Err(format!("the option '{group}' of the driver 'qcow2' is not supported"));
-            }
-        }
-        Ok(options)
-    }
-
-    /// Parses the options that every driver has; none may be left then. Settings of a driver
-    /// further up take precedence.
-    fn last_driver(&mut self, driver: &str, mut options: KeyValues) -> Result<(), String> {
-        options.take("node-name");
-        // A writable export needs a writable file.
-        options.take_switch("auto-read-only")?;
-        // The last driver counts, the file: those above only hand the options down.
-        self.cache.direct = options.take_switch("cache.direct")?.or(self.cache.direct);
-        self.cache.no_flush = options.take_switch("cache.no-flush")?.or(self.cache.no_flush);
-        self.read_only |= options.take_switch("read-only")?.unwrap_or(false);
-        if options.take_switch("force-share")? == Some(true) {
-            if !self.read_only {
-                return Err("force-share=on can only be used with read-only images".to_owned());
-            }
-            self.locking = Locking::Shared;
-        }
-        if let Some(text) = options.take("discard") {
-            let discard = parse_discard(&text);
-            let discard = discard.ok_or_else(|| format!("Invalid discard option '{text}'"))?;
-            self.discard.get_or_insert(discard);
-        }
-        if let Some(text) = options.take("detect-zeroes") {
-            let detect = parse_detect_zeroes(&text);
-            let detect = detect.ok_or_else(|| format!("Invalid detect-zeroes option '{text}'"))?;
-            self.detect_zeroes.get_or_insert(detect);
-        }
-        match options.left_over() {
-            None => Ok(()),
-            Some(key) => {
-                Err(format!("Block driver '{driver}' does not support the option '{key}'"))
-            }
-        }
+        self.settings.take_last(driver, options)
     }
 }
 
@@ -277,6 +195,7 @@ pub fn image_format(driver: &str) -> Result<Format, JobError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use imgfmt::Locking;
     use nbd_server::export::filters::Discard;
 
     fn read(text: &str) -> Result<DiskDescription, String> {
@@ -290,7 +209,7 @@ mod tests {
             source: DiskSource::File("a,b".into()),
             format: Some(Format::Raw),
             window: Window { offset: 1 << 20, size: Some(2 << 20) },
-            discard: Some(Discard::Unmap),
+            settings: DriverSettings { discard: Some(Discard::Unmap), ..DriverSettings::default() },
             ..DiskDescription::default()
         };
         assert_eq!(read(raw), Ok(expected));
@@ -298,9 +217,12 @@ mod tests {
         let expected = DiskDescription {
             source: DiskSource::File("d".into()),
             format: Some(Format::Qcow2),
-            locking: Locking::Off,
-            read_only: true,
-            metadata_cache: Some(1 << 20),
+            settings: DriverSettings {
+                locking: Locking::Off,
+                read_only: true,
+                metadata_cache: Some(1 << 20),
+                ..DriverSettings::default()
+            },
             ..DiskDescription::default()
         };
         assert_eq!(read(qcow2), Ok(expected));
@@ -385,6 +307,59 @@ mod tests {
         ] {
             let error = read(text).unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn names_of_images_take_the_same_options_as_disks() {
+        use crate::qemu_name::from_json;
+
+        let qcow2 = |top: &str, file: &str| {
+            format!(r#"{{"driver":"qcow2"{top},"file":{{"driver":"file","filename":"a"{file}}}}}"#)
+        };
+        let texts = [
+            r#","aio":"native","aio-max-batch":1,"pr-manager":"p","drop-cache":false"#,
+            r#","x-check-cache-dropped":true,"locking":"on""#,
+            r#","locking":"off""#,
+            r#","locking":"maybe""#,
+            r#","node-name":"n","auto-read-only":true,"read-only":true,"force-share":true"#,
+            r#","force-share":true"#,
+            r#","cache":{"direct":true,"no-flush":true},"discard":"unmap""#,
+            r#","cache.direct":"maybe""#,
+            r#","detect-zeroes":"unmap""#,
+            r#","detect-zeroes":"maybe""#,
+            r#","lazy-refcounts":true,"l2-cache-entry-size":4096,"cache-clean-interval":1"#,
+            r#","pass-discard-request":true,"pass-discard-snapshot":true"#,
+            r#","pass-discard-other":true,"discard-no-unref":false,"overlap-check":"none""#,
+            r#","discard-no-unref":true"#,
+            r#","cache-size":4194304,"refcount-cache-size":1048576"#,
+            r#","cache-size":1,"refcount-cache-size":2"#,
+            r#","overlap-check":{"template":"all","main-header":true}"#,
+            r#","encrypt":{"format":"luks","key-secret":"s"}"#,
+            r#","data-file":{"driver":"file","filename":"d"}"#,
+            r#","backing":null"#,
+            r#","backing":{"driver":"raw","file":{"driver":"file","filename":"b","locking":"off"}}"#,
+            r#","backing":{"file":{"locking":"off"}}"#,
+            r#","more":1"#,
+        ];
+        let mut objects: Vec<String> = texts.iter().map(|text| qcow2(text, "")).collect();
+        objects.extend(texts.iter().map(|text| qcow2("", text)));
+        let raw = r#"{"driver":"raw","file":"#;
+        objects.extend(objects.clone().iter().map(|object| format!("{raw}{object}}}")));
+        objects.push(
+            r#"{"driver":"raw","file":{"driver":"nbd","path":"/s","read-only":true}}"#.into(),
+        );
+        objects.push(r#"{"driver":"qcow2","file":{"driver":"qcow2","file.filename":"a"}}"#.into());
+        objects.push(r#"{"driver":"host_device","filename":"/dev/a","aio":"native"}"#.into());
+        objects.push(r#"{"file":{"driver":"raw","file":{"driver":"file","filename":"a"}}}"#.into());
+        for object in objects {
+            let disk = DiskDescription::from_name(&format!("json:{object}"));
+            let image = from_json(&object);
+            match (&disk, &image) {
+                (Ok(disk), Ok(image)) => assert_eq!(disk.settings, image.settings, "{object}"),
+                (Err(_), Err(_)) => {}
+                _ => panic!("{object}: {disk:?}, {image:?}"),
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ use imgfmt::Format;
 use nbd_proto::limits::DEFAULT_PORT;
 use nbd_proto::uri::{NbdUri, Transport};
 
+use super::settings::DriverSettings;
 use crate::key_values::KeyValues;
 
 /// The file or server that a backing or data file name addresses.
@@ -60,6 +61,8 @@ pub struct GivenInName {
     pub format: FormatInName,
     /// The backing file of this image.
     pub backing: BackingInName,
+    /// How it is used.
+    pub settings: DriverSettings,
 }
 
 /// An image described by driver options.
@@ -71,6 +74,8 @@ pub struct NamedImage {
     pub format: FormatInName,
     /// The backing file of the image.
     pub backing: BackingInName,
+    /// How it is used.
+    pub settings: DriverSettings,
 }
 
 /// Parses a JSON object with the options of drivers, and determines format and backing file.
@@ -81,54 +86,100 @@ pub struct NamedImage {
 pub fn from_json(object: &str) -> Result<NamedImage, String> {
     let image = image_from_options(KeyValues::from_json(object)?, 0)?;
     let name = image.name.ok_or("it names no driver")?;
-    Ok(NamedImage { name, format: image.format, backing: image.backing })
+    let GivenInName { format, backing, settings, .. } = image;
+    Ok(NamedImage { name, format, backing, settings })
 }
 
 /// Parses the options of an image that has `depth` images above it.
 fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInName, String> {
+    let settings = DriverSettings { read_only: depth > 0, ..DriverSettings::default() };
+    let (format, backing) = (FormatInName::Bytes, BackingInName::AsNamed);
+    let mut image = GivenInName { name: None, format, backing, settings };
     let mut driver = options.take("driver");
-    let format = match driver.as_deref() {
-        None => FormatInName::Unsaid,
-        Some("raw") => FormatInName::Said(Format::Raw),
-        Some("qcow2") => FormatInName::Said(Format::Qcow2),
-        Some(_) => FormatInName::Bytes,
-    };
-    let mut backing = BackingInName::AsNamed;
-    if format != FormatInName::Bytes {
-        if format != FormatInName::Said(Format::Raw) {
-            backing = backing_from_options(&mut options, depth)?;
-        }
-        options.take("node-name");
-        let below = options.take_below("file");
-        refuse_left_over(driver.as_deref().unwrap_or("raw"), &options)?;
-        options = below;
-        if depth > 0 && options.is_empty() {
-            return Ok(GivenInName { name: None, format, backing });
+    if driver.is_none() {
+        image.format = FormatInName::Unsaid;
+        image.backing = backing_from_options(&mut options, depth)?;
+        options = image.format_driver("any", options)?;
+        driver = options.take("driver");
+    }
+    loop {
+        match driver.as_deref() {
+            Some("raw") => {
+                refuse_part(&options)?;
+                if image.format == FormatInName::Bytes {
+                    image.format = FormatInName::Said(Format::Raw);
+                }
+                options = image.format_driver("raw", options)?;
+            }
+            Some("qcow2") if image.may_be_qcow2() => {
+                image.format = FormatInName::Said(Format::Qcow2);
+                image.settings.take_qcow2(&mut options)?;
+                image.backing = backing_from_options(&mut options, depth)?;
+                options = image.format_driver("qcow2", options)?;
+            }
+            driver => {
+                image.name = image.file_from_options(driver, options, depth)?;
+                return Ok(image);
+            }
         }
         driver = options.take("driver");
-        if driver.is_none() && options.has_key("filename") {
-            driver = Some("file".to_owned());
-        }
     }
-    let name = file_from_options(driver.as_deref(), &mut options)?;
-    refuse_left_over(driver.as_deref().unwrap_or_default(), &options)?;
-    Ok(GivenInName { name: Some(name), format, backing })
 }
 
-/// Parses the options of the driver of an image's bytes.
-fn file_from_options(driver: Option<&str>, options: &mut KeyValues) -> Result<NameInImage, String> {
-    options.take("node-name");
-    match driver {
-        Some("nbd") => Ok(NameInImage::Export(Box::new(from_options(options)?))),
-        Some("file" | "host_device") => {
-            let path = options.take("filename").ok_or("the driver 'file' needs a filename")?;
-            Ok(NameInImage::File(path.into()))
-        }
-        Some(other) => Err(format!(
-            "it is named by the driver '{other}', and only 'file' and 'nbd' can be opened here; \
-             give a plain name (in an image, with 'nbd-cli image rebase --unsafe')"
+impl GivenInName {
+    /// Returns whether a driver `qcow2` may follow: only one interprets the image.
+    fn may_be_qcow2(&self) -> bool {
+        matches!(self.format, FormatInName::Bytes | FormatInName::Said(Format::Raw))
+    }
+
+    /// Parses the options that all drivers above others have, and returns the options of its
+    /// `file`.
+    fn format_driver(&mut self, name: &str, mut options: KeyValues) -> Result<KeyValues, String> {
+        let below = options.take_below("file");
+        self.settings.take_last(name, options)?;
+        Ok(below)
+    }
+
+    /// Parses the options of the driver of an image's bytes.
+    fn file_from_options(
+        &mut self,
+        driver: Option<&str>,
+        mut options: KeyValues,
+        depth: usize,
+    ) -> Result<Option<NameInImage>, String> {
+        let name = match driver {
+            Some("nbd") => Some(NameInImage::Export(Box::new(from_options(&mut options)?))),
+            None | Some("file" | "host_device") => {
+                self.settings.take_file(&mut options)?;
+                let path = options.take("filename");
+                match (&path, driver) {
+                    (None, None) if depth == 0 => return Err("it names no driver".to_owned()),
+                    (None, Some(driver)) if depth == 0 => {
+                        return Err(format!("the driver '{driver}' needs a filename"));
+                    }
+                    _ => path.map(|path| NameInImage::File(path.into())),
+                }
+            }
+            Some(other) => {
+                return Err(format!(
+                    "it is named by the driver '{other}', and only 'file' and 'nbd' can be opened \
+                     here; give a plain name (in an image, with 'nbd-cli image rebase --unsafe')"
+                ));
+            }
+        };
+        self.settings.take_last(driver.unwrap_or("file"), options)?;
+        Ok(name)
+    }
+}
+
+/// Refuses options of the driver `raw` for a part of its file.
+fn refuse_part(options: &KeyValues) -> Result<(), String> {
+    match ["offset", "size"].into_iter().find(|key| options.has_key(key)) {
+        None => Ok(()),
+        Some(key) => Err(format!(
+            "the option '{key}' selects a part of the file; export that part with 'nbd-cli serve \
+             --offset' or 'nbd-cli qemu-nbd', and name the export"
         )),
-        None => Err("it names no driver".to_owned()),
     }
 }
 
@@ -185,13 +236,6 @@ pub fn take_backing(options: &mut KeyValues, depth: usize) -> Result<BackingOpti
             Err(format!("more than {IMAGES_MAX} images are described one below the other"))
         }
         (false, true) => Ok(BackingOption::Given(below)),
-    }
-}
-
-fn refuse_left_over(driver: &str, options: &KeyValues) -> Result<(), String> {
-    match options.left_over() {
-        None => Ok(()),
-        Some(key) => Err(format!("the option '{key}' of the driver '{driver}' is not supported")),
     }
 }
 

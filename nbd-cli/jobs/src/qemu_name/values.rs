@@ -24,7 +24,7 @@ pub fn parse_detect_zeroes(text: &str) -> Option<DetectZeroes> {
     }
 }
 
-pub(super) fn take_size(options: &mut KeyValues, key: &str) -> Result<Option<u64>, String> {
+pub(crate) fn take_size(options: &mut KeyValues, key: &str) -> Result<Option<u64>, String> {
     match options.take(key) {
         None => Ok(None),
         Some(text) => parse_size(&text)
@@ -56,7 +56,7 @@ pub(super) fn take_metadata_cache(options: &mut KeyValues) -> Result<Option<u64>
     }
 }
 
-pub(super) fn take_window(options: &mut KeyValues) -> Result<Window, String> {
+pub(crate) fn take_window(options: &mut KeyValues) -> Result<Window, String> {
     let offset = take_size(options, "offset")?.unwrap_or(0);
     let size = take_size(options, "size")?;
     if size.is_some_and(|size| size % 512 != 0) {

@@ -114,12 +114,12 @@ fn choices(
 ) -> Result<ServeOptions, String> {
     let window = Window { offset: options.offset, size: None }.within(disk.window);
     let window = window.map_err(|error| error.to_string())?;
-    let writes = match (options.read_only || disk.read_only, options.temporary) {
+    let writes = match (options.read_only || disk.settings.read_only, options.temporary) {
         (true, _) => Writes::Refused,
         (false, true) => Writes::ToTemporaryFile,
         (false, false) => Writes::ToImage,
     };
-    let cache = disk.cache.applied_to(options.cache.unwrap_or_default());
+    let cache = disk.settings.cache.applied_to(options.cache.unwrap_or_default());
     let policy = allow_exports(OpenPolicy::any_file().allow_format_probe(), remotes);
     Ok(ServeOptions {
         context: context.clone(),
@@ -131,10 +131,10 @@ fn choices(
         },
         writes,
         policy: Some(policy),
-        locking: disk.locking,
+        locking: disk.settings.locking,
         patience: None,
         cache,
-        metadata_cache: disk.metadata_cache,
+        metadata_cache: disk.settings.metadata_cache,
         backing: BackingFile::AsNamed,
         remotes: remotes.clone(),
         // QEMU lists the last one first, in an order that clients see.
@@ -162,8 +162,8 @@ fn counted_layers(options: &Options, disk: &DiskDescription, writes: Writes) -> 
 
 fn filter(options: &Options, disk: &DiskDescription, cache: CacheMode) -> FilterOptions {
     let mut filter = FilterOptions::default();
-    filter.discard = options.discard.or(disk.discard).unwrap_or(Discard::Ignore);
-    filter.detect_zeroes = disk.detect_zeroes.unwrap_or(options.detect_zeroes);
+    filter.discard = options.discard.or(disk.settings.discard).unwrap_or(Discard::Ignore);
+    filter.detect_zeroes = disk.settings.detect_zeroes.unwrap_or(options.detect_zeroes);
     filter.preferred_size = PreferredSize::Page;
     if cache.is_direct() {
         filter.zero_unit = ZeroUnit::Page;

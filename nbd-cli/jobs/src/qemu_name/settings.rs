@@ -1,0 +1,175 @@
+//! The options of QEMU's block drivers that change how a disk is used, not which disk it is.
+
+use imgfmt::{Access, BackingOptions, CacheMode, Locking, OpenOptions};
+use nbd_server::export::filters::{DetectZeroes, Discard};
+
+use super::values::{parse_detect_zeroes, parse_discard, take_metadata_cache};
+use crate::key_values::KeyValues;
+
+/// Options of the qcow2 driver that tune it or relax guarantees that this engine keeps anyway: they
+/// are accepted and have no effect.
+const QCOW2_TUNING: [&str; 6] = [
+    "lazy-refcounts",
+    "l2-cache-entry-size",
+    "cache-clean-interval",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "pass-discard-other",
+];
+
+/// Options of the file driver without an effect that clients see.
+const FILE_TUNING: [&str; 5] =
+    ["aio", "aio-max-batch", "pr-manager", "drop-cache", "x-check-cache-dropped"];
+
+/// The settings of a disk and the drivers below it. Those of a driver further up take precedence,
+/// except for the cache.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DriverSettings {
+    /// Whether it must not be written to.
+    pub read_only: bool,
+    /// The locking of its file.
+    pub locking: Locking,
+    /// The use of the page cache.
+    pub cache: CacheSwitches,
+    /// Memory for L2 tables, in bytes; `None`: the default.
+    pub metadata_cache: Option<u64>,
+    /// The treatment of discards; `None`: not given.
+    pub discard: Option<Discard>,
+    /// The treatment of zeroes in writes; `None`: not given.
+    pub detect_zeroes: Option<DetectZeroes>,
+}
+
+/// The cache options of drivers, which override a [`CacheMode`]; `None` where they are not given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheSwitches {
+    direct: Option<bool>,
+    no_flush: Option<bool>,
+}
+
+impl CacheSwitches {
+    /// Returns the mode with these switches applied. Combinations without a name honour flushes, as
+    /// all modes except "unsafe" do.
+    pub fn applied_to(self, mode: CacheMode) -> CacheMode {
+        let direct = self.direct.unwrap_or(mode.is_direct());
+        let no_flush = self.no_flush.unwrap_or(!mode.syncs());
+        match (direct, mode.is_writethrough()) {
+            (true, true) => CacheMode::DirectSync,
+            (true, false) => CacheMode::None,
+            (false, true) => CacheMode::Writethrough,
+            (false, false) if no_flush => CacheMode::Unsafe,
+            (false, false) => CacheMode::Writeback,
+        }
+    }
+}
+
+impl DriverSettings {
+    /// Changes the options for opening the image. A locking that the user gives otherwise is stronger.
+    ///
+    /// # Errors
+    ///
+    /// A sentence if the image is to be written to and must not be.
+    pub fn apply_to(&self, options: &mut OpenOptions) -> Result<(), String> {
+        if self.read_only && options.access == Access::ReadWrite {
+            return Err("its name says read-only=on, and this command writes to it".to_owned());
+        }
+        if options.locking == Locking::Auto {
+            options.locking = self.locking;
+        }
+        options.cache = self.cache.applied_to(options.cache);
+        options.metadata_cache_bytes = self.metadata_cache.or(options.metadata_cache_bytes);
+        Ok(())
+    }
+
+    /// Changes the options for opening the image as a backing file.
+    pub fn apply_to_backing(&self, options: &mut BackingOptions) {
+        options.locking = Some(self.locking).filter(|locking| *locking != Locking::Auto);
+        if self.cache != CacheSwitches::default() {
+            options.cache = Some(self.cache.applied_to(CacheMode::default()));
+        }
+        options.metadata_cache_bytes = self.metadata_cache;
+    }
+
+    /// Removes the options that every driver has, and refuses those that are left then.
+    ///
+    /// # Errors
+    ///
+    /// A sentence that names the option.
+    pub fn take_last(&mut self, driver: &str, mut options: KeyValues) -> Result<(), String> {
+        options.take("node-name");
+        // A writable export needs a writable file.
+        options.take_switch("auto-read-only")?;
+        // The last driver counts, the file: those above only hand the options down.
+        self.cache.direct = options.take_switch("cache.direct")?.or(self.cache.direct);
+        self.cache.no_flush = options.take_switch("cache.no-flush")?.or(self.cache.no_flush);
+        self.read_only |= options.take_switch("read-only")?.unwrap_or(false);
+        if options.take_switch("force-share")? == Some(true) {
+            if !self.read_only {
+                return Err("force-share=on can only be used with read-only images".to_owned());
+            }
+            self.locking = Locking::Shared;
+        }
+        if let Some(text) = options.take("discard") {
+            let discard = parse_discard(&text);
+            let discard = discard.ok_or_else(|| format!("Invalid discard option '{text}'"))?;
+            self.discard.get_or_insert(discard);
+        }
+        if let Some(text) = options.take("detect-zeroes") {
+            let detect = parse_detect_zeroes(&text);
+            let detect = detect.ok_or_else(|| format!("Invalid detect-zeroes option '{text}'"))?;
+            self.detect_zeroes.get_or_insert(detect);
+        }
+        match options.left_over() {
+            None => Ok(()),
+            Some(key) => {
+                Err(format!("Block driver '{driver}' does not support the option '{key}'"))
+            }
+        }
+    }
+
+    /// Removes the options of the drivers `file` and `host_device`, except for the name.
+    ///
+    /// # Errors
+    ///
+    /// A sentence that names the option.
+    pub fn take_file(&mut self, options: &mut KeyValues) -> Result<(), String> {
+        let locking = match options.take("locking").as_deref() {
+            None | Some("auto") => Locking::Auto,
+            Some("on") => Locking::On,
+            Some("off") => Locking::Off,
+            Some(other) => return Err(format!("Invalid value '{other}' for 'locking'")),
+        };
+        // A setting of a driver further up applies here.
+        if self.locking != Locking::Shared {
+            self.locking = locking;
+        }
+        for key in FILE_TUNING {
+            options.take(key);
+        }
+        Ok(())
+    }
+
+    /// Removes the options of the driver `qcow2`, except for its files, and refuses those that would
+    /// change the disk.
+    ///
+    /// # Errors
+    ///
+    /// A sentence that names the option.
+    pub fn take_qcow2(&mut self, options: &mut KeyValues) -> Result<(), String> {
+        self.metadata_cache = take_metadata_cache(options)?;
+        for key in QCOW2_TUNING {
+            options.take(key);
+        }
+        options.take("overlap-check");
+        options.take_below("overlap-check");
+        if options.take_switch("discard-no-unref")? == Some(true) {
+            return Err("discard-no-unref=on is not supported".to_owned());
+        }
+        for group in ["encrypt", "data-file"] {
+            if options.take(group).is_some() || !options.take_below(group).is_empty() {
+                return Err(format!("the option '{group}' of the driver 'qcow2' is not supported"));
+            }
+        }
+        Ok(())
+    }
+}
