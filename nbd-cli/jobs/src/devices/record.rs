@@ -1,8 +1,13 @@
 //! Files in `/run/nbd-cli` that tell which process keeps which device.
+//!
+//! Everybody may read the note about a device. The lock beside it is a file of its own, which only
+//! its owner can open: whoever can open a file can lock it, and so make others wait.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Read as _, Seek as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -30,8 +35,10 @@ pub(super) struct Note {
 /// The record of a device, locked while a process keeps the device.
 #[derive(Debug)]
 pub(super) struct Record {
-    file: File,
+    /// The note.
     path: PathBuf,
+    lock_path: PathBuf,
+    _lock: File,
 }
 
 /// A record as another process finds it.
@@ -53,9 +60,9 @@ impl Record {
     }
 
     fn take_in(directory: &Path, device: u32) -> Result<Self, JobError> {
-        let path = path_in(directory, device);
+        let (path, lock_path) = (path_in(directory, device), lock_path_in(directory, device));
         let failed = |error: io::Error| {
-            let file = path.display();
+            let file = lock_path.display();
             JobError::new(
                 JobErrorKind::Device,
                 format!("cannot note in '{file}' which process keeps /dev/nbd{device}: {error}"),
@@ -65,10 +72,12 @@ impl Record {
         let start = Instant::now();
         loop {
             let mut options = OpenOptions::new();
-            let options = options.read(true).write(true).create(true).truncate(false).mode(0o644);
-            let file = options.open(&path).map_err(failed)?;
-            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) if is_still(&path, &file) => return Ok(Self { file, path }),
+            let options = options.read(true).write(true).create(true).truncate(false).mode(0o600);
+            let lock = options.open(&lock_path).map_err(failed)?;
+            match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) if is_still(&lock_path, &lock) => {
+                    return Ok(Self { path, lock_path, _lock: lock });
+                }
                 Ok(()) => {}
                 Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() > LOOKING => break,
                 Err(rustix::io::Errno::WOULDBLOCK) => {
@@ -92,15 +101,20 @@ impl Record {
     /// Writes the note.
     pub(super) fn write(&mut self, note: &Note) -> io::Result<()> {
         let text = serde_json::to_string(note)?;
-        self.file.set_len(0)?;
-        self.file.rewind()?;
-        writeln!(self.file, "{text}")
+        // A reader finds one note or the other.
+        let new = self.path.with_extension("new");
+        let _ = std::fs::remove_file(&new);
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&new)?;
+        writeln!(file, "{text}")?;
+        file.set_permissions(Permissions::from_mode(0o644))?;
+        std::fs::rename(&new, &self.path)
     }
 
     /// Removes the record of a device that is no longer attached.
     pub(super) fn remove(self) {
-        // Without it, the file would be taken for that of a process that was killed.
+        // Without a note, the device is not taken for that of a process that was killed.
         let _ = std::fs::remove_file(&self.path);
+        let _ = std::fs::remove_file(&self.lock_path);
     }
 }
 
@@ -130,13 +144,27 @@ fn look_in(directory: &Path, device: u32) -> Option<Found> {
     let mut file = File::open(path_in(directory, device)).ok()?;
     let mut text = String::new();
     file.read_to_string(&mut text).ok()?;
-    let note = serde_json::from_str(&text).ok()?;
-    let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared);
-    Some(Found { note, is_kept: locked.is_err() })
+    let note: Note = serde_json::from_str(&text).ok()?;
+    let is_kept = match File::open(lock_path_in(directory, device)) {
+        Ok(lock) => rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared).is_err(),
+        // Others are only told whether such a process runs.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => is_running(note.pid),
+        Err(_) => false,
+    };
+    Some(Found { note, is_kept })
+}
+
+/// Returns whether there is a process of that number.
+fn is_running(pid: u32) -> bool {
+    Path::new("/proc").join(pid.to_string()).exists()
 }
 
 fn path_in(directory: &Path, device: u32) -> PathBuf {
     directory.join(format!("nbd{device}.json"))
+}
+
+fn lock_path_in(directory: &Path, device: u32) -> PathBuf {
+    directory.join(format!("nbd{device}.lock"))
 }
 
 /// Whether the locked file still has its name.
@@ -150,6 +178,26 @@ fn is_still(path: &Path, file: &File) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nobody_else_can_lock_the_record_of_a_device() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut record = Record::take_in(directory.path(), 5).expect("a record");
+        let note = Note { pid: std::process::id(), connections: 1 };
+        record.write(&note).expect("a note");
+        let mode = |path: &Path| path.metadata().expect("a file").permissions().mode() & 0o777;
+        assert_eq!(mode(&record.lock_path) & 0o077, 0);
+        assert_eq!(mode(&record.path) & 0o444, 0o444);
+        record.remove();
+        // What everybody may open decides nothing.
+        let readable = path_in(directory.path(), 5);
+        std::fs::write(&readable, serde_json::to_string(&note).expect("text")).expect("room");
+        let foreign = File::open(&readable).expect("the note");
+        rustix::fs::flock(&foreign, FlockOperation::NonBlockingLockShared).expect("a lock");
+        assert_eq!(look_in(directory.path(), 5), Some(Found { note, is_kept: false }));
+        Record::take_in(directory.path(), 5).expect("a record in spite of the foreign lock");
+        assert!(is_running(std::process::id()) && !is_running(u32::MAX));
+    }
 
     #[test]
     fn a_device_is_kept_by_one_process_at_a_time() {
