@@ -15,7 +15,7 @@ use super::detach::{DetachMode, disconnect};
 use super::load::{driver, no_rights};
 use super::netlink::{Announcement, Announcements, Configuration, Driver};
 use super::record::{Note, Record};
-use super::sysfs::SysDevice;
+use super::sysfs::{Attachment, SysDevice};
 use super::{device_error, path_of};
 use crate::error::{JobError, JobErrorKind};
 use crate::text::printable;
@@ -65,6 +65,8 @@ pub struct Attached {
     /// Connections that may be dead.
     missing: usize,
     is_adopted: bool,
+    /// By which it is told from a later attachment of the same device by somebody else.
+    attachment: Option<Attachment>,
     record: Record,
 }
 
@@ -112,8 +114,15 @@ impl Attached {
             connections,
             missing,
             is_adopted,
+            attachment: SysDevice::new(index).attachment(),
             record,
         }
+    }
+
+    /// Whether the device is still attached as this process has found or made it.
+    fn is_ours(&self) -> bool {
+        let now = SysDevice::new(self.index).attachment();
+        now.is_some() && now == self.attachment
     }
 
     /// Returns the file of the device.
@@ -161,9 +170,18 @@ impl Attached {
         let mut looks = interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let Self {
-            index, driver, announcements, backend, configuration, connections, missing, ..
+            index,
+            driver,
+            announcements,
+            backend,
+            configuration,
+            connections,
+            missing,
+            attachment,
+            ..
         } = self;
         let index = *index;
+        let is_ours = || attachment.is_some() && device.attachment() == *attachment;
         let mut pause = Duration::ZERO;
         let connecting = attempt(backend, pause);
         let mut connecting = Box::pin(connecting);
@@ -181,10 +199,14 @@ impl Attached {
                         format!("the kernel's announcements cannot be received: {error}"),
                     )),
                 },
-                _ = looks.tick() => if !device.is_connected() {
+                _ = looks.tick() => if !is_ours() {
                     return Ok(());
                 },
                 connected = &mut connecting, if *missing > 0 => {
+                    // Somebody else's device must not get a connection of ours.
+                    if !is_ours() {
+                        return Ok(());
+                    }
                     pause = match connected.and_then(|socket| {
                         let given = driver.reconfigure(index, configuration, &[socket]);
                         given.map_err(|error| explained(&error, Some(index), configuration))
@@ -205,19 +227,25 @@ impl Attached {
         }
     }
 
-    /// Flushes and disconnects the device.
+    /// Flushes and disconnects the device. Nothing is done if it is no longer the one that was
+    /// attached.
     ///
     /// # Errors
     ///
-    /// If it is in use or cannot be flushed: it remains attached.
+    /// If it is in use or cannot be flushed, or if all connections are lost, so that a flush would
+    /// wait for the server: it remains attached.
     ///
     /// # Cancel safety
     ///
     /// The device may or may not be disconnected.
     pub async fn detach(&self) -> Result<(), JobError> {
         let index = self.index;
-        if !SysDevice::new(index).is_connected() {
+        if !self.is_ours() {
             return Ok(());
+        }
+        if self.missing >= self.connections {
+            let why = "its server is away, and what was written may not have arrived there";
+            return Err(device_error(index, why));
         }
         // It may take long, and an export of this process has to be served meanwhile.
         let detaching = tokio::task::spawn_blocking(move || {
@@ -233,9 +261,11 @@ impl Attached {
     ///
     /// If data may not be durable.
     pub async fn close(self) -> Result<(), JobError> {
-        let closed = self.backend.close().await;
-        if !SysDevice::new(self.index).is_connected() {
-            self.record.remove();
+        let Self { index, attachment, backend, record, .. } = self;
+        let closed = backend.close().await;
+        let is_ours = attachment.is_some() && SysDevice::new(index).attachment() == attachment;
+        if !is_ours {
+            record.remove();
         }
         closed
     }

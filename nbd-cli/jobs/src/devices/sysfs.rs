@@ -14,6 +14,14 @@ pub(super) struct SysDevice {
     directory: PathBuf,
 }
 
+/// One attachment of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Attachment {
+    /// The process that has connected it, whether it runs or not.
+    pid: String,
+    backend: Option<String>,
+}
+
 impl SysDevice {
     pub(super) fn new(index: u32) -> Self {
         Self { index, directory: Path::new("/sys/block").join(format!("nbd{index}")) }
@@ -40,6 +48,11 @@ impl SysDevice {
     /// Whether it has a server, reachable or not.
     pub(super) fn is_connected(&self) -> bool {
         self.directory.join("pid").exists()
+    }
+
+    /// Returns what tells one attachment of this device from the next; `None` if it is not attached.
+    pub(super) fn attachment(&self) -> Option<Attachment> {
+        Some(Attachment { pid: self.text("pid")?, backend: self.backend() })
     }
 
     /// The process that has connected it, as far as it still runs.
@@ -116,6 +129,25 @@ fn mounted_at<'a>(mounts: &'a str, numbers: &[String]) -> Option<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_attachment_by_another_process_or_to_another_source_is_another_one() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let device = SysDevice { index: 7, directory: directory.path().to_owned() };
+        let write = |file: &str, text: &str| {
+            std::fs::write(directory.path().join(file), text).expect("room");
+        };
+        assert_eq!(device.attachment(), None);
+        write("pid", "11\n");
+        write("backend", "/a.qcow2\n");
+        let first = device.attachment();
+        assert!(first.is_some() && first == device.attachment());
+        write("pid", "12\n");
+        assert_ne!(device.attachment(), first);
+        write("pid", "11\n");
+        write("backend", "\n");
+        assert_ne!(device.attachment(), first);
+    }
 
     #[test]
     fn a_mounted_device_is_found_by_its_number() {
