@@ -1,10 +1,11 @@
 //! `nbd-cli detach`: disconnect a kernel device.
 
 use clap::Args;
-use nbd_jobs::devices::{DetachMode, detach, parse_device};
+use nbd_jobs::devices::{DetachMode, Detached, detach, parse_device};
 
 use crate::async_runtime::runtime;
 use crate::error::{CommandError, Outcome};
+use crate::output::warn;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -22,13 +23,16 @@ pub struct DetachArgs {
     pub device: u32,
 
     /// Detach the device even if it is mounted or its server is gone. Data that was not written is
-    /// lost.
+    /// lost. A device in use is free when its user has let go of it, which is not waited for.
     #[arg(long)]
     pub force: bool,
 }
 
 pub(crate) fn run(args: &DetachArgs) -> Result<Outcome, CommandError> {
     let mode = if args.force { DetachMode::Force } else { DetachMode::WhenUnused };
-    runtime()?.block_on(detach(args.device, mode))?;
+    if let Detached::InUse(user) = runtime()?.block_on(detach(args.device, mode))? {
+        let device = args.device;
+        warn(&format!("/dev/nbd{device} has lost its source, but {user}: it is free after that"));
+    }
     Ok(Outcome::Success)
 }

@@ -11,6 +11,7 @@ use crate::tools;
 const COMMON: &str = "
 until_ready() { timeout 30 sh -c \"until test -S $1; do sleep 0.1; done\"; }
 serve() { nbd-cli serve --socket /tmp/disk.sock --format raw /dev/vda > /tmp/serve.log 2>&1 & server=$!; until_ready /tmp/disk.sock; }
+pid_of() { sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/' /run/nbd-cli/$1.json; }
 uri='nbd+unix:///?socket=/tmp/disk.sock'
 ";
 
@@ -42,6 +43,16 @@ sha256sum -c /tmp/sum
 umount /mnt
 e2fsck -fn $device
 dd if=$device of=/dev/vdb bs=1M
+# While the server is away a flush would wait for it: the process that keeps the device does not.
+keeper=$(pid_of nbd0)
+kill -9 $server
+rm /tmp/disk.sock
+sleep 3
+kill $keeper
+timeout 30 sh -c \"while test -e /proc/$keeper; do sleep 0.1; done\"
+test -e /sys/block/nbd0/pid
+serve
+nbd-cli attach --connections 3 --timeout 2 \"$uri\" $device
 nbd-cli detach $device
 test -z \"$(nbd-cli devices)\"
 test ! -e /run/nbd-cli/nbd0.json
@@ -51,7 +62,6 @@ sync
 ";
 
 const IMAGES: &str = "
-pid_of() { sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/' /run/nbd-cli/$1.json; }
 gone() { timeout 30 sh -c \"while test -e /sys/block/$1/pid -o -e /run/nbd-cli/$1.json; do sleep 0.1; done\"; }
 refused() { ! \"$@\" 2> /tmp/refused; cat /tmp/refused; }
 
@@ -89,6 +99,14 @@ nbd-cli image check /tmp/disk.qcow2
 dd if=/tmp/disk.qcow2 of=/dev/vda bs=1M
 refused nbd-cli detach /dev/nbd3
 grep -F 'it is not attached' /tmp/refused
+
+# By force, while it is mounted.
+nbd-cli attach --read-only /tmp/disk.qcow2 /dev/nbd6
+mount -t ext4 -o ro,noload /dev/nbd6 /mnt
+timeout 60 nbd-cli detach --force /dev/nbd6 2> /tmp/refused
+grep -F 'it is mounted at /mnt' /tmp/refused
+umount /mnt
+gone nbd6
 
 # Memory is not adopted: it ended with its process.
 nbd-cli attach memory:1M /dev/nbd4

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -29,13 +29,30 @@ pub enum DetachMode {
     Force,
 }
 
+/// Time for a device that was detached by force to become free.
+const FORCED: Duration = Duration::from_secs(5);
+
+/// The state of a device that was detached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Detached {
+    /// It is free, and the process that kept it has closed its image.
+    Free,
+    /// It has lost its source, and is free when its user lets go of it: where it is mounted, or what
+    /// has it open. The process that kept it ends then. Only after [`DetachMode::Force`].
+    InUse(String),
+}
+
 /// Detaches a device: flushes it, disconnects it, and waits until it is gone and the process that
-/// kept it has closed its image.
+/// kept it has closed its image. By force it is not waited for if it is in use.
 ///
 /// # Errors
 ///
 /// If there is no such device, if it is in use (it remains then), or if data cannot be flushed.
-pub async fn detach(device: u32, mode: DetachMode) -> Result<(), JobError> {
+///
+/// # Cancel safety
+///
+/// The device may or may not be disconnected.
+pub async fn detach(device: u32, mode: DetachMode) -> Result<Detached, JobError> {
     let known = SysDevice::new(device);
     if !known.exists() {
         return Err(device_error(device, "this kernel has no such device"));
@@ -46,10 +63,16 @@ pub async fn detach(device: u32, mode: DetachMode) -> Result<(), JobError> {
     let mut driver = super::load::driver()?;
     let detaching = tokio::task::spawn_blocking(move || disconnect(&mut driver, device, mode));
     detaching.await.map_err(|error| JobError::given_up("detachment", &error))??;
-    if mode == DetachMode::WhenUnused {
-        while known.is_connected() {
-            tokio::time::sleep(PAUSE).await;
+    let start = Instant::now();
+    while known.is_connected() {
+        if mode == DetachMode::Force {
+            let user = known.user();
+            if user.is_some() || start.elapsed() > FORCED {
+                let user = user.unwrap_or_else(|| "a program has it open".to_owned());
+                return Ok(Detached::InUse(user));
+            }
         }
+        tokio::time::sleep(PAUSE).await;
     }
     while record::look(device).is_some_and(|found| found.is_kept) {
         tokio::time::sleep(PAUSE).await;
@@ -60,7 +83,7 @@ pub async fn detach(device: u32, mode: DetachMode) -> Result<(), JobError> {
     {
         record.remove();
     }
-    Ok(())
+    Ok(Detached::Free)
 }
 
 /// Flushes and disconnects a device. Blocks.

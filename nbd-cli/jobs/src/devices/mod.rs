@@ -24,7 +24,7 @@ use std::path::PathBuf;
 
 pub use self::attach::{AttachOptions, Attached};
 pub use self::backend::Backend;
-pub use self::detach::{DetachMode, detach};
+pub use self::detach::{DetachMode, Detached, detach};
 pub use self::list::{AttachedDevice, attached_devices, kernel_has_devices};
 pub use self::load::ensure_driver;
 use crate::error::{JobError, JobErrorKind};
