@@ -13,7 +13,7 @@ use nbd_jobs::chart::CharacterSet;
 use nbd_jobs::size::{ByteSize, rounded};
 
 use crate::output::ReportFormat;
-use crate::terminal::character_set;
+use crate::terminal::{character_set, columns_of};
 
 /// When progress is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,8 +214,8 @@ impl Progress {
                 say(&format!("\n{}", summary()));
             }
             Shown::Lines(lines) => {
-                say(&summary());
                 lines.write_end(say);
+                say(&summary());
             }
         }
     }
@@ -234,15 +234,21 @@ fn summary(done: u64, holes: u64, took: Duration) -> String {
     format!("{} in {seconds:.1} s, {rate}/s: {data} data, {holes} holes", rounded(done))
 }
 
+/// The fewest columns for all figures, and for rate and time.
+const WIDE: usize = 72;
+const MEDIUM: usize = 44;
+
 fn bar(total: Option<u64>) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr_with_hz(10));
-    let template = match total {
-        // As wide as the terminal.
-        Some(_) => {
+    // As wide as the terminal. A line that is longer would become several.
+    let template = match (total, columns_of(io::stderr())) {
+        (Some(_), WIDE..) => {
             "{wide_bar} {percent:>3} %  {binary_bytes} of {binary_total_bytes}  \
              {binary_bytes_per_sec}  {eta} left"
         }
-        None => "{spinner} {binary_bytes}  {binary_bytes_per_sec}",
+        (Some(_), MEDIUM..) => "{wide_bar} {percent:>3} %  {binary_bytes_per_sec}  {eta} left",
+        (Some(_), _) => "{wide_bar} {percent:>3} %",
+        (None, _) => "{spinner} {binary_bytes}  {binary_bytes_per_sec}",
     };
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(match character_set() {

@@ -1,6 +1,7 @@
-//! The capabilities of the terminal on standard output.
+//! The capabilities of terminals.
 
 use std::io::IsTerminal as _;
+use std::os::fd::AsFd;
 
 use clap::ValueEnum;
 use nbd_jobs::chart::{CharacterSet, Color};
@@ -46,10 +47,15 @@ pub(crate) fn character_set() -> CharacterSet {
     }
 }
 
-/// Returns the width of the terminal in columns, 80 if standard output is not a terminal.
+/// Returns the width of the terminal in columns, at least 20; 80 if standard output is not a terminal.
 pub(crate) fn columns() -> usize {
-    match rustix::termios::tcgetwinsize(std::io::stdout()) {
-        Ok(size) if size.ws_col >= 20 => usize::from(size.ws_col),
+    columns_of(std::io::stdout()).max(20)
+}
+
+/// Returns the width of a terminal in columns; 80 if it is unknown, or not a terminal.
+pub(crate) fn columns_of(terminal: impl AsFd) -> usize {
+    match rustix::termios::tcgetwinsize(terminal) {
+        Ok(size) if size.ws_col > 0 => usize::from(size.ws_col),
         _ => 80,
     }
 }
