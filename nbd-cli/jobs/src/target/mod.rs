@@ -42,7 +42,8 @@ pub enum Existing {
 ///
 /// # Errors
 ///
-/// If it is a directory, a dangling link, or an object without contents: those are never replaced.
+/// If it is a directory, a dangling link, or an object without contents: those are never replaced. If
+/// it is a device that does not exist.
 pub fn look(path: &Path) -> Result<Existing, JobError> {
     let name = path.display();
     let refuse =
@@ -53,6 +54,10 @@ pub fn look(path: &Path) -> Result<Existing, JobError> {
             return match path.symlink_metadata() {
                 Ok(_) => refuse(
                     "it is a symbolic link to a file that does not exist; give that file's name",
+                ),
+                Err(_) if is_among_devices(path) => refuse(
+                    "there is no such device, and a file among the devices would be kept in memory; \
+                     check the name",
                 ),
                 Err(_) => Ok(Existing::Nothing),
             };
@@ -69,6 +74,15 @@ pub fn look(path: &Path) -> Result<Existing, JobError> {
         }
         _ => refuse("it is a pipe or a socket; give a file or a block device"),
     }
+}
+
+/// Returns whether a new file would lie in the file system of the devices.
+fn is_among_devices(path: &Path) -> bool {
+    let devices = Path::new("/dev");
+    let parent = path.parent().and_then(|parent| parent.canonicalize().ok());
+    let system = |path: &Path| path.metadata().map(|metadata| metadata.dev()).ok();
+    // Others are mounted below it, for files.
+    parent.is_some_and(|parent| parent.starts_with(devices) && system(&parent) == system(devices))
 }
 
 /// The durability of a complete file.
@@ -282,6 +296,14 @@ fn directory_of(path: &Path) -> &Path {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mistyped_device_is_not_made_a_file_in_memory() {
+        let error = look(Path::new("/dev/no-such-device-of-nbd-cli")).unwrap_err();
+        assert!(error.to_string().contains("there is no such device"), "{error}");
+        let elsewhere = tempfile::tempdir().unwrap();
+        assert_eq!(look(&elsewhere.path().join("new")).unwrap(), Existing::Nothing);
+    }
 
     #[test]
     fn a_long_name_is_cut_for_the_temporary_one() {
