@@ -4,6 +4,7 @@ use imgfmt::{BitmapInfo, Image};
 
 use super::options::CopiedBitmaps;
 use crate::error::{JobError, JobErrorKind};
+use crate::frozen_bits::check_complete;
 use crate::image_location::ImageLocation;
 use crate::observer::Observer;
 use crate::text::printable;
@@ -50,6 +51,10 @@ pub(super) fn of_source(
         match bitmap.state.problem() {
             None => found.push(bitmap),
             Some(why) => {
+                if copied != CopiedBitmaps::Reliable {
+                    // Bits that a checkpoint has moved come back without loss.
+                    check_complete(source, &bitmap.name)?;
+                }
                 broken(format!("the bitmap '{name}' of {from} cannot be relied on: {why}"))?;
             }
         }
