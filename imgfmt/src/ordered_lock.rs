@@ -1,12 +1,13 @@
 //! Locks that know in which order they are taken.
 //!
 //! Two threads that take the same two locks in different orders wait for each other for ever, and a
-//! thread that takes a lock again which it holds waits for itself. So the locks of an open image have
+//! thread that takes a lock again which it holds waits for itself. So the locks of this crate have
 //! [ranks](rank) in their types, and a thread takes only locks of higher ranks than those that it
 //! holds. Builds with debug assertions, and so all tests, check that, whether anybody has to wait or
 //! not: a lock that is taken out of order panics. Other builds do not know the ranks at run time.
+//! `cargo xtask tidy` refuses locks without a rank, except those of storages for tests.
 //!
-//! None of these locks is held while data is moved, except the stripes.
+//! None of the locks of an image is held while data is moved, except the stripes.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{
@@ -14,87 +15,93 @@ use std::sync::{
     TryLockError,
 };
 
-/// The ranks of an image's locks, from the first that is taken to the last.
-pub(crate) mod rank {
-    /// The bitmaps: shared while the disk changes, exclusive while the list of them does.
-    pub(crate) const BITMAPS: u8 = 0;
-    /// The first change since bitmaps were stored is being announced to the image.
-    pub(crate) const MARKING: u8 = 1;
-    /// The turn to flush.
-    pub(crate) const FLUSH: u8 = 2;
-    /// One per guest cluster (several clusters share one), taken by ascending numbers. A change of
-    /// the mapping of a cluster holds its stripe from the lookup to the commit. Writes in place need
-    /// none.
-    pub(crate) const STRIPE: u8 = 3;
-    /// An L2 table is made or moved.
-    pub(crate) const L1_CHANGE: u8 = 4;
-    /// Shared while a mapping is changed in memory, exclusive while a flush takes its copy of
-    /// everything. So a copy holds each mapping with the refcounts it needs.
-    pub(crate) const GATE: u8 = 5;
-    /// Where bitmaps are in the file. Also taken to count all references, for an allocation.
-    pub(crate) const DIRECTORY: u8 = 6;
-    pub(crate) const SESSION: u8 = 7;
-    pub(crate) const OWNERSHIP: u8 = 8;
-    pub(crate) const QUARANTINE: u8 = 9;
-    /// A part of the cache of L2 tables.
-    pub(crate) const TABLE_CACHE: u8 = 10;
-    /// Whether an L2 table that one thread reads from the file is there. Waited for by others that need
-    /// it, not held while it is read.
-    pub(crate) const TABLE_LOAD: u8 = 11;
-    /// The L2 tables that a thread has used lately.
-    pub(crate) const RECENT_TABLES: u8 = 12;
-    /// An L2 table is changed, or looked at as a whole.
-    pub(crate) const TABLE: u8 = 13;
-    /// A refcount block is read from the file.
-    pub(crate) const BLOCK_LOAD: u8 = 14;
-    pub(crate) const L2_PLACES: u8 = 15;
-    pub(crate) const ALLOCATOR: u8 = 16;
-    pub(crate) const DIRTY_L1: u8 = 17;
-    pub(crate) const FREED: u8 = 18;
-    pub(crate) const DECOMPRESSED: u8 = 19;
-    pub(crate) const LINEAGE: u8 = 20;
-    /// Header extensions or autoclear bits change.
-    pub(crate) const HEADER_EDIT: u8 = 21;
-    pub(crate) const LEASES: u8 = 22;
-    pub(crate) const HEADER: u8 = 23;
-    pub(crate) const HEADER_WRITES: u8 = 24;
-    pub(crate) const SIDECAR: u8 = 25;
-    /// The waiters for each commit of the sidecar's log. Not held while one is made.
-    pub(crate) const LOG_QUEUE: u8 = 26;
-    /// What the slots of the sidecar's log hold. Held while they are written.
-    pub(crate) const LOG_SLOTS: u8 = 27;
+/// Defines the ranks in ascending order, and their names for messages.
+macro_rules! ranks {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        #[expect(non_camel_case_types, clippy::upper_case_acronyms, reason = "names of constants")]
+        enum Rank { $($name),* }
 
-    #[cfg(debug_assertions)]
-    pub(super) const NAMES: [&str; 28] = [
-        "BITMAPS",
-        "MARKING",
-        "FLUSH",
-        "STRIPE",
-        "L1_CHANGE",
-        "GATE",
-        "DIRECTORY",
-        "SESSION",
-        "OWNERSHIP",
-        "QUARANTINE",
-        "TABLE_CACHE",
-        "TABLE_LOAD",
-        "RECENT_TABLES",
-        "TABLE",
-        "BLOCK_LOAD",
-        "L2_PLACES",
-        "ALLOCATOR",
-        "DIRTY_L1",
-        "FREED",
-        "DECOMPRESSED",
-        "LINEAGE",
-        "HEADER_EDIT",
-        "LEASES",
-        "HEADER",
-        "HEADER_WRITES",
-        "SIDECAR",
-        "LOG_QUEUE",
-        "LOG_SLOTS",
-    ];
+        $($(#[$doc])* pub(crate) const $name: u8 = Rank::$name as u8;)*
+
+        #[cfg(debug_assertions)]
+        pub(super) const NAMES: &[&str] = &[$(stringify!($name)),*];
+    };
+}
+
+/// The ranks of all locks, from the first that is taken to the last: of jobs, of an image, of its
+/// storages.
+pub(crate) mod rank {
+    ranks! {
+        /// What the threads of a job have still to do. Held while the extents of images are looked up.
+        AGENDA,
+        /// What a job has found.
+        JOB_RESULT,
+        /// The progress of a job. Held while the observer is told.
+        PROGRESS,
+        /// When a job may move more.
+        RATE_LIMIT,
+        /// The bitmaps: shared while the disk changes, exclusive while the list of them does.
+        BITMAPS,
+        /// The number of changes that no thread carries out. An exclusive holder of the bitmaps waits for
+        /// their end with it, before the bitmaps are locked.
+        ELSEWHERE,
+        /// The first change since bitmaps were stored is being announced to the image.
+        MARKING,
+        /// The turn to flush.
+        FLUSH,
+        /// One per guest cluster (several clusters share one), taken by ascending numbers. A change of
+        /// the mapping of a cluster holds its stripe from the lookup to the commit. Writes in place need
+        /// none.
+        STRIPE,
+        /// An L2 table is made or moved.
+        L1_CHANGE,
+        /// Shared while a mapping is changed in memory, exclusive while a flush takes its copy of
+        /// everything. So a copy holds each mapping with the refcounts it needs.
+        GATE,
+        /// Where bitmaps are in the file. Also taken to count all references, for an allocation.
+        DIRECTORY,
+        SESSION,
+        OWNERSHIP,
+        QUARANTINE,
+        /// A part of the cache of L2 tables.
+        TABLE_CACHE,
+        /// Whether an L2 table that one thread reads from the file is there. Waited for by others that need
+        /// it, not held while it is read.
+        TABLE_LOAD,
+        /// The L2 tables that a thread has used lately.
+        RECENT_TABLES,
+        /// An L2 table is changed, or looked at as a whole.
+        TABLE,
+        /// A refcount block is read from the file.
+        BLOCK_LOAD,
+        L2_PLACES,
+        ALLOCATOR,
+        DIRTY_L1,
+        FREED,
+        DECOMPRESSED,
+        LINEAGE,
+        /// Header extensions or autoclear bits change.
+        HEADER_EDIT,
+        LEASES,
+        HEADER,
+        HEADER_WRITES,
+        SIDECAR,
+        /// The waiters for each commit of the sidecar's log. Not held while one is made.
+        LOG_QUEUE,
+        /// What the slots of the sidecar's log hold. Held while they are written.
+        LOG_SLOTS,
+        /// The first sector of a raw image that was found by probing is checked and changed.
+        FIRST_SECTOR,
+        /// The first sector of an unfinished disk. Held while its mark is written.
+        UNFINISHED,
+        /// The list of ranges of a file that are written past the page cache. The ranges have no rank: a
+        /// thread may hold several, and give them to another.
+        FILE_RANGES,
+        /// The pages of a storage in memory.
+        MEMORY_STORAGE,
+        /// Buffers for transfers past the page cache that are not in use.
+        BOUNCE_BUFFERS,
+    }
 }
 
 /// A mutex with a rank. What it holds is whole even if a thread panicked while it held it.

@@ -1,11 +1,12 @@
 //! Raw images: the file is the disk.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::layer::{Layer, Walk, WritableLayer};
 use crate::mapping::{Content, FileSpan, Mapped};
+use crate::ordered_lock::{OrderedMutex, rank};
 use crate::probe::{PROBE_LENGTH, probe};
 use crate::storage::{Capabilities, Durability, Speed, Storage, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
@@ -26,7 +27,7 @@ pub(crate) struct Raw {
     storage: Arc<dyn Storage>,
     size: u64,
     /// Held while a guarded first sector is checked and changed.
-    first_sector: Option<Mutex<()>>,
+    first_sector: Option<OrderedMutex<{ rank::FIRST_SECTOR }, ()>>,
 }
 
 impl Raw {
@@ -34,7 +35,7 @@ impl Raw {
         let size = storage.len().map_err(|error| Error::from_io("find the size of", error))?;
         let first_sector = match first_sector {
             FirstSector::Free => None,
-            FirstSector::Guarded => Some(Mutex::new(())),
+            FirstSector::Guarded => Some(OrderedMutex::default()),
         };
         Ok(Self { storage, size, first_sector })
     }
@@ -51,7 +52,7 @@ impl Raw {
         if offset.bytes() >= PROBE_LENGTH as u64 {
             return change();
         }
-        let _held = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let _held = lock.lock();
         let mut sector = [0; PROBE_LENGTH];
         let length = self.storage.read_at(HostOffset::new(0), &mut sector).map_err(io("read"))?;
         apply(&mut sector[offset.bytes() as usize..]);

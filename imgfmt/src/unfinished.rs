@@ -1,11 +1,12 @@
 //! A disk that is written as a whole and becomes valid atomically at the end.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 use std::sync::atomic::Ordering::{Acquire, Release};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::extent::ExtentKind;
+use crate::ordered_lock::{OrderedMutex, rank};
 use crate::qcow2::incomplete_header;
 use crate::storage::{
     Capabilities, Durability, FileIdentity, Speed, Storage, StorageExtent, TryRead, ZeroMode,
@@ -57,7 +58,7 @@ pub struct Unfinished {
     inner: Arc<dyn Storage>,
     state: AtomicU8,
     /// The contents of the first sector.
-    first: Mutex<[u8; SECTOR]>,
+    first: OrderedMutex<{ rank::UNFINISHED }, [u8; SECTOR]>,
 }
 
 impl Unfinished {
@@ -71,7 +72,7 @@ impl Unfinished {
         let mut first = [0; SECTOR];
         let read = inner.read_at(HostOffset::new(0), &mut first)?;
         let state = AtomicU8::new(if read < SECTOR { COMPLETE } else { UNTOUCHED });
-        Ok(Self { inner, state, first: Mutex::new(first) })
+        Ok(Self { inner, state, first: OrderedMutex::new(first) })
     }
 
     /// Puts everything on stable storage, then the first sector. No other call may be in progress.
@@ -81,7 +82,7 @@ impl Unfinished {
     /// Any error of the medium. The first sector then marks the rest as incomplete, unless it was
     /// its own write that failed.
     pub fn complete(&self) -> io::Result<()> {
-        let first = self.first();
+        let first = self.first.lock();
         if self.state.load(Acquire) == MARKED {
             self.inner.sync()?;
             self.inner.write_at(HostOffset::new(0), &*first, Durability::Cached)?;
@@ -95,10 +96,6 @@ impl Unfinished {
     /// the previous data is lost.
     pub fn is_incomplete(&self) -> bool {
         self.state.load(Acquire) == MARKED
-    }
-
-    fn first(&self) -> MutexGuard<'_, [u8; SECTOR]> {
-        self.first.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many bytes from `offset` on are in the first sector and not on the medium.
@@ -115,7 +112,7 @@ impl Unfinished {
         if self.state.load(Acquire) != UNTOUCHED {
             return Ok(());
         }
-        let _first = self.first();
+        let _first = self.first.lock();
         if self.state.load(Acquire) == UNTOUCHED {
             let mark = incomplete_header();
             self.inner.write_at(HostOffset::new(0), &mark, Durability::Cached)?;
@@ -136,7 +133,7 @@ impl Unfinished {
         let held = self.held(offset, length);
         if held > 0 {
             let start = offset.bytes() as usize;
-            change(&mut self.first()[start..start + held]);
+            change(&mut self.first.lock()[start..start + held]);
         }
         (HostOffset::new(offset.bytes() + held as u64), length - held as u64)
     }
@@ -152,7 +149,7 @@ impl Storage for Unfinished {
         let held = self.held(offset, read as u64);
         if held > 0 {
             let start = offset.bytes() as usize;
-            buffer[..held].copy_from_slice(&self.first()[start..start + held]);
+            buffer[..held].copy_from_slice(&self.first.lock()[start..start + held]);
         }
         Ok(read)
     }

@@ -1,11 +1,13 @@
 //! Changes of a disk that are under way and that no thread of this crate carries out.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar};
+
+use crate::ordered_lock::{OrderedMutex, rank};
 
 /// Counts them.
 #[derive(Debug, Default)]
 pub(super) struct Elsewhere {
-    state: Mutex<State>,
+    state: OrderedMutex<{ rank::ELSEWHERE }, State>,
     none: Condvar,
 }
 
@@ -27,7 +29,7 @@ pub(super) struct Closed<'a>(&'a Elsewhere);
 impl Elsewhere {
     /// Counts a change, unless none may begin.
     pub(super) fn begin(self: &Arc<Self>) -> Option<Counted> {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if state.closed > 0 {
             return None;
         }
@@ -37,21 +39,19 @@ impl Elsewhere {
 
     /// Has none begin from now on, and waits until those under way are over.
     pub(super) fn close(&self) -> Closed<'_> {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.closed += 1;
-        let ended = self.none.wait_while(state, |state| state.under_way > 0);
-        drop(ended.unwrap_or_else(PoisonError::into_inner));
+        while state.under_way > 0 {
+            state = state.wait(&self.none);
+        }
+        drop(state);
         Closed(self)
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        let mut state = self.0.state();
+        let mut state = self.0.state.lock();
         state.under_way -= 1;
         if state.under_way == 0 {
             self.0.none.notify_all();
@@ -61,7 +61,7 @@ impl Drop for Counted {
 
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
-        self.0.state().closed -= 1;
+        self.0.state.lock().closed -= 1;
     }
 }
 

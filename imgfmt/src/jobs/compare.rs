@@ -3,13 +3,13 @@
 
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
 use super::range::{read_padded, whole};
 use crate::extent::{Extent, ExtentKind};
 use crate::image::{Extents, Image};
+use crate::ordered_lock::{OrderedMutex, rank};
 use crate::zero::is_zero;
 
 /// Default number of bytes of each disk that a thread reads at a time: both parts stay in the
@@ -89,7 +89,7 @@ pub fn compare(
         let message = "a thread that compared has ended unexpectedly";
         return Err(JobError::new(JobErrorKind::Internal, message));
     }
-    let first_difference = match locked(&search.end).take() {
+    let first_difference = match search.end.lock().take() {
         None => None,
         Some(End { offset, why: Why::Difference }) => Some(offset),
         Some(End { why: Why::Error(error), .. }) => return Err(error),
@@ -104,8 +104,8 @@ struct Search<'a> {
     request_size: u64,
     context: &'a JobContext,
     meter: Meter<'a>,
-    agenda: Mutex<Agenda<'a>>,
-    end: Mutex<Option<End>>,
+    agenda: OrderedMutex<{ rank::AGENDA }, Agenda<'a>>,
+    end: OrderedMutex<{ rank::JOB_RESULT }, Option<End>>,
     /// Nothing from this offset on matters any more.
     limit: AtomicU64,
 }
@@ -136,8 +136,8 @@ impl<'a> Search<'a> {
             request_size: options.request_size.get().min(REQUEST_SIZE_MAX) as u64,
             context,
             meter: Meter::begin(context, size),
-            agenda: Mutex::new(Agenda { disks: disks.map(Cursor::new), position: 0 }),
-            end: Mutex::new(None),
+            agenda: OrderedMutex::new(Agenda { disks: disks.map(Cursor::new), position: 0 }),
+            end: OrderedMutex::new(None),
             limit: AtomicU64::new(size),
         }
     }
@@ -149,7 +149,7 @@ impl<'a> Search<'a> {
             if let Err(error) = self.context.cancellation.check() {
                 return self.end_at(0, Why::Error(error));
             }
-            let mut agenda = locked(&self.agenda);
+            let mut agenda = self.agenda.lock();
             let next =
                 agenda.next(self.limit.load(Ordering::Relaxed), self.request_size, &self.meter);
             let position = agenda.position;
@@ -196,7 +196,7 @@ impl<'a> Search<'a> {
     }
 
     fn end_at(&self, offset: u64, why: Why) {
-        let mut end = locked(&self.end);
+        let mut end = self.end.lock();
         if end.as_ref().is_none_or(|end| offset < end.offset) {
             *end = Some(End { offset, why });
             self.limit.fetch_min(offset, Ordering::Relaxed);
@@ -266,9 +266,4 @@ impl<'a> Cursor<'a> {
             }
         }
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A thread that panics is noticed when it is joined.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

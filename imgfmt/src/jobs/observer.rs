@@ -1,11 +1,12 @@
 //! Information from a running job.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use super::cancellation::Cancellation;
 use super::error::JobError;
 use super::rate_limit::RateLimit;
+use crate::ordered_lock::{OrderedMutex, rank};
 
 /// The progress of a job. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,14 +75,14 @@ impl JobContext {
 pub(super) struct Meter<'a> {
     observer: &'a dyn Observer,
     /// Held while the observer is told, so that it hears of it in order.
-    progress: Mutex<Progress>,
+    progress: OrderedMutex<{ rank::PROGRESS }, Progress>,
 }
 
 impl<'a> Meter<'a> {
     pub(super) fn begin(context: &'a JobContext, total: u64) -> Self {
         let progress = Progress { done: 0, holes: 0, total };
         context.observer.progress(&progress);
-        Self { observer: &*context.observer, progress: Mutex::new(progress) }
+        Self { observer: &*context.observer, progress: OrderedMutex::new(progress) }
     }
 
     /// Counts bytes that are done.
@@ -96,11 +97,11 @@ impl<'a> Meter<'a> {
 
     /// How far it is.
     pub(super) fn progress(&self) -> Progress {
-        *self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.progress.lock()
     }
 
     fn count(&self, bytes: u64, holes: u64) {
-        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut progress = self.progress.lock();
         progress.done = progress.done.saturating_add(bytes);
         progress.holes = progress.holes.saturating_add(holes);
         self.observer.progress(&progress);

@@ -2,11 +2,12 @@
 
 use std::fmt;
 use std::num::NonZeroU64;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cancellation::Cancellation;
 use super::error::JobError;
+use crate::ordered_lock::{OrderedMutex, rank};
 
 /// An idle limit saves up this time at most.
 const BURST: Duration = Duration::from_millis(100);
@@ -21,7 +22,7 @@ const CHECK_PERIOD: Duration = Duration::from_millis(100);
 pub struct RateLimit {
     bytes_per_second: NonZeroU64,
     /// The time at which more may be moved.
-    next: Arc<Mutex<Option<Instant>>>,
+    next: Arc<OrderedMutex<{ rank::RATE_LIMIT }, Option<Instant>>>,
 }
 
 impl fmt::Debug for RateLimit {
@@ -47,7 +48,7 @@ impl RateLimit {
         let nanoseconds =
             (u128::from(bytes) * 1_000_000_000).div_ceil(self.bytes_per_second.get().into());
         let lasts = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
-        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = self.next.lock();
         let earliest = now.checked_sub(BURST).unwrap_or(now);
         let begins = next.map_or(now, |next| next.max(earliest));
         // A limit so low that the time cannot be told is one of centuries.

@@ -1,6 +1,8 @@
 //! Buffers in memory that is aligned as direct I/O wants it.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::MutexGuard;
+
+use crate::ordered_lock::{Ordered, OrderedMutex, rank};
 
 /// Size of a small buffer, in bytes: most requests of guests fit.
 const SMALL: usize = 16 * 1024;
@@ -15,9 +17,11 @@ const KEPT_LARGE: usize = 8;
 pub(super) struct BouncePool {
     /// In bytes.
     alignment: usize,
-    small: Mutex<Vec<Memory>>,
-    large: Mutex<Vec<Memory>>,
+    small: Buffers,
+    large: Buffers,
 }
+
+type Buffers = OrderedMutex<{ rank::BOUNCE_BUFFERS }, Vec<Memory>>;
 
 /// Memory with an aligned part in it.
 #[derive(Debug)]
@@ -38,7 +42,7 @@ pub(super) struct Bounce<'a> {
 impl BouncePool {
     /// Buffers that are aligned to `alignment` bytes, a power of two.
     pub(super) fn new(alignment: usize) -> Self {
-        Self { alignment, small: Mutex::default(), large: Mutex::default() }
+        Self { alignment, small: Buffers::default(), large: Buffers::default() }
     }
 
     /// A buffer of `length` bytes, at most [`LARGE`], with any content.
@@ -49,9 +53,9 @@ impl BouncePool {
         Bounce { pool: self, memory, length }
     }
 
-    fn kept(&self, length: usize) -> MutexGuard<'_, Vec<Memory>> {
+    fn kept(&self, length: usize) -> Ordered<MutexGuard<'_, Vec<Memory>>> {
         let kept = if length <= SMALL { &self.small } else { &self.large };
-        kept.lock().unwrap_or_else(PoisonError::into_inner)
+        kept.lock()
     }
 }
 
@@ -106,6 +110,7 @@ mod tests {
             one.bytes_mut().fill(7);
             drop((one, two));
         }
-        assert_eq!((pool.kept(SMALL).len(), pool.kept(LARGE).len()), (2, 2));
+        assert_eq!(pool.kept(SMALL).len(), 2);
+        assert_eq!(pool.kept(LARGE).len(), 2);
     }
 }

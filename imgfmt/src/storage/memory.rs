@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::{Capabilities, Durability, Storage, StorageExtent, TryRead};
 use crate::extent::ExtentKind;
+use crate::ordered_lock::{OrderedRwLock, rank};
 use crate::units::HostOffset;
 
 const PAGE_SIZE: usize = 4096;
@@ -14,7 +14,7 @@ const PAGE: u64 = PAGE_SIZE as u64;
 /// Bytes in memory that occupy space only for the 4 KiB pages that were written.
 #[derive(Debug, Default)]
 pub struct MemoryStorage {
-    content: RwLock<Content>,
+    content: OrderedRwLock<{ rank::MEMORY_STORAGE }, Content>,
 }
 
 #[derive(Debug, Default)]
@@ -26,23 +26,14 @@ struct Content {
 impl MemoryStorage {
     /// Creates a storage of `length` bytes, all zero.
     pub fn new(length: u64) -> Self {
-        Self { content: RwLock::new(Content { length, pages: BTreeMap::new() }) }
+        Self { content: OrderedRwLock::new(Content { length, pages: BTreeMap::new() }) }
     }
 
     /// Creates a storage that holds a copy of `bytes`.
     pub fn from_bytes(bytes: &[u8]) -> Self {
         let mut content = Content::default();
         content.write(0, bytes);
-        Self { content: RwLock::new(content) }
-    }
-
-    // A thread that panicked while it held the lock left whole pages: go on.
-    fn read(&self) -> RwLockReadGuard<'_, Content> {
-        self.content.read().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    fn write(&self) -> RwLockWriteGuard<'_, Content> {
-        self.content.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+        Self { content: OrderedRwLock::new(content) }
     }
 }
 
@@ -80,11 +71,11 @@ fn split(offset: u64) -> (u64, usize) {
 
 impl Storage for MemoryStorage {
     fn len(&self) -> io::Result<u64> {
-        Ok(self.read().length)
+        Ok(self.content.read().length)
     }
 
     fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize> {
-        let content = self.read();
+        let content = self.content.read();
         let offset = offset.bytes();
         let available = content.length.saturating_sub(offset);
         let wanted = usize::try_from(available).unwrap_or(usize::MAX).min(buffer.len());
@@ -104,12 +95,12 @@ impl Storage for MemoryStorage {
 
     fn write_at(&self, offset: HostOffset, data: &[u8], _: Durability) -> io::Result<()> {
         offset.checked_add(data.len() as u64).ok_or(io::ErrorKind::FileTooLarge)?;
-        self.write().write(offset.bytes(), data);
+        self.content.write().write(offset.bytes(), data);
         Ok(())
     }
 
     fn set_len(&self, length: u64) -> io::Result<()> {
-        let mut content = self.write();
+        let mut content = self.content.write();
         if length < content.length {
             let end = content.length;
             content.zero(length, end);
@@ -120,7 +111,7 @@ impl Storage for MemoryStorage {
 
     fn punch_hole(&self, offset: HostOffset, length: u64) -> io::Result<()> {
         let end = offset.checked_add(length).ok_or(io::ErrorKind::InvalidInput)?;
-        self.write().zero(offset.bytes(), end.bytes());
+        self.content.write().zero(offset.bytes(), end.bytes());
         Ok(())
     }
 
@@ -138,7 +129,7 @@ impl Storage for MemoryStorage {
     }
 
     fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
-        let content = self.read();
+        let content = self.content.read();
         let end = offset.bytes().saturating_add(length);
         let (mut page, start) = split(offset.bytes());
         let is_data = content.pages.contains_key(&page);

@@ -2,12 +2,14 @@
 //! meanwhile.
 
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar};
+
+use crate::ordered_lock::{OrderedMutex, rank};
 
 /// Locks on ranges. A thread that holds one must not wait for another.
 #[derive(Debug, Default)]
 pub(super) struct RangeLocks {
-    state: Mutex<State>,
+    state: OrderedMutex<{ rank::FILE_RANGES }, State>,
     freed: Condvar,
 }
 
@@ -73,7 +75,7 @@ impl RangeLocks {
 
     /// As [`shared`](Self::shared), without waiting; `None` if an exclusive lock is held or waited for.
     pub(super) fn try_shared(self: &Arc<Self>, range: Range<u64>) -> Option<RangeGuard> {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let id = state.push(range, Mode::Shared);
         if state.is_blocked(id) {
             state.entries.pop();
@@ -88,25 +90,21 @@ impl RangeLocks {
     }
 
     fn lock(self: &Arc<Self>, range: Range<u64>, mode: Mode) -> RangeGuard {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let id = state.push(range, mode);
         while state.is_blocked(id) {
             state.waiting += 1;
-            state = self.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = state.wait(&self.freed);
             state.waiting -= 1;
         }
         drop(state);
         RangeGuard { locks: Arc::clone(self), id }
     }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Drop for RangeGuard {
     fn drop(&mut self) {
-        let mut state = self.locks.state();
+        let mut state = self.locks.state.lock();
         state.entries.retain(|entry| entry.id != self.id);
         if state.waiting > 0 {
             self.locks.freed.notify_all();
@@ -129,7 +127,7 @@ mod tests {
         let _three = locks.exclusive(15..20);
         let _four = locks.try_shared(10..15).unwrap();
         assert!(locks.try_shared(14..16).is_none(), "it would have to wait");
-        assert_eq!(locks.state().entries.len(), 4, "who was refused leaves nothing");
+        assert_eq!(locks.state.lock().entries.len(), 4, "who was refused leaves nothing");
     }
 
     #[test]
@@ -142,14 +140,14 @@ mod tests {
                 let _held = locks.exclusive(9..12);
                 is_held.store(true, SeqCst);
             });
-            while locks.state().waiting < 1 {
+            while locks.state.lock().waiting < 1 {
                 thread::yield_now();
             }
             scope.spawn(|| {
                 let _held = locks.shared(11..13);
                 was_overtaken.store(!is_held.load(SeqCst), SeqCst);
             });
-            while locks.state().waiting < 2 {
+            while locks.state.lock().waiting < 2 {
                 thread::yield_now();
             }
             assert!(!is_held.load(SeqCst));

@@ -8,6 +8,7 @@ mod edges;
 mod engines;
 mod functions;
 mod lexer;
+mod locks;
 mod manifest;
 mod markdown;
 mod order;
@@ -124,6 +125,7 @@ fn check_file(path: &str, text: &str) -> Vec<String> {
         findings.extend(protocol::check(path, &source));
         findings.extend(edges::check_image_adapter(path, &source));
         findings.extend(engines::check(path, &source));
+        findings.extend(locks::check(path, &source));
     }
     findings
 }

@@ -1,6 +1,5 @@
 //! Many threads that copy pieces of a disk at the same time.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::agenda::{Agenda, CopyRange, PIECE};
@@ -9,6 +8,7 @@ use crate::image::Image;
 use crate::jobs::error::{JobError, JobErrorKind};
 use crate::jobs::observer::{JobContext, Meter};
 use crate::jobs::range::span;
+use crate::ordered_lock::{OrderedMutex, rank};
 use crate::storage::{Durability, Speed, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
 use crate::zero::{Content, runs};
@@ -30,7 +30,8 @@ pub(super) struct Copy<'a> {
 impl Copy<'_> {
     /// Copies everything with so many threads.
     pub(super) fn run(&self, jobs: usize) -> Result<(), JobError> {
-        let agenda = &Mutex::new(Agenda::new(self.source, self.unit, self.background, self.meter));
+        let agenda = Agenda::new(self.source, self.unit, self.background, self.meter);
+        let agenda = &OrderedMutex::new(agenda);
         // One thread failed: the others need not go on.
         let failed = &AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -52,15 +53,15 @@ impl Copy<'_> {
     }
 
     /// Copies one piece after the other until there is none.
-    fn work(&self, agenda: &Mutex<Agenda<'_>>, failed: &AtomicBool) -> Result<(), JobError> {
+    fn work(
+        &self,
+        agenda: &OrderedMutex<{ rank::AGENDA }, Agenda<'_>>,
+        failed: &AtomicBool,
+    ) -> Result<(), JobError> {
         let mut buffer = vec![0; PIECE.max(self.unit) as usize];
         while !failed.load(Ordering::Relaxed) {
             self.context.cancellation.check()?;
-            let next = match agenda.lock() {
-                Ok(mut agenda) => agenda.next(),
-                // Another thread ended unexpectedly, which its join tells.
-                Err(_) => return Ok(()),
-            };
+            let next = agenda.lock().next();
             let done = match next {
                 Ok(None) => return Ok(()),
                 Ok(Some(work)) => self.carry_out(work, &mut buffer, failed),
