@@ -25,6 +25,7 @@ mod backing_ignored;
 mod backup_identity;
 mod bad_paths;
 mod bitmap_commands_vs_qemu;
+mod bitmaps_began_after;
 mod bitmaps_frozen;
 mod bitmaps_resized;
 mod bitmaps_survive;

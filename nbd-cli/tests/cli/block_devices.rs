@@ -10,36 +10,10 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::backup_chain;
 use crate::support::image::{self, info};
+use crate::support::loop_device::LoopDevice;
 use crate::support::qemu_nbd::wait_until;
 use crate::support::{Disk, Outcome, PROGRAM, Server, in_foreground, nbd_cli, peer, run};
 use crate::tools;
-
-/// A loop device that is detached when the test ends.
-struct LoopDevice(String);
-
-impl LoopDevice {
-    /// A device of so many MiB, full of old bytes. `None` where there are none: only root has them.
-    fn with_old_content(directory: &Disk, mebibytes: usize) -> Option<Self> {
-        let file = directory.beside(&format!("device-{mebibytes}"));
-        std::fs::write(&file, vec![0xaa; mebibytes << 20]).expect("room");
-        let attached = Command::new("losetup").args(["--find", "--show", &file]).output();
-        match attached {
-            Ok(output) if output.status.success() => {
-                Some(Self(String::from_utf8(output.stdout).expect("text").trim().to_owned()))
-            }
-            other => {
-                eprintln!("skipped: no loop device: {other:?}");
-                None
-            }
-        }
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
-    }
-}
 
 /// The error of a run; none advises to remove a device.
 #[track_caller]

@@ -17,6 +17,7 @@ mod fairness;
 mod filter;
 mod handshake_floods;
 mod handshake_timeout;
+mod hole_lookups;
 mod holes;
 mod image_space;
 mod interop;

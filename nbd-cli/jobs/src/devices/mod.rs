@@ -17,16 +17,18 @@ mod list;
 mod load;
 mod message;
 mod netlink;
+mod options;
 mod record;
 mod sysfs;
 
 use std::path::PathBuf;
 
-pub use self::attach::{AttachOptions, Attached};
+pub use self::attach::Attached;
 pub use self::backend::Backend;
 pub use self::detach::{DetachMode, Detached, detach};
 pub use self::list::{AttachedDevice, attached_devices, kernel_has_devices};
 pub use self::load::ensure_driver;
+pub use self::options::AttachOptions;
 use crate::error::{JobError, JobErrorKind};
 
 /// Parses the name of a device: `/dev/nbd0`, `nbd0` or a link to it.

@@ -4,6 +4,7 @@ mod disk;
 pub(crate) mod http;
 pub(crate) mod image;
 mod initramfs;
+pub(crate) mod loop_device;
 pub(crate) mod machine;
 #[cfg(feature = "mount")]
 pub(crate) mod mount;

@@ -9,9 +9,7 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use bytes::BytesMut;
-use nbd_proto::handshake::client::{
-    Answer, AwaitStep, Awaiting, ClientHandshake, ClientStep, ExportInfo, InfoRequest, OptionPhase,
-};
+use nbd_proto::handshake::client::{ExportInfo, InfoRequest, OptionPhase};
 use nbd_proto::handshake::{ListedExport, Negotiated, OptionError};
 use nbd_proto::transmission::client::{Event, ServerError, Transmission};
 use nbd_proto::transmission::{Command, Durability, Fragmentation};
@@ -20,6 +18,7 @@ use nbd_proto::wire::{
     MetaContextName, ReplyFlags, ReplyMode, RequestHeader, SimpleReplyHeader, magic,
 };
 
+use super::handshake::{Handshake, receive};
 use super::{LONG, TestServer};
 
 /// Small requests are joined up to this many bytes.
@@ -386,68 +385,6 @@ impl Drop for Client {
         self.sender = None;
         if let Some(writer) = self.writer.take() {
             let _ = writer.join();
-        }
-    }
-}
-
-/// Reads once; false at the end. A server that cuts the connection ends it as well.
-fn receive(stream: &mut UnixStream, input: &mut BytesMut) -> bool {
-    let before = input.len();
-    input.resize(before + (128 << 10), 0);
-    let read = match stream.read(&mut input[before..]) {
-        Ok(read) => read,
-        Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => 0,
-        Err(error) => panic!("reading from the server: {error}"),
-    };
-    input.truncate(before + read);
-    read > 0
-}
-
-struct Handshake {
-    stream: UnixStream,
-    input: BytesMut,
-}
-
-impl Handshake {
-    fn greet(&mut self) -> OptionPhase {
-        self.try_greet().expect("the server closed instead of a greeting")
-    }
-
-    fn try_greet(&mut self) -> Option<OptionPhase> {
-        let mut handshake = ClientHandshake::new();
-        loop {
-            let mut out = BytesMut::new();
-            let step = handshake.advance(&mut self.input, &mut out).unwrap();
-            self.stream.write_all(&out).unwrap();
-            handshake = match step {
-                ClientStep::NeedsInput(next) => next,
-                ClientStep::Newstyle(phase) => return Some(phase),
-                ClientStep::Oldstyle(_) => panic!("the server is newstyle"),
-            };
-            if !receive(&mut self.stream, &mut self.input) {
-                return None;
-            }
-        }
-    }
-
-    fn ask<A: Answer>(&mut self, option: impl FnOnce(&mut BytesMut) -> Awaiting<A>) -> A::Accepted {
-        self.try_ask(option).unwrap()
-    }
-
-    fn try_ask<A: Answer>(
-        &mut self,
-        option: impl FnOnce(&mut BytesMut) -> Awaiting<A>,
-    ) -> Result<A::Accepted, OptionError> {
-        let mut out = BytesMut::new();
-        let mut awaiting = option(&mut out);
-        self.stream.write_all(&out).unwrap();
-        loop {
-            awaiting = match awaiting.advance(&mut self.input).unwrap() {
-                AwaitStep::NeedsInput(next) => next,
-                AwaitStep::Accepted(accepted) => return Ok(accepted),
-                AwaitStep::Refused { error, .. } => return Err(error),
-            };
-            assert!(receive(&mut self.stream, &mut self.input), "the server closed");
         }
     }
 }

@@ -3,6 +3,7 @@
 
 mod client;
 mod exports;
+mod handshake;
 mod images;
 mod peers;
 mod random;
