@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::testing::{RecordedDirectory, Recording};
+use imgfmt::testing::{RecordedDirectory, Recorder};
 use imgfmt::{
     Access, BitmapChange, BitmapState, Durability, Format, GuestOffset, Image, OpenOptions, Storage,
 };
@@ -152,9 +152,9 @@ pub(crate) fn sidecar(data: &[u8]) {
     image.put64(extension + 24, 1);
     let boot = if choice & 8 == 0 { BOOT } else { OTHER_BOOT };
     for access in [Access::ReadOnly, Access::ReadWrite] {
-        let recording = Recording::new();
-        let storage = recording.storage(&image.bytes);
-        let directory = Arc::new(RecordedDirectory::new(&recording, boot, Some(&found)));
+        let recorder = Recorder::new();
+        let storage = recorder.storage(&image.bytes);
+        let directory = Arc::new(RecordedDirectory::new(&recorder, boot, Some(&found)));
         let options =
             OpenOptions::new().format(Format::Qcow2).access(access).sidecar_directory(&directory);
         let open = || Image::from_storage(Arc::clone(&storage) as _, &options);

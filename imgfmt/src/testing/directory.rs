@@ -3,18 +3,18 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use super::{Loss, Recording, RecordingStorage, lock};
+use super::{Loss, Recorder, RecordingStorage, lock};
 use crate::storage::{Durability, Storage as _};
 use crate::units::HostOffset;
 
 /// A directory that holds the sidecar of one image, for
 /// [`OpenOptions::sidecar_directory`](crate::OpenOptions).
 ///
-/// Its files and the directory itself are storages of a [`Recording`]: a crash may take away what
+/// Its files and the directory itself are storages of a [`Recorder`]: a crash may take away what
 /// was stored in a mapped file and not synced, and that a file got its name.
 #[derive(Debug)]
 pub struct RecordedDirectory {
-    recording: Recording,
+    recorder: Recorder,
     /// Holds which file has the sidecar's name: its number from 1 on, or 0.
     directory: Arc<RecordingStorage>,
     files: Mutex<Vec<Arc<RecordingStorage>>>,
@@ -25,11 +25,11 @@ pub struct RecordedDirectory {
 impl RecordedDirectory {
     /// A directory of a recording with a sidecar of these bytes, or without one. `boot_id` has 36
     /// characters.
-    pub fn new(recording: &Recording, boot_id: &str, sidecar: Option<&[u8]>) -> Self {
-        let files: Vec<_> = sidecar.into_iter().map(|bytes| recording.storage(bytes)).collect();
-        let directory = recording.storage(&(files.len() as u64).to_le_bytes());
+    pub fn new(recorder: &Recorder, boot_id: &str, sidecar: Option<&[u8]>) -> Self {
+        let files: Vec<_> = sidecar.into_iter().map(|bytes| recorder.storage(bytes)).collect();
+        let directory = recorder.storage(&(files.len() as u64).to_le_bytes());
         Self {
-            recording: recording.clone(),
+            recorder: recorder.clone(),
             directory,
             files: Mutex::new(files),
             boot_id: boot_id.to_owned(),
@@ -80,7 +80,7 @@ impl RecordedDirectory {
 
     /// Creates an empty file; returns it with its number.
     pub(crate) fn create_file(&self) -> (Arc<RecordingStorage>, u64) {
-        let file = self.recording.storage(&[]);
+        let file = self.recorder.storage(&[]);
         let mut files = lock(&self.files);
         files.push(Arc::clone(&file));
         (file, files.len() as u64)

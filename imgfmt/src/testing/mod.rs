@@ -5,7 +5,7 @@
 
 mod directory;
 mod failing;
-mod recording;
+mod recorder;
 #[cfg(test)]
 mod tests;
 
@@ -15,8 +15,8 @@ use crate::storage::BegunWrite;
 
 pub use directory::RecordedDirectory;
 pub use failing::{Call, FailingStorage, Fault};
-pub(crate) use recording::MappedWords;
-pub use recording::{Loss, Recording, RecordingStorage};
+pub(crate) use recorder::MappedWords;
+pub use recorder::{Loss, Recorder, RecordingStorage};
 
 /// The unit that a disk writes completely or not at all, in bytes.
 pub const SECTOR: u64 = 512;

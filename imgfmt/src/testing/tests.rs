@@ -19,8 +19,8 @@ fn write(storage: &dyn Storage, offset: u64, data: &[u8]) -> io::Result<()> {
 
 #[test]
 fn synced_writes_survive_and_others_may_be_lost_torn_or_kept() {
-    let recording = Recording::new();
-    let storage = recording.storage(&[0; 2048]);
+    let recorder = Recorder::new();
+    let storage = recorder.storage(&[0; 2048]);
     write(&*storage, 0, &[1; 2048]).unwrap();
     storage.sync().unwrap();
     write(&*storage, 0, &[2; 1024]).unwrap();
@@ -41,8 +41,8 @@ fn synced_writes_survive_and_others_may_be_lost_torn_or_kept() {
 
 #[test]
 fn a_sector_never_holds_a_later_write_without_the_earlier_one() {
-    let recording = Recording::new();
-    let storage = recording.storage(&[0; 512]);
+    let recorder = Recorder::new();
+    let storage = recorder.storage(&[0; 512]);
     write(&*storage, 0, &[1; 100]).unwrap();
     write(&*storage, 100, &[2; 100]).unwrap();
     let mut below = numbers();
@@ -54,10 +54,10 @@ fn a_sector_never_holds_a_later_write_without_the_earlier_one() {
 
 #[test]
 fn storages_of_one_recording_crash_together() {
-    let recording = Recording::new();
-    let (one, two) = (recording.storage(&[0]), recording.storage(&[0]));
+    let recorder = Recorder::new();
+    let (one, two) = (recorder.storage(&[0]), recorder.storage(&[0]));
     write(&*one, 0, &[1]).unwrap();
-    let position = recording.position();
+    let position = recorder.position();
     write(&*two, 0, &[1]).unwrap();
     let mut below = numbers();
     assert_eq!(one.after_crash(position, Loss::Nothing, &mut below), [1]);

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::testing::{Recording, RecordingStorage};
+use imgfmt::testing::{Recorder, RecordingStorage};
 use imgfmt::{Access, Format, Image, OpenOptions};
 
 use crate::common::at;
@@ -20,7 +20,7 @@ pub fn sound() -> Handmade {
 }
 
 pub fn open(image: &Handmade, access: Access) -> (Arc<RecordingStorage>, Image) {
-    let storage = Recording::new().storage(&image.bytes);
+    let storage = Recorder::new().storage(&image.bytes);
     let options = OpenOptions::new().format(Format::Qcow2).access(access);
     let disk = Image::from_storage(Arc::clone(&storage) as _, &options).unwrap();
     (storage, disk)

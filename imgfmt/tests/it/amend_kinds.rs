@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::common::{Random, qemu, run, text};
 use imgfmt::storage::MemoryStorage;
-use imgfmt::testing::{Loss, Recording};
+use imgfmt::testing::{Loss, Recorder};
 use imgfmt::{
     Amendment, ErrorKind, Image, LazyRefcounts, OpenOptions, OpenPolicy, Qcow2Version, Repair,
     Storage,
@@ -205,11 +205,11 @@ fn whatever_instant_it_is_interrupted_at_the_disk_is_the_same_and_nothing_is_dam
         }),
     ];
     for amendment in amendments {
-        let recording = Recording::new();
-        let storage = recording.storage(&bytes);
+        let recorder = Recorder::new();
+        let storage = recorder.storage(&bytes);
         let amended: Arc<dyn Storage> = storage.clone();
         Image::amend_storage(&amended, &OpenOptions::new(), &amendment).unwrap();
-        let positions = recording.position();
+        let positions = recorder.position();
         for position in 0..=positions {
             for loss in Loss::ALL {
                 let left = storage.after_crash(position, loss, &mut |bound| random.below(bound));

@@ -194,7 +194,7 @@ fn errors_and_a_crash_after_them_make_no_bitmap_name_a_backup_too_late() {
         trial.file.set_fault(None);
         let what = format!("round {round}, errors in {calls:?}, {dropped:?}");
         let loss = Loss::ALL[random.below(4) as usize];
-        trial.crash(&made, trial.recording.position(), loss, &mut random);
+        trial.crash(&made, trial.recorder.position(), loss, &mut random);
         std::mem::forget(image);
         let image = Image::open(&made.path, &options()).unwrap();
         let found = image.bitmaps().into_iter().find(|it| it.name == "daily").unwrap();
@@ -225,31 +225,31 @@ fn whatever_instant_a_crash_comes_at_a_bitmap_has_all_changes_since_the_backup_t
         let trial = OnTrial::new(&made);
         let image = trial.open().unwrap();
         image.add_bitmap("daily", PART, Recording::Enabled).unwrap();
-        let first = trial.recording.position();
+        let first = trial.recorder.position();
         let mut history = History::default();
         let mut marks = Vec::new();
         for _ in 0..12 {
             let mut some = |history: &mut History| {
                 let part = random.below(SIZE / PART);
                 write(&image, part);
-                history.writes.push((trial.recording.position(), part));
+                history.writes.push((trial.recorder.position(), part));
             };
             some(&mut history);
             let id = Uuid::random().unwrap();
             history.backups.push((id, history.writes.len(), None));
             change(&image, BitmapChange::Freeze { name: daily(), backup: Some(id) });
-            marks.push(trial.recording.position());
+            marks.push(trial.recorder.position());
             some(&mut history);
             match random.below(3) {
                 0 => change(&image, BitmapChange::Thaw { name: daily() }),
                 _ => {
-                    history.backups.last_mut().unwrap().2 = Some(trial.recording.position());
+                    history.backups.last_mut().unwrap().2 = Some(trial.recorder.position());
                     change(&image, BitmapChange::DropFrozen { name: daily() });
                 }
             }
-            marks.push(trial.recording.position());
+            marks.push(trial.recorder.position());
         }
-        let end = trial.recording.position();
+        let end = trial.recorder.position();
         let random_ones = 0..rounds("IMGFMT_CRASH_ROUNDS", 60);
         let between = |random: &mut Random| first + random.below((end - first) as u64) as usize;
         marks.extend(random_ones.map(|_| between(&mut random)));

@@ -285,28 +285,28 @@ fn whatever_instant_a_crash_comes_at_a_bitmap_that_looks_complete_is() {
         let image = trial.open().unwrap();
         image.add_bitmap("daily", PART, Recording::Enabled).unwrap();
         // What has to be dirty at least, from a position on.
-        let mut history: Vec<(usize, Vec<u64>)> = vec![(trial.recording.position(), Vec::new())];
+        let mut history: Vec<(usize, Vec<u64>)> = vec![(trial.recorder.position(), Vec::new())];
         let (mut old, mut new) = (Vec::new(), Vec::new());
         for _ in 0..12 {
             let part = random.below(SIZE / PART);
             write(&image, part);
             old.push(part);
-            history.push((trial.recording.position(), old.clone()));
+            history.push((trial.recorder.position(), old.clone()));
             freeze(&image, "daily");
             let part = random.below(SIZE / PART);
             write(&image, part);
             new.push(part);
             let all = [&old[..], &new].concat();
-            history.push((trial.recording.position(), all.clone()));
+            history.push((trial.recorder.position(), all.clone()));
             let (end, left): (fn(String) -> BitmapChange, _) = match random.below(2) {
                 0 => (|name| BitmapChange::DropFrozen { name }, new.clone()),
                 _ => (|name| BitmapChange::Thaw { name }, all),
             };
             image.bitmap_transaction(&[change("daily", end)]).unwrap();
             (old, new) = (left, Vec::new());
-            history.push((trial.recording.position(), old.clone()));
+            history.push((trial.recorder.position(), old.clone()));
         }
-        let end = trial.recording.position();
+        let end = trial.recorder.position();
         let first = history[0].0;
         let mut positions: Vec<usize> = history.iter().map(|(done, _)| *done).collect();
         let random_ones = 0..rounds("IMGFMT_CRASH_ROUNDS", 40);

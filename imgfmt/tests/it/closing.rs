@@ -70,7 +70,7 @@ fn zero(image: &Image, offset: u64, mode: ZeroMode) -> imgfmt::Result<()> {
 
 /// An image on storages that record.
 struct Trial {
-    recording: imgfmt::testing::Recording,
+    recorder: imgfmt::testing::Recorder,
     file: Arc<RecordingStorage>,
     data: Option<Arc<RecordingStorage>>,
 }
@@ -98,12 +98,12 @@ impl Trial {
         if let Some(at) = bytes[..4096].windows(10).position(|part| part == b"trial_data") {
             bytes[at + 5] = b':';
         }
-        let recording = imgfmt::testing::Recording::new();
+        let recorder = imgfmt::testing::Recorder::new();
         let data = std::fs::read(directory.path().join("trial_data")).ok();
         Self {
-            file: recording.storage(&bytes),
-            data: data.map(|data| recording.storage(&data)),
-            recording,
+            file: recorder.storage(&bytes),
+            data: data.map(|data| recorder.storage(&data)),
+            recorder,
         }
     }
 
@@ -143,7 +143,7 @@ fn closing_after_a_flush_syncs_nothing_that_has_not_changed_since() {
             let mut image = trial.open();
             let what = format!("{kind:?}, {name}: {:?}", change(&mut image));
             image.flush().unwrap();
-            let flushed = trial.recording.position();
+            let flushed = trial.recorder.position();
             image.close().unwrap();
             assert_eq!(trial.needless_syncs(flushed), 0, "{what}");
             assert_eq!(trial.unsynced_changes(), 0, "{what}");
@@ -159,7 +159,7 @@ fn every_change_is_synced_when_the_image_is_closed_or_dropped() {
                 let trial = Trial::new(kind);
                 let mut image = trial.open();
                 let what = format!("{kind:?}, {name}, {is_dropped}: {:?}", change(&mut image));
-                let changed = trial.recording.position();
+                let changed = trial.recorder.position();
                 match is_dropped {
                     true => drop(image),
                     false => image.close().unwrap(),
@@ -177,7 +177,7 @@ fn an_image_that_nothing_was_written_to_is_synced_once_for_writers_before() {
         let trial = Trial::new(kind);
         trial.open().close().unwrap();
         // The sync is the only thing that happens.
-        assert_eq!(trial.recording.position(), trial.storages().count(), "{kind:?}");
+        assert_eq!(trial.recorder.position(), trial.storages().count(), "{kind:?}");
     }
 }
 
@@ -193,7 +193,7 @@ fn a_flush_that_fails_is_made_up_for_when_the_image_is_closed() {
         failing.set_fault(None);
         image.close().unwrap();
         assert_eq!(trial.unsynced_changes(), 0, "{what}");
-        let position = trial.recording.position();
+        let position = trial.recorder.position();
         assert!(position > 0, "{what}: the sync that failed is not repeated");
     }
 }

@@ -25,13 +25,13 @@ fn crash(subject: Subject, cache: CacheMode, random: &mut Random) {
     let image = trial.open_cached(cache).unwrap();
     let mut model = Model::new(made.content.clone());
     // Where in the recording each operation began.
-    let mut begins = vec![0, trial.recording.position()];
+    let mut begins = vec![0, trial.recorder.position()];
     for _ in 0..OPERATIONS {
         model.step(&image, random, subject.options).unwrap();
-        begins.push(trial.recording.position());
+        begins.push(trial.recorder.position());
     }
     image.close().unwrap();
-    let end = trial.recording.position();
+    let end = trial.recorder.position();
     begins.push(end);
     for round in 0..rounds("IMGFMT_CRASH_ROUNDS", 12) {
         // Some crashes hit the last steps of an operation, where the order matters most.

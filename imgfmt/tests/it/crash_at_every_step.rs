@@ -31,9 +31,9 @@ fn at_every_step(
 ) {
     let trial = OnTrial::new(made);
     let mut image = trial.open().unwrap();
-    let begin = trial.recording.position();
+    let begin = trial.recorder.position();
     change(&mut image);
-    let end = trial.recording.position();
+    let end = trial.recorder.position();
     for position in begin..=end {
         let loss = Loss::ALL[random.below(4) as usize];
         trial.crash(made, position, loss, random);

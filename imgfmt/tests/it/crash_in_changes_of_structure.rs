@@ -197,12 +197,12 @@ fn a_crash_leaves_the_state_before_or_after() {
         let mut image = trial.open().unwrap();
         for _ in 0..7 {
             use_on(&image, &mut state, &mut random, subject.options);
-            let begin = trial.recording.position();
+            let begin = trial.recorder.position();
             let change = Change::random(subject, &state, &mut random);
             change
                 .run(&mut image)
                 .unwrap_or_else(|error| panic!("{subject:?}, {change:?}: {error}"));
-            let end = trial.recording.position();
+            let end = trial.recorder.position();
             let after = change.of(&state);
             let what = format!("{subject:?}, {change:?}");
             assert!(read(&image) == after.disk, "{what}: the open image shows something else");

@@ -50,11 +50,11 @@ fn what_is_sound_after_a_crash_covers_what_has_changed() {
                     promises
                 }
             };
-            history.push((trial.recording.position(), after));
+            history.push((trial.recorder.position(), after));
         }
         let last = history.last().unwrap().1.clone();
         image.close().unwrap();
-        let end = trial.recording.position();
+        let end = trial.recorder.position();
         history.push((end, last));
         for _ in 0..rounds("IMGFMT_CRASH_ROUNDS", 25) {
             let position = random.below(end as u64 + 1) as usize;

@@ -109,14 +109,14 @@ fn run(made: &Made, durability: BitmapDurability, random: &mut Random) -> Histor
             (promises, what) = one_step(&mut image, &mut snapshots, &promises, random);
         }
         steps.push(Step {
-            done: joint.recording.position(),
+            done: joint.recorder.position(),
             promises: promises.clone(),
             is_resize: what == "resize",
             what,
         });
     }
     image.close().unwrap();
-    let done = joint.recording.position();
+    let done = joint.recorder.position();
     steps.push(Step { done, promises, is_resize: false, what: "close".into() });
     History { joint, steps }
 }
@@ -142,7 +142,7 @@ fn crash(
     let recovery = Joint::new(&files, durability, boot);
     // Dropped: an image is closed then.
     drop(recovery.open().unwrap());
-    let position = random.below(recovery.recording.position() as u64 + 1) as usize;
+    let position = random.below(recovery.recorder.position() as u64 + 1) as usize;
     (recovery.crash(position, second, random), boot_after(boot, second, THIRD_BOOT))
 }
 

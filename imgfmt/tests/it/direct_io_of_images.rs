@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::testing::Recording;
+use imgfmt::testing::Recorder;
 use imgfmt::{
     Access, CacheMode, Durability, Format, Image, OpenOptions, OpenPolicy, Speed, TryRead,
     TryWrite, ZeroMode,
@@ -98,15 +98,15 @@ fn a_raw_image_past_the_page_cache_offers_no_file_to_send_from_and_no_write_at_o
 #[test]
 fn every_change_is_durable_when_it_returns() {
     for cache in [CacheMode::Writeback, CacheMode::Writethrough, CacheMode::DirectSync] {
-        let recording = Recording::new();
-        let storage = recording.storage(&[1; 300_000]);
+        let recorder = Recorder::new();
+        let storage = recorder.storage(&[1; 300_000]);
         let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
         let image = Image::from_storage(Arc::clone(&storage) as _, &options.cache(cache)).unwrap();
         image.write_at(at(0), &[2; 5000], Durability::Cached).unwrap();
         let (mode, speed) = (ZeroMode::MayUnmap, Speed::Any);
         image.write_zeroes(range(100_000, 5000), mode, speed, Durability::Cached).unwrap();
         image.discard(range(200_000, 5000), Durability::Cached).unwrap();
-        let end = recording.position();
+        let end = recorder.position();
         let lost = imgfmt::testing::Loss::ALL.into_iter().any(|loss| {
             let mut below = |bound: u64| bound / 2;
             storage.after_crash(end, loss, &mut below) != storage.content()

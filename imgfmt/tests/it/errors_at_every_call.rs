@@ -74,7 +74,7 @@ fn fail(made: &Made, seed: u64, fault: &Fault, random: &mut Random, what: &str) 
         model.step(&image, random, what).unwrap();
     }
     model.check(&image, what);
-    let crash_position = trial.recording.position();
+    let crash_position = trial.recorder.position();
     let operation = model.operation() + 1;
     image.close().unwrap();
     trial.put_down(made);
@@ -151,7 +151,7 @@ fn an_image_that_cannot_be_opened_for_an_error_is_unchanged() {
             }
             assert!(call < 100, "{subject:?}: opening takes more than 100 calls");
             assert!(opened.is_err(), "{subject:?}: the failure of call {call} was not noticed");
-            assert_eq!(trial.recording.position(), 0, "{subject:?}: call {call}");
+            assert_eq!(trial.recorder.position(), 0, "{subject:?}: call {call}");
         }
     }
 }

@@ -82,7 +82,7 @@ fn crashed(durability: BitmapDurability, directory: &Path) -> (Joint, Vec<(u64, 
     }
     image.flush().unwrap();
     let dirty = dirty(&image, "daily");
-    let files = joint.crash(joint.recording.position(), Loss::Nothing, &mut random);
+    let files = joint.crash(joint.recorder.position(), Loss::Nothing, &mut random);
     (Joint::new(&files, durability, BOOT), dirty)
 }
 
@@ -138,7 +138,7 @@ fn a_second_crash_after_changes_on_a_full_disk_costs_no_bit() {
         image.write_at(at(0), &[5; 4096], CACHED).unwrap();
         image.flush().unwrap();
         let bits = dirty(&image, "daily");
-        let position = joint.recording.position();
+        let position = joint.recorder.position();
         let files = joint.crash(position, Loss::Nothing, &mut Random::new("second crash"));
         let again = Joint::new(&files, durability, BOOT);
         let image = again.open().unwrap();

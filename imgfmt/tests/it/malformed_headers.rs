@@ -4,7 +4,7 @@
 use std::process::Command;
 use std::sync::Arc;
 
-use imgfmt::testing::Recording;
+use imgfmt::testing::Recorder;
 use imgfmt::{Access, ErrorKind, Format, Image, OpenOptions};
 
 use crate::common;
@@ -145,7 +145,7 @@ const CASES: &[Case] = &[
 
 /// Opens bytes; nothing may be changed if that fails, and the error must be one line.
 fn open(what: &str, bytes: &[u8], access: Access) -> Outcome {
-    let storage = Recording::new().storage(bytes);
+    let storage = Recorder::new().storage(bytes);
     let options = OpenOptions::new().format(Format::Qcow2).access(access);
     match Image::from_storage(Arc::clone(&storage) as _, &options) {
         Ok(_) => None,
@@ -237,17 +237,17 @@ fn version_2_has_no_feature_bits() {
 fn unknown_autoclear_bits_are_cleared_before_the_first_write_and_only_then() {
     let mut image = sound();
     image.put64(field::AUTOCLEAR, 1 << 40);
-    let recording = Recording::new();
-    let storage = recording.storage(&image.bytes);
+    let recorder = Recorder::new();
+    let storage = recorder.storage(&image.bytes);
     let options = OpenOptions::new().format(Format::Qcow2);
     drop(Image::from_storage(Arc::clone(&storage) as _, &options).unwrap());
-    assert_eq!(recording.position(), 0, "opening read-only changed the image");
+    assert_eq!(recorder.position(), 0, "opening read-only changed the image");
     let disk =
         Image::from_storage(Arc::clone(&storage) as _, &options.access(Access::ReadWrite)).unwrap();
     disk.write_at(common::at(0), &[1; 512], imgfmt::Durability::Cached).unwrap();
     let field = field::AUTOCLEAR..field::AUTOCLEAR + 8;
     assert_eq!(storage.content()[field], [0; 8]);
-    for position in 0..=recording.position() {
+    for position in 0..=recorder.position() {
         let bytes = storage.after_crash(position, imgfmt::testing::Loss::Everything, &mut |_| 0);
         let is_marked = bytes[field::AUTOCLEAR + 2] == 1;
         assert!(!is_marked || bytes == image.bytes, "the mark outlived a change");

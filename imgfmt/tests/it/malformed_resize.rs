@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::testing::Recording;
+use imgfmt::testing::Recorder;
 use imgfmt::{Access, Durability, ErrorKind, Format, Image, OpenOptions, Shrink};
 
 use crate::common::at;
@@ -33,7 +33,7 @@ fn set_second_table(image: &mut Handmade, cluster: usize) {
 }
 
 fn shrink(image: &Handmade, size: u64) -> (Image, imgfmt::Result<()>) {
-    let storage = Recording::new().storage(&image.bytes);
+    let storage = Recorder::new().storage(&image.bytes);
     let options = OpenOptions::new().format(Format::Qcow2).access(Access::ReadWrite);
     let mut disk = Image::from_storage(Arc::clone(&storage) as _, &options).unwrap();
     let result = disk.resize(size, Shrink::Allow);

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::testing::Recording;
+use imgfmt::testing::Recorder;
 use imgfmt::{Access, ErrorKind, Format, Image, OpenOptions};
 
 use crate::common;
@@ -58,7 +58,7 @@ fn a_snapshot_with_entries_that_point_to_metadata_is_neither_applied_nor_deleted
         let changes: [fn(&mut Image) -> imgfmt::Result<()>; 2] =
             [|disk| disk.apply_snapshot("one"), |disk| disk.delete_snapshot("one")];
         for change in changes {
-            let storage = Recording::new().storage(&image.bytes);
+            let storage = Recorder::new().storage(&image.bytes);
             let options = OpenOptions::new().format(Format::Qcow2).access(Access::ReadWrite);
             let mut disk = Image::from_storage(Arc::clone(&storage) as _, &options).unwrap();
             is_refused(change(&mut disk), what);

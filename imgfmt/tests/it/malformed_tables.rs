@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::testing::Recording;
+use imgfmt::testing::Recorder;
 use imgfmt::{Access, Durability, ErrorKind, Format, Image, OpenOptions, Storage};
 
 use crate::common::{at, range};
@@ -122,7 +122,7 @@ fn damaged_refcounts_stop_allocations_and_nothing_else() {
     ] {
         let mut image = sound();
         image.put64(image.cluster(), block);
-        let storage = Recording::new().storage(&image.bytes);
+        let storage = Recorder::new().storage(&image.bytes);
         let options = OpenOptions::new().format(Format::Qcow2).access(Access::ReadWrite);
         let Ok(disk) = Image::from_storage(Arc::clone(&storage) as _, &options) else {
             assert!(storage.content() == image.bytes, "{what}");

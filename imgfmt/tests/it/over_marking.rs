@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::testing::{Loss, RecordedDirectory, Recording as Recorded};
+use imgfmt::testing::{Loss, RecordedDirectory, Recorder};
 use imgfmt::{
     Access, BitmapChange, BitmapDurability, Durability, Image, OpenOptions, Recording,
     RecoveryPrecision,
@@ -58,9 +58,9 @@ fn write(image: &Image, load: Load, random: &mut Random) {
 /// How many bytes are dirty without a crash, and after one.
 fn measure(made: &[u8], load: Load, durability: BitmapDurability, boot: &str) -> (u64, u64) {
     let mut random = Random::seeded(0x9e37_79b9_7f4a_7c15);
-    let recording = Recorded::new();
-    let storage = recording.storage(made);
-    let directory = Arc::new(RecordedDirectory::new(&recording, BOOT, None));
+    let recorder = Recorder::new();
+    let storage = recorder.storage(made);
+    let directory = Arc::new(RecordedDirectory::new(&recorder, BOOT, None));
     let options = OpenOptions::new().access(Access::ReadWrite).bitmap_durability(durability);
     let here = options.clone().sidecar_directory(&directory);
     let image = Image::from_storage(Arc::clone(&storage) as _, &here).unwrap();
@@ -68,12 +68,12 @@ fn measure(made: &[u8], load: Load, durability: BitmapDurability, boot: &str) ->
     write(&image, load, &mut random);
     let exact = dirty(&image, "backup");
     let mut below = |bound| random.below(bound);
-    let position = recording.position();
+    let position = recorder.position();
     let bytes = storage.after_crash(position, Loss::Nothing, &mut below);
     let sidecar = directory.after_crash(position, Loss::Nothing, &mut below).unwrap();
 
     // The image is the first storage again, which makes it the same inode.
-    let later = Recorded::new();
+    let later = Recorder::new();
     let storage = later.storage(&bytes);
     let directory = Arc::new(RecordedDirectory::new(&later, boot, Some(&sidecar)));
     let there = options.sidecar_directory(&directory);

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use imgfmt::storage::MemoryStorage;
-use imgfmt::testing::{FailingStorage, Fault, Loss, Recording};
+use imgfmt::testing::{FailingStorage, Fault, Loss, Recorder};
 use imgfmt::{Access, ErrorKind, Format, Image, OpenOptions, Repair, Storage};
 
 use crate::common::{Random, at};
@@ -69,12 +69,12 @@ fn a_repair_that_is_interrupted_anywhere_can_be_repeated() {
     let mut random = Random::new("interrupted repair");
     for (what, image) in damaged() {
         let expected = sound_content(&image);
-        let recording = Recording::new();
-        let storage = recording.storage(&image.bytes);
+        let recorder = Recorder::new();
+        let storage = recorder.storage(&image.bytes);
         repair(Arc::clone(&storage) as _, what);
         assert!(content(Arc::clone(&storage) as _) == expected, "{what}");
-        assert!(recording.position() > 2, "{what}: nothing was repaired");
-        for position in 0..=recording.position() {
+        assert!(recorder.position() > 2, "{what}: nothing was repaired");
+        for position in 0..=recorder.position() {
             for loss in Loss::ALL {
                 let what = format!("{what}, {loss:?} after {position}");
                 let bytes = storage.after_crash(position, loss, &mut |bound| random.below(bound));

@@ -25,7 +25,7 @@ fn read(image: &Image) -> Vec<u8> {
 
 /// What a power failure leaves must be what the open image shows.
 fn compare(trial: &OnTrial, made: &Made, image: &Image, random: &mut Random, what: &str) {
-    trial.crash(made, trial.recording.position(), Loss::Everything, random);
+    trial.crash(made, trial.recorder.position(), Loss::Everything, random);
     qemu_check(&made.path, Tolerance::Leaks, what);
     let options = options().access(imgfmt::Access::ReadOnly);
     let durable = Image::open(&made.path, &options).unwrap();
@@ -100,7 +100,7 @@ fn the_next_flush_writes_a_new_size_again_that_a_failed_sync_has_lost() {
         let _ = image.resize(4096 * SIZE, Shrink::Refuse);
         while image.flush().is_err() {}
         let what = format!("loss after {syncs} syncs");
-        trial.crash(&made, trial.recording.position(), Loss::Everything, &mut random);
+        trial.crash(&made, trial.recorder.position(), Loss::Everything, &mut random);
         qemu_check(&made.path, Tolerance::Leaks, &what);
         let options = options().access(imgfmt::Access::ReadOnly);
         let durable = Image::open(&made.path, &options).unwrap();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use imgfmt::storage::MemoryStorage;
-use imgfmt::testing::{Loss, Recording};
+use imgfmt::testing::{Loss, Recorder};
 use imgfmt::{
     Access, CreateOptions, Durability, Format, Image, OpenOptions, Storage, Unfinished, ZeroMode,
 };
@@ -70,8 +70,8 @@ fn a_crash_while_a_device_is_overwritten_never_shows_a_part_of_the_new_disk() {
     for format in [Format::Qcow2, Format::Raw] {
         let (device, old) = old_device(&mut random);
         let new = random_content(&mut random, 180_000);
-        let recording = Recording::new();
-        let medium = recording.storage(&device);
+        let recorder = Recorder::new();
+        let medium = recorder.storage(&device);
         let unfinished = Arc::new(Unfinished::new(medium.clone()).unwrap());
         if format == Format::Qcow2 {
             let start = imgfmt::HostOffset::new(0);
@@ -82,7 +82,7 @@ fn a_crash_while_a_device_is_overwritten_never_shows_a_part_of_the_new_disk() {
         image.close().unwrap();
         unfinished.complete().unwrap();
         let mut seen = [0; 3];
-        for position in 0..=recording.position() {
+        for position in 0..=recorder.position() {
             for loss in Loss::ALL {
                 let left = medium.after_crash(position, loss, &mut |bound| random.below(bound));
                 // As a stranger would open it.

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use imgfmt::testing::{Loss, RecordedDirectory, Recording, RecordingStorage};
+use imgfmt::testing::{Loss, RecordedDirectory, Recorder, RecordingStorage};
 use imgfmt::{BitmapDurability, Image, Storage};
 
 use super::subjects::options;
@@ -26,7 +26,7 @@ pub struct Files {
 
 /// An image and its sidecar that are recorded.
 pub struct Joint {
-    pub recording: Recording,
+    pub recorder: Recorder,
     image: Arc<RecordingStorage>,
     directory: Arc<RecordedDirectory>,
     durability: BitmapDurability,
@@ -35,13 +35,13 @@ pub struct Joint {
 impl Joint {
     /// Records what happens in this boot.
     pub fn new(files: &Files, durability: BitmapDurability, boot: &str) -> Self {
-        let recording = Recording::new();
-        let image = recording.storage(&files.image);
+        let recorder = Recorder::new();
+        let image = recorder.storage(&files.image);
         // The first storage of a recording is inode 1.
         let sidecar = files.sidecar.as_deref().map(|bytes| adopted(bytes, 1, None));
-        let directory = RecordedDirectory::new(&recording, boot, sidecar.as_deref());
+        let directory = RecordedDirectory::new(&recorder, boot, sidecar.as_deref());
         let directory = Arc::new(directory.with_extent_bits(EXTENT_BITS));
-        Self { recording, image, directory, durability }
+        Self { recorder, image, directory, durability }
     }
 
     pub fn open(&self) -> imgfmt::Result<Image> {

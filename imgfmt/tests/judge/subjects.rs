@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use imgfmt::testing::{FailingStorage, Recording, RecordingStorage};
+use imgfmt::testing::{FailingStorage, Recorder, RecordingStorage};
 use imgfmt::{Access, CacheMode, Format, Image, OpenOptions, OpenPolicy, Storage};
 
 use crate::common::{Random, qemu, run, text};
@@ -137,7 +137,7 @@ pub fn options() -> OpenOptions {
 
 /// A made image on storages that record, and that can fail.
 pub struct OnTrial {
-    pub recording: Recording,
+    pub recorder: Recorder,
     pub file: Arc<FailingStorage>,
     pub data: Option<Arc<FailingStorage>>,
     recorded_file: Arc<RecordingStorage>,
@@ -146,12 +146,12 @@ pub struct OnTrial {
 
 impl OnTrial {
     pub fn new(made: &Made) -> Self {
-        let recording = Recording::new();
-        let recorded_file = recording.storage(&renamed(made, &made.bytes, Direction::ToTrial));
+        let recorder = Recorder::new();
+        let recorded_file = recorder.storage(&renamed(made, &made.bytes, Direction::ToTrial));
         let file = FailingStorage::new(Arc::clone(&recorded_file) as _);
-        let recorded_data = made.data.as_ref().map(|(_, bytes)| recording.storage(bytes));
+        let recorded_data = made.data.as_ref().map(|(_, bytes)| recorder.storage(bytes));
         let data = recorded_data.as_ref().map(|data| FailingStorage::new(Arc::clone(data) as _));
-        Self { recording, file, data, recorded_file, recorded_data }
+        Self { recorder, file, data, recorded_file, recorded_data }
     }
 
     /// Opens the image.

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::storage::{Durability, Storage};
-use crate::testing::{Loss, Recording, RecordingStorage};
+use crate::testing::{Loss, Recorder, RecordingStorage};
 use crate::units::HostOffset;
 
 const SIZE: u64 = 512 << 10;
@@ -19,10 +19,10 @@ struct RecordedStore {
 }
 
 impl RecordedStore {
-    fn new(bytes: &[u8], recording: &Recording) -> Self {
+    fn new(bytes: &[u8], recorder: &Recorder) -> Self {
         let (words, _) = bytes.as_chunks::<8>();
         let words = words.iter().map(|word| AtomicU64::new(u64::from_le_bytes(*word).to_le()));
-        Self { words: words.collect(), recorded: recording.storage(bytes) }
+        Self { words: words.collect(), recorded: recorder.storage(bytes) }
     }
 
     /// Puts into the recording what was stored since.
@@ -72,7 +72,7 @@ struct Epoch {
 }
 
 struct Trial {
-    recording: Recording,
+    recorder: Recorder,
     disk: Arc<RecordingStorage>,
     epochs: Vec<Epoch>,
     durability: BitmapDurability,
@@ -80,9 +80,9 @@ struct Trial {
 
 impl Trial {
     fn new(durability: BitmapDurability) -> Self {
-        let recording = Recording::new();
-        let disk = recording.storage(&vec![0; SIZE as usize]);
-        let mut trial = Self { recording, disk, epochs: Vec::new(), durability };
+        let recorder = Recorder::new();
+        let disk = recorder.storage(&vec![0; SIZE as usize]);
+        let mut trial = Self { recorder, disk, epochs: Vec::new(), durability };
         trial.clear();
         trial
     }
@@ -93,11 +93,11 @@ impl Trial {
         let mut description = description(self.durability, SIZE, &GRANULARITIES);
         description.epoch = self.epochs.len() as u64 + 1;
         let bytes = store::new_bytes(&description);
-        let store = Arc::new(RecordedStore::new(&bytes, &self.recording));
+        let store = Arc::new(RecordedStore::new(&bytes, &self.recorder));
         let boxed = Box::new(Arc::clone(&store));
         let sidecar = Sidecar::new(boxed, &description).unwrap();
         self.epochs.push(Epoch {
-            begins: self.recording.position(),
+            begins: self.recorder.position(),
             description,
             store,
             sidecar,
@@ -177,7 +177,7 @@ fn crash_everywhere(durability: BitmapDurability, losses: &[Loss]) {
         }
     }
     let (mut dirty, mut changed) = (0, 0);
-    for position in trial.epochs[0].begins..=trial.recording.position() {
+    for position in trial.epochs[0].begins..=trial.recorder.position() {
         for loss in losses {
             let (more_dirty, more_changed) = trial.crash(position, *loss, &mut below);
             dirty += more_dirty;
@@ -186,7 +186,7 @@ fn crash_everywhere(durability: BitmapDurability, losses: &[Loss]) {
     }
     println!(
         "{durability:?}, {losses:?}: {} crashes, dirty after recovery / really changed: {:.2}",
-        (trial.recording.position() - trial.epochs[0].begins) * losses.len(),
+        (trial.recorder.position() - trial.epochs[0].begins) * losses.len(),
         dirty as f64 / changed.max(1) as f64
     );
 }
@@ -211,7 +211,7 @@ fn a_write_that_was_not_announced_would_be_noticed() {
     let trial = Trial::new(BitmapDurability::PowerLoss);
     trial.disk.write_at(HostOffset::new(5000), b"secret", Durability::Fua).unwrap();
     let noticed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        trial.crash(trial.recording.position(), Loss::Everything, &mut |_| 0)
+        trial.crash(trial.recorder.position(), Loss::Everything, &mut |_| 0)
     }));
     assert!(noticed.is_err());
 }

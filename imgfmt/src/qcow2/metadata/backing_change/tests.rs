@@ -11,7 +11,7 @@ use crate::image::Image;
 use crate::qcow2::metadata::header_edit::put_extension;
 use crate::qcow2::purpose::Purpose;
 use crate::storage::MemoryStorage;
-use crate::testing::Recording;
+use crate::testing::Recorder;
 
 const UNKNOWN_EXTENSION: u32 = 0x1234_5678;
 const UNKNOWN_AUTOCLEAR: u64 = 1 << 40;
@@ -80,11 +80,11 @@ impl Trial {
         let old = named(&self.bytes);
         let new: Named = to.map(|(name, format)| (name.into(), Some(format.name().to_owned())));
         let others = other_extensions(&self.bytes);
-        let recording = Recording::new();
-        let storage = recording.storage(&self.bytes);
+        let recorder = Recorder::new();
+        let storage = recorder.storage(&self.bytes);
         change(&*storage, to);
         let (mut seen, mut unfinished) = (HashSet::new(), 0);
-        for position in 0..=recording.position() {
+        for position in 0..=recorder.position() {
             for state in storage.all_after_crash(position) {
                 if !seen.insert(state.clone()) {
                     continue;

@@ -10,7 +10,7 @@ use crate::image::Image;
 use crate::qcow2::metadata::backing_change::change_backing;
 use crate::qcow2::metadata::header_edit::put_extension;
 use crate::storage::MemoryStorage;
-use crate::testing::Recording;
+use crate::testing::Recorder;
 use crate::units::HostOffset;
 
 const UNKNOWN_EXTENSION: u32 = 0x1234_5678;
@@ -52,8 +52,8 @@ fn kept(bytes: &[u8]) -> (Option<OsString>, Option<String>, bool) {
 
 /// Amends the image and looks at every state between.
 fn amended(bytes: &[u8], amendment: &Amendment, what: &str) -> Vec<u8> {
-    let recording = Recording::new();
-    let storage = recording.storage(bytes);
+    let recorder = Recorder::new();
+    let storage = recorder.storage(bytes);
     amend(&*storage, amendment).unwrap();
     let after = storage.content();
     let (before, last) = (kept(bytes), u32_at(&after, 4));
@@ -61,7 +61,7 @@ fn amended(bytes: &[u8], amendment: &Amendment, what: &str) -> Vec<u8> {
     let has_qemu = Command::new("qemu-img").arg("--version").output().is_ok();
     assert!(has_qemu || std::env::var_os("CI").is_none(), "qemu-img is needed");
     let mut states = std::collections::HashSet::new();
-    for position in 0..=recording.position() {
+    for position in 0..=recorder.position() {
         states.extend(storage.all_after_crash(position));
     }
     assert!(states.contains(bytes) && states.contains(&after) && states.len() > 1, "{what}");

@@ -15,7 +15,7 @@ use crate::units::HostOffset;
 /// The recorded operations of several storages, in one order: an image and its data file crash at
 /// the same instant.
 #[derive(Clone, Debug, Default)]
-pub struct Recording {
+pub struct Recorder {
     log: Arc<Mutex<Log>>,
     storages: Arc<Mutex<usize>>,
 }
@@ -88,7 +88,7 @@ impl Loss {
         [Self::Nothing, Self::Everything, Self::SomeChanges, Self::SomeSectors];
 }
 
-impl Recording {
+impl Recorder {
     /// Creates an empty recording.
     pub fn new() -> Self {
         Self::default()
@@ -104,7 +104,7 @@ impl Recording {
             inner: Arc::new(MemoryStorage::from_bytes(bytes)),
             start: bytes.into(),
             number,
-            recording: self.clone(),
+            recorder: self.clone(),
         })
     }
 
@@ -120,7 +120,7 @@ pub struct RecordingStorage {
     inner: Arc<MemoryStorage>,
     start: Arc<[u8]>,
     number: usize,
-    recording: Recording,
+    recorder: Recorder,
 }
 
 impl RecordingStorage {
@@ -135,7 +135,7 @@ impl RecordingStorage {
         loss: Loss,
         below: &mut dyn FnMut(u64) -> u64,
     ) -> Vec<u8> {
-        let log = lock(&self.recording.log);
+        let log = lock(&self.recorder.log);
         let own = log.changes[..position].iter().filter(|(number, _)| *number == self.number);
         let changes: Vec<&Change> = own.map(|(_, change)| change).collect();
         drop_after(&self.start, &changes, loss, below)
@@ -170,7 +170,7 @@ impl RecordingStorage {
 
     /// Returns the number of changes of this storage after its last sync.
     pub fn unsynced_changes(&self) -> usize {
-        let log = lock(&self.recording.log);
+        let log = lock(&self.recorder.log);
         let own = log.changes.iter().rev().filter(|(number, _)| *number == self.number);
         own.take_while(|(_, change)| !matches!(change, Change::Sync)).count()
     }
@@ -178,7 +178,7 @@ impl RecordingStorage {
     /// Returns the number of syncs of this storage, since `position`, that follow another sync with no
     /// change of it in between.
     pub fn needless_syncs(&self, position: usize) -> usize {
-        let log = lock(&self.recording.log);
+        let log = lock(&self.recorder.log);
         let own = log.changes.iter().enumerate().filter(|(_, (number, _))| *number == self.number);
         let (mut is_synced, mut needless) = (false, 0);
         for (index, (_, change)) in own {
@@ -200,7 +200,7 @@ impl RecordingStorage {
 
     /// Carries a change out and records it, so that no sync can come between the two.
     fn change(&self, change: Change, apply: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-        let mut log = lock(&self.recording.log);
+        let mut log = lock(&self.recorder.log);
         let Log { changes, mapped } = &mut *log;
         mapped.retain(|mapped| mapped.strong_count() > 0);
         for mapped in mapped.iter().filter_map(Weak::upgrade) {
@@ -226,7 +226,7 @@ impl RecordingStorage {
             inner: Arc::clone(&self.inner),
             number: self.number,
         });
-        lock(&self.recording.log).mapped.push(Arc::downgrade(&mapped));
+        lock(&self.recorder.log).mapped.push(Arc::downgrade(&mapped));
         mapped
     }
 }
