@@ -68,27 +68,13 @@ impl Image {
     /// numbers of bitmaps that are not possible; `Corrupt` for steps that need bits which cannot be
     /// relied on; `Unsupported` for raw images and version 2 of qcow2; `ReadOnly`, `NoSpace`, `Io`.
     pub fn bitmap_transaction(&self, changes: &[BitmapChange]) -> Result<()> {
-        self.bitmap_transaction_then(changes, || ())
-    }
-
-    /// As [`bitmap_transaction`](Self::bitmap_transaction), and calls `at_the_instant` while no
-    /// change of the disk is on its way. It must not change the disk itself, or it waits for ever.
-    ///
-    /// # Errors
-    ///
-    /// As [`bitmap_transaction`](Self::bitmap_transaction); nothing has been called then.
-    pub fn bitmap_transaction_then<T>(
-        &self,
-        changes: &[BitmapChange],
-        at_the_instant: impl FnOnce() -> T,
-    ) -> Result<T> {
         self.check_change("change the bitmaps of", GuestOffset::new(0), 0)?;
         let Some(image) = self.qcow2() else {
             let detail = "a raw image cannot hold bitmaps; convert it to qcow2";
             let error = Error::new(ErrorKind::Unsupported, "change the bitmaps of", detail);
             return Err(self.name(error));
         };
-        image.change_bitmaps(changes, at_the_instant).map_err(|error| self.name(error))
+        image.change_bitmaps(changes).map_err(|error| self.name(error))
     }
 
     /// Puts bits back that checkpoints have [frozen](BitmapChange::Freeze), where they and the bits of

@@ -90,13 +90,9 @@ impl Qcow2 {
     }
 
     /// Makes all changes of bitmaps at one instant, at which no write is on its way, or none of
-    /// them. Then, still at that instant, calls `at_the_instant`.
-    pub(crate) fn change_bitmaps<T>(
-        &self,
-        changes: &[BitmapChange],
-        at_the_instant: impl FnOnce() -> T,
-    ) -> Result<T> {
-        self.bitmaps.transaction(self, changes, at_the_instant)
+    /// them.
+    pub(crate) fn change_bitmaps(&self, changes: &[BitmapChange]) -> Result<()> {
+        self.bitmaps.transaction(self, changes)
     }
 
     /// Puts the frozen bits of all bitmaps back; see [`Bitmaps::thaw`].

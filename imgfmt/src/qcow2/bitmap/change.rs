@@ -19,14 +19,12 @@ use crate::error::{Error, ErrorKind, Result};
 const BITS_MAX: u64 = 1 << 29;
 
 impl Bitmaps {
-    /// Makes all changes at one instant, at which no write is on its way, or none of them. Then,
-    /// still at that instant, calls `at_the_instant`.
-    pub(in crate::qcow2) fn transaction<T>(
+    /// Makes all changes at one instant, at which no write is on its way, or none of them.
+    pub(in crate::qcow2) fn transaction(
         &self,
         image: &dyn ImageServices,
         changes: &[BitmapChange],
-        at_the_instant: impl FnOnce() -> T,
-    ) -> Result<T> {
+    ) -> Result<()> {
         self.metadata.refuse_unwritable()?;
         if self.metadata.header().version < 3 {
             let detail = "images of version 2 cannot have bitmaps; convert it to version 3";
@@ -41,7 +39,7 @@ impl Bitmaps {
         let mut exclusive = self.tracker.exclusive();
         let changed = self.change_alone(image, &mut exclusive, changes);
         self.count_memory(exclusive.bitmaps());
-        changed.map(|()| at_the_instant())
+        changed
     }
 
     fn change_alone(

@@ -39,7 +39,7 @@ impl Bitmaps {
         drop(state);
         match changes.is_empty() {
             true => Ok(()),
-            false => self.transaction(image, &changes, || ()),
+            false => self.transaction(image, &changes),
         }
     }
 }

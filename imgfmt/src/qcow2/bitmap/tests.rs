@@ -87,7 +87,7 @@ fn a_bitmap_notes_changes_from_the_instant_on_at_which_it_was_added() {
     let image = Image::default();
     assert!(bitmaps.are_none() && reopened(&storage, &bitmaps).are_none());
     drop(bitmaps.before_change(&image, range(0, 65536)).unwrap());
-    bitmaps.transaction(&image, &[add("daily")], || ()).unwrap();
+    bitmaps.transaction(&image, &[add("daily")]).unwrap();
     assert!(image.flushes.load(Relaxed) > 0, "nothing was flushed before the switch");
     assert_eq!(dirty_bytes(&bitmaps, "daily"), Some(0));
     drop(bitmaps.before_change(&image, range(65536, 1)).unwrap());
@@ -102,17 +102,17 @@ fn a_bitmap_notes_changes_from_the_instant_on_at_which_it_was_added() {
 fn of_several_changes_all_or_none_are_made() {
     let (storage, bitmaps) = no_bitmaps();
     let image = Image::default();
-    let refused = bitmaps.transaction(&image, &[add("daily"), add("daily")], || ()).unwrap_err();
+    let refused = bitmaps.transaction(&image, &[add("daily"), add("daily")]).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::AlreadyExists);
     assert!(bitmaps.are_none() && reopened(&storage, &bitmaps).are_none());
-    bitmaps.transaction(&image, &[add("daily"), add("weekly")], || ()).unwrap();
+    bitmaps.transaction(&image, &[add("daily"), add("weekly")]).unwrap();
     assert_eq!(reopened(&storage, &bitmaps).entries().len(), 2);
 }
 
 #[test]
 fn a_list_of_bitmaps_in_a_cluster_of_the_guest_is_not_written_to_and_not_freed() {
     let (storage, bitmaps) = no_bitmaps();
-    bitmaps.transaction(&Image::default(), &[add("daily")], || ()).unwrap();
+    bitmaps.transaction(&Image::default(), &[add("daily")]).unwrap();
     // The guest's disk refers to whatever the bitmaps have.
     let image = Image { guest: HostCluster::new(4).run(12).collect(), ..Image::default() };
     let bitmaps = reopened(&storage, &bitmaps);
@@ -137,7 +137,7 @@ fn a_list_of_bitmaps_in_a_cluster_of_the_guest_is_not_written_to_and_not_freed()
 fn what_a_larger_disk_gains_is_clean_unless_it_had_been_cut_off() {
     let (_, mut bitmaps) = no_bitmaps();
     let image = Image::default();
-    bitmaps.transaction(&image, &[add("daily")], || ()).unwrap();
+    bitmaps.transaction(&image, &[add("daily")]).unwrap();
     bitmaps.resize(2 << 20);
     assert_eq!(dirty_bytes(&bitmaps, "daily"), Some(0));
     bitmaps.resize(1 << 20);
@@ -148,10 +148,10 @@ fn what_a_larger_disk_gains_is_clean_unless_it_had_been_cut_off() {
 #[test]
 fn a_disabled_bitmap_in_a_cluster_of_the_guest_is_marked_before_that_can_change() {
     let (storage, bitmaps) = no_bitmaps();
-    bitmaps.transaction(&Image::default(), &[add("daily")], || ()).unwrap();
+    bitmaps.transaction(&Image::default(), &[add("daily")]).unwrap();
     drop(bitmaps.before_change(&Image::default(), range(0, 1)).unwrap());
     let disable = BitmapChange::Disable { name: "daily".into() };
-    bitmaps.transaction(&Image::default(), &[disable], || ()).unwrap();
+    bitmaps.transaction(&Image::default(), &[disable]).unwrap();
     let directory = bitmaps.places().0[0].0;
     let clusters = bitmaps.places().0.into_iter().map(|(offset, _)| offset);
     let geometry = bitmaps.geometry();
