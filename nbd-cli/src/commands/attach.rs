@@ -196,15 +196,14 @@ fn uri(source: &OsStr) -> Result<Option<NbdUri>, CommandError> {
 }
 
 fn options(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<AttachOptions, CommandError> {
-    Ok(AttachOptions {
-        source: identifier(args, uri)?,
-        device: args.device,
-        connections: args.connections,
-        read_only: args.read_only,
-        block_size: args.block_size.map(ByteSize::bytes),
-        timeout: args.timeout,
-        reconnect: args.reconnect,
-    })
+    let mut options = AttachOptions::new(identifier(args, uri)?);
+    options.device = args.device;
+    options.connections = args.connections;
+    options.read_only = args.read_only;
+    options.block_size = args.block_size.map(ByteSize::bytes);
+    options.timeout = args.timeout;
+    options.reconnect = args.reconnect;
+    Ok(options)
 }
 
 /// Returns the text by which the device is recognised when it is adopted. A disk of which something
@@ -290,16 +289,15 @@ fn choices(args: &AttachArgs) -> ServeOptions {
     let image = &args.image;
     let server =
         ServerArgs { timeout: None, reconnect: Some(args.reconnect), tls: args.tls.clone() };
-    ServeOptions {
-        format: image.format.map(Format::from),
-        snapshot: image.snapshot.clone(),
-        locking: ShareArgs { force_share: image.force_share }.locking(image.trust.locks),
-        cache: image.cache.into(),
-        policy: image.trust.trust_image.then(|| image.trust.policy()),
-        filter: image.filter.options(),
-        remotes: server.remotes(),
-        ..serve_options(args.read_only, image.temporary)
-    }
+    let mut options = serve_options(args.read_only, image.temporary);
+    options.format = image.format.map(Format::from);
+    options.snapshot = image.snapshot.clone();
+    options.locking = ShareArgs { force_share: image.force_share }.locking(image.trust.locks);
+    options.cache = image.cache.into();
+    options.policy = image.trust.trust_image.then(|| image.trust.policy());
+    options.filter = image.filter.options();
+    options.remotes = server.remotes();
+    options
 }
 
 impl ImageArgs {

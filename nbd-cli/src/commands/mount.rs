@@ -146,7 +146,9 @@ fn start(args: &MountArgs) -> Result<Mounted, CommandError> {
     for location in &locations {
         sources.push(open(location, args, &context)?);
     }
-    Ok(mount(sources, &args.directory, &MountOptions { files: args.files }, &context)?)
+    let mut options = MountOptions::default();
+    options.files = args.files;
+    Ok(mount(sources, &args.directory, &options, &context)?)
 }
 
 fn open(
@@ -167,7 +169,7 @@ fn open(
     let name = location.name();
     // The last part of a path, or of the name of an export.
     let last = Path::new(&name).file_name().map(|last| last.to_string_lossy().into_owned());
-    Ok(MountSource { name: last.unwrap_or(name), image })
+    Ok(MountSource::new(last.unwrap_or(name), image))
 }
 
 /// Prints the paths of disks and partitions. A closed standard output is not an error.

@@ -10,7 +10,6 @@ pub(crate) mod service_manager;
 use std::future::Future;
 use std::path::PathBuf;
 
-use nbd_jobs::JobContext;
 use nbd_jobs::serving::{ServeOptions, Writes};
 use nbd_server::{ServeError, Server};
 
@@ -29,16 +28,15 @@ pub(crate) fn temporary_directory() -> Option<PathBuf> {
 
 /// Returns the options of an image as this program opens it, for a read-only or temporary export.
 pub(crate) fn serve_options(read_only: bool, temporary: bool) -> ServeOptions {
-    ServeOptions {
-        context: JobContext { observer: warnings(), ..JobContext::default() },
-        temporary_directory: temporary_directory(),
-        writes: match (temporary, read_only) {
-            (true, _) => Writes::ToTemporaryFile,
-            (false, true) => Writes::Refused,
-            (false, false) => Writes::ToImage,
-        },
-        ..ServeOptions::default()
-    }
+    let mut options = ServeOptions::default();
+    options.context.observer = warnings();
+    options.temporary_directory = temporary_directory();
+    options.writes = match (temporary, read_only) {
+        (true, _) => Writes::ToTemporaryFile,
+        (false, true) => Writes::Refused,
+        (false, false) => Writes::ToImage,
+    };
+    options
 }
 
 /// Runs a server front end: one thread that accepts and waits for signals, because connections have

@@ -14,7 +14,8 @@
 //!     path.display()
 //! );
 //! let disk = DiskDescription::from_name(&name)?;
-//! let mut options = ServeOptions { format: disk.format, window: disk.window, ..Default::default() };
+//! let mut options = ServeOptions::default();
+//! (options.format, options.window) = (disk.format, disk.window);
 //! let opened = disk.open(&mut options)?;
 //! let export = options.export(opened.image)?;
 //! assert_eq!(export.info().size, 4096);

@@ -14,40 +14,66 @@ use super::names::HostName;
 use crate::error::JobError;
 use crate::observer::Observer;
 
-/// An authority to be created.
+/// An authority to be created; made by [`new`](Self::new), changed field by field.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct NewAuthority<'a> {
     /// Its directory; created if it does not exist.
     pub directory: &'a Path,
     /// Its name; one with random digits by default.
     pub name: Option<&'a str>,
-    /// Days for which it is valid.
+    /// Days for which it is valid. By default 3650.
     pub days: u32,
-    /// The treatment of an existing authority.
+    /// The treatment of an existing authority. By default it is kept, and the call fails.
     pub existing: ExistingCredentials,
 }
 
-/// A certificate to be issued.
+impl<'a> NewAuthority<'a> {
+    /// Describes an authority in `directory`.
+    pub fn new(directory: &'a Path) -> Self {
+        Self { directory, name: None, days: 3650, existing: ExistingCredentials::Refuse }
+    }
+}
+
+/// A certificate to be issued; made by [`new`](Self::new), changed field by field.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Issue<'a> {
     /// Directory of the authority.
     pub authority: &'a Path,
     /// Directory for the files; by default `directory_name` in that of the authority.
     pub directory: Option<&'a Path>,
-    /// Name of a directory in that of the authority.
+    /// Name of a directory in that of the authority. By default the common name.
     pub directory_name: &'a str,
     /// The owner.
     pub role: Role,
     /// The common name.
     pub name: &'a str,
-    /// The host names of a server.
+    /// The host names of a server. By default none.
     pub names: &'a [HostName],
-    /// Organization (O) in the distinguished name.
+    /// Organization (O) in the distinguished name. By default none.
     pub organization: Option<&'a str>,
-    /// Days for which it is valid; it ends with its authority at the latest.
+    /// Days for which it is valid; it ends with its authority at the latest. By default 365.
     pub days: u32,
-    /// The treatment of existing files.
+    /// The treatment of existing files. By default they are kept, and the call fails.
     pub existing: ExistingCredentials,
+}
+
+impl<'a> Issue<'a> {
+    /// Describes a certificate with the common name `name`, from the authority in a directory.
+    pub fn new(authority: &'a Path, role: Role, name: &'a str) -> Self {
+        Self {
+            authority,
+            directory: None,
+            directory_name: name,
+            role,
+            name,
+            names: &[],
+            organization: None,
+            days: 365,
+            existing: ExistingCredentials::Refuse,
+        }
+    }
 }
 
 /// Files that were written.

@@ -6,30 +6,17 @@
 //!
 //! ```
 //! use nbd_jobs::certificates::{
-//!     CredentialInfo, ExistingCredentials, Issue, NewAuthority, Role, Validity, issue, new_authority,
+//!     CredentialInfo, Issue, NewAuthority, Role, Validity, issue, new_authority,
 //! };
 //!
 //! # let directory = tempfile::tempdir()?;
 //! # let pki = directory.path().join("pki");
 //! # let observer = nbd_jobs::JobContext::default().observer;
-//! let existing = ExistingCredentials::Refuse;
-//! let authority = NewAuthority { directory: &pki, name: None, days: 3650, existing };
-//! new_authority(&authority, &*observer)?;
+//! new_authority(&NewAuthority::new(&pki), &*observer)?;
 //! let names = ["vmhost".parse()?, "192.0.2.7".parse()?];
-//! let issued = issue(
-//!     &Issue {
-//!         authority: &pki,
-//!         directory: None,
-//!         directory_name: "vmhost",
-//!         role: Role::Server,
-//!         name: "vmhost",
-//!         names: &names,
-//!         organization: None,
-//!         days: 365,
-//!         existing,
-//!     },
-//!     &*observer,
-//! )?;
+//! let mut wanted = Issue::new(&pki, Role::Server, "vmhost");
+//! wanted.names = &names;
+//! let issued = issue(&wanted, &*observer)?;
 //! assert!(issued.files.contains(&pki.join("vmhost/server-cert.pem")));
 //! for credential in nbd_jobs::certificates::inspect(&pki, 30)? {
 //!     if let CredentialInfo::Certificate(certificate) = credential {

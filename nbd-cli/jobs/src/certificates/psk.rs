@@ -30,17 +30,27 @@ pub fn parse_user(text: &str) -> Result<String, String> {
     }
 }
 
-/// A user to be added to a file of pre-shared keys.
+/// A user to be added to a file of pre-shared keys; made by [`new`](Self::new), changed field by
+/// field.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct AddUser<'a> {
     /// Name of the user.
     pub user: &'a str,
     /// File of the server; created if it does not exist.
     pub file: &'a Path,
-    /// A new file with this user alone, for the client.
+    /// A new file with this user alone, for the client. By default none.
     pub client_file: Option<&'a Path>,
-    /// The treatment of a key of this user, and of an existing client file.
+    /// The treatment of a key of this user, and of an existing client file. By default they are kept,
+    /// and the call fails.
     pub existing: ExistingCredentials,
+}
+
+impl<'a> AddUser<'a> {
+    /// Describes a user of the file of a server.
+    pub fn new(user: &'a str, file: &'a Path) -> Self {
+        Self { user, file, client_file: None, existing: ExistingCredentials::Refuse }
+    }
 }
 
 /// Adds a user with a random key.

@@ -26,8 +26,9 @@ pub enum Due {
     All,
 }
 
-/// A renewal of the certificates of an authority, its own included.
+/// A renewal of the certificates of an authority, its own included; made by [`new`](Self::new).
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Renewal<'a> {
     /// Directory of the authority. Certificates in it and directly below it are renewed.
     pub directory: &'a Path,
@@ -35,6 +36,13 @@ pub struct Renewal<'a> {
     pub due: Due,
     /// Days for which servers and clients are valid; by default as many as before.
     pub days: Option<u32>,
+}
+
+impl<'a> Renewal<'a> {
+    /// Describes a renewal of the certificates in a directory.
+    pub fn new(directory: &'a Path, due: Due) -> Self {
+        Self { directory, due, days: None }
+    }
 }
 
 impl Renewal<'_> {

@@ -14,6 +14,7 @@ pub const MAX_LINE_LEN: usize = 64 << 10;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub enum Request {
     /// List exports with their bitmaps, and clients
     List {},
@@ -208,6 +209,7 @@ pub enum Outcome {
 /// The exports and the clients.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Listing {
     /// Start of the server, in seconds since 1970.
     #[serde(default)]
@@ -221,6 +223,7 @@ pub struct Listing {
 /// An export.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct ExportState {
     /// Its name; empty for the default export.
     pub name: String,
@@ -252,6 +255,7 @@ pub struct ExportState {
 /// A client that has selected an export.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct ClientState {
     /// Its unique number.
     pub id: u64,
@@ -272,6 +276,7 @@ pub struct ClientState {
 /// A checkpoint in progress.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct CheckpointStarted {
     /// Name of the view's export.
     pub view: String,
@@ -293,6 +298,7 @@ pub struct CheckpointStarted {
 /// The kind of a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum ErrorKind {
     /// The request is malformed or contradictory.
     InvalidRequest,

@@ -1,4 +1,4 @@
-//! What a device is to be, and what the kernel is told of it.
+//! The options of a device, and their translation for the kernel.
 
 use std::num::NonZeroUsize;
 use std::time::Duration;
@@ -15,24 +15,41 @@ const MIN_BLOCK: u32 = 512;
 /// The longest source that the kernel shows: a file of sysfs has one page.
 const MAX_SOURCE_LEN: usize = 4000;
 
-/// Options of a device.
+/// Options of a device; created by [`new`](Self::new), changed field by field.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct AttachOptions {
-    /// The source, by which the device is recognised later.
+    /// The source: a text by which the device is recognised later. The kernel keeps at most 4000 bytes.
     pub source: String,
-    /// The device; `None`: the kernel chooses a free one.
+    /// Number of the device. By default the kernel chooses a free one.
     pub device: Option<u32>,
-    /// Connections, if the server allows several.
+    /// Connections, if the server allows several. By default 1.
     pub connections: NonZeroUsize,
-    /// Refuses writes, even if the server allows them.
+    /// Whether writes are refused even if the server allows them. By default false.
     pub read_only: bool,
     /// Size of logical blocks, in bytes. By default the server's minimum, at least 512.
     pub block_size: Option<u64>,
-    /// Time after which a request is sent over another connection. With `None`, and one
-    /// connection, a slow server has all the time it needs.
+    /// Time after which a request is sent over another connection, rounded up to seconds. By
+    /// default there is no limit.
     pub timeout: Option<Duration>,
-    /// Time for which requests wait for a new connection when all are lost.
+    /// Time for which requests wait for a new connection when all are lost, rounded up to seconds.
+    /// By default 30 seconds.
     pub reconnect: Duration,
+}
+
+impl AttachOptions {
+    /// Creates the default options for a source.
+    pub fn new(source: impl Into<String>) -> Self {
+        Self {
+            source: source.into(),
+            device: None,
+            connections: NonZeroUsize::MIN,
+            read_only: false,
+            block_size: None,
+            timeout: None,
+            reconnect: Duration::from_secs(30),
+        }
+    }
 }
 
 /// Translates the properties of an export.
@@ -80,7 +97,7 @@ pub(super) fn configure(
     })
 }
 
-/// The kernel counts in seconds. More than a year is as good as no limit, and fits.
+/// The kernel counts in seconds. A year is enough, and fits its timers.
 fn whole_seconds(time: Duration) -> u64 {
     const YEAR: u64 = 366 * 24 * 60 * 60;
     time.as_secs().saturating_add(u64::from(time.subsec_nanos() > 0)).min(YEAR)

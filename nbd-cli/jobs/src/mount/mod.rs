@@ -41,6 +41,7 @@ use crate::text::printable;
 
 /// A disk to mount.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct MountSource {
     /// The name of its directory where there are several, and in messages.
     pub name: String,
@@ -48,8 +49,16 @@ pub struct MountSource {
     pub image: Image,
 }
 
+impl MountSource {
+    /// Creates a source.
+    pub fn new(name: impl Into<String>, image: Image) -> Self {
+        Self { name: name.into(), image }
+    }
+}
+
 /// Options of [`mount()`].
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct MountOptions {
     /// Whether the files inside ext4 and FAT file systems are shown.
     pub files: bool,

@@ -33,7 +33,7 @@ fn volume(bytes: &[u8]) -> Option<Volume> {
     Volume::find(&Arc::new(disk), 0..bytes.len() as u64)
 }
 
-/// Asks for everything, up to so many entries: a directory may contain itself.
+/// Asks for everything, up to this many entries: a directory may contain itself.
 fn walk(volume: &Volume) -> usize {
     let mut directories = vec![Vec::new()];
     let mut seen = 0;

@@ -53,32 +53,34 @@ pub enum Writes {
     ToTemporaryFile,
 }
 
-/// Options for opening and exporting an image.
+/// Options for opening and exporting an image; created by `default`, changed field by field.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct ServeOptions {
     /// Receives warnings.
     pub context: JobContext,
     /// The directory of temporary overlays. By default it is /var/tmp.
     pub temporary_directory: Option<PathBuf>,
-    /// `None`: to be detected.
+    /// Format of the image. By default it is detected.
     pub format: Option<Format>,
-    /// An internal snapshot in place of the active state; read-only.
+    /// An internal snapshot in place of the active state, which is read-only. By default none.
     pub snapshot: Option<String>,
     /// The destination of clients' writes.
     pub writes: Writes,
     /// The locking of files.
     pub locking: Locking,
-    /// Time to wait for an image that another process uses; `None`: one second.
+    /// Time to wait for an image that another process uses. By default one second.
     pub patience: Option<Duration>,
-    /// The use of the page cache, and when writes are durable.
+    /// The use of the page cache, and the moment at which writes are durable.
     pub cache: CacheMode,
-    /// Memory for the L2 tables of each qcow2 image, in bytes; `None`: the default.
+    /// Memory for the L2 tables of each qcow2 image, in bytes. By default that of
+    /// [`OpenOptions`](imgfmt::OpenOptions).
     pub metadata_cache: Option<u64>,
-    /// The treatment of the backing file that it names.
+    /// The treatment of the backing file that the image names.
     pub backing: BackingFile,
     /// Connects to re-exported servers.
     pub remotes: Remotes,
-    /// The other files that the image may name; `None`: those in its directory.
+    /// The other files that the image may name. By default those in its directory.
     pub policy: Option<OpenPolicy>,
     /// Changes of requests.
     pub filter: FilterOptions,
@@ -97,11 +99,19 @@ pub struct ServeOptions {
 
 /// An export and its image.
 #[derive(Clone)]
+#[non_exhaustive]
 pub struct OpenedExport {
     /// The export.
     pub export: Arc<dyn Export>,
     /// The underlying image, if there is one.
     pub image: Option<Arc<ImageExport>>,
+}
+
+impl OpenedExport {
+    /// Returns an export without an image.
+    pub fn without_image(export: Arc<dyn Export>) -> Self {
+        Self { export, image: None }
+    }
 }
 
 impl ServeOptions {

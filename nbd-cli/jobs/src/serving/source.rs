@@ -36,7 +36,7 @@ impl ServeOptions {
     /// their names in `nbd-cli serve`.
     pub fn open_source(&self, source: &OsStr) -> Result<OpenedExport, JobError> {
         if let Some(size) = memory_size(source) {
-            return Ok(OpenedExport { export: memory(source, size, self)?, image: None });
+            return Ok(OpenedExport::without_image(memory(source, size, self)?));
         }
         if source.is_empty() {
             return Err(JobError::invalid("a source is empty; give a path, a URI or memory:SIZE"));

@@ -1,6 +1,5 @@
 //! `-c` and `-d`: the image as a kernel device (`/dev/nbdX`).
 
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -64,17 +63,14 @@ async fn serve(
 
 fn properties(options: &Options, index: u32) -> AttachOptions {
     let file = options.files.first().map_or_else(String::new, |file| file.display().to_string());
-    AttachOptions {
-        // A text that no other process has: options such as -o and -l change what the disk holds.
-        source: format!("{file} (qemu-nbd, process {})", std::process::id()),
-        device: Some(index),
-        connections: NonZeroUsize::MIN,
-        read_only: options.read_only,
-        block_size: None,
-        timeout: None,
-        // As with QEMU's, requests fail when the process has ended.
-        reconnect: Duration::ZERO,
-    }
+    // A text that no other process has: options such as -o and -l change what the disk holds.
+    let source = format!("{file} (qemu-nbd, process {})", std::process::id());
+    let mut properties = AttachOptions::new(source);
+    properties.device = Some(index);
+    properties.read_only = options.read_only;
+    // As with QEMU's, requests fail when the process has ended.
+    properties.reconnect = Duration::ZERO;
+    properties
 }
 
 /// `-d DEVICE`. A device that is not connected is not an error: scripts make sure of it this way.

@@ -10,8 +10,8 @@ use nbd_jobs::control::{ErrorKind, Failure};
 use nbd_jobs::serving::{OfferedBitmaps, ServeOptions, Writes, is_memory, source_uri, split_name};
 use nbd_jobs::size::ByteSize;
 use nbd_server::ExportRegistry;
+use nbd_server::export::ExportEntry;
 use nbd_server::export::filters::{FilterOptions, Medium};
-use nbd_server::export::{CountedLayers, ExportEntry};
 
 use super::args::ServeArgs;
 use super::export::{ExportArgs, ExportSpec};
@@ -189,24 +189,22 @@ pub(super) fn reopened(disk: ServedDisk, source: OsString, choices: ServeOptions
 
 /// Returns the options that apply to every image.
 pub(super) fn choices(args: &ExportArgs) -> ServeOptions {
-    ServeOptions {
-        format: args.format.map(Format::from),
-        snapshot: args.snapshot.clone(),
-        locking: ShareArgs { force_share: args.force_share }.locking(args.trust.locks),
-        cache: args.cache.into(),
-        metadata_cache: args.metadata_cache.map(ByteSize::bytes),
-        policy: args.trust.trust_image.then(|| args.trust.policy()),
-        filter: filter(args),
-        allocation_depth: args.allocation_depth,
-        counted_layers: CountedLayers::default(),
-        bitmap_durability: args.bitmap_durability.map(Into::into),
-        bitmaps: match args.bitmap.iter().any(|name| name == "all") {
-            true => OfferedBitmaps::All,
-            false => OfferedBitmaps::Named(args.bitmap.clone()),
-        },
-        remotes: args.upstream.choices().remotes(),
-        ..serve_options(args.read_only, args.temporary)
-    }
+    let mut options = serve_options(args.read_only, args.temporary);
+    options.format = args.format.map(Format::from);
+    options.snapshot = args.snapshot.clone();
+    options.locking = ShareArgs { force_share: args.force_share }.locking(args.trust.locks);
+    options.cache = args.cache.into();
+    options.metadata_cache = args.metadata_cache.map(ByteSize::bytes);
+    options.policy = args.trust.trust_image.then(|| args.trust.policy());
+    options.filter = filter(args);
+    options.allocation_depth = args.allocation_depth;
+    options.bitmap_durability = args.bitmap_durability.map(Into::into);
+    options.bitmaps = match args.bitmap.iter().any(|name| name == "all") {
+        true => OfferedBitmaps::All,
+        false => OfferedBitmaps::Named(args.bitmap.clone()),
+    };
+    options.remotes = args.upstream.choices().remotes();
+    options
 }
 
 fn filter(args: &ExportArgs) -> FilterOptions {

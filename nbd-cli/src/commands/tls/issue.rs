@@ -113,12 +113,10 @@ pub struct ClientArgs {
 }
 
 pub(super) fn init(args: &InitArgs) -> Result<Outcome, CommandError> {
-    let authority = NewAuthority {
-        directory: &args.directory,
-        name: args.name.as_deref(),
-        days: args.days,
-        existing: existing(args.force),
-    };
+    let mut authority = NewAuthority::new(&args.directory);
+    authority.name = args.name.as_deref();
+    authority.days = args.days;
+    authority.existing = existing(args.force);
     report(&new_authority(&authority, &*warnings())?)
 }
 
@@ -140,17 +138,14 @@ impl IssueArgs {
         names: &'a [HostName],
         directory_name: &'a str,
     ) -> Issue<'a> {
-        Issue {
-            authority: &self.authority,
-            directory: self.output.as_deref(),
-            directory_name,
-            role,
-            name,
-            names,
-            organization: self.organization.as_deref(),
-            days: self.days,
-            existing: existing(self.force),
-        }
+        let mut wanted = Issue::new(&self.authority, role, name);
+        wanted.directory = self.output.as_deref();
+        wanted.directory_name = directory_name;
+        wanted.names = names;
+        wanted.organization = self.organization.as_deref();
+        wanted.days = self.days;
+        wanted.existing = existing(self.force);
+        wanted
     }
 }
 

@@ -43,12 +43,9 @@ pub struct PskArgs {
 }
 
 pub(super) fn run(args: &PskArgs) -> Result<Outcome, CommandError> {
-    let added = AddUser {
-        user: &args.user,
-        file: &args.file,
-        client_file: args.client_file.as_deref(),
-        existing: existing(args.force),
-    };
+    let mut added = AddUser::new(&args.user, &args.file);
+    added.client_file = args.client_file.as_deref();
+    added.existing = existing(args.force);
     add_user(&added, &*warnings())?;
     let mut output = Output::new();
     for path in args.client_file.iter().chain([&args.file]) {

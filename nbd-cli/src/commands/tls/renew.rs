@@ -47,7 +47,8 @@ pub struct RenewArgs {
 
 pub(super) fn run(args: &RenewArgs) -> Result<Outcome, CommandError> {
     let due = if args.all { Due::All } else { Due::WithinDays(args.within) };
-    let renewal = Renewal { directory: &args.directory, due, days: args.days };
+    let mut renewal = Renewal::new(&args.directory, due);
+    renewal.days = args.days;
     let mut output = Output::new();
     let mut written = Ok(());
     let renewed = renew(&renewal, &*warnings(), |path, end| {
