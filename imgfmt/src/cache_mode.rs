@@ -2,19 +2,19 @@
 
 use std::fmt;
 
-/// How the page cache is used, and when what is written must be durable. The names and what they mean
-/// are QEMU's.
+/// The use of the page cache, and the moment at which writes are durable. Names and meanings are
+/// QEMU's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum CacheMode {
     /// Data goes through the page cache; it is durable after a flush, or when a write with FUA returns.
     #[default]
     Writeback,
-    /// Data passes the page cache by (O_DIRECT); it is durable after a flush, or when a write with FUA
+    /// Data bypasses the page cache (O_DIRECT); it is durable after a flush, or when a write with FUA
     /// returns.
     None,
     /// Data goes through the page cache; every change is durable when it returns.
     Writethrough,
-    /// Data passes the page cache by (O_DIRECT); every change is durable when it returns.
+    /// Data bypasses the page cache (O_DIRECT); every change is durable when it returns.
     DirectSync,
     /// Data goes through the page cache; flushes and writes with FUA return at once, and a power cut can
     /// destroy the image. What is written is safe from a crash of the process only. This is for new
@@ -45,7 +45,7 @@ impl CacheMode {
         Self::ALL.into_iter().find(|mode| mode.name() == name)
     }
 
-    /// Whether data passes the page cache by.
+    /// Whether data bypasses the page cache.
     #[must_use]
     pub const fn is_direct(self) -> bool {
         matches!(self, Self::None | Self::DirectSync)

@@ -75,7 +75,7 @@ impl Driver {
         }
     }
 
-    /// The storage whose bytes are the disk's, one to one and for ever, if there is one.
+    /// The storage whose bytes are the disk's, one to one and forever, if there is one.
     pub(crate) fn raw_storage(&self) -> Option<&dyn Storage> {
         match self {
             Self::Raw(raw) => Some(raw.storage()),

@@ -144,7 +144,7 @@ impl Error {
         self.0.hint == Some(Hint::CouldBeShared)
     }
 
-    /// Says more than the operating system's words do, in front of them.
+    /// Puts an explanation before the text of the operating system.
     #[must_use]
     pub(crate) fn explained(mut self, explanation: &str) -> Self {
         self.0.detail = format!("{explanation}: {}", self.0.detail);

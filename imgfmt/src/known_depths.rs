@@ -17,7 +17,7 @@ const GRANULE_BITS: u32 = 16;
 /// Most granules that are remembered: 4 MiB of memory, for 32 GiB of disk.
 const PLACES_MAX: u64 = 1 << 19;
 
-/// Ranges of so many bytes are looked up by granules; longer ones are walked, which costs little for each
+/// Ranges of this many bytes are looked up by granules; longer ones are walked, which costs little for each
 /// byte.
 pub(crate) const RANGE_MAX: u64 = 4 << 20;
 

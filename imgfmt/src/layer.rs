@@ -105,7 +105,7 @@ pub(crate) struct Walk<'w> {
     pub(crate) lookup: Lookup,
     /// Of the layer that is being asked.
     depth: u32,
-    /// How much metadata may still be looked at, in all layers together: entries of tables.
+    /// How much metadata may still be examined, in all layers together: entries of tables.
     effort: u64,
     has_found: bool,
     visit: &'w mut Visit<'w>,
@@ -125,7 +125,7 @@ impl<'w> Walk<'w> {
         Self { holes, lookup, depth: 1, effort: u64::MAX, has_found: false, visit }
     }
 
-    /// Has the walk end when so much was looked at, and something found.
+    /// Has the walk end when so much was examined, and something found.
     pub(crate) fn with_effort(self, effort: u64) -> Self {
         Self { effort, ..self }
     }
@@ -209,13 +209,13 @@ impl<'w> Walk<'w> {
         Ok(Mapped::Complete)
     }
 
-    /// Notes that metadata was looked at.
+    /// Notes that metadata was examined.
     #[inline]
     pub(crate) fn spend(&mut self, effort: u64) {
         self.effort = self.effort.saturating_sub(effort);
     }
 
-    /// Whether enough was looked at.
+    /// Whether enough was examined.
     #[inline]
     pub(crate) fn is_tired(&self) -> bool {
         self.effort == 0 && self.has_found

@@ -36,7 +36,7 @@ pub enum Lookup {
 pub enum Mapped {
     /// To the end of the range.
     Complete,
-    /// To the end of the last mapping that was passed on: no more was wanted, or enough was looked at.
+    /// To the end of the last mapping that was passed on: no more was wanted, or enough was examined.
     Partial,
     /// As with `Partial`; with [`Lookup::CachedOnly`] more cannot be told.
     WouldBlock,
@@ -139,7 +139,7 @@ enum Source {
 }
 
 impl ReadMap {
-    /// An empty map; what it gets stays true while `lease` lives, or for ever.
+    /// An empty map; what it gets stays true while `lease` lives, or forever.
     pub(crate) fn new(lease: Option<Lease>) -> Self {
         Self { parts: Vec::new(), storages: Vec::new(), _lease: lease }
     }

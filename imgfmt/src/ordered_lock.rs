@@ -1,6 +1,6 @@
 //! Locks that know in which order they are taken.
 //!
-//! Two threads that take the same two locks in different orders wait for each other for ever, and a
+//! Two threads that take the same two locks in different orders wait for each other forever, and a
 //! thread that takes a lock again which it holds waits for itself. So the locks of this crate have
 //! [ranks](rank) in their types, and a thread takes only locks of higher ranks than those that it
 //! holds. Builds with debug assertions, and so all tests, check that, whether anybody has to wait or

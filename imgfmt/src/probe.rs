@@ -117,7 +117,7 @@ fn is_vhd_footer(footer: &[u8]) -> bool {
 }
 
 /// Whether this is the trailer of a DMG at that offset: its data and its list of properties then
-/// lie in front of it.
+/// lie before it.
 fn is_dmg_trailer(trailer: &[u8], offset: u64) -> bool {
     const FORKS: [usize; 3] = [24, 40, 216];
     let fits = |place: usize| {

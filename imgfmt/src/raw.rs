@@ -69,7 +69,7 @@ impl Raw {
         }
     }
 
-    /// The storage whose bytes are the disk's, one to one and for ever.
+    /// The storage whose bytes are the disk's, one to one and forever.
     pub(crate) fn storage(&self) -> &dyn Storage {
         &*self.storage
     }

@@ -13,7 +13,7 @@ use crate::units::{GuestOffset, GuestRange, span};
 /// Holes of files are seldom smaller than this, in bytes.
 const BLOCK: usize = 4096;
 
-/// How many entries of tables are looked at for one list of extents.
+/// How many entries of tables are examined for one list of extents.
 const EFFORT_MAX: u64 = 1 << 16;
 
 /// Fills `buffer` from `offset` on. A lease is the caller's matter.

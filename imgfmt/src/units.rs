@@ -36,7 +36,7 @@ macro_rules! offset {
             }
         }
 
-        /// The offset so many bytes further on. That it fits into 64 bits is the caller's to know:
+        /// The offset this many bytes further on. That it fits into 64 bits is the caller's to know:
         /// it overflows as `u64` does. See also `checked_add`.
         impl Add<u64> for $name {
             type Output = Self;

@@ -97,13 +97,13 @@ struct Entry {
 impl PreSharedKeys {
     /// Parses a key file as psktool writes it: one `user:hexkey` per line. A user name that needs
     /// encoding is `#` followed by its bytes in hexadecimal. Any other line that begins with `#` is
-    /// a comment (so a `#` in front of a user disables the user); empty lines are skipped.
+    /// a comment (so a `#` before a user disables the user); empty lines are skipped.
     ///
     /// # Errors
     ///
-    /// [`KeyFileError`], with the number of the line: what is no `user:hexkey`, a user who stands
-    /// there twice, a key of less than 16 or more than 256 bytes, a name of more than 128 bytes or
-    /// with a NUL byte; more than 4096 users, or none.
+    /// [`KeyFileError`], with the number of the line: it is not `user:hexkey`, its user has a key
+    /// already, its key has less than 16 or more than 256 bytes, or its name is empty, contains a
+    /// NUL byte or has more than 128 bytes. Also if there are more than 4096 users, or none.
     pub fn parse(text: &[u8]) -> Result<Self, KeyFileError> {
         let mut entries: Vec<Entry> = Vec::new();
         for (index, bytes) in text.split(|byte| *byte == b'\n').enumerate() {

@@ -198,7 +198,7 @@ impl Listener {
 
 /// Sets the options of a client's socket: replies leave at once, and the connection ends two minutes
 /// after the client's host has vanished, also if nothing is sent. Otherwise it would count as one of
-/// the client's connections for ever.
+/// the client's connections forever.
 pub(crate) fn prepare_tcp(stream: impl AsFd) -> io::Result<()> {
     let stream = stream.as_fd();
     sockopt::set_tcp_nodelay(stream, true)?;

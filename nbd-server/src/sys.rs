@@ -39,7 +39,7 @@ pub(crate) enum Residency {
     Unknown,
 }
 
-/// Distance of the bytes that are looked at to see whether the disk has delivered a range. The kernel
+/// Distance of the bytes that are examined to see whether the disk has delivered a range. The kernel
 /// reads ahead in larger units.
 const PROBE_STEP: u64 = 256 * 1024;
 

@@ -38,7 +38,7 @@ pub struct Extents<I> {
 impl Image {
     /// What the parts of a range hold, from its start to its end, in order and without gaps.
     /// Neighbours that are alike are one extent, except where one is so long that it takes many steps
-    /// to follow it to its end. Metadata is looked at as the iterator goes on, in steps of at most
+    /// to follow it to its end. Metadata is examined as the iterator goes on, in steps of at most
     /// about a millisecond from memory. An error is the last item.
     ///
     /// # Errors

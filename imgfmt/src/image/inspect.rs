@@ -120,7 +120,7 @@ impl Image {
     /// says, which is about to change.
     fn recover_bitmaps(path: &Path, options: &OpenOptions) -> Result<()> {
         let has_bitmaps = |info: ImageInfo| info.qcow2.is_some_and(|it| !it.bitmaps.is_empty());
-        // What cannot be looked at is an error of the change itself.
+        // What cannot be examined is an error of the change itself.
         if Self::inspect_file(path, options).is_ok_and(has_bitmaps) {
             let writable = options.clone().access(Access::ReadWrite);
             Self::open(path, &writable.backing(BackingFile::Ignored))?.close()?;

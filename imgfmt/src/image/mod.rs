@@ -49,7 +49,7 @@ pub struct Image {
     path: Option<Box<Path>>,
     access: Access,
     cache: CacheMode,
-    /// Of the file of the image itself, if its data passes the page cache by.
+    /// Of the file of the image itself, if its data bypasses the page cache.
     direct: Option<DirectAlignment>,
 }
 
@@ -144,7 +144,7 @@ impl Image {
         self.cache
     }
 
-    /// The alignment of transfers from and to the image's file, if they pass the page cache by.
+    /// The alignment of transfers from and to the image's file, if they bypass the page cache.
     pub fn direct_alignment(&self) -> Option<DirectAlignment> {
         self.direct
     }

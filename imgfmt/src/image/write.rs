@@ -26,7 +26,7 @@ impl Image {
 
     /// Writes `data` from `offset` on, into the page cache, if that needs nothing from the disk:
     /// neither metadata nor, for a cluster that gets a new place, old content that is not in the
-    /// page cache. A raw image always does it. Where the cache mode passes the page cache by, or has
+    /// page cache. A raw image always does it. Where the cache mode bypasses the page cache, or has
     /// every write durable when it returns, the answer is [`TryWrite::WouldBlock`].
     ///
     /// # Errors

@@ -110,7 +110,7 @@ struct Search<'a> {
     limit: AtomicU64,
 }
 
-/// What the search ends with, unless there is something in front of it.
+/// What the search ends with, unless there is something before it.
 struct End {
     offset: u64,
     why: Why,
@@ -211,7 +211,7 @@ struct Agenda<'a> {
 }
 
 impl Agenda<'_> {
-    /// The next range, of at most so many bytes, that begins before `limit`.
+    /// The next range, of at most this many bytes, that begins before `limit`.
     fn next(
         &mut self,
         limit: u64,

@@ -40,7 +40,7 @@ use rebuild::Rebuild;
 pub(super) use report::Mode;
 pub use report::{CheckReport, Repair};
 
-/// A repair may show what it could not see before; it does not go on for ever.
+/// A repair may show what it could not see before; it does not go on forever.
 const ROUNDS_MAX: u32 = 8;
 
 impl Qcow2 {

@@ -70,7 +70,7 @@ impl DataFile {
 
     /// Makes the file at least `end` bytes long: zeroes can be written only within it. The byte
     /// before `end` is the caller's alone and zero. The length is not set: others may have written
-    /// beyond `end` since it was looked at, and would be cut off.
+    /// beyond `end` since it was examined, and would be cut off.
     fn will_reach(&self, end: HostOffset, guest: GuestOffset) -> Result<()> {
         let grown = self.storage.len().and_then(|length| match length < end.bytes() {
             true => {

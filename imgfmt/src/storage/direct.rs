@@ -1,4 +1,4 @@
-//! Transfers that pass the page cache by.
+//! Transfers that bypass the page cache.
 //!
 //! The file is open twice: with O_DIRECT for whole blocks, and without for everything else (locks,
 //! lengths, holes, syncs). Requests and memory that are not aligned go through aligned buffers. A block

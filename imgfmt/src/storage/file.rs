@@ -36,7 +36,7 @@ pub struct FileStorage {
     identity: FileIdentity,
     preferred_size: u32,
     cache: CacheMode,
-    /// Present in the modes that pass the page cache by.
+    /// Present in the modes that bypass the page cache.
     direct: Option<Box<Direct>>,
     lacks_locks: bool,
     /// Operations that this file system has turned out to lack; they are not tried again.
@@ -67,7 +67,7 @@ impl FileStorage {
         self.lacks_locks
     }
 
-    /// The identity of a file that is not opened; `None` if it cannot be looked at.
+    /// The identity of a file that is not opened; `None` if it cannot be examined.
     pub(crate) fn identity_of(path: &Path) -> Option<FileIdentity> {
         std::fs::metadata(path).ok().map(|metadata| identity_from(&metadata))
     }

@@ -20,7 +20,7 @@ pub(super) struct KnownData {
 
 #[derive(Debug)]
 struct State {
-    /// There is no hole in front of this place.
+    /// There is no hole before this place.
     solid: AtomicU64,
     /// The length of the file at the first look, and with it of the bitmap.
     length: u64,
@@ -30,7 +30,7 @@ struct State {
 }
 
 impl KnownData {
-    /// Notes what the first look at a file of `length` bytes has shown: no hole in front of `solid`.
+    /// Notes what the first look at a file of `length` bytes has shown: no hole before `solid`.
     pub(super) fn first_look(&self, look: impl FnOnce() -> (u64, u64)) {
         self.state.get_or_init(|| {
             let (length, solid) = look();

@@ -264,7 +264,7 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(None)
     }
 
-    /// The alignment of transfers that pass the page cache by, if those of this storage do. Requests may
+    /// The alignment of transfers that bypass the page cache, if those of this storage do. Requests may
     /// have any alignment all the same. Then every transfer waits for the medium, so callers that must
     /// not wait leave it to a thread; and no bytes may be moved from [`as_fd`](Self::as_fd).
     fn direct_alignment(&self) -> Option<DirectAlignment> {

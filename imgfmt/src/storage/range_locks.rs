@@ -16,7 +16,7 @@ pub(super) struct RangeLocks {
 #[derive(Debug, Default)]
 struct State {
     /// Holders of locks and waiters, in the order in which they came. An entry waits for those
-    /// before it that conflict with it, so no thread waits for ever.
+    /// before it that conflict with it, so no thread waits forever.
     entries: Vec<Entry>,
     next_id: u64,
     waiting: usize,

@@ -197,7 +197,11 @@ pub async fn connect(
         .await
 }
 
-/// Describes an error of the handshake.
+/// Describes an error of the handshake. If the export does not exist, lists those of the server.
+///
+/// # Cancel safety
+///
+/// Safe: the connection is closed.
 pub async fn explain_unknown_export(connector: &Connector, uri: &NbdUri, error: &Error) -> String {
     if error.option_reply() != Some(OptionReplyType::ERR_UNKNOWN) {
         return with_advice(error);

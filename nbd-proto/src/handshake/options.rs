@@ -27,8 +27,7 @@ pub struct ExportDescription {
     pub description: Option<String>,
     /// Size, in bytes; at most 2^63-1.
     pub size: u64,
-    /// Transmission flags of the export. [`Self::flags_in`] removes those that a connection cannot
-    /// use.
+    /// Transmission flags of the export. A connection advertises those that it can use.
     pub flags: TransmissionFlags,
     /// Block size constraints that clients are told.
     pub block_sizes: BlockSizes,
@@ -65,8 +64,7 @@ impl ExportDescription {
     /// Returns the transmission flags that a connection in `mode` advertises: HAS_FLAGS always,
     /// SEND_DF only with structured or extended replies, BLOCK_STATUS_PAYLOAD only with extended
     /// headers and an export that has contexts, SEND_RESIZE (a draft) never.
-    #[must_use]
-    pub fn flags_in(&self, mode: ReplyMode) -> TransmissionFlags {
+    pub(crate) fn flags_in(&self, mode: ReplyMode) -> TransmissionFlags {
         let mut flags =
             (self.flags | TransmissionFlags::HAS_FLAGS) - TransmissionFlags::SEND_RESIZE;
         if mode == ReplyMode::Simple {
@@ -122,8 +120,7 @@ pub enum RefusalReason {
 
 impl RefusalReason {
     /// Returns the reply type on the wire.
-    #[must_use]
-    pub const fn reply_type(self) -> OptionReplyType {
+    pub(crate) const fn reply_type(self) -> OptionReplyType {
         match self {
             Self::UnknownExport => OptionReplyType::ERR_UNKNOWN,
             Self::Policy => OptionReplyType::ERR_POLICY,

@@ -35,7 +35,7 @@ pub struct ReplyEncoder {
 }
 
 impl ReplyEncoder {
-    /// Longest header this encoder writes in front of read data, and longest hole, in bytes.
+    /// Longest header this encoder writes before read data, and longest hole, in bytes.
     pub const MAX_READ_HEADER_LEN: usize = ChunkHeader::EXTENDED_LEN + 12;
 
     /// Creates an encoder of replies in the form `mode`.
@@ -65,7 +65,7 @@ impl ReplyEncoder {
         }
     }
 
-    /// Writes the header in front of `length` bytes of read data at `offset` (both in bytes).
+    /// Writes the header before `length` bytes of read data at `offset` (both in bytes).
     ///
     /// In simple mode the data has to be the whole request and known to be good, because no error
     /// can follow it. `length` must not be zero (use [`ReplyEncoder::success`]).

@@ -39,9 +39,9 @@ impl BlockSizes {
     ///
     /// # Errors
     ///
-    /// [`ProtocolError::Malformed`] if `minimum` is not a power of two up to 64 KiB, `preferred` is no
-    /// power of two of at least 512 and `minimum`, or `maximum_payload` is below `preferred` or
-    /// (unless it is 2^32-1) no multiple of `minimum`.
+    /// [`ProtocolError::Malformed`] if `minimum` is not a power of two up to 64 KiB, if `preferred` is
+    /// not a power of two or is less than 512 or `minimum`, or if `maximum_payload` is less than
+    /// `preferred` or (unless it is 2^32-1) not a multiple of `minimum`.
     pub const fn new(
         minimum: u32,
         preferred: u32,

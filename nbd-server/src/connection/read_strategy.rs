@@ -11,7 +11,7 @@ use super::polling::Polling;
 use super::receive::ReceiveBuffer;
 use super::socket::Socket;
 
-/// Only clients whose requests are no longer than this on average are looked at. In bytes.
+/// Only clients whose requests are no longer than this on average are examined. In bytes.
 const SMALL_LEN: usize = 16 * 1024;
 
 /// The habits of one client.

@@ -318,7 +318,7 @@ impl TlsSocket {
                 Err(error) => match error.code() {
                     ErrorCode::WANT_READ | ErrorCode::ZERO_RETURN => break,
                     _ if self.session.get_ref().has_ended => break,
-                    // What came in front of it is good; the error shows again.
+                    // What came before it is good; the error shows again.
                     _ if filled > 0 => break,
                     _ => return Err(into_io(error)),
                 },

@@ -143,7 +143,7 @@ impl Session {
                 return Poll::Ready(Ok(()));
             }
             // What was received comes first: the buffer may have no room for more, and the end of
-            // the stream must not overtake the requests in front of it.
+            // the stream must not overtake the requests before it.
             progress |= made_room || self.turn.is_over() || self.receive(cx)?;
             if !progress {
                 self.turn.rest();

@@ -30,7 +30,7 @@ const LIGHT_DISCOUNT: usize = 8;
 /// For how long it is assumed that a new connection waits for little, where that matters for work that
 /// may be held up by the system. In bytes moved.
 const BENEFIT_OF_DOUBT: u64 = 64 << 20;
-/// Rounds of one connection before other tasks of its thread are looked at, in any case.
+/// Most rounds of one connection before other tasks of its thread run.
 const ROUNDS_BEFORE_YIELD: u32 = 8;
 /// What a request or an option takes beside the bytes it moves.
 pub(super) const REQUEST_COST: usize = 4096;
@@ -94,7 +94,7 @@ impl Turn {
         if self.is_alone() { usize::MAX } else { self.quantum.saturating_sub(self.spent) }
     }
 
-    /// One round of the connection's work is done. Are other tasks of the thread to be looked at?
+    /// One round of the connection's work is done. Are other tasks of the thread to be examined?
     pub(super) fn ends_with_round(&mut self) -> bool {
         self.rounds = self.rounds.wrapping_add(1);
         self.is_over() || self.rounds.is_multiple_of(ROUNDS_BEFORE_YIELD)

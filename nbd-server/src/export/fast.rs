@@ -111,7 +111,7 @@ pub trait FastExport: Send + Sync {
     /// empty, until they have `length` bytes. With [`Lookup::MayRead`] it may stop before that
     /// ([`Mapped::Partial`]) and is asked for the rest: a map that holds bytes should have no more
     /// than some MiB of them. Zeroes are told where metadata knows of them; content
-    /// is not looked at. Bytes of a file may be told only if they stay in that place for ever: the
+    /// is not looked at. Bytes of a file may be told only if they stay in that place forever: the
     /// server hands them from the page cache to the socket without a copy.
     ///
     /// What is told must have been true at some moment of the call.
@@ -134,7 +134,7 @@ pub trait FastExport: Send + Sync {
 
     /// Tells where the bytes of a range lie, if they lie in files from which the server can read them as
     /// [`read_at`](super::Export::read_at) would. They stay there until the answer is dropped. Only what is in
-    /// memory is looked at. Asked for ranges that [`try_read_at`](Self::try_read_at) did not give.
+    /// memory is examined. Asked for ranges that [`try_read_at`](Self::try_read_at) did not give.
     fn place_read(&self, _offset: u64, _length: usize, _: Holes) -> Option<Box<dyn PlacedRead>> {
         None
     }

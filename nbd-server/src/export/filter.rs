@@ -1,4 +1,4 @@
-//! Filters: exports in front of other exports.
+//! Filters: exports that wrap other exports.
 
 use nbd_proto::wire::{BlockDescriptor, MetaContextName};
 
@@ -7,7 +7,7 @@ use super::{
     Operation, PlacedRead, PlacedWrite, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
-/// An export in front of another one: every call is forwarded, except for the methods that are
+/// An export that wraps another one: every call is forwarded, except for the methods that are
 /// overridden. They correspond to those of [`Export`], with the same contract; every filter is an
 /// export.
 ///

@@ -28,7 +28,7 @@ pub struct ImageExport {
     /// The file whose bytes are the disk's, one to one, if the image is raw.
     file: Option<Arc<OwnedFd>>,
     info: ExportInfo,
-    /// The contexts of bitmaps, in order. Held while one is looked at.
+    /// The contexts of bitmaps, in order. Held while one is examined.
     bitmaps: RwLock<Vec<MetaContextName>>,
 }
 

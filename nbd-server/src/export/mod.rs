@@ -137,7 +137,7 @@ pub trait Export: Send + Sync + 'static {
 
     /// The status of a range (in bytes) in one of the export's contexts, from its start on, in at
     /// most `max_count` descriptors (at least 1). It may cover less than the range, but never
-    /// nothing, and never more: where much would have to be looked at, a part of it is better than a
+    /// nothing, and never more: where much would have to be examined, a part of it is better than a
     /// call that takes longer than a few milliseconds. The server asks for the rest.
     ///
     /// # Errors

@@ -29,7 +29,7 @@ pub enum Holes {
 pub enum Lookup {
     /// Metadata may be read from the disk.
     MayRead,
-    /// Only what is in memory is looked at.
+    /// Only what is in memory is examined.
     CachedOnly,
 }
 
@@ -72,7 +72,7 @@ pub enum Content {
     Export,
 }
 
-/// A part of a file whose bytes are the bytes of the disk, and stay in that place for ever.
+/// A part of a file whose bytes are the bytes of the disk, and stay in that place forever.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct FileSpan {

@@ -28,7 +28,7 @@ pub(super) struct Copy<'a> {
 }
 
 impl Copy<'_> {
-    /// Copies everything with so many threads.
+    /// Copies everything with this many threads.
     pub(super) fn run(&self, jobs: usize) -> Result<(), JobError> {
         let agenda = Agenda::new(self.source, self.unit, self.background, self.meter);
         let agenda = &OrderedMutex::new(agenda);

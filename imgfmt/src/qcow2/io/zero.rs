@@ -248,7 +248,7 @@ impl Qcow2 {
     }
 }
 
-/// Parts of a range that are looked at one by one: they end at multiples of `unit` bytes.
+/// Parts of a range that are examined one by one: they end at multiples of `unit` bytes.
 fn parts_of(range: GuestRange, unit: u64) -> impl Iterator<Item = GuestRange> {
     let end = range.end();
     let stop = move |start: GuestOffset| end.min(start.round_down(unit).saturating_add(unit));
@@ -257,7 +257,7 @@ fn parts_of(range: GuestRange, unit: u64) -> impl Iterator<Item = GuestRange> {
         .map(move |start| span(start, stop(start)))
 }
 
-/// Number of extents that are looked at to find out whether a range reads as zero.
+/// Number of extents that are examined to find out whether a range reads as zero.
 const EXTENTS_OF_ZEROES: usize = 64;
 
 /// Whether extents reach `end` and none of them has data.

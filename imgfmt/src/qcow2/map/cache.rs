@@ -304,7 +304,7 @@ impl Loading<'_> {
         }
         // The place is there already.
         self.cache.make_room(&mut places, 0);
-        // It was not in memory: of use is what is looked at once more.
+        // It was not in memory: a table counts as used from the second look at it on.
         let used = self.cache.remember(&table);
         places.put(table);
         drop(places);

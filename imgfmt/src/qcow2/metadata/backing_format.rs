@@ -14,7 +14,7 @@ pub(super) enum FormatSlot {
     Kept,
     /// Over the old one, which lies within the first sector.
     Replaced(u64),
-    /// At the start of the list of features' names, which lies there in so many bytes and has been
+    /// At the start of the list of features' names, which lies there in this many bytes and has been
     /// copied to the end: there is no other room in the first sector.
     InNames(u64, u64),
     /// In an extension at this offset, whose type is still one that readers skip.

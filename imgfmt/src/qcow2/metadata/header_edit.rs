@@ -137,7 +137,7 @@ pub(super) fn add_extension(mut area: Area<'_>, kind: u32, content: &[u8]) -> Re
         return Ok(place);
     }
     area.make_room(8 + length.next_multiple_of(8))?;
-    // The mark that ends the list stays in front of the new content until that is on disk.
+    // The mark that ends the list stays before the new content until that is on disk.
     let mut behind = content.to_vec();
     behind.resize(content.len().next_multiple_of(8) + 8, 0);
     area.write(area.end + 8, &behind)?;
@@ -158,7 +158,7 @@ pub(in crate::qcow2) fn remove_extension(
         return Ok(());
     };
     let place = area.extensions[index].0;
-    // What was not used in front of it goes too.
+    // What was not used before it goes too.
     let unused = area.extensions[..index].iter().rev().take_while(|(_, kind, _)| *kind == UNUSED);
     match index + 1 == area.extensions.len() {
         true => area.write(unused.last().map_or(place, |(place, ..)| *place), &[0; 8])?,

@@ -33,7 +33,7 @@ const TRUSTED_BASE: u32 = 1;
 const HAS_CONTENT: u32 = 2;
 const CONTENT_LENGTH: usize = 32;
 
-/// Writes the identity into the file of an image that nobody has open.
+/// Writes the identity into the file of an image that no program has open.
 pub(crate) fn seal(storage: &dyn Storage, identity: &BackupIdentity) -> Result<()> {
     let header = Header::read(storage, Purpose::Use)?;
     if header.version < 3 {

@@ -1,6 +1,6 @@
-//! The header of what is no image yet.
+//! The header of an image that is not complete yet.
 //!
-//! It stands where an image is being written that is to become valid at the end. QEMU and this crate refuse
+//! It takes the place of the final header while the image is written. QEMU and this crate refuse
 //! it because of an incompatible feature bit that QEMU does not know; the table of features gives its name, so
 //! that QEMU's message says what is wrong.
 

@@ -69,7 +69,7 @@ impl Block {
     }
 }
 
-/// The refcounts of one block, to be looked at one after the other.
+/// The refcounts of one block, to be examined one after the other.
 #[derive(Debug, Default)]
 pub(in crate::qcow2) struct BlockView<'a> {
     bytes: Option<&'a [u8]>,

@@ -5,7 +5,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Storage, TryRead};
 use crate::units::HostOffset;
 
-/// Up to so many bytes are read without memory from the heap.
+/// Up to this many bytes are read without memory from the heap.
 const SHORT: usize = 4 << 10;
 
 /// Reads a table of 64-bit words.

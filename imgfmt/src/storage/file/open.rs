@@ -36,7 +36,7 @@ impl FileStorage {
     ///
     /// # Errors
     ///
-    /// As [`open`](Self::open), and `Unsupported` if data is to pass the page cache by and the file
+    /// As [`open`](Self::open), and `Unsupported` if data is to bypass the page cache and the file
     /// system does not have that.
     pub fn open_cached(
         path: &Path,
@@ -83,7 +83,7 @@ impl FileStorage {
 
     fn open_with(path: &Path, access: Access, locking: Locking, flags: OFlags) -> Result<Self> {
         // A pipe or a socket is refused before it is opened, because opening may hang or disturb
-        // the process at the other end; the opened file is looked at again below.
+        // the process at the other end; the opened file is examined again below.
         let metadata = std::fs::metadata(path).map_err(open_error(path))?;
         refuse_what_is_no_image(path, metadata.file_type())?;
         let file = OpenOptions::new()

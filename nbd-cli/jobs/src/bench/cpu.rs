@@ -19,7 +19,7 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// The process with this number, if it can be looked at.
+    /// The process with this number, if it can be examined.
     pub(super) fn find(pid: u32) -> Option<Self> {
         let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         let (started, _) = parse(&text)?;

@@ -49,8 +49,12 @@ impl Attached {
     ///
     /// # Errors
     ///
-    /// If the kernel has no driver, the right is missing, the device is in use, or the kernel
-    /// cannot use the export.
+    /// If the kernel has no driver, this process lacks the right to use it, the device is in use, or
+    /// the kernel cannot use the export.
+    ///
+    /// # Cancel safety
+    ///
+    /// The device may be attached; another process can adopt it.
     pub async fn new(mut backend: Backend, options: &AttachOptions) -> Result<Self, JobError> {
         match given_to_kernel(&mut backend, options).await {
             Ok(given) => {
@@ -234,6 +238,10 @@ impl Attached {
     /// # Errors
     ///
     /// If data may not be durable.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future does not undo the shutdown; whether data is durable remains unknown.
     pub async fn close(self) -> Result<(), JobError> {
         let Self { index, attachment, backend, record, .. } = self;
         let closed = backend.close().await;

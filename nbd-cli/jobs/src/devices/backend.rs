@@ -1,5 +1,5 @@
-//! What stands behind a device: another server, which the kernel talks to itself, or an export of
-//! this process.
+//! The backend of a device: another server, to which the kernel talks itself, or an export of this
+//! process.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -12,7 +12,7 @@ use nbd_server::{ExportRegistry, RunningServer, Server, ServerConfig};
 use crate::error::{JobError, JobErrorKind};
 use crate::text::printable;
 
-/// What serves the requests of a device.
+/// The backend of a device: it serves the device's requests.
 #[derive(Debug)]
 pub struct Backend {
     info: ExportInfo,
@@ -43,11 +43,16 @@ impl Backend {
         Some(Self { info: stream.info(), first: Some(stream), kind })
     }
 
-    /// Serves an export, on threads of this process. Needs a runtime, which lives as long as this.
+    /// Serves an export, on threads of this process. Needs a runtime that lives as long as the
+    /// backend.
     ///
     /// # Errors
     ///
     /// If no socket can be made.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: the server is shut down.
     pub async fn of_export(
         export: Arc<dyn Export>,
         mut config: ServerConfig,
@@ -68,12 +73,12 @@ impl Backend {
         Ok(Self { info: stream.info(), first: Some(stream), kind })
     }
 
-    /// What is known about the export.
+    /// Returns information about the export.
     pub fn info(&self) -> &ExportInfo {
         &self.info
     }
 
-    /// Whether the device works only as long as this process runs.
+    /// Returns whether the device works only as long as this process runs.
     pub fn needs_process(&self) -> bool {
         matches!(self.kind, Kind::Export { .. })
     }
@@ -107,6 +112,10 @@ impl Backend {
     /// # Errors
     ///
     /// If data may not be durable.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future does not undo the shutdown; whether data is durable remains unknown.
     pub async fn close(self) -> Result<(), JobError> {
         drop(self.first);
         let Kind::Export { mut server, .. } = self.kind else { return Ok(()) };

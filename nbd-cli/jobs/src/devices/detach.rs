@@ -19,7 +19,7 @@ use crate::error::{JobError, JobErrorKind};
 /// The time between two looks at a device that is about to go.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// How a device that is in use is treated.
+/// The treatment of a device that is in use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DetachMode {
     /// Data is flushed; a device that is in use, or whose data cannot be flushed, is kept.
@@ -92,7 +92,7 @@ pub(super) fn disconnect(
     device: u32,
     mode: DetachMode,
 ) -> Result<(), JobError> {
-    // Held until it is disconnected: meanwhile nobody can mount it.
+    // Held until it is disconnected, so that it cannot be mounted before.
     let _alone = match mode {
         DetachMode::WhenUnused => Some(flushed(device)?),
         DetachMode::Force => None,
@@ -103,7 +103,7 @@ pub(super) fn disconnect(
     })
 }
 
-/// Opens a device that nobody uses, and flushes it.
+/// Opens a device that is not in use, and flushes it.
 fn flushed(device: u32) -> Result<File, JobError> {
     let path = path_of(device);
     let file = open_alone(&path).map_err(|error| match Errno::from_io_error(&error) {

@@ -26,7 +26,7 @@ pub struct AttachedDevice {
     pub connections: Option<usize>,
     /// The process that keeps it. Without one, lost connections are not restored.
     pub pid: Option<u32>,
-    /// Why it cannot be detached: where it is mounted, or what it is part of.
+    /// The reason why it cannot be detached: its mount point, or the device that contains it.
     pub user: Option<String>,
 }
 
@@ -36,7 +36,7 @@ pub fn attached_devices() -> Vec<AttachedDevice> {
     connected.map(|device| describe(&device)).collect()
 }
 
-/// Whether the kernel has the driver, and devices.
+/// Returns whether the kernel has the driver, and devices.
 pub fn kernel_has_devices() -> bool {
     !SysDevice::all().is_empty()
 }

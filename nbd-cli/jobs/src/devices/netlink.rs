@@ -32,7 +32,7 @@ pub(super) struct Configuration {
     pub(super) timeout: u64,
     /// Seconds for which requests wait for a new connection.
     pub(super) dead_connection_timeout: u64,
-    /// Tells later who serves the device.
+    /// Identifies the server of the device later.
     pub(super) backend: String,
 }
 
@@ -98,7 +98,7 @@ impl Driver {
         index.ok_or_else(|| io::Error::other("the kernel does not name the device it chose"))
     }
 
-    /// Gives a device sockets in place of dead ones; those it has no use for are left out.
+    /// Replaces dead sockets of a device; surplus ones are ignored.
     pub(super) fn reconfigure(
         &mut self,
         index: u32,

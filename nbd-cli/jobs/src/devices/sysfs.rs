@@ -1,4 +1,4 @@
-//! What the kernel tells of its NBD devices in `/sys/block`.
+//! The kernel's information about its NBD devices, in `/sys/block`.
 
 use std::path::{Path, PathBuf};
 

@@ -75,8 +75,8 @@ impl ClientHandshake {
     ///
     /// # Errors
     ///
-    /// [`ProtocolError::BadMagic`] if this is no NBD server, [`ProtocolError::ExportTooLarge`] from
-    /// an oldstyle one.
+    /// [`ProtocolError::BadMagic`] if the peer is not an NBD server,
+    /// [`ProtocolError::ExportTooLarge`] from an oldstyle server.
     pub fn advance(
         self,
         input: &mut BytesMut,

@@ -1,4 +1,4 @@
-//! Options that need an answer of the caller, who owns the exports. Each value is one question; the
+//! Options that need an answer from the owner of the exports, the caller. Each value is one question; the
 //! answer consumes it and returns the handshake.
 
 use bytes::{BufMut, Bytes, BytesMut};

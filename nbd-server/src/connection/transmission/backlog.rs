@@ -21,7 +21,7 @@ const LONG_READS_LEN: usize = 4 * read_steps::STEP_LEN;
 
 /// A request that waits for its part of the budget.
 enum Waiting {
-    /// A command with its payload, to be handed to the pool; of a READ so many bytes are answered.
+    /// A command with its payload, to be handed to the pool; of a READ this many bytes are answered.
     Pool(Request, Ticket, Vec<u8>, usize),
     /// A WRITE whose payload is to be received.
     Payload(Request),

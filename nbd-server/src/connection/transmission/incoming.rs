@@ -33,7 +33,7 @@ enum Receiving {
 
 /// What has arrived.
 pub(super) enum Arrival {
-    /// A request, whose header has so many bytes and is [still in the buffer](Incoming::consume).
+    /// A request, whose header has this many bytes and is [still in the buffer](Incoming::consume).
     Request(Request, usize),
     /// A request that will be refused. Its header is [still in the buffer](Incoming::consume), and
     /// its payload is to be [discarded](Incoming::discard_payload).

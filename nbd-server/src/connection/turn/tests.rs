@@ -19,7 +19,7 @@ enum Busy {
     Rests,
 }
 
-/// Works in `turn` and logs it, if it is ready; then others are looked at.
+/// Works in `turn` and logs it, if it is ready; then others are examined.
 async fn work(turn: &mut Turn, busy: Busy, cost: usize, log: impl FnOnce()) {
     match busy {
         Busy::PassesOn => turn.pass().await,

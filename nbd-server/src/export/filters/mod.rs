@@ -1,4 +1,4 @@
-//! Filters: exports in front of other exports.
+//! Filters: exports that wrap other exports.
 //!
 //! [`Window`] serves a part of a disk as a disk of its own, and [`FilterOptions`] change requests on
 //! their way: discards that are ignored, zeroes that are detected, writes that are durable when they

@@ -21,7 +21,7 @@ const PAGE: u64 = 4096;
 const SECTOR: u32 = 512;
 
 impl FilterOptions {
-    /// Puts a [`RequestFilter`] in front of `inner`; gives `inner` itself if nothing is changed.
+    /// Wraps `inner` in a [`RequestFilter`]; returns `inner` itself if nothing is changed.
     #[must_use]
     pub fn apply(self, inner: Arc<dyn Export>) -> Arc<dyn Export> {
         if self == Self::default() {
@@ -31,7 +31,7 @@ impl FilterOptions {
     }
 }
 
-/// An export in front of which requests are changed.
+/// An export whose requests are changed.
 pub struct RequestFilter {
     inner: Arc<dyn Export>,
     options: FilterOptions,

@@ -52,7 +52,7 @@ impl FastExport for ImageExport {
             let length = mapping.range.length() as usize;
             match (mapping.content, &self.file) {
                 (content, _) if content.is_zero() => map.push_zero(length),
-                // Only bytes of a raw file stay where they are for ever: others are read through
+                // Only bytes of a raw file stay where they are forever: others are read through
                 // the image.
                 (imgfmt::Content::File(span), Some(file)) => {
                     let span = FileSpan { file: Arc::clone(file), offset: span.offset.bytes() };

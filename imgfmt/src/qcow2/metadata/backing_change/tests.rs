@@ -231,7 +231,7 @@ fn blank(cluster_size: u64) -> CreateOptions {
     options
 }
 
-/// The name of a base in the tests' directory, in so many bytes.
+/// The name of a base in the tests' directory, in this many bytes.
 fn name(base: &str, length: usize) -> String {
     let mut name = "./".repeat((length - base.len()) / 2);
     name.push_str(base);

@@ -16,7 +16,7 @@ use crate::units::HostOffset;
 const UNKNOWN_EXTENSION: u32 = 0x1234_5678;
 const UNKNOWN_AUTOCLEAR: u64 = 1 << 40;
 
-/// An image over a backing file with a name of so many bytes, or over none.
+/// An image over a backing file with a name of this many bytes, or over none.
 fn image(cluster_size: u64, version: Qcow2Version, name_length: usize) -> Vec<u8> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk.qcow2");

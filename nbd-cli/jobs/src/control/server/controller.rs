@@ -80,8 +80,8 @@ impl Controller {
         }
     }
 
-    /// Opens the sources that clients ask to export. By default none are opened. `open` is called
-    /// on a thread that may block.
+    /// Sets the function that opens the sources that clients ask to export. By default every source
+    /// is refused. `open` is called on a thread that may block; the client receives its error.
     #[must_use]
     pub fn open_sources(
         mut self,
@@ -91,23 +91,23 @@ impl Controller {
         self
     }
 
-    /// The URIs of an export by its name, which clients learn for new exports and views. By default
-    /// there are none.
+    /// Sets the function that returns the URIs of an export by its name; clients receive them for new
+    /// exports and views. By default there are none.
     #[must_use]
     pub fn uris(mut self, uris: impl Fn(&str) -> Vec<String> + Send + Sync + 'static) -> Self {
         self.uris = Box::new(uris);
         self
     }
 
-    /// Reads the configuration of the server again, for clients that ask for it. `reload` may add and
-    /// remove exports. By default there is no configuration.
+    /// Sets the function that reads the configuration of the server again for clients that request
+    /// it. It may add and remove exports. By default there is no configuration.
     #[must_use]
     pub fn reload(mut self, reload: impl Fn() -> Reloading + Send + Sync + 'static) -> Self {
         self.reload = Box::new(reload);
         self
     }
 
-    /// Reports events. By default they are ignored.
+    /// Sets the observer of events. By default they are ignored.
     #[must_use]
     pub fn observer(
         mut self,
@@ -117,7 +117,7 @@ impl Controller {
         self
     }
 
-    /// The directory of the files, without names, that hold data overwritten during checkpoints. By
+    /// Sets the directory of the nameless files that hold data overwritten during checkpoints. By
     /// default it is /var/tmp.
     #[must_use]
     pub fn temporary_directory(mut self, directory: impl Into<PathBuf>) -> Self {
@@ -177,7 +177,12 @@ impl Controller {
     }
 
     /// Ends every checkpoint as failed: ranges without a backup stay dirty. To be called when the
-    /// server has ended.
+    /// server has ended. A checkpoint that cannot be ended is reported as
+    /// [`ControlEvent::CheckpointNotEnded`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: it can be called again for the checkpoints that are left.
     pub async fn end_checkpoints(&self) {
         self.abandon_checkpoints(|_| true).await;
     }
@@ -198,6 +203,10 @@ impl Controller {
 
     /// Releases the disks of a server that has ended: each is closed as soon as nothing else holds
     /// it.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future does not stop the release.
     pub async fn release_disks(&self) {
         let disks = std::mem::take(&mut *self.disks.lock().await);
         // Closing an image may block.
@@ -229,7 +238,7 @@ impl std::fmt::Debug for Controller {
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Failure> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Failure::new(ErrorKind::Failed, format!("given up: {error}")))
+    tokio::task::spawn_blocking(work).await.map_err(|error| {
+        Failure::new(ErrorKind::Failed, format!("the request was abandoned: {error}"))
+    })
 }

@@ -85,6 +85,10 @@ impl Controller {
     /// # Errors
     ///
     /// If there is an export of that name, or the name is too long.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: the disk is exported or not.
     pub async fn add_export(
         &self,
         name: impl Into<String>,
@@ -104,6 +108,10 @@ impl Controller {
     /// If there is no export of that name, it is in use by clients that are not to be disconnected,
     /// or a checkpoint of it is in progress; the export is kept then. If flushing the disk fails,
     /// the export is removed nevertheless.
+    ///
+    /// # Cancel safety
+    ///
+    /// Not safe: the export may be removed while its disk remains open.
     pub async fn remove_export(&self, name: &str, on_use: OnUse) -> Result<(), Failure> {
         let mut disks = self.disks.lock().await;
         self.remove(&mut disks, name, on_use).await.map(drop)
@@ -116,6 +124,10 @@ impl Controller {
     ///
     /// If there is no export of that name, or a checkpoint of it is in progress; it is kept then. If
     /// flushing the disk fails, the export is removed nevertheless.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: the disk is closed in the background.
     pub async fn release_export(&self, name: &str) -> Result<(), Failure> {
         let mut disks = self.disks.lock().await;
         if disks.get(name)?.checkpoint.is_some() {
