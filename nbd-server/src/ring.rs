@@ -13,6 +13,7 @@ mod share;
 mod work;
 
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -253,7 +254,12 @@ impl State {
                 Flight::Write { .. } => self.ring.is_unsubmitted(number),
             };
             if let Some((_, _, flight)) = place.take_if(is_at_large) {
-                outcomes.push(flight.end(self.ring.buffer(number).to_vec(), None));
+                let buffer = match &flight {
+                    // The kernel may still write to it.
+                    Flight::Read { .. } => Vec::new(),
+                    Flight::Write { .. } => self.ring.buffer(number).to_vec(),
+                };
+                outcomes.push(flight.end(buffer, None));
             }
         }
         outcomes
@@ -263,6 +269,17 @@ impl State {
     fn is_writing(&self) -> bool {
         let flights = self.flights.iter().flatten();
         flights.into_iter().any(|(_, _, flight)| matches!(flight, Flight::Write { .. }))
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        // The kernel may still carry these writes out: their places are nobody else's, ever.
+        for (_, _, flight) in self.flights.drain(..).flatten() {
+            if matches!(flight, Flight::Write { .. }) {
+                std::mem::forget(flight);
+            }
+        }
     }
 }
 
@@ -290,7 +307,12 @@ impl RingDriver {
 
     fn deliver(&self) {
         let ended = lock(&self.state).ended();
-        ended.into_iter().for_each(Outcome::deliver);
+        for outcome in ended {
+            // The other results, and this thread's connections, must not end with one that panics.
+            if catch_unwind(AssertUnwindSafe(|| outcome.deliver())).is_err() {
+                tracing::error!("the end of a read or write panicked");
+            }
+        }
     }
 
     /// Waits for the writes of clients that have left, and for their reads for a bounded time: a disk may

@@ -67,6 +67,8 @@ impl Workers {
     ///
     /// [`ServeError::Worker`] if no thread can be started and there is none yet.
     pub(crate) fn serve(&mut self, accepted: Accepted) -> Result<(), ServeError> {
+        // One whose thread has panicked serves nobody.
+        self.workers.retain(|worker| !worker.sender.is_closed());
         let load = |worker: &Worker| worker.connections.load(Ordering::Relaxed);
         let least = self.workers.iter().map(load).min();
         if least != Some(0) && self.workers.len() < self.max {
@@ -78,10 +80,17 @@ impl Workers {
                 }
             }
         }
-        if let Some(worker) = self.workers.iter().min_by_key(|worker| load(worker)) {
-            worker.connections.fetch_add(1, Ordering::Relaxed);
-            // The receiver lives until this sender is dropped.
-            let _ = worker.sender.send(accepted);
+        let relaxed = Ordering::Relaxed;
+        loop {
+            let loads = self.workers.iter().map(|worker| (load(worker), worker));
+            let Some((now, worker)) = loads.min_by_key(|(load, _)| *load) else { break };
+            // A thread that begins to wait for a disk at this moment does not get the client.
+            let chosen = worker.connections.compare_exchange(now, now + 1, relaxed, relaxed);
+            if chosen.is_ok() {
+                // The receiver lives until this sender is dropped.
+                let _ = worker.sender.send(accepted);
+                break;
+            }
         }
         Ok(())
     }

@@ -6,6 +6,9 @@ use std::sync::{Arc, Condvar};
 
 use crate::ordered_lock::{OrderedMutex, rank};
 
+/// Locks above which nobody gets one that does not wait for it.
+const MAX_SHARED: usize = 1024;
+
 /// Locks on ranges. A thread that holds one must not wait for another.
 #[derive(Debug, Default)]
 pub(super) struct RangeLocks {
@@ -73,9 +76,13 @@ impl RangeLocks {
         self.lock(range, Mode::Shared)
     }
 
-    /// As [`shared`](Self::shared), without waiting; `None` if an exclusive lock is held or waited for.
+    /// As [`shared`](Self::shared), without waiting; `None` if an exclusive lock is held or waited for, or
+    /// if there are so many that looking through them takes long.
     pub(super) fn try_shared(self: &Arc<Self>, range: Range<u64>) -> Option<RangeGuard> {
         let mut state = self.state.lock();
+        if state.entries.len() >= MAX_SHARED {
+            return None;
+        }
         let id = state.push(range, Mode::Shared);
         if state.is_blocked(id) {
             state.entries.pop();
@@ -128,6 +135,16 @@ mod tests {
         let _four = locks.try_shared(10..15).unwrap();
         assert!(locks.try_shared(14..16).is_none(), "it would have to wait");
         assert_eq!(locks.state.lock().entries.len(), 4, "who was refused leaves nothing");
+    }
+
+    #[test]
+    fn locks_that_are_not_waited_for_are_bounded() {
+        let locks = Arc::new(RangeLocks::default());
+        let mut held: Vec<_> = (0..MAX_SHARED).map_while(|_| locks.try_shared(0..10)).collect();
+        assert_eq!(held.len(), MAX_SHARED);
+        assert!(locks.try_shared(0..10).is_none());
+        held.pop();
+        assert!(locks.try_shared(0..10).is_some());
     }
 
     #[test]

@@ -20,6 +20,8 @@ pub(super) struct DurableChange {
     entry: ExportEntry,
     group: GroupId,
     under_way: UnderWay,
+    /// The flushes that had failed when it arrived.
+    since: u64,
 }
 
 impl DurableChange {
@@ -34,7 +36,8 @@ impl DurableChange {
             return None;
         }
         let under_way = entry.flushes().begin_change();
-        Some(Self { entry: entry.clone(), group, under_way })
+        let since = work.writeback.count();
+        Some(Self { entry: entry.clone(), group, under_way, since })
     }
 
     /// Whether others are to be made durable as well, so that a flush serves several.
@@ -43,8 +46,14 @@ impl DurableChange {
     }
 
     /// Has the change, which was carried out, answered after a flush that begins now or later.
-    pub(super) fn wait_for_flush(self, scheduler: &Scheduler, waiter: FlushWaiter) {
-        let Self { entry, group, under_way } = self;
+    pub(super) fn wait_for_flush(
+        self,
+        scheduler: &Scheduler,
+        answer: Answer,
+        writeback: Arc<WritebackErrors>,
+    ) {
+        let Self { entry, group, under_way, since } = self;
+        let waiter = FlushWaiter::of_change(answer, writeback, since);
         let waiter = Box::new(FlushWaiter { _under_way: Some(under_way), ..waiter });
         entry.flushes().join(scheduler, group, entry.export(), entry.failures(), waiter);
     }
@@ -54,13 +63,26 @@ impl DurableChange {
 pub(super) struct FlushWaiter {
     answer: Answer,
     writeback: Arc<WritebackErrors>,
-    request: Request,
+    covers: Covered,
     _under_way: Option<UnderWay>,
 }
 
+/// What a flush is waited for.
+enum Covered {
+    Flush(Request),
+    /// A change that was begun when so many flushes had failed.
+    Change(u64),
+}
+
 impl FlushWaiter {
+    /// For a FLUSH.
     pub(super) fn new(answer: Answer, writeback: Arc<WritebackErrors>, request: Request) -> Self {
-        Self { answer, writeback, request, _under_way: None }
+        Self { answer, writeback, covers: Covered::Flush(request), _under_way: None }
+    }
+
+    /// For a change that was begun when `since` flushes had failed.
+    pub(super) fn of_change(answer: Answer, writeback: Arc<WritebackErrors>, since: u64) -> Self {
+        Self { answer, writeback, covers: Covered::Change(since), _under_way: None }
     }
 }
 
@@ -70,9 +92,12 @@ impl Waiter for FlushWaiter {
     }
 
     fn answer(self: Box<Self>, result: Result<(), (u64, &ExportError)>) {
-        let Self { answer, writeback, request, _under_way } = *self;
+        let Self { answer, writeback, covers, _under_way } = *self;
         let result = match result {
-            Ok(()) => writeback.judge(&request, Ok(())),
+            Ok(()) => match covers {
+                Covered::Flush(request) => writeback.judge(&request, Ok(())),
+                Covered::Change(since) => writeback.judge_change(since),
+            },
             Err((count, error)) => {
                 writeback.is_told(count);
                 Err(error.clone())

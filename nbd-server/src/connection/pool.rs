@@ -207,7 +207,8 @@ impl Pool {
         } else if let Some(placed) = write {
             let payload = std::mem::take(&mut job.work.payload);
             let (scheduler, entry) = (self.lane.scheduler().clone(), self.entry.clone());
-            let writer = PooledWrite { job, lane, scheduler, entry, group: self.group };
+            let since = job.work.writeback.count();
+            let writer = PooledWrite { job, lane, scheduler, entry, group: self.group, since };
             ring.write(RingWrite { placed, payload }, Box::new(writer));
         } else {
             return Err(job);
@@ -311,6 +312,8 @@ struct PooledWrite {
     scheduler: Scheduler,
     entry: ExportEntry,
     group: GroupId,
+    /// The flushes that had failed before it was written.
+    since: u64,
 }
 
 impl Writer for PooledWrite {
@@ -319,7 +322,7 @@ impl Writer for PooledWrite {
     }
 
     fn written(self: Box<Self>, result: Result<(), ExportError>) {
-        let Self { job, scheduler, entry, group, .. } = *self;
+        let Self { job, scheduler, entry, group, since, .. } = *self;
         let RequestJob { work, durable, answer, .. } = *job;
         let PreparedRequest { export, writeback, request, .. } = work;
         if let Err(error) = result {
@@ -329,10 +332,10 @@ impl Writer for PooledWrite {
             return answer.send_short(Ok(()));
         }
         // Where every change is durable a flush is shared as well.
-        let waiter = FlushWaiter::new(answer, writeback, request);
         match durable {
-            Some(durable) => durable.wait_for_flush(&scheduler, waiter),
+            Some(durable) => durable.wait_for_flush(&scheduler, answer, writeback),
             None => {
+                let waiter = FlushWaiter::of_change(answer, writeback, since);
                 let (export, failures) = (entry.export(), entry.failures());
                 entry.flushes().join(&scheduler, group, export, failures, Box::new(waiter));
             }
@@ -410,11 +413,10 @@ impl Job for RequestJob {
             }
             Step::Changed => {
                 let Self { work, progress, durable, answer } = *self;
-                let PreparedRequest { writeback, request, payload, .. } = work;
+                let PreparedRequest { writeback, payload, .. } = work;
                 drop((payload, progress));
-                let waiter = FlushWaiter::new(answer, writeback, request);
                 if let Some(durable) = durable {
-                    durable.wait_for_flush(scheduler, waiter);
+                    durable.wait_for_flush(scheduler, answer, writeback);
                 }
                 None
             }

@@ -30,6 +30,24 @@ impl WritebackErrors {
         Self { failures, known, is_owed: AtomicBool::new(owes_failure) }
     }
 
+    /// Flushes of the disk that have failed so far, of any client.
+    pub(super) fn count(&self) -> u64 {
+        self.failures.count()
+    }
+
+    /// What the client is told of a change that promised to be durable, and that a flush which succeeded
+    /// has covered. A flush that failed since the change began, when there were `since` failures, may have
+    /// taken the error of its data: the system reports one once.
+    pub(super) fn judge_change(&self, since: u64) -> Result<(), ExportError> {
+        let count = self.failures.count();
+        if self.known.load(Acquire) == count && count == since && !self.is_owed.load(Acquire) {
+            return Ok(());
+        }
+        self.is_told(count);
+        let why = "a FLUSH failed meanwhile; what was written before may be lost";
+        Err(ExportError::new(Errno::EIO, why))
+    }
+
     /// Whether the client is still to be told of a failure.
     pub(super) fn owes_failure(&self) -> bool {
         self.is_owed.load(Acquire) || self.known.load(Acquire) < self.failures.count()

@@ -132,6 +132,8 @@ struct Placing {
     offset: fn(u64) -> u64,
     is_writethrough: bool,
     fails_to_flush: AtomicBool,
+    /// The first flush waits until this is false, and fails.
+    holds_first_flush: AtomicBool,
     /// Calls, and writes that the server has carried out by itself.
     writes: AtomicUsize,
     flushes: AtomicUsize,
@@ -155,6 +157,7 @@ impl Placing {
             offset: |offset| offset,
             is_writethrough: false,
             fails_to_flush: AtomicBool::new(false),
+            holds_first_flush: AtomicBool::new(false),
             writes: AtomicUsize::new(0),
             flushes: AtomicUsize::new(0),
             placed: Arc::default(),
@@ -183,8 +186,12 @@ impl Export for Placing {
     }
 
     fn flush(&self) -> Result<(), ExportError> {
-        self.flushes.fetch_add(1, SeqCst);
-        match self.fails_to_flush.load(SeqCst) {
+        let is_first = self.flushes.fetch_add(1, SeqCst) == 0;
+        let is_held = is_first && self.holds_first_flush.load(SeqCst);
+        while is_first && self.holds_first_flush.load(SeqCst) {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        match is_held || self.fails_to_flush.load(SeqCst) {
             true => Err(ExportError::new(Errno::EIO, "the disk has lost it")),
             false => Ok(()),
         }
@@ -285,6 +292,37 @@ fn durable_writes_through_the_ring_share_flushes_and_their_failures() {
         assert!(flushes > 0 && flushes <= placed, "{flushes} flushes for {placed} writes");
         disk.fails_to_flush.store(true, SeqCst);
         assert!(failures_of_durable_writes(&disk) >= disk.placed.load(SeqCst) - placed);
+    }
+}
+
+#[test]
+fn a_durable_write_fails_if_a_flush_that_failed_meanwhile_may_have_taken_its_error() {
+    for (is_writethrough, durability) in [(false, Durability::Fua), (true, Durability::Cached)] {
+        let file = tempfile::tempfile().unwrap();
+        let disk = Arc::new(Placing { is_writethrough, ..Placing::new(file) });
+        disk.holds_first_flush.store(true, SeqCst);
+        let server = TestServer::with(ServerConfig::default(), disk.clone());
+        let mut client = Client::connect(&server, MODES[1]);
+        let submit = |client: &mut Client, places: std::ops::Range<u64>| {
+            for place in places {
+                client.submit(place * 4096, 512, &Command::Write(durability), &[1; 512]);
+            }
+        };
+        let carried_out = || disk.placed.load(SeqCst) + disk.writes.load(SeqCst);
+        submit(&mut client, 0..8);
+        wait_until("the first are written", || carried_out() == 8);
+        if !has_ring(&disk) {
+            disk.holds_first_flush.store(false, SeqCst);
+            return;
+        }
+        wait_until("a flush is under way", || disk.flushes.load(SeqCst) == 1);
+        // They wait for the next flush, which succeeds: the first one may have taken their error.
+        submit(&mut client, 8..16);
+        wait_until("the others are written", || carried_out() == 16);
+        disk.holds_first_flush.store(false, SeqCst);
+        let failures = (0..16).filter(|_| client.next_finished().1.result.is_err()).count();
+        assert!(failures >= disk.placed.load(SeqCst), "{failures} of {:?}", disk.placed);
+        assert_eq!(client.write(0, &[2; 512]), Ok(()), "what comes later is durable");
     }
 }
 
