@@ -152,13 +152,13 @@ impl<'a> Search<'a> {
             let mut agenda = self.agenda.lock();
             let next =
                 agenda.next(self.limit.load(Ordering::Relaxed), self.request_size, &self.meter);
-            let position = agenda.position;
-            drop(agenda);
             let range = match next {
                 Ok(Some(range)) => range,
                 Ok(None) => return,
-                Err(error) => return self.end_at(position, Why::Error(error)),
+                // The other threads ask once this is noted, and find the reason here.
+                Err(error) => return self.end_at(agenda.position, Why::Error(error)),
             };
+            drop(agenda);
             match self.compare(&range, &mut buffers) {
                 Ok(None) => self.meter.add(range.length as u64),
                 Ok(Some(distance)) => {
@@ -242,11 +242,14 @@ struct Cursor<'a> {
     extents: Extents<&'a Image>,
     current: Option<Extent>,
     size: u64,
+    /// Nothing more is known: the end of the extents then is not the end of the disk.
+    has_failed: bool,
 }
 
 impl<'a> Cursor<'a> {
     fn new(image: &'a Image) -> Self {
-        Self { extents: image.extents(whole(image)), current: None, size: image.size() }
+        let (extents, size) = (image.extents(whole(image)), image.size());
+        Self { extents, current: None, size, has_failed: false }
     }
 
     /// What is at `offset`, which never goes back, and where that ends. Zero beyond the disk.
@@ -259,11 +262,55 @@ impl<'a> Cursor<'a> {
                 Some(extent) if extent.range.end().bytes() > offset => {
                     return Ok((extent.kind, extent.range.end().bytes()));
                 }
-                _ => self.current = self.extents.next().transpose().map_err(JobError::source)?,
+                // Another thread has the reason.
+                _ if self.has_failed => {
+                    let message = "it is not known where a disk holds data";
+                    return Err(JobError::new(JobErrorKind::Source, message));
+                }
+                _ => {
+                    let next = self.extents.next().transpose();
+                    self.has_failed = next.is_err();
+                    self.current = next.map_err(JobError::source)?;
+                }
             }
             if self.current.is_none() {
                 return Ok((ExtentKind::Hole, u64::MAX));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::storage::MemoryStorage;
+    use crate::testing::{FailingStorage, Fault};
+    use crate::{CreateOptions, Format, OpenOptions};
+
+    #[test]
+    fn a_disk_whose_map_cannot_be_read_is_empty_for_no_thread() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.qcow2");
+        let image = Image::create(&path, &CreateOptions::new(Format::Qcow2, 1 << 20)).unwrap();
+        image
+            .write_at(crate::GuestOffset::new(0), &[1; 4096], crate::storage::Durability::Cached)
+            .unwrap();
+        image.close().unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        let storage = FailingStorage::new(Arc::new(MemoryStorage::from_bytes(&bytes)));
+        let unreadable =
+            Image::from_storage(Arc::clone(&storage) as _, &OpenOptions::new()).unwrap();
+        let readable = Image::open(&path, &OpenOptions::new()).unwrap();
+        storage.set_fault(Some(Fault { calls: storage.calls()..u64::MAX, code: 5 }));
+        let (options, context) = (CompareOptions::default(), JobContext::default());
+        let search = Search::new([&unreadable, &readable], &options, &context);
+        for thread in 0..3 {
+            let next = search.agenda.lock().next(1 << 20, 65536, &search.meter);
+            assert!(next.is_err(), "thread {thread} compares what is not known");
+        }
+        let error = compare(&unreadable, &readable, &options, &context).unwrap_err();
+        assert_eq!(error.kind(), JobErrorKind::Source);
     }
 }

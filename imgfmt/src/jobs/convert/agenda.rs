@@ -66,7 +66,10 @@ impl<'a> Agenda<'a> {
             if self.is_complete {
                 return Ok(None);
             }
-            match self.extents.next().transpose().map_err(JobError::source)? {
+            let next = self.extents.next().transpose();
+            // After an error the walk ends: that is not the end of the disk, nor zeroes up to it.
+            self.is_complete = next.is_err();
+            match next.map_err(JobError::source)? {
                 None => {
                     self.zero_until(self.size);
                     self.is_complete = true;
