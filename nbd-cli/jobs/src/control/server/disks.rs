@@ -171,7 +171,8 @@ impl ServedDisks {
             }
             if disk.reopen.is_none() {
                 let message = format!(
-                    "the export '{name}' is in memory or temporary, and its data would be lost;                      remove it first"
+                    "the export '{name}' is in memory or temporary, and its data would be lost; \
+                     remove it first"
                 );
                 return Err(Failure::new(ErrorKind::InUse, message));
             }
