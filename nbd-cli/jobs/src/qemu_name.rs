@@ -17,7 +17,9 @@ pub use self::driver_options::{
 };
 use self::driver_options::{tcp, uri};
 pub use self::settings::{CacheSwitches, DriverSettings};
+#[cfg(feature = "server")]
 pub use self::values::{parse_detect_zeroes, parse_discard};
+#[cfg(feature = "server")]
 pub(crate) use self::values::{take_size, take_window};
 
 /// Schemes of NBD URIs.

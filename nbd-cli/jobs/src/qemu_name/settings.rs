@@ -1,9 +1,12 @@
 //! The options of QEMU's block drivers that change how a disk is used, not which disk it is.
 
 use imgfmt::{Access, BackingOptions, CacheMode, Locking, OpenOptions};
+#[cfg(feature = "server")]
 use nbd_server::export::filters::{DetectZeroes, Discard};
 
-use super::values::{parse_detect_zeroes, parse_discard, take_metadata_cache};
+use super::values::take_metadata_cache;
+#[cfg(feature = "server")]
+use super::values::{parse_detect_zeroes, parse_discard};
 use crate::key_values::KeyValues;
 
 /// Options of the qcow2 driver that tune it or relax guarantees that this engine keeps anyway: they
@@ -35,8 +38,10 @@ pub struct DriverSettings {
     /// Memory for L2 tables, in bytes; `None`: the default.
     pub metadata_cache: Option<u64>,
     /// The treatment of discards; `None`: not given.
+    #[cfg(feature = "server")]
     pub discard: Option<Discard>,
     /// The treatment of zeroes in writes; `None`: not given.
+    #[cfg(feature = "server")]
     pub detect_zeroes: Option<DetectZeroes>,
 }
 
@@ -109,6 +114,18 @@ impl DriverSettings {
             }
             self.locking = Locking::Shared;
         }
+        self.take_filters(&mut options)?;
+        match options.left_over() {
+            None => Ok(()),
+            Some(key) => {
+                Err(format!("Block driver '{driver}' does not support the option '{key}'"))
+            }
+        }
+    }
+
+    /// Removes the options that change requests of clients.
+    #[cfg(feature = "server")]
+    fn take_filters(&mut self, options: &mut KeyValues) -> Result<(), String> {
         if let Some(text) = options.take("discard") {
             let discard = parse_discard(&text);
             let discard = discard.ok_or_else(|| format!("Invalid discard option '{text}'"))?;
@@ -119,12 +136,16 @@ impl DriverSettings {
             let detect = detect.ok_or_else(|| format!("Invalid detect-zeroes option '{text}'"))?;
             self.detect_zeroes.get_or_insert(detect);
         }
-        match options.left_over() {
-            None => Ok(()),
-            Some(key) => {
-                Err(format!("Block driver '{driver}' does not support the option '{key}'"))
-            }
-        }
+        Ok(())
+    }
+
+    /// Removes the options that change requests of clients, of which there are none.
+    #[cfg(not(feature = "server"))]
+    #[expect(clippy::unnecessary_wraps, clippy::unused_self, reason = "as with a server")]
+    fn take_filters(&mut self, options: &mut KeyValues) -> Result<(), String> {
+        options.take("discard");
+        options.take("detect-zeroes");
+        Ok(())
     }
 
     /// Removes the options of the drivers `file` and `host_device`, except for the name.

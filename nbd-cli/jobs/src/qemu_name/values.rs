@@ -1,11 +1,13 @@
 //! Values of the options of QEMU's block drivers.
 
+#[cfg(feature = "server")]
 use nbd_server::export::filters::{DetectZeroes, Discard, Window};
 
 use crate::key_values::KeyValues;
 use crate::qemu_numbers::parse_size;
 
 /// Parses a value of the option `discard`; `None` if it is invalid.
+#[cfg(feature = "server")]
 pub fn parse_discard(text: &str) -> Option<Discard> {
     match text {
         "off" | "ignore" => Some(Discard::Ignore),
@@ -15,6 +17,7 @@ pub fn parse_discard(text: &str) -> Option<Discard> {
 }
 
 /// Parses a value of the option `detect-zeroes`; `None` if it is invalid.
+#[cfg(feature = "server")]
 pub fn parse_detect_zeroes(text: &str) -> Option<DetectZeroes> {
     match text {
         "off" => Some(DetectZeroes::Off),
@@ -56,6 +59,7 @@ pub(super) fn take_metadata_cache(options: &mut KeyValues) -> Result<Option<u64>
     }
 }
 
+#[cfg(feature = "server")]
 pub(crate) fn take_window(options: &mut KeyValues) -> Result<Window, String> {
     let offset = take_size(options, "offset")?.unwrap_or(0);
     let size = take_size(options, "size")?;
