@@ -66,15 +66,39 @@ pub struct PausedConnection {
 }
 
 /// Where connections come to rest. Clones are the same.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Resting(Arc<Mutex<Vec<PausedConnection>>>);
+#[derive(Clone, Default)]
+pub(crate) struct Resting(Arc<Mutex<Vec<Rested>>>);
+
+struct Rested {
+    connection: PausedConnection,
+    owes_failure: Box<dyn Fn() -> bool + Send>,
+}
+
+impl std::fmt::Debug for Resting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Resting").finish_non_exhaustive()
+    }
+}
 
 impl Resting {
-    pub(crate) fn add(&self, connection: PausedConnection) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+    /// A flush for another connection may still fail, and take the error of this one's data.
+    /// Therefore `owes_failure` is asked when all connections rest.
+    pub(crate) fn add(
+        &self,
+        connection: PausedConnection,
+        owes_failure: impl Fn() -> bool + Send + 'static,
+    ) {
+        let rested = Rested { connection, owes_failure: Box::new(owes_failure) };
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(rested);
     }
 
+    /// To be called when all connections rest and everything was flushed.
     pub(crate) fn take(&self) -> Vec<PausedConnection> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        let rested = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        let settle = |Rested { mut connection, owes_failure }| {
+            connection.state.owes_failure |= owes_failure();
+            connection
+        };
+        rested.into_iter().map(settle).collect()
     }
 }

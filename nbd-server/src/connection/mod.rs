@@ -44,6 +44,7 @@ use crate::shutdown::{Phase, Shutdown};
 use crate::statistics::Tally;
 use error::ConnectionError;
 use handshake::Established;
+use transmission::Rest;
 
 pub(crate) use effort::Pauses;
 pub(crate) use polling::Slots;
@@ -103,8 +104,11 @@ pub(crate) async fn serve(
     tokio::select! {
         result = session.run(ending) => match result {
             Ok(None) => tracing::info!("client disconnected"),
-            Ok(Some((socket, state))) => match socket.into_descriptor() {
-                Ok(socket) => shared.resting.add(PausedConnection { socket, state }),
+            Ok(Some(Rest { socket, state, writeback })) => match socket.into_descriptor() {
+                Ok(socket) => shared.resting.add(
+                    PausedConnection { socket, state },
+                    move || writeback.owes_failure(),
+                ),
                 Err(error) => tracing::warn!(error = system_words(&error), "connection failed"),
             },
             Err(error) => tracing::warn!(%error, "connection failed"),

@@ -20,7 +20,6 @@ use std::future::poll_fn;
 use std::task::{Context, Poll, ready};
 
 use nbd_proto::handshake::Negotiated;
-use nbd_proto::transmission::SavedConnection;
 
 use super::error::{Awaiting, ConnectionError};
 use super::handshake::Established;
@@ -38,6 +37,7 @@ use disk_wait::DiskWait;
 use incoming::{Incoming, Received};
 use read::PromptReads;
 use replies::Replies;
+pub(super) use rest::Rest;
 use target::Target;
 use throttle::Throttle;
 use watch::Watch;
@@ -92,7 +92,7 @@ impl Session {
     pub(super) async fn run(
         mut self,
         mut shutdown: Shutdown,
-    ) -> Result<Option<(Socket, SavedConnection)>, ConnectionError> {
+    ) -> Result<Option<Rest>, ConnectionError> {
         tokio::select! {
             biased;
             result = poll_fn(|cx| self.poll_and_start(cx)) => {

@@ -249,3 +249,29 @@ fn a_lost_write_is_still_told_to_the_client_that_does_not_know_of_it() {
     assert!(second.request(0, 0, &Command::Flush).result.is_err(), "it was not told yet");
     assert_eq!(second.request(0, 0, &Command::Flush).result, Ok(()));
 }
+
+#[test]
+fn a_flush_that_fails_during_the_pause_is_told_to_a_client_that_rests_already() {
+    let script = Script { flushes_at_gate: true, ..Script::default() };
+    let disk = Scripted::new(1 << 20, script);
+    let mut relay = Relay::start(Arc::clone(&disk) as _);
+    let (mut first, mut second) =
+        (relay.connect(ReplyMode::Simple), relay.connect(ReplyMode::Simple));
+    assert_eq!(second.write(0, b"lost"), Ok(()));
+    disk.bad_flushes.store(1, Ordering::SeqCst);
+    first.submit(0, 0, &Command::Flush, &[]);
+    wait_until("the flush is under way", || disk.gate.arrived() == 1);
+    let handle = relay.server.as_ref().unwrap().handle().clone();
+    let gate = Arc::clone(&disk);
+    let opener = std::thread::spawn(move || {
+        wait_until("the second client rests", || handle.clients().len() == 1);
+        gate.gate.open();
+    });
+    // The flush of the server itself succeeds: the error was taken.
+    assert_eq!(relay.relay(disk), 2);
+    opener.join().unwrap();
+    assert!(first.next_finished().1.result.is_err());
+    assert_eq!(first.request(0, 0, &Command::Flush).result, Ok(()), "it was told");
+    assert!(second.request(0, 0, &Command::Flush).result.is_err(), "it was not told yet");
+    assert_eq!(second.request(0, 0, &Command::Flush).result, Ok(()));
+}

@@ -1,6 +1,7 @@
 //! A connection comes to rest between two requests, so that another server can continue it.
 
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use nbd_proto::transmission::{Request, SavedConnection};
@@ -8,15 +9,21 @@ use nbd_proto::transmission::{Request, SavedConnection};
 use super::Session;
 use crate::connection::error::ConnectionError;
 use crate::connection::socket::Socket;
+use crate::connection::writeback_errors::WritebackErrors;
 use crate::statistics::Outcome;
+
+/// A connection between two requests.
+pub(in crate::connection) struct Rest {
+    pub(in crate::connection) socket: Socket,
+    /// Without the failures of flushes for other clients that may still come.
+    pub(in crate::connection) state: SavedConnection,
+    pub(in crate::connection) writeback: Arc<WritebackErrors>,
+}
 
 impl Session {
     /// Begins no further request, and waits until those that have begun are answered and their
-    /// replies are sent. Returns the socket and what is to be known about it; `None` if the
-    /// connection is over.
-    pub(super) async fn rest(
-        mut self,
-    ) -> Result<Option<(Socket, SavedConnection)>, ConnectionError> {
+    /// replies are sent. Returns what is needed to continue; `None` if the connection is over.
+    pub(super) async fn rest(mut self) -> Result<Option<Rest>, ConnectionError> {
         let waiting = self.backlog.take_waiting_for_payload();
         if let Some(rejection) = self.incoming.take_rejection() {
             self.tally.answer(rejection.tag.command.into(), 0, Outcome::Failure);
@@ -31,8 +38,9 @@ impl Session {
         if self.incoming.is_closed() {
             return Ok(None);
         }
-        let saved = self.save(waiting.as_ref());
-        Ok(Some((self.socket, saved)))
+        let state = self.save(waiting.as_ref());
+        let writeback = Arc::clone(self.target.writeback());
+        Ok(Some(Rest { socket: self.socket, state, writeback }))
     }
 
     fn save(&self, waiting: Option<&Request>) -> SavedConnection {
@@ -41,7 +49,7 @@ impl Session {
             negotiated: self.negotiated.clone(),
             received,
             discard,
-            owes_failure: self.target.owes_failure(),
+            owes_failure: self.target.writeback().owes_failure(),
         }
     }
 

@@ -37,9 +37,9 @@ impl Target {
         }
     }
 
-    /// Whether the client is still to be told that data may be lost.
-    pub(super) fn owes_failure(&self) -> bool {
-        self.writeback.owes_failure()
+    /// What the client knows of failures to make data durable.
+    pub(super) const fn writeback(&self) -> &Arc<WritebackErrors> {
+        &self.writeback
     }
 
     pub(super) const fn encoder(&self) -> ReplyEncoder {
