@@ -330,7 +330,13 @@ impl Serving {
         match ending {
             Ending::Shutdown => flushed.map(|()| None),
             Ending::Pause => {
-                let connections = self.resting.take();
+                let mut connections = self.resting.take();
+                if flushed.is_err() {
+                    // Exports may share a disk, whose error was taken: each client may have lost data.
+                    for connection in &mut connections {
+                        connection.state.owes_failure = true;
+                    }
+                }
                 Ok(Some(Paused { listeners, connections, flushed }))
             }
         }

@@ -275,3 +275,21 @@ fn a_flush_that_fails_during_the_pause_is_told_to_a_client_that_rests_already() 
     assert!(second.request(0, 0, &Command::Flush).result.is_err(), "it was not told yet");
     assert_eq!(second.request(0, 0, &Command::Flush).result, Ok(()));
 }
+
+#[test]
+fn a_failure_of_the_flush_at_the_pause_is_told_to_every_client() {
+    let disk = Scripted::new(1 << 20, Script::default());
+    let mut relay = Relay::start(Arc::clone(&disk) as _);
+    let mut clients = [relay.connect(ReplyMode::Simple), relay.connect(ReplyMode::Extended)];
+    for client in &mut clients {
+        assert_eq!(client.write(0, b"lost"), Ok(()));
+    }
+    disk.bad_flushes.store(1, Ordering::SeqCst);
+    let paused = relay.runtime.block_on(relay.server.take().unwrap().pause()).unwrap();
+    assert!(paused.flushed.is_err());
+    relay.serve(disk, Some(paused));
+    for client in &mut clients {
+        assert!(client.request(0, 0, &Command::Flush).result.is_err());
+        assert_eq!(client.request(0, 0, &Command::Flush).result, Ok(()), "it was told");
+    }
+}
