@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::acceptor::{Acceptor, MOST_UNGREETED};
@@ -63,9 +63,8 @@ struct Serving {
     workers: Workers,
     clients: mpsc::Receiver<Accepted>,
     acceptors: JoinSet<Listener>,
-    places: Arc<Semaphore>,
     resting: Resting,
-    resumed: Vec<PausedConnection>,
+    resumed: Vec<(PausedConnection, OwnedSemaphorePermit)>,
 }
 
 impl Server {
@@ -258,6 +257,8 @@ impl Server {
         let places = Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS)));
         // They are set once: this consumes the server.
         let _ = self.gauges.set(Gauges::new(&shared, Arc::clone(&places)));
+        // Before anyone else is let in.
+        let resumed = with_places(self.resumed, &places);
         let ungreeted = Arc::new(Semaphore::new(MOST_UNGREETED));
         for listener in self.listeners {
             let acceptor = Acceptor {
@@ -270,7 +271,7 @@ impl Server {
         }
         let workers = Workers::new(config.workers, shared, trigger.subscribe());
         let door = Door { places: Arc::clone(&places), clients: sender };
-        let (exports, access, resumed) = (self.exports, self.access, self.resumed);
+        let (exports, access) = (self.exports, self.access);
         let serving = Serving {
             config,
             exports,
@@ -279,7 +280,6 @@ impl Server {
             workers,
             clients,
             acceptors,
-            places,
             resting,
             resumed,
         };
@@ -344,11 +344,8 @@ impl Serving {
 
     /// Goes on with the connections of a paused server.
     fn resume(&mut self) -> Result<(), ServeError> {
-        for PausedConnection { socket, state } in std::mem::take(&mut self.resumed) {
-            let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
-                tracing::warn!("connections not continued: the limit of connections is reached");
-                break;
-            };
+        for (connection, place) in std::mem::take(&mut self.resumed) {
+            let PausedConnection { socket, state } = connection;
             match Socket::from_descriptor(socket) {
                 Ok(socket) => self.workers.serve(Accepted {
                     peer: socket.peer_name(),
@@ -389,6 +386,25 @@ impl Serving {
         }
         Ok(listeners)
     }
+}
+
+/// Gives connections of a paused server their places. Those for which there is none are closed.
+fn with_places(
+    connections: Vec<PausedConnection>,
+    places: &Arc<Semaphore>,
+) -> Vec<(PausedConnection, OwnedSemaphorePermit)> {
+    let count = connections.len();
+    let placed: Vec<_> = connections
+        .into_iter()
+        .map_while(|connection| {
+            Arc::clone(places).try_acquire_owned().ok().map(|place| (connection, place))
+        })
+        .collect();
+    if placed.len() < count {
+        let closed = count - placed.len();
+        tracing::warn!(closed, "connections not continued: the limit of connections is reached");
+    }
+    placed
 }
 
 fn bound_address(listener: &Listener, address: &str) -> Result<BoundAddress, ServeError> {

@@ -20,6 +20,7 @@ struct Relay {
     runtime: Runtime,
     directory: tempfile::TempDir,
     server: Option<RunningServer>,
+    config: ServerConfig,
 }
 
 impl Relay {
@@ -27,7 +28,8 @@ impl Relay {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let (runtime, directory) = (runtime.unwrap(), tempfile::tempdir().unwrap());
-        let mut relay = Self { runtime, directory, server: None };
+        let config = ServerConfig::default();
+        let mut relay = Self { runtime, directory, server: None, config };
         relay.serve(export, None);
         relay
     }
@@ -46,8 +48,9 @@ impl Relay {
         let exports = ExportRegistry::new();
         exports.add("", ExportEntry::new(export)).unwrap();
         let address = ListenAddress::Unix(self.path());
+        let config = self.config.clone();
         let running = self.runtime.block_on(async move {
-            let mut server = Server::new(ServerConfig::default(), exports);
+            let mut server = Server::new(config, exports);
             if let Some(Paused { listeners, connections, .. }) = paused {
                 // The state travels as bytes.
                 let connections =
@@ -292,4 +295,19 @@ fn a_failure_of_the_flush_at_the_pause_is_told_to_every_client() {
         assert!(client.request(0, 0, &Command::Flush).result.is_err());
         assert_eq!(client.request(0, 0, &Command::Flush).result, Ok(()), "it was told");
     }
+}
+
+#[test]
+fn those_that_wait_during_a_pause_do_not_take_the_places_of_those_that_were_served() {
+    let disk = memory();
+    let mut relay = Relay::start(Arc::clone(&disk));
+    let mut clients = [relay.connect(ReplyMode::Simple), relay.connect(ReplyMode::Simple)];
+    relay.config.max_connections = clients.len();
+    let paused = relay.pause();
+    let waiting: Vec<_> = (0..8).map(|_| UnixStream::connect(relay.path()).unwrap()).collect();
+    relay.serve(disk, Some(paused));
+    for client in &mut clients {
+        assert_eq!(client.read(0, 1), [0]);
+    }
+    drop(waiting);
 }
