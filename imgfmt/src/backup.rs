@@ -194,8 +194,10 @@ pub struct Backup {
     /// detected.
     pub is_unchanged: bool,
     /// True if no program that respects the format has opened the file for writing since: if its
-    /// content is another one nevertheless, it is damaged.
+    /// content is another one nevertheless, it is damaged, or [was modified](Self::was_modified).
     pub is_sealed: bool,
+    /// True if the file is the one that the backup made, and no copy of it, and was modified since.
+    pub was_modified: bool,
 }
 
 /// The backup after which a bitmap started.

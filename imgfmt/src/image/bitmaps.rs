@@ -135,6 +135,15 @@ impl Image {
         if self.qcow2().is_some() { layers.collect() } else { Vec::new() }
     }
 
+    /// The files of the layers that say which backup they are in a form that cannot be read: it is
+    /// damaged, or of a newer version. [`backups_of_chain`](Self::backups_of_chain) has nothing about
+    /// them.
+    pub fn unreadable_backups_of_chain(&self) -> Vec<Option<PathBuf>> {
+        let layers = self.chain.qcow2_layers().flatten();
+        let unreadable = layers.filter(|image| image.is_unreadable_backup());
+        unreadable.map(|image| image.path().map(Path::to_owned)).collect()
+    }
+
     /// The bitmaps of all layers that a name can mean, the image's own first, each name once.
     pub fn bitmaps_of_chain(&self) -> Vec<BitmapInfo> {
         let mut found: Vec<BitmapInfo> = Vec::new();

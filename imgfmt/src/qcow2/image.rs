@@ -105,6 +105,11 @@ impl Qcow2 {
         self.metadata.backup()
     }
 
+    /// Whether the file says which backup it is in a form that cannot be read.
+    pub(crate) fn is_unreadable_backup(&self) -> bool {
+        self.metadata.is_unreadable_backup()
+    }
+
     /// Has the header say no longer that the file is as the backup left it.
     pub(crate) fn break_seal(&self) -> Result<()> {
         self.metadata.break_seal()

@@ -1,13 +1,13 @@
 //! The blocks that the files of a chain of backups hold.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use imgfmt::{
-    Access, BackingFile, Backup, ContentSum, ExtentKind, Format, GuestOffset, GuestRange, Image,
-    OpenOptions,
+    Access, BackingFile, Backup, BackupBase, ContentSum, ExtentKind, Format, GuestOffset,
+    GuestRange, Image, OpenOptions,
 };
 
-use crate::copy::block_sum;
+use crate::copy::block_sum::{self, BLOCK};
 use crate::copy::sum::OfLayers;
 use crate::error::{JobError, JobErrorKind};
 use crate::observer::JobContext;
@@ -15,8 +15,9 @@ use crate::observer::JobContext;
 /// Bytes that are read at a time: a multiple of a block.
 const READ_LEN: u64 = 1 << 20;
 
-/// Returns the sum of the blocks of data in parts of an image, which begin at blocks. `parts` returns
-/// those of an extent.
+/// Returns the sum of the blocks of data in parts of an image. `parts` returns those of an extent, in
+/// their order; a block of which they have some bytes counts as a whole, and once. `range` begins at
+/// a block.
 pub(crate) fn sum_of(
     image: &Image,
     range: GuestRange,
@@ -25,13 +26,18 @@ pub(crate) fn sum_of(
 ) -> Result<ContentSum, JobError> {
     let mut sum = ContentSum::default();
     let mut buffer = Vec::new();
+    let mut next = range.offset().bytes();
     for extent in image.extents(range) {
         let extent = extent.map_err(unreadable)?;
         if extent.kind != ExtentKind::Data {
             continue;
         }
         for part in parts(extent.range)? {
-            let (mut at, end) = (part.offset().bytes(), part.end().bytes());
+            // A copy with holes has parts of blocks, as have smaller clusters above.
+            let start = part.offset().bytes();
+            let mut at = next.max(start - start % BLOCK);
+            let end = part.end().bytes().next_multiple_of(BLOCK).min(range.end().bytes());
+            next = next.max(end);
             while at < end {
                 check(context)?;
                 let length = (READ_LEN - at % READ_LEN).min(end - at);
@@ -46,13 +52,14 @@ pub(crate) fn sum_of(
     Ok(sum)
 }
 
-/// Checks that the files of a chain hold what was put into them. `visible` has the sums of what was
-/// read through the chain; the rest is read here. Blocks, so asynchronous tasks must not call it.
+/// Checks that the files of a chain hold what was put into them, each upon the one it was made upon.
+/// `visible` has the sums of what was read through the chain; the rest is read here. Blocks, so
+/// asynchronous tasks must not call it.
 ///
 /// # Errors
 ///
 /// [`JobErrorKind::Mismatch`] with the name of the first file that does not. A file that another
-/// program has opened for writing since, or that has no sum, is not checked.
+/// program has opened for writing or changed since, or that has no sum, is not checked.
 pub(crate) fn check_chain(
     image: &Image,
     visible: &OfLayers,
@@ -64,45 +71,108 @@ pub(crate) fn check_chain(
         // The sums are of the active state.
         return Ok(checked);
     }
-    for (index, (path, backup)) in image.backups_of_chain().into_iter().enumerate() {
-        let Some((expected, backup)) = backup.and_then(|b| Some((b.identity.content?, b))) else {
+    let warn = |text: &str| context.observer.warning(text);
+    for path in image.unreadable_backups_of_chain() {
+        warn(&format!(
+            "what '{}' says about the backup that it is cannot be read (it is damaged, or of a newer \
+             version), so that it is not checked",
+            path.unwrap_or_default().display()
+        ));
+    }
+    let layers = image.backups_of_chain();
+    for (index, (path, backup)) in layers.iter().enumerate() {
+        let name = path.as_deref().unwrap_or_else(|| Path::new("")).display();
+        let Some(backup) = backup else {
             checked.without_sum += 1;
             continue;
         };
         if !backup.is_sealed {
-            let name = path.unwrap_or_default();
-            context.observer.warning(&format!(
-                "'{}' was opened for writing after the backup was made, so that it cannot be checked",
-                name.display()
+            warn(&format!(
+                "'{name}' was opened for writing after the backup was made, so that it cannot be checked"
             ));
             checked.without_sum += 1;
             continue;
         }
-        let found = match visible.of_layer(index) {
-            Some(found) if found == expected => found,
-            seen => {
-                let mut found = seen.unwrap_or_default();
-                let unseen = if seen.is_some() { Unseen::Hidden } else { Unseen::All };
-                let layer = (index, path.clone(), &backup);
-                found.add(unseen_part(image, layer, unseen, options, context)?);
-                found
-            }
+        check_base(&name.to_string(), backup, layers.get(index + 1), context)?;
+        // What has no path cannot be read by itself.
+        let (Some(expected), Some(path)) = (backup.identity.content, path) else {
+            checked.without_sum += 1;
+            continue;
         };
-        if found != expected {
-            let name = path.unwrap_or_default();
-            return Err(JobError::new(
-                JobErrorKind::Mismatch,
-                format!(
-                    "'{}' does not hold what the backup wrote into it: it is damaged, or was \
-                     changed by a program that does not know the format; use another backup, or add \
-                     --no-check to restore what there is",
-                    name.display()
-                ),
-            ));
+        let layer = (index, path.as_path(), backup);
+        if found_in(image, visible, layer, expected, options, context)? {
+            checked.files += 1;
+            continue;
         }
-        checked.files += 1;
+        if !backup.was_modified {
+            return Err(mismatch(format!(
+                "'{name}' does not hold what the backup wrote into it: it is damaged, or was changed by \
+                 a program that does not know the format; use another backup"
+            )));
+        }
+        warn(&format!(
+            "'{name}' was changed after the backup was made, and does not hold what that wrote into it"
+        ));
+        checked.without_sum += 1;
     }
     Ok(checked)
+}
+
+fn mismatch(text: String) -> JobError {
+    let text = format!("{text}, or add --no-check to restore what there is");
+    JobError::new(JobErrorKind::Mismatch, text)
+}
+
+/// Checks that the file below a backup is the one upon which that was made.
+fn check_base(
+    name: &str,
+    backup: &Backup,
+    below: Option<&(Option<PathBuf>, Option<Backup>)>,
+    context: &JobContext,
+) -> Result<(), JobError> {
+    let BackupBase::Backup(id) = backup.identity.base else { return Ok(()) };
+    let Some((path, found)) = below else {
+        context
+            .observer
+            .warning(&format!("'{name}' is opened without the backup upon which it was made"));
+        return Ok(());
+    };
+    let path = path.as_deref().unwrap_or_else(|| Path::new("")).display();
+    match found {
+        Some(found) if found.identity.id == id => {}
+        // What was committed into it may be the right one.
+        Some(found) if found.is_sealed && !found.was_modified => {
+            return Err(mismatch(format!(
+                "'{name}' was made upon another backup than '{path}', which is below it; put the right \
+                 one there"
+            )));
+        }
+        _ => context.observer.warning(&format!(
+            "'{path}' does not say that it is the backup upon which '{name}' was made"
+        )),
+    }
+    Ok(())
+}
+
+/// Returns whether a layer has that sum.
+fn found_in(
+    image: &Image,
+    visible: &OfLayers,
+    (index, path, backup): (usize, &Path, &Backup),
+    expected: ContentSum,
+    options: &OpenOptions,
+    context: &JobContext,
+) -> Result<bool, JobError> {
+    // In a disk of another size the last block is another one.
+    let is_whole = backup.identity.disk_size == visible.size();
+    let seen = visible.of_layer(index).filter(|_| is_whole);
+    if seen == Some(expected) {
+        return Ok(true);
+    }
+    let mut found = seen.unwrap_or_default();
+    let unseen = if seen.is_some() { Unseen::Hidden } else { Unseen::All };
+    found.add(unseen_part(image, (index, path, backup), unseen, options, context)?);
+    Ok(found == expected)
 }
 
 /// The result of a check.
@@ -126,14 +196,13 @@ enum Unseen {
 /// Returns the sum of blocks of a layer that were not read through the chain.
 fn unseen_part(
     image: &Image,
-    (index, path, backup): (usize, Option<PathBuf>, &Backup),
+    (index, path, backup): (usize, &Path, &Backup),
     unseen: Unseen,
     options: &OpenOptions,
     context: &JobContext,
 ) -> Result<ContentSum, JobError> {
-    let Some(path) = path else { return Ok(ContentSum::default()) };
     let alone = options.clone().format(Format::Qcow2).access(Access::ReadOnly);
-    let alone = Image::open(&path, &alone.backing(BackingFile::Ignored));
+    let alone = Image::open(path, &alone.backing(BackingFile::Ignored));
     let alone = alone.map_err(|error| JobError::opening(JobErrorKind::Source, error))?;
     let own = u32::try_from(index + 1).unwrap_or(u32::MAX);
     let parts = |range: GuestRange| {

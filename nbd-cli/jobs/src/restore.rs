@@ -19,7 +19,7 @@ use crate::copy::source::Source;
 use crate::copy::sum::{OfLayers, Sum};
 use crate::copy::verify::Verification;
 use crate::copy::{Knowledge, check_concurrency};
-use crate::layers;
+use crate::layers::{self, Checked};
 use crate::target::{self, Durable, Existing, NewFile, device};
 use crate::{ConnectOptions, JobContext, JobError, JobErrorKind, Location};
 
@@ -100,6 +100,8 @@ pub struct Restored {
     pub verified: Option<u64>,
     /// Files of the chain that hold what the backups put into them.
     pub checked: usize,
+    /// Files of the chain about which that is not known; 0 without a check.
+    pub unchecked: usize,
 }
 
 /// Restores the disk in an image: the newest file of a chain of backups represents the whole disk.
@@ -125,6 +127,11 @@ pub async fn restore(
     context: &JobContext,
 ) -> Result<Restored, JobError> {
     check_concurrency(options.requests, &options.connect)?;
+    if matches!(to, Location::Null) && options.verify != Verify::Nothing {
+        return Err(JobError::invalid(
+            "null: keeps nothing that could be verified; leave out --verify",
+        ));
+    }
     let options = &RestoreOptions { connect: options.connect.on_lanes(), ..options.clone() };
     let image = Image::open(path, &options.image);
     let image = image.map_err(|error| JobError::opening(JobErrorKind::Source, error))?;
@@ -158,10 +165,11 @@ pub async fn restore(
         Ok(destination) => fill_and_verify(to, options, source, destination, &new, context).await,
         Err(error) => Err(error),
     };
-    let Filled { counts: [copied, zero], verified, checked } =
+    let Filled { counts: [copied, zero], verified, checked: Checked { files, without_sum } } =
         result.map_err(|error| failure(path, to, &new, &error))?;
     new.complete(to)?;
-    Ok(Restored { size, copied, zero, verified, checked })
+    let (checked, unchecked) = (files, without_sum);
+    Ok(Restored { size, copied, zero, verified, checked, unchecked })
 }
 
 fn image_error(error: imgfmt::Error) -> JobError {
@@ -328,7 +336,7 @@ async fn fill_and_verify(
     job.destination.close_image()?;
     let checked = match job.sum {
         Some(Sum::OfLayers(sum)) => check(&image, sum, options, context).await?,
-        _ => 0,
+        _ => Checked::default(),
     };
     let verified = match options.verify {
         Verify::Nothing => None,
@@ -341,21 +349,20 @@ async fn fill_and_verify(
 struct Filled {
     counts: [u64; 2],
     verified: Option<u64>,
-    checked: usize,
+    checked: Checked,
 }
 
-/// Checks the files of the chain; returns how many of them are known to be right.
+/// Checks the files of the chain.
 async fn check(
     image: &Arc<Image>,
     sum: OfLayers,
     options: &RestoreOptions,
     context: &JobContext,
-) -> Result<usize, JobError> {
+) -> Result<Checked, JobError> {
     let (image, open, context) = (image.clone(), options.image.clone(), context.clone());
     let check = move || layers::check_chain(&image, &sum, &open, &context);
     let checked = tokio::task::spawn_blocking(check).await;
-    let checked = checked.map_err(|error| JobError::given_up("read", &error))??;
-    Ok(checked.files)
+    checked.map_err(|error| JobError::given_up("read", &error))?
 }
 
 async fn verify(

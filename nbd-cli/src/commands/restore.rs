@@ -102,6 +102,8 @@ struct RestoreReport {
     verified: Option<u64>,
     /// Files of the chain that hold what the backups recorded.
     checked: usize,
+    /// Files of the chain about which that is not known.
+    unchecked: usize,
     seconds: f64,
 }
 
@@ -147,6 +149,7 @@ async fn restore(args: &RestoreArgs) -> Result<RestoreReport, CommandError> {
         zero: restored.zero,
         verified: restored.verified,
         checked: restored.checked,
+        unchecked: restored.unchecked,
         seconds: started.elapsed().as_secs_f64(),
     })
 }
@@ -175,8 +178,8 @@ impl RestoreReport {
                     None => String::new(),
                 };
                 let checked = match self.checked {
-                    0 => "",
-                    _ => ", as recorded",
+                    0 => String::new(),
+                    files => format!(", {files} of {} files as recorded", files + self.unchecked),
                 };
                 output.line(&format!(
                     "{}: {} in {:.1} s: {} copied, {} zero{checked}{verified}",

@@ -136,12 +136,93 @@ fn a_disk_with_smaller_clusters_upon_a_backup_does_not_make_that_look_damaged() 
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
     let directory = Disk::sparse();
     let (_, monday) = sunday_and_monday(&directory, &qemu_io);
+    // Within clusters of monday's that hide sunday's, of sunday's, and of both.
+    for (case, writes) in [&[1060][..], &[4], &[1060, 4]].into_iter().enumerate() {
+        let top = directory.beside(&format!("top-{case}.qcow2"));
+        let options = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "-F", "qcow2"];
+        peer(&qemu_img, &[&options[..], &["-b", &monday, &top]].concat());
+        for at in writes {
+            let command = format!("write -P 7 {at}k 4k");
+            peer(&qemu_io, &["-f", "qcow2", "-c", &command, &top]);
+        }
+        for format in ["raw", "qcow2"] {
+            let restored = directory.beside(&format!("restored-{case}.{format}"));
+            assert_eq!(checked(restore(&top, &restored, &["-O", format])), 2, "{writes:?}");
+            are_equal(&qemu_img, &top, &restored);
+        }
+    }
+}
+
+#[test]
+fn copies_with_holes_and_disks_of_another_size_are_as_good() {
+    tools!(qemu_img = "qemu-img", cp = "cp");
+    let directory = Disk::sparse();
+    let disk = directory.beside("disk.img");
+    let mut content = vec![0; 40 * CLUSTER + 777];
+    for page in content.chunks_mut(4096).skip(1).step_by(2) {
+        page.fill(5);
+    }
+    content[40 * CLUSTER..].fill(6);
+    std::fs::write(&disk, content).expect("room");
+    let server = Server::ours(&["--read-only", &disk]);
+    let backup = directory.beside("backup.qcow2");
+    nbd_cli(&["backup", "-q", server.uri(), &backup]).success();
+    let copy = directory.beside("copy.qcow2");
+    peer(&cp, &["--sparse=always", &backup, &copy]);
     let top = directory.beside("top.qcow2");
-    let options = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "-F", "qcow2"];
-    peer(&qemu_img, &[&options[..], &["-b", &monday, &top]].concat());
-    peer(&qemu_io, &["-f", "qcow2", "-c", "write -P 7 1060k 4k", &top]);
-    peer(&qemu_io, &["-f", "qcow2", "-c", "write -P 7 4k 4k", &top]);
-    let restored = directory.beside("restored.img");
-    assert_eq!(checked(restore(&top, &restored, &[])), 2);
-    are_equal(&qemu_img, &top, &restored);
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &copy, &top]);
+    for image in [&backup, &copy, &top] {
+        assert_eq!(checked(restore(image, "null:", &[])), 1, "{image}");
+    }
+    let restored = directory.beside("restored.qcow2");
+    assert_eq!(checked(restore(&copy, &restored, &["-O", "qcow2"])), 1);
+}
+
+#[test]
+fn a_backup_upon_another_base_than_its_own_is_not_restored() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let directory = Disk::sparse();
+    let (sunday, monday) = sunday_and_monday(&directory, &qemu_io);
+    let blank = Server::ours(&["--read-only", &directory.blank("blank.img", 16_778_240)]);
+    let [other, upon_other] = copies(&directory, "other", [&sunday, &monday]);
+    std::fs::remove_file(&other).expect("the copy");
+    nbd_cli(&["backup", "-q", blank.uri(), &other]).success();
+    let words = ["monday.qcow2' was made upon another backup", "other/sunday.qcow2", "--no-check"];
+    says(restore(&upon_other, "null:", &[]), &words);
+    restore(&upon_other, "null:", &["--no-check"]).success();
+    // It has the right content, but no identity.
+    let [converted, upon_it] = copies(&directory, "converted", [&sunday, &monday]);
+    peer(&qemu_img, &["convert", "-O", "qcow2", &sunday, &converted]);
+    let outcome = restore(&upon_it, "null:", &[]);
+    assert!(outcome.stderr.contains("sunday.qcow2' does not say that it is"), "{outcome:?}");
+    assert_eq!(checked(outcome), 1, "monday's file");
+}
+
+#[test]
+fn what_other_programs_have_changed_in_place_is_restored_with_a_warning() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let directory = Disk::sparse();
+    let (sunday, monday) = sunday_and_monday(&directory, &qemu_io);
+    peer(&qemu_img, &["commit", "-q", "-d", &monday]);
+    let outcome = restore(&sunday, "null:", &[]);
+    let text = outcome.stderr.clone();
+    assert!(text.contains("sunday.qcow2' was") && text.contains("after the backup was"), "{text}");
+    assert_eq!(checked(outcome), 0);
+}
+
+#[test]
+fn an_identity_that_cannot_be_read_is_a_warning_and_files_without_are_counted() {
+    tools!(_img = "qemu-img", qemu_io = "qemu-io");
+    let directory = Disk::sparse();
+    let (sunday, monday) = sunday_and_monday(&directory, &qemu_io);
+    let mut content = std::fs::read(&sunday).expect("the file");
+    let at = content.windows(4).position(|word| word == b"bckp").expect("an extension");
+    // Of the checksum.
+    content[at + 12] ^= 1;
+    std::fs::write(&sunday, content).expect("room");
+    let outcome = nbd_cli(&["restore", "--trust-image", &monday, "null:"]);
+    assert!(outcome.stderr.contains("sunday.qcow2' says about the backup"), "{outcome:?}");
+    let said = outcome.success();
+    assert!(said.contains("1 of 2 files as recorded"), "{said}");
+    says(restore(&monday, "null:", &["--verify"]), &["nothing that could be verified"]);
 }

@@ -114,7 +114,12 @@ impl MetadataFile {
         let now = self.file.as_fd().and_then(FileTimes::of);
         let was_modified = times.zip(now).is_some_and(|(then, now)| then.was_modified(now));
         let is_unchanged = is_sealed && !was_modified && self.file.len().ok() == Some(length);
-        Some(Backup { identity, is_unchanged, is_sealed })
+        Some(Backup { identity, is_unchanged, is_sealed, was_modified })
+    }
+
+    /// Whether the file says which backup it is, but nobody can read it.
+    pub(crate) fn is_unreadable_backup(&self) -> bool {
+        self.header().extensions.backup.as_deref().is_some_and(|data| decode(data).is_none())
     }
 
     /// Whether the header says that the file is as the backup left it. Before the first change it

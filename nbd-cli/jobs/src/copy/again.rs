@@ -49,19 +49,19 @@ pub(crate) async fn run(job: &Arc<Job>, flush: bool) -> Result<(), JobError> {
         if client.reconnects() == safe.reconnects {
             return Ok(());
         }
-        let position = safe.position;
         if matches!(job.source, Source::Standard) {
             return Err(JobError::destination(format!(
                 "the connection to {uri} was lost, its server may have lost what was not flushed, and \
                  standard input cannot be read again; begin again"
             )));
         }
+        safe.reconnects = client.reconnects();
+        safe.position = job.begin_again(safe.position).await?;
+        let position = safe.position;
         job.context.observer.warning(&format!(
             "the connection to {uri} was lost, and its server may have lost what was not flushed: \
              everything from offset {position} on is written again"
         ));
-        safe.reconnects = client.reconnects();
-        job.begin_again(position).await?;
     }
     Err(JobError::destination(format!(
         "the connection to {uri} is lost again and again, so that nothing is known to have arrived; \

@@ -5,7 +5,7 @@ use imgfmt::zero::is_zero;
 use openssl::sha::Sha256;
 
 /// Size of a block, in bytes: a cluster of a backup.
-pub(super) const BLOCK: u64 = 64 << 10;
+pub(crate) const BLOCK: u64 = 64 << 10;
 
 /// Returns the sum of the blocks of a part of the disk, which begins at a block: for each block
 /// that is not zero, the SHA-256 of its number (as 8 bytes, the lowest first) and its bytes. The

@@ -174,14 +174,11 @@ impl Job {
         first.unwrap_or_else(|| plan.position())
     }
 
-    /// Restarts the copy at `position` (in bytes), after everything was copied once.
-    pub(super) async fn begin_again(&self, position: u64) -> Result<(), JobError> {
+    /// Restarts the copy at `position` (in bytes), after everything was copied once; returns where it
+    /// begins: at 0 if there is a sum of the bytes in their order.
+    pub(super) async fn begin_again(&self, position: u64) -> Result<u64, JobError> {
         let position = match &self.sum {
-            // What was summed up before has not arrived: the sum begins again as well.
-            Some(sum) => {
-                sum.clear().await?;
-                0
-            }
+            Some(sum) => sum.begin_again(position).await?,
             None => position,
         };
         let size = self.source.size().unwrap_or_default();
@@ -190,7 +187,7 @@ impl Job {
         *self.plan.lock().await = Plan::new(position, size, unit, longest, extents);
         self.begun().clear();
         self.meter.set_back(size.saturating_sub(position));
-        Ok(())
+        Ok(position)
     }
 
     pub(crate) fn counts(&self) -> &Counts {

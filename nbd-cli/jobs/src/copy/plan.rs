@@ -25,7 +25,8 @@ pub(crate) struct PlannedRange {
     pub(crate) offset: u64,
     pub(crate) length: u64,
     pub(crate) content: Content,
-    /// The layer of an image that has it, as in [`imgfmt::Extent`]; 1 for other sources.
+    /// The layer of an image that has it, as in [`imgfmt::Extent`]; 0 if a part of it may be another
+    /// layer's; 1 for other sources.
     pub(crate) depth: u32,
 }
 
@@ -149,8 +150,10 @@ impl Plan {
         if content != Content::Data && end_of_whole_blocks > self.at {
             return Ok(Known { end: end_of_whole_blocks, content, depth });
         }
-        let end = end.next_multiple_of(self.alignment);
-        Ok(Known { end: end.min(self.size), content: Content::Data, depth })
+        let end_of_block = end.next_multiple_of(self.alignment);
+        let is_mixed = end_of_block > end && matches!(self.extents, Extents::Image(_));
+        let depth = if is_mixed { 0 } else { depth };
+        Ok(Known { end: end_of_block.min(self.size), content: Content::Data, depth })
     }
 }
 

@@ -26,7 +26,7 @@ pub(crate) enum Sum {
 }
 
 impl Sum {
-    /// Takes in data of a layer: 1 is the source itself.
+    /// Takes in data of a layer: 1 is the source itself, 0 is more than one.
     pub(super) async fn data(&self, offset: u64, data: &Bytes, depth: u32) -> Result<(), JobError> {
         match self {
             Self::InOrder(sum) => {
@@ -44,22 +44,30 @@ impl Sum {
     /// Takes in a range of zeroes.
     pub(super) async fn zeroes(&self, offset: u64, length: u64) -> Result<(), JobError> {
         match self {
-            Self::InOrder(sum) => sum.add(offset, Piece::Zeroes(length)).await,
+            Self::InOrder(sum) => {
+                // It takes no memory, but there may be many of them.
+                sum.room(offset, 0).await;
+                sum.add(offset, Piece::Zeroes(length)).await
+            }
             Self::OfLayers(_) => Ok(()),
         }
     }
 
-    /// Forgets everything: the copy begins again.
-    pub(super) async fn clear(&self) -> Result<(), JobError> {
+    /// Prepares for a copy that begins again at `position`, in bytes; returns where it has to begin.
+    pub(super) async fn begin_again(&self, position: u64) -> Result<u64, JobError> {
         match self {
             Self::InOrder(sum) => {
                 *sum.digest.lock().await = Digest::new(sum.algorithm)?;
                 let mut waiting = sum.waiting();
                 (waiting.at, waiting.pieces) = (0, BTreeMap::new());
+                Ok(0)
             }
-            Self::OfLayers(sum) => sum.lock().clear(),
+            Self::OfLayers(sum) => {
+                // What is below was added already, and some of what is above.
+                *sum.lock() = (position == 0).then(Vec::new);
+                Ok(position)
+            }
         }
-        Ok(())
     }
 }
 
@@ -149,27 +157,33 @@ impl InOrder {
 pub(crate) struct OfLayers {
     /// Size of the disk in bytes.
     size: u64,
-    /// None if a part of a block was read from the layer, the rest being another layer's.
-    sums: Mutex<Vec<Option<ContentSum>>>,
+    /// None if no sum is known; that of a layer is not if a part of a block was read from it, the
+    /// rest being another layer's.
+    sums: Mutex<Option<Vec<Option<ContentSum>>>>,
 }
 
 impl OfLayers {
     /// Creates the sums of a disk of that size in bytes.
     pub(crate) fn new(size: u64) -> Self {
-        Self { size, sums: Mutex::default() }
+        Self { size, sums: Mutex::new(Some(Vec::new())) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Option<ContentSum>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Vec<Option<ContentSum>>>> {
         self.sums.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds the blocks of a part of the disk.
+    /// Adds the blocks of a part of the disk; of depth 0 it has those of several layers.
     fn add(&self, offset: u64, data: &[u8], depth: u32) {
         let end = offset + data.len() as u64;
         let is_end = |at: u64| at.is_multiple_of(block_sum::BLOCK) || at == self.size;
         let sum = (is_end(offset) && is_end(end)).then(|| block_sum::of(offset, data));
-        let index = depth.saturating_sub(1) as usize;
-        let mut layers = self.lock();
+        let mut sums = self.lock();
+        let Some(index) = depth.checked_sub(1) else {
+            *sums = None;
+            return;
+        };
+        let index = index as usize;
+        let Some(layers) = sums.as_mut() else { return };
         if layers.len() <= index {
             // A chain has some hundreds of layers at most.
             layers.resize(index + 1, Some(ContentSum::default()));
@@ -181,9 +195,15 @@ impl OfLayers {
         });
     }
 
+    /// Returns the size of the disk in bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+
     /// Returns the sum of a layer, the source itself being 0; none if it is not known.
     pub(crate) fn of_layer(&self, index: usize) -> Option<ContentSum> {
-        self.lock().get(index).copied().unwrap_or_else(|| Some(ContentSum::default()))
+        let sums = self.lock();
+        sums.as_ref()?.get(index).copied().unwrap_or_else(|| Some(ContentSum::default()))
     }
 }
 
@@ -250,5 +270,40 @@ mod tests {
         sums.add(2 << 16, &[1; 4096], 2);
         sums.add(0, &[1; 1 << 16], 2);
         assert_eq!(sums.of_layer(1), None);
+        sums.add(0, &[1; 1 << 16], 0);
+        assert_eq!([sums.of_layer(0), sums.of_layer(9)], [None, None]);
+    }
+
+    #[tokio::test]
+    async fn a_copy_that_goes_on_leaves_the_sums_of_layers_unknown_and_one_from_the_start_does_not()
+    {
+        let sum = Sum::OfLayers(OfLayers::new(3 << 16));
+        let data = Bytes::from(vec![1; 1 << 16]);
+        let of_first = |sum: &Sum| match sum {
+            Sum::OfLayers(sums) => sums.of_layer(0),
+            Sum::InOrder(_) => unreachable!(),
+        };
+        sum.data(0, &data, 1).await.unwrap();
+        assert_eq!(sum.begin_again(0).await.unwrap(), 0);
+        sum.data(0, &data, 1).await.unwrap();
+        assert_eq!(of_first(&sum), Some(block_sum::of(0, &data)));
+        assert_eq!(sum.begin_again(1 << 16).await.unwrap(), 1 << 16);
+        sum.data(1 << 16, &data, 1).await.unwrap();
+        assert_eq!(of_first(&sum), None);
+    }
+
+    #[tokio::test]
+    async fn zeroes_far_ahead_wait_as_well() {
+        let sum = Arc::new(Sum::InOrder(InOrder::new(ChecksumAlgorithm::Blkhash).unwrap()));
+        let ahead = {
+            let sum = sum.clone();
+            tokio::spawn(async move { sum.zeroes(2 * WINDOW, 1).await })
+        };
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!ahead.is_finished());
+        sum.zeroes(0, 2 * WINDOW).await.unwrap();
+        ahead.await.unwrap().unwrap();
     }
 }
