@@ -1,8 +1,8 @@
 //! Charts of disks on a terminal, and pictures in files.
 
-use std::fs::{self, File};
-use std::io::{Read as _, Write as _};
-use std::os::unix::fs::FileTypeExt as _;
+use std::fs::{self, File, Metadata, OpenOptions};
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 use nbd_jobs::chart::Chart;
@@ -11,8 +11,14 @@ use crate::error::CommandError;
 use crate::output::Output;
 use crate::terminal::{self, ColorChoice};
 
-/// The beginning of a picture.
-const SVG: &[u8] = b"<svg ";
+/// The beginning and the end of the first line of our pictures.
+const FIRST_LINE: [&[u8]; 2] = [
+    b"<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"",
+    b" role=\"img\" aria-labelledby=\"map-title map-description\">",
+];
+
+/// Longest first line, in bytes.
+const MAX_FIRST_LINE_LEN: u64 = 512;
 
 /// How a disk is drawn.
 pub(crate) enum Drawing {
@@ -67,23 +73,103 @@ impl Drawing {
 /// Writes a picture. What may be a disk is not overwritten.
 fn write(path: &Path, svg: &str) -> Result<(), CommandError> {
     let shown = path.display();
-    if !may_be_replaced(path) {
+    let failed = |error: io::Error| CommandError::new(format!("cannot write '{shown}': {error}"));
+    let Some(mut file) = open(path).map_err(failed)? else {
         return Err(CommandError::new(format!(
-            "'{shown}' exists and is not a picture; give the name of a new file, or remove it first"
+            "'{shown}' exists and is not a picture of this command; give the name of a new file, or \
+             remove it first"
         )));
-    }
-    let written = File::create(path).and_then(|mut file| file.write_all(svg.as_bytes()));
-    written.map_err(|error| CommandError::new(format!("cannot write '{shown}': {error}")))
+    };
+    file.write_all(svg.as_bytes()).map_err(failed)
 }
 
-/// Returns whether there is nothing at `path` that would be lost.
-fn may_be_replaced(path: &Path) -> bool {
-    let Ok(metadata) = fs::metadata(path) else { return true };
-    let kind = metadata.file_type();
-    if kind.is_file() && metadata.len() > 0 {
-        let mut start = [0; SVG.len()];
-        let read = File::open(path).and_then(|mut file| file.read_exact(&mut start));
-        return read.is_ok() && start == SVG;
+/// Opens a new file, or what may be replaced. Returns `None` if something would be lost.
+fn open(path: &Path) -> io::Result<Option<File>> {
+    match File::create_new(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        created => return created.map(Some),
     }
-    !kind.is_block_device()
+    // Before it is opened: that alone rewinds a tape.
+    let found = fs::metadata(path)?;
+    if !found.is_file() && !is_sink(&found) {
+        return Ok(None);
+    }
+    // A FIFO is only written: this waits for its reader.
+    let mut options = OpenOptions::new();
+    options
+        .read(found.is_file())
+        .write(true)
+        .custom_flags(rustix::fs::OFlags::NOCTTY.bits() as i32);
+    let mut file = options.open(path)?;
+    // By now there may be something else at this path.
+    let opened = file.metadata()?;
+    if !opened.is_file() {
+        return Ok(is_sink(&opened).then_some(file));
+    }
+    if !found.is_file() || !(opened.len() == 0 || is_picture(&file)?) {
+        return Ok(None);
+    }
+    file.rewind()?;
+    file.set_len(0)?;
+    Ok(Some(file))
+}
+
+/// Returns whether what is written there is passed on or dropped: FIFOs, terminals and `/dev/null`.
+fn is_sink(metadata: &Metadata) -> bool {
+    // Linux's numbers (admin-guide/devices.txt): consoles and serial lines, `/dev/tty`, and pseudo
+    // terminals.
+    const TERMINALS: [std::ops::RangeInclusive<u32>; 2] = [4..=5, 136..=143];
+    let kind = metadata.file_type();
+    let (major, minor) = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
+    let is_terminal = TERMINALS.iter().any(|range| range.contains(&major));
+    kind.is_fifo() || kind.is_char_device() && (is_terminal || (major, minor) == (1, 3))
+}
+
+fn is_picture(file: &File) -> io::Result<bool> {
+    let mut start = Vec::new();
+    file.take(MAX_FIRST_LINE_LEN).read_to_end(&mut start)?;
+    let line = start.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let [first, last] = FIRST_LINE;
+    Ok(line.starts_with(first) && line.ends_with(last))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn only_our_own_pictures_and_empty_files_are_replaced() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("disk.svg");
+        let svg = Chart::of_picture(1 << 20).svg("title");
+        let content = || fs::read_to_string(&path).expect("a file");
+        for before in ["", &svg, &(svg.clone() + "more")] {
+            fs::write(&path, before).expect("a file");
+            write(&path, &svg).expect("it may be replaced");
+            assert_eq!(content(), svg);
+        }
+        let foreign = "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"1\"></svg>\n";
+        for before in ["\0", "<svg ", foreign, &svg[1..], &("\n".to_owned() + &svg)] {
+            fs::write(&path, before).expect("a file");
+            let error = write(&path, &svg).expect_err("it would be lost").to_string();
+            assert!(error.contains("exists and is not a picture"), "{error}");
+            assert_eq!(content(), before);
+        }
+    }
+
+    #[test]
+    fn neither_dangling_links_nor_devices_are_written() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let [link, target] = ["link", "target"].map(|name| directory.path().join(name));
+        symlink(&target, &link).expect("a link");
+        write(&link, "picture").expect_err("nothing is there");
+        assert!(!target.exists());
+        for refused in ["/dev/zero", "/dev/full", "/dev/random", "/"] {
+            let error = write(Path::new(refused), "picture").expect_err("no file").to_string();
+            assert!(error.contains("exists and is not a picture"), "{error}");
+        }
+        write(Path::new("/dev/null"), "picture").expect("nothing is lost");
+    }
 }

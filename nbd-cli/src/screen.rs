@@ -1,13 +1,16 @@
 //! The whole terminal as a display, given back on every exit.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::panic;
 use std::sync::{Mutex, PoisonError};
 
+use rustix::fs::OFlags;
 use rustix::process::{Signal, getpid, kill_process};
 use rustix::termios::{
-    LocalModes, OptionalActions, SpecialCodeIndex, Termios, tcgetattr, tcgetwinsize, tcsetattr,
+    LocalModes, OptionalActions, QueueSelector, SpecialCodeIndex, Termios, tcflush, tcgetattr,
+    tcgetwinsize, tcsetattr,
 };
 
 use crate::error::CommandError;
@@ -129,11 +132,31 @@ impl Drop for Screen {
 }
 
 fn restore() {
-    if let Some((terminal, before)) = changed().take() {
+    if restore_modes() {
         // A terminal that is gone needs nothing.
         let _ = write(LEAVE);
-        let _ = tcsetattr(&terminal, OptionalActions::Flush, &before);
     }
+}
+
+/// Gives the terminal back without waiting for it, even if another thread waits until it shows more
+/// (after Ctrl-S). Then what is shown may remain.
+pub(crate) fn restore_at_once() {
+    restore_modes();
+    let mut options = OpenOptions::new();
+    options.write(true).custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32);
+    // A terminal that takes nothing is left as it is.
+    let _ = options.open("/dev/tty").and_then(|mut terminal| terminal.write_all(LEAVE));
+}
+
+/// Returns whether there was something to restore. The lock is not held while anything waits.
+fn restore_modes() -> bool {
+    let taken = changed().take();
+    if let Some((terminal, before)) = &taken {
+        // Keys that were not read are dropped. Neither waits until the output is shown.
+        let _ = tcflush(terminal, QueueSelector::IFlush);
+        let _ = tcsetattr(terminal, OptionalActions::Now, before);
+    }
+    taken.is_some()
 }
 
 fn changed() -> std::sync::MutexGuard<'static, Option<(File, Termios)>> {

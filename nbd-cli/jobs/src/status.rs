@@ -1,8 +1,15 @@
 //! What a running server does: the numbers of its status page and of `top`.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::marker::PhantomData;
 
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// Most exports, and most clients, that are accepted from a server. A few bytes of its reply would
+/// become hundreds of bytes of memory otherwise.
+pub(crate) const MAX_ENTRIES: usize = 65_536;
 
 /// The numbers of a server. What an older server does not tell is empty.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -24,10 +31,38 @@ pub struct Status {
     /// Upper bounds of the buckets of all latencies, in seconds, ascending; `None` for the last one,
     /// which has no bound.
     pub latency_bounds: Vec<Option<f64>>,
-    /// All exports.
+    /// All exports; more than 65536 are not deserialized.
+    #[serde(deserialize_with = "bounded")]
     pub exports: Vec<ExportStatus>,
-    /// All clients that have selected an export.
+    /// All clients that have selected an export; more than 65536 are not deserialized.
+    #[serde(deserialize_with = "bounded")]
     pub clients: Vec<ClientStatus>,
+}
+
+/// Refuses a longer list before it takes the memory.
+fn bounded<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Vec<T>, D::Error> {
+    struct Entries<T>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Entries<T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a list of at most {MAX_ENTRIES}")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+            let mut entries = Vec::new();
+            while let Some(entry) = list.next_element()? {
+                if entries.len() == MAX_ENTRIES {
+                    return Err(A::Error::invalid_length(entries.len() + 1, &self));
+                }
+                entries.push(entry);
+            }
+            Ok(entries)
+        }
+    }
+
+    from.deserialize_seq(Entries(PhantomData))
 }
 
 /// The pool of threads for requests that may block, and the memory of large requests.
@@ -238,5 +273,23 @@ mod server {
     /// Seconds since 1970; 0 for times before.
     pub(crate) fn seconds_since_1970(time: SystemTime) -> f64 {
         time.duration_since(SystemTime::UNIX_EPOCH).as_ref().map_or(0.0, Duration::as_secs_f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_cannot_send_entries_without_end() {
+        for key in ["exports", "clients"] {
+            let status = |count| {
+                let entries = vec!["{}"; count].join(",");
+                serde_json::from_str::<Status>(&format!("{{\"{key}\":[{entries}]}}"))
+            };
+            let most = status(MAX_ENTRIES).expect("as many as are accepted");
+            assert_eq!(most.exports.len() + most.clients.len(), MAX_ENTRIES);
+            assert!(status(MAX_ENTRIES + 1).is_err());
+        }
     }
 }

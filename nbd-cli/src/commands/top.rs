@@ -1,7 +1,7 @@
 //! `nbd-cli top`: what a running server does, live.
 
 use std::io::IsTerminal as _;
-use std::sync::mpsc::{self, Sender};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender, TrySendError};
 use std::time::Duration;
 
 use clap::Args;
@@ -12,8 +12,8 @@ use nbd_jobs::status::Status;
 use nbd_jobs::watch::{Activity, Line, LineKind, Order, WatchSource, table};
 
 use crate::error::{CommandError, Outcome};
-use crate::output::Output;
-use crate::screen::Screen;
+use crate::output::{Output, printable};
+use crate::screen::{self, Screen};
 use crate::signals::{TerminalSignal, on_terminal_signals};
 use crate::terminal::{self, ColorChoice};
 
@@ -98,7 +98,8 @@ fn print(args: &TopArgs, mut before: Status) -> Result<Outcome, CommandError> {
 /// What the display reacts to.
 enum Event {
     Key(u8),
-    Numbers(Box<Result<Status, JobError>>),
+    /// The channel of the numbers has some.
+    Numbers,
     Signal(TerminalSignal),
     /// The terminal is gone.
     NoKeys,
@@ -131,7 +132,15 @@ impl<'a> Session<'a> {
     fn run(mut self) -> Result<Outcome, CommandError> {
         let (sender, events) = mpsc::channel();
         let signals = sender.clone();
+        let mut is_ending = false;
         on_terminal_signals(move |signal| {
+            if let TerminalSignal::End(end) = signal {
+                // A terminal that shows nothing more stops the other threads.
+                if std::mem::replace(&mut is_ending, true) && end.is_request() {
+                    screen::restore_at_once();
+                    std::process::exit(end.exit_status().into());
+                }
+            }
             // After the last event nobody listens.
             let _ = signals.send(Event::Signal(signal));
         })?;
@@ -141,7 +150,7 @@ impl<'a> Session<'a> {
             move |key| keys.send(Event::Key(key)).is_ok(),
             move || drop(gone.send(Event::NoKeys)),
         )?;
-        watch(self.args, sender)?;
+        let numbers = watch(self.args, sender)?;
         loop {
             screen.draw(&self.lines(&screen))?;
             // The threads that send hold a sender until they end.
@@ -155,7 +164,7 @@ impl<'a> Session<'a> {
                 Event::Signal(TerminalSignal::End(signal)) => {
                     return Ok(Outcome::Status(signal.exit_status()));
                 }
-                Event::Numbers(numbers) => self.note(*numbers),
+                Event::Numbers => numbers.try_iter().for_each(|it| self.note(it)),
             }
         }
     }
@@ -184,7 +193,7 @@ impl<'a> Session<'a> {
         let paused = if self.is_paused { " [paused]" } else { "" };
         let (order, source) = (self.order.name(), &self.args.source);
         lines.push(match &self.problem {
-            Some(problem) => self.with("\x1b[31m", &format!("The numbers are old: {problem}")),
+            Some(problem) => self.with("\x1b[31m", &old(problem, columns)),
             None => format!("q quit  s sort: {order}  p pause{paused}  {source}"),
         });
         lines
@@ -192,7 +201,8 @@ impl<'a> Session<'a> {
 
     fn styled(&self, line: &Line, columns: usize) -> String {
         match line.kind {
-            LineKind::Plain => line.text.clone(),
+            // Names of any length must not become output of any length.
+            LineKind::Plain => line.text.chars().take(columns).collect(),
             LineKind::Heads => self.with("\x1b[7m", &format!("{:columns$}", line.text)),
         }
     }
@@ -205,18 +215,64 @@ impl<'a> Session<'a> {
     }
 }
 
+/// The line about numbers that could not be renewed.
+fn old(problem: &str, columns: usize) -> String {
+    printable(&format!("The numbers are old: {problem}")).chars().take(columns).collect()
+}
+
 /// Starts a thread that looks at the server until nobody wants the numbers any more.
-fn watch(args: &TopArgs, sender: Sender<Event>) -> Result<(), CommandError> {
+fn watch(
+    args: &TopArgs,
+    events: Sender<Event>,
+) -> Result<Receiver<Result<Status, JobError>>, CommandError> {
     let (source, interval) = (args.source.clone(), args.interval);
+    let (sender, numbers) = mpsc::sync_channel(1);
     let thread = std::thread::Builder::new().name("watch".to_owned());
     let thread = thread.spawn(move || {
         loop {
             std::thread::sleep(interval);
-            if sender.send(Event::Numbers(Box::new(source.fetch()))).is_err() {
+            if !offer(source.fetch(), &sender, &events) {
                 return;
             }
         }
     });
     let failed = |error| CommandError::new(format!("cannot start a thread: {error}"));
-    thread.map(drop).map_err(failed)
+    thread.map(|_| numbers).map_err(failed)
+}
+
+/// Passes numbers on, or drops them while others wait: a terminal that shows nothing more must not
+/// fill the memory. Returns whether somebody wants further ones.
+fn offer<T>(numbers: T, sender: &SyncSender<T>, events: &Sender<Event>) -> bool {
+    match sender.try_send(numbers) {
+        Ok(()) => events.send(Event::Numbers).is_ok(),
+        Err(TrySendError::Full(_)) => true,
+        Err(TrySendError::Disconnected(_)) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_display_that_is_stopped_collects_no_numbers() {
+        let (sender, numbers) = mpsc::sync_channel(1);
+        let (event_sender, events) = mpsc::channel();
+        for number in 0..1000 {
+            assert!(offer(number, &sender, &event_sender));
+        }
+        assert_eq!(events.try_iter().count(), 1);
+        assert_eq!(numbers.try_iter().collect::<Vec<_>>(), [0]);
+        assert!(offer(1000, &sender, &event_sender));
+        assert_eq!((events.try_iter().count(), numbers.try_recv()), (1, Ok(1000)));
+        drop(numbers);
+        assert!(!offer(1001, &sender, &event_sender));
+    }
+
+    #[test]
+    fn a_problem_is_one_line_without_control_characters() {
+        let shown = old(&format!("\u{1b}]52;c;\u{7}{}", "x".repeat(1 << 20)), 80);
+        assert!(shown.starts_with("The numbers are old: \\u{1b}]52;c;"), "{shown}");
+        assert!(shown.chars().count() == 80 && !shown.contains(char::is_control), "{shown}");
+    }
 }

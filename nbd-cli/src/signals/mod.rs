@@ -2,8 +2,9 @@
 //!
 //! *Servers* are `serve` and `qemu-nbd`. *Writers* are the commands that create or change a disk:
 //! `copy`, `backup`, `restore`, `bitmap` and `image convert`, `commit`, `rebase`, `resize` and
-//! `snapshot`. `top` restores the terminal before a signal ends or stops it. The other commands (`info`, `map`, `control` and so on) leave nothing unfinished:
-//! there every signal but SIGPIPE and SIGXFSZ has its default effect.
+//! `snapshot`. `top` restores the terminal before a signal ends or stops it; a second request to
+//! end does not wait for the display. The other commands (`info`, `map`, `control` and so on) leave
+//! nothing unfinished: there every signal but SIGPIPE and SIGXFSZ has its default effect.
 //!
 //! | signal | servers | writers |
 //! |---|---|---|
@@ -84,7 +85,7 @@ impl EndSignal {
     }
 
     /// Returns whether a user or program sent it on purpose, so that a repetition is meant as well.
-    fn is_request(self) -> bool {
+    pub(crate) fn is_request(self) -> bool {
         REQUESTS.contains(&self.0)
     }
 }

@@ -24,7 +24,7 @@ pub(crate) enum TerminalSignal {
 ///
 /// If the system refuses to catch them.
 pub(crate) fn on_terminal_signals(
-    act: impl Fn(TerminalSignal) + Send + 'static,
+    mut act: impl FnMut(TerminalSignal) + Send + 'static,
 ) -> Result<(), CommandError> {
     let failed = |error| CommandError::new(format!("cannot watch for signals: {error}"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();

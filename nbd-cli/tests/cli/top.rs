@@ -202,3 +202,27 @@ fn keys_sort_and_pause_and_the_terminal_is_as_before_after_every_end() {
     top.press(b"q");
     assert_eq!(top.end(&disk), "0");
 }
+
+#[test]
+fn a_second_signal_ends_a_display_whose_terminal_is_stopped() {
+    tools!(script = "script");
+    let disk = Disk::sparse();
+    let control = disk.beside("control");
+    let server = Server::ours(&["--control", &control, "m=memory:1M"]);
+    let mut top = Terminal::start(&script, &disk, &control);
+    top.wait_for("q quit");
+    let read = |name: &str| fs::read_to_string(disk.beside(name)).unwrap_or_default();
+    // Ctrl-S: whatever is written from now on waits.
+    top.press(b"\x13");
+    let until = Instant::now() + Duration::from_secs(60);
+    while read("after").is_empty() {
+        assert!(Instant::now() < until, "it does not end");
+        // It may have ended.
+        let kill = format!("kill -TERM {} 2> {}", read("pid").trim(), disk.beside("kill"));
+        let _ = Command::new("sh").args(["-c", &kill]).status();
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    top.script.0.wait().expect("an end");
+    assert_eq!((read("status").trim(), read("before")), ("143", read("after")));
+    server.end();
+}

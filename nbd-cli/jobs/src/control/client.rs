@@ -14,6 +14,9 @@ use crate::{JobError, JobErrorKind};
 /// Longest reply, in bytes: enough for a list of very many exports and clients.
 const MAX_REPLY_LEN: u64 = 64 << 20;
 
+/// Longest message of an error, in characters; the rest is not shown.
+const MAX_MESSAGE_LEN: usize = 4096;
+
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Reply {
@@ -76,7 +79,8 @@ impl Conversation {
         match serde_json::from_slice(&line) {
             Ok(Reply::Result(result)) => Ok(result),
             Ok(Reply::Error(failure)) => {
-                Err(JobError::new(JobErrorKind::ControlSocket, printable(&failure.message)))
+                let message: String = failure.message.chars().take(MAX_MESSAGE_LEN).collect();
+                Err(JobError::new(JobErrorKind::ControlSocket, printable(&message)))
             }
             Err(_) => Err(JobError::new(
                 JobErrorKind::ControlSocket,

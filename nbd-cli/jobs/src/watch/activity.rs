@@ -1,6 +1,6 @@
 //! The rates between two moments.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use serde::Serialize;
 
@@ -119,17 +119,21 @@ impl Activity {
         let seconds = (now.now - before.now).max(0.0);
         // Another server has other counters.
         let is_same = before.since == now.since && seconds > 0.0;
-        let earlier = |export: &ExportStatus| {
-            let mut earlier = before.exports.iter().filter(|_| is_same);
-            earlier.find(|it| it.name == export.name && it.since == export.since)
-        };
+        // Maps, so that very many cost no more than their number.
+        fn key(export: &ExportStatus) -> (&str, u64) {
+            (&export.name, export.since.to_bits())
+        }
+        let earlier_exports = before.exports.iter().filter(|_| is_same).map(|it| (key(it), it));
+        let earlier_exports: HashMap<_, _> = earlier_exports.collect();
+        let earlier_clients = before.clients.iter().filter(|_| is_same).map(|it| (it.id, it));
+        let earlier_clients: HashMap<_, _> = earlier_clients.collect();
         let bounds = &now.latency_bounds;
         let interval = Interval { seconds, bounds };
         let mut all = (Sum::default(), Sum::default());
         let mut total = ServerTraffic::default();
         let mut exports = Vec::new();
         for export in &now.exports {
-            let (after, earlier) = (Sum::of(&export.commands), earlier(export));
+            let (after, earlier) = (Sum::of(&export.commands), earlier_exports.get(&key(export)));
             let earlier = earlier.map(|it| Sum::of(&it.commands));
             let traffic = interval.traffic(&after, earlier.as_ref(), export.in_flight);
             total.in_flight = total.in_flight.saturating_add(traffic.in_flight);
@@ -152,9 +156,7 @@ impl Activity {
             (total.rates, total.latency) = (together.rates, together.latency);
         }
         let clients = now.clients.iter().map(|client| {
-            let mut earlier = before.clients.iter().filter(|_| is_same);
-            let earlier = earlier.find(|it| it.id == client.id);
-            interval.client(client, earlier, now.now)
+            interval.client(client, earlier_clients.get(&client.id).copied(), now.now)
         });
         Self {
             now: now.now,
@@ -322,6 +324,27 @@ mod tests {
             assert_eq!(activity.exports[0].traffic.rates, None, "{before:?}");
             assert_eq!((activity.total.rates, activity.total.latency), (None, None));
         }
+    }
+
+    #[test]
+    fn very_many_are_found_among_very_many() {
+        let many = |now, reads| {
+            let mut status = status(now, 1.0, reads, [reads, 0, 0]);
+            let (export, client) = (status.exports.remove(0), status.clients.remove(0));
+            for id in 0..50_000_u32 {
+                // Long names with the same beginning are slow to compare one by one.
+                let name = format!("{:0>100}", id % 25_000);
+                let since = f64::from(id / 25_000);
+                status.exports.push(ExportStatus { name, since, ..export.clone() });
+                status.clients.push(ClientStatus { id: u64::from(id), ..client.clone() });
+            }
+            status.exports.reverse();
+            status
+        };
+        let activity = Activity::between(&many(10.0, 1), &many(11.0, 3));
+        let traffics = activity.exports.iter().map(|it| it.traffic);
+        let mut traffics = traffics.chain(activity.clients.iter().map(|it| it.traffic));
+        assert!(traffics.all(|it| it.rates.is_some_and(|rates| rates.requests == 2.0)));
     }
 
     #[test]

@@ -23,8 +23,10 @@ fn body(reply: &[u8]) -> io::Result<Vec<u8>> {
     let (status, headers) = head.split_once("\r\n").unwrap_or((head, ""));
     let mut words = status.split(' ');
     let is_http = words.next().is_some_and(|version| version.starts_with("HTTP/1."));
-    let status = words.next().filter(|_| is_http).ok_or_else(not_http)?;
-    if status != "200" {
+    // A number: other text of the server could control the terminal that shows the error.
+    let status = words.next().filter(|_| is_http).and_then(|status| status.parse::<u16>().ok());
+    let status = status.ok_or_else(not_http)?;
+    if status != 200 {
         return Err(io::Error::other(format!("it refuses the request (HTTP status {status})")));
     }
     let body = &reply[end + END.len()..];
@@ -58,5 +60,16 @@ mod tests {
         ] {
             assert!(body(reply.as_bytes()).is_err(), "{reply}");
         }
+    }
+
+    #[test]
+    fn an_error_has_no_text_of_the_server() {
+        for status in ["\u{1b}]52;c;AAAA\u{7}", "404\u{1b}[2J", "99999", ""] {
+            let error =
+                body(format!("HTTP/1.0 {status}\r\n\r\n").as_bytes()).expect_err("no number");
+            assert_eq!(error.to_string(), "its answer is not one of HTTP");
+        }
+        let error = body(b"HTTP/1.0 404 \x1b[2J\r\n\r\n").expect_err("a refusal");
+        assert_eq!(error.to_string(), "it refuses the request (HTTP status 404)");
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::http;
 use crate::control::{Request, call};
 use crate::monitor::MetricsAddress;
-use crate::status::Status;
+use crate::status::{MAX_ENTRIES, Status};
 use crate::{JobError, JobErrorKind};
 
 /// Time limit of each step of a request over HTTP.
@@ -66,7 +66,11 @@ impl WatchSource {
             let message = format!("cannot get the numbers of the server at '{self}': {why}");
             JobError::new(JobErrorKind::ControlSocket, message)
         };
-        let unclear = |_| failed("its answer cannot be understood".to_owned());
+        let unclear = |_| {
+            failed(format!(
+                "its answer cannot be understood, or has more than {MAX_ENTRIES} exports or clients"
+            ))
+        };
         match self {
             Self::Control(path) => {
                 let reply = call(path, &Request::Statistics {})?;
