@@ -29,6 +29,17 @@ pub enum Encryption {
     Luks(Option<LuksInfo>),
 }
 
+impl Encryption {
+    /// Returns the name that QEMU's tools use.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Aes => "aes",
+            Self::Luks(_) => "luks",
+        }
+    }
+}
+
 /// The contents of a LUKS header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]

@@ -151,7 +151,7 @@ impl TlsSettings {
 /// # Errors
 ///
 /// If both name the same export of the same server.
-pub fn refuse_same_export(
+pub(crate) fn refuse_same_export(
     source: Option<&NbdUri>,
     destination: Option<&NbdUri>,
 ) -> Result<(), JobError> {

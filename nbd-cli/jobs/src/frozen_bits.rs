@@ -1,6 +1,8 @@
 //! Bitmaps that lack bits frozen by a checkpoint: messages and remedies. The rule itself is the
 //! image engine's ([`imgfmt::BitmapChange::Freeze`]).
 
+use std::fmt::Display;
+
 use imgfmt::{BitmapChange, BitmapState, Image};
 
 use crate::error::{JobError, JobErrorKind};
@@ -13,13 +15,18 @@ pub fn report_thaw(image: &Image, observer: &dyn Observer) {
     let status = image.bitmap_durability();
     report_thawed(&status.thawed, observer);
     if let Some(failure) = status.thaw_failure {
-        // The disk can be used anyway, but not the bitmaps that lack them.
-        observer.warning(&format!("bits frozen by a checkpoint are not merged back: {failure}"));
+        report_thaw_failure(&failure, observer);
     }
 }
 
+/// Reports that frozen bits are not back: the disk can be used anyway, but not the bitmaps that lack
+/// them.
+pub(crate) fn report_thaw_failure(failure: &dyn Display, observer: &dyn Observer) {
+    observer.warning(&format!("bits frozen by a checkpoint are not merged back: {failure}"));
+}
+
 /// Reports which bitmaps got frozen bits back.
-pub fn report_thawed(names: &[String], observer: &dyn Observer) {
+pub(crate) fn report_thawed(names: &[String], observer: &dyn Observer) {
     if !names.is_empty() {
         let names: Vec<_> = names.iter().map(|name| format!("'{}'", printable(name))).collect();
         observer.warning(&format!(
@@ -35,7 +42,7 @@ pub fn report_thawed(names: &[String], observer: &dyn Observer) {
 /// # Errors
 ///
 /// With the reason and the remedy if a checkpoint has frozen bits and they are not back.
-pub fn check_complete(image: &Image, name: &str) -> Result<(), JobError> {
+pub(crate) fn check_complete(image: &Image, name: &str) -> Result<(), JobError> {
     let layer = image.bitmaps_beside(name);
     let state = layer.into_iter().find(|bitmap| bitmap.name == name).map(|bitmap| bitmap.state);
     let Some(BitmapState::Incomplete { frozen, problem }) = state else { return Ok(()) };
@@ -58,7 +65,11 @@ pub fn check_complete(image: &Image, name: &str) -> Result<(), JobError> {
 }
 
 /// Returns the error of a change of bitmaps, with the remedy if frozen bits are the reason.
-pub fn explain_change(image: &Image, changes: &[BitmapChange], error: imgfmt::Error) -> JobError {
+pub(crate) fn explain_change(
+    image: &Image,
+    changes: &[BitmapChange],
+    error: imgfmt::Error,
+) -> JobError {
     let all = image.bitmaps();
     let concerns = |name: &str| match changes {
         [BitmapChange::Merge { from, .. }, ..] if name == from => true,

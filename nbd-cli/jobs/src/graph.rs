@@ -2,7 +2,8 @@
 //! it.
 
 use crate::chart::CharacterSet;
-use crate::text::{printable, rounded};
+use crate::size::rounded;
+use crate::text::printable;
 
 /// Least and most columns of the text in a box, and of a bar.
 const LEAST_WIDTH: usize = 16;

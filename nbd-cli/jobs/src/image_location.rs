@@ -311,7 +311,7 @@ impl ImageLocation {
     }
 
     /// Returns whether a URI in this image may name files of this machine: if its own may.
-    fn local_files(&self) -> LocalFiles {
+    pub(crate) fn local_files(&self) -> LocalFiles {
         match self {
             Self::File(_) => LocalFiles::Allowed,
             Self::Export { files, .. } => *files,

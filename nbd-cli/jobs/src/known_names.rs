@@ -6,8 +6,7 @@
 use std::path::Path;
 
 use imgfmt::{Image, ImageInfo, Locking, OpenOptions};
-use nbd_client::{Connector, LocalFiles, blocking};
-use nbd_proto::NbdUri;
+use nbd_client::{Connector, blocking};
 use nbd_proto::wire::MetaContextName;
 
 use crate::control::{self, Listing, Request};
@@ -48,29 +47,16 @@ fn inspect(image: &Path) -> Option<ImageInfo> {
     Image::inspect_file(image, &OpenOptions::new().locking(Locking::Shared)).ok()
 }
 
-/// Returns the exports of `nbd://HOST/`, the beginning of a URI, as URIs. Those whose names would have
-/// to be escaped are left out.
-pub fn served_exports(beginning: &str) -> Option<Vec<String>> {
-    let (scheme, rest) = beginning.split_once("://")?;
-    let (host, _) = rest.split_once('/')?;
-    if !matches!(scheme, "nbd" | "nbds") || host.is_empty() || rest.contains('?') {
-        return None;
-    }
-    let base = format!("{scheme}://{host}/");
-    let connector = Connector::new(base.parse().ok()?).local_files(LocalFiles::Allowed);
-    let exports = blocking::list(&connector).ok()?;
-    let is_plain =
-        |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b));
-    let names = exports.into_iter().map(|export| export.name).filter(|name| is_plain(name));
-    Some(names.map(|name| format!("{base}{name}")).collect())
+/// Returns the exports that a server lists; the export of the URI does not matter.
+pub fn served_exports(connector: &Connector) -> Option<Vec<String>> {
+    let exports = blocking::list(connector).ok()?;
+    Some(exports.into_iter().map(|export| export.name).collect())
 }
 
 /// Returns the bitmaps that a server offers for the export of a URI.
-pub fn served_bitmaps(uri: &str) -> Option<Vec<String>> {
-    let uri: NbdUri = uri.parse().ok()?;
-    let connector = Connector::new(uri).local_files(LocalFiles::Allowed);
+pub fn served_bitmaps(connector: &Connector) -> Option<Vec<String>> {
     let queries = [BITMAP_CONTEXT.to_owned()];
-    let contexts = blocking::list_meta_contexts(&connector, &queries).ok()?;
+    let contexts = blocking::list_meta_contexts(connector, &queries).ok()?;
     let name = |context: &MetaContextName| {
         context.as_str().strip_prefix(BITMAP_CONTEXT).map(ToOwned::to_owned)
     };
@@ -95,8 +81,5 @@ mod tests {
         assert_eq!(bitmaps_in(&path), Some(Vec::new()));
         assert_eq!(bitmaps_in(directory.path()), None);
         assert_eq!(controlled_exports(&path), None);
-        for beginning in ["", "nbd://", "nbd:///", "http://host/", "nbd://host/?socket=x"] {
-            assert_eq!(served_exports(beginning), None, "{beginning}");
-        }
     }
 }

@@ -80,7 +80,7 @@ mod observer;
 pub mod qemu_name;
 #[cfg(feature = "server")]
 pub mod qemu_nbd;
-pub mod qemu_numbers;
+mod qemu_numbers;
 pub mod remote;
 mod restore;
 pub mod server_report;

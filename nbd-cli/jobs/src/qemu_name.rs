@@ -18,9 +18,7 @@ pub use self::driver_options::{
 use self::driver_options::{tcp, uri};
 pub use self::settings::{CacheSwitches, DriverSettings};
 #[cfg(feature = "server")]
-pub use self::values::{parse_detect_zeroes, parse_discard};
-#[cfg(feature = "server")]
-pub(crate) use self::values::{take_size, take_window};
+pub(crate) use self::values::{parse_detect_zeroes, parse_discard, take_size, take_window};
 
 /// Schemes of NBD URIs.
 pub const SCHEMES: [&str; 6] = ["nbd", "nbd+unix", "nbd+tcp", "nbds", "nbds+unix", "nbds+tcp"];

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-pub use crate::text::{exact, rounded};
+const SUFFIXES: [&str; 7] = ["", "K", "M", "G", "T", "P", "E"];
 
 /// A number of bytes, written as `4096`, `64K`, `1G` or `2GiB`; suffixes are powers of 1024.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -123,6 +123,31 @@ pub fn parse_limit(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// A size with the largest suffix that keeps it exact: `8M`, `1025`, `3K`.
+pub fn exact(bytes: u64) -> String {
+    let mut number = bytes;
+    let mut suffix = 0;
+    while number != 0 && number.is_multiple_of(1024) && suffix + 1 < SUFFIXES.len() {
+        number /= 1024;
+        suffix += 1;
+    }
+    format!("{number}{}", SUFFIXES[suffix])
+}
+
+/// A size rounded for reading: `8.0 MiB`, `1.5 GiB`, `17 bytes`.
+pub fn rounded(bytes: u64) -> String {
+    if bytes < 1024 {
+        return format!("{bytes} bytes");
+    }
+    let mut value = bytes as f64 / 1024.0;
+    let mut suffix = 1;
+    while value >= 1024.0 && suffix + 1 < SUFFIXES.len() {
+        value /= 1024.0;
+        suffix += 1;
+    }
+    format!("{value:.1} {}iB", SUFFIXES[suffix])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,5 +220,18 @@ mod tests {
         for text in ["", "0", "s", "1h", "99999999999999999999", "18446744073709551615m"] {
             assert!(parse_duration(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn exact_sizes_have_the_largest_suffix() {
+        let texts = [0, 1, 1023, 1024, 1025, 8 << 20, 1 << 62].map(exact);
+        assert_eq!(texts, ["0", "1", "1023", "1K", "1025", "8M", "4E"]);
+    }
+
+    #[test]
+    fn rounded_sizes_have_one_decimal() {
+        assert_eq!(rounded(17), "17 bytes");
+        assert_eq!(rounded(1536), "1.5 KiB");
+        assert_eq!(rounded(u64::MAX), "16.0 EiB");
     }
 }

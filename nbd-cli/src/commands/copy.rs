@@ -4,7 +4,6 @@ use std::num::NonZeroUsize;
 
 use clap::Args;
 use nbd_jobs::checksum::ChecksumAlgorithm;
-use nbd_jobs::connect::refuse_same_export;
 use nbd_jobs::size::ByteSize;
 use nbd_jobs::{
     Copied, CopyOptions, Durable, JobContext, JobErrorKind, Knowledge, Location, Zeroes,
@@ -151,7 +150,6 @@ pub(crate) fn run(args: CopyArgs) -> Result<Outcome, CommandError> {
 
 fn check(args: &CopyArgs) -> Result<(), CommandError> {
     args.tls.check([&args.source, &args.destination].into_iter().filter_map(Location::uri))?;
-    refuse_same_export(args.source.uri(), args.destination.uri())?;
     let request = args.request_size.bytes();
     if !request.is_power_of_two() || !(512..=MAX_REQUEST_SIZE).contains(&request) {
         return Err(CommandError::new(format!(

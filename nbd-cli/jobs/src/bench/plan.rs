@@ -12,7 +12,7 @@ use super::options::{BenchEnd, BenchOptions, BlockSize, Pattern, Verify, Workloa
 use super::state::State;
 use super::targets::Section;
 use crate::error::JobError;
-use crate::text::exact;
+use crate::size::exact;
 
 /// Largest request, in bytes.
 const MAX_REQUEST_LEN: u32 = 32 << 20;

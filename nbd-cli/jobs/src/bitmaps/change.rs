@@ -3,7 +3,9 @@
 use imgfmt::{BITMAP_GRANULARITY_DEFAULT, BitmapChange, Image};
 
 use crate::error::JobError;
-use crate::frozen_bits::{check_complete, explain_change, report_thaw, report_thawed};
+use crate::frozen_bits::{
+    check_complete, explain_change, report_thaw, report_thaw_failure, report_thawed,
+};
 use crate::observer::Observer;
 
 /// The finest default granularity, in bytes.
@@ -11,7 +13,8 @@ const GRANULARITY_DEFAULT_MIN: u64 = 4 << 10;
 
 /// Makes changes in one step: all of them or none, even if it is interrupted. `changes` sees the image
 /// first. Frozen bits of a checkpoint that was cut off are merged back, before or after, and reported
-/// to `observer`.
+/// to `observer`; so is a failure of that, which does not undo the changes. No checkpoint of the image
+/// may be in progress.
 ///
 /// # Errors
 ///
@@ -25,8 +28,11 @@ pub fn change_bitmaps<E: From<imgfmt::Error> + From<JobError>>(
     report_thaw(image, observer);
     let changes = changes(image)?;
     image.bitmap_transaction(&changes).map_err(|error| explain_change(image, &changes, error))?;
-    // A repair may have made that possible.
-    report_thawed(&image.thaw_bitmaps()?, observer);
+    // A repair may have made that possible. The changes are on disk, whether it succeeds or not.
+    match image.thaw_bitmaps() {
+        Ok(thawed) => report_thawed(&thawed, observer),
+        Err(failure) => report_thaw_failure(&failure, observer),
+    }
     Ok(())
 }
 
@@ -65,7 +71,7 @@ pub fn merges_from<E: From<imgfmt::Error> + From<JobError>>(
 ///
 /// # Errors
 ///
-/// As [`check_complete`], about the first bitmap that does.
+/// With the reason and the remedy for the first bitmap that does.
 pub fn check_all_complete(image: &Image) -> Result<(), JobError> {
     image.bitmaps().iter().try_for_each(|bitmap| check_complete(image, &bitmap.name))
 }

@@ -28,5 +28,5 @@ mod options;
 
 pub use self::description::{DescribedBacking, DiskDescription, DiskSource};
 pub use self::open::{OpenedDisk, SnapshotName};
-pub use self::options::image_format;
-pub use crate::qemu_name::{CacheSwitches, DriverSettings, parse_detect_zeroes, parse_discard};
+pub(crate) use self::options::image_format;
+pub use crate::qemu_name::{CacheSwitches, DriverSettings};

@@ -187,7 +187,7 @@ fn take_backing_disk(options: &mut KeyValues, depth: usize) -> Result<DescribedB
 /// # Errors
 ///
 /// If there is no such driver, or its images cannot be read.
-pub fn image_format(driver: &str) -> Result<Format, JobError> {
+pub(crate) fn image_format(driver: &str) -> Result<Format, JobError> {
     let format = Format::from_name(driver).filter(|format| format.is_supported());
     format.ok_or_else(|| JobError::invalid(unknown_driver(driver)))
 }

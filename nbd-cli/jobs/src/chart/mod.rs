@@ -5,7 +5,7 @@ mod svg;
 mod text;
 
 pub use self::class::{CharacterSet, Class, Color, Scheme};
-use crate::text::{exact, rounded};
+use crate::size::{exact, rounded};
 
 const MAX_ROWS: u64 = 16;
 /// Powers of two, so that each line and each cell cover a round number of bytes.

@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 
 use super::class::{Class, Scheme};
 use super::{CELLS_PER_PICTURE_ROW, Chart, Legend};
-use crate::text::{exact, printable, rounded};
+use crate::size::{exact, rounded};
+use crate::text::printable;
 
 /// Cells of a row.
 const COLUMNS: usize = CELLS_PER_PICTURE_ROW as usize;

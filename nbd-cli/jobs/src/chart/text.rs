@@ -2,7 +2,7 @@
 
 use super::class::{CharacterSet, Class, Color};
 use super::{Chart, Legend};
-use crate::text::{exact, rounded};
+use crate::size::{exact, rounded};
 
 impl Chart {
     /// Returns the lines of the chart and its legend.

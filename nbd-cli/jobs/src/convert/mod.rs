@@ -30,6 +30,7 @@ use imgfmt::jobs::SourceReader;
 use self::job::Conversion;
 pub use self::options::{ConvertOptions, CopiedBitmaps, Destination};
 use self::reader::ExportReader;
+use crate::connect::refuse_same_export;
 use crate::error::JobError;
 use crate::image_location::ImageLocation;
 use crate::observer::JobContext;
@@ -42,14 +43,15 @@ use crate::target::{self, Existing};
 ///
 /// # Errors
 ///
-/// If the source cannot be read, or the destination cannot be created or written to. No new file
-/// remains then; the message says what an existing disk is like.
+/// If the source cannot be read, the destination cannot be created or written to, or both are one
+/// export. No new file remains then; the message says what an existing disk is like.
 pub fn convert(
     from: &ImageLocation,
     to: &ImageLocation,
     options: &ConvertOptions,
     context: &JobContext,
 ) -> Result<(), JobError> {
+    refuse_same_export(from.uri(), to.uri())?;
     if let ImageLocation::Described { .. } = to {
         return Err(JobError::invalid(
             "the new image is given by its name, and its format by --output-format",
@@ -75,5 +77,20 @@ pub fn convert(
         },
         ImageLocation::Export { uri, .. } if format == Format::Raw => copy.to_server(to, uri),
         _ => copy.replace(to),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use imgfmt::CreateOptions;
+
+    use super::*;
+
+    #[test]
+    fn an_image_in_an_export_is_not_converted_over_itself() {
+        let disk = ImageLocation::parse("nbd+unix:///disk?socket=/nonexistent".as_ref()).unwrap();
+        let options = ConvertOptions::new(CreateOptions::new(Format::Raw, 0));
+        let error = convert(&disk, &disk, &options, &JobContext::default()).unwrap_err();
+        assert!(error.to_string().contains("is the source and the destination"), "{error}");
     }
 }

@@ -10,7 +10,7 @@ use super::job::Job;
 use super::source::Source;
 use super::stream;
 use crate::error::JobError;
-use crate::text::exact;
+use crate::size::exact;
 
 /// Copies everything, unless the job is cancelled.
 pub(crate) async fn run(job: &Arc<Job>) -> Result<(), JobError> {

@@ -30,6 +30,7 @@ use self::plan::Extents;
 use self::source::Source;
 use self::sum::Sum;
 use crate::checksum::Checksum;
+use crate::connect::refuse_same_export;
 use crate::location::Location;
 use crate::target::{Durable, device};
 use crate::{JobContext, JobError, JobErrorKind};
@@ -59,7 +60,7 @@ pub struct Copied {
 ///
 /// # Errors
 ///
-/// If one side cannot be opened, read or written, if the source does not fit, if the checksum is
+/// If one side cannot be opened, read or written, if both are one export, if the source does not fit, if the checksum is
 /// not the expected one, if the options are out of range, and if the job is cancelled. A new file
 /// is then removed.
 ///
@@ -73,6 +74,7 @@ pub async fn copy(
     options: &CopyOptions,
     context: &JobContext,
 ) -> Result<Copied, JobError> {
+    refuse_same_export(from.uri(), to.uri())?;
     options.check()?;
     // The source first: an unreadable source must not destroy a destination.
     let (connect, knowledge) = (&options.connect.on_lanes(), options.knowledge);
@@ -149,4 +151,17 @@ fn incomplete(
         Location::Standard | Location::Null => String::new(),
     };
     error.in_words(format!("copying {from} failed: {error}{left}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_export_is_not_copied_to_itself() {
+        let disk: Location = "nbd+unix:///disk?socket=/nonexistent".parse().unwrap();
+        let copied = copy(&disk, &disk, &CopyOptions::default(), &JobContext::default()).await;
+        let error = copied.unwrap_err().to_string();
+        assert!(error.contains("is the source and the destination"), "{error}");
+    }
 }

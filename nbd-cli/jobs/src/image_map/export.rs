@@ -17,7 +17,7 @@ use crate::error::{JobError, JobErrorKind};
 ///
 /// # Errors
 ///
-/// If the server cannot be reached or refuses, if the connection is cancelled, or the error of
+/// If the server cannot be reached or refuses, if the job is cancelled, or the error of
 /// `each`, which ends the walk.
 ///
 /// # Cancel safety
@@ -40,9 +40,11 @@ pub async fn map_export<E: From<JobError>>(
     } else {
         let mut position = 0;
         while position < size {
-            let mut answer = Answer::ask(&client, position, size - position)
-                .await
-                .map_err(|error| JobError::source(failed(uri, "map", &error)))?;
+            let ask = async {
+                let answer = Answer::ask(&client, position, size - position).await;
+                answer.map_err(|error| JobError::source(failed(uri, "map", &error)))
+            };
+            let mut answer = cancellation.unless_cancelled(ask).await?;
             while let Some((length, allocation, depth)) = answer.next() {
                 let length = length.min(size - position);
                 entries.add(part(position, length, allocation, depth))?;
@@ -118,7 +120,63 @@ fn part(start: u64, length: u64, allocation: AllocationFlags, depth: Option<u64>
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+    use std::sync::{Arc, Mutex};
+    use std::time::Duration;
+
+    use nbd_server::export::{Export, ExportEntry, ExportError, ExportInfo};
+    use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
+
     use super::*;
+
+    /// Cancels the job that asks for a status, and does not answer until the test ends.
+    struct Silent {
+        job: Cancellation,
+        end: Mutex<Receiver<()>>,
+    }
+
+    impl Export for Silent {
+        fn info(&self) -> ExportInfo {
+            let mut info = ExportInfo::new(1 << 20);
+            info.meta_contexts = vec![MetaContextName::base_allocation()];
+            info
+        }
+
+        fn read_at(&self, _: u64, _: &mut [u8]) -> Result<(), ExportError> {
+            Ok(())
+        }
+
+        fn block_status(
+            &self,
+            _: &MetaContextName,
+            _: u64,
+            _: u64,
+            _: usize,
+        ) -> Result<Vec<BlockDescriptor>, ExportError> {
+            self.job.cancel("interrupted by SIGINT");
+            let _ = self.end.lock().unwrap().recv();
+            Ok(vec![BlockDescriptor { length: 1 << 20, flags: 0 }])
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_server_that_does_not_answer_does_not_keep_the_job_from_being_cancelled() {
+        let directory = tempfile::tempdir().unwrap();
+        let (job, (end, silence)) = (Cancellation::new(), channel());
+        let disk = Silent { job: job.clone(), end: Mutex::new(silence) };
+        let exports = ExportRegistry::new();
+        exports.add("disk", ExportEntry::new(Arc::new(disk))).unwrap();
+        let mut server = Server::new(ServerConfig::default(), exports);
+        let socket = ListenAddress::Unix(directory.path().join("socket"));
+        let uri = server.listen(&socket).await.unwrap().remove(0).uri("disk").to_string();
+        let server = server.start();
+        let map = map_export::<JobError>(uri.parse().unwrap(), &job, |_, _| Ok(()));
+        let result = tokio::time::timeout(Duration::from_secs(60), map).await;
+        drop(end);
+        let error = result.expect("it ends").unwrap_err();
+        assert_eq!(error.to_string(), "interrupted by SIGINT");
+        drop(server);
+    }
 
     #[test]
     fn contexts_that_reach_differently_far_are_cut_at_all_their_borders() {

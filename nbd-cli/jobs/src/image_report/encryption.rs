@@ -87,12 +87,7 @@ impl EncryptionReport {
             Encryption::Luks(luks) => luks.as_ref(),
             _ => None,
         };
-        let name = match encryption {
-            Encryption::Aes => "aes",
-            Encryption::Luks(_) => "luks",
-            _ => "unknown",
-        };
-        let format = (naming == Naming::InImage).then_some(name);
+        let format = (naming == Naming::InImage).then_some(encryption.name());
         Self { format, luks: luks.map(LuksReport::from) }
     }
 }

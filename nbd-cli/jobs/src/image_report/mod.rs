@@ -29,7 +29,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use imgfmt::{Format, ImageInfo, OpenOptions, Qcow2Info};
-use nbd_client::{Scope, blocking};
+use nbd_client::{LocalFiles, Scope, blocking};
 use nbd_proto::NbdUri;
 use serde::Serialize;
 
@@ -139,7 +139,8 @@ pub fn describe(
     options: &OpenOptions,
     remotes: &Remotes,
 ) -> Result<DescribedImage, JobError> {
-    let server = location.uri().map(|uri| server(uri, remotes)).transpose()?;
+    let files = location.local_files();
+    let server = location.uri().map(|uri| server(uri, files, remotes)).transpose()?;
     Ok(DescribedImage { server, ..layer(location, options, remotes)? })
 }
 
@@ -191,8 +192,12 @@ fn recorded_backing(qcow2: &Qcow2Info) -> Option<(&OsStr, Option<Format>)> {
 }
 
 /// Describes the server of an export.
-fn server(uri: &NbdUri, remotes: &Remotes) -> Result<ServerReport, JobError> {
-    let connector = remotes.connector(uri);
+fn server(uri: &NbdUri, files: LocalFiles, remotes: &Remotes) -> Result<ServerReport, JobError> {
+    let connector = match files {
+        LocalFiles::Allowed => remotes.connector(uri),
+        // An image contains this URI: it must not choose local files to read.
+        LocalFiles::Refused => remotes.connector(uri).local_files(files),
+    };
     match blocking::inspect(&connector, Scope::ThisExport) {
         Ok(server) => Ok(ServerReport::new(&server, uri)),
         Err(error) => {
@@ -266,6 +271,7 @@ impl DescribedImage {
 #[cfg(test)]
 mod tests {
     use imgfmt::{CreateOptions, Image};
+    use nbd_client::{Connector, TlsError};
 
     use super::*;
 
@@ -295,5 +301,21 @@ mod tests {
         let alone = describe(location.clone(), &OpenOptions::new(), &remotes).unwrap();
         assert_eq!(alone.report().virtual_size, 1 << 20, "nothing below is opened");
         assert!(describe_chain(location, &OpenOptions::new(), &remotes).is_err());
+    }
+
+    #[test]
+    fn a_server_that_an_image_names_is_described_without_local_files() {
+        let remotes =
+            Remotes::new(|uri| Connector::new(uri.clone()).local_files(LocalFiles::Allowed));
+        let name = "nbds://localhost:1/x?tls-certificates=/nonexistent";
+        let above = ImageLocation::File("overlay.qcow2".into());
+        let named = above.beside(OsStr::new(name)).unwrap();
+        let given = ImageLocation::parse(OsStr::new(name)).unwrap();
+        let [named, given] = [named, given].map(|location| {
+            describe(location, &OpenOptions::new(), &remotes).unwrap_err().to_string()
+        });
+        let refused = TlsError::LocalFile("tls-certificates").to_string();
+        assert!(named.contains(&refused), "{named}");
+        assert!(!given.contains(&refused), "{given}");
     }
 }

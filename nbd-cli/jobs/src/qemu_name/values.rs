@@ -8,7 +8,7 @@ use crate::qemu_numbers::parse_size;
 
 /// Parses a value of the option `discard`; `None` if it is invalid.
 #[cfg(feature = "server")]
-pub fn parse_discard(text: &str) -> Option<Discard> {
+pub(crate) fn parse_discard(text: &str) -> Option<Discard> {
     match text {
         "off" | "ignore" => Some(Discard::Ignore),
         "on" | "unmap" => Some(Discard::Unmap),
@@ -18,7 +18,7 @@ pub fn parse_discard(text: &str) -> Option<Discard> {
 
 /// Parses a value of the option `detect-zeroes`; `None` if it is invalid.
 #[cfg(feature = "server")]
-pub fn parse_detect_zeroes(text: &str) -> Option<DetectZeroes> {
+pub(crate) fn parse_detect_zeroes(text: &str) -> Option<DetectZeroes> {
     match text {
         "off" => Some(DetectZeroes::Off),
         "on" => Some(DetectZeroes::On),

@@ -20,7 +20,7 @@ impl Options {
     ///
     /// # Errors
     ///
-    /// Names the self.
+    /// Names the options that contradict each other, or says what else is wrong.
     pub fn check(&self, activation: Activation) -> Result<(), CommandLineError> {
         if self.list {
             check_list(self)?;

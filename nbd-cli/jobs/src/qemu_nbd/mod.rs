@@ -32,5 +32,5 @@ mod tls;
 
 pub use self::check::Activation;
 pub use self::error::CommandLineError;
-pub use self::options::{AioMode, DEFAULT_PORT, Options, Wanted, parse};
+pub use self::options::{AioMode, Options, Wanted, parse};
 pub use self::source::OpenedSource;

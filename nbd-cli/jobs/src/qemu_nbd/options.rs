@@ -11,12 +11,13 @@ use nbd_server::export::filters::{DetectZeroes, Discard};
 use super::error::CommandLineError;
 use super::getopt::{Getopt, Known, Takes};
 use super::objects::Objects;
-use crate::blockdev::{SnapshotName, parse_detect_zeroes, parse_discard};
+use crate::blockdev::SnapshotName;
 use crate::key_values::KeyValues;
+use crate::qemu_name::{parse_detect_zeroes, parse_discard};
 use crate::qemu_numbers::parse_integer;
 
 /// The port without `-p`.
-pub const DEFAULT_PORT: &str = "10809";
+const DEFAULT_PORT: &str = "10809";
 const DEFAULT_BIND: &str = "0.0.0.0";
 
 /// The task that a command line requests.

@@ -22,7 +22,7 @@ use nbd_proto::wire::{ReplyMode, TransmissionFlags};
 use serde::Serialize;
 
 pub use self::content::content_of;
-use crate::text::exact;
+use crate::size::exact;
 
 /// A server; serialised with the keys of nbdinfo, in their order.
 #[derive(Clone, Debug, Serialize)]

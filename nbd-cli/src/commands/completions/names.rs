@@ -7,6 +7,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use clap::{Arg, Command};
+use nbd_client::{Connector, LocalFiles};
 use nbd_jobs::known_names::{
     bitmaps_in, controlled_bitmaps, controlled_exports, served_bitmaps, served_exports,
     snapshots_in,
@@ -137,7 +138,7 @@ impl Position {
             (["backup"], "export") => controlled_exports(&path(self.options.get("control")?)),
             (["backup"], "bitmap") => match self.options.get("control") {
                 Some(socket) => controlled_bitmaps(&path(socket), self.options.get("export")?),
-                None => served_bitmaps(first()?),
+                None => served_bitmaps(&connector(first()?)?),
             },
             (["bitmap", "add"], _) => None,
             (["bitmap", _], _) if index > 0 => {
@@ -147,9 +148,30 @@ impl Position {
             (["image", "snapshot", "apply" | "delete"], _) if index > 0 => {
                 snapshots_in(&path(first()?))
             }
-            _ => served_exports(&self.word),
+            _ => exports_at(&self.word),
         }
     }
+}
+
+/// Returns the exports of `nbd://HOST/`, the beginning of a URI, as URIs. Those whose names would have
+/// to be escaped are left out.
+fn exports_at(beginning: &str) -> Option<Vec<String>> {
+    let (scheme, rest) = beginning.split_once("://")?;
+    let (host, _) = rest.split_once('/')?;
+    if !matches!(scheme, "nbd" | "nbds") || host.is_empty() || rest.contains('?') {
+        return None;
+    }
+    let base = format!("{scheme}://{host}/");
+    let exports = served_exports(&connector(&base)?)?;
+    let is_plain =
+        |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b));
+    let names = exports.into_iter().filter(|name| is_plain(name));
+    Some(names.map(|name| format!("{base}{name}")).collect())
+}
+
+/// The user has written the URI, which may name the user's files.
+fn connector(uri: &str) -> Option<Connector> {
+    Some(Connector::new(uri.parse().ok()?).local_files(LocalFiles::Allowed))
 }
 
 fn long_option<'a>(command: &'a Command, name: &str) -> Option<&'a Arg> {
@@ -208,6 +230,13 @@ mod tests {
         }
         for line in ["nbd-cli", "nbd-cli copy --fl"] {
             assert_eq!(position(line), Default::default(), "{line}");
+        }
+    }
+
+    #[test]
+    fn only_a_complete_host_is_asked_for_exports() {
+        for beginning in ["", "nbd://", "nbd:///", "http://host/", "nbd://host/?socket=x"] {
+            assert_eq!(exports_at(beginning), None, "{beginning}");
         }
     }
 }

@@ -7,7 +7,6 @@ use std::time::Duration;
 use clap::Args;
 use imgfmt::jobs::{Background, Clusters};
 use imgfmt::{CreateOptions, Format};
-use nbd_jobs::connect::refuse_same_export;
 use nbd_jobs::convert::{ConvertOptions, CopiedBitmaps, Destination, convert};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::size::parse_duration;
@@ -143,7 +142,6 @@ pub struct ConvertArgs {
 pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     let [from, destination] =
         location::parse_two([&args.source, &args.destination], &args.server, &args.open.trust)?;
-    refuse_same_export(from.uri(), destination.uri())?;
     let exists = args.no_create || matches!(destination, ImageLocation::Export { .. });
     let format = args.output_format.map_or(Format::Raw, Format::from);
     check_options(args, &destination, format, exists)?;

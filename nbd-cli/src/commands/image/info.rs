@@ -211,16 +211,12 @@ fn backup_text(backup: &Backup) -> String {
 
 /// The encryption in one line.
 fn encryption_text(encryption: &Encryption) -> String {
-    let luks = match encryption {
-        Encryption::Luks(Some(luks)) => luks,
-        Encryption::Luks(None) => return "luks".to_owned(),
-        Encryption::Aes => return "aes".to_owned(),
-        _ => return "unknown".to_owned(),
-    };
+    let Encryption::Luks(Some(luks)) = encryption else { return encryption.name().to_owned() };
     let details = luks.details.as_ref().map(|details| {
         let active = details.slots.iter().filter(|slot| slot.is_active).count();
         let (cipher, mode) = (&details.cipher, &details.cipher_mode);
         format!(", {cipher}-{mode}, {active} of {} key slots in use", details.slots.len())
     });
-    format!("luks version {}{}, uuid {}", luks.version, details.unwrap_or_default(), luks.uuid)
+    let (name, details) = (encryption.name(), details.unwrap_or_default());
+    format!("{name} version {}{details}, uuid {}", luks.version, luks.uuid)
 }
