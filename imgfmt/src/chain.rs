@@ -11,7 +11,7 @@ use self::below::{
 };
 use crate::access::{Access, Locking};
 use crate::backing_file::BackingFile;
-use crate::driver::{BackingLayer, Chain, Driver};
+use crate::driver::{BackingLayer, Chain, Driver, NamedFile};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::info::ImageInfo;
@@ -31,7 +31,7 @@ pub(crate) fn open(
 ) -> Result<Chain> {
     let path = path.map(Path::to_owned);
     let top = Unopened { storage, shown: path.clone(), path, options: options.clone() };
-    open_layers(top, &mut Vec::new())
+    open_layers(top, &mut Files::default())
 }
 
 /// Checks a qcow2 image by itself, without the files it names.
@@ -146,7 +146,8 @@ pub(crate) fn named_size(path: &Path, name: &OsStr, options: &OpenOptions) -> Re
     let options = OpenOptions { backing, ..options.clone() };
     let layer = Unopened { storage, path: below, shown: shown.clone(), options };
     // The new image is a layer too.
-    let opened = open_layers(layer, &mut vec![None]);
+    let mut files = Files { layers: vec![None], named: Vec::new() };
+    let opened = open_layers(layer, &mut files);
     let chain = opened.map_err(|error| named(error, shown.as_deref()))?;
     Ok(chain.top.layer().size())
 }
@@ -159,9 +160,26 @@ enum Opened {
     Overlay(Box<Qcow2>, Box<Unopened>),
 }
 
-/// Opens a layer and everything below it. `files` are those above, one for each layer. Not
+/// The files that were opened so far.
+#[derive(Default)]
+struct Files {
+    /// Those of the layers above, one for each.
+    layers: Vec<Option<FileIdentity>>,
+    /// Those that have names, also data files.
+    named: Vec<NamedFile>,
+}
+
+impl Files {
+    fn note(&mut self, path: Option<&Path>, identity: Option<FileIdentity>) {
+        if let (Some(path), Some(identity)) = (path, identity) {
+            self.named.push(NamedFile { path: path.to_owned(), identity });
+        }
+    }
+}
+
+/// Opens a layer and everything below it. `files` are those above. Not
 /// recursive: what images name must not decide how much stack is needed.
-fn open_layers(mut layer: Unopened, files: &mut Vec<Option<FileIdentity>>) -> Result<Chain> {
+fn open_layers(mut layer: Unopened, files: &mut Files) -> Result<Chain> {
     let mut above: Vec<(Box<Qcow2>, Option<PathBuf>)> = Vec::new();
     let mut top = loop {
         let shown = layer.shown.clone();
@@ -176,7 +194,7 @@ fn open_layers(mut layer: Unopened, files: &mut Vec<Option<FileIdentity>>) -> Re
             Opened::Bottom(bottom) => break bottom,
             Opened::Overlay(image, below) => {
                 above.push((image, shown));
-                if files.len() >= CHAIN_DEPTH_MAX {
+                if files.layers.len() >= CHAIN_DEPTH_MAX {
                     return Err(too_long());
                 }
                 layer = *below;
@@ -191,7 +209,7 @@ fn open_layers(mut layer: Unopened, files: &mut Vec<Option<FileIdentity>>) -> Re
         image.begin_writing().map_err(|error| named(error, shown.as_deref()))?;
         top = Driver::Qcow2(image);
     }
-    Ok(Chain { top, below })
+    Ok(Chain { top, below, files: std::mem::take(&mut files.named) })
 }
 
 /// Refuses a backing file whose chain would be too long with the image at `path` above it. Whether it can
@@ -231,8 +249,9 @@ fn named(error: Error, shown: Option<&Path>) -> Error {
     }
 }
 
-fn open_layer(layer: Unopened, files: &mut Vec<Option<FileIdentity>>) -> Result<Opened> {
+fn open_layer(layer: Unopened, files: &mut Files) -> Result<Opened> {
     let Unopened { storage, path, options, .. } = layer;
+    files.note(path.as_deref(), storage.identity());
     if format_of(&*storage, &options)? == Format::Raw {
         if options.snapshot.is_some() {
             let detail = "a raw image has no snapshots";
@@ -249,16 +268,18 @@ fn open_layer(layer: Unopened, files: &mut Vec<Option<FileIdentity>>) -> Result<
         return Ok(Opened::Bottom(Driver::Raw(Raw::new(storage, first_sector)?)));
     }
     let identity = storage.identity();
-    refuse_loop(identity, files)?;
-    files.push(identity);
+    refuse_loop(identity, &files.layers)?;
+    files.layers.push(identity);
     let path = path.as_deref();
     let mut image = Box::new(Qcow2::open(storage, path, &options, Purpose::Use)?);
     if let Some(name) = image.data_file_name() {
         let target = options.policy.resolve(path, &name)?;
-        let data = open_target(target, &options, options.access, files)?.storage;
+        let opened = open_target(target, &options, options.access, &files.layers)?;
+        let OpenTarget { storage: data, path, .. } = opened;
+        files.note(path.as_deref(), data.identity());
         image.attach_data_file(data, options.is_synced);
     }
-    if let Some(below) = layer_below(&image, path, &options, files)? {
+    if let Some(below) = layer_below(&image, path, &options, &files.layers)? {
         return Ok(Opened::Overlay(image, Box::new(below)));
     }
     image.begin_writing()?;

@@ -1,12 +1,13 @@
 //! The formats that can be opened: what only one of them has is found here.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::format::Format;
 use crate::layer::{Layer, WritableLayer};
 use crate::qcow2::Qcow2;
 use crate::raw::Raw;
-use crate::storage::Storage;
+use crate::storage::{FileIdentity, Storage};
 
 /// An open image of a known format.
 #[derive(Debug)]
@@ -30,6 +31,15 @@ pub(crate) struct Chain {
     pub(crate) top: Driver,
     /// From the one below the image to the last one.
     pub(crate) below: Vec<BackingLayer>,
+    /// Those of all layers that were opened by a name.
+    pub(crate) files: Vec<NamedFile>,
+}
+
+/// A file that was opened by a name.
+#[derive(Clone, Debug)]
+pub(crate) struct NamedFile {
+    pub(crate) path: PathBuf,
+    pub(crate) identity: FileIdentity,
 }
 
 impl Driver {

@@ -18,14 +18,14 @@ pub use self::on_device::NewOnDevice;
 use crate::access::Access;
 use crate::cache_mode::CacheMode;
 use crate::chain;
-use crate::driver::{BackingLayer, Chain};
+use crate::driver::{BackingLayer, Chain, NamedFile};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::info::ImageInfo;
 use crate::layer::{Layer, WritableLayer};
 use crate::options::OpenOptions;
 use crate::qcow2::{CheckReport, Qcow2, Repair};
-use crate::storage::{Capabilities, DirectAlignment, Storage};
+use crate::storage::{Capabilities, DirectAlignment, FileStorage, Storage};
 use crate::units::{GuestOffset, GuestRange};
 
 /// Whether a disk may become smaller, which loses what is at its end.
@@ -152,6 +152,15 @@ impl Image {
     /// The file the image was opened from, if it was one.
     pub fn path(&self) -> Option<&Path> {
         self.path.as_deref()
+    }
+
+    /// Returns the name of the first of the image's files that leads to another file by now, or to
+    /// none: the file was renamed, removed or replaced since it was opened. Looks at the image, its
+    /// data file and everything below. Blocks.
+    pub fn displaced_file(&self) -> Option<&Path> {
+        let is_displaced =
+            |file: &&NamedFile| FileStorage::identity_of(&file.path) != Some(file.identity);
+        self.chain.files.iter().find(is_displaced).map(|file| &*file.path)
     }
 
     /// What the image can do and which request sizes suit it.

@@ -238,6 +238,31 @@ fn what_would_be_lost_is_not_taken_over() {
 }
 
 #[test]
+fn a_file_that_its_name_does_not_lead_to_any_more_is_not_taken_over() {
+    let place = Place::new("disk.qcow2", &[]);
+    let base = place.text("base.raw");
+    nbd_cli(&["image", "create", "-f", "raw", &base, SIZE]).success();
+    nbd_cli(&["image", "create", "-f", "qcow2", "-b", &base, "-F", "raw", &place.disk]).success();
+    let server = place.serve();
+    for file in [place.disk.clone(), base] {
+        let elsewhere = place.text("elsewhere");
+        std::fs::rename(&file, &elsewhere).expect("another name");
+        let refused = |place: &Place| {
+            let outcome = run(&mut place.taking_over());
+            let words = "renamed, removed or replaced";
+            assert!(outcome.code == Some(1) && outcome.stderr.contains(words), "{outcome:?}");
+            assert!(outcome.stderr.contains(&file), "{outcome:?}");
+            nbd_cli(&["info", server.uri()]).success();
+        };
+        refused(&place);
+        std::fs::copy(&elsewhere, &file).expect("another file");
+        refused(&place);
+        std::fs::rename(&elsewhere, &file).expect("the old name");
+    }
+    place.take_over(server).end();
+}
+
+#[test]
 fn a_successor_killed_at_any_moment_ends_nothing() {
     let place = Place::qcow2();
     let server = place.serve();

@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use imgfmt::Image;
 use nbd_server::export::{Checkpointed, Export, ExportEntry, ImageExport};
 use serde_json::{Value, json};
 
 use crate::control::{ErrorKind, Failure};
+use crate::text::printable;
 
 /// Identifies one connection to the control socket; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -173,6 +175,15 @@ impl ServedDisks {
                 let message = format!(
                     "the export '{name}' is in memory or temporary, and its data would be lost; \
                      remove it first"
+                );
+                return Err(Failure::new(ErrorKind::InUse, message));
+            }
+            let image = disk.image.as_ref().map(|image| image.image());
+            if let Some(path) = image.and_then(Image::displaced_file) {
+                let message = format!(
+                    "'{}' of the export '{name}' is not the file any more that is served: it was \
+                     renamed, removed or replaced; move it back, or stop the server",
+                    printable(&path.to_string_lossy())
                 );
                 return Err(Failure::new(ErrorKind::InUse, message));
             }
