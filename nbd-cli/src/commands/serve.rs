@@ -15,6 +15,7 @@ mod tls;
 mod upstream;
 
 use std::io::Write as _;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -56,10 +57,13 @@ pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
             "--fork is not possible with sockets of a service manager; leave it out",
         ));
     }
-    runtime()?.block_on(serve(args))
+    // Dropped after the runtime, whose tasks may hold images.
+    let mut guard = None;
+    runtime()?.block_on(serve(args, &mut guard))
 }
 
-async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
+/// Serves. What is in `guard` has to be dropped after everything that is open.
+async fn serve(args: ServeArgs, guard: &mut Option<UnixStream>) -> Result<Outcome, CommandError> {
     let mut signals = EndSignals::new(Hangup::EndsWithTerminal)?;
     let (args, file) = with_file(args)?;
     let tls = args.tls.load()?;
@@ -73,7 +77,7 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     // What is wrong here is found before another server is paused.
     config(&args, &tls)?;
     let (args, exports) = (Arc::new(args), Arc::new(exports));
-    let mut opened = Opened::new(&args, &exports, &mut signals).await?;
+    let mut opened = Opened::new(&args, &exports, &mut signals, guard).await?;
     if file.is_none() {
         tls::reload_on_hangup(&tls)?;
     }
@@ -82,7 +86,7 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     let file = file.map(|file| Arc::new(Mutex::new(file)));
     let setup = Setup { args, exports, tls, file };
     loop {
-        match setup.serve(opened, &mut signals).await? {
+        match setup.serve(opened, &mut signals, guard).await? {
             Served::Ended(outcome) => return Ok(outcome),
             Served::HandsOver(hand_over) => {
                 let Some(signals) = &mut signals else { return Ok(Outcome::Success) };
@@ -117,10 +121,9 @@ impl Setup {
         &self,
         opened: Opened,
         signals: &mut Option<EndSignals>,
+        guard: &mut Option<UnixStream>,
     ) -> Result<Served, CommandError> {
         let Self { args, exports, tls, file } = self;
-        // The first, so that it is dropped last.
-        let guard = opened.origin.guard()?;
         let Opened { origin, taken, disks, registry } = opened;
         let names: Vec<_> = exports.iter().map(|export| export.name.clone()).collect();
         let private = private_directory(args)?;
@@ -139,8 +142,11 @@ impl Setup {
         let (reload, wishes) = ReloadHandle::new();
         let control = match (&args.control, disks) {
             (Some(path), Some(disks)) => {
-                let socket = ControlSocket::open(path).await;
-                let socket = socket.map_err(|error| CommandError::new(error.to_string()))?;
+                let socket = takeover::patiently(goes_on, async || {
+                    let socket = ControlSocket::open(path).await;
+                    socket.map_err(|error| CommandError::new(error.to_string()))
+                });
+                let socket = socket.await?;
                 let (bound, tls) = (bound.clone(), tls.clone());
                 let mut controller = control::controller(server.handle(), disks, args)
                     .uris(move |name| uris(&bound, name, &tls));
@@ -159,14 +165,14 @@ impl Setup {
             }
             _ => None,
         };
-        let monitor = takeover::patiently(goes_on, || monitor(args, &server)).await?;
+        let monitor = takeover::patiently(goes_on, async || monitor(args, &server)).await?;
         if let Some(command) = &args.run {
             let Some(signals) = signals else { return Ok(Served::Ended(Outcome::Success)) };
             let captive = Captive::start(command, &bound, &names, tls)?;
             return serve_while_running(server, captive, signals).await.map(Served::Ended);
         }
         let pid_file = started(args, origin, || announce(&bound, &names, tls)).await?;
-        drop(guard);
+        *guard = None;
         logging::include_warnings();
         let served = match control {
             Some(control) => serve_controlled(server, signals, control).await,
@@ -430,7 +436,7 @@ async fn started(
     announce: impl FnOnce(),
 ) -> Result<Option<PidFile>, CommandError> {
     let goes_on = matches!(origin, Origin::GoesOn);
-    let write = || args.pid_file.as_deref().map(PidFile::write).transpose();
+    let write = async || args.pid_file.as_deref().map(PidFile::write).transpose();
     let pid_file = takeover::patiently(goes_on, write).await?;
     match origin {
         Origin::Started => {}

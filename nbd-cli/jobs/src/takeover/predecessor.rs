@@ -1,9 +1,9 @@
 //! The side of the server that is taken over.
 
-use std::io;
+use std::io::{self, Read as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nbd_server::Paused;
 use rustix::net::sockopt;
@@ -13,8 +13,8 @@ use super::wire::{Kind, encode_origin, receive, send};
 
 /// Time for the successor to open everything. Clients wait meanwhile.
 const TIME_TO_OPEN: Duration = Duration::from_secs(60);
-/// Time for a successor that is not wanted any more to close everything.
-const TIME_TO_CLOSE: Duration = Duration::from_secs(30);
+/// Interval of log lines while a successor that is not wanted any more has not closed everything.
+const BETWEEN_REPORTS: Duration = Duration::from_secs(30);
 
 /// The program that takes over from this one. All methods block.
 #[derive(Debug)]
@@ -77,16 +77,31 @@ impl Successor {
         self.expect(Kind::Serving)
     }
 
-    /// Tells the successor that this process goes on, and waits until it has closed everything.
+    /// Tells the successor that this process goes on, and waits until it has closed everything,
+    /// however long that takes: until then it may use the images.
     pub fn abandon(self, reason: &str) {
         // One that is gone needs not be told.
         let _ = send(&self.stream, Kind::Abandoned, reason.as_bytes(), None);
-        let deadline = Instant::now() + TIME_TO_CLOSE;
-        while let Some(left) = deadline.checked_duration_since(Instant::now())
-            && !left.is_zero()
-            && self.stream.set_read_timeout(Some(left)).is_ok()
-            && matches!(receive(&self.stream), Ok(Some(_)))
-        {}
+        // Otherwise a wait that is not reported, and no less right.
+        let _ = self.stream.set_read_timeout(Some(BETWEEN_REPORTS));
+        let mut ignored = [0; 4096];
+        loop {
+            match (&self.stream).read(&mut ignored) {
+                Ok(0) => return,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let process = self.process_id();
+                    tracing::warn!(
+                        ?process,
+                        "the program that was to take over does not end; this server cannot go on \
+                         before it has"
+                    );
+                }
+                // It has closed the connection without reading everything.
+                Err(_) => return,
+            }
+        }
     }
 
     fn expect(&self, kind: Kind) -> Result<(), TakeoverError> {

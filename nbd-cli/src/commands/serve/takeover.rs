@@ -40,20 +40,10 @@ pub(super) enum Origin {
     GoesOn,
 }
 
-impl Origin {
-    /// Returns what has to be dropped after everything that is open: the server from which this one
-    /// takes over waits for it before it goes on.
-    ///
-    /// # Errors
-    ///
-    /// If there are too many open files.
-    pub(super) fn guard(&self) -> Result<Option<UnixStream>, CommandError> {
-        let Self::TakesOver(predecessor) = self else { return Ok(None) };
-        let guard = predecessor.connection().map_err(|error| {
-            CommandError::new(format!("cannot keep the connection to the running server: {error}"))
-        })?;
-        Ok(Some(guard))
-    }
+fn connection(predecessor: &Predecessor) -> Result<UnixStream, CommandError> {
+    predecessor.connection().map_err(|error| {
+        CommandError::new(format!("cannot keep the connection to the running server: {error}"))
+    })
 }
 
 /// Tries what a program that was to take over may still prevent for a moment, because it is ending.
@@ -63,21 +53,23 @@ impl Origin {
 /// That of the last attempt.
 pub(super) async fn patiently<T>(
     goes_on: bool,
-    attempt: impl Fn() -> Result<T, CommandError>,
+    attempt: impl AsyncFn() -> Result<T, CommandError>,
 ) -> Result<T, CommandError> {
     if goes_on {
         for _ in 0..ATTEMPTS {
-            match attempt() {
+            match attempt().await {
                 Err(_) => tokio::time::sleep(BETWEEN_ATTEMPTS).await,
                 done => return done,
             }
         }
     }
-    attempt()
+    attempt().await
 }
 
 impl Opened {
-    /// Opens the sources, after another server has closed them if this one takes over.
+    /// Opens the sources, after another server has closed them if this one takes over. That server
+    /// waits for `guard` to be dropped before it goes on: it has to be dropped after everything that
+    /// is open, and may be when this server serves.
     ///
     /// # Errors
     ///
@@ -86,14 +78,15 @@ impl Opened {
         args: &Arc<ServeArgs>,
         exports: &Arc<Vec<ExportSpec>>,
         signals: &mut EndSignals,
+        guard: &mut Option<UnixStream>,
     ) -> Result<Self, CommandError> {
         let (mut taken, mut origin) = (TakenOver::default(), Origin::Started);
         if let Some(control) = &args.takeover {
             let predecessor;
             (predecessor, taken) = signals.meanwhile(begin(control)).await?;
+            *guard = Some(connection(&predecessor)?);
             origin = Origin::TakesOver(predecessor);
         }
-        // Dropped before the connection to the other server, which then opens its images again.
         let registry = ExportRegistry::new();
         let disks = signals.meanwhile(open_sources(args, exports, &registry)).await?;
         Ok(Self { registry, disks, taken, origin })
