@@ -1,6 +1,7 @@
 //! `serve --takeover`: another process goes on with a server's clients and images.
 
-use std::os::unix::net::UnixDatagram;
+use std::io::Write as _;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -260,6 +261,34 @@ fn a_file_that_its_name_does_not_lead_to_any_more_is_not_taken_over() {
         std::fs::rename(&elsewhere, &file).expect("the old name");
     }
     place.take_over(server).end();
+}
+
+#[test]
+fn a_program_that_asks_to_take_over_and_leaves_does_not_lock_the_control_socket() {
+    let place = Place::raw();
+    let server = place.serve();
+    let control = place.text("control");
+    for _ in 0..10 {
+        // The socket has no listener for a moment while the server pauses.
+        let mut asking = patiently(|| UnixStream::connect(&control).ok());
+        let _ = asking.write_all(b"{\"command\":\"takeover\"}\n");
+        drop(asking);
+        patiently(|| (nbd_cli(&["control", &control, "list"]).code == Some(0)).then_some(()));
+    }
+    nbd_cli(&["info", server.uri()]).success();
+    place.take_over(server).end();
+}
+
+/// Attempts something until it succeeds.
+#[track_caller]
+fn patiently<T>(attempt: impl Fn() -> Option<T>) -> T {
+    for _ in 0..1200 {
+        match attempt() {
+            Some(done) => return done,
+            None => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
+    panic!("it has not succeeded within a minute");
 }
 
 #[test]

@@ -161,6 +161,11 @@ impl Controller {
         Ok(())
     }
 
+    /// Carries out requests again: the takeover does not come about.
+    pub(super) async fn resume(&self) {
+        self.disks.lock().await.is_suspended = false;
+    }
+
     pub(super) fn hand_over_to(&self, successor: UnixStream) {
         let slot = self.successor.lock();
         *slot.unwrap_or_else(PoisonError::into_inner) = Some(successor);

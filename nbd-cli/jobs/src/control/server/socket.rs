@@ -200,14 +200,18 @@ async fn answer(
         let (reply, go_on) = match lines.next(&mut stream).await? {
             Line::End => return Ok(()),
             Line::Request(line) => match decode(&line) {
-                Ok(Request::Takeover {}) => match controller.suspend().await {
-                    Ok(()) => {
-                        stream.write_all(&encode(Ok(json!({})))).await?;
-                        controller.hand_over_to(stream.into_std()?);
+                Ok(Request::Takeover {}) => {
+                    if !slot.set(Activity::Busy) {
                         return Ok(());
                     }
-                    refused @ Err(_) => (refused.map(|()| json!({})), true),
-                },
+                    match controller.suspend().await {
+                        Ok(()) => return hand_over(stream, controller).await,
+                        refused @ Err(_) => {
+                            slot.set(between_requests);
+                            (refused.map(|()| json!({})), true)
+                        }
+                    }
+                }
                 Ok(request) => {
                     if !slot.set(Activity::Busy) {
                         return Ok(());
@@ -231,6 +235,22 @@ async fn answer(
             return Ok(());
         }
     }
+}
+
+/// Lets a client take over from a server that is suspended. If it has left, the server goes on.
+async fn hand_over(mut stream: UnixStream, controller: &Controller) -> io::Result<()> {
+    let handed_over = match stream.write_all(&encode(Ok(json!({})))).await {
+        Ok(()) => stream.into_std(),
+        Err(error) => Err(error),
+    };
+    match handed_over {
+        Ok(stream) => controller.hand_over_to(stream),
+        Err(error) => {
+            controller.resume().await;
+            return Err(error);
+        }
+    }
+    Ok(())
 }
 
 /// A checkpoint may end with the connection on which it was started.
