@@ -314,7 +314,8 @@ async fn serve_controlled(
         // The other program makes a control socket of its own.
         listening.abort();
         let _ = listening.await;
-        let hand_over = HandOver::pause(server, &controller, successor).await?;
+        let pause = HandOver::pause(server, &controller, successor);
+        let hand_over = signal.meanwhile(pause).await?;
         return Ok(Served::HandsOver(Box::new(hand_over)));
     }
     if let Some(mut signals) = signals.take() {
