@@ -1,5 +1,6 @@
 //! Sockets that accept connections.
 
+use std::fs::Metadata;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
@@ -51,7 +52,10 @@ pub(crate) struct SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if self.is_owned && identity(&self.path).is_ok_and(|now| now == self.identity) {
+        // Its path may be another server's word.
+        let is_same =
+            |now: Metadata| now.file_type().is_socket() && (now.dev(), now.ino()) == self.identity;
+        if self.is_owned && std::fs::symlink_metadata(&self.path).is_ok_and(is_same) {
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -358,6 +362,15 @@ mod tests {
 
     async fn open(address: &ListenAddress) -> Result<Vec<Listener>, ServeError> {
         Listener::open(address, &mut Vec::new()).await
+    }
+
+    #[test]
+    fn a_file_that_is_not_a_socket_is_never_removed() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().to_path_buf();
+        let identity = identity(&path).unwrap();
+        drop(SocketFile { path, identity, is_owned: true });
+        assert!(file.path().exists());
     }
 
     #[tokio::test]

@@ -106,6 +106,11 @@ impl Conversation {
         unbuffered.call(request)
     }
 
+    #[cfg(feature = "server")]
+    pub(crate) fn stream(&self) -> &UnixStream {
+        self.stream.get_ref()
+    }
+
     /// Returns the connection itself.
     #[cfg(feature = "server")]
     pub(crate) fn into_stream(self) -> UnixStream {

@@ -5,12 +5,14 @@ use std::path::Path;
 
 use nbd_proto::transmission::SavedConnection;
 use nbd_server::{PausedConnection, PausedListener};
+use rustix::net::sockopt;
+use rustix::process::{Uid, geteuid};
 
 use super::TakeoverError;
 use super::wire::{Kind, Message, decode_origin, receive, send};
-use crate::JobError;
 use crate::control::{Conversation, Request};
-use crate::text::printable;
+use crate::text::{printable, without_error_numbers};
+use crate::{JobError, JobErrorKind};
 
 /// What was taken over, for [`nbd_server::Server::adopt`].
 #[derive(Debug, Default)]
@@ -35,9 +37,11 @@ impl Predecessor {
     ///
     /// # Errors
     ///
-    /// If no server listens, or the server's reason not to hand over. It goes on then.
+    /// If no server listens, or one of another user than this process's and root, who could have
+    /// this process remove files and serve what it likes; or the server's reason not to hand over. It goes on then.
     pub fn begin(control: &Path) -> Result<(Self, TakenOver), JobError> {
         let mut conversation = Conversation::begin(control)?;
+        check_owner(conversation.stream(), control)?;
         conversation.call_before_descriptors(&Request::Takeover {})?;
         let predecessor = Self { stream: conversation.into_stream() };
         match predecessor.receive_all() {
@@ -111,15 +115,53 @@ impl Predecessor {
     }
 }
 
+/// Refuses a server of a user whom this process need not trust.
+fn check_owner(stream: &UnixStream, control: &Path) -> Result<(), JobError> {
+    let refused = |why: String| {
+        let control = control.display();
+        let message = format!("cannot take over from the server at '{control}': {why}");
+        JobError::new(JobErrorKind::ControlSocket, message)
+    };
+    let credentials = sockopt::socket_peercred(stream);
+    let owner = credentials.map_err(|error| refused(without_error_numbers(error.to_string())))?.uid;
+    if is_trusted(owner, geteuid()) {
+        return Ok(());
+    }
+    let owner = owner.as_raw();
+    Err(refused(format!("it was started by user {owner}; start this program as that user")))
+}
+
+fn is_trusted(owner: Uid, own: Uid) -> bool {
+    owner == own || owner.is_root()
+}
+
 fn abandoned(payload: &[u8]) -> TakeoverError {
     TakeoverError::Abandoned { reason: printable(&String::from_utf8_lossy(payload)) }
 }
 
 fn explained(error: &TakeoverError) -> JobError {
-    let kind = crate::JobErrorKind::ControlSocket;
+    let kind = JobErrorKind::ControlSocket;
     let goes_on = match error {
         TakeoverError::Gone => "",
         _ => "; it goes on",
     };
     JobError::new(kind, format!("the running server was not taken over: {error}{goes_on}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_of_another_user_than_root_is_not_trusted() {
+        let [root, one, other] = [Uid::ROOT, Uid::from_raw(1000), Uid::from_raw(1001)];
+        assert!(is_trusted(one, one) && is_trusted(root, one) && is_trusted(root, root));
+        assert!(!is_trusted(other, one) && !is_trusted(one, root));
+    }
+
+    #[test]
+    fn a_server_of_this_user_is_accepted() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        check_owner(&ours, "/run/control".as_ref()).unwrap();
+    }
 }
