@@ -120,6 +120,15 @@ impl ExportRegistry {
         self.read().removed.iter().filter_map(alive).collect()
     }
 
+    /// Returns the names of exports that were removed or replaced while something still holds
+    /// them, such as a client that goes on using one.
+    #[must_use]
+    pub fn removed_in_use(&self) -> Vec<String> {
+        let mut removed = self.removed();
+        removed.retain(|(_, export)| !self.offers(export));
+        removed.into_iter().map(|(name, _)| name).collect()
+    }
+
     /// Whether this export is registered, under any name.
     pub(crate) fn offers(&self, export: &Arc<dyn Export>) -> bool {
         self.read().exports.values().any(|entry| Arc::ptr_eq(&entry.export, export))
@@ -190,6 +199,10 @@ mod tests {
         }
         assert_eq!(registry.read().removed.len(), 1, "the one that is gone is forgotten");
         assert!(Arc::ptr_eq(&registry.removed()[0].1, first.export()));
+        assert_eq!(registry.removed_in_use(), ["disk"]);
+        registry.add("again", first.clone()).unwrap();
+        assert!(registry.removed_in_use().is_empty(), "it is registered");
+        registry.remove("again").unwrap();
         drop(first);
         assert!(registry.removed().is_empty());
     }

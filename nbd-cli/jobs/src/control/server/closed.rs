@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use nbd_proto::wire::MetaContextName;
 use nbd_server::ExportRegistry;
-use nbd_server::export::{Export, ExportEntry, MemoryExport};
+use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 
 use super::disks::{Reopen, ServedDisk, ServedDisks};
-use crate::control::Failure;
+use crate::control::{ErrorKind, Failure};
 
 /// Time for requests of connections that were cut, which threads may still carry out.
 const TIME_TO_CLOSE: Duration = Duration::from_secs(10);
@@ -49,6 +49,14 @@ impl ServedDisks {
         if let Err(failure) = self.check_takeover() {
             return Err(Box::new(NotClosed { disks: self, reason: failure.message }));
         }
+        let deadline = Instant::now() + TIME_TO_CLOSE;
+        // Their clients were cut, but threads may still carry out their last requests.
+        while let Err(failure) = refuse_removed(registry) {
+            if Instant::now() >= deadline {
+                return Err(Box::new(NotClosed { disks: self, reason: failure.message }));
+            }
+            sleep(LOOK);
+        }
         let mut closed = BTreeMap::new();
         for (name, disk) in &mut self.disks {
             let Some(reopen) = disk.reopen.clone() else { continue };
@@ -59,7 +67,6 @@ impl ServedDisks {
             disk.entry = entry.clone();
             closed.insert(name.clone(), ClosedDisk { reopen, entry, contexts });
         }
-        let deadline = Instant::now() + TIME_TO_CLOSE;
         while !self.disks.values().all(ServedDisk::is_unused) {
             if Instant::now() >= deadline {
                 let disks = self.restored(registry);
@@ -84,10 +91,25 @@ impl ServedDisks {
 }
 
 impl ServedDisk {
-    /// Whether nothing but this holds the export.
+    /// Whether nothing but this holds the export and, as views of checkpoints do, the disk in it.
     fn is_unused(&self) -> bool {
-        Arc::strong_count(&self.export) == 1
+        let disk = self.export.disk();
+        let is_disk =
+            |image: &Arc<ImageExport>| std::ptr::addr_eq(Arc::as_ptr(image), Arc::as_ptr(disk));
+        let own = 1 + usize::from(self.image.as_ref().is_some_and(is_disk));
+        Arc::strong_count(&self.export) == 1 && Arc::strong_count(disk) == own
     }
+}
+
+/// Refuses a takeover while clients use images under which no export is registered: nobody would
+/// open them again.
+pub(super) fn refuse_removed(registry: &ExportRegistry) -> Result<(), Failure> {
+    let Some(name) = registry.removed_in_use().into_iter().next() else { return Ok(()) };
+    let message = format!(
+        "clients still use the export '{name}', which was removed or replaced; wait until they have \
+         disconnected"
+    );
+    Err(Failure::new(ErrorKind::InUse, message))
 }
 
 impl ClosedDisks {
@@ -116,7 +138,7 @@ impl ClosedDisks {
                 Ok(()) => disks.insert(name, disk),
                 Err(error) => {
                     failures.push(Failure::new(
-                        crate::control::ErrorKind::Failed,
+                        ErrorKind::Failed,
                         format!("'{name}' cannot be exported again: {error}"),
                     ));
                 }

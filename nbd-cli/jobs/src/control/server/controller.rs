@@ -11,6 +11,7 @@ use nbd_server::ServerHandle;
 use serde_json::Value;
 use tokio::sync::{Mutex, Notify};
 
+use super::closed::refuse_removed;
 use super::disks::{ConnectionId, RunningCheckpoint, ServedDisk, ServedDisks};
 use super::event::{ControlEvent, ControlObserver, ignore};
 use crate::control::{ErrorKind, Failure};
@@ -157,6 +158,7 @@ impl Controller {
         let mut disks = self.disks.lock().await;
         disks.refuse_if_suspended()?;
         disks.check_takeover()?;
+        refuse_removed(self.server.exports())?;
         disks.is_suspended = true;
         Ok(())
     }
