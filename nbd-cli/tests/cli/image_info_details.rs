@@ -53,6 +53,22 @@ fn dirty_bitmaps_are_listed_and_measured_as_qemu_img_does() {
 }
 
 #[test]
+fn a_bitmap_whose_bits_a_checkpoint_has_moved_is_not_listed_as_complete() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let image = disk.beside("image.qcow2");
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &image, "1G"]);
+    peer(&qemu_img, &["bitmap", "--add", &image, "daily"]);
+    peer(&qemu_img, &["bitmap", "--add", "--disable", &image, "daily.checkpoint"]);
+    let report = ours(&["info", "--json", &image]);
+    let bitmaps = &report["format-specific"]["data"]["bitmaps"];
+    assert_eq!(bitmaps[0]["frozen"], "daily.checkpoint", "{bitmaps}");
+    assert_eq!(bitmaps[1].get("frozen"), None, "{bitmaps}");
+    let text = nbd_cli(&["image", "info", &image]).success();
+    assert!(text.contains("(auto), incomplete: 'daily.checkpoint' has bits of it\n"), "{text}");
+}
+
+#[test]
 fn an_encrypted_image_is_described_as_qemu_img_describes_it_and_nothing_else() {
     tools!(qemu_img = "qemu-img");
     let disk = Disk::sparse();

@@ -43,11 +43,13 @@ impl Bitmaps {
     /// What the image says about its bitmaps.
     pub(crate) fn entries(&self) -> Vec<BitmapEntry> {
         let state = self.tracker.read();
+        let all = frozen::by_name(state.bitmaps().iter());
         let entry = |bitmap: &Bitmap<Entry>| BitmapEntry {
             name: bitmap.name.clone(),
             granularity: 1 << bitmap.granularity_bits,
             recording: bitmap.recording,
             is_in_use: bitmap.in_use.load(Acquire),
+            frozen: frozen::frozen_bits(&all, bitmap).map(|frozen| frozen.name.clone()),
         };
         state.bitmaps().iter().map(entry).collect()
     }

@@ -48,6 +48,9 @@ pub struct BitmapReport {
     pub granularity: u64,
     /// Those of `in-use` and `auto` that are set.
     pub flags: Vec<&'static str>,
+    /// The bitmap to which a checkpoint has moved bits of this one, which is incomplete without them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub frozen: Option<String>,
 }
 
 impl Qcow2Report {
@@ -77,7 +80,8 @@ impl Qcow2Report {
 impl From<&BitmapEntry> for BitmapReport {
     fn from(bitmap: &BitmapEntry) -> Self {
         let flags = bitmap_flags(bitmap.is_in_use, bitmap.recording);
-        Self { name: bitmap.name.clone(), granularity: bitmap.granularity, flags }
+        let (name, frozen) = (bitmap.name.clone(), bitmap.frozen.clone());
+        Self { name, granularity: bitmap.granularity, flags, frozen }
     }
 }
 

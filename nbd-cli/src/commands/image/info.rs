@@ -187,7 +187,11 @@ fn qcow2_text(
         let flags = bitmap.flags.join(", ");
         let flags = if flags.is_empty() { flags } else { format!(" ({flags})") };
         let granularity = exact(bitmap.granularity);
-        line("bitmap:", &format!("{}, granularity {granularity}{flags}", printable(&bitmap.name)))?;
+        let incomplete = bitmap.frozen.as_ref().map_or_else(String::new, |frozen| {
+            format!(", incomplete: '{}' has bits of it", printable(frozen))
+        });
+        let name = printable(&bitmap.name);
+        line("bitmap:", &format!("{name}, granularity {granularity}{flags}{incomplete}"))?;
     }
     if !qcow2.snapshots.is_empty() {
         line("snapshots:", "id, size of the disk, time, name")?;
