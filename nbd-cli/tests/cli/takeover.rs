@@ -295,7 +295,10 @@ fn patiently<T>(attempt: impl Fn() -> Option<T>) -> T {
 fn a_successor_killed_at_any_moment_ends_nothing() {
     let place = Place::qcow2();
     let server = place.serve();
+    let length = || std::fs::metadata(&place.disk).expect("the image").len();
+    let empty = length();
     let load = place.load(&["--duration", "4s"]);
+    patiently(|| (length() > empty).then_some(()));
     for round in 0..12_u64 {
         let mut command = place.taking_over();
         let mut successor = command.stdout(Stdio::null()).spawn().expect("a successor");
