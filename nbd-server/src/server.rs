@@ -330,6 +330,10 @@ impl Serving {
         match ending {
             Ending::Shutdown => flushed.map(|()| None),
             Ending::Pause => {
+                // What fails from here on is told when the connections are continued.
+                for (_, entry) in self.exports.entries() {
+                    entry.failures().pause();
+                }
                 let mut connections = self.resting.take();
                 if flushed.is_err() {
                     // Exports may share a disk, whose error was taken: each client may have lost data.

@@ -31,6 +31,7 @@ pub(super) fn resume(
     if let Err(why) = negotiated.check_kept_by(&description) {
         return refuse(why);
     }
+    let owes_failure = owes_failure || entry.failures().are_more_since_pause();
     let received = BytesMut::from(&received[..]);
     Ok(Established { socket, negotiated, entry, admission, received, discard, owes_failure })
 }

@@ -131,6 +131,14 @@ impl ExportEntry {
         Self { export, failures, flushes, quotas, record, ..self.clone() }
     }
 
+    /// As [`with_export`](Self::with_export), for an export of the same open disk: a failure to make
+    /// data durable that becomes known through either of them is told to the clients of both.
+    #[must_use]
+    pub fn same_disk(&self, export: Arc<dyn Export>) -> Self {
+        let (failures, flushes) = (self.failures.clone(), self.flushes.clone());
+        Self { failures, flushes, ..self.with_export(export) }
+    }
+
     /// Returns the export.
     #[must_use]
     pub fn export(&self) -> &Arc<dyn Export> {

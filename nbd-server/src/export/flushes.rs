@@ -24,16 +24,29 @@ const SLOW: Duration = Duration::from_millis(100);
 
 /// How often an export has failed to make writes durable.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct DurabilityFailures(Arc<AtomicU64>);
+pub(crate) struct DurabilityFailures {
+    count: Arc<AtomicU64>,
+    at_pause: Arc<AtomicU64>,
+}
 
 impl DurabilityFailures {
     pub(crate) fn count(&self) -> u64 {
-        self.0.load(Ordering::Acquire)
+        self.count.load(Ordering::Acquire)
     }
 
     /// Counts one, and gives the count.
     pub(crate) fn add(&self) -> u64 {
-        self.0.fetch_add(1, Ordering::AcqRel) + 1
+        self.count.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    /// The server is paused, and its connections are about to be told what there was so far.
+    pub(crate) fn pause(&self) {
+        self.at_pause.store(self.count(), Ordering::Release);
+    }
+
+    /// Whether one was added since, which a connection that is continued does not know of.
+    pub(crate) fn are_more_since_pause(&self) -> bool {
+        self.count() > self.at_pause.load(Ordering::Acquire)
     }
 }
 

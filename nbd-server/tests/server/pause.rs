@@ -45,8 +45,12 @@ impl Relay {
 
     /// A server goes on with what another one has left.
     fn serve(&mut self, export: Arc<dyn Export>, paused: Option<Paused>) {
+        self.serve_entry(ExportEntry::new(export), paused);
+    }
+
+    fn serve_entry(&mut self, entry: ExportEntry, paused: Option<Paused>) {
         let exports = ExportRegistry::new();
-        exports.add("", ExportEntry::new(export)).unwrap();
+        exports.add("", entry).unwrap();
         let address = ListenAddress::Unix(self.path());
         let config = self.config.clone();
         let running = self.runtime.block_on(async move {
@@ -310,4 +314,26 @@ fn those_that_wait_during_a_pause_do_not_take_the_places_of_those_that_were_serv
         assert_eq!(client.read(0, 1), [0]);
     }
     drop(waiting);
+}
+
+#[test]
+fn a_failure_is_told_to_the_clients_of_the_same_disk_when_its_export_comes_back() {
+    let disk = Scripted::new(1 << 20, Script::default());
+    let entry = ExportEntry::new(Arc::clone(&disk) as _);
+    let mut relay = Relay::start(memory());
+    let unused = relay.pause();
+    relay.serve_entry(entry.clone(), Some(unused));
+    let mut client = relay.connect(ReplyMode::Simple);
+    assert_eq!(client.write(0, b"lost"), Ok(()));
+    let paused = relay.pause();
+    // As a request does that a thread still carries out: of a second server of the same disk.
+    let mut other = Relay::start(memory());
+    let unused = other.pause();
+    other.serve_entry(entry.clone(), Some(unused));
+    disk.bad_flushes.store(1, Ordering::SeqCst);
+    assert!(other.connect(ReplyMode::Simple).request(0, 0, &Command::Flush).result.is_err());
+    let back = entry.same_disk(memory()).same_disk(disk);
+    relay.serve_entry(back, Some(paused));
+    assert!(client.request(0, 0, &Command::Flush).result.is_err(), "it was not told yet");
+    assert_eq!(client.request(0, 0, &Command::Flush).result, Ok(()));
 }

@@ -63,7 +63,8 @@ impl ServedDisks {
             let entry = registry.remove(name).unwrap_or_else(|| disk.entry());
             let contexts = disk.export.info().meta_contexts;
             // Only the disk itself holds its export now.
-            let entry = entry.with_export(Arc::new(MemoryExport::new(0)));
+            // It may come back: requests that are still carried out count their failures there.
+            let entry = entry.same_disk(Arc::new(MemoryExport::new(0)));
             disk.entry = entry.clone();
             closed.insert(name.clone(), ClosedDisk { reopen, entry, contexts });
         }
@@ -83,7 +84,7 @@ impl ServedDisks {
     /// Registers the exports again.
     fn restored(mut self, registry: &ExportRegistry) -> Self {
         for (name, disk) in &mut self.disks {
-            disk.entry = disk.entry.with_export(disk.export.clone());
+            disk.entry = disk.entry.same_disk(disk.export.clone());
             let _ = registry.add(name.clone(), disk.entry());
         }
         self
