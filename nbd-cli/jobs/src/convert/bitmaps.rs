@@ -53,7 +53,11 @@ pub(super) fn of_source(
             Some(why) => {
                 if copied != CopiedBitmaps::Reliable {
                     // Bits that a checkpoint has moved come back without loss.
-                    check_complete(source, &bitmap.name)?;
+                    check_complete(source, &bitmap.name).map_err(|error| {
+                        let message =
+                            format!("{error}, or add --skip-broken-bitmaps to leave it out");
+                        JobError::new(error.kind(), message)
+                    })?;
                 }
                 broken(format!("the bitmap '{name}' of {from} cannot be relied on: {why}"))?;
             }
