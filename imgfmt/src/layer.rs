@@ -59,7 +59,7 @@ pub(crate) trait WritableLayer: Layer {
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()>;
     /// Writes if that needs neither waiting nor new space; says whether it did.
     fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite>;
-    /// Finds the place of a write that somebody else carries out, in whole and durable only after a flush;
+    /// Finds the place of a write that the caller carries out, in whole and durable only after a flush;
     /// `None` if there is not one such place, or if that takes waiting.
     fn map_write(&self, _offset: GuestOffset, _length: u64) -> Result<Option<WriteMap>> {
         Ok(None)

@@ -90,7 +90,7 @@ impl Direct {
         self.locks.shared(self.floor(range.start)..self.ceil(range.end).unwrap_or(u64::MAX))
     }
 
-    /// Keeps blocks of a range from being changed in another way, while somebody else writes them through
+    /// Keeps blocks of a range from being changed in another way, while the caller writes them through
     /// [`as_fd`](Self::as_fd); `None` if that needs waiting, or if they are not whole blocks.
     pub(super) fn try_hold_blocks(&self, range: Range<u64>) -> Option<RangeGuard> {
         let is_aligned = [range.start, range.end].iter().all(|at| at.is_multiple_of(self.block()));

@@ -20,7 +20,7 @@ pub(super) struct KnownData {
 
 #[derive(Debug)]
 struct State {
-    /// There is no hole before this place.
+    /// There is no hole before this offset.
     solid: AtomicU64,
     /// The length of the file at the first look, and with it of the bitmap.
     length: u64,

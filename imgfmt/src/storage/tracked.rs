@@ -20,7 +20,7 @@ pub(crate) struct Tracked {
     may_be_unsynced: Arc<AtomicBool>,
 }
 
-/// A change that somebody else carries out. It is noted once more when it is over, as every change is.
+/// A change that the caller carries out. It is noted once more when it is over, as every change is.
 #[derive(Debug)]
 struct BegunChange {
     inner: Option<Box<dyn BegunWrite>>,

@@ -241,7 +241,7 @@ fn watch(
 }
 
 /// Passes numbers on, or drops them while others wait: a terminal that shows nothing more must not
-/// fill the memory. Returns whether somebody wants further ones.
+/// fill the memory. Returns whether further ones are wanted.
 fn offer<T>(numbers: T, sender: &SyncSender<T>, events: &Sender<Event>) -> bool {
     match sender.try_send(numbers) {
         Ok(()) => events.send(Event::Numbers).is_ok(),

@@ -335,7 +335,7 @@ fn a_durable_write_fails_if_a_flush_that_failed_meanwhile_may_have_taken_its_err
 }
 
 #[test]
-fn a_write_keeps_its_place_until_the_system_is_done_with_it_whoever_leaves() {
+fn a_write_keeps_its_place_until_the_system_is_done_with_it_even_if_its_client_leaves() {
     let (mut reader, writer) = std::io::pipe().unwrap();
     // Nothing fits into it any more: a write to it waits.
     let room = rustix::pipe::fcntl_getpipe_size(&writer).unwrap();

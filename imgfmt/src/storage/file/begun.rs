@@ -1,4 +1,4 @@
-//! Writes to files that somebody else carries out.
+//! Writes to files that the caller carries out.
 
 use std::ops::Range;
 use std::sync::Arc;

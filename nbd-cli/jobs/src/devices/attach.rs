@@ -39,7 +39,7 @@ pub struct Attached {
     /// Connections that may be dead.
     missing: usize,
     is_adopted: bool,
-    /// By which it is told from a later attachment of the same device by somebody else.
+    /// Distinguishes it from a later attachment of the same device by another process.
     attachment: Option<Attachment>,
     record: Record,
 }

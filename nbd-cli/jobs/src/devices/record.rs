@@ -1,7 +1,7 @@
 //! Files in `/run/nbd-cli` that tell which process keeps which device.
 //!
 //! Everybody may read the note about a device. The lock beside it is a file of its own, which only
-//! its owner can open: whoever can open a file can lock it, and so make others wait.
+//! its owner can open: a user who can open a file can lock it, and so make others wait.
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read as _, Write as _};
