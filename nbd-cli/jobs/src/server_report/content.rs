@@ -24,35 +24,28 @@ pub async fn content_of(connector: &Connector, export_name: &str) -> Option<&'st
     head.map(|head| guess(&head))
 }
 
+/// Contents by the bytes at an offset; the first that fits counts.
+const CONTENTS: [(usize, &[u8], &str); 10] = [
+    (0, b"QFI\xfb\x00\x00\x00\x03", "QEMU QCOW2 Image (v3)"),
+    (0, b"QFI\xfb\x00\x00\x00\x02", "QEMU QCOW2 Image (v2)"),
+    (0, b"# Disk DescriptorFile", "VMware4 disk image description"),
+    (0, b"KDMV", "VMware4 disk image"),
+    (0, b"vhdxfile", "Microsoft Disk Image eXtended"),
+    (0, b"LUKS\xba\xbe", "LUKS encrypted file"),
+    (32_769, b"CD001", "ISO 9660 CD-ROM filesystem data"),
+    (1080, b"\x53\xef", "Linux ext2/ext3/ext4 filesystem data"),
+    (0, b"XFSB", "SGI XFS filesystem data"),
+    (510, b"\x55\xaa", "DOS/MBR boot sector"),
+];
+
 fn guess(head: &[u8]) -> &'static str {
-    let has = |offset: usize, magic: &[u8]| {
-        head.get(offset..).is_some_and(|rest| rest.starts_with(magic))
-    };
     if head.is_empty() {
-        "empty"
-    } else if has(0, b"QFI\xfb\x00\x00\x00\x03") {
-        "QEMU QCOW2 Image (v3)"
-    } else if has(0, b"QFI\xfb\x00\x00\x00\x02") {
-        "QEMU QCOW2 Image (v2)"
-    } else if has(0, b"# Disk DescriptorFile") {
-        "VMware4 disk image description"
-    } else if has(0, b"KDMV") {
-        "VMware4 disk image"
-    } else if has(0, b"vhdxfile") {
-        "Microsoft Disk Image eXtended"
-    } else if has(0, b"LUKS\xba\xbe") {
-        "LUKS encrypted file"
-    } else if has(32_769, b"CD001") {
-        "ISO 9660 CD-ROM filesystem data"
-    } else if has(1080, b"\x53\xef") {
-        "Linux ext2/ext3/ext4 filesystem data"
-    } else if has(0, b"XFSB") {
-        "SGI XFS filesystem data"
-    } else if has(510, b"\x55\xaa") {
-        "DOS/MBR boot sector"
-    } else {
-        "data"
+        return "empty";
     }
+    let fits = |(offset, magic, _): &&(usize, &[u8], _)| {
+        head.get(*offset..).is_some_and(|rest| rest.starts_with(magic))
+    };
+    CONTENTS.iter().find(fits).map_or("data", |(.., content)| content)
 }
 
 #[cfg(test)]
