@@ -270,6 +270,15 @@ pub(crate) struct Admission {
 }
 
 impl Admission {
+    /// Whether neither quota limits requests or bytes. Asked before each request.
+    #[inline]
+    pub(crate) fn is_unlimited(&self) -> bool {
+        self.places.iter().all(|CountedConnection(account)| {
+            let has_no_rate = |bucket: &Bucket| bucket.rate.load(Ordering::Relaxed) == 0;
+            has_no_rate(&account.bytes) && has_no_rate(&account.requests)
+        })
+    }
+
     /// Takes what a request needs of the quota with this index; returns when it may begin, if that
     /// is later, and what was taken. `None` if there is no such quota.
     pub(crate) fn reserve(

@@ -48,7 +48,13 @@ impl Throttle {
 
     /// May what has arrived be carried out or refused? If not, `cx` is woken when it may. The answer
     /// stays the same until the request [has begun](Self::begun).
+    #[inline]
     pub(super) fn admits(&mut self, cx: &mut Context<'_>, arrival: &Arrival) -> bool {
+        let has_limit = self.waiting.is_some() || !self.admission.is_unlimited();
+        !has_limit || self.admits_limited(cx, arrival)
+    }
+
+    fn admits_limited(&mut self, cx: &mut Context<'_>, arrival: &Arrival) -> bool {
         let bytes = match arrival {
             Arrival::Request(request, _) => match request.command {
                 Command::Disconnect => return true,
