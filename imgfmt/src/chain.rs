@@ -1,6 +1,7 @@
 //! Opening an image and its backing chain.
 
 mod below;
+mod describe;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -14,14 +15,13 @@ use crate::backing_file::BackingFile;
 use crate::driver::{BackingLayer, Chain, Driver, NamedFile};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
-use crate::info::ImageInfo;
-use crate::layer::Layer;
-use crate::luks::{self, Encryption};
 use crate::open_policy::CHAIN_DEPTH_MAX;
 use crate::options::OpenOptions;
 use crate::qcow2::{self, CheckReport, Purpose, Qcow2, Repair};
 use crate::raw::{FirstSector, Raw};
 use crate::storage::{FileIdentity, Storage};
+
+pub(crate) use self::describe::{inspect, inspect_chain};
 
 /// Opens the image in `storage` and, as far as the policy allows, the files it names.
 pub(crate) fn open(
@@ -67,43 +67,6 @@ pub(crate) fn check_storage(
         image.break_seal()?;
     }
     Ok(report)
-}
-
-/// Facts about one image; what it names is not opened.
-pub(crate) fn inspect(
-    storage: Arc<dyn Storage>,
-    path: Option<&Path>,
-    options: &OpenOptions,
-) -> Result<ImageInfo> {
-    let format = match (options.format, format_of(&*storage, options)) {
-        (None, Err(error)) if error.found_format() == Some(Format::Luks) => {
-            return inspect_luks(&*storage);
-        }
-        (_, format) => format?,
-    };
-    let options = OpenOptions { access: Access::ReadOnly, ..options.clone() };
-    Ok(match format {
-        Format::Raw => {
-            let raw = Raw::new(storage, FirstSector::Free)?;
-            ImageInfo { format, size: raw.size(), encryption: None, qcow2: None }
-        }
-        // `format_of` yields no other.
-        _ => {
-            let image = Qcow2::open(storage, path, &options, Purpose::Describe)?;
-            let (size, encryption) = (image.size(), image.encryption()?);
-            ImageInfo { format, size, encryption, qcow2: Some(image.info()?) }
-        }
-    })
-}
-
-/// Facts about a LUKS container, which can be described though it cannot be opened.
-fn inspect_luks(storage: &dyn Storage) -> Result<ImageInfo> {
-    let error = |error| Error::from_io("read the header of", error);
-    let luks = luks::read(storage, 0).map_err(error)?;
-    let payload = luks.as_ref().and_then(|luks| luks.payload_offset).unwrap_or(0);
-    let size = storage.len().map_err(error)?.saturating_sub(payload);
-    let encryption = Some(Encryption::Luks(luks));
-    Ok(ImageInfo { format: Format::Luks, size, encryption, qcow2: None })
 }
 
 /// Changes the name of the backing file in one file's header.
@@ -184,13 +147,8 @@ fn open_layers(mut layer: Unopened, files: &mut Files) -> Result<Chain> {
     let mut top = loop {
         let shown = layer.shown.clone();
         let opened = open_layer(layer, files);
-        match opened.map_err(|error| match (error.found_format(), above.last()) {
-            // No option of the user is about its format.
-            (Some(format), Some((_, overlay))) => {
-                named(unreadable_backing(format.description()), overlay.as_deref())
-            }
-            _ => named(error, shown.as_deref()),
-        })? {
+        let overlay = above.last().map(|(_, shown)| shown.as_deref());
+        match opened.map_err(|error| of_layer(error, shown.as_deref(), overlay))? {
             Opened::Bottom(bottom) => break bottom,
             Opened::Overlay(image, below) => {
                 above.push((image, shown));
@@ -242,6 +200,17 @@ fn too_long() -> Error {
     Error::new(ErrorKind::Unsupported, "open", detail).chain_too_long()
 }
 
+/// The error of the layer that is named `shown`, below an image that is named `overlay`.
+fn of_layer(error: Error, shown: Option<&Path>, overlay: Option<Option<&Path>>) -> Error {
+    match (error.found_format(), overlay) {
+        // No option of the user is about its format.
+        (Some(format), Some(overlay)) => {
+            named(unreadable_backing(shown.unwrap_or(Path::new("")), format), overlay)
+        }
+        _ => named(error, shown),
+    }
+}
+
 fn named(error: Error, shown: Option<&Path>) -> Error {
     match shown {
         Some(path) => error.with_path(path),
@@ -279,7 +248,7 @@ fn open_layer(layer: Unopened, files: &mut Files) -> Result<Opened> {
         files.note(path.as_deref(), data.identity());
         image.attach_data_file(data, options.is_synced);
     }
-    if let Some(below) = layer_below(&image, path, &options, &files.layers)? {
+    if let Some(below) = layer_below(&image, path, &options, &files.layers, Purpose::Use)? {
         return Ok(Opened::Overlay(image, Box::new(below)));
     }
     image.begin_writing()?;
@@ -288,15 +257,16 @@ fn open_layer(layer: Unopened, files: &mut Files) -> Result<Opened> {
 
 /// The format of what a storage holds, as the options say or as it looks: one that can be opened.
 fn format_of(storage: &dyn Storage, options: &OpenOptions) -> Result<Format> {
-    let (format, is_guess) = match options.format {
-        Some(format) => (format, false),
-        None => {
-            let probed = Format::probe(storage);
-            (probed.map_err(|error| Error::from_io("read the format of", error))?, true)
-        }
-    };
+    let format = said_or_seen(storage, options)?;
     match format.is_supported() {
         true => Ok(format),
-        false => Err(Error::unsupported_format(format, is_guess)),
+        false => Err(Error::unsupported_format(format, options.format.is_none())),
+    }
+}
+
+fn said_or_seen(storage: &dyn Storage, options: &OpenOptions) -> Result<Format> {
+    match options.format {
+        Some(format) => Ok(format),
+        None => Format::probe(storage).map_err(|error| Error::from_io("read the format of", error)),
     }
 }

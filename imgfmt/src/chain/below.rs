@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::open_policy::MissingFormat;
 use crate::options::{IncompleteDisk, OpenOptions};
-use crate::qcow2::Qcow2;
+use crate::qcow2::{Purpose, Qcow2};
 use crate::storage::{FileIdentity, FileStorage, Storage};
 
 /// What is to be opened as one layer of a chain.
@@ -27,6 +27,7 @@ pub(super) fn layer_below(
     path: Option<&Path>,
     options: &OpenOptions,
     files_above: &[Option<FileIdentity>],
+    purpose: Purpose,
 ) -> Result<Option<Unopened>> {
     let (name, recorded) = image.backing_name().unzip();
     let given = match &options.backing {
@@ -45,7 +46,7 @@ pub(super) fn layer_below(
     };
     let format = match given.format {
         Some(format) => Some(format),
-        None => format_below(recorded.flatten().as_deref(), &shown, options)?,
+        None => format_below(recorded.flatten().as_deref(), &shown, options, purpose)?,
     };
     let mut options = OpenOptions {
         format,
@@ -72,11 +73,17 @@ fn format_below(
     recorded: Option<&str>,
     shown: &Path,
     options: &OpenOptions,
+    purpose: Purpose,
 ) -> Result<Option<Format>> {
     match (recorded, options.policy.missing_format()) {
         // The names of QEMU's drivers for plain files, devices and exports mean raw images too.
         (Some("file" | "host_device" | "nbd"), _) => Ok(Some(Format::Raw)),
-        (Some(name), _) => backing_format(name).map(Some),
+        (Some(name), _) => match Format::from_name(name) {
+            Some(format) if format.is_supported() => Ok(Some(format)),
+            Some(Format::Luks) if purpose == Purpose::Describe => Ok(Some(Format::Luks)),
+            Some(format) => Err(unreadable_backing(shown, format)),
+            None => Err(unknown_backing(shown, name)),
+        },
         (None, MissingFormat::Probe) => Ok(None),
         (None, MissingFormat::Refuse) => {
             let detail = format!(
@@ -89,19 +96,25 @@ fn format_below(
     }
 }
 
-/// What the name of a backing file's format stands for, if that can be read.
-fn backing_format(name: &str) -> Result<Format> {
-    match Format::from_name(name) {
-        Some(format) if format.is_supported() => Ok(format),
-        Some(format) => Err(unreadable_backing(format.description())),
-        None => Err(unreadable_backing(&format!("'{}'", name.escape_debug()))),
-    }
+/// That a backing file has a format that is only recognised.
+pub(super) fn unreadable_backing(shown: &Path, format: Format) -> Error {
+    let advice = match format {
+        Format::Luks => "open it with 'cryptsetup open', and set the device that this makes",
+        _ => "convert it to qcow2, and set its new name",
+    };
+    refused_backing(shown, format.description(), advice)
 }
 
-pub(super) fn unreadable_backing(format: &str) -> Error {
+fn unknown_backing(shown: &Path, name: &str) -> Error {
+    let advice = "convert it to qcow2, and set its new name";
+    refused_backing(shown, &format!("'{}'", name.escape_debug()), advice)
+}
+
+fn refused_backing(shown: &Path, format: &str, advice: &str) -> Error {
     let detail = format!(
-        "its backing file is a {format} image, which cannot be read; convert the backing file to \
-         qcow2 and set its new name with 'nbd-cli image rebase --unsafe'"
+        "its backing file '{}' is a {format} image, which cannot be read; {advice} with 'nbd-cli \
+         image rebase --unsafe'",
+        shown.to_string_lossy().escape_debug()
     );
     Error::new(ErrorKind::Unsupported, "open", detail)
 }

@@ -59,6 +59,35 @@ impl Image {
         chain::inspect(storage, None, options)
     }
 
+    /// Returns information about the image in a file and about all layers of its backing chain, the
+    /// image first. Their disks and data files are not opened, so encrypted layers, which cannot be
+    /// opened, are described as well. The access option has no effect.
+    ///
+    /// # Errors
+    ///
+    /// `PolicyDenied` if the policy in `options` forbids a name in the chain; `InvalidFormat` if the
+    /// chain leads back to itself; `Unsupported` if it has more than 500 layers or one of a format
+    /// that is only recognised; otherwise as [`inspect_file`](Self::inspect_file).
+    pub fn inspect_chain(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Vec<ImageInfo>> {
+        let path = path.as_ref();
+        let open = || options.open_file(path, Access::ReadOnly);
+        let inspect = |file| chain::inspect_chain(Arc::new(file), Some(path), options);
+        open().and_then(inspect).map_err(|error| error.with_path(path))
+    }
+
+    /// Returns information about the image in any storage and about all layers of its backing
+    /// chain, like [`inspect_chain`](Self::inspect_chain).
+    ///
+    /// # Errors
+    ///
+    /// As [`inspect_chain`](Self::inspect_chain).
+    pub fn inspect_storage_chain(
+        storage: Arc<dyn Storage>,
+        options: &OpenOptions,
+    ) -> Result<Vec<ImageInfo>> {
+        chain::inspect_chain(storage, None, options)
+    }
+
     /// Refuses a name for the backing file of the image at `path`, which need not exist yet, if the
     /// chain of backing files would have too many layers (500) to be opened. Nothing else is
     /// checked: the backing file need not exist either.

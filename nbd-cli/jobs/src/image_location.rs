@@ -154,6 +154,29 @@ impl ImageLocation {
         }
     }
 
+    /// Returns information about the image and all layers of its backing chain, the image first;
+    /// encrypted layers, which cannot be opened, are described as well.
+    ///
+    /// # Errors
+    ///
+    /// If a layer cannot be read, the policy in `options` forbids a name in the chain, the chain is a
+    /// circle or too long, or `options` contradict the name of the image.
+    pub fn inspect_chain(
+        &self,
+        options: &OpenOptions,
+        remotes: &Remotes,
+    ) -> Result<Vec<ImageInfo>, JobError> {
+        let (location, options) = self.settled(options, remotes)?;
+        match location {
+            Self::Export { uri, files } => {
+                let storage = connect_to(uri, *files, remotes)?;
+                Image::inspect_storage_chain(Arc::new(storage), &raw_unless_told(&options))
+                    .map_err(|error| opening(error.with_path(uri.to_string())))
+            }
+            file => Image::inspect_chain(file.path(), &options).map_err(opening),
+        }
+    }
+
     /// Opens the image. An export is a raw image unless the options specify a format. Blocks, and must
     /// not be called by asynchronous tasks.
     ///
@@ -279,35 +302,28 @@ impl ImageLocation {
         }))
     }
 
-    /// Returns the backing file of the image, in which `name` and `format` are recorded, and its
-    /// format.
+    /// Returns the backing file of the image, in which `recorded` is its name.
     ///
     /// # Errors
     ///
     /// As [`beside`](Self::beside).
-    pub fn backing(
-        &self,
-        recorded: Option<(&OsStr, Option<Format>)>,
-    ) -> Result<Option<(Self, Option<Format>)>, JobError> {
-        let (name, format) = recorded.unzip();
-        let named = || name.map(|name| self.beside(name)).transpose();
+    pub fn backing(&self, recorded: Option<&OsStr>) -> Result<Option<Self>, JobError> {
+        let named = || recorded.map(|name| self.beside(name)).transpose();
         let given = match self {
             Self::Described { backing: BackingInName::Ignored, .. } => return Ok(None),
             Self::Described { backing: BackingInName::Given(given), .. } => given,
-            _ => return Ok(named()?.map(|location| (location, format.flatten()))),
+            _ => return named(),
         };
         let location = match &given.name {
             Some(name) => Some(Self::of(name.clone(), self.local_files())),
             None => named()?,
         };
-        let described = |location| Self::Described {
+        Ok(location.map(|location| Self::Described {
             location: Box::new(location),
             format: FormatInName::Unsaid,
             backing: given.backing.clone(),
             settings: given.settings.clone(),
-        };
-        let format = given.format.known().or(format.flatten());
-        Ok(location.map(|location| (described(location), format)))
+        }))
     }
 
     /// Returns whether a URI in this image may name files of this machine: if its own may.

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use imgfmt::{BitmapChange, BitmapState, Image, Recording};
+use imgfmt::{BackingFile, BitmapChange, BitmapState, Image, Recording};
 use nbd_jobs::bitmaps::{
     BitmapList, change_bitmaps, check_all_complete, granularity_default, merges_from,
 };
@@ -190,6 +190,8 @@ pub(crate) fn run(args: &BitmapArgs) -> Result<Outcome, CommandError> {
 fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
     let location = location::parse_one(&args.path, &args.server, &args.open.trust)?;
     let options = args.share.apply(args.open.options_with(&args.server));
+    // Bitmaps are those of one layer: what lies below need not be readable.
+    let options = options.backing(BackingFile::Ignored);
     let image = location.open(&options, &args.server.remotes()).map_err(advise_sharing)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {

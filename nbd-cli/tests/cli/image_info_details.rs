@@ -149,3 +149,64 @@ fn an_encryption_header_that_leads_nowhere_does_not_keep_an_image_from_being_des
         assert_eq!(said["format-specific"]["data"]["encrypt"]["format"], "luks");
     }
 }
+
+#[test]
+fn a_chain_with_encrypted_layers_is_described_as_qemu_img_describes_it() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let create = ["create", "-q", "--object", "secret,id=s,data=abc"];
+    for (base, format, options) in [
+        ("a.qcow2", "qcow2", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"),
+        ("b.qcow2", "qcow2", "encrypt.format=aes,encrypt.key-secret=s"),
+        ("c.luks", "luks", "key-secret=s,iter-time=10"),
+    ] {
+        let below = disk.beside(base);
+        let made = ["-f", format, "-o", options, &below, "4M"];
+        peer(&qemu_img, &[&create[..], &made].concat());
+        let [middle, top] = ["middle", "top"].map(|name| disk.beside(&format!("{base}.{name}")));
+        let overlay = ["create", "-q", "-u", "-f", "qcow2", "-F"];
+        peer(&qemu_img, &[&overlay[..], &[format, "-b", base, &middle, "4M"]].concat());
+        peer(&qemu_img, &[&overlay[..], &["qcow2", "-b", &middle, &top, "4M"]].concat());
+        let said = ours(&["info", "--json", "--backing-chain", &top]);
+        let expected = json(&qemu_img, &["info", "--output=json", "--backing-chain", &top]);
+        let (said, expected) = (said.as_array().expect("layers"), expected.as_array());
+        assert_eq!(said.len(), 3, "{said:?}");
+        for (said, expected) in said.iter().zip(expected.expect("layers")) {
+            for key in ["filename", "format", "virtual-size", "encrypted", "backing-filename"] {
+                assert_eq!(said[key], expected[key], "{base}: {key}");
+            }
+        }
+        let text = nbd_cli(&["image", "info", "--backing-chain", &top]).success();
+        let last = text.split("\n\n").last().expect("a layer");
+        assert!(last.contains(&below) && last.contains("\nencryption: "), "{text}");
+        let drawn = nbd_cli(&["image", "info", "--graph", &top]).success();
+        assert!(drawn.contains("encrypted"), "{drawn}");
+        // What needs the disk says which layer is in the way.
+        let new = disk.beside("new");
+        for command in [
+            &["map", &top][..],
+            &["measure", "-O", "qcow2", &top],
+            &["convert", &top, &new],
+            &["commit", &middle],
+        ] {
+            says(nbd_cli(&[&["image"], command].concat()), &[base, "ncrypted"]);
+        }
+        let compared = nbd_cli(&["image", "compare", &top, &top]);
+        assert!(compared.code == Some(2) && compared.stderr.contains(base), "{compared:?}");
+        nbd_cli(&["image", "check", &top]).success();
+        // The bitmaps of a layer are its own.
+        nbd_cli(&["bitmap", "list", &top]).success();
+    }
+}
+
+#[test]
+fn a_chain_whose_last_layer_is_not_the_luks_container_it_is_said_to_be_is_refused() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let [base, top] = ["base.qcow2", "top.qcow2"].map(|name| disk.beside(name));
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &base, "4M"]);
+    let overlay = ["create", "-q", "-u", "-f", "qcow2", "-F", "luks", "-b", &base, &top, "4M"];
+    peer(&qemu_img, &overlay);
+    let outcome = nbd_cli(&["image", "info", "--backing-chain", &top]);
+    says(outcome, &[&base, "no LUKS header"]);
+}

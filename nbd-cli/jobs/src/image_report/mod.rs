@@ -28,7 +28,7 @@ use std::ffi::OsStr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-use imgfmt::{Format, ImageInfo, OpenOptions, Qcow2Info};
+use imgfmt::{ImageInfo, OpenOptions};
 use nbd_client::{LocalFiles, Scope, blocking};
 use nbd_proto::NbdUri;
 use serde::Serialize;
@@ -141,7 +141,9 @@ pub fn describe(
 ) -> Result<DescribedImage, JobError> {
     let files = location.local_files();
     let server = location.uri().map(|uri| server(uri, files, remotes)).transpose()?;
-    Ok(DescribedImage { server, ..layer(location, options, remotes)? })
+    let info = location.inspect(options, remotes)?;
+    let actual_size = space_taken(&location)?;
+    Ok(DescribedImage { location, info, actual_size, server })
 }
 
 /// Describes an image and all layers below it, the image first. Blocks, and must not be called by
@@ -156,39 +158,28 @@ pub fn describe_chain(
     options: &OpenOptions,
     remotes: &Remotes,
 ) -> Result<Vec<DescribedImage>, JobError> {
-    // Checks that every name may be followed, and that there is no cycle.
-    location.open(options, remotes)?;
-    let mut options = options.clone();
-    let mut layers = vec![describe(location, &options, remotes)?];
-    while let Some(above) = layers.last()
-        && let Some(qcow2) = &above.info.qcow2
-        && let Some((location, format)) = above.location.backing(recorded_backing(qcow2))?
-    {
-        options.format = format;
-        layers.push(layer(location, &options, remotes)?);
+    let mut layers = Vec::new();
+    let mut next = Some(location.clone());
+    for info in location.inspect_chain(options, remotes)? {
+        let Some(location) = next else { break };
+        let recorded = info.qcow2.as_ref().and_then(|qcow2| qcow2.backing_name.as_deref());
+        next = location.backing(recorded)?;
+        let server = match (layers.is_empty(), location.uri()) {
+            (true, Some(uri)) => Some(server(uri, location.local_files(), remotes)?),
+            _ => None,
+        };
+        let actual_size = space_taken(&location)?;
+        layers.push(DescribedImage { location, info, actual_size, server });
     }
     Ok(layers)
 }
 
-fn layer(
-    location: ImageLocation,
-    options: &OpenOptions,
-    remotes: &Remotes,
-) -> Result<DescribedImage, JobError> {
-    let info = location.inspect(options, remotes)?;
-    let actual_size = match location.uri() {
-        None => Some(actual_size(location.path())?),
-        Some(_) => None,
-    };
-    Ok(DescribedImage { location, info, actual_size, server: None })
-}
-
-/// The name and format of the backing file in an image.
-fn recorded_backing(qcow2: &Qcow2Info) -> Option<(&OsStr, Option<Format>)> {
-    // Any other name is one of a raw image.
-    let format = |name| Format::from_name(name).unwrap_or(Format::Raw);
-    let name = qcow2.backing_name.as_deref()?;
-    Some((name, qcow2.backing_format.as_deref().map(format)))
+/// The space that a file occupies; exports do not tell it.
+fn space_taken(location: &ImageLocation) -> Result<Option<u64>, JobError> {
+    match location.uri() {
+        None => actual_size(location.path()).map(Some),
+        Some(_) => Ok(None),
+    }
 }
 
 /// Describes the server of an export.
@@ -270,7 +261,7 @@ impl DescribedImage {
 
 #[cfg(test)]
 mod tests {
-    use imgfmt::{CreateOptions, Image};
+    use imgfmt::{CreateOptions, Format, Image};
     use nbd_client::{Connector, TlsError};
 
     use super::*;

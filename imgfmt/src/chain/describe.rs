@@ -1,0 +1,99 @@
+//! Describes an image and the layers below it. None of the disks is opened, so that encrypted layers
+//! can be described too.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::below::{Unopened, layer_below, refuse_loop};
+use super::{Files, format_of, named, of_layer, said_or_seen, too_long};
+use crate::access::Access;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Format;
+use crate::info::ImageInfo;
+use crate::layer::Layer;
+use crate::luks::{self, Encryption};
+use crate::open_policy::CHAIN_DEPTH_MAX;
+use crate::options::OpenOptions;
+use crate::qcow2::{Purpose, Qcow2};
+use crate::raw::{FirstSector, Raw};
+use crate::storage::Storage;
+
+/// Facts about one image; what it names is not opened.
+pub(crate) fn inspect(
+    storage: Arc<dyn Storage>,
+    path: Option<&Path>,
+    options: &OpenOptions,
+) -> Result<ImageInfo> {
+    let path = path.map(Path::to_owned);
+    let layer = Unopened { storage, shown: path.clone(), path, options: options.clone() };
+    Ok(describe(&layer)?.0)
+}
+
+/// Facts about an image and all layers below it, the image first.
+pub(crate) fn inspect_chain(
+    storage: Arc<dyn Storage>,
+    path: Option<&Path>,
+    options: &OpenOptions,
+) -> Result<Vec<ImageInfo>> {
+    let path = path.map(Path::to_owned);
+    let mut layer = Unopened { storage, shown: path.clone(), path, options: options.clone() };
+    let mut files = Files::default();
+    let (mut found, mut overlay) = (Vec::new(), None);
+    loop {
+        let described = describe(&layer);
+        let shown = layer.shown.as_deref();
+        let (info, image) = described
+            .map_err(|error| of_layer(error, shown, overlay.as_ref().map(Option::as_deref)))?;
+        found.push(info);
+        let Some(image) = image else { return Ok(found) };
+        let below = next(&layer, &image, &mut files).map_err(|error| named(error, shown))?;
+        let Some(below) = below else { return Ok(found) };
+        if files.layers.len() >= CHAIN_DEPTH_MAX {
+            return Err(too_long());
+        }
+        overlay = Some(layer.shown.take());
+        layer = below;
+    }
+}
+
+fn next(layer: &Unopened, image: &Qcow2, files: &mut Files) -> Result<Option<Unopened>> {
+    let identity = layer.storage.identity();
+    refuse_loop(identity, &files.layers)?;
+    files.layers.push(identity);
+    let path = layer.path.as_deref();
+    layer_below(image, path, &layer.options, &files.layers, Purpose::Describe)
+}
+
+/// Facts about a layer; the layer itself if it can name others.
+fn describe(layer: &Unopened) -> Result<(ImageInfo, Option<Qcow2>)> {
+    let Unopened { storage, path, options, .. } = layer;
+    if said_or_seen(&**storage, options)? == Format::Luks {
+        return Ok((luks_container(&**storage, options)?, None));
+    }
+    let format = format_of(&**storage, options)?;
+    let storage = Arc::clone(storage);
+    if format == Format::Raw {
+        let raw = Raw::new(storage, FirstSector::Free)?;
+        return Ok((ImageInfo { format, size: raw.size(), encryption: None, qcow2: None }, None));
+    }
+    // `format_of` yields no other.
+    let options = OpenOptions { access: Access::ReadOnly, ..options.clone() };
+    let image = Qcow2::open(storage, path.as_deref(), &options, Purpose::Describe)?;
+    let (size, encryption) = (image.size(), image.encryption()?);
+    let info = ImageInfo { format, size, encryption, qcow2: Some(image.info()?) };
+    Ok((info, Some(image)))
+}
+
+/// Facts about a LUKS container, which can be described though it cannot be opened.
+fn luks_container(storage: &dyn Storage, options: &OpenOptions) -> Result<ImageInfo> {
+    let error = |error| Error::from_io("read the header of", error);
+    let luks = luks::read(storage, 0).map_err(error)?;
+    if luks.is_none() && options.format.is_some() {
+        let detail = "it has no LUKS header, though its format is said to be luks";
+        return Err(Error::new(ErrorKind::InvalidFormat, "open", detail));
+    }
+    let payload = luks.as_ref().and_then(|luks| luks.payload_offset).unwrap_or(0);
+    let size = storage.len().map_err(error)?.saturating_sub(payload);
+    let encryption = Some(Encryption::Luks(luks));
+    Ok(ImageInfo { format: Format::Luks, size, encryption, qcow2: None })
+}
