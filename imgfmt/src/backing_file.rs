@@ -11,14 +11,14 @@ use crate::storage::Storage;
 /// The treatment of the backing file that an image names.
 #[derive(Clone, Debug, Default)]
 pub enum BackingFile {
-    /// It is opened, and shows where the image itself has no content.
+    /// It is opened, and supplies the content where the image itself has none.
     #[default]
     AsNamed,
     /// It is not opened: ranges without content in the image itself read as zero. The image
-    /// continues to name it, so that zeroes written now hide it later.
+    /// continues to name it, so zeroes written now hide the backing file's content later.
     Ignored,
-    /// These options are stronger than what the image says. The image itself is not changed: it
-    /// shows another content when it is opened without them.
+    /// These options override what the image says. The image itself is not changed: opened without
+    /// them, it can show other content.
     Given(Box<BackingOptions>),
 }
 
@@ -36,7 +36,7 @@ pub struct BackingOptions {
     pub locking: Option<Locking>,
     /// The cache mode in place of the image's.
     pub cache: Option<CacheMode>,
-    /// The memory for tables, in bytes, in place of the image's.
+    /// The memory for metadata tables, in bytes, in place of the image's.
     pub metadata_cache_bytes: Option<u64>,
     /// The backing file below this one.
     pub backing: BackingFile,
@@ -54,6 +54,6 @@ pub enum NameTarget {
     /// An image that is to be opened with this treatment of its own backing file. The policy
     /// applies to the files in it.
     WithBacking(Box<Self>, BackingFile),
-    /// An object that is not allowed.
+    /// A name that the caller does not allow.
     Denied,
 }

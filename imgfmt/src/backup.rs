@@ -30,7 +30,7 @@ impl Uuid {
         self.0
     }
 
-    /// All zeroes stand for none.
+    /// A UUID of all zeroes means that there is none.
     pub(crate) fn from_bytes(bytes: [u8; 16]) -> Option<Self> {
         (bytes != [0; 16]).then_some(Self(bytes))
     }
@@ -82,8 +82,8 @@ impl FromStr for Uuid {
     }
 }
 
-/// The sum of the blocks that a backup holds, to which blocks are added in any order: 256 bits, the
-/// lowest byte first. The sum of no blocks is 0.
+/// The sum of the blocks of a backup: 256 bits, the lowest byte first. Blocks can be added in any
+/// order. The sum of no blocks is 0.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub struct ContentSum([u64; 4]);
 
@@ -141,7 +141,7 @@ pub struct BackupIdentity {
     pub base: BackupBase,
     /// The disk, if it has an identity.
     pub disk: Option<Uuid>,
-    /// Size of the disk in bytes. That of the image is rounded up to a multiple of 512.
+    /// Size of the disk in bytes. The size of the image is this, rounded up to a multiple of 512.
     pub disk_size: u64,
     /// The bitmap that records the changes since, if there is one: at most 1023 bytes.
     pub bitmap: Option<String>,
@@ -159,7 +159,7 @@ pub enum BackupBase {
     None,
     /// The backup with that identity.
     Backup(Uuid),
-    /// A file that the user has vouched for, with its identity, if it has one.
+    /// A file that the user declared to be the base, with its identity, if it has one.
     Trusted(Option<Uuid>),
 }
 
@@ -188,15 +188,15 @@ impl BackupIdentity {
 pub struct Backup {
     /// The identity.
     pub identity: BackupIdentity,
-    /// True if the file has its recorded length, no program that respects the format has opened it
-    /// for writing since (this crate may have opened it, and checks for changes), and, if it is
-    /// still the same file, it was not modified. Changes of a copy by other programs cannot be
-    /// detected.
+    /// True if the file is as the backup left it: it has its recorded length, no other program that
+    /// respects the format has opened it for writing, and it was not modified, if it is still the
+    /// same file. Changes that this crate makes count as well. Changes that other programs make to
+    /// a copy cannot be detected.
     pub is_unchanged: bool,
-    /// True if no program that respects the format has opened the file for writing since: if its
-    /// content is another one nevertheless, it is damaged, or [was modified](Self::was_modified).
+    /// True if no program that respects the format has opened the file for writing since. If its
+    /// content differs nevertheless, the file is damaged, or [was modified](Self::was_modified).
     pub is_sealed: bool,
-    /// True if the file is the one that the backup made, and no copy of it, and was modified since.
+    /// True if the file is the original, not a copy, and was modified after the backup was made.
     pub was_modified: bool,
 }
 
@@ -207,10 +207,10 @@ pub enum BeganAfter {
     /// Unknown: the image does not record it.
     #[default]
     Unknown,
-    /// This one.
+    /// The bitmap started after this backup.
     Backup(Uuid),
-    /// This one, unless the bitmap has been cleared since: another program has had the image open
-    /// for writing.
+    /// Probably this one. Another program has had the image open for writing, and may have cleared
+    /// the bitmap.
     PerhapsBackup(Uuid),
 }
 

@@ -16,9 +16,10 @@ pub enum CacheMode {
     Writethrough,
     /// Data bypasses the page cache (O_DIRECT); every change is durable when it returns.
     DirectSync,
-    /// Data goes through the page cache; flushes and writes with FUA return at once, and a power cut can
-    /// destroy the image. What is written is safe from a crash of the process only. This is for new
-    /// images that no other program relies on yet, such as the result of a conversion.
+    /// Data goes through the page cache; flushes and writes with FUA return at once, and a power
+    /// cut can destroy the image. Written data survives a crash of the process, but not of the
+    /// system. Use it for new images that no other program relies on yet, such as the result of a
+    /// conversion.
     Unsafe,
 }
 
@@ -27,7 +28,7 @@ impl CacheMode {
     pub const ALL: [Self; 5] =
         [Self::Writeback, Self::None, Self::Writethrough, Self::DirectSync, Self::Unsafe];
 
-    /// The mode's name, as QEMU and the command line have it.
+    /// Returns the mode's name in QEMU and on the command line.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -39,25 +40,25 @@ impl CacheMode {
         }
     }
 
-    /// The mode of this name.
+    /// Returns the mode of this name, if there is one.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|mode| mode.name() == name)
     }
 
-    /// Whether data bypasses the page cache.
+    /// Returns whether data bypasses the page cache.
     #[must_use]
     pub const fn is_direct(self) -> bool {
         matches!(self, Self::None | Self::DirectSync)
     }
 
-    /// Whether every change is durable when it returns.
+    /// Returns whether every change is durable when it returns.
     #[must_use]
     pub const fn is_writethrough(self) -> bool {
         matches!(self, Self::Writethrough | Self::DirectSync)
     }
 
-    /// Whether flushes put data on stable storage.
+    /// Returns whether flushes put data on stable storage.
     #[must_use]
     pub const fn syncs(self) -> bool {
         !matches!(self, Self::Unsafe)

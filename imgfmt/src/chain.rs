@@ -57,7 +57,7 @@ pub(crate) fn check_storage(
     };
     let format = format_of(&*storage, options)?;
     if format != Format::Qcow2 {
-        let detail = "a raw image has nothing that could be checked";
+        let detail = "a raw image has no metadata to check";
         return Err(Error::new(ErrorKind::Unsupported, "check", detail));
     }
     let options = OpenOptions { access, snapshot: None, ..options.clone() };
@@ -99,8 +99,8 @@ pub(crate) fn refuse_to_amend(storage: &dyn Storage, options: &OpenOptions) -> R
     }
 }
 
-/// The size of the disk in what `name` would stand for in a new image at `path`, if the new image
-/// could be opened above it.
+/// The size of the disk that the backing file name `name` would refer to in a new image at `path`,
+/// if the new image could be opened above it.
 pub(crate) fn named_size(path: &Path, name: &OsStr, options: &OpenOptions) -> Result<u64> {
     let target = options.policy.resolve(Some(path), name)?;
     let opened = open_target(target, options, Access::ReadOnly, &[])?;
@@ -140,8 +140,8 @@ impl Files {
     }
 }
 
-/// Opens a layer and everything below it. `files` are those above. Not
-/// recursive: what images name must not decide how much stack is needed.
+/// Opens a layer and everything below it. `files` are those above. Not recursive, so that untrusted
+/// images cannot exhaust the stack.
 fn open_layers(mut layer: Unopened, files: &mut Files) -> Result<Chain> {
     let mut above: Vec<(Box<Qcow2>, Option<PathBuf>)> = Vec::new();
     let mut top = loop {
@@ -170,8 +170,8 @@ fn open_layers(mut layer: Unopened, files: &mut Files) -> Result<Chain> {
     Ok(Chain { top, below, files: std::mem::take(&mut files.named) })
 }
 
-/// Refuses a backing file whose chain would be too long with the image at `path` above it. Whether it can
-/// be opened otherwise does not matter.
+/// Refuses a backing file whose chain would be too long with the image at `path` above it. Other
+/// errors of opening it are ignored.
 pub(crate) fn check_depth(
     path: &Path,
     options: &OpenOptions,
@@ -191,7 +191,7 @@ pub(crate) fn check_depth(
     }
 }
 
-/// That a chain has too many layers; the caller names its top.
+/// The error of a chain with too many layers; the caller adds the path of its top.
 fn too_long() -> Error {
     let detail = format!(
         "its chain of backing files would have more than {CHAIN_DEPTH_MAX} layers; make it shorter \
@@ -255,7 +255,7 @@ fn open_layer(layer: Unopened, files: &mut Files) -> Result<Opened> {
     Ok(Opened::Bottom(Driver::Qcow2(image)))
 }
 
-/// The format of what a storage holds, as the options say or as it looks: one that can be opened.
+/// The format of an image, given by the options or detected: one that can be opened.
 fn format_of(storage: &dyn Storage, options: &OpenOptions) -> Result<Format> {
     let format = said_or_seen(storage, options)?;
     match format.is_supported() {

@@ -52,13 +52,13 @@ pub enum Preallocation {
 }
 
 /// Whether other programs may leave the refcounts of an image wrong while it is open, and repair
-/// them after a crash. This crate never does.
+/// them after a crash. This crate never leaves them wrong.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum LazyRefcounts {
-    /// They may not.
+    /// Other programs may not.
     #[default]
     Off,
-    /// They may.
+    /// Other programs may.
     On,
 }
 
@@ -68,7 +68,7 @@ pub enum LazyRefcounts {
 #[non_exhaustive]
 pub struct Amendment {
     /// Its version. Version 2 is possible without bitmaps, snapshots and features that it does not
-    /// support; zero clusters are converted, to data where a backing file would show.
+    /// support; zero clusters are converted, to data clusters where the backing file has content.
     pub version: Option<Qcow2Version>,
     /// Whether other programs may leave refcounts wrong while the image is open.
     pub lazy_refcounts: Option<LazyRefcounts>,
@@ -93,7 +93,7 @@ pub enum DataFile {
 pub struct CreateOptions {
     /// The format of the image.
     pub format: Format,
-    /// Size of the disk in bytes; `None` takes the backing file's.
+    /// Size of the disk in bytes; `None` means the size of the backing file.
     pub size: Option<u64>,
     /// Name of the backing file, as stored in the image (a relative one starts at the image's
     /// directory), and its format.
@@ -122,7 +122,7 @@ pub struct CreateOptions {
     /// file.
     pub data_file: Option<(OsString, DataFile)>,
     /// Called repeatedly while zeroes are written for [`Preallocation::Full`], which may take long:
-    /// `true` cancels the creation, and nothing of it remains.
+    /// `true` cancels the creation and removes the new files.
     pub give_up: fn() -> bool,
 }
 

@@ -1,4 +1,4 @@
-//! The formats that can be opened: what only one of them has is found here.
+//! The formats that can be opened, and access to the functions that only one of them has.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -85,7 +85,7 @@ impl Driver {
         }
     }
 
-    /// The storage whose bytes are the disk's, one to one and forever, if there is one.
+    /// The storage whose bytes are always the disk's, at the same offsets, if there is one.
     pub(crate) fn raw_storage(&self) -> Option<&dyn Storage> {
         match self {
             Self::Raw(raw) => Some(raw.storage()),

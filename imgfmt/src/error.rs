@@ -22,7 +22,7 @@ pub enum ErrorKind {
     Unsupported,
     /// The image's metadata is damaged.
     Corrupt,
-    /// The request lies outside the virtual disk.
+    /// The request goes beyond the end of the virtual disk.
     OutOfBounds,
     /// The image was opened read-only.
     ReadOnly,
@@ -33,13 +33,13 @@ pub enum ErrorKind {
     PolicyDenied,
     /// Another program, or another open image of this program, has the file locked.
     Busy,
-    /// There is no file of that name.
+    /// There is no file, bitmap or snapshot of that name.
     NotFound,
     /// The user may not open the file.
     PermissionDenied,
     /// A fast operation was requested and only a slow one is available. Nothing has been changed.
     NotFast,
-    /// A new file was to be created, but the file exists.
+    /// A new file or bitmap was to be created, but there is one of that name.
     AlreadyExists,
     /// An argument is invalid for every image.
     InvalidInput,
@@ -58,7 +58,7 @@ struct Inner {
     hint: Option<Hint>,
 }
 
-/// What a caller may want to know beyond the class.
+/// Information for callers beyond the class.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Hint {
     FoundFormat(Format),
@@ -91,8 +91,8 @@ impl Error {
         error
     }
 
-    /// That an image has a format that is only recognised. `is_guess` says that its bytes were
-    /// looked at: the user may want to use the file as raw.
+    /// The error of an image whose format is recognised but not supported. `is_guess` says that the
+    /// format was detected: the user may want to use the file as raw.
     pub(crate) fn unsupported_format(format: Format, is_guess: bool) -> Self {
         let what = format.description();
         let advice = match format {
@@ -131,7 +131,7 @@ impl Error {
         }
     }
 
-    /// Marks the error of opening what another program writes.
+    /// Marks the error of opening a file that another program writes.
     #[must_use]
     pub(crate) fn but_could_be_shared(mut self) -> Self {
         self.0.hint = Some(Hint::CouldBeShared);
@@ -207,8 +207,8 @@ impl fmt::Debug for Error {
 }
 
 impl StdError for Error {
-    // The operating system's words are part of `detail` already: a chain printer that walks the
-    // sources would say them twice.
+    // `detail` contains the operating system's message already. With a source, reporters that print
+    // all sources would repeat it.
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         None
     }

@@ -2,7 +2,7 @@
 
 use crate::units::GuestRange;
 
-/// What a part of a disk holds.
+/// The content of a part of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ExtentKind {
     /// Bytes that must be read to be known.
@@ -17,9 +17,9 @@ pub enum ExtentKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Extent {
-    /// Where it is; never empty.
+    /// The range; never empty.
     pub range: GuestRange,
-    /// What it holds.
+    /// Its content.
     pub kind: ExtentKind,
     /// The layer that decides its content: 1 is the image itself, 2 its backing file and so on;
     /// 0 means that no layer has it. A raw image is allocated everywhere, holes included.
@@ -27,7 +27,7 @@ pub struct Extent {
 }
 
 impl Extent {
-    /// Takes in the extent that follows if it is more of the same.
+    /// Appends the extent that follows, if both are of the same kind and depth.
     pub(crate) fn join(&mut self, next: &Self) -> bool {
         let is_alike = (self.kind, self.depth) == (next.kind, next.depth);
         if is_alike
@@ -41,7 +41,7 @@ impl Extent {
     }
 }
 
-/// Collects neighbouring extents, joins those that are alike and stops at a number of them.
+/// Collects neighbouring extents, joins equal ones, and stops at a maximum number.
 #[derive(Debug)]
 pub(crate) struct ExtentList {
     extents: Vec<Extent>,
@@ -53,7 +53,8 @@ impl ExtentList {
         Self { extents: Vec::new(), max_count }
     }
 
-    /// Appends the extent that follows. Returns whether more are wanted; if not, it was dropped.
+    /// Appends the extent that follows. Returns false if the list is full; the extent was then
+    /// dropped.
     pub(crate) fn push(&mut self, extent: Extent) -> bool {
         if extent.range.is_empty() {
             return true;

@@ -1,9 +1,9 @@
-//! What is remembered of the parts of a disk that the upper layers of a chain have not got.
+//! A cache of the layers of a chain that have no content for a part of the disk.
 //!
-//! Where the top of a chain of 50 images has nothing, 49 tables tell where the data is. What the
-//! layers below the top have does not change for a reader of the chain, so what was found once stays
-//! true: for each granule of the disk, how many of them have nothing in all of it. Memory is bounded;
-//! where a granule's place is taken by another one, the layers are asked again.
+//! Where the top of a chain of 50 images has no content, up to 49 tables must be examined to find
+//! the data. The layers below the top do not change, so a result stays valid. It is, for each
+//! granule of the disk, the number of layers that have no content in all of it. Memory is bounded;
+//! a granule can displace another one, which is then looked up again.
 
 use std::sync::Arc;
 use std::sync::OnceLock;
@@ -14,19 +14,20 @@ use crate::units::{GuestRange, span};
 /// A granule is `1 << GRANULE_BITS` bytes: a cluster of the usual size.
 const GRANULE_BITS: u32 = 16;
 
-/// Most granules that are remembered: 4 MiB of memory, for 32 GiB of disk.
+/// Maximum number of cached granules: 4 MiB of memory, for 32 GiB of disk.
 const PLACES_MAX: u64 = 1 << 19;
 
-/// Ranges of this many bytes are looked up by granules; longer ones are walked, which costs little for each
-/// byte.
+/// Ranges of up to this many bytes are looked up by granules; longer ones are walked, which costs
+/// little per byte.
 pub(crate) const RANGE_MAX: u64 = 4 << 20;
 
-/// How many layers have nothing in each granule.
+/// The number of layers without content, for each granule.
 #[derive(Debug)]
 pub(crate) struct KnownDepths<L: ?Sized> {
     /// The layers below the top, in order.
     pub(crate) layers: Vec<Arc<L>>,
-    /// Numbers of granules, plus one, and below them (16 bits) how many layers have nothing there.
+    /// Numbers of granules, plus one, and in the lowest 16 bits the number of layers without
+    /// content there.
     places: Box<[AtomicU64]>,
 }
 
@@ -37,7 +38,7 @@ impl<L: ?Sized> KnownDepths<L> {
         Self { layers, places: (0..count).map(|_| AtomicU64::new(0)).collect() }
     }
 
-    /// How many layers from the first one on have nothing in a granule, if that is known.
+    /// The number of layers, from the first one on, without content in a granule, if it is known.
     pub(crate) fn get(&self, granule: Granule) -> Option<usize> {
         let found = self.place(granule).load(Relaxed);
         (found >> 16 == granule.0 + 1).then_some((found & 0xffff) as usize)
@@ -69,7 +70,7 @@ impl Granule {
     }
 }
 
-/// Made when it is first needed.
+/// Created when it is first needed.
 pub(crate) type Lazy<L> = OnceLock<KnownDepths<L>>;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Layers: what a chain of images consists of, and the walk through it that finds what a range is.
+//! The layers of a chain of images, and the walk through them that maps a range.
 
 use std::fmt;
 use std::io;
@@ -13,25 +13,25 @@ use crate::storage::{Capabilities, Durability, Speed, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
 use crate::write_map::WriteMap;
 
-/// An open image of one format, as the layer above it sees it and as [`Image`](crate::Image) reads it.
-/// A format that is only read needs nothing else. Every range handed in lies within
-/// [`size`](Self::size) and is not empty.
+/// An open image of one format, for the layer above it and for [`Image`](crate::Image). A read-only
+/// format needs no other trait. Every range passed in is within [`size`](Self::size) and not empty.
 pub(crate) trait Layer: Send + Sync + fmt::Debug {
     fn size(&self) -> u64;
 
-    /// Pushes what a range consists of into the walk, in order and without gaps, from its start on
-    /// until its end, or until the walk wants no more. What this layer has not got it maps with
+    /// Pushes the parts of a range into the walk, in order and without gaps, to the end of the
+    /// range or until the walk stops. Parts without content in this layer are mapped with
     /// [`Backing::map`].
     fn map(&self, range: GuestRange, walk: &mut Walk<'_>) -> Result<Mapped>;
 
-    /// Reads what this layer has mapped as encoded: the part of it from `offset` on.
+    /// Reads a part of what this layer has mapped as encoded, from `offset` on.
     fn decode(&self, _encoded: Encoded, offset: GuestOffset, _buffer: &mut [u8]) -> Result<()> {
         let detail = "the format has no encoded clusters";
         Err(Error::new(ErrorKind::Unsupported, "read", detail).at(offset.bytes()))
     }
 
-    /// Whether this layer has nothing in a range, not even zeroes, so that all of it shows the layer
-    /// below; `None` if that would take waiting, and `lookup` forbids it. "No" may be wrong.
+    /// Whether this layer has no content in a range, not even zeroes, so that all of it shows the
+    /// layer below; `None` if that would take waiting, and `lookup` forbids it. `false` may be
+    /// wrong.
     fn lacks(&self, _range: GuestRange, _lookup: Lookup) -> Result<Option<bool>> {
         Ok(Some(false))
     }
@@ -41,30 +41,30 @@ pub(crate) trait Layer: Send + Sync + fmt::Debug {
         None
     }
 
-    /// Keeps the places that are mapped from now on from being given to other parts of the disk;
-    /// `None` if that never happens.
+    /// Protects clusters that are mapped from now on from reuse for other parts of the disk; `None`
+    /// if they are never reused.
     fn lease(&self) -> Option<Lease> {
         None
     }
 
-    /// The error of this layer that an error of its storage makes.
+    /// Converts an error of this layer's storage.
     fn io_error(&self, operation: &'static str, error: io::Error, offset: GuestOffset) -> Error {
         Error::from_io(operation, error).at(offset.bytes())
     }
 }
 
-/// An image that can be changed. Nothing that changes it is called on one opened read-only.
+/// An image that can be changed. Methods that change it are not called if it was opened read-only.
 pub(crate) trait WritableLayer: Layer {
     fn capabilities(&self) -> Capabilities;
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()>;
-    /// Writes if that needs neither waiting nor new space; says whether it did.
+    /// Writes if that needs neither waiting nor new space; returns whether it did.
     fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite>;
-    /// Finds the place of a write that the caller carries out, in whole and durable only after a flush;
-    /// `None` if there is not one such place, or if that takes waiting.
+    /// Finds the place of a write that the caller carries out completely, and that is durable only
+    /// after a flush; `None` if there is no single place, or if the lookup would wait.
     fn map_write(&self, _offset: GuestOffset, _length: u64) -> Result<Option<WriteMap>> {
         Ok(None)
     }
-    /// Writes whole clusters, compressed where the format can.
+    /// Writes complete clusters, compressed if the format supports it.
     fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
         self.write_at(offset, data, Durability::Cached)
     }
@@ -77,47 +77,47 @@ pub(crate) trait WritableLayer: Layer {
     ) -> Result<()>;
     fn discard(&self, range: GuestRange, durability: Durability) -> Result<()>;
     fn flush(&self) -> Result<()>;
-    /// Says durably, where the format has a place for it, whether the disk is a mixture of two.
+    /// Marks the disk durably as incomplete or complete, if the format supports that.
     fn mark_incomplete(&self, _is_incomplete: bool) -> Result<()> {
         Ok(())
     }
-    /// Flushes, and leaves the image in the state in which it should be found. Nothing is changed
-    /// afterwards.
+    /// Flushes, and marks the image as closed properly. Nothing is changed afterwards.
     fn close(&self) -> Result<()> {
         self.flush()
     }
-    /// Changes the size of the disk; what is added reads as zero.
+    /// Changes the size of the disk; the added part reads as zero.
     fn resize(&mut self, size: u64) -> Result<()>;
 }
 
-/// The layer below another one, which has what that one has not.
+/// The layer below another one, which has the content that the other one lacks.
 #[derive(Debug)]
 pub(crate) struct Backing {
     pub(crate) layer: Arc<dyn Layer>,
     pub(crate) size: u64,
-    /// Of the layers below the one that has this, if walks begin there.
+    /// The cache for the layers below this one's owner, if walks begin at the owner.
     known: Lazy<dyn Layer>,
 }
 
-/// A walk over what a range consists of, through all layers.
+/// A walk over the parts of a range, through all layers.
 pub(crate) struct Walk<'w> {
     pub(crate) holes: Holes,
     pub(crate) lookup: Lookup,
-    /// Of the layer that is being asked.
+    /// The depth of the layer that is being asked.
     depth: u32,
-    /// How much metadata may still be examined, in all layers together: entries of tables.
+    /// The number of table entries that may still be examined, in all layers together.
     effort: u64,
     has_found: bool,
     visit: &'w mut Visit<'w>,
 }
 
-/// What a walk does with a mapping and the layer that has it; false if no more are wanted.
+/// Called with each mapping and its layer; returns false to stop the walk.
 pub(crate) type Visit<'w> = dyn FnMut(&dyn Layer, Mapping<'_>) -> Result<bool> + 'w;
 
-/// What asking the system about the holes of a file takes, in entries of a table.
+/// The cost of asking the system for the holes of a file, in table entries.
 const EFFORT_OF_CALL: u64 = 128;
 
-/// Most parts of a range of a file that are told apart, if the effort is not bounded.
+/// The maximum number of parts of a range of a file that are distinguished, if the effort is not
+/// bounded.
 const FILE_PARTS_MAX: u64 = 4096;
 
 impl<'w> Walk<'w> {
@@ -125,12 +125,12 @@ impl<'w> Walk<'w> {
         Self { holes, lookup, depth: 1, effort: u64::MAX, has_found: false, visit }
     }
 
-    /// Has the walk end when so much was examined, and something found.
+    /// Ends the walk when this many table entries were examined and something was found.
     pub(crate) fn with_effort(self, effort: u64) -> Self {
         Self { effort, ..self }
     }
 
-    /// Passes on the next part of the range, which `layer` has.
+    /// Passes on the next part of the range, whose content `layer` has.
     #[inline]
     pub(crate) fn push(
         &mut self,
@@ -158,8 +158,8 @@ impl<'w> Walk<'w> {
         }
     }
 
-    /// Passes on a part whose bytes lie in a storage, with the holes that it has there if they are
-    /// to be told; `hole` says what they are.
+    /// Passes on a part whose bytes are in a storage, with its holes if they are requested; `hole`
+    /// is their content.
     pub(crate) fn push_file(
         &mut self,
         layer: &dyn Layer,
@@ -167,7 +167,7 @@ impl<'w> Walk<'w> {
         file: FileSpan<'_>,
         hole: Content<'_>,
     ) -> Result<Mapped> {
-        // A list of extents is asked for afresh: others may have made holes.
+        // For a list of extents, ask anew: other programs may have punched holes.
         let may_be_known = self.effort == u64::MAX;
         if self.holes == Holes::AsData
             || may_be_known && file.storage.is_known_data(file.offset, range.length())
@@ -191,11 +191,11 @@ impl<'w> Walk<'w> {
             let (found, is_hole) = if inside == 0 {
                 (rest, true)
             } else if parts == FILE_PARTS_MAX {
-                // Where so many holes lie together they are not worth the calls.
+                // So many holes in one place are not worth the calls.
                 (rest, false)
             } else {
                 let found = file.storage.next_extent(offset, inside).map_err(io)?;
-                // An answer of nothing or of too much must not cause a loop or an overrun.
+                // An empty or excessive answer must not cause a loop or an overrun.
                 (found.length.clamp(1, inside), found.kind != ExtentKind::Data)
             };
             parts += 1;
@@ -209,13 +209,13 @@ impl<'w> Walk<'w> {
         Ok(Mapped::Complete)
     }
 
-    /// Notes that metadata was examined.
+    /// Counts examined metadata.
     #[inline]
     pub(crate) fn spend(&mut self, effort: u64) {
         self.effort = self.effort.saturating_sub(effort);
     }
 
-    /// Whether enough was examined.
+    /// Whether the effort is used up.
     #[inline]
     pub(crate) fn is_tired(&self) -> bool {
         self.effort == 0 && self.has_found
@@ -227,8 +227,8 @@ impl Backing {
         Self { size: layer.size(), layer, known: Lazy::new() }
     }
 
-    /// Maps what `above` has not got: as the layer below it has it, if there is one, and as zeroes
-    /// past the end of that.
+    /// Maps a part that `above` has no content for: from the layer below it, if there is one, and
+    /// as zeroes past the end of that.
     pub(crate) fn map(
         backing: Option<&Self>,
         above: &dyn Layer,
@@ -236,7 +236,7 @@ impl Backing {
         walk: &mut Walk<'_>,
     ) -> Result<Mapped> {
         match backing {
-            // With one layer below there is nothing to skip.
+            // With one layer below, none can be skipped.
             Some(first)
                 if walk.depth == 1
                     && range.length() <= RANGE_MAX
@@ -248,8 +248,8 @@ impl Backing {
         }
     }
 
-    /// As [`map`](Self::map), from the layer on that has something; this is the first one below the
-    /// top.
+    /// As [`map`](Self::map), starting at the layer that has content; this is the first one below
+    /// the top.
     fn map_by_granules(
         &self,
         top: &dyn Layer,
@@ -300,8 +300,8 @@ impl Backing {
         backings.map(|backing| Arc::clone(&backing.layer)).collect()
     }
 
-    /// How many layers, from this one on, have nothing in the whole granule of a guest offset; `None` if
-    /// that would take waiting.
+    /// The number of layers, from this one on, without content in the complete granule of a guest
+    /// offset; `None` if that would take waiting.
     fn layers_without(
         &self,
         known: &KnownDepths<dyn Layer>,
@@ -315,14 +315,14 @@ impl Backing {
         let (range, mut count, mut next) = (granule.range(), 0, Some(self));
         while let Some(Self { layer, size, .. }) = next {
             if range.end().bytes() > *size {
-                // What follows its end reads as zero.
+                // Beyond its end it reads as zero.
                 break;
             }
             match layer.lacks(range, lookup) {
                 Ok(Some(true)) => {}
                 Ok(Some(false)) => break,
                 Ok(None) => return Ok(None),
-                // It may lie in a part of the granule that nobody wants.
+                // The error may be in a part of the granule that was not requested.
                 Err(_) => return Ok(Some(count)),
             }
             count += 1;
@@ -351,7 +351,7 @@ impl Backing {
                 return Ok(mapped);
             }
         }
-        // It is the layer below that ends there.
+        // The layer below is the one that ends there.
         let behind = span(range.offset().bytes().max(*size), range.end().bytes());
         walk.push_of_depth(above, behind, Content::Hole, walk.depth + 1)
     }

@@ -1,9 +1,9 @@
-//! Leases: what is being read or written in place is not given away meanwhile.
+//! Leases: clusters that are being read or written in place are not reused meanwhile.
 //!
-//! Every lease belongs to a generation. When places in a file are freed, the generation that was
-//! current until then is closed; once all leases of it and of older ones have ended, no thread can
-//! still be moving bytes by a mapping that named those places. Each thread counts its own leases: taking one
-//! touches no memory that other threads write.
+//! Every lease belongs to a generation. When places in a file are freed, the current generation is
+//! closed. Once all leases of it and of older ones have ended, no thread can still transfer bytes
+//! by a mapping to those places. Each thread counts its own leases: taking one touches no memory
+//! that other threads write.
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering::Acquire, fence};
@@ -11,7 +11,7 @@ use std::sync::atomic::{Ordering::Acquire, fence};
 use crate::ordered_lock::{OrderedMutex, rank};
 use crate::per_thread::PerThread;
 
-/// Proof that no place that was mapped while it lived is reused. Dropping it ends the lease.
+/// While this lives, places that are mapped are not reused. Dropping it ends the lease.
 #[derive(Debug)]
 pub(crate) struct Lease {
     _generation: Arc<Generation>,
@@ -26,7 +26,7 @@ struct Generation;
 #[derive(Debug)]
 pub(crate) struct ClosedGeneration(Vec<Arc<Generation>>);
 
-/// Hands out leases.
+/// Issues leases.
 #[derive(Debug)]
 pub(crate) struct Leases {
     current: PerThread<OrderedMutex<{ rank::LEASES }, Arc<Generation>>>,
@@ -37,13 +37,13 @@ impl Leases {
         Self { current: PerThread::new(OrderedMutex::default) }
     }
 
-    /// Takes a lease. Only what is mapped afterwards is protected.
+    /// Takes a lease. It protects only what is mapped afterwards.
     pub(crate) fn take(&self) -> Lease {
         Lease { _generation: Arc::clone(&self.current.mine().lock()) }
     }
 
-    /// Closes the current generation, after the mappings to what is freed have been removed: a thread
-    /// whose part of it is closed sees that they are.
+    /// Closes the current generation, after the mappings to the freed places have been removed: a
+    /// thread that takes a lease of the next one sees that.
     pub(crate) fn close_generation(&self) -> ClosedGeneration {
         ClosedGeneration(
             self.current.all().map(|current| std::mem::take(&mut *current.lock())).collect(),
@@ -55,7 +55,7 @@ impl ClosedGeneration {
     /// Whether all leases of this generation have ended. New ones belong to a later one.
     pub(crate) fn has_ended(&self) -> bool {
         let has_ended = self.0.iter().all(|generation| Arc::strong_count(generation) == 1);
-        // What was done under the leases was done before what follows.
+        // Orders everything done under the leases before what follows.
         fence(Acquire);
         has_ended
     }

@@ -28,7 +28,7 @@
 //! # }
 //! ```
 //!
-//! A qcow2 overlay keeps what is written to it and shows its backing file everywhere else:
+//! A qcow2 overlay stores what is written to it, and shows its backing file everywhere else:
 //!
 //! ```
 //! use imgfmt::{CreateOptions, Durability, Format, GuestOffset, GuestRange, Image};
@@ -49,7 +49,7 @@
 //! # }
 //! ```
 //!
-//! [`jobs`] has what is done with whole disks: converting, comparing, committing, rebasing and
+//! [`jobs`] contains work on complete disks: converting, comparing, committing, rebasing and
 //! measuring images.
 //!
 //! The crate contains no network protocol. It follows a name inside an image only if the

@@ -15,7 +15,7 @@ const SECTOR: u64 = 512;
 const SLOTS: usize = 8;
 const SLOT_LENGTH: usize = 48;
 const SLOT_ACTIVE: u32 = 0x00ac_71f3;
-/// The text of version 2 lies between its binary header and this, at most.
+/// The end of the text of a version 2 header, at most.
 const JSON_END_MAX: u64 = 4 << 20;
 const JSON_START: u64 = 4096;
 
@@ -90,7 +90,7 @@ pub struct LuksSlot {
 
 /// Reads the header of a LUKS container that begins at `offset`; `None` if there is none.
 pub(crate) fn read(storage: &dyn Storage, offset: u64) -> io::Result<Option<LuksInfo>> {
-    // Only to be described: an offset that leads nowhere is no reason to refuse that.
+    // The header is only described, so an invalid offset is not an error.
     if offset >= storage.len()? {
         return Ok(None);
     }
@@ -138,8 +138,8 @@ fn details(header: &[u8]) -> LuksDetails {
     }
 }
 
-/// Where the first segment of data begins, as the text in a header of version 2 has it: its only
-/// member `"offset"` within `"segments"` that is looked for, by name.
+/// Where the first segment of data begins, from the text in a header of version 2: the first member
+/// `"offset"` after `"segments"`.
 fn find_segment(storage: &dyn Storage, offset: u64, length: u64) -> io::Result<Option<u64>> {
     let Some(length) = length.min(JSON_END_MAX).checked_sub(JSON_START) else { return Ok(None) };
     let Some(start) = offset.checked_add(JSON_START) else { return Ok(None) };
@@ -153,7 +153,7 @@ fn find_segment(storage: &dyn Storage, offset: u64, length: u64) -> io::Result<O
     Ok(digits.zip(end).and_then(|(digits, end)| digits[..end].parse().ok()))
 }
 
-/// A text that ends at its first zero byte, or where its field does.
+/// A text that ends at its first zero byte, or at the end of its field.
 fn text(header: &[u8], offset: usize, length: usize) -> String {
     let field = header.get(offset..offset + length).unwrap_or_default();
     let field = field.split(|byte| *byte == 0).next().unwrap_or_default();

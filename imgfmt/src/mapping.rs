@@ -1,8 +1,8 @@
-//! Mappings: what the parts of a range of a disk are, and where their bytes lie.
+//! Mappings: the kinds of the parts of a range of a disk, and the places of their bytes.
 //!
-//! There is one question, "zero, these bytes of that file, or read it through the image?", and one walk
-//! through the layers that answers it ([`Layer::map`](crate::layer::Layer::map)). Reads, extents and the
-//! maps that callers get are made of its answers.
+//! A part of a disk is zero, or bytes of a file, or can only be read through the image. One walk
+//! through the layers finds out which ([`Layer::map`](crate::layer::Layer::map)); reads, extents
+//! and the maps that callers get are made from its results.
 
 use std::sync::Arc;
 
@@ -11,22 +11,22 @@ use crate::lease::Lease;
 use crate::storage::Storage;
 use crate::units::{GuestRange, HostOffset};
 
-/// What a map or a read makes of parts of which metadata knows that they read as zero: those that
-/// no layer has, zero clusters, and holes of files.
+/// Whether a map or a read distinguishes the parts that read as zero according to metadata: parts
+/// without content in any layer, zero clusters, and holes of files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Holes {
-    /// They are told apart from data.
+    /// They are distinguished from data.
     Told,
-    /// They need not be: holes of files are bytes like any other.
+    /// They need not be: holes of files can be reported as data.
     AsData,
 }
 
 /// Whether a map may read metadata from a file, or ask the system for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Lookup {
-    /// It may, and so may have to wait.
+    /// It may, and so may block.
     MayRead,
-    /// It uses what is in memory.
+    /// It uses metadata in memory only, and does not block.
     CachedOnly,
 }
 
@@ -36,12 +36,13 @@ pub enum Lookup {
 pub enum Mapped {
     /// To the end of the range.
     Complete,
-    /// To the end of the last mapping that was passed on: no more was wanted, or enough was examined.
+    /// To the end of the last mapping that was passed on: the caller stopped, or the limit of
+    /// examined metadata was reached.
     Partial,
-    /// As with `Partial`; with [`Lookup::CachedOnly`] more cannot be told.
+    /// Like `Partial`, but because [`Lookup::CachedOnly`] forbids to look further.
     WouldBlock,
-    /// As with `WouldBlock`, but only the holes of a file are missing: the system tells them without
-    /// reading data.
+    /// Like `WouldBlock`, but only the holes of a file are missing, which the system can report
+    /// without reading data.
     HolesUnknown,
 }
 
@@ -49,7 +50,7 @@ pub enum Mapped {
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Mapping<'a> {
-    /// Which part of the disk this is; never empty.
+    /// The part of the disk; never empty.
     pub range: GuestRange,
     /// Where its bytes come from.
     pub content: Content<'a>,
@@ -65,7 +66,7 @@ pub enum Content<'a> {
     Hole,
     /// They are zeroes for which space is allocated.
     Zero,
-    /// They lie in one piece in a storage.
+    /// They are stored contiguously in a storage.
     File(FileSpan<'a>),
     /// They are stored in another form: read them with [`Image::read_at`](crate::Image::read_at).
     Encoded(Encoded),
@@ -74,14 +75,14 @@ pub enum Content<'a> {
 /// Bytes of a disk in a storage.
 #[derive(Clone, Copy, Debug)]
 pub struct FileSpan<'a> {
-    /// The storage that holds them, most often a file whose descriptor [`Storage::as_fd`] gives.
+    /// The storage that holds them, usually a file whose descriptor [`Storage::as_fd`] returns.
     pub storage: &'a Arc<dyn Storage>,
-    /// Where in the storage they start.
+    /// Their offset in the storage.
     pub offset: HostOffset,
-    /// What lies past the end of the storage was never written and reads as zero. Otherwise the
-    /// storage has become shorter than the disk, which is an error.
+    /// If true, the part past the end of the storage was never written and reads as zero. If false,
+    /// a storage that ends too early is an error.
     pub(crate) may_pass_end: bool,
-    /// There may be holes that have not been looked for.
+    /// Whether there may be holes that have not been looked for.
     pub(crate) may_have_holes: bool,
 }
 
@@ -94,7 +95,7 @@ pub struct Encoded {
 }
 
 impl Content<'_> {
-    /// What an extent says of it.
+    /// Returns the kind of an extent with this content.
     pub fn kind(&self) -> ExtentKind {
         match self {
             Self::Hole => ExtentKind::Hole,
@@ -103,23 +104,23 @@ impl Content<'_> {
         }
     }
 
-    /// Whether metadata says that they are zeroes.
+    /// Returns whether the bytes are zero according to metadata.
     pub fn is_zero(&self) -> bool {
         self.kind() != ExtentKind::Data
     }
 }
 
-/// The mappings of a range and the promise that they stay true.
+/// The mappings of a range, which stay valid while this lives.
 ///
-/// While a map lives, the places that its mappings name are not given to other parts of the disk.
-/// Writes to the range itself still show. Keep it until the bytes have been moved, also out of a
-/// socket's queue if they were sent without a copy, and drop it soon after.
+/// While a map lives, the places of its mappings are not reused for other parts of the disk. Writes
+/// to the range itself remain visible there. Keep the map until the bytes have been transferred
+/// (for sends without a copy, until they have left the socket's queue), and drop it soon after.
 #[derive(Debug)]
 pub struct ReadMap {
     parts: Vec<MappedPart>,
-    /// The storages that parts name; few, so each is counted once.
+    /// The storages of the parts; few, so each is listed once.
     storages: Vec<Arc<dyn Storage>>,
-    /// Dropped last: the storages are let go before places are given away.
+    /// Dropped last: the storages are released before places are reused.
     _lease: Option<Lease>,
 }
 
@@ -139,12 +140,12 @@ enum Source {
 }
 
 impl ReadMap {
-    /// An empty map; what it gets stays true while `lease` lives, or forever.
+    /// An empty map; its mappings stay valid while `lease` lives, or without one forever.
     pub(crate) fn new(lease: Option<Lease>) -> Self {
         Self { parts: Vec::new(), storages: Vec::new(), _lease: lease }
     }
 
-    /// The mappings in order of their offsets; together they cover the range that was asked for.
+    /// Returns the mappings in order of their offsets. Together they cover the requested range.
     pub fn mappings(&self) -> impl ExactSizeIterator<Item = Mapping<'_>> {
         self.parts.iter().map(|part| {
             let content = match part.source {

@@ -15,8 +15,8 @@ use crate::backing_file::{BackingFile, NameTarget};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
-/// How many layers a chain of backing files may have, the image itself included. Each holds a file
-/// open, and reading through all of them has to fit on the stack of a thread (2 MiB).
+/// The maximum number of layers of a chain, the image itself included. Each holds a file open, and
+/// reading through all of them has to fit on the stack of a thread (2 MiB).
 pub(crate) const CHAIN_DEPTH_MAX: usize = 500;
 
 /// The scheme of names of files.
@@ -30,15 +30,15 @@ pub type NameReader = dyn Fn(&str) -> io::Result<NameTarget> + Send + Sync;
 
 /// The files that an image may name as its backing file or data file.
 ///
-/// By default those that are, after resolving links, in the directory of the image that names them
-/// or below. Names with a scheme (`nbd:…`, `json:…`) are refused unless
+/// By default, these are the files in or below the directory of the image that names them, after
+/// resolving links. Names with a scheme (`nbd:…`, `json:…`) are refused unless
 /// [`allow_scheme`](Self::allow_scheme) sets a function that opens them.
 #[derive(Clone, Default)]
 pub struct OpenPolicy {
     files: FileRule,
     missing_format: MissingFormat,
     schemes: Vec<(String, Arc<NameReader>)>,
-    /// Files that are allowed wherever they lie.
+    /// Files that are allowed in any directory.
     named: Vec<PathBuf>,
 }
 
@@ -80,8 +80,8 @@ impl OpenPolicy {
     }
 
     /// Detects the format of a backing file from its first bytes if the image does not record it,
-    /// as QEMU does. By default such an image is refused: a guest may have written
-    /// those bytes, and with them the name of a file to read. For images whose guests are trusted.
+    /// as QEMU does. Use it only for images whose guests are trusted: a guest may have written
+    /// those bytes, and with them the name of a file to read. By default such an image is refused.
     #[must_use]
     pub fn allow_format_probe(mut self) -> Self {
         self.missing_format = MissingFormat::Probe;
@@ -113,7 +113,7 @@ impl OpenPolicy {
         self.missing_format
     }
 
-    /// Finds what `name`, found in the image at `image`, stands for, if it may be opened.
+    /// Resolves `name`, which the image at `image` contains, if it may be opened.
     pub(crate) fn resolve(&self, image: Option<&Path>, name: &OsStr) -> Result<NameTarget> {
         let directory =
             image.and_then(Path::parent).map(|directory| match directory.as_os_str().len() {
@@ -121,7 +121,7 @@ impl OpenPolicy {
                 _ => directory,
             });
         let target = match scheme_of(name) {
-            // As QEMU has it, this starts at the working directory.
+            // As in QEMU, a relative path starts at the working directory.
             Some(scheme) if scheme == FILE_SCHEME.as_bytes() => {
                 NameTarget::File(OsStr::from_bytes(&name.as_bytes()[scheme.len() + 1..]).into())
             }

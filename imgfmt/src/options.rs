@@ -50,7 +50,7 @@ pub struct OpenOptions {
     /// The format; `None` detects it from the first bytes of the file. See
     /// [`Image::open`](crate::Image::open) for the consequence for writable raw images.
     pub format: Option<Format>,
-    /// Returns whether the image may be changed.
+    /// Whether the image may be changed.
     pub access: Access,
     /// Whether it is locked while it is open.
     pub locking: Locking,
@@ -62,13 +62,14 @@ pub struct OpenOptions {
     pub backing: BackingFile,
     /// The id or name of an internal snapshot to read in place of the active state.
     pub snapshot: Option<String>,
-    /// Memory limit, in bytes, for the L2 tables of each qcow2 image of the chain; changed ones may
-    /// exceed it until they are written. At least 256 KiB are used. `None` covers the whole disk, up to
-    /// 32 MiB.
+    /// Memory limit, in bytes, for the L2 tables of each qcow2 image of the chain; changed tables
+    /// may exceed it until they are written. The minimum is 256 KiB. `None` is enough for the
+    /// complete disk, up to 32 MiB.
     pub metadata_cache_bytes: Option<u64>,
     /// The failures that recording dirty bitmaps survive while the image is open.
     pub bitmap_durability: BitmapDurability,
-    /// The treatment of an image whose disk is incomplete; not of its backing files.
+    /// The treatment of an image whose disk is incomplete; incomplete backing files are always
+    /// refused.
     pub incomplete: IncompleteDisk,
     pub(crate) on_unlocked: OnUnlocked,
     /// Everything in the image and its data file is on stable storage already.

@@ -1,13 +1,14 @@
 //! Locks that know in which order they are taken.
 //!
 //! Two threads that take the same two locks in different orders wait for each other forever, and a
-//! thread that takes a lock again which it holds waits for itself. So the locks of this crate have
-//! [ranks](rank) in their types, and a thread takes only locks of higher ranks than those that it
-//! holds. Builds with debug assertions, and so all tests, check that, whether anybody has to wait or
-//! not: a lock that is taken out of order panics. Other builds do not know the ranks at run time.
-//! `cargo xtask tidy` refuses locks without a rank, except those of storages for tests.
+//! thread that takes a lock again which it holds waits for itself. Therefore the locks of this
+//! crate have [ranks](rank) in their types, and a thread takes only locks of higher ranks than
+//! those that it holds. Builds with debug assertions, and so all tests, check this even if no
+//! thread has to wait: a lock that is taken out of order panics. Other builds do not know the ranks
+//! at run time. `cargo xtask tidy` refuses locks without a rank, except those of storages for
+//! tests.
 //!
-//! None of the locks of an image is held while data is moved, except the stripes.
+//! None of the locks of an image is held while data is transferred, except the stripes.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{
@@ -32,47 +33,48 @@ macro_rules! ranks {
 /// storages.
 pub(crate) mod rank {
     ranks! {
-        /// What the threads of a job have still to do. Held while the extents of images are looked up.
+        /// The remaining work of a job's threads. Held while the extents of images are looked up.
         AGENDA,
-        /// What a job has found.
+        /// The results of a job.
         JOB_RESULT,
-        /// The progress of a job. Held while the observer is told.
+        /// The progress of a job. Held while the observer is called.
         PROGRESS,
-        /// When a job may move more.
+        /// When a job may transfer more.
         RATE_LIMIT,
         /// The bitmaps: shared while the disk changes, exclusive while the list of them does.
         BITMAPS,
-        /// The number of changes that no thread carries out. An exclusive holder of the bitmaps waits for
-        /// their end with it, before the bitmaps are locked.
+        /// The number of changes that the kernel carries out without a thread. Before the bitmaps
+        /// are locked exclusively, their end is waited for.
         ELSEWHERE,
-        /// The first change since bitmaps were stored is being announced to the image.
+        /// Held while bitmaps are marked as in use, for the first change since they were stored.
         MARKING,
-        /// The turn to flush.
+        /// Held by the thread that flushes.
         FLUSH,
         /// One per guest cluster (several clusters share one), taken by ascending numbers. A change of
         /// the mapping of a cluster holds its stripe from the lookup to the commit. Writes in place need
         /// none.
         STRIPE,
-        /// An L2 table is made or moved.
+        /// Held while an L2 table is created or moved.
         L1_CHANGE,
-        /// Shared while a mapping is changed in memory, exclusive while a flush takes its copy of
-        /// everything. So a copy holds each mapping with the refcounts it needs.
+        /// Shared while a mapping is changed in memory, exclusive while a flush copies all changes.
+        /// So the copy contains each mapping with its refcounts.
         GATE,
-        /// Where bitmaps are in the file. Also taken to count all references, for an allocation.
+        /// The places of bitmaps in the file. Also taken to count all references, for an
+        /// allocation.
         DIRECTORY,
         SESSION,
         OWNERSHIP,
         QUARANTINE,
         /// A part of the cache of L2 tables.
         TABLE_CACHE,
-        /// Whether an L2 table that one thread reads from the file is there. Waited for by others that need
-        /// it, not held while it is read.
+        /// Whether an L2 table that one thread reads from the file is loaded. Other threads that
+        /// need the table wait for it; it is not held during the read.
         TABLE_LOAD,
         /// The L2 tables that a thread has used lately.
         RECENT_TABLES,
-        /// An L2 table is changed, or looked at as a whole.
+        /// One L2 table, while it is changed or read completely.
         TABLE,
-        /// A refcount block is read from the file.
+        /// Held while a refcount block is read from the file.
         BLOCK_LOAD,
         L2_PLACES,
         ALLOCATOR,
@@ -80,7 +82,7 @@ pub(crate) mod rank {
         FREED,
         DECOMPRESSED,
         LINEAGE,
-        /// Header extensions or autoclear bits change.
+        /// Held while header extensions or autoclear bits are changed.
         HEADER_EDIT,
         LEASES,
         HEADER,
@@ -88,9 +90,10 @@ pub(crate) mod rank {
         SIDECAR,
         /// The waiters for each commit of the sidecar's log. Not held while one is made.
         LOG_QUEUE,
-        /// What the slots of the sidecar's log hold. Held while they are written.
+        /// The contents of the slots of the sidecar's log. Held while they are written.
         LOG_SLOTS,
-        /// The first sector of a raw image that was found by probing is checked and changed.
+        /// Held while the first sector of a raw image that was found by probing is checked and
+        /// changed.
         FIRST_SECTOR,
         /// The first sector of an unfinished disk. Held while its mark is written.
         UNFINISHED,
@@ -104,16 +107,16 @@ pub(crate) mod rank {
     }
 }
 
-/// A mutex with a rank. What it holds is whole even if a thread panicked while it held it.
+/// A mutex with a rank. Its value is consistent even if a thread panicked while it held the lock.
 #[derive(Debug, Default)]
 pub(crate) struct OrderedMutex<const RANK: u8, T>(Mutex<T>);
 
-/// A read-write lock with a rank; for the order it makes no difference how it is taken. What it holds
-/// is whole even if a thread panicked while it held it.
+/// A read-write lock with a rank; for the order, shared and exclusive locks are the same. Its value
+/// is consistent even if a thread panicked while it held the lock.
 #[derive(Debug, Default)]
 pub(crate) struct OrderedRwLock<const RANK: u8, T>(RwLock<T>);
 
-/// The lock is held as long as this lives.
+/// A lock that is held while this lives.
 #[derive(Debug)]
 pub(crate) struct Ordered<G> {
     guard: G,
@@ -131,7 +134,8 @@ impl<const RANK: u8, T> OrderedMutex<RANK, T> {
         Ordered { guard: self.0.lock().unwrap_or_else(PoisonError::into_inner), _held: held }
     }
 
-    /// As [`lock`](Self::lock), if it is free. That never waits, so any order will do.
+    /// As [`lock`](Self::lock), if the lock is free. This never waits, so the order does not
+    /// matter.
     #[inline]
     pub(crate) fn try_lock(&self) -> Option<Ordered<MutexGuard<'_, T>>> {
         let guard = match self.0.try_lock() {
@@ -187,7 +191,7 @@ impl<const RANK: u8, T> OrderedRwLock<RANK, T> {
 }
 
 impl<T> Ordered<MutexGuard<'_, T>> {
-    /// Lets go of the lock until `condition` is notified. It counts as held meanwhile: the thread
+    /// Releases the lock until `condition` is notified. It counts as held meanwhile: the thread
     /// takes it again before it does anything else.
     pub(crate) fn wait(self, condition: &Condvar) -> Self {
         let guard = condition.wait(self.guard).unwrap_or_else(PoisonError::into_inner);
@@ -211,7 +215,7 @@ impl<G: DerefMut> DerefMut for Ordered<G> {
     }
 }
 
-/// What each thread holds, in builds that check it.
+/// The locks that each thread holds, in builds that check them.
 #[cfg(debug_assertions)]
 mod held {
     use std::cell::RefCell;
@@ -222,12 +226,12 @@ mod held {
         static RANKS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
     }
 
-    /// Notes a lock of this thread as held until it is dropped.
+    /// Records a lock of this thread as held until this is dropped.
     #[derive(Debug)]
     pub(super) struct Held(u8);
 
     impl Held {
-        /// Before a lock is taken that may have to be waited for.
+        /// Called before taking a lock that the thread may have to wait for.
         pub(super) fn in_order(rank: u8) -> Self {
             let highest = RANKS.try_with(|ranks| ranks.borrow().iter().max().copied());
             if let Some(highest) = highest.ok().flatten() {
@@ -244,7 +248,7 @@ mod held {
         }
 
         pub(super) fn in_any_order(rank: u8) -> Self {
-            // A thread that ends has nothing that could be checked.
+            // In a thread that ends, nothing can be checked.
             let _ = RANKS.try_with(|ranks| ranks.borrow_mut().push(rank));
             Self(rank)
         }
@@ -262,7 +266,7 @@ mod held {
     }
 }
 
-/// Nothing is noted in other builds.
+/// Nothing is recorded in other builds.
 #[cfg(not(debug_assertions))]
 mod held {
     #[derive(Debug)]

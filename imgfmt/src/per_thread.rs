@@ -1,15 +1,15 @@
-//! Values of which each thread has its own, so that threads that only read do not disturb each other.
+//! One value per thread, so that threads that only read do not contend.
 
 use std::cell::Cell;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread::available_parallelism;
 
-/// Most values of one kind, on machines with many cores.
+/// The maximum number of values of one kind, on machines with many cores.
 const VALUES_MAX: usize = 64;
 
-/// One value for each of the threads that are likely to run at the same time. Of more threads several
-/// share a value, so it must be a lock or atomic.
+/// One value for each thread that is likely to run at the same time. If there are more threads,
+/// several share a value, so it must be a lock or atomic.
 #[derive(Debug)]
 pub(crate) struct PerThread<T>(Box<[Padded<T>]>);
 
@@ -36,7 +36,7 @@ impl<T> PerThread<T> {
     }
 }
 
-/// Twice as many as cores: threads of a pool come on top of those that serve connections.
+/// Twice the number of cores: for the threads of a pool, and those that serve connections.
 fn count() -> usize {
     static COUNT: OnceLock<usize> = OnceLock::new();
     *COUNT.get_or_init(|| {
@@ -50,7 +50,7 @@ fn number_of_thread() -> usize {
     thread_local! {
         static NUMBER: Cell<usize> = const { Cell::new(0) };
     }
-    // A thread that ends has no number any more; it may share one.
+    // A thread that is ending has lost its number; it may share one.
     let number = NUMBER.try_with(|number| {
         if number.get() == 0 {
             number.set(NEXT.fetch_add(1, Relaxed));

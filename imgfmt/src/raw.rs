@@ -12,10 +12,10 @@ use crate::storage::{Capabilities, Durability, Speed, Storage, TryWrite, ZeroMod
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 use crate::write_map::WriteMap;
 
-/// Whether the first sector is kept from looking like another format.
+/// Whether writes that make the first sector look like another format are refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FirstSector {
-    /// The caller said that the image is raw: the guest may write what it likes.
+    /// The caller gave the format raw: the guest may write anything.
     Free,
     /// The format was found by probing: see [`probe`](crate::probe).
     Guarded,
@@ -40,8 +40,8 @@ impl Raw {
         Ok(Self { storage, size, first_sector })
     }
 
-    /// Runs `change` after making sure that a change of the first bytes of the disk from `offset`
-    /// on, as `apply` makes it, leaves the image looking raw.
+    /// Runs `change` if the image still looks raw afterwards. `apply` makes the same change to a
+    /// copy of the first sector, from `offset` on.
     fn guarded(
         &self,
         offset: GuestOffset,
@@ -69,7 +69,7 @@ impl Raw {
         }
     }
 
-    /// The storage whose bytes are the disk's, one to one and forever.
+    /// The storage whose bytes are always the disk's, at the same offsets.
     pub(crate) fn storage(&self) -> &dyn Storage {
         &*self.storage
     }
@@ -156,7 +156,7 @@ impl WritableLayer for Raw {
             self.storage.punch_hole(host(range.offset()), range.length()).map_err(io("discard"))
         });
         match result {
-            // A discard is advice: where it cannot be followed nothing happens.
+            // A discard is advice: where it is impossible, nothing happens.
             Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
             Err(error) => Err(error.at(range.offset().bytes())),
             Ok(()) => self.sync_if(durability),
@@ -187,7 +187,7 @@ fn at(offset: GuestOffset) -> impl Fn(Error) -> Error {
     move |error| error.at(offset.bytes())
 }
 
-/// Sets the bytes of a first sector to zero that a range covers from its offset on.
+/// Sets the bytes of a first sector to zero that a range covers.
 fn zero_start(range: GuestRange) -> impl FnOnce(&mut [u8]) {
     move |sector| {
         let length = usize::try_from(range.length()).unwrap_or(usize::MAX).min(sector.len());

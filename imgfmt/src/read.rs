@@ -1,4 +1,4 @@
-//! Consumers of a walk over a range: reads, lists of extents, and maps for callers that move the
+//! Uses of a walk over a range: reads, lists of extents, and maps for callers that transfer the
 //! bytes themselves.
 
 use std::sync::Arc;
@@ -13,10 +13,10 @@ use crate::units::{GuestOffset, GuestRange, span};
 /// Holes of files are seldom smaller than this, in bytes.
 const BLOCK: usize = 4096;
 
-/// How many entries of tables are examined for one list of extents.
+/// Maximum number of table entries that are examined for one list of extents.
 const EFFORT_MAX: u64 = 1 << 16;
 
-/// Fills `buffer` from `offset` on. A lease is the caller's matter.
+/// Fills `buffer` with the bytes at `offset`. The caller holds a lease.
 pub(crate) fn read_at(layer: &dyn Layer, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
     let range = range_of(offset, buffer);
     let mut visit = |layer: &dyn Layer, mapping: Mapping<'_>| {
@@ -44,8 +44,8 @@ fn read_mapping(layer: &dyn Layer, mapping: &Mapping<'_>, buffer: &mut [u8]) -> 
     Ok(())
 }
 
-/// Fills `buffer` from `offset` on if that takes no waiting. With [`Holes::Told`] it gives up as soon
-/// as it meets one.
+/// Fills `buffer` with the bytes at `offset` if that needs no waiting. With [`Holes::Told`] it
+/// gives up at the first hole.
 pub(crate) fn try_read_at(
     layer: &dyn Layer,
     offset: GuestOffset,
@@ -80,11 +80,11 @@ fn try_read_mapping(
         }
         Content::Encoded(_) => Ok(TryRead::WouldBlock),
         Content::File(file) => match file.storage.try_read_at(file.offset, buffer) {
-            // Whether zeroes are a hole has to be asked for, and that may take waiting.
+            // To find out whether zeroes are a hole may take waiting.
             Ok(TryRead::Complete) if file.may_have_holes && !is_surely_data(buffer) => {
                 Ok(TryRead::WouldBlock)
             }
-            // The last cluster may go on past the end of the file.
+            // The last cluster may extend past the end of the file.
             Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
                 Ok(TryRead::WouldBlock)
             }
@@ -93,8 +93,8 @@ fn try_read_mapping(
     }
 }
 
-/// Calls `each` with the mappings of a range in turn, until it returns false. What they name a caller
-/// can move by himself.
+/// Calls `each` with the mappings of a range in turn, until it returns false. The caller can
+/// transfer the mapped bytes itself.
 pub(crate) fn map(
     layer: &dyn Layer,
     range: GuestRange,
@@ -128,8 +128,8 @@ pub(crate) fn map(
     Ok(if is_unknown { Mapped::HolesUnknown } else { mapped })
 }
 
-/// Splits stored bytes where the storage, of `length` bytes, ends: what follows reads as zero, but is
-/// no hole.
+/// Splits stored bytes at the end of the storage, of `length` bytes: the rest reads as zero, but is
+/// not a hole.
 fn split_at_end<'a>(
     mapping: Mapping<'a>,
     file: FileSpan<'a>,
@@ -148,17 +148,17 @@ fn split_at_end<'a>(
     )
 }
 
-/// Appends the extents of a range to a list until its end, or until the list wants no more.
+/// Appends the extents of a range to a list, to the end of the range or until the list is full.
 pub(crate) fn extents(layer: &dyn Layer, range: GuestRange, list: &mut ExtentList) -> Result<()> {
     let mut visit = |_: &dyn Layer, Mapping { range, content, depth }: Mapping<'_>| {
         Ok(list.push(Extent { range, kind: content.kind(), depth }))
     };
-    // A disk may be so large, or say the same for so long, that the end is hours away.
+    // Finding the end of an extent of a huge disk could take hours.
     let walk = Walk::new(Holes::Told, Lookup::MayRead, &mut visit);
     layer.map(range, &mut walk.with_effort(EFFORT_MAX)).map(drop)
 }
 
-/// Starts to bring a range into memory.
+/// Starts to read a range into memory.
 pub(crate) fn readahead(layer: &dyn Layer, range: GuestRange) -> Result<()> {
     let mut visit = |layer: &dyn Layer, mapping: Mapping<'_>| {
         if let Content::File(file) = mapping.content {
@@ -182,7 +182,7 @@ fn part_of(buffer: &mut [u8], offset: GuestOffset, range: GuestRange) -> &mut [u
     &mut buffer[start..start + range.length() as usize]
 }
 
-/// Whether the content alone shows that there is no hole. "No" says nothing.
+/// Whether the content alone shows that there is no hole. `false` proves nothing.
 fn is_surely_data(content: &[u8]) -> bool {
     content.chunks(BLOCK).all(|block| block.iter().take(16).any(|byte| *byte != 0))
 }

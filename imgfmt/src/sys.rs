@@ -1,4 +1,4 @@
-//! What needs `unsafe`: open-file-description locks, and the words of a memory-mapped file.
+//! The `unsafe` code: open-file-description locks, and the words of a memory-mapped file.
 //!
 //! Nothing else in this crate is unsafe. `rustix` has no call for `F_OFD_SETLK` and `F_OFD_GETLK`.
 #![allow(unsafe_code)]
@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicU64;
 
 use memmap2::MmapRaw;
 
-/// The whole words of a mapping of a file.
+/// The complete words of a mapped file.
 pub(crate) fn mapped_words(map: &MmapRaw) -> &[AtomicU64] {
     let count = map.len() / size_of::<AtomicU64>();
     let first = map.as_mut_ptr().cast::<AtomicU64>().cast_const();
@@ -31,7 +31,7 @@ pub(crate) fn lock_byte_shared(fd: BorrowedFd<'_>, byte: u64) -> io::Result<()> 
     fcntl_lock(fd, libc::F_OFD_SETLK, &mut lock)
 }
 
-/// Gives back all locks of the open file description of `fd`.
+/// Releases all locks of the open file description of `fd`.
 pub(crate) fn unlock(fd: BorrowedFd<'_>) -> io::Result<()> {
     let mut lock = byte_lock(libc::F_UNLCK, 0)?;
     lock.l_len = 0; // to the end, wherever that is

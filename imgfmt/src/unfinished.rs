@@ -1,4 +1,4 @@
-//! A disk that is written as a whole and becomes valid atomically at the end.
+//! A disk that is written completely and becomes valid atomically at the end.
 
 use std::io;
 use std::sync::Arc;
@@ -13,22 +13,22 @@ use crate::storage::{
 };
 use crate::units::HostOffset;
 
-/// What a disk begins with says what it is: an image's header, a partition table. A write of so
-/// many bytes there happens wholly or not at all.
+/// The first sector identifies the content of a disk: an image's header, or a partition table. A
+/// write of this many bytes is atomic.
 const SECTOR: usize = 512;
 
 /// Nothing has changed yet.
 const UNTOUCHED: u8 = 0;
-/// The first sector says that the rest is incomplete; what it is to hold is in memory.
+/// The first sector marks the rest as incomplete; its final content is in memory.
 const MARKED: u8 = 1;
-/// Everything is where it belongs.
+/// Everything is written.
 const COMPLETE: u8 = 2;
 
 /// A storage, usually a block device, whose first sector is written last.
 ///
 /// Before the first change it gets the header of a qcow2 image that is marked as incomplete, which
 /// this crate and QEMU refuse to open; [`complete`](Self::complete) replaces it by the data written
-/// there. However the writer ends in between, a part of a disk is never mistaken for the whole.
+/// there. If the writer ends in between, an incomplete disk is never taken for a complete one.
 /// Reads return the written data.
 ///
 /// Its contents are useless before it is complete, so until then [`sync`](Storage::sync) does
@@ -79,8 +79,8 @@ impl Unfinished {
     ///
     /// # Errors
     ///
-    /// Any error of the medium. The first sector then marks the rest as incomplete, unless it was
-    /// its own write that failed.
+    /// Any error of the medium. The first sector then marks the rest as incomplete, unless only its
+    /// own write failed.
     pub fn complete(&self) -> io::Result<()> {
         let first = self.first.lock();
         if self.state.load(Acquire) == MARKED {
@@ -98,7 +98,7 @@ impl Unfinished {
         self.state.load(Acquire) == MARKED
     }
 
-    /// How many bytes from `offset` on are in the first sector and not on the medium.
+    /// The number of bytes, from `offset` on, that are in the first sector and not on the medium.
     fn held(&self, offset: HostOffset, length: u64) -> usize {
         if self.state.load(Acquire) == COMPLETE {
             return 0;
@@ -107,7 +107,7 @@ impl Unfinished {
         length as usize // At most 512.
     }
 
-    /// Marks what is there as incomplete, durably: the change may reach the medium at any time.
+    /// Durably marks the disk as incomplete: the change may reach the medium at any time.
     fn before_change(&self) -> io::Result<()> {
         if self.state.load(Acquire) != UNTOUCHED {
             return Ok(());

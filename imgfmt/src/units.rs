@@ -1,7 +1,7 @@
 //! Typed offsets and ranges.
 //!
-//! An offset on the virtual disk and an offset in a host file are both 64-bit byte counts. Confusing
-//! them destroys data without an error, so they are different types.
+//! An offset on the virtual disk and an offset in a host file are both 64-bit byte counts.
+//! Confusing them would destroy data without an error, so they are different types.
 
 use std::fmt;
 use std::ops::{Add, AddAssign, Sub};
@@ -17,17 +17,18 @@ pub struct HostOffset(u64);
 macro_rules! offset {
     ($name:ident) => {
         impl $name {
-            /// The offset `bytes` from the start.
+            /// Creates the offset of this many bytes.
             pub const fn new(bytes: u64) -> Self {
                 Self(bytes)
             }
 
-            /// The offset in bytes.
+            /// Returns the offset in bytes.
             pub const fn bytes(self) -> u64 {
                 self.0
             }
 
-            /// The offset `length` bytes further on, or `None` if that does not fit into 64 bits.
+            /// Returns the offset `length` bytes further on, or `None` if it does not fit into 64
+            /// bits.
             pub const fn checked_add(self, length: u64) -> Option<Self> {
                 match self.0.checked_add(length) {
                     Some(sum) => Some(Self(sum)),
@@ -36,8 +37,8 @@ macro_rules! offset {
             }
         }
 
-        /// The offset this many bytes further on. That it fits into 64 bits is the caller's to know:
-        /// it overflows as `u64` does. See also `checked_add`.
+        /// The offset this many bytes further on. It overflows as `u64` does, so the caller must
+        /// know that it fits into 64 bits; otherwise use `checked_add`.
         impl Add<u64> for $name {
             type Output = Self;
 
@@ -54,7 +55,7 @@ macro_rules! offset {
             }
         }
 
-        /// The distance in bytes from an offset that does not lie after this one.
+        /// The distance in bytes from an offset that is not after this one.
         impl Sub for $name {
             type Output = u64;
 
@@ -97,7 +98,7 @@ pub struct GuestRange {
 }
 
 impl GuestRange {
-    /// A range of `length` bytes from `offset`, or `None` if it would end beyond 2^64 - 1.
+    /// Creates a range of `length` bytes from `offset`, or `None` if it would end beyond 2^64 - 1.
     pub const fn new(offset: GuestOffset, length: u64) -> Option<Self> {
         match offset.checked_add(length) {
             Some(_) => Some(Self { offset, length }),
@@ -105,7 +106,7 @@ impl GuestRange {
         }
     }
 
-    /// The range from `start` to `end` (excluded), or `None` if `end` lies before `start`.
+    /// Creates the range from `start` to `end` (excluded), or `None` if `end` is before `start`.
     pub const fn between(start: GuestOffset, end: GuestOffset) -> Option<Self> {
         match end.0.checked_sub(start.0) {
             Some(length) => Some(Self { offset: start, length }),
@@ -113,28 +114,28 @@ impl GuestRange {
         }
     }
 
-    /// Where the range starts.
+    /// Returns the start of the range.
     pub const fn offset(self) -> GuestOffset {
         self.offset
     }
 
-    /// How many bytes it covers.
+    /// Returns the length in bytes.
     pub const fn length(self) -> u64 {
         self.length
     }
 
-    /// The first byte after the range.
+    /// Returns the offset of the first byte after the range.
     pub const fn end(self) -> GuestOffset {
         // The constructors refuse a range whose end does not fit.
         GuestOffset(self.offset.0 + self.length)
     }
 
-    /// Whether the range covers no byte at all.
+    /// Returns whether the range is empty.
     pub const fn is_empty(self) -> bool {
         self.length == 0
     }
 
-    /// The part that lies in both ranges; empty (at the start of `self`) if there is none.
+    /// Returns the part that is in both ranges; empty (at the start of `self`) if there is none.
     pub fn intersection(self, other: Self) -> Self {
         let start = self.offset.max(other.offset);
         let end = self.end().min(other.end());
@@ -148,7 +149,7 @@ impl fmt::Display for GuestRange {
     }
 }
 
-/// What guest and host offsets have in common, for arithmetic that is the same for both.
+/// The arithmetic that guest and host offsets share.
 pub(crate) trait Offset: Copy + Ord + Add<u64, Output = Self> {
     /// The offset `bytes` from the start.
     fn at(bytes: u64) -> Self;
@@ -199,7 +200,7 @@ impl Offset for HostOffset {
     }
 }
 
-/// The range from `start` to `end`, which does not lie before.
+/// The range from `start` to `end`, which is not before `start`.
 #[inline]
 pub(crate) fn span(start: impl Into<GuestOffset>, end: impl Into<GuestOffset>) -> GuestRange {
     GuestRange::between(start.into(), end.into()).unwrap_or_default()

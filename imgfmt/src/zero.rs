@@ -1,6 +1,6 @@
 //! Zero detection in data.
 
-/// How many bytes are folded into one word before the word is examined.
+/// The number of bytes that are folded into one word before the word is examined.
 const BLOCK: usize = 256;
 
 /// Returns whether all bytes are zero.

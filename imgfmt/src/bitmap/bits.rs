@@ -43,7 +43,7 @@ impl Bits {
         Self { granularity_bits, size, words: Words::Heap(words) }
     }
 
-    /// How many bytes the bits for a disk of `size` bytes take up.
+    /// The number of bytes that the bits for a disk of `size` bytes take up.
     pub(crate) const fn bytes_for(size: u64, granularity_bits: u32) -> u64 {
         size.div_ceil(1 << granularity_bits).div_ceil(8)
     }
@@ -58,7 +58,7 @@ impl Bits {
         self.granularity_bits
     }
 
-    /// How many bits there are.
+    /// The number of bits.
     fn count(&self) -> u64 {
         self.size.div_ceil(1 << self.granularity_bits)
     }
@@ -70,7 +70,7 @@ impl Bits {
         }
     }
 
-    /// Marks what a range touches. What lies past the end of the disk is ignored.
+    /// Marks every bit that a range touches. The part past the end of the disk is ignored.
     pub(crate) fn set_range(&self, range: GuestRange) {
         let end = range.end().bytes().min(self.size);
         let start = range.offset().bytes();
@@ -91,7 +91,8 @@ impl Bits {
             let stop = end.min((bit / WORD_BITS + 1) * WORD_BITS);
             let mask = mask(bit % WORD_BITS, stop - bit);
             let word = &words[(bit / WORD_BITS) as usize];
-            // Most writes find their bits set: they leave the line of the cache shared.
+            // Most writes find their bits set already. Without a store, the cache line stays
+            // shared.
             if word.load(Relaxed) & mask != mask {
                 word.fetch_or(mask, AcqRel);
             }
@@ -127,14 +128,14 @@ impl Bits {
         }
     }
 
-    /// A copy for a disk of another size. What is added is clean.
+    /// A copy for a disk of another size. An added part is clean.
     pub(crate) fn resized(&self, size: u64) -> Self {
         let copy = Self::new(size, self.granularity_bits);
         copy.merge(self);
         copy
     }
 
-    /// How many bytes of the disk are dirty.
+    /// The number of dirty bytes of the disk.
     pub(crate) fn dirty_bytes(&self) -> u64 {
         let set: u64 =
             self.words().iter().map(|word| u64::from(word.load(Relaxed).count_ones())).sum();
@@ -183,8 +184,8 @@ impl Bits {
         None
     }
 
-    /// What is dirty and what is clean in a range, from its start on, at most `max_count` parts. What
-    /// lies past the end of the bitmap is clean.
+    /// The dirty and the clean parts of a range, from its start on, at most `max_count` of them.
+    /// The part past the end of the bitmap is clean.
     pub(crate) fn extents(&self, whole: GuestRange, max_count: usize) -> Vec<DirtyExtent> {
         let mut extents: Vec<DirtyExtent> = Vec::new();
         let (mut position, end) = (whole.offset().bytes(), whole.end().bytes());
@@ -202,7 +203,7 @@ impl Bits {
     }
 
     /// Copies bits out: `bytes` from the byte at `offset` of the bitmap on, eight bits each, the
-    /// lowest first. What lies past the end is zero.
+    /// lowest first. Bits past the end are zero.
     pub(crate) fn store(&self, offset: u64, bytes: &mut [u8]) {
         debug_assert!(offset.is_multiple_of(8));
         let words = self.words().get((offset / 8) as usize..).unwrap_or_default();
@@ -230,7 +231,7 @@ impl Bits {
         }
     }
 
-    /// Sets the bits that lie in `length` bytes from the byte at `offset` of the bitmap on.
+    /// Sets the bits in `length` bytes from the byte at `offset` of the bitmap on.
     pub(crate) fn load_ones(&self, offset: u64, length: u64) {
         let end = offset.saturating_add(length).saturating_mul(8).min(self.count());
         self.set_bits((offset * 8).min(end), end);

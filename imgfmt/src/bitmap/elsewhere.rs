@@ -14,7 +14,7 @@ pub(super) struct Elsewhere {
 #[derive(Debug, Default)]
 struct State {
     under_way: usize,
-    /// How many want none to begin.
+    /// The number of holders of [`Closed`].
     closed: usize,
 }
 
@@ -37,7 +37,7 @@ impl Elsewhere {
         Some(Counted(Arc::clone(self)))
     }
 
-    /// Has none begin from now on, and waits until those under way are over.
+    /// Lets no further change begin, and waits until those under way are over.
     pub(super) fn close(&self) -> Closed<'_> {
         let mut state = self.state.lock();
         state.closed += 1;

@@ -28,7 +28,7 @@ pub enum Recording {
     /// Every change of the disk sets its bits.
     #[default]
     Enabled,
-    /// It does not change.
+    /// The bitmap does not change.
     Disabled,
 }
 
@@ -36,30 +36,30 @@ pub enum Recording {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BitmapState {
-    /// They are.
+    /// The bits are reliable.
     Consistent {
         /// Bytes of the disk that are marked as changed.
         dirty_bytes: u64,
     },
-    /// They are not: the last writer of the image did not close it properly. The bitmap can be
-    /// removed, or repaired into one in which everything is dirty.
+    /// Unreliable: the last writer of the image did not close it properly. The bitmap can be
+    /// removed, or repaired; a repair marks everything as dirty.
     Inconsistent {
         /// The reason, as a clause.
         reason: String,
     },
-    /// They are not: the bitmap's metadata is damaged. It can be removed, or repaired as above.
+    /// Unreliable: the bitmap's metadata is damaged. It can be removed, or repaired as above.
     Damaged {
         /// The damage, as a clause.
         reason: String,
     },
-    /// They are not: a checkpoint has moved bits to another bitmap ([`BitmapChange::Freeze`]), and
-    /// they are not back. Opening the image for writing merges them back, unless they are
-    /// unreliable.
+    /// Unreliable: a checkpoint has moved bits to another bitmap ([`BitmapChange::Freeze`]) and has
+    /// not ended. Opening the image for writing merges them back, unless they are unreliable
+    /// themselves.
     Incomplete {
         /// The name of the bitmap that holds them.
         frozen: String,
-        /// The reason why the moved bits are unreliable, as a clause, if they are. When that bitmap
-        /// is repaired, everything is dirty in it.
+        /// The reason why the moved bits are unreliable, as a clause, if they are. A repair of the
+        /// other bitmap marks everything in it as dirty.
         problem: Option<String>,
     },
 }
@@ -91,8 +91,8 @@ pub struct BitmapInfo {
     pub granularity: u64,
     /// Whether it records changes.
     pub recording: Recording,
-    /// The bitmap is marked as in use: its stored bits are out of date. Normal while the image is
-    /// open and has been written to.
+    /// Whether the bitmap is marked as in use: its stored bits are out of date. This is normal
+    /// while an image is open and has been written to.
     pub is_in_use: bool,
     /// Whether its bits are reliable.
     pub state: BitmapState,
@@ -140,7 +140,7 @@ pub enum BitmapChange {
         /// The name of the bitmap that is read.
         from: String,
     },
-    /// Like `Merge`, from a bitmap of any image.
+    /// Add dirty ranges that were read from a bitmap of any image.
     MergeBits {
         /// The name of the bitmap that is changed.
         into: String,
@@ -154,8 +154,8 @@ pub enum BitmapChange {
     },
     /// Start a checkpoint: the bits of a bitmap move to another one, called
     /// [`frozen_bitmap_name`](crate::frozen_bitmap_name), and the bitmap restarts empty. Until they
-    /// are dropped or thawed, it is [incomplete](BitmapState::Incomplete). Bits that are frozen
-    /// already move with them.
+    /// are dropped or thawed, it is [incomplete](BitmapState::Incomplete). Bits that were frozen
+    /// earlier stay frozen, and these are added to them.
     Freeze {
         /// Its name.
         name: String,
@@ -183,7 +183,7 @@ pub enum BitmapChange {
 
 /// A range of a disk that is dirty or clean throughout.
 ///
-/// A plain value: it has these two fields and will have no others.
+/// This plain value has these two fields and will have no others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DirtyExtent {
     /// The range; never empty.

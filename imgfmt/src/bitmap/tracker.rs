@@ -33,8 +33,8 @@ pub(crate) struct Bitmap<S> {
     pub(crate) granularity_bits: u32,
     pub(crate) recording: Recording,
     pub(crate) condition: Condition,
-    /// What is stored is marked as out of date. Changed only by the hook of `before_change` and by
-    /// the holder of the exclusive state.
+    /// Whether the stored bits are marked as out of date. Only the hook of `before_change` and the
+    /// holder of the exclusive state change it.
     pub(crate) in_use: AtomicBool,
     /// The bits; loaded when they are first needed.
     pub(crate) bits: OnceLock<Arc<Bits>>,
@@ -61,9 +61,9 @@ pub(crate) struct State<S> {
     bitmaps: Vec<Bitmap<S>>,
     /// Those that record changes.
     live: Box<[Arc<Bits>]>,
-    /// The image says of all of them that what is stored is out of date.
+    /// Whether the image marks the stored bits of all of them as out of date.
     is_marked: AtomicBool,
-    /// Keeps the bits of all that note changes, so that they survive a crash.
+    /// Keeps the bits of all recording bitmaps, so that they survive a crash.
     sidecar: OnceLock<Arc<Sidecar>>,
 }
 
@@ -78,7 +78,7 @@ impl<S> State<S> {
         }
     }
 
-    /// The bitmaps that note changes, and their bits.
+    /// The bitmaps that record changes, and their bits.
     pub(crate) fn recording(&self) -> impl Iterator<Item = (&Bitmap<S>, &Arc<Bits>)> {
         self.bitmaps.iter().filter(records).filter_map(|bitmap| Some((bitmap, bitmap.bits.get()?)))
     }
@@ -88,14 +88,14 @@ impl<S> State<S> {
         self.sidecar.get().is_some()
     }
 
-    /// Has the sidecar kept up to date from now on. Called from `mark` only, when no change is on
-    /// its way.
+    /// Keeps the sidecar up to date from now on. Called from `mark` only, while no change is in
+    /// flight.
     pub(crate) fn set_sidecar(&self, sidecar: Arc<Sidecar>) {
         // A state is marked once.
         let _ = self.sidecar.set(sidecar);
     }
 
-    /// Notes that a range is about to change, if that needs no waiting.
+    /// Records that a range is about to change, if that needs no waiting.
     fn try_note(&self, range: GuestRange) -> Result<Option<InFlight>, WouldBlock> {
         if !self.is_marked.load(Acquire) {
             return Err(WouldBlock);
@@ -119,7 +119,7 @@ fn records<S>(bitmap: &&Bitmap<S>) -> bool {
     bitmap.recording == Recording::Enabled && bitmap.condition == Condition::Ready
 }
 
-/// A change that has been noted. It must not be on its way any more when this is dropped.
+/// A change that has been recorded. It must be over before this is dropped.
 #[derive(Debug)]
 #[must_use = "the change must be over before this is dropped"]
 pub(crate) struct Recorded<'a, S> {
@@ -127,8 +127,8 @@ pub(crate) struct Recorded<'a, S> {
     _state: Ordered<RwLockReadGuard<'a, State<S>>>,
 }
 
-/// A change that has been noted and is carried out by no thread in particular. It must not be on its way
-/// any more when this is dropped.
+/// A change that has been recorded, and that the kernel carries out without a thread. It must be
+/// over before this is dropped.
 #[derive(Debug)]
 #[must_use = "the change must be over before this is dropped"]
 pub(crate) struct RecordedElsewhere {
@@ -136,7 +136,7 @@ pub(crate) struct RecordedElsewhere {
     _counted: Counted,
 }
 
-/// A change cannot be noted without waiting.
+/// A change cannot be recorded without waiting.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WouldBlock;
 
@@ -144,7 +144,7 @@ pub(crate) struct WouldBlock;
 #[derive(Debug)]
 pub(crate) struct Tracker<S> {
     state: OrderedRwLock<{ rank::BITMAPS }, State<S>>,
-    /// Held while the image is told that what is stored is out of date.
+    /// Held while the image's bitmaps are marked as out of date.
     marking: OrderedMutex<{ rank::MARKING }, ()>,
     elsewhere: Arc<Elsewhere>,
 }
@@ -160,8 +160,8 @@ impl<S> Tracker<S> {
         }
     }
 
-    /// Notes that a range is about to change. The first change after a bitmap was stored calls
-    /// `mark`, which tells the image, durably, that what it has is out of date.
+    /// Records that a range is about to change. The first change after a bitmap was stored calls
+    /// `mark`, which durably marks the stored bits as out of date.
     ///
     /// No system call is made otherwise. It waits while the set of bitmaps is being changed.
     pub(crate) fn before_change(
@@ -199,7 +199,7 @@ impl<S> Tracker<S> {
         &self,
         range: GuestRange,
     ) -> Result<RecordedElsewhere, WouldBlock> {
-        // Under the lock: who has it alone knows that nothing is counted.
+        // Under the lock, so that its exclusive holder knows that nothing is counted.
         let state = self.state.try_read().ok_or(WouldBlock)?;
         let counted = self.elsewhere.begin().ok_or(WouldBlock)?;
         let in_flight = state.try_note(range)?;
@@ -211,16 +211,16 @@ impl<S> Tracker<S> {
         self.state.read()
     }
 
-    /// Has the bitmaps alone: every change that was noted is over, and others wait.
+    /// Returns exclusive access to the bitmaps: every recorded change is over, and others wait.
     pub(crate) fn exclusive(&self) -> ExclusiveState<'_, S> {
-        // What no thread carries out may need a thread that waits for this lock, so its end is waited for
-        // before.
+        // A change without a thread may need a thread that waits for this lock, so first wait for
+        // its end.
         let _closed = self.elsewhere.close();
         ExclusiveState { state: self.state.write() }
     }
 }
 
-/// Access to the bitmaps while no change of the disk is on its way.
+/// Access to the bitmaps while no change of the disk is in flight.
 #[derive(Debug)]
 pub(crate) struct ExclusiveState<'a, S> {
     state: Ordered<RwLockWriteGuard<'a, State<S>>>,
@@ -234,18 +234,18 @@ impl<S> ExclusiveState<'_, S> {
 
     /// Replaces all bitmaps. `is_marked` as for [`Tracker::new`].
     pub(crate) fn replace(&mut self, bitmaps: Vec<Bitmap<S>>, is_marked: bool) {
-        // Without a mark there is no sidecar that is up to date, even if the image says of all that
-        // are left that they are in use. The next change has to make one.
+        // Without a mark no sidecar is up to date, even if all remaining bitmaps are marked as in
+        // use. The next change has to create one.
         let is_marked = is_marked && *self.state.is_marked.get_mut();
         let old = std::mem::replace(&mut *self.state, State::new(bitmaps, is_marked));
         if is_marked {
-            // All that note changes did so before, or their bits are stored.
+            // Each recording bitmap recorded before, or its bits are stored.
             self.state.sidecar = old.sidecar;
         }
     }
 }
 
-/// The error of a change that could not be noted where it survives a crash.
+/// The error of a change that could not be recorded in the sidecar.
 fn unkept(error: std::io::Error) -> Error {
     Error::from_io("keep the bits of bitmaps beside", error)
 }

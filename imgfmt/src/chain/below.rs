@@ -16,12 +16,12 @@ use crate::storage::{FileIdentity, FileStorage, Storage};
 pub(super) struct Unopened {
     pub(super) storage: Arc<dyn Storage>,
     pub(super) path: Option<PathBuf>,
-    /// The path, or the name that leads to something else, for errors.
+    /// The path or the name of the layer, for errors.
     pub(super) shown: Option<PathBuf>,
     pub(super) options: OpenOptions,
 }
 
-/// The backing file of an image, as the options say or else the image.
+/// The backing file of an image, from the options or else from the image.
 pub(super) fn layer_below(
     image: &Qcow2,
     path: Option<&Path>,
@@ -96,7 +96,7 @@ fn format_below(
     }
 }
 
-/// That a backing file has a format that is only recognised.
+/// The error of a backing file whose format is recognised but not supported.
 pub(super) fn unreadable_backing(shown: &Path, format: Format) -> Error {
     let advice = match format {
         Format::Luks => "open it with 'cryptsetup open', and set the device that this makes",
@@ -119,7 +119,7 @@ fn refused_backing(shown: &Path, format: &str, advice: &str) -> Error {
     Error::new(ErrorKind::Unsupported, "open", detail)
 }
 
-/// What a name or the caller's options led to.
+/// The storage that a name or the caller's options led to.
 pub(super) struct OpenTarget {
     pub(super) storage: Arc<dyn Storage>,
     pub(super) path: Option<PathBuf>,
@@ -141,7 +141,7 @@ pub(super) fn open_target(
                 return Ok(OpenTarget { storage, path: None, backing });
             }
             NameTarget::File(path) => {
-                // Before it is locked: the lock of the image above would only say that it is busy.
+                // Before locking: the lock of the image above would make it look busy.
                 let identity = FileStorage::identity_of(&path);
                 refuse_loop(identity, files_above).map_err(|error| error.with_path(&*path))?;
                 let storage = Arc::new(options.open_file(&path, access)?);

@@ -11,35 +11,35 @@ use crate::sidecar::BitmapDurabilityStatus;
 use crate::units::{GuestOffset, GuestRange};
 
 impl Image {
-    /// The bitmaps of the image itself, not of its backing files, in the order in which they are
-    /// stored. Images that are not qcow2 have none. To know how many bytes are dirty all bits are
-    /// read.
+    /// Returns the bitmaps of the image itself, not of its backing files, in the order in which
+    /// they are stored. Images that are not qcow2 have none. Blocks: all bits are read, to count
+    /// the dirty bytes.
     pub fn bitmaps(&self) -> Vec<BitmapInfo> {
         self.qcow2().map(|image| image.bitmaps().list()).unwrap_or_default()
     }
 
-    /// Why bitmaps that the image claims to have cannot be found, as a clause; `None` if all is
-    /// well. The disk can be used all the same. Its first change drops them for good, and so does
-    /// [`check_file`](Self::check_file) if it repairs.
+    /// Returns the reason why the image's directory of bitmaps cannot be read, as a clause; `None`
+    /// if it can. The disk can be used nevertheless. The first change of the disk removes the
+    /// bitmaps permanently, and so does a repair by [`check_file`](Self::check_file).
     pub fn bitmap_damage(&self) -> Option<String> {
         self.qcow2().and_then(|image| image.bitmaps().damage())
     }
 
-    /// The durability of the bitmaps of the image, and those recovered when it was opened. The first
-    /// change creates the file that keeps their bits; a failure to create it is unknown before.
+    /// Returns the durability of the image's bitmaps, and which of them were recovered when it was
+    /// opened. The first change of the disk creates the file that keeps their bits; until then, it
+    /// is unknown whether that will succeed.
     pub fn bitmap_durability(&self) -> BitmapDurabilityStatus {
         self.qcow2().map(|image| image.bitmaps().durability_status()).unwrap_or_default()
     }
 
-    /// As [`bitmap_durability`](Self::bitmap_durability), and if nothing has changed yet, tries to
-    /// create the file that keeps the bits, and removes it again.
+    /// Like [`bitmap_durability`](Self::bitmap_durability). If nothing has changed yet, it also
+    /// tries to create the file that keeps the bits, and removes it again.
     pub fn probe_bitmap_durability(&self) -> BitmapDurabilityStatus {
         self.qcow2().map(|image| image.bitmaps().probe_durability()).unwrap_or_default()
     }
 
-    /// Adds a bitmap in which nothing is dirty. `granularity` is how many bytes a bit stands for: a
-    /// power of two from 512 to 2 GiB; usual is
-    /// [`BITMAP_GRANULARITY_DEFAULT`](crate::BITMAP_GRANULARITY_DEFAULT).
+    /// Adds an empty bitmap. `granularity` is the number of bytes per bit: a power of two from 512
+    /// to 2 GiB, usually [`BITMAP_GRANULARITY_DEFAULT`](crate::BITMAP_GRANULARITY_DEFAULT).
     ///
     /// # Errors
     ///
@@ -58,15 +58,15 @@ impl Image {
         self.bitmap_transaction(&[BitmapChange::Remove { name: name.to_owned() }])
     }
 
-    /// Makes several changes of the image's bitmaps at one instant, or none of them: every change of
-    /// the disk lies wholly before that instant or wholly after it. Writes that come meanwhile
-    /// wait. When it returns the changes are on disk.
+    /// Makes several changes of the image's bitmaps at one instant, or none of them: every change
+    /// of the disk is completely before or completely after that instant. Writes wait meanwhile.
+    /// When it returns, the changes are durable.
     ///
     /// # Errors
     ///
-    /// `NotFound` and `AlreadyExists` for names; `InvalidInput` for names, granularities and
-    /// numbers of bitmaps that are not possible; `Corrupt` for steps that need bits which cannot be
-    /// relied on; `Unsupported` for raw images and version 2 of qcow2; `ReadOnly`, `NoSpace`, `Io`.
+    /// `NotFound` and `AlreadyExists` for names; `InvalidInput` for impossible names, granularities
+    /// and numbers of bitmaps; `Corrupt` for steps that need unreliable bits; `Unsupported` for raw
+    /// images and version 2 of qcow2; `ReadOnly`, `NoSpace`, `Io`.
     pub fn bitmap_transaction(&self, changes: &[BitmapChange]) -> Result<()> {
         self.check_change("change the bitmaps of", GuestOffset::new(0), 0)?;
         let Some(image) = self.qcow2() else {
@@ -77,9 +77,9 @@ impl Image {
         image.change_bitmaps(changes).map_err(|error| self.name(error))
     }
 
-    /// Puts bits back that checkpoints have [frozen](BitmapChange::Freeze), where they and the bits of
-    /// the bitmap can be relied on; returns the names of the bitmaps that have them back. Opening the
-    /// image for writing has done so already: to be called after a repair. No checkpoint may be in
+    /// Merges bits that checkpoints have [frozen](BitmapChange::Freeze) back, where they and the
+    /// bits of the bitmap are reliable. Returns the names of these bitmaps. Opening an image for
+    /// writing does the same, so this is needed only after a repair. No checkpoint may be in
     /// progress.
     ///
     /// # Errors
@@ -91,14 +91,14 @@ impl Image {
         thawed.map_err(|error| self.name(error))
     }
 
-    /// What a bitmap says about the parts of a range, in order and without gaps, from its start on:
-    /// at most `max_count` extents. It is empty only if the range is, or `max_count` is 0. The bitmap is
-    /// looked for in the image and then in its backing files, from the top down. The part of the
-    /// disk past the end of a shorter backing file is clean.
+    /// Returns the dirty and the clean parts of a range according to a bitmap, in order and without
+    /// gaps, from its start on: at most `max_count` extents. The result is empty only if the range
+    /// is, or `max_count` is 0. The bitmap is looked up in the image and then in its backing files,
+    /// from the top down. The part of the disk past the end of a shorter backing file is clean.
     ///
     /// # Errors
     ///
-    /// `NotFound`; `Corrupt` if the bitmap cannot be relied on; `OutOfBounds`.
+    /// `NotFound`; `Corrupt` if the bitmap is unreliable; `OutOfBounds`.
     pub fn dirty_extents(
         &self,
         name: &str,
@@ -110,8 +110,8 @@ impl Image {
         layer.bitmaps().dirty_extents(name, range, max_count).map_err(|error| self.name(error))
     }
 
-    /// A copy of the bits of a bitmap, to be merged into one of another image. It is looked for as
-    /// in [`dirty_extents`](Self::dirty_extents).
+    /// Returns a copy of the bits of a bitmap, to be merged into a bitmap of another image. The
+    /// name is looked up as in [`dirty_extents`](Self::dirty_extents).
     ///
     /// # Errors
     ///
@@ -120,31 +120,31 @@ impl Image {
         self.layer_with_bitmap(name)?.bitmaps().dirty_bits(name).map_err(|error| self.name(error))
     }
 
-    /// Which disk this is: known since a bitmap was [frozen](BitmapChange::Freeze) for a backup for the
-    /// first time.
+    /// Returns the identity of the disk. It has one once a bitmap has been
+    /// [frozen](BitmapChange::Freeze) for a backup.
     pub fn disk_id(&self) -> Option<Uuid> {
         self.qcow2().and_then(|image| image.bitmaps().disk_id())
     }
 
-    /// What each layer of the image says about the backup that it is, the image itself first, with
-    /// its file where that is known.
+    /// Returns for each layer its file, if known, and the backup whose identity it records, if it
+    /// does. The image itself is first.
     pub fn backups_of_chain(&self) -> Vec<(Option<PathBuf>, Option<Backup>)> {
         let of_image = |image: &Qcow2| (image.path().map(Path::to_owned), image.backup());
-        // A layer of another format cannot say.
+        // A layer of another format records none.
         let layers = self.chain.qcow2_layers().map(|image| image.map_or((None, None), of_image));
         if self.qcow2().is_some() { layers.collect() } else { Vec::new() }
     }
 
-    /// The files of the layers that say which backup they are in a form that cannot be read: it is
-    /// damaged, or of a newer version. [`backups_of_chain`](Self::backups_of_chain) has nothing about
-    /// them.
+    /// Returns the files of the layers whose record of a backup cannot be read: it is damaged, or
+    /// of a newer version. [`backups_of_chain`](Self::backups_of_chain) has `None` for them.
     pub fn unreadable_backups_of_chain(&self) -> Vec<Option<PathBuf>> {
         let layers = self.chain.qcow2_layers().flatten();
         let unreadable = layers.filter(|image| image.is_unreadable_backup());
         unreadable.map(|image| image.path().map(Path::to_owned)).collect()
     }
 
-    /// The bitmaps of all layers that a name can mean, the image's own first, each name once.
+    /// Returns the bitmaps of all layers that can be addressed by name, the image's own first, each
+    /// name once.
     pub fn bitmaps_of_chain(&self) -> Vec<BitmapInfo> {
         let mut found: Vec<BitmapInfo> = Vec::new();
         for bitmap in self.chain.qcow2_layers().flatten().flat_map(|image| image.bitmaps().list()) {
@@ -155,7 +155,7 @@ impl Image {
         found
     }
 
-    /// All bitmaps of the one layer in which a name is found, as in
+    /// Returns all bitmaps of the layer in which a name is found, as in
     /// [`dirty_extents`](Self::dirty_extents); none if it is not found.
     pub fn bitmaps_beside(&self, name: &str) -> Vec<BitmapInfo> {
         self.layer_with_bitmap(name).map(|layer| layer.bitmaps().list()).unwrap_or_default()

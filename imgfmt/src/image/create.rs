@@ -33,13 +33,14 @@ impl Image {
     /// not changed; `InvalidInput` for options that contradict each other or the format; the errors
     /// of [opening](Self::open) the image and its backing file; `NoSpace`, `Io`. No file remains
     /// after an error. A device is then unchanged or marked as incomplete, or it has the complete
-    /// image, if that was created and could not be opened.
+    /// image, if only opening it failed.
     pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<Self> {
         create(path.as_ref(), options)
     }
 
-    /// Starts a new image on a block device: it can be [preallocated](NewOnDevice::preallocate) and
-    /// filled, and becomes valid when it is complete.
+    /// Starts a new image on a block device. The image can be
+    /// [preallocated](NewOnDevice::preallocate) and filled, and becomes valid when it is
+    /// [complete](NewOnDevice::complete).
     ///
     /// # Errors
     ///
@@ -72,7 +73,7 @@ fn create(path: &Path, options: &CreateOptions) -> Result<Image> {
     }
     made.create(path, |file| fill(file, options.format, size, &content))?;
     preallocate(path, options, &open)?;
-    // Space that was set aside is not synced.
+    // Preallocation is not synced.
     open.is_synced = syncs && options.preallocation != Preallocation::Falloc;
     let image = Image::open(path, &open)?;
     made.sync_names()?;
@@ -106,7 +107,8 @@ fn create_on_device(path: &Path, options: &CreateOptions) -> Result<NewOnDevice>
 /// The metadata of a new image, each part with its offset.
 type Parts = Vec<(u64, Vec<u8>)>;
 
-/// The size of the disk and the metadata of a new image, if the options fit together.
+/// The size of the disk and the metadata of a new image, if the options do not contradict each
+/// other.
 fn plan(path: &Path, options: &CreateOptions) -> Result<(u64, Parts)> {
     let named = |error: Error| error.with_path(path);
     let size = match (options.size, &options.backing) {
@@ -191,16 +193,16 @@ impl NewFiles {
 impl Drop for NewFiles {
     fn drop(&mut self) {
         for path in &self.paths {
-            // Half an image is of no use to anyone; the error that led here is the one to tell.
+            // An incomplete image is useless. The error that led here is reported, not this one.
             let _ = std::fs::remove_file(path);
         }
     }
 }
 
-/// Allocates what is to be allocated from the start.
+/// Preallocates as the options say.
 fn preallocate(path: &Path, options: &CreateOptions, open: &OpenOptions) -> Result<()> {
     let is_raw_data = matches!(options.data_file, Some((_, DataFile::Raw)));
-    // A raw data file may be filled by others: then every cluster must be looked up there.
+    // Other programs may fill a raw data file, so every cluster must be mapped to it.
     if options.format == Format::Qcow2
         && (options.preallocation != Preallocation::Off || is_raw_data)
     {
@@ -220,7 +222,7 @@ fn preallocate(path: &Path, options: &CreateOptions, open: &OpenOptions) -> Resu
     }
 }
 
-/// Makes sure that the file system has space for the whole of a file.
+/// Makes the file system allocate the space of a complete file.
 fn set_space_aside(path: &Path) -> rustix::io::Result<()> {
     let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
     let file = rustix::fs::open(path, flags, rustix::fs::Mode::empty())?;
@@ -268,7 +270,7 @@ fn fill(file: &File, format: Format, size: u64, content: &[(u64, Vec<u8>)]) -> i
     Ok(())
 }
 
-/// Opens the backing file to see that it is one, and for its size.
+/// Opens the backing file to verify it, and returns the size of its disk.
 fn backing_size(path: &Path, name: &OsStr, format: Format, create: &CreateOptions) -> Result<u64> {
     let options = OpenOptions::new()
         .format(format)

@@ -12,34 +12,33 @@ use crate::extent::{Extent, ExtentList};
 use crate::read;
 use crate::units::GuestRange;
 
-/// How many extents one step finds at most, unless told otherwise: bounds the memory, however
-/// fragmented the disk is.
+/// The default maximum of extents per step: bounds the memory, however fragmented the disk is.
 const EXTENTS_PER_STEP: usize = 1024;
 
-/// Through how many steps one extent is followed before the part of it that was found is given out:
-/// bounds the time for one extent, however large the disk is.
+/// The maximum of steps for one extent. After them, the part that was found is returned: bounds the
+/// time for one extent, however large the disk is.
 const STEPS_PER_EXTENT: usize = 64;
 
 /// The extents of a range of a disk: an iterator made by [`Image::extents`] (with `I` = `&Image`) or
 /// [`Image::shared_extents`] (`Arc<Image>`).
 pub struct Extents<I> {
     image: I,
-    /// What no step has looked at yet.
+    /// The part that was not examined yet.
     rest: GuestRange,
     found: VecDeque<Extent>,
-    /// What was found past the end of the last extent that was given out.
+    /// The extent found after the last one that was returned.
     ahead: Option<Result<Extent>>,
     steps_left: usize,
     extents_per_step: usize,
-    /// Nothing follows what was found.
+    /// Whether nothing follows.
     is_over: bool,
 }
 
 impl Image {
-    /// What the parts of a range hold, from its start to its end, in order and without gaps.
-    /// Neighbours that are alike are one extent, except where one is so long that it takes many steps
-    /// to follow it to its end. Metadata is examined as the iterator goes on, in steps of at most
-    /// about a millisecond from memory. An error is the last item.
+    /// Returns the extents of a range, in order and without gaps. Equal neighbours are one extent,
+    /// except where an extent takes many steps to find its end. The iterator examines metadata as
+    /// it advances, and may block; a step takes at most about a millisecond if the metadata is in
+    /// memory. An error is the last item.
     ///
     /// # Errors
     ///
@@ -68,7 +67,7 @@ impl Image {
         Extents::new(self, range)
     }
 
-    /// As [`extents`](Self::extents), for an iterator that has to outlive the borrow of the image.
+    /// Like [`extents`](Self::extents), for an iterator that owns a reference to the image.
     pub fn shared_extents(self: &Arc<Self>, range: GuestRange) -> Extents<Arc<Self>> {
         Extents::new(Arc::clone(self), range)
     }
@@ -98,9 +97,9 @@ impl<I: Deref<Target = Image>> Extents<I> {
         }
     }
 
-    /// Bounds the time for the whole walk: it ends, perhaps before the end of the range, after so
-    /// many steps of at most so many extents (1 if 0 is given). The first step always finds
-    /// something.
+    /// Bounds the time of the iteration: it ends after `steps` steps, perhaps before the end of the
+    /// range. Each step finds at most `extents_per_step` extents (1 if 0 is given). The first step
+    /// always finds one.
     #[must_use]
     pub fn bounded(mut self, steps: usize, extents_per_step: usize) -> Self {
         (self.steps_left, self.extents_per_step) = (steps, extents_per_step.max(1));
@@ -120,14 +119,14 @@ impl<I: Deref<Target = Image>> Extents<I> {
         self.found.pop_front().map(Ok)
     }
 
-    /// Looks at more of the range.
+    /// Examines more of the range.
     fn step(&mut self) -> Result<()> {
         self.steps_left -= 1;
         self.found = self.image.step(self.rest, self.extents_per_step)?.into();
         let start = match self.found.back() {
             Some(last) => last.range.end(),
             None if self.rest.is_empty() => self.rest.end(),
-            // A walk that ended here would look like the end of the disk.
+            // An iteration that ended here would look like the end of the disk.
             None => {
                 let detail = "nothing is known about the disk from there on";
                 let error = Error::new(ErrorKind::Io, "map", detail);
@@ -151,7 +150,7 @@ impl<I: Deref<Target = Image>> Iterator for Extents<I> {
         for _ in 0..STEPS_PER_EXTENT {
             match self.next_found() {
                 Some(Ok(next)) if extent.join(&next) => {}
-                // An error comes after all that was found before it.
+                // Return what was found before the error first.
                 ahead => {
                     self.ahead = ahead;
                     break;

@@ -108,8 +108,8 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// `Unsupported` if it has version 2 or its header has no room; `InvalidInput` for names that
-    /// are too long; otherwise as [`open`](Self::open).
+    /// `Unsupported` if it has version 2 or its header has no space left; `InvalidInput` for names
+    /// that are too long; otherwise as [`open`](Self::open).
     pub fn seal_backup(
         path: impl AsRef<Path>,
         options: &OpenOptions,
@@ -123,18 +123,19 @@ impl Image {
     }
 
     /// Sets the backing file of a qcow2 image (and its format), or removes it. Neither the old nor
-    /// the new one is opened: the disk stays the same only if both have the same content where the
-    /// image itself has none. After a crash the header names the old or the new one, or one of them
-    /// without a format, which is refused by default. Where the header has no room for both names at
-    /// once, an image of version 3 may be marked as unfinished: it is refused until this method
-    /// is called again. Such an image of version 2 may have a damaged header.
+    /// the new one is opened: the disk keeps its content only if both have the same content where
+    /// the image itself has none. After a crash the header names the old or the new one, possibly
+    /// without a format, which is refused by default. Where the header has no space for both names
+    /// at once, an interrupted change leaves an image of version 3 marked as unfinished: it cannot
+    /// be opened until this method is called again. An image of version 2 may then have a damaged
+    /// header.
     ///
     /// # Errors
     ///
     /// `Unsupported` for raw images; `InvalidInput` if the name is empty or does not fit into the
     /// header, or if the data is in a raw data file; those of
-    /// [`check_chain_length`](Self::check_chain_length); otherwise as [`open`](Self::open). Nothing
-    /// has been changed then, unless it is `Io`.
+    /// [`check_chain_length`](Self::check_chain_length); otherwise as [`open`](Self::open). After
+    /// any error but `Io`, nothing has changed.
     pub fn change_backing_file(
         path: impl AsRef<Path>,
         options: &OpenOptions,
@@ -145,11 +146,11 @@ impl Image {
         chain::change_backing(path, options, backing).map_err(|error| error.with_path(path))
     }
 
-    /// Has bits that a crash left beside the image put back: they are found by what the header
-    /// says, which is about to change.
+    /// Recovers the bits of bitmaps that a crash left beside the image: the header that identifies
+    /// them is about to change.
     fn recover_bitmaps(path: &Path, options: &OpenOptions) -> Result<()> {
         let has_bitmaps = |info: ImageInfo| info.qcow2.is_some_and(|it| !it.bitmaps.is_empty());
-        // What cannot be examined is an error of the change itself.
+        // The change itself reports the error of a file that cannot be examined.
         if Self::inspect_file(path, options).is_ok_and(has_bitmaps) {
             let writable = options.clone().access(Access::ReadWrite);
             Self::open(path, &writable.backing(BackingFile::Ignored))?.close()?;
@@ -158,16 +159,16 @@ impl Image {
     }
 
     /// Changes properties of a qcow2 image. The disk, its snapshots and its bitmaps keep their
-    /// contents; the image is opened for writing before, so that the remains of a crash are
-    /// repaired. It must not be in use. If the change is interrupted, the image has all, some or
-    /// none of the requested properties, and at worst leaks.
+    /// contents. The image is first opened for writing, which repairs the remains of a crash. It
+    /// must not be in use. If the change is interrupted, the image has all, some or none of the
+    /// requested properties, and at worst leaked clusters.
     ///
     /// # Errors
     ///
     /// `Unsupported` for other formats, for a version that lacks a feature of the image, if the
-    /// header has no room, if a snapshot does not record its size, and for refcounts that are too
-    /// narrow; `InvalidInput` for options that the version does not have, and for a smaller size;
-    /// otherwise as [`open`](Self::open).
+    /// header has no space left, if a snapshot does not record its size, and for refcounts that are
+    /// too narrow; `InvalidInput` for options that the version does not have, and for a smaller
+    /// size; otherwise as [`open`](Self::open).
     pub fn amend(
         path: impl AsRef<Path>,
         options: &OpenOptions,

@@ -40,26 +40,27 @@ pub enum Shrink {
 
 /// An open virtual disk.
 ///
-/// All methods take `&self` and may be called from several threads at once. Requests may have any
-/// alignment and length. A request of no bytes does nothing and succeeds if its offset is not
-/// beyond the end. Requests that overlap and run at the same time leave a mix of both.
+/// All methods take `&self` and may be called from several threads at once. Methods block unless
+/// they say otherwise. Requests may have any alignment and length. A request of zero bytes succeeds
+/// if its offset is not beyond the end. Writes that overlap and run at the same time can leave a
+/// mix of both.
 #[derive(Debug)]
 pub struct Image {
     chain: Chain,
     path: Option<Box<Path>>,
     access: Access,
     cache: CacheMode,
-    /// Of the file of the image itself, if its data bypasses the page cache.
+    /// The alignment for the image's own file, if its data bypasses the page cache.
     direct: Option<DirectAlignment>,
 }
 
 impl Image {
     /// Opens the image in a file or block device.
     ///
-    /// If no format is given it is found by looking at the first bytes of the file. Those bytes
-    /// belong to the guest when the image is raw, so a writable raw image found this way refuses
-    /// writes to its first sector that would make it look like another format; give the format to
-    /// write anything.
+    /// If no format is given, it is detected from the first bytes of the file. In a raw image, the
+    /// guest controls these bytes. A raw image that was detected therefore refuses writes to its
+    /// first sector that would make it look like another format. To allow all writes, give the
+    /// format.
     ///
     /// # Errors
     ///
@@ -74,7 +75,7 @@ impl Image {
             .map_err(|error| error.with_path(path))
     }
 
-    /// Opens the image in any storage. Locks are the storage's own matter.
+    /// Opens the image in any storage. The storage itself is responsible for locks.
     ///
     /// # Errors
     ///
@@ -94,7 +95,7 @@ impl Image {
         Ok(Self { chain, path, access, cache, direct })
     }
 
-    /// The size of the virtual disk in bytes.
+    /// Returns the size of the virtual disk in bytes.
     pub fn size(&self) -> u64 {
         self.layer().size()
     }
@@ -107,9 +108,9 @@ impl Image {
         self.chain.top.writable()
     }
 
-    /// The sizes of the disks of all layers in bytes, from the image itself to the last backing
-    /// file. [`Extent::depth`](crate::Extent::depth) 1 is the first of them. A layer may be shorter
-    /// than those above it; what is beyond its end reads as zero.
+    /// Returns the sizes of the disks of all layers in bytes, from the image itself to the last
+    /// backing file. [`Extent::depth`](crate::Extent::depth) 1 is the first of them. A layer may be
+    /// shorter than those above it; it reads as zero beyond its end.
     ///
     /// ```
     /// use imgfmt::{CreateOptions, Format, Image};
@@ -129,41 +130,41 @@ impl Image {
         std::iter::once(self.size()).chain(below).collect()
     }
 
-    /// The image's format.
+    /// Returns the image's format.
     pub fn format(&self) -> Format {
         self.chain.top.format()
     }
 
-    /// Whether the image may be changed.
+    /// Returns whether the image may be changed.
     pub fn access(&self) -> Access {
         self.access
     }
 
-    /// How the page cache is used, and when changes are durable.
+    /// Returns the cache mode.
     pub fn cache_mode(&self) -> CacheMode {
         self.cache
     }
 
-    /// The alignment of transfers from and to the image's file, if they bypass the page cache.
+    /// Returns the alignment of transfers from and to the image's file, if they bypass the page
+    /// cache.
     pub fn direct_alignment(&self) -> Option<DirectAlignment> {
         self.direct
     }
 
-    /// The file the image was opened from, if it was one.
+    /// Returns the path from which the image was opened, if there was one.
     pub fn path(&self) -> Option<&Path> {
         self.path.as_deref()
     }
 
-    /// Returns the name of the first of the image's files that leads to another file by now, or to
-    /// none: the file was renamed, removed or replaced since it was opened. Looks at the image, its
-    /// data file and everything below. Blocks.
+    /// Returns the path of the first of the image's files that was renamed, removed or replaced
+    /// since it was opened. Examines the image, its data file and all layers below. Blocks.
     pub fn displaced_file(&self) -> Option<&Path> {
         let is_displaced =
             |file: &&NamedFile| FileStorage::identity_of(&file.path) != Some(file.identity);
         self.chain.files.iter().find(is_displaced).map(|file| &*file.path)
     }
 
-    /// What the image can do and which request sizes suit it.
+    /// Returns the capabilities of the image, and the sizes of requests that suit it.
     pub fn capabilities(&self) -> Capabilities {
         let capabilities = self.writable().capabilities();
         match self.access {
@@ -172,19 +173,19 @@ impl Image {
         }
     }
 
-    /// Makes the disk larger or smaller. What is added reads as zero.
+    /// Changes the size of the disk, in bytes. The added part reads as zero.
     ///
     /// # Errors
     ///
     /// `ReadOnly`; `InvalidInput` if it would become smaller and `shrink` does not allow that, or
-    /// for a size that the format does not have; `Unsupported` where the file or the image's
+    /// for a size that the format cannot represent; `Unsupported` where the file or the image's
     /// features do not allow it; `NoSpace`, `Io`.
     pub fn resize(&mut self, size: u64, shrink: Shrink) -> Result<()> {
         self.check_change("resize", GuestOffset::new(0), 0)?;
         let present = self.size();
         if size < present && shrink == Shrink::Refuse {
             let detail = format!(
-                "it has {present} bytes and would lose all beyond {size}; say that it may shrink"
+                "it has {present} bytes and would lose all beyond {size}; allow it to shrink"
             );
             return Err(self.name(Error::new(ErrorKind::InvalidInput, "resize", detail)));
         }
@@ -198,13 +199,13 @@ impl Image {
         result.map_err(|error| self.name(error))
     }
 
-    /// Changes the width of refcounts, 2 to this power bits. Only closing the image is possible afterwards.
+    /// Changes the width of refcounts to 2^`order` bits. Afterwards, the image can only be closed.
     pub(crate) fn change_refcount_width(&mut self, order: u32) -> Result<()> {
         let image = self.chain.top.qcow2_mut();
         image.map_or(Ok(()), |image| image.change_refcount_width(order))
     }
 
-    /// Facts about the image.
+    /// Returns information about the image.
     ///
     /// # Errors
     ///
@@ -215,8 +216,8 @@ impl Image {
         Ok(ImageInfo { format: self.format(), size: self.size(), encryption: None, qcow2 })
     }
 
-    /// Checks the qcow2 image in a file and, if asked to, repairs it. No other process may
-    /// use it meanwhile. The files it names are not looked at.
+    /// Checks the qcow2 image in a file and, if `repair` says so, repairs it. No other process may
+    /// use it meanwhile. The files it names are not examined.
     ///
     /// # Errors
     ///
@@ -243,13 +244,13 @@ impl Image {
         chain::check_storage(storage, None, options, repair)
     }
 
-    /// Flushes and leaves the image in the state in which others should find it. Dropping an image
-    /// does the same but cannot report a failure.
+    /// Flushes, stores the bitmaps, and marks the image as closed properly. Dropping an image does
+    /// the same but cannot report a failure.
     ///
     /// # Errors
     ///
-    /// `NoSpace`, `Io`. The image is closed all the same; it is consistent, but what was written
-    /// since the last flush that succeeded may be lost.
+    /// `NoSpace`, `Io`. The image is closed nevertheless. It is consistent, but data written since
+    /// the last successful flush may be lost.
     pub fn close(self) -> Result<()> {
         match self.access {
             Access::ReadOnly => Ok(()),
@@ -262,7 +263,7 @@ impl Image {
         self.chain.top.qcow2()
     }
 
-    /// Checks that a request lies within the disk.
+    /// Checks that a request is within the disk.
     pub(crate) fn check(
         &self,
         operation: &'static str,
@@ -283,7 +284,7 @@ impl Image {
         }
     }
 
-    /// As [`check`](Self::check), and that the image may be changed.
+    /// Like [`check`](Self::check); also checks that the image may be changed.
     pub(crate) fn check_change(
         &self,
         operation: &'static str,

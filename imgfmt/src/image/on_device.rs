@@ -18,7 +18,7 @@ use crate::storage::{Durability, FileStorage, Speed, Storage, ZeroMode};
 use crate::unfinished::Unfinished;
 use crate::units::HostOffset;
 
-/// So much at the start of a device tells what is on it, in bytes.
+/// The first bytes of a device, which identify its content.
 const SIGNATURE_LENGTH: usize = 4096;
 
 /// Whether there is a block device of that name.
@@ -27,8 +27,8 @@ pub(crate) fn is_block_device(path: &Path) -> bool {
 }
 
 /// A new image on a block device, created with [`Image::create_on_device`]. Until it is
-/// [complete](Self::complete), the device is marked as incomplete, so that a part of a disk is
-/// never mistaken for the whole, however this process ends. The previous content of the device is
+/// [complete](Self::complete), the device is marked as incomplete, so that an incomplete disk is
+/// never taken for a complete one, however this process ends. The previous content of the device is
 /// lost.
 #[derive(Debug)]
 pub struct NewOnDevice {
@@ -51,7 +51,7 @@ impl NewOnDevice {
     ) -> Result<Self> {
         let named = |error: Error| error.with_path(path);
         refuse_what_devices_lack(options).map_err(named)?;
-        // What has no syncs would not protect the device until the image is complete.
+        // Without syncs, the mark would not protect the device until the image is complete.
         let cache = Some(options.open.cache).filter(|cache| cache.syncs()).unwrap_or_default();
         let device = FileStorage::open_device_cached(path, Locking::On, cache)?;
         let storage = Unfinished::new(Arc::new(device));
@@ -66,8 +66,8 @@ impl NewOnDevice {
         })
     }
 
-    /// Writes the zeroes that [`Preallocation::Full`] requires, and nothing for other options. It
-    /// may take long, and comes before the image is filled.
+    /// Writes the zeroes that [`Preallocation::Full`] requires, and nothing for other options. Call
+    /// it before filling the image. It may take long.
     ///
     /// # Errors
     ///
@@ -76,7 +76,7 @@ impl NewOnDevice {
         if self.preallocation != Preallocation::Full {
             return Ok(());
         }
-        // Clusters that have a place from the start show what is there.
+        // Preallocated clusters show the previous content of the device.
         let (start, length) = self.unused;
         let start = HostOffset::new(start);
         let zeroed = self.storage.write_zeroes(start, length, ZeroMode::KeepAllocated, Speed::Any);
@@ -135,7 +135,7 @@ fn refuse_what_devices_lack(options: &CreateOptions) -> Result<()> {
     Ok(())
 }
 
-/// Writes the metadata, if there is room; returns the offset and the length of the space after it.
+/// Writes the metadata, if there is space; returns the offset and the length of the space after it.
 fn lay_out(
     storage: &dyn Storage,
     options: &CreateOptions,
@@ -155,9 +155,9 @@ fn lay_out(
     let write = |offset: u64, bytes: &[u8]| {
         storage.write_at(HostOffset::new(offset), bytes, Durability::Cached).map_err(io("write to"))
     };
-    // Nothing that was there is to be found.
+    // Erase the signatures of the previous content.
     write(0, &[0; SIGNATURE_LENGTH])?;
-    // Each part fills its clusters, so that old bytes after it are not taken for a part of it.
+    // Pad each part to clusters, so that old bytes after it are not taken for a part of it.
     parts.iter().try_for_each(|(offset, bytes)| write(*offset, bytes))?;
     Ok((metadata_end, room - metadata_end))
 }

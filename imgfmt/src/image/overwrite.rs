@@ -1,15 +1,15 @@
-//! An image whose disk is overwritten as a whole.
+//! Marks an image while its complete disk is overwritten.
 
 use super::Image;
 use crate::access::Access;
 use crate::error::{Error, ErrorKind, Result};
 
 impl Image {
-    /// Announces that the whole disk is going to be overwritten: until
+    /// Announces that the complete disk will be overwritten: until
     /// [`complete_overwrite`](Self::complete_overwrite) it is neither the old disk nor the new one.
-    /// A qcow2 image of version 3 says so durably from now on, and this crate and QEMU refuse to
-    /// open it, except with [`IncompleteDisk::Accepted`](crate::IncompleteDisk). Raw images and
-    /// version 2 have no place for that. Snapshots and bitmaps of the image stay.
+    /// A qcow2 image of version 3 is durably marked as incomplete from now on. This crate and QEMU
+    /// refuse to open it, except with [`IncompleteDisk::Accepted`](crate::IncompleteDisk). Raw
+    /// images and version 2 cannot be marked. Snapshots and bitmaps of the image stay.
     ///
     /// ```
     /// use imgfmt::{CreateOptions, Durability, Format, Image, IncompleteDisk, OpenOptions};
@@ -41,12 +41,12 @@ impl Image {
         self.mark_incomplete(true)
     }
 
-    /// Makes everything durable, and then the disk valid.
+    /// Makes all data durable, and then marks the disk as complete.
     ///
     /// # Errors
     ///
-    /// `ReadOnly`, `NoSpace`, `Io`. The image then says that its disk is incomplete, unless it was
-    /// the last sync that failed.
+    /// `ReadOnly`, `NoSpace`, `Io`. The image then remains marked as incomplete, unless only the
+    /// last sync failed.
     pub fn complete_overwrite(&self) -> Result<()> {
         self.flush()?;
         self.mark_incomplete(false)

@@ -10,7 +10,7 @@ use crate::storage::TryRead;
 use crate::units::{GuestOffset, GuestRange};
 
 impl Image {
-    /// Fills `buffer` from `offset` on.
+    /// Fills `buffer` with the bytes at `offset`.
     ///
     /// # Errors
     ///
@@ -24,7 +24,7 @@ impl Image {
         read::read_at(self.layer(), offset, buffer).map_err(|error| self.name(error))
     }
 
-    /// Fills `buffer` from `offset` on if that needs no waiting for a disk.
+    /// Fills `buffer` with the bytes at `offset` if that needs no waiting for a disk.
     ///
     /// # Errors
     ///
@@ -33,9 +33,9 @@ impl Image {
         self.try_read(offset, buffer, Holes::AsData)
     }
 
-    /// As [`try_read_at`](Self::try_read_at), for data only: where metadata says that a part of the
-    /// range reads as zero, the answer is [`TryRead::Sparse`], and [`map`](Self::map) tells which
-    /// part. One look at the metadata serves both.
+    /// Like [`try_read_at`](Self::try_read_at), for data only: if metadata shows that a part of the
+    /// range reads as zero, the result is [`TryRead::Sparse`]. [`map`](Self::map) then finds that
+    /// part.
     ///
     /// # Errors
     ///
@@ -54,7 +54,7 @@ impl Image {
         read.map_err(|error| self.name(error))
     }
 
-    /// Starts to bring a range into memory, without waiting for it.
+    /// Starts to read a range into memory, without waiting for it.
     ///
     /// # Errors
     ///
@@ -68,14 +68,14 @@ impl Image {
         read::readahead(self.layer(), range).map_err(|error| self.name(error))
     }
 
-    /// Finds where the bytes of a range are, so that the caller can move them.
+    /// Finds where the bytes of a range are stored, so that the caller can transfer them.
     ///
     /// # Errors
     ///
     /// `OutOfBounds`, `Corrupt`, `Io`.
     pub fn map_read(&self, range: GuestRange) -> Result<ReadMap> {
         let mut map = ReadMap::new(self.layer().lease());
-        // Everything may be read that it takes, so it is complete.
+        // This lookup may wait, so the map is complete.
         let _complete = self.map(range, Holes::AsData, Lookup::MayRead, |mapping| {
             map.push(mapping);
             true
@@ -83,7 +83,8 @@ impl Image {
         Ok(map)
     }
 
-    /// As [`map_read`](Self::map_read), from what is in memory; `None` if that does not tell.
+    /// Like [`map_read`](Self::map_read), from metadata in memory only; `None` if that does not
+    /// suffice. Does not block.
     ///
     /// # Errors
     ///
@@ -97,8 +98,8 @@ impl Image {
         Ok((mapped == Mapped::Complete).then_some(map))
     }
 
-    /// Calls `each` with the mappings of a range in turn, from its start on and without gaps, until
-    /// it returns false. What it is told is true at that moment; to move the bytes later take
+    /// Calls `each` with the mappings of a range, in order and without gaps, until it returns
+    /// false. A mapping is valid only during the call; to transfer the bytes later, use
     /// [`map_read`](Self::map_read).
     ///
     /// # Errors
@@ -119,8 +120,8 @@ impl Image {
         read::map(self.layer(), range, (holes, lookup), each).map_err(|error| self.name(error))
     }
 
-    /// The file whose bytes are the disk's, one to one, if the image is raw, lies in a file, and its
-    /// data goes through the page cache.
+    /// Returns the file whose bytes are the disk's, at the same offsets, if the image is raw,
+    /// stored in a file, and its data goes through the page cache.
     pub fn raw_fd(&self) -> Option<BorrowedFd<'_>> {
         if self.direct.is_some() {
             return None;

@@ -1,4 +1,4 @@
-//! Internal snapshots, and giving up what a layer has.
+//! Internal snapshots, and emptying a layer.
 
 use super::Image;
 use crate::error::{Error, ErrorKind, Result};
@@ -6,24 +6,24 @@ use crate::qcow2::{Changed, Qcow2};
 use crate::units::GuestOffset;
 
 impl Image {
-    /// Keeps the present state of the disk as an internal snapshot of this name.
+    /// Creates an internal snapshot of this name from the present state of the disk.
     ///
     /// # Errors
     ///
     /// `ReadOnly`; `Unsupported` for raw images and where refcounts are too narrow; `InvalidInput`
-    /// if there is one of that name; `Busy` while a [`ReadMap`](crate::ReadMap) is held; `NoSpace`,
-    /// `Corrupt`, `Io`.
+    /// if there is a snapshot of that name; `Busy` while a [`ReadMap`](crate::ReadMap) is held;
+    /// `NoSpace`, `Corrupt`, `Io`.
     pub fn create_snapshot(&mut self, name: &str) -> Result<()> {
         self.change_snapshots(|image| image.create_snapshot(name))
     }
 
-    /// Makes the disk what it was when an internal snapshot, given by id or name, was made, and as
-    /// large. What was written since is lost. Bitmaps that record have every bit set then.
+    /// Restores the content and the size of the disk from an internal snapshot, given by id or
+    /// name. Data written since is lost. All bits of recording bitmaps are set.
     ///
     /// # Errors
     ///
     /// As [`create_snapshot`](Self::create_snapshot); `NotFound`; and `Unsupported` if the size
-    /// differs and there are snapshots that do not say theirs, as in images of version 2.
+    /// differs and there are snapshots that do not record theirs, as in images of version 2.
     pub fn apply_snapshot(&mut self, name: &str) -> Result<()> {
         self.change_snapshots(|image| image.apply_snapshot(name))
     }
@@ -37,8 +37,8 @@ impl Image {
         self.change_snapshots(|image| image.delete_snapshot(name))
     }
 
-    /// Gives up everything that the image itself has, so that its backing file shows (or zeroes, if
-    /// it has none). Snapshots stay. All bitmaps that record changes become dirty as a whole.
+    /// Discards all content of the image itself, so that its backing file's content shows (or
+    /// zeroes, if it has none). Snapshots stay. All bits of recording bitmaps are set.
     ///
     /// # Errors
     ///
@@ -47,9 +47,9 @@ impl Image {
         self.change_snapshots(|image| image.clear(Changed::Everything))
     }
 
-    /// Like [`clear`](Self::clear), after everything was written into the backing file (see
-    /// [`jobs::commit`](crate::jobs::commit)): the disk reads as before, so its bitmaps stay as they
-    /// are. If that is not so, they lack changes.
+    /// Like [`clear`](Self::clear), after all content was written into the backing file (see
+    /// [`jobs::commit`](crate::jobs::commit)): the disk reads as before, so its bitmaps do not
+    /// change. If anything was not written there, the bitmaps lack changes.
     ///
     /// # Errors
     ///

@@ -8,7 +8,7 @@ use crate::units::{GuestOffset, GuestRange};
 use crate::write_map::WriteMap;
 
 impl Image {
-    /// Writes `data` from `offset` on.
+    /// Writes `data` at `offset`.
     ///
     /// # Errors
     ///
@@ -24,10 +24,10 @@ impl Image {
         self.writable().write_at(offset, data, durability).map_err(|error| self.name(error))
     }
 
-    /// Writes `data` from `offset` on, into the page cache, if that needs nothing from the disk:
-    /// neither metadata nor, for a cluster that gets a new place, old content that is not in the
-    /// page cache. A raw image always does it. Where the cache mode bypasses the page cache, or has
-    /// every write durable when it returns, the answer is [`TryWrite::WouldBlock`].
+    /// Writes `data` at `offset` into the page cache, if that reads nothing from the disk: neither
+    /// metadata nor old content of a cluster that is copied. A write to a raw image never reads. If
+    /// the cache mode bypasses the page cache or makes every write durable, the result is
+    /// [`TryWrite::WouldBlock`].
     ///
     /// # Errors
     ///
@@ -43,10 +43,11 @@ impl Image {
         self.writable().try_write_at(offset, data).map_err(|error| self.name(error))
     }
 
-    /// Finds where `length` bytes from `offset` on go, so that the caller can write them: past the page
-    /// cache, to one place of one file. `None` if [`write_at`](Self::write_at) has to do it, because the
-    /// bytes are for several places or for new ones, or because it takes waiting. What is written so is
-    /// durable after a [`flush`](Self::flush), in all cache modes.
+    /// Finds where `length` bytes at `offset` are stored, so that the caller can write them itself,
+    /// bypassing the page cache, to one range of one file. Does not block. `None` if
+    /// [`write_at`](Self::write_at) has to write them: they are in several places, need new
+    /// clusters, or the lookup would block. In all cache modes, such a write is durable only after
+    /// a [`flush`](Self::flush).
     ///
     /// # Errors
     ///
@@ -59,9 +60,9 @@ impl Image {
         self.writable().map_write(offset, length).map_err(|error| self.name(error))
     }
 
-    /// Writes whole clusters in compressed form where the format has one and it saves space; a raw
-    /// image takes them as [`write_at`](Self::write_at) does. Meant for filling a new image, from
-    /// as many threads as there are cores. A cluster of a qcow2 image is
+    /// Writes complete clusters in compressed form, if the format supports that and it saves space;
+    /// otherwise it is [`write_at`](Self::write_at). Meant for filling a new image, from as many
+    /// threads as there are cores. A cluster of a qcow2 image is
     /// [`Qcow2Info::cluster_size`](crate::Qcow2Info) bytes; only the last may be cut by the end of
     /// the disk.
     ///
@@ -103,9 +104,8 @@ impl Image {
         result.map_err(|error| self.name(error))
     }
 
-    /// Says that the content of a range is of no more interest, so that its space can be given
-    /// back. The range then reads as its old content or as zero. Where nothing can be given back,
-    /// nothing happens.
+    /// Declares the content of a range unneeded, so that its space can be freed. The range then
+    /// reads as its old content or as zero. Where no space can be freed, nothing happens.
     ///
     /// # Errors
     ///
@@ -119,11 +119,11 @@ impl Image {
         self.writable().discard(range, durability).map_err(|error| self.name(error))
     }
 
-    /// Waits until everything whose write returned before is on stable storage.
+    /// Waits until the data of all writes that returned before is on stable storage.
     ///
     /// # Errors
     ///
-    /// `Io`. Nothing is known then about writes since the last flush that succeeded.
+    /// `Io`. Writes since the last successful flush may then be lost.
     pub fn flush(&self) -> Result<()> {
         match self.access {
             Access::ReadOnly => Ok(()),
@@ -131,7 +131,7 @@ impl Image {
         }
     }
 
-    /// What the caller asks for, or more where the cache mode does.
+    /// The durability that the caller or the cache mode requires.
     fn durability(&self, wanted: Durability) -> Durability {
         if self.cache.is_writethrough() { Durability::Fua } else { wanted }
     }

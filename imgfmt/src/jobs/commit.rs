@@ -21,13 +21,14 @@ pub struct Committed {
 }
 
 /// Writes all data of the image `overlay` itself into `backing`, its backing file, opened for
-/// writing: a second time, beside the one through which the overlay reads it. That needs
-/// [`Locking::Off`](crate::Locking) for the overlay, whose file the caller locks. `backing` first
-/// grows to the size of the overlay, if it is smaller.
+/// writing. That is a second time, because the overlay reads through it as well, so the overlay
+/// needs [`Locking::Off`](crate::Locking); the caller locks its file. `backing` first grows to the
+/// size of the overlay, if it is smaller.
 ///
 /// Afterwards `backing` has the contents of the disk; [close](Image::close) it, and the overlay can
-/// be [emptied](Image::clear_committed) or deleted. Other overlays of the same backing file are corrupted. If
-/// a commit is interrupted, the overlay still shows the whole disk, and it can be committed again.
+/// be [emptied](Image::clear_committed) or deleted. Other overlays of the same backing file are
+/// corrupted. If a commit is interrupted, the overlay still shows the complete disk, and can be
+/// committed again.
 ///
 /// # Errors
 ///
@@ -73,7 +74,7 @@ pub fn commit(
     for extent in overlay.extents(whole(overlay)) {
         context.cancellation.check()?;
         let extent = extent.map_err(JobError::source)?;
-        // Only what the overlay itself holds: the layers below are being changed.
+        // Only the content of the overlay itself: the layers below are being changed.
         if extent.depth == 1 && extent.kind == ExtentKind::Data {
             let mut position = extent.range.offset();
             while position < extent.range.end() {

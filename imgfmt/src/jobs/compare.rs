@@ -100,7 +100,7 @@ pub fn compare(
 /// What the threads share.
 struct Search<'a> {
     disks: [&'a Image; 2],
-    /// How much of each is read at a time, in bytes.
+    /// The bytes of each that are read at a time.
     request_size: u64,
     context: &'a JobContext,
     meter: Meter<'a>,
@@ -110,7 +110,7 @@ struct Search<'a> {
     limit: AtomicU64,
 }
 
-/// What the search ends with, unless there is something before it.
+/// The result of the search, unless another one is at a lower offset.
 struct End {
     offset: u64,
     why: Why,
@@ -142,7 +142,7 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Compares one range after the other until nothing is left that matters.
+    /// Compares one range after the other until no relevant one is left.
     fn work(&self) {
         let mut buffers = [(); 2].map(|()| vec![0; self.request_size as usize]);
         loop {
@@ -155,7 +155,7 @@ impl<'a> Search<'a> {
             let range = match next {
                 Ok(Some(range)) => range,
                 Ok(None) => return,
-                // The other threads ask once this is noted, and find the reason here.
+                // The other threads look for the reason here.
                 Err(error) => return self.end_at(agenda.position, Why::Error(error)),
             };
             drop(agenda);
@@ -169,7 +169,7 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Where the first difference is, counted from the start of the range.
+    /// The offset of the first difference from the start of the range.
     fn compare(
         &self,
         range: &DataRange,
@@ -204,7 +204,7 @@ impl<'a> Search<'a> {
     }
 }
 
-/// What is still to be compared, in order.
+/// The ranges still to be compared, in order.
 struct Agenda<'a> {
     disks: [Cursor<'a>; 2],
     position: u64,
@@ -236,13 +236,13 @@ impl Agenda<'_> {
     }
 }
 
-/// Where a disk holds data, found step by step.
+/// Finds step by step where a disk holds data.
 #[derive(Debug)]
 struct Cursor<'a> {
     extents: Extents<&'a Image>,
     current: Option<Extent>,
     size: u64,
-    /// Nothing more is known: the end of the extents then is not the end of the disk.
+    /// The walk failed: the end of the extents is not the end of the disk.
     has_failed: bool,
 }
 
@@ -252,7 +252,8 @@ impl<'a> Cursor<'a> {
         Self { extents, current: None, size, has_failed: false }
     }
 
-    /// What is at `offset`, which never goes back, and where that ends. Zero beyond the disk.
+    /// The kind of the extent at `offset`, and its end. `offset` never decreases. Beyond the disk
+    /// it is zero.
     fn at(&mut self, offset: u64) -> Result<(ExtentKind, u64), JobError> {
         if offset >= self.size {
             return Ok((ExtentKind::Hole, u64::MAX));
@@ -264,7 +265,7 @@ impl<'a> Cursor<'a> {
                 }
                 // Another thread has the reason.
                 _ if self.has_failed => {
-                    let message = "it is not known where a disk holds data";
+                    let message = "the extents of a disk could not be found";
                     return Err(JobError::new(JobErrorKind::Source, message));
                 }
                 _ => {

@@ -57,7 +57,7 @@ impl JobError {
         Self::image(JobErrorKind::Destination, error)
     }
 
-    /// What was asked for is not possible.
+    /// The request is not possible.
     pub(crate) fn invalid(message: impl Into<String>) -> Self {
         Self::new(JobErrorKind::InvalidArgument, message)
     }

@@ -73,7 +73,7 @@ pub fn measure(
     Ok(Measurement { bitmaps, ..measurement })
 }
 
-/// How many clusters of a copy would hold data.
+/// The number of clusters of a copy that would hold data.
 fn data_clusters(image: &Image, cluster: u64, context: &JobContext) -> Result<u64, JobError> {
     let meter = Meter::begin(context, image.size());
     let (mut count, mut counted_to) = (0, 0);
@@ -91,8 +91,8 @@ fn data_clusters(image: &Image, cluster: u64, context: &JobContext) -> Result<u6
     Ok(count)
 }
 
-/// What the image's dirty bitmaps would take up in a new image, all their clusters allocated;
-/// `None` if one of the two cannot have any. Those that cannot be relied on are not copied.
+/// The bytes that the image's dirty bitmaps would take up in a new image, with all their clusters
+/// allocated; `None` if one of the two images cannot have any. Unreliable bitmaps are not copied.
 fn bitmaps(image: &Image, create: &CreateOptions) -> Result<Option<u64>, JobError> {
     let has_version_3 = |version| version == Qcow2Version::V3;
     let source = image.info().map_err(JobError::source)?.qcow2;
@@ -113,14 +113,14 @@ fn bitmaps(image: &Image, create: &CreateOptions) -> Result<Option<u64>, JobErro
     Ok(Some(total + directory.next_multiple_of(cluster)))
 }
 
-/// The sizes of a qcow2 file with room for all tables, `data` of whose clusters hold data.
+/// The sizes of a qcow2 file with space for all tables, of whose clusters `data` hold data.
 fn qcow2_file(size: u64, data: u64, create: &CreateOptions) -> Option<Measurement> {
     let cluster = create.cluster_size;
     let entry = if create.l2_entries == L2Entries::Extended { 16 } else { 8 };
     let clusters = size.div_ceil(cluster);
     let l2_tables = clusters.div_ceil(cluster / entry);
     let l1 = l2_tables.div_ceil(cluster / 8);
-    // The header is the one.
+    // One cluster is the header.
     let counted = clusters.checked_add(l2_tables + l1 + 1)?;
     let per_block = cluster * 8 / u64::from(create.refcount_bits);
     // The blocks count themselves and the table that lists them: repeat until nothing changes.

@@ -42,7 +42,8 @@ pub struct JobContext {
     pub observer: Arc<dyn Observer>,
     /// Cancels the job.
     pub cancellation: Cancellation,
-    /// Limits the data that a conversion or a commit moves. By default nothing does.
+    /// Limits the rate at which a conversion or a commit transfers data. `None`, the default, is no
+    /// limit.
     pub rate_limit: Option<RateLimit>,
 }
 
@@ -62,7 +63,7 @@ impl fmt::Debug for JobContext {
 }
 
 impl JobContext {
-    /// Blocks until `bytes` may be moved, or until `is_over` says that they need not be.
+    /// Blocks until `bytes` may be transferred, or until `is_over` returns true.
     pub(super) fn keep_rate(&self, bytes: u64, is_over: impl Fn() -> bool) -> Result<(), JobError> {
         match &self.rate_limit {
             Some(limit) => limit.wait(bytes, &self.cancellation, is_over),
@@ -74,7 +75,7 @@ impl JobContext {
 /// Counts what is done and tells the observer.
 pub(super) struct Meter<'a> {
     observer: &'a dyn Observer,
-    /// Held while the observer is told, so that it hears of it in order.
+    /// Held while the observer is called, so that calls are in order.
     progress: OrderedMutex<{ rank::PROGRESS }, Progress>,
 }
 
@@ -95,7 +96,7 @@ impl<'a> Meter<'a> {
         self.count(bytes, bytes);
     }
 
-    /// How far it is.
+    /// The progress so far.
     pub(super) fn progress(&self) -> Progress {
         *self.progress.lock()
     }

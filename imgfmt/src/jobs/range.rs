@@ -4,7 +4,7 @@ use crate::error::Result;
 use crate::image::Image;
 use crate::units::{GuestOffset, GuestRange};
 
-/// The range from `start` to `end`; empty if `end` lies before.
+/// The range from `start` to `end`; empty if `end` is before `start`.
 pub(super) fn span(start: u64, end: u64) -> GuestRange {
     GuestRange::between(GuestOffset::new(start), GuestOffset::new(end)).unwrap_or_default()
 }

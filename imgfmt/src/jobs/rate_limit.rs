@@ -9,7 +9,7 @@ use super::cancellation::Cancellation;
 use super::error::JobError;
 use crate::ordered_lock::{OrderedMutex, rank};
 
-/// An idle limit saves up this time at most.
+/// An idle limit accumulates at most this time.
 const BURST: Duration = Duration::from_millis(100);
 /// A cancellation is noticed within this time.
 const CHECK_PERIOD: Duration = Duration::from_millis(100);
@@ -17,7 +17,7 @@ const CHECK_PERIOD: Duration = Duration::from_millis(100);
 /// A limit on the data that jobs move, in bytes per second. Clones share it: several jobs with one
 /// limit stay below it together.
 ///
-/// Zeroes that are known as such, and need not be read, are free.
+/// Zeroes that need not be read do not count.
 #[derive(Clone)]
 pub struct RateLimit {
     bytes_per_second: NonZeroU64,
@@ -51,12 +51,12 @@ impl RateLimit {
         let mut next = self.next.lock();
         let earliest = now.checked_sub(BURST).unwrap_or(now);
         let begins = next.map_or(now, |next| next.max(earliest));
-        // A limit so low that the time cannot be told is one of centuries.
+        // The time overflows only if it is centuries.
         *next = Some(begins.checked_add(lasts).unwrap_or(begins));
         begins.saturating_duration_since(now)
     }
 
-    /// Blocks until `bytes` may be moved, or until `is_over` says that they need not be.
+    /// Blocks until `bytes` may be transferred, or until `is_over` returns true.
     pub(super) fn wait(
         &self,
         bytes: u64,

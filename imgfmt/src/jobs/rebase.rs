@@ -85,9 +85,9 @@ pub fn rebase(
     Ok(rebased)
 }
 
-/// Writes the clusters of `old` that are not as in `new`; returns how many bytes that was. Zeroes
-/// are written as data: as mere zeroes an image whose old backing file ends before them would leave
-/// them to the new one.
+/// Writes the clusters of `old` that differ from `new`; returns their number of bytes. Zeroes are
+/// written as data: where the old backing file ends before them, an image may skip zeroes, and the
+/// new backing file would show.
 fn write_differences(
     overlay: &Image,
     offset: u64,

@@ -1,18 +1,18 @@
 //! Checking: every reference in the file is counted and compared with the refcounts.
 //!
-//! A refcount that is too high is a *leak*: space is lost, data is safe. One that is too low, a
-//! wrong COPIED bit, or a reference to a place that cannot be is a *corruption*. Repair makes
-//! refcounts and COPIED bits what they should be; references to impossible places it leaves alone.
+//! A refcount that is too high is a *leak*: space is lost, data is safe. A refcount that is too
+//! low, a wrong COPIED bit, or a reference to an invalid place is a *corruption*. Repair corrects
+//! refcounts and COPIED bits, and leaves references to invalid places alone.
 //!
 //! A repair never destroys what could be read before. First everything is counted; only then is it
 //! decided what may be written:
 //!
-//! - A refcount block that anything else refers to, or that cannot be where the table says, makes
-//!   the refcounts *unusable*: none of them is written. They are [rebuilt](rebuild) in clusters to
-//!   which nothing refers.
+//! - A refcount block with other references, or at an invalid place, makes the refcounts
+//!   *unusable*: none of them is written. They are [rebuilt](rebuild) in clusters without
+//!   references.
 //! - Where the references of some structure cannot be counted, no refcount is lowered and no COPIED
 //!   bit is set.
-//! - A word of a table is changed only if nothing else refers to the cluster that it lies in.
+//! - A word of a table is changed only if there is no other reference to its cluster.
 
 mod apply;
 mod checker;
@@ -40,14 +40,14 @@ use rebuild::Rebuild;
 pub(super) use report::Mode;
 pub use report::{CheckReport, Repair};
 
-/// A repair may show what it could not see before; it does not go on forever.
+/// The maximum number of rounds: a repair can reveal further damage.
 const ROUNDS_MAX: u32 = 8;
 
 impl Qcow2 {
-    /// Checks and, if asked to, repairs. No other process may use the image meanwhile.
+    /// Checks and, if `repair` says so, repairs. No other process may use the image meanwhile.
     pub(crate) fn check(&mut self, repair: Repair) -> Result<CheckReport> {
         if self.metadata.is_writable() && repair != Repair::None {
-            // A repair after a crash, before bitmaps are recovered, must not be mistaken for a foreign
+            // A repair after a crash, before bitmaps are recovered, must not be taken for a foreign
             // writer.
             drop(self.bitmaps.find_sidecar()?);
         }
@@ -69,7 +69,7 @@ impl Qcow2 {
         let mut left = found.clone();
         for _ in 0..ROUNDS_MAX {
             let Some(step) = checker.next_step(mode) else { break };
-            // A writer clears what it does not know, before anything else.
+            // A writer first clears the autoclear bits that it does not know.
             self.metadata.clear_autoclear(!autoclear::KNOWN)?;
             self.take_step(step)?;
             checker = Checker::run(self)?;
@@ -103,12 +103,12 @@ impl Qcow2 {
 }
 
 impl Qcow2 {
-    /// Makes refcounts as wide as that, 2 to this power bits. Afterwards the image must be closed.
+    /// Changes the width of refcounts to 2^`order` bits. Afterwards the image must be closed.
     pub(crate) fn change_refcount_width(&mut self, order: u32) -> Result<()> {
         if order == self.geometry().refcount_order {
             return Ok(());
         }
-        // What is about to be free must be free before it is counted.
+        // Clusters that are about to be freed must be free before the count.
         self.flusher().flush()?;
         self.clusters.release_all_freed();
         self.flusher().flush()?;
@@ -132,8 +132,8 @@ impl Qcow2 {
         Ok(!checker.is_unusable)
     }
 
-    /// How often the image on disk refers to each of these clusters, except from refcounts and
-    /// bitmaps; nothing if some table's references are not known.
+    /// The number of references of the image on disk to each of these clusters, except from
+    /// refcounts and bitmaps; `None` if the references of some table are unknown.
     pub(super) fn count_references_to(
         &self,
         clusters: &[HostCluster],
@@ -160,7 +160,7 @@ impl CountReferences for Qcow2 {
 }
 
 impl<'a> Checker<'a> {
-    /// Looks at everything and changes nothing.
+    /// Examines everything and changes nothing.
     fn run(image: &'a Qcow2) -> Result<Self> {
         let mut checker = Self::new(image)?;
         let table = checker.count_all()?;

@@ -1,11 +1,11 @@
-//! Closing an image: what it still owes the disk is written, and nothing is kept.
+//! Closes an image: writes all pending changes, and frees what was kept.
 
 use crate::error::Result;
 use crate::qcow2::flush::Flusher;
 use crate::qcow2::image::Qcow2;
 
 impl Qcow2 {
-    /// Writes everything and lets go of what was freed, before the image is closed.
+    /// Writes everything and releases freed clusters, before the image is closed.
     pub(in crate::qcow2) fn close_writer(&self) -> Result<()> {
         if !self.metadata.is_writable() {
             return Ok(());
@@ -26,7 +26,7 @@ impl Qcow2 {
 
 impl Drop for Qcow2 {
     fn drop(&mut self) {
-        // `Image::close` reports errors; here no caller can take one.
+        // `Image::close` reports errors; dropping cannot.
         let _ = self.close_writer();
     }
 }

@@ -8,26 +8,25 @@ use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::storage::{Durability, Speed, Storage, Tracked, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
 
-/// Where guest data goes. What is known about clusters is not known here.
+/// The destination of guest data. This type knows nothing about clusters.
 #[derive(Debug)]
 pub(in crate::qcow2) struct DataFile {
     metadata: Arc<MetadataFile>,
     storage: Arc<dyn Storage>,
     /// The data file, if there is one.
     attached: Option<Arc<Tracked>>,
-    /// Data is not in the file that holds the metadata.
+    /// Whether data is in another file than the metadata.
     is_external: bool,
 }
 
 impl DataFile {
-    /// Has the data in the file that holds the metadata, until a file of its own is
-    /// [attached](Self::attach).
+    /// The data is in the file of the metadata, until a separate file is [attached](Self::attach).
     pub(in crate::qcow2) fn new(metadata: Arc<MetadataFile>, is_external: bool) -> Self {
         let storage = Arc::clone(&metadata.file);
         Self { metadata, storage, attached: None, is_external }
     }
 
-    /// Has the data in a file of its own; `is_synced` says that all of it is on stable storage.
+    /// Sets a separate file for the data; `is_synced` says that all of it is on stable storage.
     pub(in crate::qcow2) fn attach(&mut self, storage: Arc<dyn Storage>, is_synced: bool) {
         let tracked = Arc::new(Tracked::new(storage, is_synced));
         self.storage = Arc::clone(&tracked) as _;
@@ -38,12 +37,12 @@ impl DataFile {
         &self.storage
     }
 
-    /// Whether data has a file of its own, in which it has the same place as on the disk.
+    /// Whether data has a separate file, where its offsets are those of the disk.
     pub(in crate::qcow2) fn is_external(&self) -> bool {
         self.is_external
     }
 
-    /// Writes data; `guest` is where it is on the disk, for errors.
+    /// Writes data; `guest` is its offset on the disk, for errors.
     pub(in crate::qcow2) fn write(
         &self,
         host: HostOffset,
@@ -69,8 +68,8 @@ impl DataFile {
     }
 
     /// Makes the file at least `end` bytes long: zeroes can be written only within it. The byte
-    /// before `end` is the caller's alone and zero. The length is not set: others may have written
-    /// beyond `end` since it was examined, and would be cut off.
+    /// before `end` is the caller's alone and zero. The length is not set, because that would cut
+    /// off what others may have written beyond `end` since.
     fn will_reach(&self, end: HostOffset, guest: GuestOffset) -> Result<()> {
         let grown = self.storage.len().and_then(|length| match length < end.bytes() {
             true => {
@@ -89,7 +88,7 @@ impl DataFile {
                 return Ok(());
             }
             self.storage.set_len(end.bytes()).map_err(|error| match error.kind() {
-                // A device is as large as it is.
+                // A device has a fixed size.
                 io::ErrorKind::Unsupported => io::ErrorKind::StorageFull.into(),
                 _ => error,
             })
@@ -98,7 +97,7 @@ impl DataFile {
     }
 
     /// Erases a range of the disk in an external file, which must read as the disk does. In the
-    /// image's own file an entry alone says what is erased.
+    /// image's own file, the entry is enough.
     pub(in crate::qcow2) fn erase(&self, range: GuestRange) -> Result<()> {
         if !self.is_external {
             return Ok(());
@@ -114,7 +113,8 @@ impl DataFile {
             .map_err(|error| self.error(error, range.offset()))
     }
 
-    /// Gives an external file the length of the disk, as QEMU does: a raw one is to be the disk.
+    /// Gives an external file the length of the disk, as QEMU does: a raw data file must equal the
+    /// disk.
     pub(in crate::qcow2) fn resize(&self, old_size: u64, size: u64) -> Result<()> {
         if !self.is_external {
             return Ok(());
@@ -129,7 +129,7 @@ impl DataFile {
             zeroed.map_err(name)?;
         }
         match self.storage.set_len(size) {
-            // A device is as long as it is.
+            // A device has a fixed size.
             Err(error) if error.kind() == io::ErrorKind::Unsupported && length >= size => Ok(()),
             result => result.map_err(name),
         }

@@ -1,7 +1,7 @@
 //! Flushing: writes committed metadata in an order that is safe at any crash.
 //!
-//! 1. refcount blocks; data is there already: barrier
-//! 2. the refcount table's entries, or a whole larger table and then the header: barrier
+//! 1. refcount blocks, after the data: barrier
+//! 2. the refcount table's entries, or a complete larger table and then the header: barrier
 //! 3. L2 tables: barrier
 //! 4. L1 entries: barrier
 //!
@@ -20,7 +20,7 @@ use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::refcount::DirtyBlock;
 use crate::units::Offset as _;
 
-/// Number of freed clusters at which the next change flushes first, to make them usable again.
+/// Number of freed clusters at which the next change first flushes, to make them usable again.
 const FREED_MAX: usize = 1 << 16;
 
 /// The parts of an open image that a flush brings to disk.
@@ -31,8 +31,8 @@ pub(in crate::qcow2) struct Flusher<'a> {
     pub(in crate::qcow2) clusters: &'a Clusters,
     pub(in crate::qcow2) mapping: &'a MappingTables,
     pub(in crate::qcow2) commits: &'a Commits,
-    /// No other call is in progress, as when the image is closed: what is synced and has not changed
-    /// since needs no other sync.
+    /// Whether no other call is in progress, as when the image is closed: a file that has not
+    /// changed since its sync then needs no other sync.
     pub(in crate::qcow2) is_alone: bool,
 }
 
@@ -41,7 +41,7 @@ pub(in crate::qcow2) struct Flusher<'a> {
 struct Copied {
     blocks: Vec<DirtyBlock>,
     table_entries: Vec<(usize, u64)>,
-    /// The whole refcount table and the place it moves to.
+    /// The complete refcount table and its new place.
     moved_table: Option<(TablePlace, Vec<u64>)>,
     mapping: DirtyTables,
 }
@@ -67,18 +67,17 @@ impl Flusher<'_> {
         if self.metadata.may_be_unsynced() { self.metadata.sync() } else { Ok(()) }
     }
 
-    /// While other calls are in progress a sync that another call has begun may still fail.
+    /// A sync that another call has begun may still fail.
     fn sync_data(self) -> Result<()> {
         if self.is_alone && !self.data.may_be_unsynced() { Ok(()) } else { self.data.sync() }
     }
 
-    /// Flushes for a caller that relies on everything that was written since its last successful
-    /// flush.
+    /// Flushes for a caller that relies on all its writes since its last successful flush.
     pub(in crate::qcow2) fn flush_for_caller(self) -> Result<()> {
         self.metadata.report_failed(self.flush())
     }
 
-    /// Writes metadata out before more of it than the cache should hold has changed.
+    /// Writes metadata to disk before more of it has changed than the cache should hold.
     pub(in crate::qcow2) fn relieve_pressure(self) -> Result<()> {
         if self.is_under_pressure() { self.flush() } else { Ok(()) }
     }
@@ -88,7 +87,7 @@ impl Flusher<'_> {
         self.mapping.is_under_pressure() || self.clusters.freed_count() > FREED_MAX
     }
 
-    /// Whether some change of metadata is not known to be on disk.
+    /// Whether some change of metadata may not be on disk.
     pub(in crate::qcow2) fn has_changes(self) -> bool {
         self.commits.changes.are_pending() || self.metadata.has_header_writes()
     }
@@ -121,7 +120,7 @@ impl Flusher<'_> {
                 let entries = changes.table_entries.iter().map(|(index, _)| *index);
                 allocator.refcounts.dirty_entries.extend(entries);
                 if let Some((place, table)) = &changes.moved_table {
-                    // A newer place may have been found meanwhile; it will do as well.
+                    // The place may be newer than the copy, which is harmless.
                     allocator.new_table_place.get_or_insert(*place);
                     allocator.refcounts.dirty_entries.extend(0..table.len());
                 }
@@ -168,7 +167,7 @@ impl Flusher<'_> {
         file_is_synced &= changes.mapping.tables.is_empty();
         changes.mapping.for_each_run(|offset, bytes| self.metadata.write(offset, bytes))?;
         if !changes.mapping.l1.is_empty() {
-            // New L2 tables must be there before anything points to them.
+            // New L2 tables must be on disk before anything points to them.
             self.metadata.sync()?;
             for (index, entry) in &changes.mapping.l1 {
                 let offset = self.metadata.header().l1_offset + *index as u64 * 8;
@@ -206,9 +205,9 @@ impl Flusher<'_> {
         self.clusters.free(clusters.map(|cluster| Freed { cluster, punch: false }));
     }
 
-    /// Makes the file end where a cluster does, or the last sector of compressed ones: the last
-    /// cluster may have been written in part, and other readers read it as a whole. No other
-    /// write runs, and missing bytes read as zero here: failures do not matter.
+    /// Extends the file to the end of its last cluster, or of the last sector of compressed ones:
+    /// the last cluster may have been written in part, and other readers read it completely. No
+    /// other write runs. Failures do not matter, because missing bytes read as zero here.
     pub(in crate::qcow2) fn end_with_cluster(self) -> Result<()> {
         let cluster_size = self.mapping.geometry().cluster_size();
         let Ok(length) = self.metadata.file.len() else { return Ok(()) };

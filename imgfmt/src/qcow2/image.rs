@@ -1,4 +1,4 @@
-//! An open image: the parts that it is made of, and what it says about itself.
+//! An open image: its parts, and information about it.
 
 use crate::backup::Backup;
 use crate::bitmap::BitmapChange;
@@ -30,7 +30,7 @@ use std::sync::Arc;
 pub(crate) struct Qcow2 {
     pub(in crate::qcow2) metadata: Arc<MetadataFile>,
     pub(in crate::qcow2) data: DataFile,
-    /// Size of the disk that is shown: the image's or that of a snapshot.
+    /// Size of the visible disk: the image's or that of a snapshot, in bytes.
     pub(in crate::qcow2) size: u64,
     pub(in crate::qcow2) preallocated: Preallocated,
     pub(in crate::qcow2) backing: Option<Backing>,
@@ -41,7 +41,7 @@ pub(crate) struct Qcow2 {
 }
 
 impl Qcow2 {
-    /// What the header says.
+    /// Information from the header.
     pub(crate) fn info(&self) -> Result<Qcow2Info> {
         let header = self.metadata.header();
         Ok(Qcow2Info {
@@ -70,7 +70,7 @@ impl Qcow2 {
         })
     }
 
-    /// How the image is encrypted; an open one is not, unless it was opened to be described.
+    /// The encryption of the image. Only an image that was opened for inspection can have one.
     pub(crate) fn encryption(&self) -> Result<Option<Encryption>> {
         let header = self.metadata.header();
         match header.encryption_method {
@@ -89,28 +89,28 @@ impl Qcow2 {
         &self.bitmaps
     }
 
-    /// Makes all changes of bitmaps at one instant, at which no write is on its way, or none of
+    /// Makes all changes of bitmaps at one instant, at which no write is in flight, or none of
     /// them.
     pub(crate) fn change_bitmaps(&self, changes: &[BitmapChange]) -> Result<()> {
         self.bitmaps.transaction(self, changes)
     }
 
-    /// Puts the frozen bits of all bitmaps back; see [`Bitmaps::thaw`].
+    /// Merges the frozen bits of all bitmaps back; see [`Bitmaps::thaw`].
     pub(crate) fn thaw_bitmaps(&self) -> Result<Vec<String>> {
         self.bitmaps.thaw(self)
     }
 
-    /// What the file says about the backup that it is.
+    /// The record of the backup in the file.
     pub(crate) fn backup(&self) -> Option<Backup> {
         self.metadata.backup()
     }
 
-    /// Whether the file says which backup it is in a form that cannot be read.
+    /// Whether the file has a record of a backup that cannot be read.
     pub(crate) fn is_unreadable_backup(&self) -> bool {
         self.metadata.is_unreadable_backup()
     }
 
-    /// Has the header say no longer that the file is as the backup left it.
+    /// Clears the mark that the file is as the backup left it.
     pub(crate) fn break_seal(&self) -> Result<()> {
         self.metadata.break_seal()
     }
@@ -119,7 +119,7 @@ impl Qcow2 {
         self.metadata.path()
     }
 
-    /// Brings everything to disk that was changed.
+    /// Writes all changes to disk.
     pub(in crate::qcow2) fn flusher(&self) -> Flusher<'_> {
         Flusher {
             metadata: &self.metadata,

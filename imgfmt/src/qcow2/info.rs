@@ -17,7 +17,7 @@ pub struct BitmapEntry {
     pub granularity: u64,
     /// Whether it records changes.
     pub recording: Recording,
-    /// It is marked as in use: its stored bits are out of date.
+    /// Whether it is marked as in use: its stored bits are out of date.
     pub is_in_use: bool,
     /// The bitmap to which a checkpoint has moved bits of this one, which is incomplete without them
     /// ([`BitmapState::Incomplete`](crate::BitmapState::Incomplete)).
@@ -38,13 +38,14 @@ pub struct Qcow2Info {
     pub compression: CompressionType,
     /// Whether the image has subclusters.
     pub l2_entries: L2Entries,
-    /// The image is marked as damaged.
+    /// Whether the image is marked as damaged.
     pub is_corrupt: bool,
-    /// The image was not closed properly, and its refcounts may be wrong.
+    /// Whether the image was not closed properly, so that its refcounts may be wrong.
     pub is_dirty: bool,
-    /// Writers may leave refcounts wrong until the image is closed. This crate never does.
+    /// Whether writers may leave refcounts wrong until the image is closed. This crate never leaves
+    /// them wrong.
     pub lazy_refcounts: bool,
-    /// The image holds dirty bitmaps.
+    /// Whether the image contains dirty bitmaps.
     pub has_bitmaps: bool,
     /// The dirty bitmaps in its directory.
     pub bitmaps: Vec<BitmapEntry>,
@@ -54,7 +55,7 @@ pub struct Qcow2Info {
     pub backing_format: Option<String>,
     /// Name of the data file, if the data is in a separate file.
     pub data_file_name: Option<OsString>,
-    /// The data file is a raw image of the disk.
+    /// Whether the data file is a raw image of the disk.
     pub data_file_is_raw: bool,
     /// The internal snapshots.
     pub snapshots: Vec<Snapshot>,

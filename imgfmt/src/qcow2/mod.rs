@@ -1,9 +1,9 @@
 //! qcow2 images, versions 2 and 3.
 //!
 //! A guest offset is looked up in two steps: the L1 table, always in memory, names L2 tables, which
-//! are cached; an L2 entry says where a cluster's data is. [`map`] does that and nothing else; [`io`]
-//! then moves the bytes with no lock held. Changes of metadata are made in memory and reach the disk
-//! in the order that [`flush`] keeps. [`image`] is made of the parts.
+//! are cached; an L2 entry gives the place of a cluster's data. [`map`] does only that; [`io`] then
+//! transfers the bytes with no lock held. Changes of metadata are made in memory; [`flush`] writes
+//! them to disk in a safe order. [`image`] combines the parts.
 
 mod alloc;
 mod bitmap;

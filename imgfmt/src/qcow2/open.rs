@@ -1,4 +1,4 @@
-//! Opening: everything is read and checked before anything is believed, and nothing is changed.
+//! Opens an image: everything is read and checked before it is used, and nothing is changed.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -34,7 +34,7 @@ impl Qcow2 {
         options: &OpenOptions,
         purpose: Purpose,
     ) -> Result<Self> {
-        // From here on every change of the file is noted.
+        // From here on every change of the file is recorded.
         let tracked = Arc::new(Tracked::new(file, options.is_synced));
         let file: Arc<dyn Storage> = Arc::clone(&tracked) as _;
         let header = Header::read_or_overwrite(&*file, purpose, options.incomplete)?;
@@ -77,7 +77,7 @@ impl Qcow2 {
         );
         let bitmaps = match &options.snapshot {
             None => Bitmaps::open(of_bitmaps, options),
-            // They speak of the present state.
+            // Bitmaps describe the present state.
             Some(_) => Bitmaps::none(of_bitmaps, size),
         };
         let mut mapping = MappingTables::new(parts, format, l1, size, options.metadata_cache_bytes);
@@ -130,9 +130,9 @@ impl Qcow2 {
             self.mapping.forget_tables(self.size);
         }
         self.prove_refcount_blocks();
-        // What we do not know we cannot keep up to date: say so before the first write.
+        // Unknown structures are not kept up to date: record that before the first write.
         let ours = autoclear::LINEAGE | autoclear::SEAL;
-        // This one goes when the bits it stands for are in the image.
+        // This bit is cleared when the bits of the sidecar are in the image.
         let ours = ours | if let Some(Ok(_)) = sidecar { autoclear::SIDECAR } else { 0 };
         let header = self.metadata.header();
         let known = header.kept_autoclear() | header.autoclear & ours;
@@ -146,8 +146,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Where refcount blocks lie far from what they count, as after a repair, their own counts do not
-    /// tell whether they are something else as well: all references are counted, once.
+    /// Where refcount blocks do not count themselves, as after a repair, their refcounts do not
+    /// show whether they are something else as well. Then all references are counted, once.
     fn prove_refcount_blocks(&self) {
         let has_strangers =
             |allocator: Ordered<MutexGuard<'_, Allocator>>| allocator.refcounts.has_strangers();
@@ -163,8 +163,8 @@ impl Qcow2 {
         }
     }
 
-    /// Whether clusters that are not allocated show a backing file: now, or, if it is ignored now,
-    /// when the image is opened the next time.
+    /// Whether unallocated clusters show a backing file: now, or, if it is ignored now, when the
+    /// image is opened the next time.
     pub(super) fn names_backing(&self) -> bool {
         self.backing.is_some() || self.metadata.header().backing_name.is_some()
     }
@@ -192,7 +192,7 @@ fn refuse_unwritable(header: &Header, options: &OpenOptions) -> Result<()> {
     Ok(())
 }
 
-/// Reads what is needed for writing, if the image is to be written. Nothing is changed yet.
+/// Reads the refcounts, if the image is opened for writing. Nothing is changed yet.
 fn allocator_for(
     file: &Arc<dyn Storage>,
     header: &Header,

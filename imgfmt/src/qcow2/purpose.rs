@@ -1,11 +1,11 @@
-//! What an image is opened for.
+//! The purpose for which an image is opened.
 
-/// What an image is opened for.
+/// The purpose for which an image is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
     Use,
-    /// Damaged images are welcome.
+    /// To check it: damaged images are accepted.
     Check,
-    /// Only to be described: encrypted images are welcome too.
+    /// To inspect it: encrypted images are accepted too.
     Describe,
 }

@@ -2,8 +2,8 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// The time, in nanoseconds since 1970, by the clock whose ticks files are stamped with: asking it
-/// costs next to nothing, and is no system call whatever the machine's clock is.
+/// The time in nanoseconds since 1970, by the coarse clock that also sets the times of files:
+/// reading it is cheap and never a system call.
 pub(super) fn now_nanoseconds() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);

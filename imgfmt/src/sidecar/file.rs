@@ -23,13 +23,13 @@ use super::map::WordMap;
 use crate::access::Access;
 
 const SUFFIX: &str = ".dirty";
-/// A file under this name, or this name and a number, is not finished and may be taken away.
+/// A file with this suffix, or this suffix and a number, is not finished and may be removed.
 const NEW_SUFFIX: &str = ".dirty.new";
-/// So many names are tried for a file that is not finished: others may have things of that name
-/// that cannot be taken away, a directory for instance.
+/// The number of names that are tried for an unfinished file: some may be taken, for example by a
+/// directory.
 const NEW_NAMES: u32 = 16;
 
-/// Clocks that differ by no more count as one.
+/// Clocks that differ by at most this are taken as the same clock.
 const CLOCK_NANOSECONDS: u64 = 1_000_000_000;
 
 /// Only its owner may read and write a sidecar.
@@ -47,7 +47,7 @@ impl fmt::Display for Untrusted {
 
 impl std::error::Error for Untrusted {}
 
-/// Where the sidecar of an image is, whether it exists or not.
+/// The location of the sidecar of an image, even if it does not exist.
 #[derive(Debug)]
 pub(crate) struct SidecarPlace {
     directory: File,
@@ -55,13 +55,13 @@ pub(crate) struct SidecarPlace {
     path: PathBuf,
     name: OsString,
     new_name: OsString,
-    /// The user who may have made a sidecar of this image, besides this one and root.
+    /// The owner of the image, who may have created its sidecar, as may this user and root.
     image_owner: u32,
 }
 
 impl SidecarPlace {
-    /// The place beside an image. The image's own name is followed through links, so that every
-    /// path to an image leads to the same sidecar.
+    /// The place beside an image. Links to the image are resolved, so that every path to an image
+    /// leads to the same sidecar.
     pub(crate) fn beside(image: &Path) -> io::Result<Self> {
         let image = std::fs::canonicalize(image)?;
         let image_owner = std::fs::metadata(&image)?.uid();
@@ -82,7 +82,7 @@ impl SidecarPlace {
         rustix::fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
-    /// Refuses to go on if the sidecar's own name is taken by what a file cannot replace.
+    /// Refuses to continue if a file cannot replace what has the sidecar's name.
     fn refuse_what_is_in_the_way(&self) -> io::Result<()> {
         let status =
             match rustix::fs::statat(&self.directory, &*self.name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -92,7 +92,7 @@ impl SidecarPlace {
         let path = self.path.display();
         if FileType::from_raw_mode(status.st_mode) == FileType::Directory {
             let detail = format!(
-                "'{path}' is a directory, where the file with the bits has to stand; \
+                "'{path}' is a directory, and the file with the bits needs that name; \
                                   move it away"
             );
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, detail));
@@ -216,7 +216,7 @@ impl FoundBytes for FoundFile {
 
 impl Drop for FoundFile {
     fn drop(&mut self) {
-        // Closing is not enough: a process forked a moment ago by another thread still has the
+        // Closing is not enough: a process that another thread has just forked keeps the
         // descriptor, and with it the lock, until it executes its program.
         let _ = self.0.unlock();
     }
@@ -270,7 +270,7 @@ impl SidecarStorage for SidecarFile {
     fn remove(&self) -> io::Result<()> {
         let flags = AtFlags::SYMLINK_NOFOLLOW;
         match rustix::fs::statat(&self.place.directory, &*self.place.name, flags) {
-            // A newer epoch or another file has taken the place.
+            // A newer epoch or another file has replaced it.
             Ok(found) if found.st_ino != self.inode => Ok(()),
             Ok(_) => self.place.remove(),
             Err(Errno::NOENT) => Ok(()),

@@ -9,7 +9,7 @@ pub(super) const HEADER_BYTES: usize = 512;
 pub(super) const LIVENESS_WORD: usize = 64;
 pub(super) const LOG_OFFSET: u64 = 4096;
 pub(super) const SLOT_BYTES: usize = 512;
-/// There is room for so many slots of the log, with [`SLOT_EXTENTS`] extents each.
+/// Maximum number of slots of the log, with [`SLOT_EXTENTS`] extents each.
 pub(super) const SLOTS_MAX: usize = 10;
 pub(super) const SLOT_EXTENTS: usize = 120;
 pub(super) const DESCRIPTORS_OFFSET: u64 = 12288;
@@ -18,24 +18,24 @@ pub(super) const BOOT_ID_BYTES: usize = 36;
 const PAGE_BYTES: u64 = 4096;
 const NAME_BYTES_MAX: usize = 1023;
 const BITMAPS_MAX: usize = 65535;
-/// As large as a bitmap of a qcow2 image can be.
+/// The maximum size of a bitmap of a qcow2 image, in bytes.
 const BITMAP_BYTES_MAX: u64 = 512 << 20;
-/// An extent of the log covers 4 MiB, more only if the disk has too many of them.
+/// An extent of the log covers 4 MiB, or more if the disk would have too many of them.
 const EXTENT_BITS_MIN: u32 = 22;
 const EXTENTS_MAX: u64 = 1 << 20;
 
-/// What ties a sidecar to a session of an image.
+/// Identifies a session of an image; its sidecar has the same identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
     pub(crate) uuid: [u8; 16],
     pub(crate) generation: u64,
 }
 
-/// What an image file looks like from outside.
+/// The properties of an image file by which changes are recognised.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Fingerprint {
     pub(crate) inode: u64,
-    /// Bytes; a file that is written only grows.
+    /// Length in bytes; writes never make a file shorter.
     pub(crate) length: u64,
     /// Modification time, nanoseconds since 1970; 0 if the file's clock is not ours.
     pub(crate) modified: u64,
@@ -57,16 +57,16 @@ impl BitmapDescriptor {
     }
 }
 
-/// How much the activity log can name.
+/// The capacity of the activity log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct LogShape {
-    /// How many bits to shift an offset by to get the number of its extent.
+    /// The size of an extent in bytes, as a power of two.
     pub(crate) extent_bits: u32,
     pub(crate) slots: usize,
 }
 
 impl LogShape {
-    /// The usual one: 1200 extents of 4 MiB.
+    /// The default capacity: 1200 extents of 4 MiB.
     pub(crate) fn for_disk(size: u64) -> Self {
         let mut extent_bits = EXTENT_BITS_MIN;
         while size.div_ceil(1 << extent_bits) > EXTENTS_MAX {
@@ -82,22 +82,22 @@ impl LogShape {
     }
 }
 
-/// Everything a sidecar says except bits and log.
+/// Everything in a sidecar except bits and log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Description {
     pub(crate) durability: BitmapDurability,
     pub(crate) identity: Identity,
-    /// Distinguishes the files that one session makes.
+    /// Distinguishes the files of one session.
     pub(crate) epoch: u64,
     pub(crate) disk_size: u64,
     pub(crate) log: LogShape,
-    /// Empty if unknown: then no boot is the same.
+    /// Empty if unknown: then it never equals another one.
     pub(crate) boot_id: String,
     pub(crate) image: Fingerprint,
     pub(crate) bitmaps: Vec<BitmapDescriptor>,
 }
 
-/// Where things are.
+/// The offsets of the parts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     pub(super) word_offsets: Vec<u64>,
@@ -172,11 +172,11 @@ pub(super) fn encode_descriptors(description: &Description) -> Vec<u8> {
     bytes
 }
 
-/// What is wrong with a header or with descriptors.
+/// The damage of a header or of descriptors, as a clause.
 pub(super) type Damage = &'static str;
 
-/// The header's fields; `bitmaps` is still empty. Also returned: how many bitmaps there are, the
-/// CRC-32 of their descriptors, and the length the file must have.
+/// The header's fields; `bitmaps` is still empty. Also returns the number of bitmaps, the CRC-32 of
+/// their descriptors, and the length that the file must have.
 pub(super) fn decode_header(bytes: &[u8]) -> Result<(Description, usize, u32, u64), Damage> {
     if bytes.len() < HEADER_BYTES || bytes[..8] != MAGIC {
         return Err("it has no header");
@@ -221,7 +221,7 @@ pub(super) fn decode_header(bytes: &[u8]) -> Result<(Description, usize, u32, u6
     Ok((description, count, u32_at(bytes, 132), u64_at(bytes, 136)))
 }
 
-/// The descriptors that the header has announced.
+/// Decodes the descriptors.
 pub(super) fn decode_descriptors(bytes: &[u8], crc: u32) -> Result<Vec<BitmapDescriptor>, Damage> {
     if crc32fast::hash(bytes) != crc {
         return Err("the checksum of its list of bitmaps is wrong");

@@ -1,4 +1,4 @@
-//! Where a sidecar is, and where its bytes are.
+//! The location of a sidecar and of its bytes.
 
 use std::fmt;
 use std::io;
@@ -7,13 +7,14 @@ use std::sync::atomic::AtomicU64;
 use super::layout::{Description, LogShape};
 use crate::access::Access;
 
-/// Gives word `n` of the bits of bitmap `m`, bit 0 first, as they are when the file is made.
+/// Returns word `n` of the bits of bitmap `m`, bit 0 first, at the time when the file is created.
 pub(crate) type InitialWords<'a> = &'a dyn Fn(usize, u64) -> u64;
 
-/// Where the sidecar of an image is: in the directory of the image, or in one that only tests have.
+/// The location of the sidecar of an image: in the directory of the image, or in a recorded one for
+/// tests.
 pub(crate) trait SidecarLocation: Send + Sync + fmt::Debug {
-    /// Makes a new sidecar with these bits and puts it in the place of the one that is there, if
-    /// any. Durable on return, at the level of power loss.
+    /// Creates a new sidecar with these bits, which replaces the old one, if any. At the level of
+    /// power loss it is durable on return.
     fn create(
         &self,
         description: &Description,
@@ -33,10 +34,10 @@ pub(crate) trait SidecarLocation: Send + Sync + fmt::Debug {
     /// Its name for messages.
     fn name(&self) -> String;
 
-    /// Checks that a sidecar can be made, and leaves no file.
+    /// Checks that a sidecar can be created, and leaves no file.
     fn probe(&self, description: &Description) -> io::Result<()>;
 
-    /// The boot of this machine; empty if the system does not say.
+    /// The identity of the machine's boot; empty if it is unknown.
     fn boot_id(&self) -> String;
 
     /// The shape of the activity log for a disk of this size in bytes.
@@ -45,13 +46,13 @@ pub(crate) trait SidecarLocation: Send + Sync + fmt::Debug {
     }
 }
 
-/// Where a sidecar's bytes live: a mapped file, or memory that remembers in tests.
+/// The bytes of a sidecar: a mapped file, or recorded memory for tests.
 pub(crate) trait SidecarStorage: Send + Sync + fmt::Debug {
     /// All bytes, as little-endian words.
     fn words(&self) -> &[AtomicU64];
     /// Writes to a place that is never used through [`words`](Self::words); durable on return.
     fn write_durable(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
-    /// Makes durable what was stored in the words before.
+    /// Makes everything durable that was stored in the words before.
     fn sync(&self) -> io::Result<()>;
     /// Removes the file, so that no recovery uses it; durable on return.
     fn remove(&self) -> io::Result<()>;

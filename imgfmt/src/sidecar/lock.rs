@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use crate::access::Access;
 
-/// A read-only open holds the lock as long as it takes to read a file.
+/// Number of attempts: a read-only open holds the lock only while it reads a file.
 const TRIES: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Locks a sidecar that was found. A writable open waits up to a second for others to be done:
-/// without the sidecar the bitmaps of the image would be lost for good. A read-only open loses
-/// nothing and does not wait.
+/// Locks a sidecar that was found. A writable open waits up to a second for other processes:
+/// without the sidecar, the bits would be lost permanently. A read-only open loses nothing and does
+/// not wait.
 ///
 /// # Errors
 ///
@@ -45,8 +45,8 @@ fn explained(error: io::Error, file: &File) -> io::Error {
     io::Error::new(error.kind(), format!("{holder} has locked it"))
 }
 
-/// The process that has locked a file as a whole, from the system's list. The file is given as it
-/// stands there. Those of other containers have no number, or 0.
+/// The process that has locked a complete file, from the system's list of locks; `file` identifies
+/// the file as the list does. Processes of other containers have no number there, or 0.
 fn holder(locks: &str, file: &str) -> Option<u32> {
     let fields = locks.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
     let mut ours = fields.filter_map(|fields| match fields[..] {

@@ -1,8 +1,8 @@
 //! The activity log: a durable list of the extents of the disk that may be written now.
 //!
-//! A write into a *hot* extent, one that the log on disk names, costs two atomic additions. A write
-//! into a *cold* extent waits until a slot that names it is durable; all waiting writes share one
-//! write of the log. The extent becomes hot in memory only after that.
+//! A write into a *hot* extent, which is one that the log on disk names, costs two atomic
+//! additions. A write into a *cold* extent waits until a slot that names it is durable; all waiting
+//! writes share one write of the log. The extent becomes hot in memory only after that.
 //!
 //! An extent leaves the log when no write to it is in flight and its bits are durable. Only then does
 //! another extent take its entry in a slot. Until that slot is written the log still names the old
@@ -20,18 +20,18 @@ use super::layout::{LOG_OFFSET, LogShape, SLOT_BYTES, SLOT_EXTENTS, encode_slot}
 use super::location::SidecarStorage;
 use crate::ordered_lock::{OrderedMutex, rank};
 
-/// The log on disk names the extent.
+/// Set if the log on disk names the extent.
 const HOT: u32 = 1 << 31;
-/// The extent was written since the hand of the clock went by.
+/// Set if the extent was written since the last search for extents to retire passed it.
 const USED: u32 = 1 << 30;
-/// The rest counts changes in flight.
+/// The other bits count changes in flight.
 const COUNT: u32 = USED - 1;
 
 /// A change of more extents than this is not logged: its bits are made durable instead.
 const EXTENTS_AT_A_TIME: u32 = 64;
-/// Streams have up to so many extents made hot ahead of them.
+/// The maximum number of extents that are made hot ahead of a sequential stream.
 const AHEAD_MAX: u32 = 8;
-/// So many extents are retired together, for one sync.
+/// The number of extents that are retired together, with one sync.
 const RETIRED_AT_A_TIME: usize = 128;
 
 /// The extents and the slots.
@@ -43,25 +43,25 @@ pub(super) struct ActivityLog {
     queue: OrderedMutex<{ rank::LOG_QUEUE }, Queue>,
     done: Condvar,
     slots: OrderedMutex<{ rank::LOG_SLOTS }, Slots>,
-    /// After a sync that failed nothing is known, whatever later ones say.
+    /// Whether a sync has failed: then later successful syncs prove nothing.
     sync_has_failed: AtomicBool,
 }
 
-/// The threads that wait, and the commits they wait for.
+/// The waiting threads, and the commits they wait for.
 #[derive(Debug, Default)]
 struct Queue {
     wanted: Vec<u32>,
-    /// The number of the commit that will take what is wanted.
+    /// The number of the commit that will include the wanted extents.
     next: u64,
     /// All commits below this number are done.
     done: u64,
     is_committing: bool,
 }
 
-/// What the slots hold.
+/// The contents of the slots.
 #[derive(Debug)]
 struct Slots {
-    /// Which extent is at which place.
+    /// The extent at each place.
     places: Vec<Option<u32>>,
     free: Vec<usize>,
     hand: usize,
@@ -69,11 +69,11 @@ struct Slots {
 }
 
 impl ActivityLog {
-    /// A log with nothing in it.
+    /// An empty log.
     pub(super) fn new(disk_size: u64, shape: LogShape, epoch: u64) -> Self {
         let extents = disk_size.div_ceil(1 << shape.extent_bits);
         let places = vec![None; shape.slots * SLOT_EXTENTS];
-        // Places are taken from the end: extents that come together share slots.
+        // Places are taken from the end, so that extents that become hot together share slots.
         let free = (0..places.len()).rev().collect();
         Self {
             extent_bits: shape.extent_bits,
@@ -86,8 +86,9 @@ impl ActivityLog {
         }
     }
 
-    /// Counts a change in flight to the extents of a range; says which they are and whether all are
-    /// hot. `None` if there are too many, or they do not exist: nothing is counted then.
+    /// Counts a change in flight to the extents of a range; returns the first, the last, and
+    /// whether all are hot. `None`, with nothing counted, if there are too many or they do not
+    /// exist.
     pub(super) fn enter(&self, start: u64, end: u64) -> Option<(u32, u32, bool)> {
         let first = u32::try_from(start >> self.extent_bits).ok()?;
         let last = u32::try_from((end - 1) >> self.extent_bits).ok()?;
@@ -96,7 +97,8 @@ impl ActivityLog {
         }
         let mut is_hot = true;
         for state in &self.states[first as usize..=last as usize] {
-            // The evictor gives up when it finds the count; a thread that finds no HOT waits below.
+            // A retiring thread gives up when it sees the count; a thread that does not see HOT
+            // waits below.
             let old = state.fetch_add(1, AcqRel);
             if old & USED == 0 {
                 state.fetch_or(USED, Relaxed);
@@ -123,8 +125,8 @@ impl ActivityLog {
         Some((first, last))
     }
 
-    /// Waits until the log on disk names all extents of a range that was entered; says whether it
-    /// does.
+    /// Waits until the log on disk names all extents of a range that was entered; returns whether
+    /// it does.
     pub(super) fn activate(&self, store: &dyn SidecarStorage, first: u32, last: u32) -> bool {
         let mut queue = self.queue.lock();
         queue.wanted.extend(first..=last);
@@ -146,7 +148,7 @@ impl ActivityLog {
             self.done.notify_all();
         }
         drop(queue);
-        // What was counted cannot have been retired since.
+        // Counted extents cannot have been retired since.
         self.extents(first..=last).all(|state| state.load(Acquire) & HOT != 0)
     }
 
@@ -168,7 +170,7 @@ impl ActivityLog {
         self.states[*range.start() as usize..=*range.end() as usize].iter()
     }
 
-    /// Makes the disk name as many of the wanted extents as there is room for.
+    /// Writes the log so that it names as many of the wanted extents as there is space for.
     fn commit(&self, store: &dyn SidecarStorage, wanted: Vec<u32>) -> io::Result<()> {
         let wanted = self.with_those_ahead(wanted);
         let mut slots = self.slots.lock();
@@ -198,8 +200,8 @@ impl ActivityLog {
         written
     }
 
-    /// The wanted extents that are not hot, each once; after an extent that follows a hot one also
-    /// those that a sequential stream would want next.
+    /// The wanted extents that are not hot, each once. An extent that follows a hot one is followed
+    /// by those that a sequential stream would need next.
     fn with_those_ahead(&self, mut wanted: Vec<u32>) -> Vec<u32> {
         let is_hot = |extent: u32| {
             self.states.get(extent as usize).is_some_and(|state| state.load(Acquire) & HOT != 0)
@@ -227,7 +229,8 @@ impl ActivityLog {
         wanted
     }
 
-    /// Makes up to `count` extents cold that have not been used lately, and their places free.
+    /// Retires up to `count` extents that have not been used recently: makes them cold, and frees
+    /// their places.
     fn retire(
         &self,
         store: &dyn SidecarStorage,
@@ -252,7 +255,8 @@ impl ActivityLog {
         if retired.is_empty() {
             return Ok(());
         }
-        // The bits of all changes that have ended, those of the retired extents among them.
+        // This covers the bits of all changes that have ended, including those of the retired
+        // extents.
         let synced = self.sync(store);
         for (place, extent) in retired {
             if synced.is_ok() {
@@ -274,10 +278,10 @@ impl Slots {
     }
 }
 
-/// The first and the last slot that the places are in.
+/// The first and the last slot of the places.
 fn slot_range(taken: &[(usize, u32)]) -> Option<(usize, usize)> {
     let slots = || taken.iter().map(|(place, _)| place / SLOT_EXTENTS);
     Some((slots().min()?, slots().max()?))
 }
 
-const _: () = assert!(COUNT > 1 << 20, "more changes in flight than anybody can have");
+const _: () = assert!(COUNT > 1 << 20, "more changes in flight than can exist");

@@ -2,12 +2,12 @@
 //!
 //! It holds all bits of the enabled bitmaps, mapped into memory ([`map`]), and an [activity
 //! log](log) of the extents of the disk that are being written. A bit is set before its write is
-//! submitted. If the process dies, the kernel still has the bits. If the machine dies, those that
+//! submitted. If the process dies, the kernel still has the bits. If the machine dies, bits that
 //! did not reach the disk belong to extents that the log on disk names, and [recovery](recover)
-//! marks these as a whole.
+//! marks these extents completely.
 //!
 //! A file belongs to one *epoch*: its bits are only set, never cleared. Every other change of
-//! bitmaps (clearing, adding, merging) makes a new file that replaces the old one.
+//! bitmaps (clearing, adding, merging) creates a new file that replaces the old one.
 //!
 //! This module is independent of formats and trackers. `DESIGN.md` documents the [`layout`].
 
@@ -37,8 +37,8 @@ pub enum RecoveryPrecision {
     /// Exact: only the ranges that were about to be written are marked.
     #[default]
     Exact,
-    /// The machine was restarted: parts of the disk that were being written, of 4 MiB each on disks
-    /// of usual size, are marked as a whole.
+    /// The machine was restarted: the parts of the disk that were being written, usually of 4 MiB
+    /// each, are marked completely.
     WholeExtents,
 }
 
@@ -52,8 +52,8 @@ pub struct BitmapDurabilityStatus {
     pub degraded: Option<String>,
     /// The bitmaps that were recovered from a crash when the image was opened.
     pub recovered: Vec<String>,
-    /// The bitmaps that got bits back which an interrupted checkpoint had
-    /// [frozen](crate::BitmapChange::Freeze), when the image was opened.
+    /// The bitmaps into which bits of an interrupted checkpoint
+    /// ([frozen](crate::BitmapChange::Freeze) bits) were merged back when the image was opened.
     pub thawed: Vec<String>,
     /// The reason why bits could not be merged back, as a clause: the bitmaps that lack them report
     /// it.

@@ -10,7 +10,7 @@ use super::location::SidecarStorage;
 use super::log::ActivityLog;
 use crate::access::BitmapDurability;
 
-/// The time of the last change is written down again when it is older than this.
+/// The time of the last change is recorded again when it is older than this.
 const LIVENESS_NANOSECONDS: u64 = 100_000_000;
 
 /// An open sidecar.
@@ -19,11 +19,11 @@ pub(crate) struct Sidecar {
     store: Box<dyn SidecarStorage>,
     bitmaps: Box<[BitmapWords]>,
     pub(super) log: Option<ActivityLog>,
-    /// Whether the file is gone because it could not be kept up to date.
+    /// Whether the file was removed because it could not be kept up to date.
     is_abandoned: AtomicBool,
 }
 
-/// Where the bits of a bitmap are.
+/// The location of the bits of a bitmap.
 #[derive(Clone, Copy, Debug)]
 struct BitmapWords {
     granularity_bits: u32,
@@ -31,8 +31,8 @@ struct BitmapWords {
     word_count: usize,
 }
 
-/// A change of the disk that was announced and is not finished. Drop it when the change has
-/// reached the image's storage, or has failed.
+/// An announced change of the disk. Drop it when the change has reached the image's storage, or has
+/// failed.
 #[derive(Debug)]
 #[must_use = "the change is in flight for as long as this lives"]
 pub(crate) struct InFlight {
@@ -41,7 +41,8 @@ pub(crate) struct InFlight {
 }
 
 impl Sidecar {
-    /// Puts a sidecar on a store that [`SidecarLocation::create`](super::SidecarLocation::create) has filled.
+    /// Opens a sidecar on a store that [`SidecarLocation::create`](super::SidecarLocation::create)
+    /// has filled.
     pub(crate) fn new(
         store: Box<dyn SidecarStorage>,
         description: &Description,
@@ -64,14 +65,14 @@ impl Sidecar {
         Some(Arc::new(sidecar))
     }
 
-    /// Announces that a range of the disk is about to change: sets its bits in every bitmap, and at
-    /// the level of power loss makes sure that the disk knows enough. Returns when the change may
-    /// be submitted.
+    /// Announces that a range of the disk is about to change: sets its bits in every bitmap and, at
+    /// the level of power loss, makes sure that the log on disk names its extents. Returns when the
+    /// change may be submitted.
     ///
     /// # Errors
     ///
-    /// Only if the file can neither be kept up to date nor taken away: then the change must not be
-    /// made, because a later recovery would not see it.
+    /// Only if the file can neither be kept up to date nor removed: then the change must not be
+    /// made, because a later recovery would miss it.
     pub(crate) fn before_change(self: &Arc<Self>, start: u64, length: u64) -> io::Result<InFlight> {
         let mut in_flight = InFlight { counted: None };
         if length == 0 || self.is_abandoned.load(Relaxed) {
@@ -115,8 +116,7 @@ impl Sidecar {
         Some(in_flight)
     }
 
-    /// Notes that the image is about to be changed by this program, without any change of its
-    /// content.
+    /// Records that this program is about to change the image, but not its content.
     pub(crate) fn note_alive(&self) {
         let now = now_nanoseconds();
         let word = &self.store.words()[layout::LIVENESS_WORD];
@@ -126,18 +126,18 @@ impl Sidecar {
         }
     }
 
-    /// Takes the file away: bitmaps are in a safe place, or lost.
+    /// Removes the file: the bitmaps are stored, or lost.
     pub(crate) fn remove(&self) -> io::Result<()> {
         self.is_abandoned.store(true, Relaxed);
         self.store.remove()
     }
 
-    /// Whether the file is gone, and a crash would leave the bitmaps in use.
+    /// Whether the file was removed, so that a crash would leave the bitmaps in use.
     pub(crate) fn is_abandoned(&self) -> bool {
         self.is_abandoned.load(Relaxed)
     }
 
-    /// A file that cannot be kept up to date must not be believed after a crash.
+    /// Removes a file that cannot be kept up to date, so that it is not trusted after a crash.
     fn abandon(&self, error: io::Error) -> io::Result<()> {
         match self.remove() {
             Ok(()) => Ok(()),
@@ -169,7 +169,7 @@ impl Drop for InFlight {
 }
 
 /// Sets bits `first..=last`, as far as there are words for them. Bits that are set already are not
-/// written again: that keeps the cache lines of busy words shared.
+/// written again, which keeps the cache lines of busy words shared.
 pub(super) fn set_bits(words: &[AtomicU64], first: u64, last: u64) {
     for index in first / 64..=last / 64 {
         let Some(word) = usize::try_from(index).ok().and_then(|index| words.get(index)) else {

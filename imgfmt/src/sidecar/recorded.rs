@@ -13,7 +13,7 @@ use crate::testing::{MappedWords, RecordedDirectory, RecordingStorage};
 use crate::units::HostOffset;
 
 impl SidecarLocation for Arc<RecordedDirectory> {
-    /// In the order in which the real directory does it.
+    /// In the same order as for a real directory.
     fn create(
         &self,
         description: &Description,

@@ -16,10 +16,10 @@ use super::location::FoundBytes;
 use crate::access::BitmapDurability;
 use crate::error::system_words;
 
-/// The image may have been changed so much later than its last change was noted.
+/// The image may have been changed by this much later than the recorded time of its last change.
 const SLACK_NANOSECONDS: u64 = 2_000_000_000;
 
-/// A recovery may change the image for so long.
+/// A recovery may change the image for this long.
 const RECOVERY_NANOSECONDS: u64 = 60_000_000_000;
 
 /// Why a sidecar is not trusted.
@@ -29,11 +29,11 @@ pub(crate) enum Rejection {
     Missing,
     /// Another program has it open.
     InUse(io::Error),
-    /// It belongs to another session of the image.
+    /// The sidecar belongs to another session of the image.
     OtherSession,
-    /// It contradicts itself.
+    /// The sidecar contradicts itself.
     Damaged(layout::Damage),
-    /// The machine went down, and it was not made to survive that.
+    /// The machine was restarted, and the sidecar was not made to survive that.
     PowerLoss,
     /// Another program has changed the image.
     ForeignWriter(&'static str),
@@ -57,7 +57,7 @@ impl fmt::Display for Rejection {
             }
             Self::Damaged(what) => write!(f, "the file with the bits is damaged: {what}"),
             Self::PowerLoss => f.write_str(
-                "the machine was restarted, and the bits were kept for the death of the process \
+                "the machine was restarted, and the bits were kept against a crash of the process \
                  only",
             ),
             Self::ForeignWriter(what) => {
@@ -85,29 +85,29 @@ impl From<io::Error> for Rejection {
     }
 }
 
-/// What the bits are based on.
+/// The basis for trusting the bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Trust {
     /// The machine has not been restarted: they are exact.
     SameBoot,
-    /// It has: what did not reach the disk is made up for by whole extents.
+    /// It has been restarted: complete extents replace the bits that did not reach the disk.
     OtherBoot,
 }
 
-/// A sidecar that is believed.
+/// A trusted sidecar.
 #[derive(Debug)]
 pub(crate) struct Recovery<R> {
     bytes: R,
     description: Description,
     layout: Layout,
     trust: Trust,
-    /// Byte ranges of the disk that may have changed without their bits being there.
+    /// Byte ranges of the disk that may have changed without their bits being set.
     hot: Vec<(u64, u64)>,
 }
 
 impl<R: FoundBytes> Recovery<R> {
-    /// Examines a sidecar: whether it belongs to `identity`, the image is as it was left, and enough
-    /// has survived.
+    /// Examines a sidecar: whether it belongs to `identity`, the image has not changed since, and
+    /// enough bits have survived.
     pub(crate) fn examine(
         bytes: R,
         identity: Identity,
@@ -121,9 +121,9 @@ impl<R: FoundBytes> Recovery<R> {
         if description.identity != identity {
             return Err(Rejection::OtherSession);
         }
-        // Before anything is allocated by what the header says.
+        // Before any allocation that the header decides.
         if bytes.length()? != length || DESCRIPTORS_OFFSET + descriptors_length(count) > length {
-            return Err(Rejection::Damaged("it has not the length it should have"));
+            return Err(Rejection::Damaged("it has the wrong length"));
         }
         let mut descriptors = vec![0; descriptors_length(count) as usize];
         bytes.read_bytes(DESCRIPTORS_OFFSET, &mut descriptors)?;
@@ -146,7 +146,7 @@ impl<R: FoundBytes> Recovery<R> {
         Ok(Self { bytes, description, layout, trust, hot })
     }
 
-    /// The size of the disk whose changes are noted.
+    /// The size of the disk whose changes are recorded, in bytes.
     pub(crate) fn disk_size(&self) -> u64 {
         self.description.disk_size
     }
@@ -155,7 +155,7 @@ impl<R: FoundBytes> Recovery<R> {
         self.trust
     }
 
-    /// Which bitmaps there are bits of.
+    /// The bitmaps whose bits it contains.
     #[cfg(test)]
     pub(crate) fn bitmaps(&self) -> &[BitmapDescriptor] {
         &self.description.bitmaps
@@ -165,7 +165,7 @@ impl<R: FoundBytes> Recovery<R> {
     ///
     /// # Errors
     ///
-    /// It cannot be read.
+    /// `Io` if it cannot be read.
     pub(crate) fn words(&self, wanted: &BitmapDescriptor) -> Result<Option<Vec<u64>>, Rejection> {
         let found = self.description.bitmaps.iter().position(|bitmap| bitmap == wanted);
         let Some(number) = found else { return Ok(None) };
@@ -178,19 +178,19 @@ impl<R: FoundBytes> Recovery<R> {
             let last = (end - 1) >> wanted.granularity_bits;
             set_plain_bits(&mut words, first, last);
         }
-        // Bits past the end of the disk mean nothing.
+        // Bits past the end of the disk have no meaning.
         if let (Some(word), rest @ 1..) = (words.last_mut(), wanted.bit_count % 64) {
             *word &= (1 << rest) - 1;
         }
         Ok(Some(words))
     }
 
-    /// Notes that we are about to change the image, so that it is still believed if the recovery
-    /// itself is interrupted.
+    /// Records that this program is about to change the image, so that the sidecar is still trusted
+    /// if the recovery is interrupted.
     pub(crate) fn extend_life(&self) {
         let until = now_nanoseconds().saturating_add(RECOVERY_NANOSECONDS);
         let offset = layout::LIVENESS_WORD as u64 * 8;
-        // If that fails an interrupted recovery will be taken for a foreign writer.
+        // If that fails, an interrupted recovery will be taken for a foreign writer.
         let _ = self.bytes.write(offset, &until.to_le_bytes());
     }
 }
@@ -206,7 +206,7 @@ fn compare(then: Fingerprint, now: Fingerprint, alive: u64, trust: Trust) -> Res
     } else if now.length < then.length {
         "the file has become shorter"
     } else if then.header_crc != now.header_crc {
-        "its header is another one"
+        "its header has changed"
     } else if trust == Trust::SameBoot
         && then.modified != 0
         && now.modified > alive.saturating_add(SLACK_NANOSECONDS)

@@ -9,9 +9,9 @@ use rustix::io::Errno;
 
 use super::bounce::BouncePool;
 
-/// Where the system does not tell the alignment of memory.
+/// The alignment of memory, in bytes, if the system does not report it.
 const MEMORY_UNTOLD: u32 = 4096;
-/// What a file that is too short to try gets, in bytes.
+/// The alignment for a file that is too short to try, in bytes.
 const UNTRIED: u32 = 4096;
 /// The largest alignment that is handled, in bytes.
 const MAX: u32 = 64 * 1024;
@@ -19,14 +19,15 @@ const MAX: u32 = 64 * 1024;
 /// The alignment that direct I/O on a file needs, in bytes; both are powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DirectAlignment {
-    /// Of buffers in memory.
+    /// The alignment of buffers in memory.
     pub memory: u32,
-    /// Of offsets in the file and of lengths.
+    /// The alignment of offsets in the file and of lengths.
     pub offset: u32,
 }
 
 impl DirectAlignment {
-    /// What `file`, opened for direct I/O, needs; `None` if it has no direct I/O.
+    /// The alignment that `file`, opened for direct I/O, needs; `None` if it does not support
+    /// direct I/O.
     pub(super) fn of(file: &File, device_block: Option<u64>) -> io::Result<Option<Self>> {
         let found = match told(file) {
             Told::Alignment(alignment) => Some(alignment),
@@ -44,7 +45,7 @@ impl DirectAlignment {
     }
 }
 
-/// What the system says of a file.
+/// What the system reports about a file.
 enum Told {
     Alignment(DirectAlignment),
     NoDirectIo,

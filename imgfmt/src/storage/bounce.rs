@@ -1,4 +1,4 @@
-//! Buffers in memory that is aligned as direct I/O wants it.
+//! Buffers with the alignment that direct I/O needs.
 
 use std::sync::MutexGuard;
 
@@ -6,13 +6,13 @@ use crate::ordered_lock::{Ordered, OrderedMutex, rank};
 
 /// Size of a small buffer, in bytes: most requests of guests fit.
 const SMALL: usize = 16 * 1024;
-/// Size of a large buffer, in bytes, and the most that goes through one at a time.
+/// Size of a large buffer, in bytes, and so the maximum of one transfer.
 pub(super) const LARGE: usize = 512 * 1024;
-/// Most buffers of each size that are kept, 4.5 MiB altogether.
+/// Maximum number of buffers of each size that are kept, 4.5 MiB altogether.
 const KEPT_SMALL: usize = 32;
 const KEPT_LARGE: usize = 8;
 
-/// Buffers that are used again and again.
+/// A pool of reusable buffers.
 #[derive(Debug)]
 pub(super) struct BouncePool {
     /// In bytes.
@@ -23,7 +23,7 @@ pub(super) struct BouncePool {
 
 type Buffers = OrderedMutex<{ rank::BOUNCE_BUFFERS }, Vec<Memory>>;
 
-/// Memory with an aligned part in it.
+/// Memory that contains an aligned part.
 #[derive(Debug)]
 struct Memory {
     bytes: Vec<u8>,
@@ -31,7 +31,7 @@ struct Memory {
     start: usize,
 }
 
-/// A buffer; it goes back to its pool when it is dropped.
+/// A buffer; it returns to its pool when it is dropped.
 #[derive(Debug)]
 pub(super) struct Bounce<'a> {
     pool: &'a BouncePool,
@@ -67,7 +67,7 @@ fn class(length: usize) -> (usize, usize) {
 impl Memory {
     fn new(size: usize, alignment: usize) -> Self {
         let bytes = vec![0; size + alignment];
-        // Never resized, so it stays where it is.
+        // Never resized, so it never moves.
         let start = bytes.as_ptr().addr().wrapping_neg() % alignment;
         Self { bytes, start }
     }

@@ -1,12 +1,12 @@
 //! Transfers that bypass the page cache.
 //!
-//! The file is open twice: with O_DIRECT for whole blocks, and without for everything else (locks,
-//! lengths, holes, syncs). Requests and memory that are not aligned go through aligned buffers. A block
-//! that is written in part is read, changed and written back, and no other thread of this process
-//! changes it meanwhile. Where the file ends within a block, that block is written through the page cache: direct I/O
-//! could only write all of it, and would make the file longer for a moment. The kernel keeps the two
-//! coherent: a direct transfer first has the pages of its range written, and a direct write has them
-//! dropped.
+//! The file is open twice: with O_DIRECT for complete blocks, and without it for everything else
+//! (locks, lengths, holes, syncs). Requests and memory that are not aligned go through aligned
+//! buffers. A block that is written in part is read, changed and written back, and no other thread
+//! of this process changes it meanwhile. Where the file ends within a block, that block is written
+//! through the page cache: direct I/O could only write all of it, and would make the file longer
+//! for a moment. The kernel keeps the two coherent: a direct transfer first has the pages of its
+//! range written, and a direct write has them dropped.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -84,25 +84,24 @@ impl Direct {
         self.file.as_fd()
     }
 
-    /// Keeps blocks of a range from being read, changed and written back, while the caller changes it
-    /// in another way.
+    /// Prevents read-modify-write of blocks of a range while the caller changes it in another way.
     pub(super) fn hold(&self, range: Range<u64>) -> RangeGuard {
         self.locks.shared(self.floor(range.start)..self.ceil(range.end).unwrap_or(u64::MAX))
     }
 
-    /// Keeps blocks of a range from being changed in another way, while the caller writes them through
-    /// [`as_fd`](Self::as_fd); `None` if that needs waiting, or if they are not whole blocks.
+    /// Prevents other changes of the blocks of a range while the caller writes them through
+    /// [`as_fd`](Self::as_fd); `None` if that needs waiting, or if they are not complete blocks.
     pub(super) fn try_hold_blocks(&self, range: Range<u64>) -> Option<RangeGuard> {
         let is_aligned = [range.start, range.end].iter().all(|at| at.is_multiple_of(self.block()));
         if is_aligned { self.locks.try_shared(range) } else { None }
     }
 
-    /// Keeps everything from this place on from being changed, while the length of the file changes.
+    /// Prevents changes from `start` on, while the length of the file changes.
     pub(super) fn hold_end(&self, start: u64) -> RangeGuard {
         self.locks.exclusive(start / PAGE_MAX * PAGE_MAX..u64::MAX)
     }
 
-    /// Reads until `buffer` is full or the file ends; returns how many bytes were read.
+    /// Reads until `buffer` is full or the file ends; returns the number of bytes read.
     pub(super) fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         let mut done = 0;
         while let Some(rest) = buffer.get_mut(done..)
@@ -123,8 +122,8 @@ impl Direct {
         Ok(done)
     }
 
-    /// Writes all of `data`. `file` is the same without O_DIRECT, and `length` asks for its length, which
-    /// is not made smaller as long as a lock is held.
+    /// Writes all of `data`. `file` is the same file without O_DIRECT, and `length` returns its
+    /// length, which does not shrink while a lock is held.
     pub(super) fn write_at(
         &self,
         file: &File,
@@ -150,7 +149,7 @@ impl Direct {
             return self.merge(offset, data, durability);
         }
         let inner = self.ceil(offset)?.min(end)..self.floor(end).max(offset);
-        // Within one block, or in two of which neither is whole, there is no inner part.
+        // Within one block, or in two incomplete ones, there is no inner part.
         let inner = if inner.start < inner.end { inner } else { inner.start..inner.start };
         let (head, rest) = data.split_at((inner.start - offset) as usize);
         let (middle, tail) = rest.split_at((inner.end - inner.start) as usize);
@@ -181,7 +180,7 @@ impl Direct {
         memory.as_ptr().addr().is_multiple_of(self.alignment.memory as usize)
     }
 
-    /// One read of whole blocks into aligned memory; 0 at the end of the file.
+    /// One read of complete blocks into aligned memory; 0 at the end of the file.
     fn read_some(&self, offset: u64, blocks: &mut [u8]) -> io::Result<usize> {
         loop {
             match self.file.read_at(blocks, offset) {
@@ -191,7 +190,7 @@ impl Direct {
         }
     }
 
-    /// Reads a part of `buffer` by way of an aligned buffer; 0 at the end of the file.
+    /// Reads a part of `buffer` through an aligned buffer; 0 at the end of the file.
     fn read_bounced(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         let start = self.floor(offset);
         let skipped = (offset - start) as usize;
@@ -205,7 +204,7 @@ impl Direct {
         Ok(length)
     }
 
-    /// Writes whole blocks from memory of any alignment.
+    /// Writes complete blocks from memory of any alignment.
     fn write_blocks(
         &self,
         file: &File,
@@ -235,12 +234,12 @@ impl Direct {
         self.write_aligned(offset, bounce.bytes(), durability)
     }
 
-    /// Writes whole blocks from aligned memory.
+    /// Writes complete blocks from aligned memory.
     fn write_aligned(&self, offset: u64, data: &[u8], durability: Durability) -> io::Result<()> {
         durable::write_all(&self.file, offset, data, self.block() as usize, durability)
     }
 
-    /// Writes to blocks that lie within the file, the first and the last of which are written in part.
+    /// Writes to blocks within the file, the first and the last of which are written in part.
     fn merge(&self, offset: u64, data: &[u8], durability: Durability) -> io::Result<()> {
         let (start, end) = (self.floor(offset), offset + data.len() as u64);
         let block = self.block() as usize;
@@ -258,7 +257,7 @@ impl Direct {
     }
 
     fn read_block(&self, offset: u64, block: &mut [u8]) -> io::Result<()> {
-        // Another process cut the file.
+        // Another process has truncated the file.
         let is_whole = self.read_some(offset, block)? == block.len();
         if is_whole { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
     }

@@ -8,7 +8,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use super::Durability;
 
-/// Writes all of `data`, each time from a multiple of `unit` bytes from its start on.
+/// Writes all of `data`; every write starts at a multiple of `unit` bytes.
 pub(super) fn write_all(
     file: &File,
     offset: u64,
@@ -45,7 +45,7 @@ fn write_durable(file: &File, offset: u64, data: &[u8]) -> io::Result<usize> {
     Ok(rustix::io::pwritev2(file, &[IoSlice::new(data)], offset, ReadWriteFlags::DSYNC)?)
 }
 
-/// Whether the kernel or the file system has no such writes.
+/// Whether the kernel or the file system does not support such writes.
 fn is_lacking(error: &io::Error) -> bool {
     [Errno::OPNOTSUPP, Errno::NOSYS]
         .map(Errno::raw_os_error)

@@ -39,7 +39,7 @@ pub struct FileStorage {
     /// Present in the modes that bypass the page cache.
     direct: Option<Box<Direct>>,
     lacks_locks: bool,
-    /// Operations that this file system has turned out to lack; they are not tried again.
+    /// Operations that this file system was found to lack; they are not tried again.
     lacks: Lacks,
     known_data: Arc<KnownData>,
 }
@@ -48,7 +48,7 @@ pub struct FileStorage {
 enum Kind {
     Regular,
     BlockDevice {
-        /// Zeroes and discards have to be aligned to this.
+        /// The alignment of zeroes and discards, in bytes.
         logical_block_size: u64,
     },
 }
@@ -62,7 +62,7 @@ struct Lacks {
 }
 
 impl FileStorage {
-    /// Returns whether locks were wanted, but the file system does not support them.
+    /// Returns whether locks were requested, but the file system does not support them.
     pub fn lacks_locks(&self) -> bool {
         self.lacks_locks
     }
@@ -72,13 +72,13 @@ impl FileStorage {
         std::fs::metadata(path).ok().map(|metadata| identity_from(&metadata))
     }
 
-    /// Whether this is a kind of file of which the system tells the holes.
+    /// Whether the system reports the holes of this kind of file.
     fn may_have_holes(&self) -> bool {
         self.kind == Kind::Regular && !self.lacks.seek_hole.load(Relaxed)
     }
 
-    /// The length of the file, and up to where it has no hole. Looked for only if the file takes up
-    /// as much space as it is long: otherwise there is one.
+    /// The length of the file, and the offset up to which it has no hole. Searched only if the file
+    /// occupies its complete length: otherwise there is a hole.
     fn look_for_holes(&self) -> (u64, u64) {
         let Ok(metadata) = self.file.metadata() else { return (0, 0) };
         let length = metadata.len();
@@ -91,7 +91,7 @@ impl FileStorage {
 
 impl Drop for FileStorage {
     fn drop(&mut self) {
-        // Closing is not enough: a process forked a moment ago by another thread still has the
+        // Closing is not enough: a process that another thread has just forked keeps the
         // descriptor, and with it the locks, until it executes its program.
         let _ = sys::unlock(self.file.as_fd());
     }
@@ -142,7 +142,7 @@ impl Storage for FileStorage {
             Kind::Regular => {
                 let _held = self.direct.as_deref().map(|direct| direct.hold_end(length));
                 let resized = self.file.set_len(length);
-                // What is cut off comes back as a hole if the file grows again.
+                // A truncated part becomes a hole if the file grows again.
                 self.known_data.remove(length, u64::MAX - length);
                 resized
             }
@@ -184,7 +184,7 @@ impl Storage for FileStorage {
         let flags = ReadWriteFlags::NOWAIT;
         match rustix::io::preadv2(&self.file, &mut buffers, offset.bytes(), flags) {
             Ok(read) if read == wanted => Ok(TryRead::Complete),
-            // A part was in memory, or the file has become shorter: the blocking read will tell.
+            // A part was in memory, or the file has become shorter: the blocking read finds out.
             Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Ok(TryRead::WouldBlock),
             Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
                 self.lacks.no_wait.store(true, Relaxed);
@@ -232,7 +232,8 @@ impl Storage for FileStorage {
         let data = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
             Ok(data) => data,
             Err(Errno::NXIO) => {
-                // No data up to the end, or the end lies before: then reading must report it.
+                // No data up to the end, or the end is before the offset: then a read must report
+                // it.
                 let end = self.len()?;
                 return Ok(match end.checked_sub(offset) {
                     Some(rest) if rest > 0 => {
@@ -256,7 +257,7 @@ impl Storage for FileStorage {
                 self.known_data.insert(offset, hole - offset);
                 Ok(StorageExtent { length: length.min(hole - offset), kind: ExtentKind::Data })
             }
-            // The file changed between the two calls; "data" is true of anything.
+            // The file changed between the two calls; "data" is always correct.
             Ok(_) | Err(Errno::NXIO) => Ok(all_data),
             Err(error) => Err(error.into()),
         }

@@ -1,20 +1,20 @@
 //! A cache of the parts of a file that have no holes, which saves system calls.
 //!
-//! Only data is cached, never a hole. "Data" stays a true answer whatever other processes do with the
-//! file; a cached hole would hide data that another process wrote.
+//! Only data is cached, never a hole. "Data" remains a correct answer when other processes change
+//! the file; a cached hole would hide data that another process wrote.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-/// Most memory for one file, in bytes. A bit stands for 4 KiB of files up to 32 GiB, and for more
-/// of longer ones.
+/// Maximum memory for one file, in bytes. A bit stands for 4 KiB in files up to 32 GiB, and for
+/// more in longer ones.
 const MEMORY_MAX: u64 = 1 << 20;
 const GRANULE_BITS_MIN: u32 = 12;
 
-/// What is known of one file.
+/// The known data of one file.
 #[derive(Debug, Default)]
 pub(super) struct KnownData {
-    /// Set by the first look at the file; nothing is known before.
+    /// Set when the file is first examined; nothing is known before.
     state: OnceLock<State>,
 }
 
@@ -22,15 +22,17 @@ pub(super) struct KnownData {
 struct State {
     /// There is no hole before this offset.
     solid: AtomicU64,
-    /// The length of the file at the first look, and with it of the bitmap.
+    /// The length of the file when it was first examined, which determines that of the bitmap.
     length: u64,
     granule_bits: u32,
-    /// A bit for each granule that is data throughout. Made when it is needed: most files are solid.
+    /// A bit for each granule that is data throughout. Created when it is needed: most files have
+    /// no holes.
     granules: OnceLock<Box<[AtomicU64]>>,
 }
 
 impl KnownData {
-    /// Notes what the first look at a file of `length` bytes has shown: no hole before `solid`.
+    /// Records the result of the first examination by `look`: the length of the file, and the
+    /// offset before which it has no hole.
     pub(super) fn first_look(&self, look: impl FnOnce() -> (u64, u64)) {
         self.state.get_or_init(|| {
             let (length, solid) = look();
@@ -45,7 +47,7 @@ impl KnownData {
         end <= state.solid.load(Relaxed) || state.contains(start, end)
     }
 
-    /// Notes that a range, in bytes, is data.
+    /// Records that a range, in bytes, is data.
     pub(super) fn insert(&self, start: u64, length: u64) {
         let Some(state) = self.state.get() else { return };
         let end = start.saturating_add(length).min(state.length);
@@ -54,7 +56,7 @@ impl KnownData {
         }
     }
 
-    /// Forgets a range, in bytes, which may have become a hole: called after that.
+    /// Forgets a range, in bytes, after it may have become a hole.
     pub(super) fn remove(&self, start: u64, length: u64) {
         let Some(state) = self.state.get() else { return };
         let end = start.saturating_add(length).min(state.length);
@@ -109,7 +111,7 @@ impl State {
 
     fn remove(&self, start: u64, end: u64) {
         let granules = self.granules();
-        // From now on the bitmap counts, which knows the same.
+        // From now on the bitmap is used, which contains the same information.
         self.solid.fetch_min(start, Relaxed);
         let (first, last) = (start >> self.granule_bits, (end - 1) >> self.granule_bits);
         for (word, mask) in words(first, last + 1) {

@@ -1,10 +1,10 @@
 //! Locks that QEMU understands.
 //!
 //! QEMU keeps two programs from writing one image with open-file-description locks on single bytes
-//! far past any header: a *shared* lock on byte 100 + n says "I hold permission n", one on byte
-//! 200 + n says "I do not tolerate that another process holds permission n". After taking its own
-//! locks a program looks for contradicting ones of others and gives up if it finds any. Both may
-//! give up when they start at the same instant; both going on is impossible.
+//! far past any header: a *shared* lock on byte 100 + n means "I hold permission n", and one on
+//! byte 200 + n means "I do not tolerate that another process holds permission n". After taking its
+//! own locks, a program looks for contradicting locks of others, and gives up if it finds any. Two
+//! programs that start at the same instant may both give up, but never both continue.
 //!
 //! Permissions: 0 consistent read, 1 write, 2 write unchanged, 3 resize.
 
@@ -24,7 +24,7 @@ const CONSISTENT_READ: u64 = 0;
 const WRITE: u64 = 1;
 const RESIZE: u64 = 3;
 
-/// What came of the attempt to lock.
+/// The result of an attempt to lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum LockOutcome {
     /// The locks are held until the file is closed.
@@ -35,7 +35,7 @@ enum LockOutcome {
     NotShared,
 }
 
-/// Locks the file; false if it has no locks and need not have any.
+/// Locks the file; false if its file system has no locks and `locking` does not require them.
 pub(super) fn lock_file(
     file: &File,
     path: &Path,
@@ -48,7 +48,7 @@ pub(super) fn lock_file(
         (Locking::Auto | Locking::On, _) => take(file.as_fd(), access),
         (Locking::Shared, Access::ReadOnly) => take_shared(file.as_fd()),
         (Locking::Shared, Access::ReadWrite) => {
-            let detail = "what others may write to at the same time can only be read";
+            let detail = "a file that others may write to at the same time can only be read";
             return Err(Error::new(ErrorKind::InvalidInput, "open", detail).with_path(path));
         }
     };
@@ -81,7 +81,7 @@ pub(super) fn lock_file(
                                   are sure that no other program uses it";
                     Err(Error::new(ErrorKind::Unsupported, "lock", detail).with_path(path))
                 }
-                // A caller that shares it has asked for no protection.
+                // A caller that shares the file has asked for no protection.
                 Locking::Shared => Ok(true),
                 Locking::Auto | Locking::Off => Ok(false),
             }
@@ -94,14 +94,14 @@ pub(super) fn lock_file(
 fn take(fd: BorrowedFd<'_>, access: Access) -> io::Result<LockOutcome> {
     let outcome = try_to_take(fd, access);
     if !matches!(outcome, Ok(LockOutcome::Taken)) {
-        // Closing the file is not enough: a process forked a moment ago by another thread still has
-        // the descriptor.
+        // Closing the file is not enough: a process that another thread has just forked keeps the
+        // descriptor.
         let _ = sys::unlock(fd);
     }
     outcome
 }
 
-/// Says that the image is read, and lets others write to it at the same time.
+/// Locks for reading, and lets others write to the image at the same time.
 fn take_shared(fd: BorrowedFd<'_>) -> io::Result<LockOutcome> {
     sys::lock_byte_shared(fd, HELD_BASE + CONSISTENT_READ)?;
     match sys::byte_is_locked(fd, NOT_SHARED_BASE + CONSISTENT_READ)? {

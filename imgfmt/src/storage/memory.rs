@@ -1,4 +1,4 @@
-//! A sparse storage in memory, for tests and throw-away images.
+//! A sparse storage in memory, for tests and temporary images.
 
 use std::collections::BTreeMap;
 use std::io;

@@ -67,7 +67,7 @@ pub enum Speed {
 /// The result of a read that must not block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TryRead {
-    /// The whole buffer is filled.
+    /// The complete buffer is filled.
     Complete,
     /// The data is not in memory; the content of the buffer is undefined. Use the blocking read.
     WouldBlock,
@@ -85,7 +85,7 @@ pub enum TryWrite {
     WouldBlock,
 }
 
-/// The identity of a file, whatever its name.
+/// The identity of a file, independent of its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileIdentity {
     /// Device number of the file system.
@@ -114,9 +114,9 @@ impl Default for Capabilities {
     }
 }
 
-/// A piece of storage of one kind, from a given offset on.
+/// A part of a storage of one kind, from a given offset on.
 ///
-/// A plain value that every [`Storage`] makes: it has these fields and will have no others.
+/// This plain value, which every [`Storage`] returns, has these fields and will have no others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StorageExtent {
     /// Bytes of this kind from the requested offset on; at least 1.
@@ -127,8 +127,9 @@ pub struct StorageExtent {
 
 /// An array of bytes with positional I/O.
 ///
-/// All methods may be called from several threads at once. Concurrent overlapping writes leave a
-/// mix of both in the overlap; writes that do not overlap never disturb each other.
+/// All methods may be called from several threads at once. They block unless they say otherwise.
+/// Concurrent overlapping writes leave a mix of both in the overlap; writes that do not overlap
+/// never affect each other.
 #[allow(clippy::len_without_is_empty)] // An empty storage is nothing anyone asks for.
 pub trait Storage: Send + Sync + fmt::Debug {
     /// Returns the current length in bytes.
@@ -138,7 +139,7 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// Any error of the medium.
     fn len(&self) -> io::Result<u64>;
 
-    /// Reads until `buffer` is full or the storage ends; returns how many bytes were read.
+    /// Reads until `buffer` is full or the storage ends; returns the number of bytes read.
     ///
     /// # Errors
     ///
@@ -202,7 +203,7 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(TryRead::WouldBlock)
     }
 
-    /// Sets a range, which must lie within the current length, to zero.
+    /// Sets a range, which must be within the current length, to zero.
     ///
     /// # Errors
     ///
@@ -239,14 +240,14 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(StorageExtent { length, kind: ExtentKind::Data })
     }
 
-    /// Returns whether a range is known to have no holes, without blocking. Otherwise
-    /// [`next_extent`](Self::next_extent) determines it. True if that never reports holes; a
-    /// storage that overrides one should override the other.
+    /// Returns whether a range is known to have no holes, without blocking. If false,
+    /// [`next_extent`](Self::next_extent) finds out. The default is true, because the default
+    /// `next_extent` never reports holes: override both or neither.
     fn is_known_data(&self, _offset: HostOffset, _length: u64) -> bool {
         true
     }
 
-    /// Starts to prefetch a range into memory, without waiting for it.
+    /// Starts to read a range into memory, without waiting for it.
     ///
     /// # Errors
     ///
@@ -255,7 +256,7 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(())
     }
 
-    /// Returns the space that the bytes occupy, if it is known.
+    /// Returns the allocated space in bytes, if it is known.
     ///
     /// # Errors
     ///
@@ -264,29 +265,30 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(None)
     }
 
-    /// The alignment of transfers that bypass the page cache, if those of this storage do. Requests may
-    /// have any alignment all the same. Then every transfer waits for the medium, so callers that must
-    /// not wait leave it to a thread; and no bytes may be moved from [`as_fd`](Self::as_fd).
+    /// Returns the alignment of transfers, if those of this storage bypass the page cache. Requests
+    /// may have any alignment nevertheless. With an alignment, every transfer waits for the medium,
+    /// so callers that must not wait use a thread for it, and bytes must not be sent from
+    /// [`as_fd`](Self::as_fd).
     fn direct_alignment(&self) -> Option<DirectAlignment> {
         None
     }
 
-    /// Returns the descriptor of the underlying file, if there is one. Bytes may be moved from it unless
-    /// there is a [`direct_alignment`](Self::direct_alignment).
+    /// Returns the descriptor of the underlying file, if there is one. Bytes may be sent from it
+    /// unless there is a [`direct_alignment`](Self::direct_alignment).
     fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
-    /// Returns the descriptor through which this storage itself reads, if it reads from one file at the
-    /// same offsets: then anyone may read so, with the [alignment](Self::direct_alignment) it has.
+    /// Returns the descriptor through which this storage reads, if it reads from one file at the
+    /// same offsets. Callers may then read through it too, with the storage's
+    /// [alignment](Self::direct_alignment).
     fn read_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
-    /// Begins a write of `length` bytes that the caller carries out by itself, through
-    /// [`read_fd`](Self::read_fd) and with the [alignment](Self::direct_alignment) it has, as
-    /// [`write_at`](Self::write_at) would that need not be durable. `None` if that is not to be had, or
-    /// only by waiting.
+    /// Begins a write of `length` bytes that the caller carries out itself, through
+    /// [`read_fd`](Self::read_fd) and with the storage's [alignment](Self::direct_alignment). The
+    /// write need not be durable. Returns `None` if this is not supported or would have to wait.
     fn begin_write(&self, _offset: HostOffset, _length: u64) -> Option<Box<dyn BegunWrite>> {
         None
     }
@@ -297,9 +299,9 @@ pub trait Storage: Send + Sync + fmt::Debug {
     }
 }
 
-/// A write that the caller of [`Storage::begin_write`] carries out. It is dropped when nothing of it is
-/// under way any more.
+/// A write that the caller of [`Storage::begin_write`] carries out. Drop it when no part of the
+/// write is in flight any more.
 pub trait BegunWrite: Send + Sync + fmt::Debug {
-    /// Notes that all of it was written.
+    /// Records that all bytes were written.
     fn written(self: Box<Self>);
 }

@@ -15,7 +15,7 @@ pub struct NullStorage {
 }
 
 impl NullStorage {
-    /// A storage of `size` bytes that takes `latency` for each read, write and flush.
+    /// Creates a storage of `size` bytes; each read, write and flush blocks for `latency`.
     #[must_use]
     pub fn new(size: u64, latency: Duration) -> Self {
         Self { size, latency }

@@ -1,4 +1,4 @@
-//! What all ways to open a file share.
+//! Shared parts of all ways to open a file.
 
 use std::fs::{File, FileType, Metadata};
 use std::io;
@@ -29,7 +29,7 @@ pub(super) fn open_error(path: &Path) -> impl Fn(io::Error) -> Error {
     }
 }
 
-/// Refuses what is neither a regular file nor a block device.
+/// Refuses everything except regular files and block devices.
 pub(super) fn refuse_what_is_no_image(path: &Path, kind: FileType) -> Result<()> {
     let what = if kind.is_file() || kind.is_block_device() {
         return Ok(());
@@ -46,7 +46,8 @@ pub(super) fn refuse_what_is_no_image(path: &Path, kind: FileType) -> Result<()>
     Err(Error::new(ErrorKind::InvalidFormat, "open", detail).with_path(path))
 }
 
-/// `O_NONBLOCK` was needed to open safely; some kernel interfaces take it for "never wait".
+/// Clears `O_NONBLOCK`, which was needed for a safe open; some kernel interfaces would never wait
+/// with it.
 pub(super) fn clear_non_blocking(file: &File) -> io::Result<()> {
     let flags = rustix::fs::fcntl_getfl(file)?;
     Ok(rustix::fs::fcntl_setfl(file, flags - OFlags::NONBLOCK)?)

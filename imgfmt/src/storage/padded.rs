@@ -28,12 +28,12 @@ pub fn in_whole_blocks(inner: Arc<dyn Storage>, block: u64) -> io::Result<Arc<dy
 #[derive(Debug)]
 struct PaddedStorage {
     inner: Arc<dyn Storage>,
-    /// The least length.
+    /// The minimum length, in bytes.
     padded: u64,
 }
 
 impl PaddedStorage {
-    /// Returns the part of a range that lies within the other storage.
+    /// Returns the length of the part of a range that is within the other storage.
     fn available(&self, offset: HostOffset, length: u64) -> io::Result<u64> {
         Ok(self.inner.len()?.saturating_sub(offset.bytes()).min(length))
     }

@@ -1,12 +1,12 @@
-//! Locks on ranges of a file, which keep a block that is read, changed and written back from changing
-//! meanwhile.
+//! Locks on ranges of a file, which prevent other changes of a block while it is read, changed and
+//! written back.
 
 use std::ops::Range;
 use std::sync::{Arc, Condvar};
 
 use crate::ordered_lock::{OrderedMutex, rank};
 
-/// Locks above which nobody gets one that does not wait for it.
+/// With more locks than this, attempts without waiting fail.
 const MAX_SHARED: usize = 1024;
 
 /// Locks on ranges. A thread that holds one must not wait for another.
@@ -18,8 +18,8 @@ pub(super) struct RangeLocks {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Holders of locks and waiters, in the order in which they came. An entry waits for those
-    /// before it that conflict with it, so no thread waits forever.
+    /// Holders of locks and waiters, in the order of their arrival. An entry waits for conflicting
+    /// ones before it, so no thread waits forever.
     entries: Vec<Entry>,
     next_id: u64,
     waiting: usize,
@@ -46,7 +46,7 @@ impl Entry {
 }
 
 impl State {
-    /// Appends an entry; its number comes back.
+    /// Appends an entry; returns its number.
     fn push(&mut self, range: Range<u64>, mode: Mode) -> u64 {
         let id = self.next_id;
         self.next_id = id.wrapping_add(1);
@@ -76,8 +76,8 @@ impl RangeLocks {
         self.lock(range, Mode::Shared)
     }
 
-    /// As [`shared`](Self::shared), without waiting; `None` if an exclusive lock is held or waited for, or
-    /// if there are so many that looking through them takes long.
+    /// As [`shared`](Self::shared), without waiting; `None` if an exclusive lock is held or waited
+    /// for, or if there are so many locks that a search takes long.
     pub(super) fn try_shared(self: &Arc<Self>, range: Range<u64>) -> Option<RangeGuard> {
         let mut state = self.state.lock();
         if state.entries.len() >= MAX_SHARED {

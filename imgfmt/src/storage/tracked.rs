@@ -12,15 +12,15 @@ use super::{
 };
 use crate::units::HostOffset;
 
-/// Passes everything on, and notes changes and syncs. Changes of the same file that bypass it are
-/// not noted.
+/// Forwards everything, and records changes and syncs. Changes of the same file that bypass it are
+/// not recorded.
 #[derive(Debug)]
 pub(crate) struct Tracked {
     inner: Arc<dyn Storage>,
     may_be_unsynced: Arc<AtomicBool>,
 }
 
-/// A change that the caller carries out. It is noted once more when it is over, as every change is.
+/// A change that the caller carries out. Like every change, it is recorded again when it is over.
 #[derive(Debug)]
 struct BegunChange {
     inner: Option<Box<dyn BegunWrite>>,
@@ -28,7 +28,7 @@ struct BegunChange {
 }
 
 impl Tracked {
-    /// What was written before counts as not synced, unless `is_synced`.
+    /// Earlier writes count as not synced, unless `is_synced`.
     pub(crate) fn new(inner: Arc<dyn Storage>, is_synced: bool) -> Self {
         Self { inner, may_be_unsynced: Arc::new(AtomicBool::new(!is_synced)) }
     }
@@ -38,8 +38,8 @@ impl Tracked {
         self.may_be_unsynced.load(SeqCst)
     }
 
-    /// Carries out a change. It is noted before, because it may fail in the middle, and after, because a
-    /// sync in between need not cover it.
+    /// Carries out a change. It is recorded before, because it may fail in the middle, and after,
+    /// because a sync in between need not cover it.
     fn change<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         note(&self.may_be_unsynced);
         let result = change();
@@ -50,7 +50,7 @@ impl Tracked {
     }
 }
 
-/// Writes to memory that other threads read only if it has to.
+/// Stores the flag only if necessary, because other threads read it.
 fn note(may_be_unsynced: &AtomicBool) {
     if !may_be_unsynced.load(Relaxed) {
         may_be_unsynced.store(true, SeqCst);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{Capabilities, Durability, Speed, Storage, StorageExtent, TryRead, ZeroMode};
 use crate::units::HostOffset;
 
-/// A part of another storage. With a size it never accesses bytes after the part; without one it
+/// A part of another storage. With a size, it never accesses bytes after the part; without one, it
 /// grows with the other storage.
 #[derive(Debug)]
 pub struct StorageWindow {
@@ -17,22 +17,22 @@ pub struct StorageWindow {
 }
 
 impl StorageWindow {
-    /// The part from `offset` on, of `size` bytes or to the end.
+    /// Creates the part from `offset` on, of `size` bytes or to the end.
     ///
     /// # Errors
     ///
-    /// [`io::ErrorKind::InvalidInput`] if the part does not lie within `inner`, or an error of it.
+    /// [`io::ErrorKind::InvalidInput`] if the part is not within `inner`, or an error of it.
     pub fn new(inner: Arc<dyn Storage>, offset: u64, size: Option<u64>) -> io::Result<Self> {
         let length = inner.len()?;
         let end = offset.checked_add(size.unwrap_or(0));
         if end.is_none_or(|end| end > length) {
-            let why = "the part does not lie within the storage";
+            let why = "the part is not within the storage";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
         Ok(Self { inner, offset, size })
     }
 
-    /// Returns the start in the other storage of a range inside the part.
+    /// Returns the offset in the other storage of a range inside the part.
     fn inside(&self, offset: HostOffset, length: u64) -> io::Result<HostOffset> {
         let outside = self
             .size

@@ -7,7 +7,7 @@ use crate::units::HostOffset;
 /// Size of one write of zeroes: large enough for full speed, small enough to keep around.
 const ZERO_BUFFER_SIZE: usize = 256 * 1024;
 
-/// Aligned for direct I/O, which otherwise would copy it.
+/// Aligned for direct I/O, which would otherwise copy it.
 #[repr(align(4096))]
 struct Zeroes([u8; ZERO_BUFFER_SIZE]);
 

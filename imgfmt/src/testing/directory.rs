@@ -10,12 +10,12 @@ use crate::units::HostOffset;
 /// A directory that holds the sidecar of one image, for
 /// [`OpenOptions::sidecar_directory`](crate::OpenOptions).
 ///
-/// Its files and the directory itself are storages of a [`Recorder`]: a crash may take away what
-/// was stored in a mapped file and not synced, and that a file got its name.
+/// Its files and the directory itself are storages of a [`Recorder`]: a crash can lose unsynced
+/// stores to a mapped file, and the renaming of a file.
 #[derive(Debug)]
 pub struct RecordedDirectory {
     recorder: Recorder,
-    /// Holds which file has the sidecar's name: its number from 1 on, or 0.
+    /// The number of the file that has the sidecar's name, from 1 on, or 0.
     directory: Arc<RecordingStorage>,
     files: Mutex<Vec<Arc<RecordingStorage>>>,
     boot_id: String,
@@ -23,8 +23,8 @@ pub struct RecordedDirectory {
 }
 
 impl RecordedDirectory {
-    /// A directory of a recording with a sidecar of these bytes, or without one. `boot_id` has 36
-    /// characters.
+    /// Creates a directory of a recording with a sidecar of these bytes, or without one. `boot_id`
+    /// has 36 characters.
     pub fn new(recorder: &Recorder, boot_id: &str, sidecar: Option<&[u8]>) -> Self {
         let files: Vec<_> = sidecar.into_iter().map(|bytes| recorder.storage(bytes)).collect();
         let directory = recorder.storage(&(files.len() as u64).to_le_bytes());
@@ -37,15 +37,16 @@ impl RecordedDirectory {
         }
     }
 
-    /// Makes the extents of the activity log as large as this power of two says, so that a small
-    /// disk has many of them.
+    /// Sets the size of the extents of the activity log to 2^`extent_bits` bytes, so that a small
+    /// disk can have many of them.
     #[must_use]
     pub fn with_extent_bits(mut self, extent_bits: u32) -> Self {
         self.extent_bits = Some(extent_bits);
         self
     }
 
-    /// The sidecar that is found after a crash, if any; see [`RecordingStorage::after_crash`].
+    /// Returns the sidecar that is found after a crash, if any; see
+    /// [`RecordingStorage::after_crash`].
     pub fn after_crash(
         &self,
         position: usize,
@@ -57,7 +58,7 @@ impl RecordedDirectory {
         Some(file.after_crash(position, loss, below))
     }
 
-    /// The sidecar as it is now, if there is one.
+    /// Returns the bytes of the present sidecar, if there is one.
     pub fn content(&self) -> Option<Vec<u8>> {
         Some(self.named()?.content())
     }
@@ -86,7 +87,7 @@ impl RecordedDirectory {
         (file, files.len() as u64)
     }
 
-    /// The storage that holds which file has the sidecar's name.
+    /// The storage that holds the number of the file with the sidecar's name.
     pub(crate) fn names(&self) -> &Arc<RecordingStorage> {
         &self.directory
     }

@@ -10,7 +10,7 @@ use crate::storage::{
 };
 use crate::units::HostOffset;
 
-/// The system's code for a medium that failed.
+/// The system's error code for a failed medium.
 const EIO: i32 = 5;
 
 /// A kind of call of a storage.
@@ -28,13 +28,13 @@ pub enum Call {
     Sync,
 }
 
-/// The calls that fail, by their numbers, and with which system error code.
+/// The numbers of the calls that fail, and their system error code.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Numbers of calls, as [`FailingStorage::calls`] counts them; `n..n + 1` fails once,
     /// `n..u64::MAX` from then on.
     pub calls: Range<u64>,
-    /// For example `EIO`.
+    /// The system's error code, such as that of `EIO`.
     pub code: i32,
 }
 
@@ -58,7 +58,7 @@ struct FaultState {
     loss_at_sync: Option<LossAtSync>,
 }
 
-/// The bytes of the last sync that succeeded, and how many more will.
+/// The bytes at the last successful sync, and the number of syncs that will still succeed.
 #[derive(Debug)]
 struct LossAtSync {
     durable: Vec<u8>,
@@ -95,7 +95,7 @@ impl FailingStorage {
         Ok(bytes)
     }
 
-    /// Whether a sync may go on; if not, what it would have made durable is gone.
+    /// Fails if the sync is to fail; the data that it would have made durable is lost then.
     fn lose_or_keep(&self) -> io::Result<()> {
         let mut state = lock(&self.state);
         let Some(loss) = &mut state.loss_at_sync else { return Ok(()) };
@@ -108,7 +108,7 @@ impl FailingStorage {
         let mut durable = std::mem::take(&mut loss.durable);
         state.loss_at_sync = None;
         state.failed += 1;
-        // The length is kept in another way than the pages.
+        // A lost sync does not affect the length.
         durable.resize(now.len(), 0);
         for (index, sector) in durable.chunks(SECTOR as usize).enumerate() {
             let start = index * SECTOR as usize;

@@ -23,15 +23,15 @@ pub struct Recorder {
 #[derive(Debug, Default)]
 struct Log {
     changes: Vec<(usize, Change)>,
-    /// What is stored there belongs to the page cache at once, as changes of a storage.
+    /// Stores there are in the page cache at once, like changes of a storage.
     mapped: Vec<Weak<MappedWords>>,
 }
 
-/// A storage as it looks mapped into memory.
+/// A storage that is mapped into memory.
 #[derive(Debug)]
 pub(crate) struct MappedWords {
     words: Vec<AtomicU64>,
-    /// What the recording knows of it.
+    /// The words that are in the recording.
     recorded: Mutex<Vec<u64>>,
     inner: Arc<MemoryStorage>,
     number: usize,
@@ -76,9 +76,9 @@ pub enum Loss {
     Nothing,
     /// All of them.
     Everything,
-    /// Each change as a whole or not at all; earlier ones may be lost and later ones kept.
+    /// Some complete changes; earlier ones may be lost and later ones kept.
     SomeChanges,
-    /// Each sector of each change, so that changes may be torn.
+    /// Some sectors of some changes, so that changes may be torn.
     SomeSectors,
 }
 
@@ -124,11 +124,10 @@ pub struct RecordingStorage {
 }
 
 impl RecordingStorage {
-    /// Returns the bytes found after a crash that came after `position` changes of the recording.
-    /// `below` returns a random number below its argument.
+    /// Returns the bytes found after a crash that happened after `position` changes of the
+    /// recording. `below` returns a random number below its argument.
     ///
-    /// As with a page cache, each sector is in one of its states since the last sync: a later write
-    /// of a sector is never lost in favour of an earlier one that was lost, too.
+    /// As with a page cache, each sector is in one of its states since the last sync.
     pub fn after_crash(
         &self,
         position: usize,
@@ -211,9 +210,8 @@ impl RecordingStorage {
         Ok(())
     }
 
-    /// Maps the storage, which must not be written in any other way from now on to places that are
-    /// stored to. Whatever was stored before a change of any storage of the recording is in the
-    /// recording before it.
+    /// Maps the storage. From now on, mapped places must not be written in any other way. Stores
+    /// before a change of any storage of the recording are recorded before that change.
     pub(crate) fn map(&self) -> Arc<MappedWords> {
         let mut bytes = self.content();
         bytes.resize(bytes.len().next_multiple_of(8), 0);
@@ -243,7 +241,7 @@ fn drop_after(
         apply(&mut cached, change);
     }
     let mut disk = cached.clone();
-    // Now and then nearly everything survives, and now and then nearly nothing.
+    // Sometimes nearly everything survives, and sometimes nearly nothing.
     let odds = [1, 4, 7][below(3) as usize];
     for change in &changes[synced..] {
         let touched = apply(&mut cached, change);

@@ -1,4 +1,4 @@
-//! What is still to be copied, piece by piece.
+//! The parts of the disk still to be copied.
 
 use std::collections::VecDeque;
 
@@ -11,10 +11,10 @@ use crate::jobs::range::{span, whole};
 use crate::units::GuestRange;
 use crate::zero::Content;
 
-/// Smallest part of the disk that one thread copies at a time, in bytes: what was read is still in
-/// the processor's own cache when it is written.
+/// Smallest part of the disk that one thread copies at a time, in bytes: it fits into the
+/// processor's cache between read and write.
 pub(super) const PIECE: u64 = 256 << 10;
-/// Zeroes are written in pieces of at most this size, in bytes, so that progress shows.
+/// Zeroes are written in pieces of at most this size, in bytes, so that progress is visible.
 const ZEROES_MAX: u64 = 256 << 20;
 
 /// A part of the disk to be copied.
@@ -24,14 +24,14 @@ pub(super) struct CopyRange {
     pub(super) content: Content,
 }
 
-/// All parts of a disk that have to be written, whole units each, in order.
+/// All parts of a disk that have to be written, in order; each is a number of complete units.
 pub(super) struct Agenda<'a> {
     extents: Extents<&'a Image>,
     size: u64,
     unit: u64,
     background: Background,
     meter: &'a Meter<'a>,
-    /// What is not handed out yet of the parts that were found.
+    /// The parts that were found and not handed out yet.
     found: VecDeque<CopyRange>,
     /// Everything before this was found.
     done: u64,

@@ -13,7 +13,7 @@ use crate::storage::{Durability, Speed, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
 use crate::zero::{Content, runs};
 
-/// A copy of a whole disk.
+/// A copy of a complete disk.
 pub(super) struct Copy<'a> {
     pub(super) source: &'a Image,
     /// Reads the source in place of the image itself.
@@ -136,8 +136,8 @@ impl Copy<'_> {
         }
     }
 
-    /// Only whole clusters can be compressed. The source may end within one, while the destination
-    /// goes on: its size is rounded up to sectors, or was chosen by the user.
+    /// Only complete clusters can be compressed. The source may end within a cluster and the
+    /// destination after it: its size is rounded up to sectors, or was chosen by the user.
     fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> crate::error::Result<()> {
         let whole = data.len() / self.unit as usize * self.unit as usize;
         let (whole, tail) = data.split_at(whole);
@@ -151,7 +151,7 @@ impl Copy<'_> {
                 padded.resize(room, 0);
                 self.destination.write_compressed(offset, &padded)
             }
-            // What the destination has beyond the end of the source stays.
+            // The destination keeps its content beyond the end of the source.
             Background::Unknown if tail.len() < room => {
                 self.destination.write_at(offset, tail, Durability::Cached)
             }

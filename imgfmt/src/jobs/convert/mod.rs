@@ -69,7 +69,7 @@ pub fn convert(
     let (room, size) = (destination.size(), source.size());
     if room < size {
         let message =
-            format!("the destination has {room} bytes and the source {size}: it does not fit");
+            format!("the source has {size} bytes and does not fit into the destination of {room}");
         return Err(JobError::new(JobErrorKind::DoesNotFit, message));
     }
     let qcow2 = destination.info().map_err(JobError::destination)?.qcow2;

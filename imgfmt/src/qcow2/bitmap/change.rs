@@ -1,4 +1,4 @@
-//! Changing the list of bitmaps: what each change makes of the list.
+//! Changing the list of bitmaps: the effect of each change on the list.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 const BITS_MAX: u64 = 1 << 29;
 
 impl Bitmaps {
-    /// Makes all changes at one instant, at which no write is on its way, or none of them.
+    /// Makes all changes at one instant, at which no write is in flight, or none of them.
     pub(in crate::qcow2) fn transaction(
         &self,
         image: &dyn ImageServices,

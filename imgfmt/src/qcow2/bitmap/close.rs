@@ -1,4 +1,4 @@
-//! Storing what was noted, when the image is closed.
+//! Storing bitmaps when the image is closed.
 
 use std::sync::atomic::Ordering::Acquire;
 
@@ -8,8 +8,8 @@ use crate::bitmap::Condition;
 use crate::error::Result;
 
 impl Bitmaps {
-    /// Stores the bitmaps that changed and makes the image say that they are sound. Everything
-    /// they speak of must be on disk. Until this has succeeded they stay in use.
+    /// Stores the bitmaps that changed and clears their in-use flags. The changes that they record
+    /// must be on disk before. Until this has succeeded they stay marked as in use.
     pub(in crate::qcow2) fn store(&self, image: &dyn ImageServices) -> Result<()> {
         let mut exclusive = self.tracker.exclusive();
         let mut plan: Vec<Planned> = exclusive.bitmaps().iter().map(Planned::unchanged).collect();

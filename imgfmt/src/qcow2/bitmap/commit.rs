@@ -1,8 +1,8 @@
 //! Carrying out a planned list of bitmaps: all of it at one instant, on disk and in memory.
 //!
-//! What is new is written to new clusters, the new directory too; then refcounts, then one write of
-//! the header extension, which is the switch; then the old clusters are freed. A crash leaves the
-//! old list or the new one, and leaks at worst.
+//! New tables and the new directory are written to new clusters, and then the refcounts. One write
+//! of the header extension switches to the new list. Then the old clusters are freed. A crash
+//! leaves the old list or the new one, and at worst leaked clusters.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Acquire;
@@ -35,7 +35,7 @@ impl Bitmaps {
         Ok(())
     }
 
-    /// Makes the list on disk what the plan says, or leaves it as it was.
+    /// Writes the planned list to disk, or leaves the old one.
     fn store_plan(
         &self,
         image: &dyn ImageServices,
@@ -60,7 +60,7 @@ impl Bitmaps {
         let old_place = disk.directory;
         self.find_ownership(image, old, old_place);
         if let Err(error) = self.switch_directory(place, entries.len()) {
-            // It is unknown which of the two the disk names now. It must be the old one.
+            // It is unknown which of the two the header on disk names now. Restore the old one.
             disk.is_doubtful = true;
             if self.settle_directory(&mut disk).is_ok() {
                 self.clusters.release(&reserved);
@@ -83,7 +83,7 @@ impl Bitmaps {
         Ok(plan.into_iter().zip(entries).map(|(planned, entry)| finish(planned, entry)).collect())
     }
 
-    /// Writes everything that is new; returns the entries and where their directory is.
+    /// Writes all new structures; returns the entries and the location of their directory.
     fn write_plan(
         &self,
         image: &dyn ImageServices,
@@ -116,7 +116,7 @@ impl Bitmaps {
             return Err(Error::new(ErrorKind::InvalidInput, CHANGE, detail));
         }
         let offset = self.store_whole(image, &bytes, reserved)?;
-        // All that and its refcounts must be there before anything points to it.
+        // All that and its refcounts must be on disk before anything points to it.
         image.flush()?;
         Ok((entries, Some(DirectoryLocation { offset, length })))
     }
@@ -140,8 +140,8 @@ impl Bitmaps {
         self.metadata.refuse_lost_since(since)
     }
 
-    /// Makes sure that the header names the directory which it should, after a change that failed
-    /// has left that in doubt.
+    /// Makes sure that the header names the right directory, after a failed change has left that in
+    /// doubt.
     pub(super) fn settle_directory(&self, disk: &mut StoredBitmaps) -> Result<()> {
         if disk.is_doubtful {
             self.metadata.edit_header(|file, _| rewrite_autoclear(file, 0, autoclear::BITMAPS))?;
@@ -163,8 +163,8 @@ impl Bitmaps {
         gone.filter_map(|table| self.table_clusters(table).ok()).flatten().collect()
     }
 
-    /// Frees clusters and the place of a directory which the header, on disk, names no more. What
-    /// may be something else as well leaks.
+    /// Frees clusters and the place of a directory that the header on disk no longer names.
+    /// Clusters that may have other references are leaked.
     fn free_clusters(
         &self,
         mut clusters: Vec<HostCluster>,

@@ -1,4 +1,4 @@
-//! The bitmap directory: one entry per bitmap, all in one piece of the file.
+//! The bitmap directory: one entry per bitmap, contiguous in the file.
 //!
 //! Section "Bitmaps extension" of the format's specification. An entry, padded to 8 bytes:
 //!
@@ -7,8 +7,8 @@
 //! 18 name_size (2)     20 extra_data_size (4)   24 extra data   then the name
 //! ```
 //!
-//! QEMU refuses the whole image because of one bad entry. Here a bad entry is one bad bitmap, and
-//! only what makes the list itself unreadable costs all of them.
+//! QEMU refuses the complete image because of one bad entry. Here a bad entry is one bad bitmap;
+//! all bitmaps are lost only if the list itself is unreadable.
 
 use std::collections::HashSet;
 
@@ -44,18 +44,18 @@ pub(crate) struct Entry {
     pub(super) flags: u32,
     pub(super) granularity_bits: u32,
     pub(super) name: Vec<u8>,
-    /// What is wrong with it, and the entry byte for byte.
+    /// The damage, as a clause, and the bytes of the entry.
     pub(super) damage: Option<(String, Vec<u8>)>,
 }
 
-/// Where the table of a bitmap lies.
+/// The location of the table of a bitmap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Table {
     pub(super) offset: HostOffset,
     pub(super) entries: u32,
 }
 
-/// Where the directory lies, in bytes.
+/// The location of the directory, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct DirectoryLocation {
     pub(super) offset: HostOffset,
@@ -70,7 +70,8 @@ pub(super) fn read(
     let (true, Some(content)) =
         (header.version >= 3 && header.autoclear & autoclear::BITMAPS != 0, header.bitmaps())
     else {
-        // A program that knows no bitmaps has cleared the bit: the extension is out of date.
+        // A program that does not support bitmaps has cleared the bit: the extension is out of
+        // date.
         return Ok(None);
     };
     let (place, count) = decode_extension(content, header.geometry)?;
@@ -85,7 +86,7 @@ pub(super) fn read(
     Ok(Some((place, decode(&bytes, count, header)?)))
 }
 
-/// The content of the header extension: where the directory is, and how many entries it has.
+/// Decodes the header extension: the location of the directory and its number of entries.
 fn decode_extension(
     content: &[u8],
     geometry: Geometry,
@@ -106,7 +107,7 @@ fn decode_extension(
     match is_possible {
         true => Ok((place, count)),
         false => Err(format!(
-            "its bitmap directory of {count} bitmaps in {} bytes at offset {} is not possible",
+            "its bitmap directory of {count} bitmaps in {} bytes at offset {} is invalid",
             place.length, place.offset
         )),
     }
@@ -153,7 +154,7 @@ pub(super) fn decode(bytes: &[u8], count: usize, header: &Header) -> Result<Vec<
     }
 }
 
-/// Calls all but the first of several bitmaps of one name damaged.
+/// Marks all but the first of several bitmaps of one name as damaged.
 pub(super) fn refuse_equal_names(entries: &mut [Entry]) {
     let mut names = HashSet::new();
     for entry in entries {
@@ -164,7 +165,7 @@ pub(super) fn refuse_equal_names(entries: &mut [Entry]) {
     }
 }
 
-/// The directory of these entries, and where the flags of each are in it.
+/// The directory of these entries, and the offset of each entry's flags in it.
 pub(super) fn encode(entries: &[Entry]) -> (Vec<u8>, Vec<u64>) {
     let (mut bytes, mut flags_places) = (Vec::new(), Vec::new());
     for entry in entries {
@@ -203,7 +204,7 @@ impl Entry {
             return Some(format!("it has unknown flags ({:#x})", self.flags));
         }
         if !granularities.contains(&self.granularity_bits) {
-            return Some(format!("a granularity of 2^{} is not possible", self.granularity_bits));
+            return Some(format!("a granularity of 2^{} is invalid", self.granularity_bits));
         }
         if self.name.is_empty() || self.name.len() > BITMAP_NAME_BYTES_MAX {
             return Some(format!("its name has {} bytes", self.name.len()));
@@ -212,7 +213,7 @@ impl Entry {
             self.table.offset.bytes() != 0 && geometry.in_cluster(self.table.offset) == 0;
         if bytes > BITMAP_BYTES_MAX || !is_place && self.table.entries > 0 {
             return Some(format!(
-                "its table of {} entries at offset {} is not possible",
+                "its table of {} entries at offset {} is invalid",
                 self.table.entries, self.table.offset
             ));
         }

@@ -1,5 +1,4 @@
-//! Freezing and thawing: what a checkpoint does with the bits of a bitmap. See
-//! [`frozen`](super::frozen).
+//! Freezing and thawing the bits of a bitmap, for checkpoints. See [`frozen`](super::frozen).
 
 use std::cmp::Reverse;
 use std::sync::Arc;
@@ -12,7 +11,7 @@ use super::store::{Bitmaps, ImageServices, unusable_detail};
 use crate::bitmap::{Bitmap, Recording};
 use crate::error::{Error, ErrorKind, Result};
 
-/// An image in which more bitmaps than this wait for frozen bits was made to cost time.
+/// More bitmaps with frozen bits than this are a sign of a hostile image.
 const FROZEN_MAX: usize = 256;
 
 /// The error of using a bitmap without its frozen bits.
@@ -29,8 +28,8 @@ fn incomplete(name: &str, frozen: &str, problem: Option<String>) -> Error {
     Error::new(ErrorKind::Corrupt, "use a bitmap of", detail)
 }
 
-/// Refuses a change after which a bitmap would look complete although part of its bits is gone with
-/// the bitmap `name`.
+/// Refuses a change after which a bitmap would look complete although some of its bits were lost
+/// with the bitmap `name`.
 pub(super) fn refuse_to_lose(plan: &[Planned], name: &str) -> Result<()> {
     let all = planned_by_name(plan);
     let Some(owner) = owner(&all, name) else { return Ok(()) };
@@ -42,14 +41,14 @@ pub(super) fn refuse_to_lose(plan: &[Planned], name: &str) -> Result<()> {
     Err(Error::new(ErrorKind::InvalidInput, CHANGE, detail))
 }
 
-/// Gives the frozen bits of a bitmap up.
+/// Drops the frozen bits of a bitmap.
 pub(super) fn plan_drop_frozen(plan: &mut Vec<Planned>, name: &str) -> Result<()> {
     let index = frozen_position(plan, name)?;
     plan.remove(index);
     Ok(())
 }
 
-/// Where the frozen bits of a bitmap are in the plan.
+/// The index of the bitmap with the frozen bits in the plan.
 fn frozen_position(plan: &[Planned], name: &str) -> Result<usize> {
     let bitmap = &plan[position(plan, name)?].bitmap;
     let found = plan.iter().position(|planned| is_frozen_part(&planned.bitmap, bitmap));
@@ -64,8 +63,8 @@ fn planned_by_name(plan: &[Planned]) -> ByName<'_> {
 }
 
 impl Bitmaps {
-    /// The name of the bitmap with frozen bits of `bitmap`, and why those cannot be relied on, if
-    /// they cannot.
+    /// The name of the bitmap with frozen bits of `bitmap`, and why those are unreliable, if they
+    /// are.
     pub(super) fn frozen_part(
         &self,
         all: &ByName<'_>,
@@ -76,7 +75,7 @@ impl Bitmaps {
         Some((frozen.name.clone(), problem))
     }
 
-    /// Refuses to read a bitmap part of whose bits is elsewhere.
+    /// Refuses to read a bitmap that lacks its frozen bits.
     pub(super) fn refuse_incomplete(
         &self,
         all: &[Bitmap<Entry>],
@@ -89,7 +88,7 @@ impl Bitmaps {
         Err(incomplete(&bitmap.name, &frozen.name, problem))
     }
 
-    /// As [`refuse_incomplete`](Self::refuse_incomplete), for a bitmap as it is planned.
+    /// As [`refuse_incomplete`](Self::refuse_incomplete), for a planned bitmap.
     pub(super) fn refuse_planned_incomplete(&self, plan: &[Planned], name: &str) -> Result<()> {
         match frozen_position(plan, name) {
             Ok(index) => {
@@ -100,8 +99,8 @@ impl Bitmaps {
         }
     }
 
-    /// Moves the bits of a bitmap to one of their own; it restarts empty. Bits that are frozen already
-    /// go with them.
+    /// Moves the bits of a bitmap to a separate one; it restarts empty. Bits that were frozen
+    /// earlier are kept with them.
     pub(super) fn plan_freeze(&self, plan: &mut Vec<Planned>, name: &str) -> Result<()> {
         if frozen_position(plan, name).is_ok() {
             self.plan_thaw(plan, name)?;
@@ -117,7 +116,7 @@ impl Bitmaps {
         self.plan_content(at(plan, name)?, |_| ())
     }
 
-    /// Puts the frozen bits of a bitmap back. If that is not possible the plan stays as it is.
+    /// Merges the frozen bits of a bitmap back. If that is not possible, the plan is unchanged.
     pub(super) fn plan_thaw(&self, plan: &mut Vec<Planned>, name: &str) -> Result<()> {
         let index = frozen_position(plan, name)?;
         self.refuse_planned_incomplete(plan, &frozen_bitmap_name(name))?;
@@ -127,8 +126,8 @@ impl Bitmaps {
         Ok(())
     }
 
-    /// Puts all frozen bits back that can be relied on, where those that they belong to can be;
-    /// returns the names of the bitmaps that have them back. No checkpoint may be in progress.
+    /// Merges all reliable frozen bits back into reliable bitmaps; returns the names of these
+    /// bitmaps. No checkpoint may be in progress.
     pub(in crate::qcow2) fn thaw(&self, image: &dyn ImageServices) -> Result<Vec<String>> {
         let mut exclusive = self.tracker.exclusive();
         let mut names: Vec<String> = {
@@ -143,7 +142,7 @@ impl Bitmaps {
             let detail = format!("more than {FROZEN_MAX} of its bitmaps wait for frozen bits");
             return Err(self.metadata.named(Error::new(ErrorKind::Unsupported, CHANGE, detail)));
         }
-        // What waits for bits of its own must have them before it is merged.
+        // A bitmap must have its own frozen bits back before it is merged into another.
         names.sort_by_key(|name| (Reverse(name.len()), name.clone()));
         let mut plan: Vec<Planned> = exclusive.bitmaps().iter().map(Planned::unchanged).collect();
         names.retain(|name| self.plan_thaw(&mut plan, name).is_ok());
@@ -156,8 +155,8 @@ impl Bitmaps {
         Ok(names)
     }
 
-    /// As [`thaw`](Self::thaw), when the image is opened for writing: if it fails the
-    /// disk can be used all the same, but not the bitmaps that lack bits.
+    /// As [`thaw`](Self::thaw), when the image is opened for writing. If it fails, the disk can be
+    /// used nevertheless, but not the bitmaps that lack bits.
     pub(in crate::qcow2) fn thaw_at_open(&self, image: &dyn ImageServices) {
         let thawed = self.thaw(image);
         let mut disk = self.disk.lock();

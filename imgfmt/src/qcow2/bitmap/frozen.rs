@@ -1,14 +1,14 @@
 //! Bits that a checkpoint has moved to another bitmap.
 //!
 //! At a checkpoint a bitmap NAME is *frozen*: in one step its bits move to `NAME.checkpoint`, which
-//! is disabled and has the same granularity, and NAME restarts empty. When the changes that they
-//! mark are backed up they are dropped; otherwise they are *thawed*, that is merged back. Until
-//! then NAME alone lacks changes. So every writable open thaws before anything else, and until
-//! then the bits of NAME are refused to every reader.
+//! is disabled and has the same granularity, and NAME restarts empty. When the marked changes are
+//! backed up, the frozen bits are dropped; otherwise they are *thawed*, that is, merged back. Until
+//! then NAME alone lacks changes. Therefore every writable open thaws before anything else, and
+//! until then reading NAME is refused.
 //!
-//! Only the name tells that a disabled bitmap of NAME's granularity is what a checkpoint left: one
-//! that a user made by hand is merged into NAME too. That costs a larger backup; the opposite
-//! mistake would cost data.
+//! Such a bitmap is recognised only by its name and its granularity, and because it is disabled. A
+//! bitmap that a user created in that form is therefore merged into NAME as well. That costs a
+//! larger backup; the opposite mistake would lose data.
 
 use std::collections::HashMap;
 
@@ -51,7 +51,7 @@ pub(super) fn frozen_bits<'a>(
     is_frozen_part(other, bitmap).then_some(*other)
 }
 
-/// The bitmap whose frozen bits are in the one of that name, if they are.
+/// The bitmap whose frozen bits are in the bitmap of that name, if there is one.
 pub(super) fn owner<'a>(all: &ByName<'a>, frozen: &str) -> Option<&'a Bitmap<Entry>> {
     let owner = all.get(frozen.strip_suffix(SUFFIX)?)?;
     frozen_bits(all, owner).map(|_| *owner)

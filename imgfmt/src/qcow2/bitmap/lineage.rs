@@ -1,8 +1,9 @@
-//! After which backup each bitmap began.
+//! The backup after which each bitmap began.
 //!
-//! Kept in the header extension `0x6c696e65`, which other programs keep; autoclear bit 62, which they
-//! clear when they open the image for writing, says that no bitmap was cleared without a note here. A change of the list of bitmaps writes the extension *before* the list, in a form that is
-//! right with the old list and with the new one:
+//! It is stored in the header extension `0x6c696e65`, which other programs preserve. They clear
+//! autoclear bit 62 when they open the image for writing; while it is set, no bitmap was cleared
+//! without an update of the extension. A change of the list of bitmaps writes the extension
+//! *before* the list, in a form that is right with the old list and with the new one:
 //!
 //! | change | written | with the old list | with the new one |
 //! | --- | --- | --- | --- |
@@ -19,10 +20,10 @@ use crate::qcow2::on_disk::header::{Header, autoclear};
 const VERSION: u32 = 1;
 const FIXED_LENGTH: usize = 40;
 const RECORD_LENGTH: usize = 36;
-/// Lengths are multiples of this, so that places of former ones can be used again.
+/// Lengths are multiples of this, in bytes, so that the space of earlier versions can be reused.
 const STEP: usize = 64;
 
-/// What is known about one bitmap.
+/// The record of one bitmap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Record {
     pub(super) name: String,
@@ -31,20 +32,20 @@ pub(super) struct Record {
     pub(super) pending: Option<Uuid>,
 }
 
-/// What is known about all bitmaps of an image.
+/// The records of all bitmaps of an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Lineage {
-    /// Which disk it is.
+    /// The identity of the disk.
     pub(super) disk: Option<Uuid>,
-    /// Counts what was written; the highest one counts.
+    /// The sequence number of the extension; the highest one is valid.
     pub(super) sequence: u64,
     pub(super) records: Vec<Record>,
-    /// Another program has had the image open for writing since this was written.
+    /// Whether another program has had the image open for writing since this was written.
     pub(super) is_doubtful: bool,
 }
 
 impl Lineage {
-    /// What the header says.
+    /// Reads the records from the header.
     pub(super) fn of(header: &Header) -> Self {
         let found = header.extensions.lineages.iter().filter_map(|content| decode(content));
         let mut newest = found.max_by_key(|found| found.sequence).unwrap_or_default();
@@ -65,7 +66,7 @@ impl Lineage {
         self.records.retain(|record| record.name != name);
     }
 
-    /// What is to be known before a change of the list is made.
+    /// Updates the records, before a change of the list is made.
     pub(super) fn change(&mut self, change: &BitmapChange) {
         match change {
             BitmapChange::Add { name, .. }
@@ -91,7 +92,7 @@ impl Lineage {
                 self.records
                     .retain(|record| record.began_after.is_some() || record.pending.is_some());
             }
-            // What makes more dirty leaves it true; bits that come back belong to what is known.
+            // Additional dirty ranges keep the record true, and thawed bits belong to it.
             _ => {}
         }
     }

@@ -1,4 +1,4 @@
-//! Writing after which backup each bitmap began, together with the changes on which that depends.
+//! Writes after which backup each bitmap began, together with the changes on which that depends.
 
 use super::directory::Entry;
 use super::error::CHANGE;
@@ -13,17 +13,17 @@ use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::autoclear;
 
 impl Bitmaps {
-    /// After which backup a bitmap of this layer began.
+    /// The backup after which a bitmap of this layer began.
     pub(crate) fn began_after(&self, name: &str) -> BeganAfter {
         self.lineage.lock().began_after(name)
     }
 
-    /// Which disk it is, if that is known: since its first backup.
+    /// The identity of the disk, which it has since its first backup.
     pub(crate) fn disk_id(&self) -> Option<Uuid> {
         self.lineage.lock().disk
     }
 
-    /// Nothing is known any more about when bitmaps began.
+    /// Forgets after which backups bitmaps began.
     pub(in crate::qcow2) fn forget_lineage(&self) -> Result<()> {
         let mut lineage = self.lineage.lock().clone();
         if lineage.records.is_empty() {
@@ -34,7 +34,7 @@ impl Bitmaps {
         self.write_lineage(lineage)
     }
 
-    /// Carries a plan out. What is known about the bitmaps' backups is right whatever happens.
+    /// Carries a plan out. The records of the bitmaps' backups are right even if it fails.
     pub(super) fn carry_out_changes(
         &self,
         image: &dyn ImageServices,
@@ -53,7 +53,7 @@ impl Bitmaps {
         let has_name = |name: &str| plan.iter().any(|planned| planned.bitmap.name == name);
         after.records.retain(|record| has_name(&record.name));
         let is_known = |lineage: &Lineage| !lineage.records.is_empty();
-        // An image of which nothing is known stays as it is.
+        // An image without records stays unchanged.
         let must_write = after.records != before.records && (is_known(&before) || is_known(&after));
         if must_write {
             self.write_lineage(after)?;
@@ -62,7 +62,8 @@ impl Bitmaps {
             // While it is unknown which list the disk names, records that fit both stay.
             let is_settled = !self.disk.lock().is_doubtful;
             if must_write && is_settled && !before.is_doubtful {
-                // What was known still holds; if it cannot be written the next backup is refused.
+                // The old records still hold. If they cannot be written, the next backup is
+                // refused.
                 let _ = self.write_lineage(before);
             }
         })
@@ -80,7 +81,7 @@ impl Bitmaps {
             let written = replace_extension(file, cluster, extension::LINEAGE, &lineage.encode())
                 .and_then(|()| change_autoclear(file, autoclear::LINEAGE, 0));
             match written {
-                // Without room nothing is known about any bitmap.
+                // Without space there are no records of any bitmap.
                 Err(error) if error.kind() == ErrorKind::Unsupported => {
                     lineage.records.clear();
                     change_autoclear(file, 0, autoclear::LINEAGE)?;

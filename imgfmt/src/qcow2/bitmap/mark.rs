@@ -13,17 +13,17 @@ use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::header::autoclear;
 use crate::units::GuestRange;
 
-/// No more clusters of bitmaps than this are compared with each other.
+/// The maximum number of clusters of bitmaps that are compared with each other.
 const CLUSTERS_MAX: usize = 1 << 24;
 
 impl Bitmaps {
-    /// Loads the bitmaps before the first change: those that note changes, and the others too, because
-    /// a cluster of theirs may be the guest's as well, and so change.
+    /// Loads all bitmaps before the first change: also those that do not record changes, because in
+    /// a damaged image their clusters may be the guest's as well, and change.
     pub(in crate::qcow2) fn begin_recording(&self) {
         let mut exclusive = self.tracker.exclusive();
         let mut bitmaps = exclusive.bitmaps().to_vec();
         self.find_shared_clusters(&mut bitmaps);
-        // Those that note changes come first, in case memory does not suffice for all.
+        // Recording bitmaps come first, in case memory does not suffice for all.
         for recording in [Recording::Enabled, Recording::Disabled] {
             for bitmap in bitmaps.iter_mut().filter(|bitmap| bitmap.recording == recording) {
                 if let Err(detail) = self.ready_bits(bitmap) {
@@ -35,8 +35,8 @@ impl Bitmaps {
         exclusive.replace(bitmaps, is_marked);
     }
 
-    /// Whether the image says of every bitmap in which changes will be missing, as long as it is
-    /// open, that it is in use.
+    /// Whether every bitmap in which changes will be missing while the image is open is marked as
+    /// in use.
     pub(super) fn is_marked(&self, bitmaps: &[Bitmap<Entry>]) -> bool {
         let disk = self.disk.lock();
         let ownership = self.ownership.lock();
@@ -46,7 +46,7 @@ impl Bitmaps {
             && !bitmaps.iter().any(|bitmap| self.needs_mark(&ownership, bitmap))
     }
 
-    /// Two bitmaps must not share clusters, or one would free what the other needs.
+    /// Finds bitmaps that share clusters: one would free what the other needs.
     fn find_shared_clusters(&self, bitmaps: &mut [Bitmap<Entry>]) {
         let mut seen = HashSet::new();
         for bitmap in bitmaps.iter_mut().filter(|bitmap| bitmap.stored.damage.is_none()) {
@@ -62,7 +62,7 @@ impl Bitmaps {
         }
     }
 
-    /// Notes that a range is about to change; see [`Tracker::before_change`].
+    /// Records that a range is about to change; see [`Tracker::before_change`].
     pub(in crate::qcow2) fn before_change(
         &self,
         image: &dyn ImageServices,
@@ -71,7 +71,7 @@ impl Bitmaps {
         self.tracker.before_change(range, |state| self.mark_in_use(image, state))
     }
 
-    /// As [`before_change`](Self::before_change), if that takes no waiting.
+    /// As [`before_change`](Self::before_change), if that needs no waiting.
     pub(in crate::qcow2) fn try_before_change(
         &self,
         range: GuestRange,
@@ -87,12 +87,12 @@ impl Bitmaps {
         self.tracker.try_before_change_elsewhere(range)
     }
 
-    /// Says on disk of every bitmap that notes changes that what is stored is out of date.
+    /// Durably marks the stored bits of every recording bitmap as out of date.
     fn mark_in_use(&self, image: &dyn ImageServices, state: &State<Entry>) -> Result<()> {
         self.metadata.break_seal()?;
         let mut disk = self.disk.lock();
         if disk.damage.is_some() {
-            // These bitmaps cannot be found here. A program that finds them must not trust them.
+            // These bitmaps cannot be read here. A program that can read them must not trust them.
             self.metadata.edit_header(|file, _| change_autoclear(file, 0, autoclear::BITMAPS))?;
             disk.damage = None;
         }
@@ -107,12 +107,12 @@ impl Bitmaps {
             bitmaps.filter(|(bitmap, _)| self.needs_mark(&ownership, bitmap)).collect()
         };
         let Some(place) = disk.directory else {
-            // Nothing on disk speaks of them now; the clean close stores them.
+            // The header no longer names them; the clean close stores them.
             self.go_without_session(FOREIGN_DIRECTORY)?;
             marked.iter().for_each(|(bitmap, _)| bitmap.in_use.store(true, Release));
             return Ok(());
         };
-        // First the bits get a safe place, then the image says that what it has is out of date.
+        // First create the sidecar for the bits, then mark the stored bits as out of date.
         self.begin_session(state)?;
         let since = self.metadata.failed_syncs();
         for (bitmap, flags_place) in &marked {
@@ -126,8 +126,8 @@ impl Bitmaps {
         Ok(())
     }
 
-    /// Whether what is stored of a bitmap will be wrong when the disk has changed, and the image does
-    /// not say so: changes will be missing in it, or it lies where the disk may have something as well.
+    /// Whether the stored bits of a bitmap will be wrong when the disk has changed, without being
+    /// marked so: changes will be missing, or the bitmap's clusters may be the guest's as well.
     fn needs_mark(&self, ownership: &Ownership, bitmap: &Bitmap<Entry>) -> bool {
         if bitmap.in_use.load(Acquire) {
             return false;
@@ -137,7 +137,7 @@ impl Bitmaps {
         }
         let is_alone =
             |clusters: Vec<HostCluster>| clusters.iter().all(|at| ownership.alone.contains(at));
-        // As long as it is not known what they own, that has to be found out.
+        // Ownership is unknown, so it has to be found out.
         bitmap.stored.damage.is_none()
             && bitmap.stored.table.entries > 0
             && !self.table_clusters(bitmap.stored.table).is_ok_and(is_alone)

@@ -1,10 +1,10 @@
 //! Persistent dirty bitmaps, as the format defines them.
 //!
-//! [`directory`] knows the list of bitmaps and [`table`] the bits of one. [`store`] holds the bitmaps
-//! of one open image. [`change`] plans another list, which [`commit`] makes true at one instant;
-//! [`freeze`] is what checkpoints do. [`mark`] announces the first change of the disk, for which
-//! [`session`] keeps the bits where they survive a crash; [`recover`] finds them there. [`close`]
-//! stores what was noted while the image was open.
+//! [`directory`] reads and writes the list of bitmaps, and [`table`] the bits of one. [`store`]
+//! holds the bitmaps of one open image. [`change`] plans another list, and [`commit`] switches to
+//! it at one instant; [`freeze`] has the changes that checkpoints make. [`mark`] marks bitmaps as
+//! in use at the first change of the disk. [`session`] then keeps the bits in a file that survives
+//! a crash, and [`recover`] reads them from it. [`close`] stores the bits.
 
 mod change;
 mod close;

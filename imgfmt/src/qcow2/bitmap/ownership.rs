@@ -1,13 +1,13 @@
-//! Which clusters belong to bitmaps and to nothing else.
+//! The clusters that belong to bitmaps and to nothing else.
 //!
-//! A damaged or hostile image may have a bitmap whose table or bits, or a directory that, lie in the
-//! guest's data or in other metadata. Storing such a bitmap again would free what the guest needs, and
-//! marking it as in use would write into it. That each cluster has the refcount 1 proves nothing: the
-//! one reference that was counted may be the other one. So before the first such change all
-//! references of the image are counted, once. What cannot be proved leaks.
+//! In a damaged or hostile image, clusters of a bitmap or of the directory may also be the guest's
+//! data or other metadata. Storing such a bitmap again would free what the guest needs, and marking
+//! it as in use would write into guest data. A refcount of 1 proves nothing: the counted reference
+//! may be the other one. So before the first such change all references of the image are counted,
+//! once. Clusters whose ownership cannot be proved are leaked.
 //!
 //! The count must see every reference. It is made before the first change of the disk that a bitmap
-//! notes, or where there is none on its way and everything has been flushed.
+//! records, or when no change is in flight and everything has been flushed.
 
 use std::collections::HashMap;
 
@@ -22,10 +22,10 @@ use crate::qcow2::on_disk::header::autoclear;
 
 /// Why bitmaps are not kept up to date in the image until it is closed.
 pub(super) const FOREIGN_DIRECTORY: &str =
-    "the list of the bitmaps lies where the image has something else";
+    "the list of the bitmaps overlaps with other data of the image";
 
 impl Bitmaps {
-    /// Makes sure that it is known what the bitmaps own.
+    /// Makes sure that the clusters that the bitmaps own are known.
     pub(super) fn find_ownership(
         &self,
         image: &dyn ImageServices,
@@ -62,7 +62,7 @@ impl Bitmaps {
         let geometry = self.geometry();
         for (cluster, uses) in uses {
             let references = uses.saturating_add(others.get(&cluster).copied().unwrap_or(0));
-            // Refcounts and their table are not among those that were counted.
+            // References to the refcount table and its blocks were not counted.
             if image.is_metadata(geometry.host_offset(cluster))? {
                 continue;
             }
@@ -88,8 +88,9 @@ impl Bitmaps {
         directory.into_iter().flat_map(clusters)
     }
 
-    /// Makes the image, durably, name no directory if the one that it names must not be written in
-    /// place. The next change of the list makes a new one; after a crash before that there are no bitmaps.
+    /// Durably removes the directory's location from the header if the directory must not be
+    /// written in place. The next change of the list creates a new directory; a crash before that
+    /// loses the bitmaps.
     pub(super) fn give_up_foreign_directory(
         &self,
         image: &dyn ImageServices,
@@ -111,8 +112,8 @@ impl Bitmaps {
         Ok(())
     }
 
-    /// Those of `clusters` that may be freed, because for each of their references there is a refcount. After
-    /// that they are not the bitmaps' any more, and what was `reserved` is.
+    /// Returns those of `clusters` that may be freed, because all of their references are counted.
+    /// They no longer belong to the bitmaps afterwards; the `reserved` ones do.
     pub(super) fn give_away(
         &self,
         clusters: Vec<HostCluster>,

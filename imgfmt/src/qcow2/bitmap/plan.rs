@@ -1,4 +1,4 @@
-//! The list of bitmaps as it is to be.
+//! The planned list of bitmaps.
 
 use std::sync::Arc;
 
@@ -7,13 +7,13 @@ use super::error::no_bitmap;
 use crate::bitmap::{Bitmap, Bits};
 use crate::error::Result;
 
-/// A bitmap as it is to be.
+/// A planned bitmap.
 #[derive(Clone, Debug)]
 pub(super) struct Planned {
     pub(super) bitmap: Bitmap<Entry>,
-    /// Bits that replace those it has.
+    /// Bits that replace the bitmap's own.
     pub(super) content: Option<Arc<Bits>>,
-    /// What is stored is to be replaced by its bits as they are now.
+    /// Whether the stored bits are to be replaced by the bits in memory.
     pub(super) must_store: bool,
 }
 

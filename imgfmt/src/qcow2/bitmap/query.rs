@@ -14,7 +14,7 @@ use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::units::{GuestRange, HostOffset};
 
 impl Bitmaps {
-    /// What is known about the bitmaps of this layer.
+    /// Information about the bitmaps of this layer.
     pub(crate) fn list(&self) -> Vec<BitmapInfo> {
         let state = self.tracker.read();
         let all = frozen::by_name(state.bitmaps().iter());
@@ -40,7 +40,7 @@ impl Bitmaps {
         state.bitmaps().iter().map(info).collect()
     }
 
-    /// What the image says about its bitmaps.
+    /// The bitmaps as the image records them.
     pub(crate) fn entries(&self) -> Vec<BitmapEntry> {
         let state = self.tracker.read();
         let all = frozen::by_name(state.bitmaps().iter());
@@ -54,7 +54,7 @@ impl Bitmaps {
         state.bitmaps().iter().map(entry).collect()
     }
 
-    /// Why the bitmaps that the image claims to have cannot be found, as a clause.
+    /// Why the image's directory of bitmaps cannot be read, as a clause.
     pub(crate) fn damage(&self) -> Option<String> {
         self.disk.lock().damage.clone()
     }
@@ -64,7 +64,7 @@ impl Bitmaps {
         self.tracker.read().bitmaps().iter().any(|bitmap| bitmap.name == name)
     }
 
-    /// What a bitmap of this layer says about a range.
+    /// The dirty and the clean parts of a range according to a bitmap of this layer.
     pub(crate) fn dirty_extents(
         &self,
         name: &str,
@@ -88,16 +88,16 @@ impl Bitmaps {
         Ok(ask(&bits))
     }
 
-    /// Whether the image has no bitmaps, nor claims to have any.
+    /// Whether the image has no bitmaps, not even unreadable ones.
     pub(in crate::qcow2) fn are_none(&self) -> bool {
         let disk = self.disk.lock();
         disk.directory.is_none() && disk.damage.is_none()
     }
 
-    /// Where bitmaps lie in the file (offset, length), and what is damaged.
+    /// The places of bitmaps in the file (offset, length), and descriptions of damage.
     ///
-    /// Does not ask the tracker: clusters are allocated, and so all references counted, also while
-    /// the bitmaps are changed or a write has noted what it changes.
+    /// Does not lock the tracker: an allocation, which may count all references, can happen while
+    /// the bitmaps are changed or a write is recorded.
     pub(in crate::qcow2) fn places(&self) -> (Vec<(HostOffset, u64)>, Vec<String>) {
         let geometry = self.geometry();
         let disk = self.disk.lock();
@@ -121,8 +121,8 @@ impl Bitmaps {
         (places, damages)
     }
 
-    /// The clusters of a bitmap that the directory lists. An error says, as a clause, why it cannot be
-    /// used, and QEMU would not open the image.
+    /// The clusters of a bitmap that the directory lists. An error is the reason, as a clause, why
+    /// it cannot be used; QEMU would not open such an image.
     pub(super) fn entry_clusters(&self, entry: &Entry) -> Result<Vec<HostCluster>, String> {
         if let Some((detail, _)) = &entry.damage {
             return Err(detail.clone());

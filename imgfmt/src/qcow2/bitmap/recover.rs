@@ -1,4 +1,4 @@
-//! Bits that were kept beside an image which was not closed.
+//! Recovers bits that were kept beside an image that was not closed properly.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
@@ -15,13 +15,13 @@ use crate::qcow2::on_disk::header::autoclear;
 use crate::sidecar::{FoundBytes, Recovery, RecoveryPrecision, Rejection, Trust};
 
 impl Bitmaps {
-    /// Looks at the sidecar that the header speaks of. Nothing is changed.
+    /// Examines the sidecar that the header names. Nothing is changed.
     ///
     /// # Errors
     ///
-    /// `Busy` if another process has locked it and the image is to be changed: after the change the
-    /// bits would no longer be trusted, and that process either ends soon or writes the image
-    /// itself.
+    /// `Busy` if the image is opened for writing and another process has locked the sidecar: after
+    /// a change the bits would no longer be trusted. That process either ends soon or writes the
+    /// image itself.
     pub(in crate::qcow2) fn find_sidecar(&self) -> Result<Option<Found>> {
         if self.metadata.header().version < 3
             || self.metadata.header().autoclear & autoclear::SIDECAR == 0
@@ -32,7 +32,7 @@ impl Bitmaps {
         if let (Err(Rejection::InUse(error)), true) = (&found, self.metadata.is_writable()) {
             return Err(self.sidecar_is_busy(error));
         }
-        // The bits are stamped now: what is written by the recovery is ours.
+        // Take the fingerprint now: the recovery's own writes are legitimate.
         if let (Ok(recovery), true) = (&found, self.metadata.is_writable()) {
             recovery.extend_life();
         }
@@ -65,8 +65,8 @@ impl Bitmaps {
         }
     }
 
-    /// Gives bitmaps that were in use when the image was left their bits back. A writable image
-    /// stores them, and has no trace of the crash then.
+    /// Restores the bits of bitmaps that were in use when the image was last open. A writable image
+    /// stores them; then no trace of the crash remains.
     pub(in crate::qcow2) fn recover_all(
         &self,
         image: &dyn ImageServices,
@@ -106,9 +106,9 @@ impl Bitmaps {
             }
             match self.carry_out(image, &mut exclusive, plan) {
                 Err(error) if error.kind() == ErrorKind::NoSpace => {
-                    // The image can be used all the same, to free space for instance. The sidecar
-                    // that was found counts until the first change makes another one, or says
-                    // that there is none; a clean close stores the bits.
+                    // The image can be used nevertheless, for example to free space. The sidecar
+                    // that was found remains valid until the first change creates another one, or
+                    // records that there is none; a clean close stores the bits.
                     let bitmaps = exclusive.bitmaps().to_vec();
                     exclusive.replace(bitmaps, false);
                     self.session.lock().is_recovery_unfinished = true;
@@ -156,7 +156,7 @@ impl Bitmaps {
     }
 }
 
-/// Whether a bitmap noted changes when the image was left.
+/// Whether a bitmap recorded changes when the image was last open.
 fn was_recording(bitmap: &Bitmap<Entry>) -> bool {
     bitmap.stored.flags & flag::IN_USE != 0
         && bitmap.recording == Recording::Enabled

@@ -1,4 +1,4 @@
-//! Removing bitmaps that are damaged, as a part of a repair.
+//! Removes damaged bitmaps, as a part of a repair.
 
 use super::directory::Entry;
 use super::frozen;
@@ -10,7 +10,7 @@ use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::autoclear;
 
 impl Bitmaps {
-    /// Removes the bitmaps whose places cannot be told, as the last step of a repair.
+    /// Removes the bitmaps whose clusters are unknown, as the last step of a repair.
     pub(in crate::qcow2) fn drop_damaged(&self, image: &dyn ImageServices) -> Result<()> {
         let mut disk = self.disk.lock();
         if disk.damage.is_some() {
@@ -28,7 +28,8 @@ impl Bitmaps {
         let without = |bitmap: &Bitmap<Entry>| {
             let name = bitmap.name.clone();
             match frozen::owner(&all, &name) {
-                // Without it the other one would look complete: then everything is dirty.
+                // Without it the other bitmap would look complete, so everything is marked as dirty
+                // there.
                 Some(_) => BitmapChange::Repair { name },
                 None => BitmapChange::Remove { name },
             }

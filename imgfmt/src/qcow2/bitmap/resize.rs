@@ -1,8 +1,8 @@
-//! Bitmaps of a disk whose size changes.
+//! Changes the size of bitmaps with the size of the disk.
 //!
-//! The size and the place of the directory are in different sectors of the header. So all bitmaps
-//! are marked as in use before the size changes, which lets them have tables of any size, and are
-//! stored again after it.
+//! The size and the location of the directory are in different sectors of the header, so they
+//! cannot change together. Therefore all bitmaps are marked as in use before the size changes,
+//! which permits tables of any size, and are stored again afterwards.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Release;
@@ -45,15 +45,15 @@ impl Bitmaps {
         Ok(())
     }
 
-    /// Notes a size that the disk is going to have once it is another disk: what is added then is no
-    /// more known to be clean than the rest.
+    /// Records a size that the disk will have when a snapshot replaces its content: the added part
+    /// is then not known to be clean.
     pub(in crate::qcow2) fn note_size(&mut self, size: u64) {
-        // As if it had been part of the disk: its bits are set when the size changes.
+        // Treat it as an earlier part of the disk: its bits are set when the size changes.
         self.size_peak = self.size_peak.max(size);
     }
 
-    /// Gives all bitmaps the size that the disk has now, in memory, whether that can be stored or not.
-    /// What was added is clean, except where it had been cut off before.
+    /// Resizes all bitmaps in memory to the present size of the disk, even if that cannot be
+    /// stored. An added part is clean, except where it had been cut off before.
     pub(in crate::qcow2) fn resize(&mut self, size: u64) {
         let old_size = std::mem::replace(&mut self.size, size);
         let peak = self.size_peak;
@@ -70,7 +70,7 @@ impl Bitmaps {
             }
             bitmap.bits = Arc::new(resized).into();
         }
-        // The sidecar has the old size: the next change makes another one.
+        // The sidecar has the old size: the next change creates another one.
         exclusive.replace(bitmaps, false);
     }
 

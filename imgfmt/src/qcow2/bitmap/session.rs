@@ -1,10 +1,10 @@
 //! The session of a writable image, in which its bitmaps survive a crash.
 //!
-//! It begins with the first change that a bitmap notes: the [sidecar](crate::sidecar) is made, then
-//! the header gets an extension that names it and a private autoclear bit, and only then are
-//! the bitmaps marked as in use. It ends with the clean close, which removes all of them. Another
-//! program that writes the image in between clears the bit, which it does not know; the sidecar is
-//! no longer trusted then.
+//! It begins with the first change that a bitmap records. First the [sidecar](crate::sidecar) is
+//! created. Then the header gets an extension that names it and a private autoclear bit. Then the
+//! bitmaps are marked as in use. The session ends with the clean close, which removes all of these.
+//! Another program that opens the image for writing in between clears the unknown bit; the sidecar
+//! is then no longer trusted.
 
 use std::fs::File;
 use std::io::Read;
@@ -26,9 +26,9 @@ use crate::qcow2::on_disk::header::autoclear;
 use crate::sidecar::{BitmapDurabilityStatus, Description, Identity, Sidecar, SidecarLocation};
 
 impl Bitmaps {
-    /// Makes a sidecar for the bitmaps that note changes, and makes the header name it. No change is
-    /// on its way. If that cannot be done the bitmaps survive a clean close only, and any older
-    /// sidecar is not trusted.
+    /// Creates a sidecar for the recording bitmaps, and names it in the header. No change is in
+    /// flight. If that fails, the bitmaps survive only a clean close, and any older sidecar is no
+    /// longer trusted.
     pub(super) fn begin_session(&self, state: &State<Entry>) -> Result<()> {
         let mut session = self.session.lock();
         let bitmaps: Vec<_> = state.recording().collect();
@@ -74,15 +74,15 @@ impl Bitmaps {
         Ok(())
     }
 
-    /// Notes why the bitmaps survive a clean close only.
+    /// Records why the bitmaps survive only a clean close.
     pub(super) fn go_without_session(&self, why: &str) -> Result<()> {
         let mut session = self.session.lock();
         session.degraded = Some(why.to_owned());
         self.give_up_found_sidecar(&mut session)
     }
 
-    /// Gives up a sidecar whose bits are in memory only, because it does not say everything from now
-    /// on. A file that cannot be removed is harmless then.
+    /// Gives up the recovered sidecar, whose bits are in memory only, because it will be out of
+    /// date. A file that cannot be removed is harmless then.
     fn give_up_found_sidecar(&self, session: &mut Session) -> Result<()> {
         if std::mem::take(&mut session.is_recovery_unfinished) {
             self.unmark_header()?;
@@ -125,8 +125,8 @@ impl Bitmaps {
         })
     }
 
-    /// As [`durability_status`](Self::durability_status), and if nothing has changed yet, tries to
-    /// create the sidecar.
+    /// As [`durability_status`](Self::durability_status). If nothing has changed yet, it also tries
+    /// to create the sidecar.
     pub(crate) fn probe_durability(&self) -> BitmapDurabilityStatus {
         let mut status = self.durability_status();
         let state = self.tracker.read();
@@ -149,7 +149,7 @@ impl Bitmaps {
         status
     }
 
-    /// Ends the session once every bitmap is stored: the image is as if there had been none.
+    /// Ends the session once every bitmap is stored, and removes its traces from the image.
     pub(in crate::qcow2) fn end_session(&self) -> Result<()> {
         let is_over = {
             let state = self.tracker.read();

@@ -1,11 +1,11 @@
-//! What is known about what makes the bitmaps survive a crash.
+//! The state of the session, in which bitmaps survive a crash.
 
 use std::sync::Arc;
 
 use crate::access::BitmapDurability;
 use crate::sidecar::{FoundBytes, Identity, Recovery, RecoveryPrecision, Rejection, Sidecar};
 
-/// What is known about the session.
+/// The state of the session.
 #[derive(Debug, Default)]
 pub(super) struct Session {
     pub(super) durability: BitmapDurability,
@@ -18,11 +18,12 @@ pub(super) struct Session {
     pub(super) degraded: Option<String>,
     pub(super) recovered: Vec<String>,
     pub(super) precision: RecoveryPrecision,
-    /// What was recovered is in memory only: the header and the sidecar are as they were found.
+    /// Whether recovered bits are in memory only: the header and the sidecar are as they were
+    /// found.
     pub(super) is_recovery_unfinished: bool,
 }
 
-/// A sidecar that was found and is believed, or why not.
+/// A sidecar that was found and is trusted, or the reason why it is not.
 pub(in crate::qcow2) type Found = Result<Recovery<Box<dyn FoundBytes>>, Rejection>;
 
 impl Session {

@@ -1,4 +1,4 @@
-//! Where the sidecar is, and what it is recognised by.
+//! The location of the sidecar, and the properties by which it is recognised.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ impl Bitmaps {
         }
     }
 
-    /// What the image's file looks like; `None` if it is not an ordinary file.
+    /// The fingerprint of the image's file; `None` if it is not a regular file.
     pub(super) fn fingerprint(&self) -> Option<Fingerprint> {
         let inode = self.metadata.file.identity()?.inode;
         let length = self.metadata.file.len().ok()?;

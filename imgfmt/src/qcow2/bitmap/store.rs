@@ -19,7 +19,7 @@ use crate::qcow2::on_disk::geometry::Geometry;
 use crate::sidecar::SidecarLocation;
 use crate::units::HostOffset;
 
-/// The bits of all bitmaps of one image take up no more memory than this.
+/// The memory limit for the bits of all bitmaps of one image, in bytes.
 const MEMORY_BYTES_MAX: u64 = 1 << 30;
 
 /// The services that the store needs from its image.
@@ -27,8 +27,8 @@ pub(in crate::qcow2) trait ImageServices: CountReferences {
     /// Makes everything durable that was written before this call.
     fn flush(&self) -> Result<()>;
 
-    /// How often the image on disk refers to each of these clusters, except from refcounts and
-    /// bitmaps; nothing if some table's references are not known.
+    /// The number of references of the image on disk to each of these clusters, except from
+    /// refcounts and bitmaps; `None` if the references of some table are unknown.
     fn references_to(&self, clusters: &[HostCluster]) -> Result<Option<HashMap<HostCluster, u64>>>;
 
     /// Whether a cluster is known to hold other metadata, or to have no references.
@@ -44,41 +44,41 @@ pub(crate) struct Bitmaps {
     pub(super) size: u64,
     pub(super) tracker: Tracker<Entry>,
     pub(super) disk: OrderedMutex<{ rank::DIRECTORY }, StoredBitmaps>,
-    /// Which clusters belong to them alone. Locked after the disk.
+    /// The clusters that belong to them alone. Locked after `disk`.
     pub(super) ownership: OrderedMutex<{ rank::OWNERSHIP }, Ownership>,
-    /// How much memory bits take up.
+    /// The memory that bits take up, in bytes.
     pub(super) memory_bytes: AtomicU64,
     /// The largest size that the disk has had since the image was opened.
     pub(super) size_peak: u64,
-    /// After which backup each of them began. Locked before the header is edited.
+    /// The backups after which they began. Locked before the header is edited.
     pub(super) lineage: OrderedMutex<{ rank::LINEAGE }, Lineage>,
-    /// The state of the sidecar, with which they survive a crash.
+    /// The state of the sidecar, from which they survive a crash.
     pub(super) session: OrderedMutex<{ rank::SESSION }, Session>,
-    /// Where the sidecar is; `None` means beside the image.
+    /// The location of the sidecar; `None` means beside the image.
     pub(super) sidecar_location: Option<Arc<dyn SidecarLocation>>,
 }
 
-/// Where bitmaps are in the file.
+/// The locations of bitmaps in the file.
 #[derive(Debug, Default)]
 pub(super) struct StoredBitmaps {
-    /// Where the directory is, if the image has a valid one.
+    /// The location of the directory, if the image has a valid one.
     pub(super) directory: Option<DirectoryLocation>,
     /// The bitmaps that the directory lists, in its order.
     pub(super) entries: Vec<Entry>,
-    /// Where the flags of each bitmap are, from the start of the directory on.
+    /// The offset of the flags of each bitmap from the start of the directory, in bytes.
     pub(super) flags_places: Vec<u64>,
-    /// Why the bitmaps that the image claims to have cannot be found.
+    /// Why the directory of bitmaps cannot be read.
     pub(super) damage: Option<String>,
-    /// The header may name another directory, because a change of it failed.
+    /// Whether the header may name another directory, because a change of it failed.
     pub(super) is_doubtful: bool,
-    /// The bitmaps whose frozen bits were put back when the image was opened.
+    /// The bitmaps whose frozen bits were merged back when the image was opened.
     pub(super) thawed: Vec<String>,
-    /// Why that failed.
+    /// Why merging them back failed.
     pub(super) thaw_failure: Option<String>,
 }
 
 impl StoredBitmaps {
-    /// Notes which bitmaps the file says are in use.
+    /// Records which bitmaps are marked as in use in the file.
     pub(super) fn note_in_use(&mut self, bitmaps: &[Bitmap<Entry>]) {
         for (entry, bitmap) in self.entries.iter_mut().zip(bitmaps) {
             if bitmap.in_use.load(Acquire) {
@@ -92,14 +92,14 @@ impl StoredBitmaps {
 #[derive(Debug, Default)]
 pub(super) struct Ownership {
     pub(super) is_known: bool,
-    /// May be freed: there is a refcount for every reference.
+    /// They may be freed: every reference is counted.
     pub(super) counted: HashSet<HostCluster>,
-    /// May be written in place too: there is no other reference.
+    /// They may also be written in place: there is no other reference.
     pub(super) alone: HashSet<HostCluster>,
 }
 
 impl Bitmaps {
-    /// No bitmaps, whatever the image says, of a disk of `size` bytes.
+    /// No bitmaps for a disk of `size` bytes, regardless of the image's directory.
     pub(in crate::qcow2) fn none(
         (metadata, clusters): (Arc<MetadataFile>, Arc<Clusters>),
         size: u64,
@@ -119,7 +119,7 @@ impl Bitmaps {
         }
     }
 
-    /// Reads what an image says about its bitmaps, but none of their bits.
+    /// Reads the directory of an image's bitmaps, but none of their bits.
     pub(in crate::qcow2) fn open(
         (metadata, clusters): (Arc<MetadataFile>, Arc<Clusters>),
         options: &OpenOptions,
@@ -146,13 +146,13 @@ impl Bitmaps {
         }
     }
 
-    /// The numbers of the format: of clusters, and of what counts in them.
+    /// The geometry of the image.
     pub(super) fn geometry(&self) -> Geometry {
         self.metadata.header().geometry
     }
 
-    /// The bits of a bitmap, loaded if they were not. An error says, as a clause, why there are
-    /// none.
+    /// The bits of a bitmap, which are loaded if necessary. An error is the reason, as a clause,
+    /// why there are none.
     pub(super) fn ready_bits(&self, bitmap: &Bitmap<Entry>) -> Result<Arc<Bits>, String> {
         if let Condition::Inconsistent(detail) | Condition::Damaged(detail) = &bitmap.condition {
             return Err(detail.clone());
@@ -198,14 +198,14 @@ impl Bitmaps {
     }
 }
 
-/// Where the options say that the sidecar is.
+/// The location of the sidecar according to the options.
 #[cfg(any(test, feature = "test-util"))]
 fn sidecar_location(options: &OpenOptions) -> Option<Arc<dyn SidecarLocation>> {
     let directory = options.sidecar_directory.as_ref()?;
     Some(Arc::new(Arc::clone(directory)))
 }
 
-/// Where the options say that the sidecar is: nothing else than beside the image.
+/// The location of the sidecar: always beside the image.
 #[cfg(not(any(test, feature = "test-util")))]
 fn sidecar_location(_: &OpenOptions) -> Option<Arc<dyn SidecarLocation>> {
     None
@@ -242,7 +242,7 @@ pub(super) fn unusable(bitmap: &Bitmap<Entry>, detail: String) -> Condition {
     }
 }
 
-/// Why the bits of a bitmap cannot be relied on, if that is known.
+/// Why the bits of a bitmap are unreliable, if they are.
 pub(super) fn unusable_detail(bitmap: &Bitmap<Entry>) -> Option<String> {
     match &bitmap.condition {
         Condition::Ready => None,

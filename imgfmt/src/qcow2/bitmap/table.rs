@@ -1,7 +1,7 @@
 //! The bits of one bitmap in the file: a table whose entries name clusters of bits.
 //!
-//! An entry is the offset of a cluster, or 0 for a cluster's worth of clear bits, or 1 for one of
-//! set bits. Clusters that are all clear or all set take up no space when we write.
+//! An entry is the offset of a cluster, or 0 for a cluster of clear bits, or 1 for a cluster of set
+//! bits. Clusters that are all clear or all set are stored without space.
 
 use super::directory::{OFFSET_MASK, Table};
 use super::store::{Bitmaps, ImageServices};
@@ -14,11 +14,11 @@ use crate::units::HostOffset;
 
 const ALL_ONES: u64 = 1;
 
-/// How many clusters are written at once, in bytes.
+/// The maximum size of one write, in bytes.
 const STEP_BYTES: u64 = 1 << 20;
 
 impl Bitmaps {
-    /// Reads the bits of a table. An error says, as a clause, what is wrong with it.
+    /// Reads the bits of a table. An error describes, as a clause, what is wrong with it.
     pub(super) fn load_bits(
         &self,
         table: Table,
@@ -56,7 +56,7 @@ impl Bitmaps {
         Ok(bits)
     }
 
-    /// The entries of a table that lies within the file.
+    /// The entries of a table that is within the file.
     pub(super) fn table_words(&self, table: Table) -> Result<Vec<u64>, String> {
         let length = self.metadata.file.len().map_err(|error| system_words(&error))?;
         let end = table.offset.checked_add(u64::from(table.entries) * 8);
@@ -67,7 +67,7 @@ impl Bitmaps {
             .map_err(|error| error.to_string())
     }
 
-    /// The clusters that a table and what it names take up.
+    /// The clusters of a table, and those that it names.
     pub(super) fn table_clusters(&self, table: Table) -> Result<Vec<HostCluster>, String> {
         let geometry = self.geometry();
         let mut clusters = Vec::new();
@@ -83,7 +83,7 @@ impl Bitmaps {
         Ok(clusters)
     }
 
-    /// Writes bits to new clusters, which are noted in `reserved` also if that fails.
+    /// Writes bits to new clusters, which are recorded in `reserved` even if that fails.
     pub(super) fn store_bits(
         &self,
         image: &dyn ImageServices,
@@ -145,7 +145,7 @@ impl Bitmaps {
         Ok(())
     }
 
-    /// Writes something to new clusters that lie next to each other; returns where.
+    /// Writes bytes to new, contiguous clusters; returns their offset.
     pub(super) fn store_whole(
         &self,
         image: &dyn ImageServices,

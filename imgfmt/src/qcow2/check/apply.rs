@@ -12,7 +12,7 @@ use crate::units::HostOffset;
 
 /// The next step of a repair.
 pub(super) enum Step {
-    /// Make new refcounts elsewhere.
+    /// Create new refcounts in other clusters.
     Rebuild(Plan),
     /// Change refcounts where they are.
     SetRefcounts(Plan),
@@ -20,9 +20,9 @@ pub(super) enum Step {
     Fix(Vec<Fix>),
     /// Write a new table of snapshots.
     RewriteSnapshots,
-    /// Clear autoclear bits that mean nothing.
+    /// Clear meaningless autoclear bits.
     ClearAutoclear(u64),
-    /// Remove bitmaps whose places cannot be told.
+    /// Remove bitmaps whose clusters are unknown.
     DropBitmaps,
 }
 
@@ -59,8 +59,8 @@ impl Checker<'_> {
         has_bad_bitmaps.then_some(Step::DropBitmaps)
     }
 
-    /// Whether a word may be changed: nothing but tables lies there, and what would be written in
-    /// place afterwards has no reference that was not counted.
+    /// Whether a word may be changed: its cluster contains only tables, and clusters that would be
+    /// written in place afterwards have no uncounted references.
     fn is_safe(&self, fix: Fix) -> bool {
         let geometry = self.image.geometry();
         let cluster = geometry.host_cluster(fix.place);
@@ -82,7 +82,7 @@ impl Checker<'_> {
 }
 
 impl Qcow2 {
-    /// Carries out a step. Afterwards it is on disk.
+    /// Carries out a step durably.
     pub(super) fn take_step(&mut self, step: Step) -> Result<()> {
         match step {
             Step::Rebuild(plan) => {

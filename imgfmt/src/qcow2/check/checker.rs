@@ -14,17 +14,18 @@ const MESSAGES_MAX: usize = 100;
 /// Number of tables for which reading ahead is started.
 pub(super) const READ_AHEAD: usize = 16;
 
-/// A word of a table that should be another.
+/// A word of a table that needs another value.
 #[derive(Clone, Copy)]
 pub(super) struct Fix {
-    /// Where the word lies in the file.
+    /// The offset of the word in the file.
     pub(super) place: HostOffset,
     pub(super) new: u64,
-    /// Afterwards the cluster that the entry names is written in place.
+    /// Whether the fix sets the COPIED bit: afterwards the cluster that the entry names is written
+    /// in place.
     pub(super) sets_copied: bool,
 }
 
-/// An L2 table, and how many L1 entries refer to it.
+/// An L2 table, and the number of L1 entries that refer to it.
 pub(super) struct TableUse {
     pub(super) offset: HostOffset,
     pub(super) weight: u64,
@@ -33,14 +34,14 @@ pub(super) struct TableUse {
 
 /// An L1 entry of the present state that refers to an L2 table.
 pub(super) struct ActiveEntry {
-    /// Where it lies in the file.
+    /// Its offset in the file.
     pub(super) place: HostOffset,
     pub(super) word: u64,
 }
 
 pub(super) struct Checker<'a> {
     pub(super) image: &'a Qcow2,
-    /// References of everything, the refcounts' own structures included.
+    /// All references, those of the refcounts' own structures included.
     pub(super) counts: Counts,
     /// The clusters (first, last) of the refcount table and of its blocks.
     pub(super) structure: Vec<(HostCluster, HostCluster)>,
@@ -52,24 +53,24 @@ pub(super) struct Checker<'a> {
     pub(super) report: CheckReport,
     pub(super) tables: Vec<TableUse>,
     pub(super) table_numbers: HashMap<HostOffset, usize>,
-    /// In the L1 table of the present state.
+    /// The entries of the L1 table of the present state.
     pub(super) active: Vec<ActiveEntry>,
     /// Words of tables that need another value.
     pub(super) fixes: Vec<Fix>,
-    /// Damages other than refcounts that are too low and words that can be put right.
+    /// Damage other than low refcounts and words that can be corrected.
     pub(super) damages: u64,
     pub(super) too_low: u64,
-    /// Damages of the snapshot table that are repaired by writing the table again.
+    /// Damage to the snapshot table that writing the table again repairs.
     pub(super) snapshot_damages: u64,
     /// Autoclear bits that the rest of the header contradicts.
     pub(super) false_autoclear: u64,
-    /// The header does not say clearly where the disk's data lies.
+    /// Whether the header contradicts itself about the location of the disk's data.
     pub(super) is_contradictory: bool,
-    /// The refcounts cannot be changed where they are.
+    /// Whether the refcounts cannot be changed in place.
     pub(super) is_unusable: bool,
-    /// Some cluster that is referred to has no refcount block.
+    /// Whether some cluster with references has no refcount block.
     pub(super) lacks_block: bool,
-    /// Some structure's references cannot be counted.
+    /// Whether the references of some structure cannot be counted.
     pub(super) is_incomplete: bool,
 }
 
@@ -102,7 +103,7 @@ impl<'a> Checker<'a> {
         })
     }
 
-    /// Notes a corruption that another word in its place repairs.
+    /// Records a corruption that writing a word repairs.
     pub(super) fn fix(&mut self, fix: Fix, message: String) {
         self.report.corruptions += 1;
         self.say(message);

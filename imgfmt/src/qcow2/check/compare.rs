@@ -1,4 +1,4 @@
-//! Comparing: what was counted with what the refcounts say.
+//! Compares the counted references with the refcounts.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::qcow2::on_disk::refcount::Refcounts;
 
 impl Checker<'_> {
-    /// Compares all refcounts with what was counted, and COPIED bits with the refcounts.
+    /// Compares all refcounts with the counted references, and COPIED bits with the refcounts.
     pub(super) fn compare(&mut self, table: Vec<u64>) -> Result<()> {
         let image = self.image;
         let mut refcounts =
@@ -22,8 +22,8 @@ impl Checker<'_> {
         self.find_wrong_flags(&mut refcounts)
     }
 
-    /// The indexes of refcount blocks that exist or that should, because something refers to a
-    /// cluster they would count.
+    /// The indexes of the refcount blocks that exist, and of those that should, because a cluster
+    /// that they would count has references.
     fn block_indexes(&self, refcounts: &Refcounts) -> BTreeSet<usize> {
         let existing = (0..refcounts.table.len()).filter(|index| refcounts.has_block(*index));
         let mut indexes: BTreeSet<usize> = existing.collect();
@@ -37,7 +37,7 @@ impl Checker<'_> {
         let geometry = self.image.geometry();
         let has_block = refcounts.has_block(index);
         let first = refcounts.first_of_block(index);
-        // Nothing lies past the end of the file that could leak; but a structure may end there.
+        // Clusters past the end of the file cannot leak, but a structure may end there.
         let end = (first + geometry.block_entries()).min(self.file_end + 1);
         let mut wrong = Vec::new();
         let mut last_used = None;
@@ -62,7 +62,7 @@ impl Checker<'_> {
             let message =
                 format!("cluster {} has refcount {is}, should be {should}", cluster.number());
             if should > max {
-                self.damage(format!("{message}, which is more than its refcounts can tell"));
+                self.damage(format!("{message}, which is more than its refcounts can hold"));
                 continue;
             }
             self.say(message);

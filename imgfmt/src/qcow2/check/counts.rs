@@ -1,12 +1,12 @@
-//! How often each cluster of a file is referred to.
+//! The number of references to each cluster of a file.
 
 use std::collections::HashMap;
 
 use crate::qcow2::on_disk::cluster::HostCluster;
 
-/// Clusters of one chunk. Memory is taken for chunks that something refers to.
+/// Clusters of one chunk. Memory is allocated for chunks with references.
 const CHUNK: u64 = 4096;
-/// A count in a chunk that stands for a larger one in a map of its own.
+/// A count in a chunk that means that a larger one is in a separate map.
 const LARGE: u8 = u8::MAX;
 
 /// Counts by cluster: a byte each, because hardly any cluster has more than a few references.
@@ -22,7 +22,7 @@ impl Counts {
         self.change(first, last, |count| count.saturating_add(weight));
     }
 
-    /// Takes one reference away from each of the clusters from `first` to `last`.
+    /// Subtracts one reference from each of the clusters from `first` to `last`.
     pub(super) fn subtract(&mut self, first: HostCluster, last: HostCluster) {
         self.change(first, last, |count| count.saturating_sub(1));
     }
@@ -50,7 +50,7 @@ impl Counts {
         }
     }
 
-    /// How often a cluster is referred to.
+    /// The number of references to a cluster.
     pub(super) fn get(&self, cluster: HostCluster) -> u64 {
         let cluster = cluster.number();
         let counts = self.chunks.get(&(cluster / CHUNK));
@@ -60,12 +60,12 @@ impl Counts {
         }
     }
 
-    /// The last cluster that something refers to.
+    /// The last cluster with references.
     pub(super) fn last(&self) -> Option<HostCluster> {
         self.used().max()
     }
 
-    /// All clusters that something refers to, in no order.
+    /// All clusters with references, in no particular order.
     pub(super) fn used(&self) -> impl Iterator<Item = HostCluster> {
         self.chunks.iter().flat_map(|(chunk, counts)| {
             let numbers = (chunk * CHUNK..).zip(counts.iter());
@@ -101,7 +101,7 @@ impl Counts {
         }
     }
 
-    /// The parts of the file, as first and last cluster, that something refers to.
+    /// The parts of the file with references, as first and last cluster.
     pub(super) fn parts(&self) -> impl Iterator<Item = (HostCluster, HostCluster)> {
         self.chunks.keys().map(|chunk| {
             let first = HostCluster::new(chunk * CHUNK);

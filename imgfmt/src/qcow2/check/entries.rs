@@ -10,7 +10,7 @@ use crate::units::HostOffset;
 /// Reserved bits of an entry that is not compressed.
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
-/// An L2 entry and where it stands.
+/// An L2 entry and its location.
 struct Word {
     word: u64,
     bitmap: u64,
@@ -22,14 +22,14 @@ struct Word {
 #[derive(Default)]
 struct Progress {
     is_active: bool,
-    /// Where the next data cluster lies if there is no fragmentation.
+    /// The offset of the next data cluster, if there is no fragmentation.
     expected_next: Option<HostOffset>,
     /// Data clusters that follow each other, which are counted at once.
     run: Range<HostOffset>,
 }
 
 impl Checker<'_> {
-    /// Counts what the entries of the L2 table at `table` refer to, `weight` times.
+    /// Counts the references of the entries of the L2 table at `table`, `weight` times.
     pub(super) fn count_table(
         &mut self,
         words: &[u64],
@@ -69,7 +69,7 @@ impl Checker<'_> {
         }
         let place = self.image.mapping.format.compressed_place(word);
         if place.offset.bytes() >> 56 != 0 {
-            return self.damage(format!("a compressed cluster lies beyond all bounds ({word:#x})"));
+            return self.damage(format!("a compressed cluster is out of bounds ({word:#x})"));
         }
         self.add(place.offset, place.length, entry.weight, "a compressed cluster");
         self.report.allocated_clusters += u64::from(is_active);
@@ -111,7 +111,7 @@ impl Checker<'_> {
             let holds_data = if geometry.extended_l2 { data != 0 } else { !is_zero };
             match holds_data {
                 true => self.damage(message),
-                // Nothing lies there yet: the cluster reads as zero without it.
+                // The file ends before it: the cluster reads as zero without it.
                 false => {
                     let new = word & !(OFFSET_MASK | COPIED);
                     return self.fix(Fix { place: entry.place, new, sets_copied: false }, message);
@@ -151,7 +151,7 @@ impl Checker<'_> {
             let last = geometry.host_cluster(HostOffset::new(run.end.bytes() - 1));
             return self.counts.add(first, last, weight);
         }
-        // Each one that cannot be is a damage.
+        // Report each invalid cluster.
         for host in first.up_to(end).map(|cluster| geometry.host_offset(cluster)) {
             self.add(host, geometry.cluster_size(), weight, "a data cluster");
         }

@@ -48,7 +48,7 @@ impl Checker<'_> {
         let image = self.image;
         let geometry = image.geometry();
         let block_entries = geometry.block_entries();
-        // Neighbours are counted by the same block most of the time.
+        // Neighbours are usually counted by the same block.
         let mut first = HostCluster::new(u64::MAX);
         let mut block = BlockView::default();
         for (index, entry) in words.chunks_exact(geometry.entry_words()).enumerate() {

@@ -1,4 +1,4 @@
-//! The right refcounts, after everything was counted.
+//! The correct refcounts, after everything was counted.
 
 use super::counts::Counts;
 use crate::error::Result;
@@ -6,7 +6,7 @@ use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::refcount::Refcounts;
 
-/// The right refcounts.
+/// The correct refcounts.
 pub(super) struct Plan {
     pub(super) counts: Counts,
     pub(super) structure: Vec<(HostCluster, HostCluster)>,
@@ -14,7 +14,7 @@ pub(super) struct Plan {
     pub(super) file_length: u64,
     /// The first cluster after the end of the file.
     pub(super) file_end: HostCluster,
-    /// Not everything could be counted: no refcount is lowered.
+    /// Whether not everything could be counted: then no refcount is lowered.
     pub(super) is_incomplete: bool,
 }
 

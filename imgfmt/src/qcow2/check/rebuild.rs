@@ -1,8 +1,8 @@
 //! Rebuilding: a new refcount table with new blocks, in unused clusters.
 //!
-//! Everything new is written to clusters to which nothing refers, not even from an entry that points
-//! past the end of the file, and is synced; then one write of the header switches over. Whenever
-//! that is interrupted the old refcounts are there or the new ones, and nothing else has changed.
+//! The new structures are written to clusters without references (entries that point past the end
+//! of the file count as well) and synced. Then one write of the header switches over. If that is
+//! interrupted, the old refcounts are valid or the new ones, and nothing else has changed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,7 +21,7 @@ use crate::units::HostOffset;
 
 const TABLE_BYTES_MAX: u64 = 8 << 20;
 
-/// Where the new structure goes, in clusters.
+/// The layout of the new structures, in clusters.
 struct Layout {
     table: HostCluster,
     table_clusters: u64,
@@ -32,9 +32,9 @@ struct Layout {
 /// The part of the file from which clusters are taken.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Room {
-    /// After the end of the file.
+    /// After the end of the file, which grows.
     AfterEnd,
-    /// Within the file: where it cannot grow.
+    /// Within the file, if it cannot grow.
     Within,
 }
 
@@ -42,7 +42,7 @@ enum Room {
 pub(super) struct Rebuild<'a> {
     metadata: &'a MetadataFile,
     clusters: &'a Clusters,
-    /// With the width that the new refcounts have.
+    /// The geometry with the new width of refcounts.
     geometry: Geometry,
     plan: Plan,
 }
@@ -53,7 +53,7 @@ impl<'a> Rebuild<'a> {
         geometry: Geometry,
         mut plan: Plan,
     ) -> Self {
-        // The old refcounts do not count: their places are only not to be written.
+        // The old refcounts have no references any more; their places only must not be overwritten.
         for (first, last) in &plan.structure {
             plan.counts.subtract(*first, *last);
         }
@@ -62,13 +62,13 @@ impl<'a> Rebuild<'a> {
         Self { metadata, clusters, geometry, plan }
     }
 
-    /// Refuses a width of refcounts that cannot tell how many references a cluster has.
+    /// Refuses a width of refcounts that is too small for the references of a cluster.
     pub(super) fn refuse_too_narrow(&self) -> Result<()> {
         let max = self.geometry.refcount_max();
         let counts = &self.plan.counts;
         if counts.used().any(|cluster| counts.get(cluster) > max) {
             let detail = format!(
-                "a cluster has more references than refcounts of {} bits can tell; delete snapshots \
+                "a cluster has more references than refcounts of {} bits can hold; delete snapshots \
                  first, or choose more bits",
                 self.geometry.refcount_bits()
             );
@@ -91,8 +91,8 @@ impl<'a> Rebuild<'a> {
             Ok(layout) => Ok(layout),
             Err(error) => {
                 self.cut_back();
-                // A device does not grow, nor does a file on a full disk. What was not counted may
-                // be anywhere within.
+                // A device cannot grow, nor can a file on a full disk. References that were not
+                // counted may be anywhere within.
                 if error.kind() != ErrorKind::NoSpace || self.plan.is_incomplete {
                     return Err(error);
                 }
@@ -103,11 +103,11 @@ impl<'a> Rebuild<'a> {
         }
     }
 
-    /// Cuts the file back to its former length, so that the image is as it was.
+    /// Truncates the file to its former length, so that the image is unchanged.
     fn cut_back(&self) {
         let length = self.plan.file_length;
         if self.metadata.file.len().is_ok_and(|now| now > length) {
-            // What stays past the end is room that nothing refers to.
+            // If that fails, the part past the end is only unused.
             let _ = self.metadata.file.set_len(length);
         }
     }
@@ -182,7 +182,7 @@ impl<'a> Rebuild<'a> {
         })
     }
 
-    /// Makes the header name the new table and its width, and everything in memory too.
+    /// Switches the header, and the state in memory, to the new table and its width.
     fn switch_to(&self, layout: &Layout) -> Result<()> {
         let offset = self.geometry.host_offset(layout.table);
         let clusters = layout.table_clusters as u32;
@@ -193,7 +193,7 @@ impl<'a> Rebuild<'a> {
         if order == self.metadata.header().geometry.refcount_order {
             self.metadata.write_header(field::REFCOUNT_TABLE_OFFSET, &fields)?;
         } else {
-            // Both at once: up to the width everything lies in one sector.
+            // Both at once: these fields are in one sector.
             self.metadata.edit_header(|file, _| {
                 let length = field::REFCOUNT_ORDER - field::REFCOUNT_TABLE_OFFSET;
                 let mut between = vec![0; length as usize];
@@ -216,7 +216,7 @@ impl<'a> Rebuild<'a> {
     }
 }
 
-/// Clusters to which nothing refers, in order.
+/// Clusters without references, in order.
 struct Free<'a> {
     plan: &'a Plan,
     room: Room,
@@ -224,7 +224,7 @@ struct Free<'a> {
 }
 
 impl Free<'_> {
-    /// The first of `count` clusters next to each other.
+    /// The first of `count` contiguous clusters.
     fn take_run(&mut self, count: u64) -> Result<HostCluster> {
         let mut first = self.next;
         let mut cluster = first;
@@ -244,7 +244,8 @@ impl Free<'_> {
         Ok(first)
     }
 
-    /// If something refers to this cluster, up to which one at least the same is so.
+    /// If this cluster has references, the last of the clusters after it that are known to have
+    /// some too.
     fn occupied_up_to(&self, cluster: HostCluster) -> Option<HostCluster> {
         let within = |ranges: &[(HostCluster, HostCluster)]| {
             let number = ranges.partition_point(|(first, _)| *first <= cluster);
@@ -272,11 +273,11 @@ fn merged(mut ranges: Vec<(HostCluster, HostCluster)>) -> Vec<(HostCluster, Host
 }
 
 fn no_room() -> Error {
-    let detail = "the file has no room for new refcounts, and cannot grow";
+    let detail = "the file has no space for new refcounts, and cannot grow";
     Error::new(ErrorKind::NoSpace, "rebuild the refcounts of", detail)
 }
 
 fn too_large() -> Error {
-    let detail = "the file is larger than its refcounts can tell";
+    let detail = "the file is larger than its refcounts can describe";
     Error::new(ErrorKind::NoSpace, "rebuild the refcounts of", detail)
 }

@@ -1,4 +1,4 @@
-//! What a check is asked to do, and what it found.
+//! The options and the results of a check.
 
 /// The permitted repairs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -6,7 +6,7 @@ pub enum Repair {
     /// None: the image is only read.
     #[default]
     None,
-    /// Refcounts that are too high, if nothing else is wrong: otherwise nothing is written.
+    /// Refcounts that are too high. If anything else is wrong, nothing is written.
     Leaks,
     /// All possible ones.
     All,
@@ -38,13 +38,13 @@ pub struct CheckReport {
     pub messages: Vec<String>,
 }
 
-/// What is done about what a check found.
+/// The reaction to the findings of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::qcow2) enum Mode {
     Look,
     Leaks,
     All,
-    /// When an image that was not closed properly is opened for writing: refcounts and COPIED bits,
-    /// and nothing at all if anything else is wrong.
+    /// For opening an image for writing that was not closed properly: repairs refcounts and COPIED
+    /// bits, or nothing if anything else is wrong.
     Automatic,
 }

@@ -1,4 +1,4 @@
-//! Counting: from the header to every structure that it leads to.
+//! Counts references, from the header to every structure that it leads to.
 
 use std::collections::HashSet;
 
@@ -12,19 +12,19 @@ use crate::units::HostOffset;
 
 const L1_RESERVED: u64 = !(COPIED | OFFSET_MASK);
 const REFCOUNT_TABLE_RESERVED: u64 = 511;
-/// More references to places past the end of the file than this are not remembered one by one.
+/// The maximum number of references past the end of the file that are stored one by one.
 const BEYOND_MAX: usize = 1 << 20;
 
 impl Checker<'_> {
-    /// Counts the clusters that `length` bytes at `offset` touch, `weight` times. Whether they lie
-    /// in the file; the last cluster of a file may be cut short.
+    /// Counts the clusters that `length` bytes at `offset` touch, `weight` times. Returns whether
+    /// they are in the file; the last cluster of a file may be cut short.
     pub(super) fn add(&mut self, offset: HostOffset, length: u64, weight: u64, what: &str) -> bool {
         if length == 0 {
             return true;
         }
         let geometry = self.image.geometry();
         let Some(last) = offset.checked_add(length - 1) else {
-            self.damage(format!("{what} at {offset} goes beyond all bounds"));
+            self.damage(format!("{what} at {offset} is out of bounds"));
             return false;
         };
         let clusters = (geometry.host_cluster(offset), geometry.host_cluster(last));
@@ -38,12 +38,12 @@ impl Checker<'_> {
         true
     }
 
-    /// Remembers what must not be given to anything else although it is not in the file.
+    /// Records clusters that must not be allocated although they are not in the file.
     fn note_beyond(&mut self, first: HostCluster, last: HostCluster) {
         if last < self.file_end {
             return;
         }
-        // The last place stands for all that follow.
+        // The last one stands for all that follow.
         match self.beyond.len() < BEYOND_MAX {
             true => self.beyond.push((first, last)),
             false => {
@@ -68,7 +68,7 @@ impl Checker<'_> {
         self.count_refcount_structure()
     }
 
-    /// Counts what the present state of the disk and its snapshots refer to, and the header.
+    /// Counts the references of the header, the present state of the disk, and its snapshots.
     pub(super) fn count_disk(&mut self) -> Result<()> {
         let image = self.image;
         let (header, geometry) = (image.metadata.header(), image.geometry());
@@ -96,7 +96,7 @@ impl Checker<'_> {
         self.count_tables()
     }
 
-    /// Notes what the feature bits say that the rest of the header contradicts.
+    /// Records feature bits that contradict the rest of the header.
     fn find_contradictions(&mut self) {
         for found in self.image.metadata.header().contradictions() {
             self.report.corruptions += 1;
@@ -108,7 +108,7 @@ impl Checker<'_> {
         }
     }
 
-    /// Notes which L2 tables an L1 table names.
+    /// Records the L2 tables that an L1 table names.
     fn note_tables(
         &mut self,
         l1_offset: HostOffset,
@@ -151,7 +151,7 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// Counts the L2 tables, and what they refer to as often as they are referred to.
+    /// Counts the L2 tables, and their references as often as the table itself is referenced.
     fn count_tables(&mut self) -> Result<()> {
         let image = self.image;
         let geometry = image.geometry();
@@ -175,20 +175,20 @@ impl Checker<'_> {
     /// Starts to read a table or block that will be needed soon.
     pub(super) fn read_ahead(&self, offset: Option<HostOffset>) {
         if let Some(offset) = offset {
-            // Only to save time: what is wrong there shows when it is read.
+            // Only to save time: errors show when the table is read.
             let length = self.image.geometry().cluster_size();
             let _ = self.image.metadata.file.readahead(offset, length);
         }
     }
 
-    /// Counts the refcount table and its blocks, after everything else. If anything else refers to
-    /// one of their clusters, or they cannot be where they are said to be, refcounts are unusable.
+    /// Counts the refcount table and its blocks, after everything else. If one of their clusters
+    /// has another reference or an invalid place, the refcounts are unusable.
     fn count_refcount_structure(&mut self) -> Result<Vec<u64>> {
         let image = self.image;
         let (header, geometry) = (image.metadata.header(), image.geometry());
         let table_length = u64::from(header.refcount_table_clusters) << geometry.cluster_bits;
         if table_length == 0 {
-            self.damage("the header names no refcount table that could be used".into());
+            self.damage("the header names no usable refcount table".into());
             self.is_unusable = true;
             return Ok(Vec::new());
         }
@@ -213,7 +213,7 @@ impl Checker<'_> {
                 self.is_unusable = true;
             } else if entry < self.file_length && self.file_length - entry < geometry.cluster_size()
             {
-                // What is missing is not zero: it would say that clusters in use are free.
+                // The missing part is not taken as zero, which would mark clusters in use as free.
                 self.damage(format!(
                     "a refcount block at {entry} is cut off by the end of the file"
                 ));

@@ -1,13 +1,13 @@
 //! Compressed clusters, in both kinds of compression.
 //!
-//! The output is exactly one cluster, whatever the input claims; a stream that yields less is
-//! damaged, and one that could yield more is cut, because the last sector may hold garbage.
+//! The output is exactly one cluster. A stream that yields less is damaged, and one that could
+//! yield more is cut off, because the last sector may contain garbage.
 
 use std::io::Read;
 
 use crate::qcow2::on_disk::header::Compression;
 
-/// Decompresses one cluster into `cluster`; the error says what was wrong.
+/// Decompresses one cluster into `cluster`; the error describes the damage.
 pub(crate) fn decompress(
     compression: Compression,
     input: &[u8],
@@ -54,7 +54,7 @@ pub(crate) fn compress(compression: Compression, cluster: &[u8]) -> Option<Vec<u
     let limit = cluster.len().saturating_sub(512);
     let output = match compression {
         Compression::Zlib => {
-            // Other readers may inflate with the 4 KiB window that QEMU's writer uses.
+            // Other readers may decompress with the 4 KiB window that QEMU's writer uses.
             let level = flate2::Compression::default();
             let mut deflater = flate2::Compress::new_with_window_bits(level, false, 12);
             let mut output = vec![0; limit];

@@ -1,5 +1,5 @@
-//! Copy on write: when a part of a cluster is written to a new place, the old content around it moves
-//! along.
+//! Copy on write: when a part of a cluster is written to a new place, the old content around it is
+//! copied.
 
 use crate::error::Result;
 use crate::mapping::Holes;
@@ -11,16 +11,16 @@ use crate::storage::TryRead;
 use crate::units::HostOffset;
 use crate::zero::is_zero;
 
-/// Up to this many new bytes, one read covers the old content on both sides of them in place of two.
+/// Up to this many new bytes, one read instead of two covers the old content on both sides.
 const READ_OVER_BYTES: usize = 16 << 10;
 
-/// Old bytes that are not written with new ones are copied in pieces of this size.
+/// Old bytes that are not written with new ones are copied in pieces of this size, in bytes.
 const COPY_BYTES: u64 = 1 << 20;
 
 impl Qcow2 {
-    /// Finds out what the old content around `new` is, the part of the data that `plan` is about.
-    /// Returns false if that takes reading from a disk and only what is in memory may be used. The
-    /// caller holds the stripe of the plan's cluster.
+    /// Finds the old content around `new`, which is the plan's part of the data. Returns false if
+    /// that needs a read from a disk and `lookup` forbids it. The caller holds the stripe of the
+    /// plan's cluster.
     pub(in crate::qcow2) fn gather_old(
         &self,
         plan: &mut Plan,
@@ -43,7 +43,7 @@ impl Qcow2 {
         Ok(is_complete)
     }
 
-    /// Whether the mapping alone says that the old content is zero.
+    /// Whether the old content is zero according to the mapping.
     fn is_mapped_zero(&self, plan: &Plan, fill: &Fill) -> bool {
         let mask = self.geometry().subcluster_mask(fill.start, fill.end);
         if plan.old.compressed.is_some() || plan.old.allocated & mask != 0 {
@@ -53,7 +53,7 @@ impl Qcow2 {
         plan.old.zero & mask == mask || (plan.guest_start + fill.start).bytes() >= backing_size
     }
 
-    /// Reads the old bytes that are written along with new ones.
+    /// Reads the old bytes that are written together with new ones.
     fn merge(
         &self,
         plan: &mut Plan,
@@ -65,7 +65,7 @@ impl Qcow2 {
         let mut merged = Merged { start, bytes: vec![0; (end - start) as usize] };
         let old = |fill: &&Fill| fill.old == Old::Merged;
         if fills.iter().filter(old).count() > 1 && new.len() <= READ_OVER_BYTES {
-            // What lies between is read as well: one call is cheaper than two.
+            // The bytes between are read as well: one call is cheaper than two.
             if !self.read_old(plan, &mut merged, start, end, lookup)? {
                 return Ok(false);
             }
@@ -111,7 +111,7 @@ impl Qcow2 {
         host: HostOffset,
         data: &[u8],
     ) -> Result<()> {
-        // Where the file has never been there are zeroes already.
+        // A never written part of the file reads as zero already.
         let missing = || plan.fill.iter().filter(|it| it.old != Old::Zero || !plan.never_written);
         for fill in missing().filter(|fill| !fill.is_merged(plan)) {
             self.copy_old(plan, host, fill)?;
@@ -154,7 +154,7 @@ impl Qcow2 {
     }
 }
 
-/// From where to where a plan's new bytes reach together with `fills`, which touch them; offsets
+/// The start and the end of a plan's new bytes together with `fills`, which touch them; offsets
 /// within the cluster.
 fn span_with<'a>(plan: &Plan, fills: impl Iterator<Item = &'a Fill>) -> (u64, u64) {
     fills

@@ -6,19 +6,19 @@ use crate::storage::ZeroMode;
 /// The kind of erasure of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Erase {
-    /// They must read as zero.
+    /// The clusters must read as zero.
     Zero(ZeroMode),
     /// Their content is no longer needed.
     Discard,
-    /// Those that say "zero" hold nothing any more, which reads the same: there is no backing file.
+    /// Zero clusters become unallocated, which reads the same: there is no backing file.
     Forget,
 }
 
-/// What the entries of an image can say.
+/// The kinds of entries that an image can have.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct EraseRules {
     pub(super) format: EntryFormat,
-    /// Clusters that are not allocated may show a backing file, now or when the image is opened the
+    /// Whether unallocated clusters may show a backing file, now or when the image is opened the
     /// next time.
     pub(super) names_backing: bool,
 }
@@ -29,19 +29,19 @@ impl EraseRules {
         self.format.version >= 3 || !self.names_backing
     }
 
-    /// Whether written zeroes need an entry in this layer: another backing file may be put under it
-    /// later, and must not show. As in QEMU, version
-    /// 2 has no entry for that.
+    /// Whether written zeroes need an entry in this layer: it may get another backing file later,
+    /// which must not show. As in QEMU, version 2 has no entry for that.
     pub(super) fn marks_zeroes(self) -> bool {
         self.format.version >= 3
     }
 
-    /// Whether nothing needs to be noted where this layer has nothing: it reads as zero already.
+    /// Whether unallocated clusters may stay so: they read as zero already.
     pub(super) fn may_stay_empty(self, what: Erase) -> bool {
         !self.names_backing && (!matches!(what, Erase::Zero(_)) || !self.marks_zeroes())
     }
 
-    /// What becomes of a cluster when some of its subclusters are erased; `None` if nothing does.
+    /// The new state of a cluster when some of its subclusters are erased; `None` if nothing
+    /// changes.
     pub(super) fn erased(self, old: Cluster, mask: u32, what: Erase) -> Option<Cluster> {
         let all = self.format.geometry.all_subclusters();
         if what == Erase::Forget {
@@ -57,7 +57,7 @@ impl EraseRules {
             return None;
         }
         if self.format.version < 3 {
-            // No zero flag, and no backing file: an entry of nothing reads as zero.
+            // Without the zero flag and without a backing file, an unallocated entry reads as zero.
             return (!is_empty).then(Cluster::default);
         }
         let zero = old.zero | mask;

@@ -1,4 +1,4 @@
-//! The plan of a write to one cluster: where it goes, and which old content is copied along.
+//! The plan of a write to one cluster: its destination, and the old content that is copied with it.
 
 use crate::error::Result;
 use crate::qcow2::map::mapping_tables::MappingTables;
@@ -20,13 +20,13 @@ pub(in crate::qcow2) struct Plan {
     pub(in crate::qcow2) old: Cluster,
     pub(in crate::qcow2) new: Cluster,
     pub(in crate::qcow2) fill: Vec<Fill>,
-    /// The new bytes and old ones on both sides, if there are any to write along.
+    /// The new bytes and old ones on both sides, if there are any to write with them.
     pub(in crate::qcow2) merged: Option<Merged>,
-    /// The new place reads as zero: the file has never been there.
+    /// Whether the new place reads as zero because the file was never written there.
     pub(in crate::qcow2) never_written: bool,
 }
 
-/// A part of a new cluster that is not written but must hold what the old one showed.
+/// A part of a new cluster that is not written but must have the old content.
 #[derive(Debug)]
 pub(in crate::qcow2) struct Fill {
     /// Offsets within the cluster.
@@ -35,28 +35,28 @@ pub(in crate::qcow2) struct Fill {
     pub(in crate::qcow2) old: Old,
 }
 
-/// What a [`Fill`] holds.
+/// The content of a [`Fill`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::qcow2) enum Old {
     /// Zeroes.
     Zero,
     /// Bytes that are in the plan's [`Merged`].
     Merged,
-    /// Too much to keep in memory, or not looked at yet.
+    /// Too much to keep in memory, or not examined yet.
     Large,
 }
 
 /// New bytes with old ones around them, to be written at once.
 #[derive(Debug)]
 pub(in crate::qcow2) struct Merged {
-    /// Where `bytes` begins, as an offset within the cluster.
+    /// The offset of `bytes` within the cluster.
     pub(super) start: u64,
     pub(super) bytes: Vec<u8>,
 }
 
 impl MappingTables {
-    /// Decides cluster for cluster where the bytes of a range go, which lies in one table of a disk
-    /// of `size` bytes.
+    /// Decides for each cluster where the bytes of a range go. The range is within one table of a
+    /// disk of `size` bytes.
     pub(super) fn plan(&self, table: &Table, range: GuestRange, size: u64) -> Result<Vec<Plan>> {
         let geometry = self.geometry();
         let mut plans = Vec::new();
@@ -85,8 +85,9 @@ impl Plan {
         span(self.guest_start + self.from, self.guest_start + self.to)
     }
 
-    /// Decides for one cluster where the bytes from `from` to `to` go and what must come along. A
-    /// new place is reserved later: `host` is `None` until then. Bytes from `limit` on belong to no data.
+    /// Decides for one cluster where the bytes from `from` to `to` go and what must be copied with
+    /// them. A new place is reserved later: `host` is `None` until then. Bytes from `limit` on are
+    /// not data.
     fn of_cluster(
         geometry: Geometry,
         guest_start: GuestOffset,
@@ -149,7 +150,7 @@ impl Fill {
         self.end - self.start
     }
 
-    /// Whether it is written together with the new bytes.
+    /// Whether this is written together with the new bytes.
     pub(super) fn is_merged(&self, plan: &Plan) -> bool {
         (self.end == plan.from || self.start == plan.to) && self.length() <= MERGE_BYTES
     }

@@ -1,4 +1,4 @@
-//! Allocating all clusters of a new image beforehand.
+//! Preallocates all clusters of a new image.
 
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::Reserved;
@@ -8,8 +8,8 @@ use crate::qcow2::on_disk::l2::Cluster;
 use crate::units::{GuestOffset, HostOffset};
 
 impl Qcow2 {
-    /// Gives every cluster a place, in order, without writing data. Only for an empty image in a
-    /// new file or on a device that was zeroed, whose places all read as zero.
+    /// Allocates every cluster, in order, without writing data. Only for an empty image in a new
+    /// file or on a device that was zeroed, where all clusters read as zero.
     pub(crate) fn preallocate(&self) -> Result<()> {
         let geometry = self.geometry();
         let (mut position, disk_end) = (GuestOffset::new(0), GuestOffset::new(self.size));

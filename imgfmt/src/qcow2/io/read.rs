@@ -10,7 +10,7 @@ use crate::qcow2::io::compress;
 use crate::qcow2::on_disk::l2::{Compressed, Subcluster};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
-/// The effort of finding a piece besides its entries, in entries.
+/// The cost of finding a mapped range, in addition to its entries, in entries.
 const EFFORT_OF_PIECE: u64 = 1;
 
 impl Qcow2 {
@@ -47,7 +47,7 @@ impl Qcow2 {
         Ok(Mapped::Complete)
     }
 
-    /// Holes of the file count only where clusters were allocated before they were written.
+    /// Looks for holes of the file only where clusters were preallocated.
     fn map_stored(
         &self,
         range: GuestRange,
@@ -75,7 +75,7 @@ impl Qcow2 {
     ) -> Result<()> {
         let geometry = self.geometry();
         let mut start = geometry.in_cluster(guest) as usize;
-        // Several clusters with the same entry follow each other only in a damaged image.
+        // Only a damaged image has consecutive clusters with the same entry.
         for part in buffer.chunks_mut(geometry.cluster_size() as usize - start) {
             let cluster = self.decompressed(Compressed { offset, length }, guest)?;
             part.copy_from_slice(&cluster[start..start + part.len()]);

@@ -24,7 +24,7 @@ impl Qcow2 {
         let mut rest = data;
         let mut position = offset;
         while !rest.is_empty() {
-            // Steps end at multiples of their size, so each lies within one slice of an L2 table.
+            // Steps end at multiples of their size, so each is within one slice of an L2 table.
             let length = (step - position.bytes() % step).min(rest.len() as u64);
             let (part, behind) = rest.split_at(length as usize);
             self.write_step(position, part, Lookup::MayRead)?;
@@ -52,14 +52,14 @@ impl Qcow2 {
         self.write_step(offset, data, Lookup::CachedOnly)
     }
 
-    /// Writes all of `data` in place if every cluster allows it; else writes nothing.
+    /// Writes all of `data` in place if every cluster allows it; otherwise writes nothing.
     pub(in crate::qcow2) fn write_in_place(
         &self,
         start: GuestOffset,
         data: &[u8],
         lookup: Lookup,
     ) -> Result<bool> {
-        // As long as it is held, the clusters found below are not reused.
+        // While it is held, the clusters found below are not reused.
         let _lease = self.clusters.lease_to_write()?;
         let mut segments = Vec::new();
         if !self.mapping.find_in_place(range_of(start, data), lookup, &mut segments)? {
@@ -71,9 +71,10 @@ impl Qcow2 {
         Ok(true)
     }
 
-    /// Finds where all of a range can be written in place, if it is one place that is known in memory.
+    /// Finds the place where all of a range can be written, if it is one place that metadata in
+    /// memory shows.
     pub(in crate::qcow2) fn map_in_place(&self, range: GuestRange) -> Result<Option<WriteMap>> {
-        // Noted before anything is looked up, as for every change.
+        // Recorded before any lookup, like every change.
         let Ok(recorded) = self.bitmaps.try_before_change_elsewhere(range) else {
             return Ok(None);
         };
@@ -87,8 +88,9 @@ impl Qcow2 {
         Ok(map.map(|map| map.with(recorded, lease)))
     }
 
-    /// Writes data that lies within one slice of an L2 table, whatever its clusters are. Returns false,
-    /// with nothing changed, if `lookup` allows only what is in memory and that does not suffice.
+    /// Writes data that is within one slice of an L2 table, for clusters of all kinds. Returns
+    /// false, with nothing changed, if `lookup` allows only metadata in memory and that does not
+    /// suffice.
     fn write_step(&self, start: GuestOffset, data: &[u8], lookup: Lookup) -> Result<bool> {
         let geometry = self.geometry();
         let range = range_of(start, data);
@@ -128,8 +130,8 @@ impl Qcow2 {
         Ok(true)
     }
 
-    /// Gives every plan that needs one a new cluster, next to each other where possible. Returns
-    /// false if that takes metadata that is not in memory and may not be read.
+    /// Reserves a new cluster for every plan that needs one, contiguous if possible. Returns false
+    /// if that needs metadata that is not in memory and may not be read.
     fn reserve_for(
         &self,
         plans: &mut [Plan],
@@ -141,7 +143,7 @@ impl Qcow2 {
         let mut at_hand = Reserved::nothing();
         for plan in plans.iter_mut().filter(|plan| plan.new.host.is_none()) {
             if self.mapping.format.has_data_file {
-                // Data has the same place in a data file as on the disk.
+                // Offsets in a data file are those of the disk.
                 plan.new.host = Some(HostOffset::new(plan.guest_start.bytes()));
                 continue;
             }
@@ -187,17 +189,17 @@ impl Qcow2 {
     }
 }
 
-/// The range of the disk that `data` from `start` on fills.
+/// The range of the disk for `data` at `start`.
 fn range_of(start: GuestOffset, data: &[u8]) -> GuestRange {
     span(start, start + data.len() as u64)
 }
 
-/// The part of `data`, which is for the disk from `start` on, that a range within it gets.
+/// The part of `data`, which begins at `start` of the disk, for a range within it.
 fn part_of(data: &[u8], start: GuestOffset, range: GuestRange) -> &[u8] {
     &data[(range.offset() - start) as usize..(range.end() - start) as usize]
 }
 
-/// See [`STEP_BYTES`]. A step lies within one slice of an L2 table.
+/// See [`STEP_BYTES`]. A step is within one slice of an L2 table.
 fn step_bytes(mapping: &MappingTables) -> u64 {
     STEP_BYTES.max(mapping.geometry().cluster_size()).min(mapping.slices.coverage())
 }

@@ -1,7 +1,7 @@
 //! Writing compressed clusters.
 //!
-//! They are packed one after the other, without regard to clusters, so that several share one; the
-//! refcount of a cluster of the file counts each compressed cluster that touches it.
+//! They are stored one after the other, without alignment, so that several share a cluster of the
+//! file; its refcount counts each compressed cluster that touches it.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::alloc::allocator::Allocator;
@@ -26,7 +26,7 @@ impl Qcow2 {
         let length = geometry.cluster_size().min(self.size - start);
         if geometry.in_cluster(offset) != 0 || data.len() as u64 != length {
             let detail = format!(
-                "compressed data is written in whole clusters of {} bytes",
+                "compressed data is written in complete clusters of {} bytes",
                 geometry.cluster_size()
             );
             return Err(Error::new(ErrorKind::InvalidInput, "write to", detail).at(start));
@@ -55,7 +55,7 @@ impl Qcow2 {
         let offset = self.clusters.allocate(self, |allocator| {
             let offset = allocator.reserve_bytes(length)?;
             self.commits.changes.note();
-            // Still locked: the bytes after these are not in use yet.
+            // The allocator is still locked: the bytes after these are not in use yet.
             if let Err(error) = self.end_with_sector(offset + length) {
                 allocator.release_bytes(offset, length);
                 return Err(self.metadata.io("write to", error, start));
@@ -77,8 +77,8 @@ impl Qcow2 {
         self.mapping.commit(&table, &[Change { guest: start, cluster: new }], &freed)
     }
 
-    /// Makes the file cover the whole sector in which compressed bytes end: an entry counts sectors,
-    /// and other readers read all of them.
+    /// Extends the file to the end of the sector in which compressed bytes end: an entry counts
+    /// sectors, and other readers read all of them.
     fn end_with_sector(&self, end: HostOffset) -> std::io::Result<()> {
         let sector_end = end.round_up(512).bytes();
         if sector_end == end.bytes() || self.metadata.file.len()? >= sector_end {

@@ -1,4 +1,4 @@
-//! Zeroes and discards: changes of the mapping that move no data.
+//! Zeroes and discards: changes of the mapping without data.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind, ExtentList};
@@ -19,11 +19,11 @@ const CLUSTERS_MAX: u64 = 8192;
 /// The state of a part of a subcluster before it is zeroed.
 #[derive(Clone, Copy, Debug)]
 enum Edge {
-    /// It reads as zero, and this layer says so.
+    /// It reads as zero because of an entry in this layer.
     Zero,
-    /// This layer has nothing there, and the rest of the subcluster reads as zero.
+    /// This layer has no content there, and the rest of the subcluster reads as zero.
     Nothing(Cluster),
-    /// Only by writing it can be made zero.
+    /// It can be made zero only by writing.
     Data,
 }
 
@@ -56,8 +56,8 @@ impl Qcow2 {
         edges.into_iter().try_for_each(|edge| self.zero_edge(edge))
     }
 
-    /// The subclusters that lie wholly in a range. The end of the disk may lie within one: bytes
-    /// after it belong to no data.
+    /// The subclusters that are completely in a range. The end of the disk may be within one: bytes
+    /// after it are not data.
     fn whole_subclusters(&self, range: GuestRange) -> GuestRange {
         let unit = self.geometry().subcluster_size();
         let end = match range.end().bytes() == self.size {
@@ -77,8 +77,8 @@ impl Qcow2 {
         if inner.is_empty() { Ok(()) } else { self.erase(inner, Erase::Discard) }
     }
 
-    /// Makes every cluster that says "zero" one that version 2 can have: one with nothing, or one with zeroes
-    /// as data where a backing file would show. There must be neither subclusters nor a data file.
+    /// Converts every zero cluster to a kind that version 2 has: unallocated, or zeroes as data
+    /// where a backing file would show. There must be neither subclusters nor a data file.
     pub(crate) fn expand_zeroes(&self) -> Result<()> {
         if !self.names_backing() {
             let end = self.size.next_multiple_of(self.geometry().cluster_size());
@@ -106,12 +106,13 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// How entries of this image can express zeroes.
+    /// The rules for zeroes in entries of this image.
     fn erase_rules(&self) -> EraseRules {
         EraseRules { format: self.mapping.format, names_backing: self.names_backing() }
     }
 
-    /// Zeroes a range in which no subcluster lies wholly, or any range if no entry can say "zero".
+    /// Zeroes a range that contains no complete subcluster, or any range if no entry can mean
+    /// "zero".
     fn zero_edge(&self, edge: GuestRange) -> Result<()> {
         let unit = self.geometry().subcluster_size();
         let zeroes = vec![0; edge.length().min(unit) as usize];
@@ -124,10 +125,10 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Makes a part of a subcluster zero if that takes no data; returns whether it is.
+    /// Makes a part of a subcluster zero if that needs no data; returns whether it did.
     fn mark_edge(&self, part: GuestRange) -> Result<bool> {
         let geometry = self.geometry();
-        // Keeps other writers from the subcluster between the look and the mark.
+        // Keeps other writers out of the subcluster between the examination and the change.
         let first = geometry.guest_cluster(part.offset());
         let _stripes = self.clusters.lock(first, 1, Lookup::MayRead);
         match self.look_at_edge(part)? {
@@ -165,7 +166,8 @@ impl Qcow2 {
             Subcluster::Compressed(_) => Ok(Edge::Data),
             Subcluster::Stored(_) => self.is_zero_here(part).map(zero_or_data),
             Subcluster::Unallocated => {
-                // What is zeroed may be anything now, if the rest of the subcluster is zero.
+                // The part to be zeroed may have any content, if the rest of the subcluster is
+                // zero.
                 let whole = start.round_down(unit);
                 let is_zero = self.is_zero_below(span(whole, start))?
                     && self.is_zero_below(span(part.end(), whole + unit))?;
@@ -186,20 +188,20 @@ impl Qcow2 {
         Ok(is_zero_until(&list.into_vec(), inside.end()))
     }
 
-    /// Whether a range reads as zero already, and will whatever lies below this layer.
+    /// Whether a range reads as zero already, regardless of the layers below this one.
     fn is_zero_here(&self, range: GuestRange) -> Result<bool> {
         let mut list = ExtentList::new(EXTENTS_OF_ZEROES);
         extents(self, range, &mut list)?;
         let found = list.into_vec();
-        // See [`EraseRules::marks_zeroes`] about the second.
+        // For the second condition see [`EraseRules::marks_zeroes`].
         let is_here = |extent: &Extent| extent.depth == 1 || !self.names_backing();
         Ok(is_zero_until(&found, range.end()) && found.iter().all(is_here))
     }
 
-    /// Erases a range of whole subclusters, slice by slice of the tables.
+    /// Erases a range of complete subclusters, one slice of the tables at a time.
     fn erase(&self, range: GuestRange, what: Erase) -> Result<()> {
         let geometry = self.geometry();
-        // Both are powers of two, so each step lies within one slice of a table.
+        // Both are powers of two, so each step is within one slice of a table.
         let step = self.mapping.slices.coverage().min(CLUSTERS_MAX << geometry.cluster_bits);
         for part in parts_of(range, step) {
             self.flusher().relieve_pressure()?;

@@ -1,5 +1,4 @@
-//! All references below an L1 table: for snapshots, which share them, and for the end of a disk that
-//! is cut off.
+//! All references below an L1 table: for snapshots, which share them, and for shrinking a disk.
 
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::{Allocator, Freed};
@@ -84,7 +83,7 @@ impl MappingTables {
             return Ok(None);
         }
         words[first..].fill(0);
-        // Before it is copied: what is bad in it is bad in the copy.
+        // Before it is copied: bad entries in it are bad in the copy.
         let mut bad = self.bad_places(&slices)?;
         bad.retain(|place| *place < first as u64 * 8);
         let offset = self.clusters.write_new(&words_to_bytes(&words), references)?;

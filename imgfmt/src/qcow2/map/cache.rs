@@ -1,14 +1,16 @@
 //! The cache of L2 tables.
 //!
-//! Tables are held in slices of equal size, here called tables: of a disk whose tables all fit into the
-//! cache a slice is a whole table or a large part of it, otherwise 4 KiB.
+//! Tables are cached in slices of equal size, which this module calls tables. If all tables of the
+//! disk fit into the cache, a slice is a complete table or a large part of it; otherwise it has 4
+//! KiB.
 //!
 //! The size is bounded: a clean table that no thread holds is evicted for a new one. A changed ("dirty") table stays
 //! until [`flush`](crate::qcow2::flush) has written it.
 //!
 //! No lock is held while a table is read. Its place in the cache is marked as loading, so no other
-//! thread reads or changes it, and old content never replaces newer content. Each thread remembers the tables that it has used lately: a lookup in one of them writes
-//! nothing that another thread reads.
+//! thread reads or changes it, and old content never replaces newer content. Each thread keeps the
+//! tables that it has used recently: a lookup in one of them writes no memory that another thread
+//! reads.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -26,18 +28,19 @@ use crate::units::HostOffset;
 type Shard = OrderedRwLock<{ rank::TABLE_CACHE }, ShardTables>;
 type Recent = OrderedMutex<{ rank::RECENT_TABLES }, [Option<Arc<Table>>; RECENT_TABLES]>;
 
-/// Number of tables that a thread finds without reading memory that other threads write.
+/// Number of recently used tables per thread, which it finds without reading memory that other
+/// threads write.
 const RECENT_TABLES: usize = 64;
 
 /// Tables by their offset in the file.
 #[derive(Debug)]
 pub(crate) struct TableCache {
     shards: Vec<Shard>,
-    /// Some of the tables in `shards`, each in the place that belongs to its offset. Filled under the
-    /// lock of the table's shard; a table leaves these places before it leaves its shard.
+    /// Some of the tables in `shards`, each in the place for its offset. Filled under the lock of
+    /// the table's shard; a table is removed here before it is removed from its shard.
     recent: PerThread<Recent>,
     tables_per_shard: usize,
-    /// How many tables are dirty; only an estimate for deciding when to write them.
+    /// The number of dirty tables; only an estimate for deciding when to write them.
     dirty_count: AtomicUsize,
 }
 
@@ -45,7 +48,7 @@ pub(crate) struct TableCache {
 #[derive(Debug, Default)]
 struct ShardTables {
     by_offset: HashMap<HostOffset, CachedTable>,
-    /// The offsets of the loaded ones; the first candidates for eviction are at the front.
+    /// The offsets of the loaded tables; the first candidates for eviction are at the front.
     order: VecDeque<HostOffset>,
 }
 
@@ -78,12 +81,12 @@ impl ShardTables {
     }
 }
 
-/// What a lookup finds in the place of a table.
+/// The result of a lookup of a table.
 enum Found<'c> {
     Table(Arc<Table>),
-    /// Another thread reads it.
+    /// Another thread is reading it.
     Loading(Arc<Load>),
-    /// This thread is to read it.
+    /// This thread has to read it.
     Nothing(Loading<'c>),
     /// Another thread holds the lock, and the lookup must not wait.
     Unknown,
@@ -195,7 +198,7 @@ impl TableCache {
         }
     }
 
-    /// Notes that this thread uses a table. The caller has locked its shard.
+    /// Records that this thread uses a table. The caller has locked its shard.
     fn used(&self, table: &Arc<Table>) -> Arc<Table> {
         table.note_use();
         self.remember(table)
@@ -239,7 +242,8 @@ impl TableCache {
         }
     }
 
-    /// Whether no thread needs a table, whose shard is locked, and everything in it is on disk.
+    /// Whether a table can be evicted: no thread needs it, and everything in it is on disk. Its
+    /// shard is locked.
     fn gives_way(&self, places: &ShardTables, offset: HostOffset) -> bool {
         let Some(table) = places.by_offset.get(&offset).and_then(CachedTable::table) else {
             return true;
@@ -252,7 +256,7 @@ impl TableCache {
         if Arc::strong_count(table) > 1 {
             return false;
         }
-        // None does any more, but one may have since the first look.
+        // No thread holds it any more, but one may have changed it since the first check.
         fence(Acquire);
         !table.is_dirty()
     }
@@ -261,7 +265,7 @@ impl TableCache {
         self.dirty_count.fetch_add(1, Relaxed);
     }
 
-    /// Whether so many tables are dirty that they should be written before more become so.
+    /// Whether so many tables are dirty that they should be written before others change.
     pub(crate) fn is_under_pressure(&self) -> bool {
         self.dirty_count.load(Relaxed) > self.tables_per_shard * self.shards.len()
     }
@@ -293,8 +297,8 @@ impl TableCache {
 }
 
 impl Loading<'_> {
-    /// Puts the table that was read into the cache. Returns the table that is there now: another one
-    /// if one was made there meanwhile. `None` if that has given way again.
+    /// Puts the table that was read into the cache. Returns the table that is there now: another
+    /// one if one was created there meanwhile. `None` if that one was evicted again.
     fn end(self, table: Arc<Table>) -> Option<Arc<Table>> {
         let mut places = self.cache.shard(self.offset).write();
         match places.by_offset.get(&self.offset) {
@@ -302,9 +306,9 @@ impl Loading<'_> {
             Some(CachedTable::Table(other)) => return Some(self.cache.used(other)),
             _ => return None,
         }
-        // The place is there already.
+        // The place exists already.
         self.cache.make_room(&mut places, 0);
-        // It was not in memory: a table counts as used from the second look at it on.
+        // It was not in memory: only the second lookup of a table counts as use.
         let used = self.cache.remember(&table);
         places.put(table);
         drop(places);
@@ -326,7 +330,7 @@ impl Drop for Loading<'_> {
     }
 }
 
-/// Tables lie on cluster boundaries: mixes the upper bits down.
+/// Tables are aligned to clusters, so this mixes the upper bits into the lower ones.
 fn mixed(offset: HostOffset) -> usize {
     ((offset.bytes() >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as usize
 }

@@ -5,9 +5,9 @@
 //! metadata, and freeing it would free a live table. Each slice of an L2 table is therefore searched
 //! once, before the first change that concerns it.
 //!
-//! A cluster that was free when the image was opened, at the end of the file for instance, may have
-//! been reserved by then. So a slice that has not changed since must not name a cluster that was
-//! reserved since.
+//! A cluster that was free when the image was opened, for example at the end of the file, may have
+//! been reserved since. So a slice that has not changed since the opening must not name a cluster
+//! that was reserved after it.
 
 use std::collections::HashSet;
 use std::sync::atomic::Ordering::Acquire;
@@ -27,8 +27,8 @@ use crate::units::{GuestOffset, HostOffset, Offset as _};
 const SNAPSHOT_L1_ENTRIES_MAX: u64 = 8 << 20;
 
 impl MappingTables {
-    /// The indexes of the entries of a slice that must not be followed. `first` is the guest offset from
-    /// which on it maps the disk.
+    /// The indexes of the entries of a slice that must not be followed. `first` is the first guest
+    /// offset that it maps.
     fn find_bad_entries(&self, first: GuestOffset, table: &Table) -> Result<Vec<u32>> {
         if !self.metadata.is_writable() {
             return Ok(Vec::new());
@@ -65,7 +65,7 @@ impl MappingTables {
                 bad.push(index as u32);
                 continue;
             }
-            // An entry that cannot be decoded is refused by each of its users.
+            // Every user of an entry refuses it if it cannot be decoded.
             let Ok(cluster) = self.decode(table, guest) else { continue };
             if self.is_bad(cluster, guest, &tables.named, allocator)?
                 || is_as_found && self.names_reserved(cluster, allocator)
@@ -76,7 +76,7 @@ impl MappingTables {
         Ok(bad)
     }
 
-    /// Where an entry of a slice lies in the file.
+    /// The offset of an entry of a slice in the file.
     pub(super) fn entry_offset(&self, table: &Table, index: u32) -> HostOffset {
         table.offset + u64::from(index) * 8 * self.geometry().entry_words() as u64
     }
@@ -112,7 +112,7 @@ impl MappingTables {
         allocator: &mut Allocator,
     ) -> Result<bool> {
         if self.format.has_data_file {
-            // Data has the same place in a data file as on the disk.
+            // Offsets in a data file are those of the disk.
             return Ok(cluster.host.is_some_and(|host| host.bytes() != guest.bytes()));
         }
         let geometry = self.geometry();
@@ -194,12 +194,12 @@ impl MappingTables {
     }
 
     fn not_its_own(&self, offset: HostOffset) -> Error {
-        let detail = "an L1 entry points to a place that is not its own";
+        let detail = "an L1 entry points to a table that is not its own";
         self.metadata.note_damage(self.metadata.corrupt(detail, offset.bytes()))
     }
 
-    /// The entries of a slice that must not be followed. `first` is the guest offset from which on it maps
-    /// the disk.
+    /// The entries of a slice that must not be followed. `first` is the first guest offset that it
+    /// maps.
     pub(super) fn bad_entries<'a>(
         &self,
         table: &'a Table,
@@ -214,8 +214,8 @@ impl MappingTables {
         Ok(table.bad_entries.get_or_init(|| found))
     }
 
-    /// Where the bad entries of a whole table lie, in bytes from its start. Each slice comes with the
-    /// guest offset from which on it maps the disk.
+    /// The offsets of the bad entries of a complete table, in bytes from its start. Each slice
+    /// comes with the first guest offset that it maps.
     pub(super) fn bad_places(&self, slices: &[(Arc<Table>, GuestOffset)]) -> Result<Vec<u64>> {
         let mut places = Vec::new();
         for (slice, first) in slices {
@@ -246,8 +246,9 @@ impl MappingTables {
         }
     }
 
-    /// Tells the refcounts the places of all other metadata, so that no refcount block is written that
-    /// overlaps it. The clusters of data are not among them: finding those would take all L2 tables.
+    /// Records the places of all other metadata for the refcounts, so that no refcount block that
+    /// overlaps them is written. Data clusters are not included: finding them would need all L2
+    /// tables.
     pub(in crate::qcow2) fn note_metadata(&self) {
         let geometry = self.geometry();
         let tables = self.l2_places();
@@ -263,7 +264,7 @@ impl MappingTables {
 }
 
 impl Allocator {
-    /// Whether the header, the L1 table, the refcount table or one of its blocks lies there.
+    /// Whether the header, the L1 table, the refcount table or one of its blocks is there.
     fn is_protected(&self, offset: HostOffset) -> bool {
         let new_table = self.new_table_place.map(|place| place.range(self.refcounts.geometry));
         let mut places = self.protected.iter().chain(&new_table);

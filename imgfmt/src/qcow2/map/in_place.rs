@@ -6,7 +6,8 @@ use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::units::{GuestRange, HostOffset};
 
 impl MappingTables {
-    /// Finds where a range can be written in place: host offset, and which bytes of the data.
+    /// Finds where a range can be written in place: for each segment the host offset, and the start
+    /// and the end of its bytes in the data.
     pub(in crate::qcow2) fn find_in_place(
         &self,
         range: GuestRange,

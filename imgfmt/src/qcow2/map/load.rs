@@ -17,9 +17,9 @@ pub(super) struct Load {
 
 #[derive(Debug, Default)]
 struct State {
-    /// With the table, unless it could not be read.
+    /// The table; the inner `None` if it could not be read.
     ended: Option<Option<Arc<Table>>>,
-    /// Whether a thread waits. Waking takes a system call, and most often there is nobody to wake.
+    /// Whether a thread waits. Waking takes a system call, and usually no thread waits.
     is_awaited: bool,
 }
 
@@ -37,17 +37,17 @@ impl Load {
         }
     }
 
-    /// Gives the table, which is in the cache now, to those that wait.
+    /// Passes the table, which is in the cache now, to the waiting threads.
     pub(super) fn end(&self, table: Arc<Table>) {
         self.finish(Some(table));
     }
 
-    /// Wakes those that wait if the table was not read.
+    /// Wakes the waiting threads if the table was not read.
     pub(super) fn give_up(&self) {
         self.finish(None);
     }
 
-    /// The first outcome stays.
+    /// The first outcome counts.
     fn finish(&self, table: Option<Arc<Table>>) {
         let mut state = self.state.lock();
         if state.ended.is_some() {

@@ -12,7 +12,7 @@ use crate::qcow2::on_disk::words::{read_words, try_read_words};
 pub(in crate::qcow2) use crate::units::span;
 use crate::units::{GuestOffset, GuestRange, HostOffset, Offset as _};
 
-/// Largest number of entries of a table that are examined for one mapped range.
+/// Maximum number of entries of a table that are examined for one mapped range.
 const ENTRIES_MAX: u64 = 1024;
 
 /// A range of the disk whose bytes are contiguous in the file, or all of the same kind.
@@ -40,8 +40,8 @@ impl MappedRange {
 }
 
 impl MappingTables {
-    /// The slice of an L2 table that maps a guest offset, `None` if there is no such table. The outer
-    /// `None` means that it is not in memory and may not be waited for.
+    /// The slice of an L2 table that maps a guest offset, `None` if there is no such table. The
+    /// outer `None` means that it is not in memory and `lookup` forbids waiting.
     pub(in crate::qcow2) fn table(
         &self,
         guest: GuestOffset,
@@ -57,8 +57,8 @@ impl MappingTables {
         }
     }
 
-    /// All slices of the L2 table of an L1 entry, in order, and the guest offsets from which on they map
-    /// the disk; none if there is no such table.
+    /// All slices of the L2 table of an L1 entry, in order, each with the first guest offset that
+    /// it maps; none if there is no such table.
     pub(super) fn whole_table(&self, l1_index: u64) -> Result<Vec<(Arc<Table>, GuestOffset)>> {
         let count = self.geometry().l2_coverage() / self.slices.coverage();
         let mut slices = Vec::new();
@@ -70,7 +70,7 @@ impl MappingTables {
         Ok(slices)
     }
 
-    /// Where the L2 table of an L1 entry lies, if there is one.
+    /// The offset of the L2 table of an L1 entry, if there is one.
     pub(super) fn table_offset(&self, l1_index: u64) -> Result<Option<HostOffset>> {
         match self.l1.get(l1_index as usize) {
             Some(entry) => Ok(table_of(entry.load(Acquire))),
@@ -114,7 +114,7 @@ impl MappingTables {
         decoded.map_err(|detail| self.metadata.corrupt(detail, guest.bytes()))
     }
 
-    /// As [`decode`](Self::decode), for a change: an entry that cannot be right is damage.
+    /// As [`decode`](Self::decode), for a change: an invalid entry is damage.
     pub(in crate::qcow2) fn decode_to_change(
         &self,
         table: &Table,
@@ -170,7 +170,7 @@ impl MappingTables {
         Ok(piece)
     }
 
-    /// The part of the subcluster at `start` that lies before `end`.
+    /// The part of the subcluster at `start` that is before `end`.
     #[inline]
     fn piece_of_entry(
         &self,

@@ -33,36 +33,37 @@ pub(in crate::qcow2) struct MappingTables {
     pub(super) dirty_l1: OrderedMutex<{ rank::DIRTY_L1 }, BTreeSet<usize>>,
     /// Held while an L2 table is made or moved.
     pub(super) l1_change: OrderedMutex<{ rank::L1_CHANGE }, ()>,
-    /// Of the tables in `tables`.
+    /// The slices of the tables in `tables`.
     pub(in crate::qcow2) slices: Slices,
     pub(super) tables: TableCache,
-    /// How much memory, in bytes, the user allows for them.
+    /// The user's memory limit for them, in bytes.
     cache_bytes: Option<u64>,
-    /// Where the L2 tables are and what is known about them, if the image is to be written.
+    /// The places of the L2 tables and what is known about them, if the image is open for writing.
     pub(super) l2_places: OrderedRwLock<{ rank::L2_PLACES }, L2Places>,
-    /// Where the snapshot table and the snapshots' L1 tables lie.
+    /// The places of the snapshot table and the snapshots' L1 tables.
     pub(super) snapshot_places: Vec<Range<HostOffset>>,
     /// Offset and number of entries of the snapshots' L1 tables.
     pub(super) snapshot_l1s: Vec<(HostOffset, u32)>,
-    /// Offsets of the L2 tables that they name; read when the first table is looked through.
+    /// Offsets of the L2 tables that they name; read when the first table is searched for bad
+    /// entries.
     pub(super) snapshot_l2s: OnceLock<HashSet<HostOffset>>,
 }
 
 /// The L2 tables of the present state, by their offsets.
 #[derive(Debug, Default)]
 pub(super) struct L2Places {
-    /// Those that the L1 table names.
+    /// The tables that the L1 table names.
     pub(super) named: HashSet<HostOffset>,
     /// The units of tables ([`Slices::unit`]) that have changed since the image was opened. A unit
-    /// remains when its table is freed, because nothing in its place dates from the opening.
+    /// remains when its table is freed: its place has changed since the opening.
     pub(super) changed: HashSet<HostOffset>,
     /// Offsets of the bad entries that were found: they stay bad when their table changes.
     pub(super) bad: BTreeSet<HostOffset>,
 }
 
 impl L2Places {
-    /// Notes where the bad entries of a new table of `length` bytes lie, in bytes from its start. The
-    /// former content of its place is gone.
+    /// Records the bad entries of a new table of `length` bytes, by their offsets in bytes from its
+    /// start. They replace those of the former content of its place.
     pub(super) fn replace_bad(&mut self, table: HostOffset, length: u64, bad: Vec<u64>) {
         let former: Vec<HostOffset> = self.bad.range(table..table + length).copied().collect();
         for place in former {
@@ -82,8 +83,8 @@ pub(in crate::qcow2) struct DirtyTables {
 }
 
 impl DirtyTables {
-    /// Calls `write` with the changed parts of tables and where they lie in the file. Slices that follow
-    /// each other are written at once.
+    /// Calls `write` with the changed parts of tables and their offsets in the file. Consecutive
+    /// slices are written at once.
     pub(in crate::qcow2) fn for_each_run(
         &self,
         mut write: impl FnMut(HostOffset, &[u8]) -> Result<()>,
@@ -108,7 +109,7 @@ impl DirtyTables {
 }
 
 impl MappingTables {
-    /// The tables of a disk of `size` bytes. `cache_bytes` is how much memory L2 tables may take up.
+    /// The tables of a disk of `size` bytes. `cache_bytes` is the memory limit for L2 tables.
     pub(in crate::qcow2) fn new(
         (metadata, clusters, commits): (Arc<MetadataFile>, Arc<Clusters>, Arc<Commits>),
         format: EntryFormat,
@@ -143,12 +144,12 @@ impl MappingTables {
         self.format.geometry
     }
 
-    /// How many entries the L1 table has.
+    /// The number of entries of the L1 table.
     pub(in crate::qcow2) fn l1_len(&self) -> usize {
         self.l1.len()
     }
 
-    /// The L1 table as it is in memory.
+    /// The L1 table in memory.
     pub(in crate::qcow2) fn l1_words(&self) -> Vec<u64> {
         self.l1.iter().map(|entry| entry.load(Acquire)).collect()
     }
@@ -165,7 +166,7 @@ impl MappingTables {
         self.commits.changes.note();
     }
 
-    /// Forgets all L2 tables in memory, none of which is dirty, and makes room for those of a disk of
+    /// Forgets all L2 tables in memory, none of which is dirty, and prepares for those of a disk of
     /// `size` bytes.
     pub(in crate::qcow2) fn forget_tables(&mut self, size: u64) {
         self.slices = Slices::new(self.geometry(), size, self.cache_bytes);
@@ -174,7 +175,7 @@ impl MappingTables {
         self.note_l2_places();
     }
 
-    /// Whether so many tables are dirty that they should be written before more become so.
+    /// Whether so many tables are dirty that they should be written before others change.
     pub(in crate::qcow2) fn is_under_pressure(&self) -> bool {
         self.tables.is_under_pressure()
     }
@@ -195,7 +196,8 @@ impl MappingTables {
         self.dirty_l1.lock().extend(dirty.l1.iter().map(|(index, _)| *index));
     }
 
-    /// Notes where the snapshot table, at `table_offset`, and the snapshots' L1 tables lie.
+    /// Records the places of the snapshot table, at `table_offset`, and of the snapshots' L1
+    /// tables.
     pub(in crate::qcow2) fn note_snapshots(
         &mut self,
         table_offset: HostOffset,
@@ -211,7 +213,7 @@ impl MappingTables {
         self.snapshot_l2s = OnceLock::new();
     }
 
-    /// Notes where the L2 tables of the active L1 table lie, in place of what was noted before.
+    /// Records the places of the L2 tables of the active L1 table, replacing earlier ones.
     fn note_l2_places(&mut self) {
         if self.metadata.is_writable() {
             let tables = self.l1.iter().filter_map(|entry| table_of(entry.load(Acquire)));

@@ -1,4 +1,4 @@
-//! From guest offsets to clusters: the L1 table, cached L2 tables.
+//! Maps guest offsets to clusters: the L1 table, and cached L2 tables.
 
 pub(super) mod below;
 pub(super) mod cache;

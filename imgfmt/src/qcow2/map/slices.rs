@@ -1,8 +1,8 @@
 //! Slices: the units in which L2 tables are read, cached and changed.
 //!
-//! With clusters of 64 KiB, a table maps 512 MiB of the disk. If the tables of the disk do not all fit
-//! into their memory limit, reading a whole table for one entry would cost more than reading the data, and
-//! few tables would stay in memory. They are then cut into slices of 4 KiB.
+//! With clusters of 64 KiB, a table maps 512 MiB of the disk. If not all tables of the disk fit
+//! into the memory limit, reading a complete table for one entry would cost more than reading the
+//! data, and few tables would stay in memory. They are then divided into slices of 4 KiB.
 
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::units::{GuestOffset, HostOffset, Offset as _};
@@ -23,9 +23,9 @@ const LARGE_MIN: u64 = 4;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::qcow2) struct Slices {
     geometry: Geometry,
-    /// Size of each: a power of two, at least 512, at most a cluster.
+    /// Size of each in bytes: a power of two, at least 512, at most a cluster.
     bytes: u64,
-    /// How many of them may be in memory.
+    /// The maximum number of slices in memory.
     pub(super) count_max: usize,
 }
 
@@ -45,13 +45,13 @@ impl Slices {
         (self.bytes / 8) as usize
     }
 
-    /// Unit in which changes of tables are remembered, in bytes: slices of all sizes, which a resize
-    /// may change, consist of whole ones.
+    /// Unit in which changes of tables are recorded, in bytes. A resize may change the size of
+    /// slices; slices of all sizes consist of complete units.
     pub(super) fn unit(self) -> u64 {
         SMALL.min(self.geometry.cluster_size())
     }
 
-    /// Where the units of a slice lie.
+    /// The offsets of the units of a slice.
     pub(super) fn units(self, slice: HostOffset) -> impl Iterator<Item = HostOffset> {
         (0..self.bytes / self.unit()).map(move |number| slice + number * self.unit())
     }
@@ -66,18 +66,18 @@ impl Slices {
         self.entries() << self.geometry.cluster_bits
     }
 
-    /// Where the part of the disk ends that is mapped by the slice of a guest offset.
+    /// The end of the part of the disk that the slice of a guest offset maps.
     pub(in crate::qcow2) fn end(self, guest: GuestOffset) -> GuestOffset {
         guest.round_down(self.coverage()).saturating_add(self.coverage())
     }
 
-    /// Where the slice of a guest offset lies in the L2 table that lies at `table`.
+    /// The offset, in the file, of the slice of a guest offset in the L2 table at `table`.
     #[inline]
     pub(super) fn offset(self, table: HostOffset, guest: GuestOffset) -> HostOffset {
         table + self.geometry.l2_index(guest) as u64 / self.entries() * self.bytes
     }
 
-    /// Which entry of its slice a guest offset belongs to.
+    /// The index of a guest offset's entry in its slice.
     #[inline]
     pub(super) fn index(self, guest: GuestOffset) -> usize {
         (self.geometry.guest_cluster(guest).number() & (self.entries() - 1)) as usize

@@ -12,21 +12,22 @@ use crate::units::HostOffset;
 /// Words per 512 bytes: changes are written in whole sectors.
 const SECTOR_WORDS: usize = 64;
 
-/// How often a read of an entry is tried while entries change, before it waits for the change.
+/// The number of times a read of an entry is tried while entries change, before it waits for the
+/// change.
 const TRIES: u32 = 100;
 
 /// An L2 table.
 #[derive(Debug)]
 pub(crate) struct Table {
-    /// Where it lies in the file.
+    /// Its offset in the file.
     pub(crate) offset: HostOffset,
     words: Box<[AtomicU64]>,
-    /// Counts the begins and ends of changes of an entry: odd while there is one.
+    /// Counts the starts and ends of changes of an entry: odd during a change.
     version: AtomicU64,
     /// First and last (excluded) word that is not yet on disk. A change of words holds the lock.
     dirty: OrderedMutex<{ rank::TABLE }, Option<(usize, usize)>>,
     /// Entries through which nothing may be changed; see [`guard`](crate::qcow2::map::guard).
-    /// Looked for before the first change.
+    /// Searched before the first change.
     pub(crate) bad_entries: OnceLock<Vec<u32>>,
     recently_used: AtomicBool,
     /// Whether it is in the mapping tables' list of changed units.
@@ -60,13 +61,13 @@ impl Table {
         }
     }
 
-    /// How many words it has.
+    /// Its number of words.
     pub(crate) fn len(&self) -> usize {
         self.words.len()
     }
 
-    /// The entry that begins with word `first` and has one word, or two that belong together; the
-    /// second is 0 if there is none.
+    /// The entry that begins with word `first` and has one word or two, which are read
+    /// consistently; the second is 0 if there is none.
     #[inline]
     pub(crate) fn entry(&self, first: usize, words: usize) -> (u64, u64) {
         if words == 1 {
@@ -86,13 +87,13 @@ impl Table {
         load()
     }
 
-    /// All words, as they are at one time.
+    /// All words at one instant.
     pub(crate) fn words(&self) -> Vec<u64> {
         let _unchanged = self.change();
         self.words.iter().map(|word| word.load(Relaxed)).collect()
     }
 
-    /// Keeps others from changing the table.
+    /// Keeps other threads from changing the table.
     pub(crate) fn change(&self) -> TableChange<'_> {
         TableChange { table: self, dirty: self.dirty.lock() }
     }
@@ -102,10 +103,10 @@ impl Table {
         self.dirty.try_lock().is_none_or(|dirty| dirty.is_some())
     }
 
-    /// Notes a use of the table.
+    /// Records a use of the table.
     #[inline]
     pub(crate) fn note_use(&self) {
-        // Usually it is noted already: a store would take the cache line from other threads.
+        // Usually it is recorded already: a store would take the cache line from other threads.
         if !self.recently_used.load(Relaxed) {
             self.recently_used.store(true, Relaxed);
         }
@@ -119,7 +120,7 @@ impl Table {
         }
     }
 
-    /// Whether a use was noted since the last call.
+    /// Whether a use was recorded since the last call.
     pub(crate) fn was_used(&self) -> bool {
         self.recently_used.swap(false, Relaxed)
     }
@@ -141,7 +142,7 @@ impl TableChange<'_> {
         self.mark_dirty(first, first + words)
     }
 
-    /// Notes that words from `first` to `end` (excluded) were changed. Returns whether the table
+    /// Records that words from `first` to `end` (excluded) were changed. Returns whether the table
     /// was clean before.
     pub(crate) fn mark_dirty(&mut self, first: usize, end: usize) -> bool {
         let was_clean = self.dirty.is_none();
@@ -150,7 +151,7 @@ impl TableChange<'_> {
         was_clean
     }
 
-    /// Takes a copy of what was changed and calls the table clean.
+    /// Takes a copy of the changed words and marks the table as clean.
     pub(crate) fn take_dirty(&mut self) -> Option<DirtyPart> {
         let (first, end) = self.dirty.take()?;
         let first_word = first / SECTOR_WORDS * SECTOR_WORDS;

@@ -1,4 +1,4 @@
-//! L2 tables for changes: created where there is none, copied where a snapshot shares them.
+//! L2 tables for changes: created if missing, copied if a snapshot shares them.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
@@ -28,8 +28,8 @@ impl MappingTables {
         self.l1.get(l1_index as usize).is_some_and(|entry| entry.load(Acquire) & COPIED != 0)
     }
 
-    /// The slice of a table that maps a guest offset; the table is made or moved so that it may be
-    /// changed.
+    /// The slice of a table that maps a guest offset; the table is created or copied if necessary,
+    /// so that it may be changed.
     pub(in crate::qcow2) fn table_for_write(
         &self,
         guest: GuestOffset,
@@ -48,10 +48,10 @@ impl MappingTables {
         let shared = self.whole_table(l1_index)?;
         let mut words: Vec<u64> = shared.iter().flat_map(|(slice, _)| slice.words()).collect();
         words.resize((geometry.cluster_size() / 8) as usize, 0);
-        // Before it is copied: what is bad in it is bad in the copy.
+        // Before it is copied: bad entries in it are bad in the copy.
         let bad = self.bad_places(&shared)?;
         let reserved = self.clusters.reserve(1, references)?;
-        // Written whole now, so that a full disk is noticed now and not by a flush.
+        // Written completely now, so that a full disk is noticed now and not by a flush.
         let bytes = words_to_bytes(&words);
         let offset = reserved.offset;
         if let Err(error) = self.metadata.file.write_at(offset, &bytes, Durability::Cached) {
@@ -79,7 +79,7 @@ impl MappingTables {
         let slice_of = |number: usize, words: &[u64]| {
             let offset = table + (number * self.slices.words() * 8) as u64;
             let slice = Table::new(offset, words.to_vec());
-            // It is not known to be on disk before a flush has written it again and synced.
+            // It may not be on disk before a flush has written it again and synced.
             slice.change().mark_dirty(0, slice.len());
             self.tables.note_dirty();
             let slice = Arc::new(slice);
@@ -93,8 +93,8 @@ impl MappingTables {
         Arc::clone(&slices[wanted as usize])
     }
 
-    /// The slice of a table that maps a guest offset, if it is in memory, may be changed, and nothing
-    /// more needs to be found out about it.
+    /// The slice of a table that maps a guest offset, if it is in memory, may be changed, and was
+    /// searched for bad entries.
     pub(in crate::qcow2) fn own_table_in_memory(
         &self,
         guest: GuestOffset,
@@ -124,7 +124,7 @@ impl MappingTables {
         self.metadata.refuse_unwritable()?;
         let words_per_entry = self.geometry().entry_words();
         let _gate = self.commits.enter_gate();
-        // Before any entry names what was reserved.
+        // Before any entry names a reserved cluster.
         table.list_as_changed(|| {
             self.l2_places.write().changed.extend(self.slices.units(table.offset));
         });
@@ -140,7 +140,7 @@ impl MappingTables {
         Ok(())
     }
 
-    /// The references that go away when a cluster's entry is replaced by one that keeps `kept`.
+    /// The references that are dropped when a cluster's entry is replaced by one that keeps `kept`.
     pub(in crate::qcow2) fn references(
         &self,
         old: Cluster,

@@ -1,16 +1,17 @@
-//! Changing the name of the backing file in the header, so that a crash leaves the old or the new one.
+//! Changes the name of the backing file in the header, so that a crash leaves the old or the new
+//! one.
 //!
 //! Only a write within one sector of 512 bytes is atomic. So the new name is written to a place to
-//! which nothing points, before or after the old name, and the new format into an extension of a type
-//! that readers skip. Then one write of the first sector changes the name's place
-//! and length, the types of the formats' extensions and the autoclear bits. A format whose extension
-//! begins in a later sector is hidden before and shown after; in between the image names a backing
-//! file without a format. Such an image is refused, but never read in the wrong format.
+//! which nothing points, before or after the old name, and the new format into an extension of a
+//! type that readers skip. Then one write of the first sector changes the name's place and length,
+//! the types of the formats' extensions and the autoclear bits. A format whose extension begins in
+//! a later sector is hidden before that write and shown after it. In between, the image names a
+//! backing file without a format. Such an image is refused, but never read in the wrong format.
 //!
-//! If the header has no room for both names at once, or the list of extensions ends at the old name
-//! without an end mark, the old name is removed first. In between, the image has an incompatible bit, so
-//! that no program reads it without its backing file; repeating the change completes it. Version 2 has
-//! no such bit: there the cluster is written in one piece.
+//! If the header has no space for both names at once, or the list of extensions ends at the old
+//! name without an end mark, the old name is removed first. In between, the image has an
+//! incompatible bit, so that no program reads it without its backing file; repeating the change
+//! completes it. Version 2 has no such bit: there the cluster is written in one piece.
 
 use std::ffi::OsStr;
 use std::ops::Range;
@@ -65,29 +66,29 @@ pub(crate) fn change_backing(
             return change_marked(storage, &header, backing);
         }
     }
-    // One sector; or version 2, and no room for both names at once: then a crash may tear this write.
+    // One sector, or version 2 without space for both names: then a crash may tear this write.
     storage
         .write_at(HostOffset::new(0), &whole, Durability::Cached)
         .and_then(|()| storage.sync())
         .map_err(|error| Error::from_io("write the header of", error))
 }
 
-/// Changes the backing file of a version 3 image in which the new name has no place before the old one
-/// is gone. In between the image is marked.
+/// Changes the backing file of a version 3 image in which the new name has no space until the old
+/// one is removed. In between, the image is marked.
 fn change_marked(
     storage: &dyn Storage,
     header: &Header,
     backing: Option<(&OsStr, Format)>,
 ) -> Result<()> {
     let area = Area::read(storage, header.geometry.cluster_size())?;
-    // The old name goes only if the new one is known to fit then.
+    // Remove the old name only if the new one is known to fit then.
     if !give_name_up(&MemoryStorage::from_bytes(&area.bytes), header, backing)? {
         return Err(no_room());
     }
     give_name_up(storage, header, backing).map(|_| ())
 }
 
-/// Removes the old name, and then writes the new one. Returns false if there is no room for it.
+/// Removes the old name, and then writes the new one. Returns false if there is no space for it.
 fn give_name_up(
     storage: &dyn Storage,
     header: &Header,
@@ -110,8 +111,8 @@ fn give_name_up(
     change_in_steps(storage, &marked, backing)
 }
 
-/// Changes the backing file without a moment at which a crash leaves neither the old nor the new
-/// one. False, with nothing changed that has a meaning, if there is not enough room.
+/// Changes the backing file so that a crash leaves the old or the new one. Returns false, with no
+/// effective change, if there is not enough space.
 fn change_in_steps(
     storage: &dyn Storage,
     header: &Header,
@@ -160,7 +161,7 @@ fn has_mark(area: &Area<'_>) -> bool {
     area.end + 8 <= area.limit
 }
 
-/// Has a mark end the list of extensions instead of the place of a name that is gone. Nothing is
+/// Ends the list of extensions with a mark instead of the offset of the removed name. Nothing is
 /// changed if the cluster ends there.
 fn end_list(area: &Area<'_>) -> Result<()> {
     if area.end + 8 > area.bytes.len() as u64 {
@@ -172,8 +173,9 @@ fn end_list(area: &Area<'_>) -> Result<()> {
     area.sync()
 }
 
-/// Adds the mark to a list of extensions that ends at the old name without one: the name moves away.
-/// False, with nothing changed, if there is no room or the mark would not be in the first sector.
+/// Adds the mark to a list of extensions that ends at the old name without one: the name moves
+/// away. Returns false, with nothing changed, if there is no space or the mark would not be in the
+/// first sector.
 fn add_mark(area: &Area<'_>) -> Result<bool> {
     let old = old_name(area);
     let (cluster_size, mark_end) = (area.bytes.len() as u64, area.end + 8);
@@ -187,7 +189,7 @@ fn add_mark(area: &Area<'_>) -> Result<bool> {
     }
     area.write(place, &area.bytes[old.start as usize..old.end as usize])?;
     area.sync()?;
-    // With the copy, if that is in the first sector too.
+    // Including the copy, if that is in the first sector too.
     let mut sector = Area::read(area.storage, cluster_size)?.bytes;
     sector.truncate(SECTOR as usize);
     sector[BACKING_FILE_OFFSET..][..8].copy_from_slice(&place.to_be_bytes());
@@ -225,7 +227,7 @@ fn free_room(area: &Area<'_>, length: u64) -> Option<u64> {
     })
 }
 
-/// The bytes of the name in the header; none, at the end of the cluster, if there is no name.
+/// The range of the name in the header; empty, at the end of the cluster, if there is no name.
 fn old_name(area: &Area<'_>) -> Range<u64> {
     let (end, length) =
         (area.bytes.len() as u64, u64::from(u32_at(&area.bytes, BACKING_FILE_SIZE)));
@@ -235,7 +237,7 @@ fn old_name(area: &Area<'_>) -> Range<u64> {
     }
 }
 
-/// Clears the old name, to which nothing points any more. `area` was read while it was there.
+/// Clears the old name, to which nothing points any more. `area` was read before.
 fn clear_old_name(area: &Area<'_>) -> Result<()> {
     let old = old_name(area);
     if old.is_empty() {
@@ -261,7 +263,7 @@ fn rewritten(header: &Header, first: &[u8], backing: Option<(&OsStr, Format)>) -
     let header_length = if is_v3 { u32_at(first, 100) as usize } else { V2_LENGTH as usize };
     let mut content = first[..header_length].to_vec();
     if is_v3 {
-        // We write, and do not keep up to date what we do not know.
+        // This is a write: unknown structures are not kept up to date.
         set_features(&mut content, header);
     }
     let old_name = u64_at(first, BACKING_FILE_OFFSET) as usize;

@@ -10,12 +10,12 @@ use crate::qcow2::on_disk::extension;
 /// Where the format of the new backing file is written.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum FormatSlot {
-    /// It is there already.
+    /// It is in the header already.
     Kept,
-    /// Over the old one, which lies within the first sector.
+    /// Over the old one, which is within the first sector.
     Replaced(u64),
-    /// At the start of the list of features' names, which lies there in this many bytes and has been
-    /// copied to the end: there is no other room in the first sector.
+    /// At the start of the list of features' names, at this offset and with this length, which has
+    /// been copied to the end: there is no other space in the first sector.
     InNames(u64, u64),
     /// In an extension at this offset, whose type is still one that readers skip.
     Hidden(u64),
@@ -60,7 +60,8 @@ impl FormatSlot {
     }
 }
 
-/// Finds or makes a place for the format; readers see no difference yet. None if there is no room.
+/// Finds or creates a place for the format; readers see no difference yet. `None` if there is no
+/// space.
 pub(super) fn prepare_format(
     mut area: Area<'_>,
     cluster_size: u64,
@@ -88,8 +89,8 @@ pub(super) fn prepare_format(
     Ok(has_room(add_extension(area, UNUSED, content))?.map(FormatSlot::Hidden))
 }
 
-/// Makes sure that the list of features' names is there a second time, so that `length` bytes of the
-/// first can be used for something else. None if it is not in the first sector or has no room.
+/// Makes sure that there is a second list of features' names, so that `length` bytes of the first
+/// can be reused. `None` if it is not in the first sector or there is no space.
 fn copy_names(area: Area<'_>, length: u64) -> Result<Option<FormatSlot>> {
     let is_names = |it: &&(u64, u32, u64)| it.1 == extension::FEATURE_NAMES;
     let Some(&(place, kind, names_length)) = area.extensions.iter().find(is_names) else {
@@ -112,7 +113,7 @@ fn copy_names(area: Area<'_>, length: u64) -> Result<Option<FormatSlot>> {
     Ok(Some(FormatSlot::InNames(place, room)))
 }
 
-/// `None` in place of the error for lack of room.
+/// `None` in place of the error for lack of space.
 fn has_room<T>(added: Result<T>) -> Result<Option<T>> {
     match added {
         Ok(added) => Ok(Some(added)),
@@ -121,8 +122,8 @@ fn has_room<T>(added: Result<T>) -> Result<Option<T>> {
     }
 }
 
-/// Does what has to happen before the name changes if one write of the first sector cannot change
-/// all types of the formats' extensions.
+/// Prepares the change of the name if one write of the first sector cannot change all types of the
+/// formats' extensions.
 pub(super) fn change_later_sectors(
     area: &Area<'_>,
     slot: FormatSlot,
@@ -132,13 +133,13 @@ pub(super) fn change_later_sectors(
     if !slot.is_beyond() && formats(area).all(|old| old < SECTOR) {
         return Ok(());
     }
-    // In the order of the list: the last one counts as long as there is one.
+    // In the order of the list: the last remaining one counts.
     for old in formats(area) {
         area.write(old, &UNUSED.to_be_bytes())?;
         area.sync()?;
     }
     if slot.is_beyond() && !has_name {
-        // A format without a name means nothing.
+        // A format without a name has no meaning.
         area.write(place, &extension::BACKING_FORMAT.to_be_bytes())?;
         area.sync()?;
     }

@@ -1,9 +1,9 @@
-//! The changes of metadata in memory, and how many of them are on disk.
+//! Counts changes of metadata in memory, and those of them that are on disk.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
-/// Counts changes of metadata, and up to which change everything is on disk.
+/// The number of changes of metadata, and the number of the first ones that are on disk.
 #[derive(Debug, Default)]
 pub(in crate::qcow2) struct Changes {
     made: AtomicU64,
@@ -11,17 +11,17 @@ pub(in crate::qcow2) struct Changes {
 }
 
 impl Changes {
-    /// Notes a change, after it has been made in memory.
+    /// Counts a change, after it has been made in memory.
     pub(in crate::qcow2) fn note(&self) {
         self.made.fetch_add(1, AcqRel);
     }
 
-    /// How many changes have been made since the image was opened.
+    /// The number of changes since the image was opened.
     pub(in crate::qcow2) fn made(&self) -> u64 {
         self.made.load(Acquire)
     }
 
-    /// Notes that the first `count` changes are on disk.
+    /// Records that the first `count` changes are on disk.
     pub(in crate::qcow2) fn are_durable(&self, count: u64) {
         self.durable.fetch_max(count, AcqRel);
     }

@@ -1,4 +1,4 @@
-//! Commits in memory, and the flushes, one after the other, that write them to disk.
+//! Commits in memory, and the flushes that write them to disk one after the other.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
@@ -13,12 +13,12 @@ pub(in crate::qcow2) struct Commits {
     pub(in crate::qcow2) changes: Changes,
     gate: OrderedRwLock<{ rank::GATE }, ()>,
     flush: OrderedMutex<{ rank::FLUSH }, ()>,
-    /// Counts calls of flush, and up to which call everything is on disk.
+    /// Counts calls of flush.
     flush_calls: AtomicU64,
     flush_covers: AtomicU64,
 }
 
-/// The right to flush. Others wait until it is dropped.
+/// The turn to flush. Other threads wait until it is dropped.
 #[derive(Debug)]
 pub(in crate::qcow2) struct FlushTurn<'a> {
     commits: &'a Commits,
@@ -27,7 +27,7 @@ pub(in crate::qcow2) struct FlushTurn<'a> {
 }
 
 impl Commits {
-    /// Held while a mapping is changed in memory: no flush takes its copy half way.
+    /// Held while a mapping is changed in memory, so that no flush copies half a change.
     pub(in crate::qcow2) fn enter_gate(&self) -> Ordered<RwLockReadGuard<'_, ()>> {
         self.gate.read()
     }
@@ -51,7 +51,7 @@ impl Commits {
 }
 
 impl FlushTurn<'_> {
-    /// Notes that everything that was committed before the turn began is on disk.
+    /// Records that everything that was committed before the turn began is on disk.
     pub(in crate::qcow2) fn has_succeeded(&self) {
         self.commits.flush_covers.store(self.covers, Release);
     }

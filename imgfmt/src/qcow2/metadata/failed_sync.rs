@@ -13,7 +13,7 @@ use crate::qcow2::metadata::metadata_file::MetadataFile;
 const EIO: i32 = libc::EIO;
 
 impl MetadataFile {
-    /// How many syncs have failed so far.
+    /// The number of failed syncs so far.
     pub(in crate::qcow2) fn failed_syncs(&self) -> u64 {
         self.failed_syncs.load(Acquire)
     }
@@ -27,7 +27,7 @@ impl MetadataFile {
         synced
     }
 
-    /// Fails if a sync has failed since there were `since` of them: what was written meanwhile may be
+    /// Fails if the number of failed syncs is no longer `since`: data written meanwhile may be
     /// lost, although the last sync succeeded.
     pub(in crate::qcow2) fn refuse_lost_since(&self, since: u64) -> Result<()> {
         if self.failed_syncs() == since {
@@ -36,8 +36,8 @@ impl MetadataFile {
         Err(self.lost("what was written just now may be lost; try again"))
     }
 
-    /// The result of a flush for its caller, which relies on it for everything written since the last
-    /// flush that succeeded.
+    /// The result of a flush for its caller, which relies on it for everything written since the
+    /// last successful flush.
     pub(in crate::qcow2) fn report_failed(&self, flushed: Result<()>) -> Result<()> {
         let failed = self.failed_syncs();
         let reported = self.reported_syncs.fetch_max(failed, AcqRel);

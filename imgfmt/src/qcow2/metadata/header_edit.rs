@@ -1,4 +1,4 @@
-//! Changing header extensions and autoclear bits in place, safely in case of a crash.
+//! Changes header extensions and autoclear bits in place, safely in case of a crash.
 //!
 //! Only the bytes that change are written, because other fields of the header may change at the same
 //! time. Only a write within one sector of 512 bytes is atomic, so longer content is written to a place
@@ -12,7 +12,8 @@ use crate::storage::{Durability, Storage};
 use crate::units::HostOffset;
 
 pub(super) const SECTOR: u64 = 512;
-/// Type of an extension without a meaning: the place of a removed one that is followed by others.
+/// Type of an extension without a meaning: it takes the place of a removed one that is followed by
+/// others.
 pub(super) const UNUSED: u32 = 0x756e_7573;
 /// Space, in bytes, that is left for further extensions when the backing file's name is moved.
 const SPARE_BYTES: u64 = 256;
@@ -22,11 +23,11 @@ const BACKING_FILE_OFFSET: u64 = 8;
 pub(super) struct Area<'a> {
     pub(super) storage: &'a dyn Storage,
     pub(super) bytes: Vec<u8>,
-    /// Place, type and length of the content of each extension; the place is that of the type.
+    /// Offset, type and length of the content of each extension; the offset is that of the type.
     pub(super) extensions: Vec<(u64, u32, u64)>,
     /// Offset of the end mark.
     pub(super) end: u64,
-    /// Offset of what follows them: the backing file's name, or the end of the cluster.
+    /// Their limit: the offset of the backing file's name, or the end of the cluster.
     pub(super) limit: u64,
 }
 
@@ -61,7 +62,7 @@ fn read_autoclear(storage: &dyn Storage) -> Result<u64> {
     Ok(u64::from_be_bytes(bytes))
 }
 
-/// Writes fields of the header that lie within one sector, durably.
+/// Writes fields of the header that are within one sector, durably.
 pub(in crate::qcow2) fn write_within_sector(
     storage: &dyn Storage,
     place: u64,
@@ -74,8 +75,7 @@ pub(in crate::qcow2) fn write_within_sector(
         .map_err(write_error)
 }
 
-/// Whether [`put_extension`] would replace the content of an extension as a whole or not at all,
-/// whenever it is interrupted.
+/// Whether [`put_extension`] would replace the content of an extension atomically.
 pub(in crate::qcow2) fn replaces_at_once(
     storage: &dyn Storage,
     cluster_size: u64,
@@ -90,7 +90,7 @@ pub(in crate::qcow2) fn replaces_at_once(
 
 /// Adds an extension or replaces its content, which must not change its length, durably.
 ///
-/// A new one appears as a whole or not at all. For an old one see [`replaces_at_once`].
+/// A new one is added atomically. For an old one see [`replaces_at_once`].
 pub(in crate::qcow2) fn put_extension(
     storage: &dyn Storage,
     cluster_size: u64,
@@ -105,8 +105,8 @@ pub(in crate::qcow2) fn put_extension(
     add_extension(area, kind, content).map(|_| ())
 }
 
-/// Adds an extension and then removes those that are there of its kind, durably: whenever it is interrupted
-/// the old one or the new one is there, as a whole, or both.
+/// Adds an extension and then removes the old ones of its kind, durably: if interrupted, it leaves
+/// the complete old one, the new one, or both.
 pub(in crate::qcow2) fn replace_extension(
     storage: &dyn Storage,
     cluster_size: u64,
@@ -125,8 +125,8 @@ pub(in crate::qcow2) fn replace_extension(
     area.sync()
 }
 
-/// Adds an extension, in an unused place or at the end, durably; returns its offset. It appears as a
-/// whole or not at all. `Unsupported`, with nothing written, if there is no room.
+/// Adds an extension, in an unused place or at the end, durably and atomically; returns its offset.
+/// `Unsupported`, with nothing written, if there is no space.
 pub(super) fn add_extension(mut area: Area<'_>, kind: u32, content: &[u8]) -> Result<u64> {
     let length = content.len() as u64;
     if let Some(place) = area.find(UNUSED, content.len()) {
@@ -147,7 +147,7 @@ pub(super) fn add_extension(mut area: Area<'_>, kind: u32, content: &[u8]) -> Re
     Ok(area.end)
 }
 
-/// Removes an extension if there is one, durably and as a whole.
+/// Removes an extension if there is one, durably and atomically.
 pub(in crate::qcow2) fn remove_extension(
     storage: &dyn Storage,
     cluster_size: u64,
@@ -158,7 +158,7 @@ pub(in crate::qcow2) fn remove_extension(
         return Ok(());
     };
     let place = area.extensions[index].0;
-    // What was not used before it goes too.
+    // Unused places before it are removed as well.
     let unused = area.extensions[..index].iter().rev().take_while(|(_, kind, _)| *kind == UNUSED);
     match index + 1 == area.extensions.len() {
         true => area.write(unused.last().map_or(place, |(place, ..)| *place), &[0; 8])?,
@@ -194,7 +194,7 @@ impl<'a> Area<'a> {
         Ok(area)
     }
 
-    /// Where there is an extension of that kind whose content takes up as much room.
+    /// The offset of an extension of that kind whose content takes up as much space.
     pub(super) fn find(&self, kind: u32, length: usize) -> Option<u64> {
         let room = (length as u64).next_multiple_of(8);
         let fits =
@@ -251,7 +251,7 @@ fn lies_in_one_sector(offset: u64, length: u64) -> bool {
 }
 
 fn no_room() -> Error {
-    let detail = "its first cluster has no room for another header extension";
+    let detail = "its first cluster has no space for another header extension";
     Error::new(ErrorKind::Unsupported, "change", detail)
 }
 

@@ -1,7 +1,7 @@
-//! The fields and extensions at the start of a header, replaced at once: another version of the format
-//! has a header of another length, and everything after it moves.
+//! Replaces the fields and extensions at the start of a header at once: another version of the
+//! format has a header of another length, and everything after it moves.
 //!
-//! No other change of the image may be under way, because the whole first sector is written.
+//! No other change of the image may be under way, because the complete first sector is written.
 
 use std::os::unix::ffi::OsStrExt as _;
 
@@ -11,10 +11,10 @@ use crate::qcow2::metadata::header_edit::{Area, SECTOR, write_within_sector};
 use crate::qcow2::on_disk::header::Header;
 use crate::storage::Storage;
 
-/// The cluster of the header, as it is.
+/// The present cluster of the header.
 pub(in crate::qcow2) struct HeaderStart<'a> {
     area: Area<'a>,
-    /// The backing file's name, and where it lies; 0 if there is none.
+    /// The backing file's name, and its offset; 0 if there is none.
     name: Vec<u8>,
     name_place: u64,
 }
@@ -37,10 +37,10 @@ impl<'a> HeaderStart<'a> {
         self.area.bytes.get(header_length..end).unwrap_or_default()
     }
 
-    /// Replaces the fields and extensions, and puts the backing file's name after them, durably and by
-    /// one write of a sector. A name that does not fit into the sector stays in its place; if it would be
-    /// overwritten there, it is copied to an unused place first. `None`, with nothing changed, if there is
-    /// no room.
+    /// Replaces the fields and extensions, and puts the backing file's name after them, durably and
+    /// by one write of a sector. A name that does not fit into the sector stays in its place; if it
+    /// would be overwritten there, it is copied to an unused place first. `None`, with nothing
+    /// changed, if there is no space.
     pub(in crate::qcow2) fn replace(
         &self,
         mut fields: Vec<u8>,

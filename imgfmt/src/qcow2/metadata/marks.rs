@@ -1,11 +1,10 @@
 //! The marks in the header that restrict how far an image is trusted.
 //!
-//! *Dirty*: refcounts and COPIED bits may be wrong; a writable open repairs them
-//! first. It is set while snapshots are changed, which passes through states in which they are.
-//! *Corrupt*: damage of the metadata was detected; writes are refused until repair. It is set when a
-//! change meets an entry that cannot be right, and goes away when the image is repaired.
-//! *Incomplete* (ours): the disk is being overwritten as a whole, so it is neither the old nor the
-//! new one. Version 2 has none of them.
+//! *Dirty*: refcounts and COPIED bits may be wrong; a writable open repairs them first. It is set
+//! while snapshots are changed, because they are wrong in between. *Corrupt*: damage of the
+//! metadata was detected; writes are refused until repair. It is set when a change meets an invalid
+//! entry, and a repair clears it. *Incomplete* (this crate's own): the complete disk is being
+//! overwritten, so it is neither the old nor the new one. Version 2 has none of them.
 
 use std::sync::atomic::Ordering::{Acquire, Release};
 
@@ -15,12 +14,12 @@ use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::qcow2::on_disk::header::{field, incompatible};
 
 impl MetadataFile {
-    /// Says in the header, durably, whether refcounts and COPIED bits may be wrong.
+    /// Sets or clears the dirty mark durably: whether refcounts and COPIED bits may be wrong.
     pub(in crate::qcow2) fn mark_dirty(&self, is_dirty: bool) -> Result<()> {
         self.set_mark(incompatible::DIRTY, is_dirty)
     }
 
-    /// Says in the header, durably, whether the disk is being overwritten as a whole.
+    /// Sets or clears the incomplete mark durably: whether the complete disk is being overwritten.
     pub(in crate::qcow2) fn mark_incomplete(&self, is_incomplete: bool) -> Result<()> {
         self.set_mark(incompatible::INCOMPLETE, is_incomplete)
     }
@@ -60,7 +59,7 @@ impl MetadataFile {
             && !self.is_corrupt.swap(true, Release)
             && self.header().version >= 3
         {
-            // If the mark cannot be written, this process refuses to go on all the same.
+            // Even if the mark cannot be written, this process refuses further writes.
             let _ = self.write_marks();
         }
         error
@@ -71,7 +70,7 @@ impl MetadataFile {
         if !self.is_corrupt.load(Acquire) {
             return Ok(());
         }
-        let detail = "its metadata was found damaged, so nothing is written to it any more; repair \
+        let detail = "its metadata is damaged, so nothing is written to it any more; repair \
                       it with 'nbd-cli image check --repair all'";
         Err(self.named(Error::new(ErrorKind::Corrupt, "change", detail)))
     }

@@ -1,7 +1,7 @@
 //! The file that holds an image's metadata, and its header.
 //!
-//! All writes except those of tables and of guest data pass here: marks, edits of the header, and
-//! syncs whose failure has to be remembered.
+//! All writes except those of tables and of guest data pass through here: marks, edits of the
+//! header, and syncs whose failure has to be recorded.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -16,29 +16,29 @@ use crate::sidecar::Sidecar;
 use crate::storage::{Durability, Storage, Tracked};
 use crate::units::{GuestOffset, HostOffset};
 
-/// The file that holds the metadata of one open image. The data is in it too unless there is a data
-/// file.
+/// The file that holds the metadata of one open image. It also holds the data, unless there is a
+/// data file.
 #[derive(Debug)]
 pub(in crate::qcow2) struct MetadataFile {
     pub(in crate::qcow2) file: Arc<dyn Storage>,
-    /// The same.
+    /// The same storage.
     tracked: Arc<Tracked>,
     path: Option<PathBuf>,
     is_writable: bool,
-    /// What the header says, or will when it has been written.
+    /// The header, including changes that are not written yet.
     header: OrderedRwLock<{ rank::HEADER }, Arc<Header>>,
     /// Held while header extensions or autoclear bits change.
     header_edit: OrderedMutex<{ rank::HEADER_EDIT }, ()>,
-    /// What was written to the header and is not known to be on disk, by its place there.
+    /// Writes to the header that may not be on disk, by their offset.
     header_writes: OrderedMutex<{ rank::HEADER_WRITES }, BTreeMap<u64, Vec<u8>>>,
-    /// The header says that the image is a backup and has not changed since it was made.
+    /// Whether the header says that the image is a backup and has not changed since.
     pub(super) is_sealed: AtomicBool,
-    /// The metadata is damaged: nothing may be changed any more.
+    /// Whether the metadata is damaged, so that nothing may be changed any more.
     pub(super) is_corrupt: AtomicBool,
-    /// Counts syncs that failed, and how many of them a flush has reported.
+    /// Counts failed syncs.
     pub(super) failed_syncs: AtomicU64,
     pub(super) reported_syncs: AtomicU64,
-    /// The operating system's code of the last one.
+    /// The operating system's error code of the last one.
     pub(super) failed_sync_code: AtomicI32,
     /// The sidecar to which the modification time of the file matters.
     sidecar: OrderedMutex<{ rank::SIDECAR }, Option<Arc<Sidecar>>>,
@@ -82,7 +82,7 @@ impl MetadataFile {
         if self.is_writable { Ok(()) } else { Err(unwritable()) }
     }
 
-    /// The header as it is now.
+    /// The present header.
     pub(in crate::qcow2) fn header(&self) -> Arc<Header> {
         Arc::clone(&self.header.read())
     }
@@ -98,7 +98,7 @@ impl MetadataFile {
         update(Arc::make_mut(&mut header));
     }
 
-    /// Writes to the file. Nothing is known to be on disk before a sync.
+    /// Writes to the file. The write may not be on disk before a sync.
     pub(in crate::qcow2) fn write(&self, offset: HostOffset, bytes: &[u8]) -> Result<()> {
         self.note_alive();
         self.file
@@ -123,16 +123,16 @@ impl MetadataFile {
         self.count_failed(synced)
     }
 
-    /// Writes fields of the header. They are valid from then on; until
-    /// [`sync_header`](Self::sync_header) succeeds it is not known whether they are on disk.
+    /// Writes fields of the header. They are valid at once, but may not be on disk until
+    /// [`sync_header`](Self::sync_header) succeeds.
     pub(in crate::qcow2) fn write_header(&self, place: u64, bytes: &[u8]) -> Result<()> {
         self.write(HostOffset::new(place), bytes)?;
         self.header_writes.lock().insert(place, bytes.to_vec());
         Ok(())
     }
 
-    /// Syncs what was written to the header. If that fails the next flush writes it again: the
-    /// kernel may have dropped it.
+    /// Syncs the header. If that fails, the next flush writes its changes again: the kernel may
+    /// have dropped them.
     pub(in crate::qcow2) fn sync_header(&self) -> Result<()> {
         let writes = self.header_writes.lock().clone();
         self.sync()?;
@@ -140,18 +140,18 @@ impl MetadataFile {
         Ok(())
     }
 
-    /// Whether fields of the header were written that are not known to be on disk.
+    /// Whether written fields of the header may not be on disk.
     pub(in crate::qcow2) fn has_header_writes(&self) -> bool {
         !self.header_writes.lock().is_empty()
     }
 
-    /// Writes them again, and syncs.
+    /// Writes these fields again, and syncs.
     pub(in crate::qcow2) fn repeat_header_writes(&self) -> Result<()> {
         let writes = self.header_writes.lock().clone();
         if writes.is_empty() {
             return Ok(());
         }
-        // What they lead to was on disk before they were written first.
+        // The structures that they point to were on disk before the first write.
         for (place, bytes) in &writes {
             self.write(HostOffset::new(*place), bytes)?;
         }
@@ -175,14 +175,14 @@ impl MetadataFile {
         *self.sidecar.lock() = sidecar;
     }
 
-    /// Notes a change of the file by this process, which updates its modification time.
+    /// Records a change of the file by this process, which updates its modification time.
     pub(in crate::qcow2) fn note_alive(&self) {
         if let Some(sidecar) = &*self.sidecar.lock() {
             sidecar.note_alive();
         }
     }
 
-    /// The error with the image's path in it.
+    /// Adds the image's path to the error.
     pub(in crate::qcow2) fn named(&self, error: Error) -> Error {
         match &self.path {
             Some(path) => error.with_path(path),
@@ -200,7 +200,7 @@ impl MetadataFile {
         self.named(Error::from_io(operation, error).at(guest.bytes()))
     }
 
-    /// The error of metadata that cannot be right.
+    /// The error of invalid metadata.
     pub(in crate::qcow2) fn corrupt(&self, detail: &str, offset: u64) -> Error {
         let detail =
             format!("its metadata is damaged: {detail}; check it with 'nbd-cli image check'");

@@ -1,4 +1,4 @@
-//! The header while the image is open, marks in it, and what is known about syncs.
+//! The header while the image is open, the marks in it, and the state of syncs.
 
 pub(super) mod backing_change;
 mod backing_format;

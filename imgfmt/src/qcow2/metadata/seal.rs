@@ -1,10 +1,10 @@
 //! The identity of a backup in its own file.
 //!
-//! The header extension `0x62636b70` names the backup and the length of its file. Autoclear bit 61 says
-//! that the file has not changed since: other programs clear it when they open the file for writing. QEMU
-//! does not if it opens the file for reading and writes it later, as `qemu-img commit` does with a backing
-//! file; so the modification time must be unchanged too, unless the file is a copy. `DESIGN.md` has the
-//! layout.
+//! The header extension `0x62636b70` names the backup and the length of its file. Autoclear bit 61
+//! says that the file has not changed since: other programs clear it when they open the file for
+//! writing. QEMU does not clear it if it opens the file for reading and writes it later, as
+//! `qemu-img commit` does with a backing file. So the modification time must be unchanged too,
+//! unless the file is a copy. `DESIGN.md` has the layout.
 
 use std::sync::atomic::Ordering::{Acquire, Release};
 
@@ -27,7 +27,7 @@ const FIXED_LENGTH: usize = 104;
 /// Granularity of the modification time, in seconds: every file system can store its multiples.
 const TIME_STEP: i64 = 2;
 const EXPORT_LENGTH_MAX: usize = 4096;
-/// Flag: the user has vouched for the base.
+/// Flag: the user declared the base.
 const TRUSTED_BASE: u32 = 1;
 /// Flag: the sum of the content follows the names.
 const HAS_CONTENT: u32 = 2;
@@ -44,7 +44,7 @@ pub(crate) fn seal(storage: &dyn Storage, identity: &BackupIdentity) -> Result<(
     let times = storage.as_fd().and_then(|fd| Some((fd, FileTimes::of(fd)?.rounded())));
     let content = encode(identity, length, times.map(|(_, times)| times))?;
     let cluster_size = header.geometry.cluster_size();
-    // Without the bit nobody believes the extension.
+    // Without the bit, the extension is ignored.
     change_autoclear(storage, 0, autoclear::SEAL)?;
     replace_extension(storage, cluster_size, extension::BACKUP, &content)?;
     change_autoclear(storage, autoclear::SEAL, 0)?;
@@ -69,7 +69,7 @@ struct FileTimes {
 }
 
 impl FileTimes {
-    /// None where the file system does not say when a file was made.
+    /// `None` if the file system does not record when a file was created.
     fn of(fd: BorrowedFd<'_>) -> Option<Self> {
         let wanted = StatxFlags::BTIME | StatxFlags::MTIME | StatxFlags::INO;
         let found = statx(fd, "", AtFlags::EMPTY_PATH, wanted).ok()?;
@@ -99,14 +99,15 @@ impl FileTimes {
         futimens(fd, &Timestamps { last_access: time, last_modification: time })
     }
 
-    /// Whether the file, now with these attributes, was modified in place. Of a copy it is not known.
+    /// Whether the file, now with these attributes, was modified in place. For a copy this is
+    /// unknown.
     fn was_modified(self, now: Self) -> bool {
         (self.inode, self.born) == (now.inode, now.born) && self.modified != now.modified
     }
 }
 
 impl MetadataFile {
-    /// What the file says about the backup that it is.
+    /// The record of the backup in the file.
     pub(crate) fn backup(&self) -> Option<Backup> {
         let Sealed { identity, length, times } =
             decode(self.header().extensions.backup.as_deref()?)?;
@@ -117,13 +118,13 @@ impl MetadataFile {
         Some(Backup { identity, is_unchanged, is_sealed, was_modified })
     }
 
-    /// Whether the file says which backup it is, but nobody can read it.
+    /// Whether the file has a record of a backup that cannot be read.
     pub(crate) fn is_unreadable_backup(&self) -> bool {
         self.header().extensions.backup.as_deref().is_some_and(|data| decode(data).is_none())
     }
 
-    /// Whether the header says that the file is as the backup left it. Before the first change it
-    /// must not.
+    /// Whether the header says that the file is as the backup left it. The first change must clear
+    /// that before.
     pub(in crate::qcow2) fn is_sealed(&self) -> bool {
         self.is_sealed.load(Acquire)
     }
@@ -143,7 +144,7 @@ impl MetadataFile {
 #[derive(Debug, PartialEq)]
 struct Sealed {
     identity: BackupIdentity,
-    /// Of the file, in bytes.
+    /// The length of the file, in bytes.
     length: u64,
     times: Option<FileTimes>,
 }

@@ -1,8 +1,7 @@
 //! Numbers of clusters.
 //!
-//! The cluster of the disk and the cluster of the file are counted separately, as offsets are, and
-//! a number is not an offset: three types. [`Geometry`](super::geometry::Geometry) turns one into
-//! the other.
+//! Clusters of the disk and clusters of the file have separate types, like offsets, and a number is
+//! not an offset. [`Geometry`](super::geometry::Geometry) converts between them.
 
 use std::ops::{Add, AddAssign, Sub};
 

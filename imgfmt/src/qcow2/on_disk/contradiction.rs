@@ -2,14 +2,14 @@
 //!
 //! No sound program writes them: a bit was damaged, or a program changed one field of the header
 //! without the others. Some are harmless, and a repair clears them. For others it is unknown which
-//! half is wrong; then neither the clusters of this file nor those of a data file can
-//! be trusted to be the disk, and nothing is read or written.
+//! half is wrong, and whether the disk is in this file or in a data file; then nothing is read or
+//! written.
 
 use crate::error::Result;
 use crate::qcow2::on_disk::header::{Header, autoclear};
 use crate::qcow2::on_disk::words::invalid;
 
-/// A feature bit that something else in the header contradicts.
+/// A feature bit that the rest of the header contradicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::qcow2) enum Contradiction {
     /// A raw data file bit without a data file.
@@ -25,14 +25,14 @@ pub(in crate::qcow2) enum Contradiction {
 }
 
 impl Contradiction {
-    /// What is wrong, as a sentence without an end.
+    /// The contradiction, as a sentence without a full stop.
     pub(in crate::qcow2) fn message(self) -> &'static str {
         match self {
             Self::RawWithoutDataFile => {
                 "the header says that its data file is raw (autoclear bit 1), but there is no data file"
             }
             Self::DataFileNotUsed => {
-                "the header names a data file but does not say that data lies there (incompatible \
+                "the header names a data file but does not say that data is there (incompatible \
                  bit 2), and which of both is wrong is not known"
             }
             Self::DataFileWithoutName => "it keeps its data in a file that it does not name",
@@ -46,7 +46,7 @@ impl Contradiction {
         }
     }
 
-    /// The autoclear bit without which the contradiction is gone and nothing is lost.
+    /// The autoclear bit whose clearing removes the contradiction without a loss.
     pub(in crate::qcow2) fn repaired_by_clearing(self) -> Option<u64> {
         match self {
             Self::RawWithoutDataFile | Self::RawWithBacking => Some(autoclear::RAW_DATA_FILE),
@@ -55,8 +55,8 @@ impl Contradiction {
         }
     }
 
-    /// Whether the image can be used as it is. Where it cannot, QEMU refuses it too, except for a
-    /// named data file that is not used.
+    /// Whether the image can be used nevertheless. Where it cannot, QEMU refuses it too, except for
+    /// a named data file that is not used.
     fn is_harmless(self) -> bool {
         match self {
             Self::RawWithBacking | Self::BitmapsWithoutDirectory => true,
@@ -66,7 +66,7 @@ impl Contradiction {
 }
 
 impl Header {
-    /// What its feature bits say that the rest of it contradicts.
+    /// The feature bits that the rest of the header contradicts.
     pub(in crate::qcow2) fn contradictions(&self) -> Vec<Contradiction> {
         let mut found = Vec::new();
         let is_raw = self.autoclear & autoclear::RAW_DATA_FILE != 0;
@@ -86,7 +86,7 @@ impl Header {
         found
     }
 
-    /// Refuses to use an image of which it is not known where its data lies.
+    /// Refuses to use an image if the location of its data is uncertain.
     pub(in crate::qcow2) fn refuse_contradictions(&self) -> Result<()> {
         let Some(found) = self.contradictions().into_iter().find(|found| !found.is_harmless())
         else {

@@ -14,11 +14,11 @@ pub(crate) const END: u32 = 0;
 pub(crate) const BACKING_FORMAT: u32 = 0xe279_2aca;
 pub(crate) const FEATURE_NAMES: u32 = 0x6803_f857;
 pub(crate) const BITMAPS: u32 = 0x2385_2875;
-/// Ours: uuid and generation of the sidecar with the bits of bitmaps that are in use.
+/// This crate's own: UUID and generation of the sidecar with the bits of bitmaps that are in use.
 pub(crate) const SIDECAR: u32 = 0x6469_7274;
-/// Ours: after which backup each bitmap began.
+/// This crate's own: the backup after which each bitmap began.
 pub(crate) const LINEAGE: u32 = 0x6c69_6e65;
-/// Ours: which backup the image is.
+/// This crate's own: the identity of the backup that the image is.
 pub(crate) const BACKUP: u32 = 0x6263_6b70;
 pub(crate) const DATA_FILE_NAME: u32 = 0x4441_5441;
 /// Offset and length of the header of the encryption.
@@ -32,19 +32,19 @@ const FEATURE_ENTRY: usize = 48;
 pub(crate) struct Extensions {
     pub(crate) backing_format: Option<String>,
     pub(crate) data_file_name: Option<OsString>,
-    /// The bitmaps extension as it stands in the file.
+    /// The bitmaps extension, undecoded.
     pub(crate) bitmaps: Option<Vec<u8>>,
-    /// The content of our own extension.
+    /// The content of the extension about the sidecar.
     pub(crate) sidecar: Option<Vec<u8>>,
-    /// What is known about backups of the bitmaps; there are two while it is replaced.
+    /// The records of the bitmaps' backups; there are two while one replaces the other.
     pub(crate) lineages: Vec<Vec<u8>>,
-    /// Which backup the image is.
+    /// The record of the backup that the image is.
     pub(crate) backup: Option<Vec<u8>>,
-    /// Where the header of the encryption lies, in bytes; it can be anywhere.
+    /// The offset of the header of the encryption, in bytes; unchecked.
     pub(crate) encryption_header: Option<u64>,
     feature_names: Vec<u8>,
-    /// Where, from the start of the area on, a mark ends the list that says to be longer than the
-    /// area is. It means nothing here; QEMU refuses such an image.
+    /// The offset, from the start of the area, of an end mark with a length that exceeds the area.
+    /// It is ignored here; QEMU refuses such an image.
     pub(crate) overlong_end: Option<usize>,
 }
 
@@ -104,9 +104,9 @@ pub(crate) fn push(bytes: &mut Vec<u8>, kind: u32, content: &[u8]) {
     bytes.resize(bytes.len().next_multiple_of(8), 0);
 }
 
-/// The extensions of an area byte for byte, except those of one kind and the end mark.
+/// The bytes of the extensions of an area, except those of one kind and the end mark.
 pub(crate) fn without(mut area: &[u8], kind: u32) -> Result<Vec<u8>> {
-    // Every extension goes up to where it should.
+    // Every extension is complete.
     decode(area)?;
     let mut kept = Vec::new();
     while area.len() >= 8 && u32_at(area, 0) != END {

@@ -8,13 +8,13 @@ use crate::units::{GuestOffset, GuestRange, HostOffset, Offset};
 pub(crate) struct Geometry {
     /// Clusters are `1 << cluster_bits` bytes.
     pub(crate) cluster_bits: u32,
-    /// L2 entries have a second word that tells about 32 subclusters each.
+    /// Whether L2 entries have a second word that describes 32 subclusters each.
     pub(crate) extended_l2: bool,
     /// Refcounts are `1 << refcount_order` bits wide.
     pub(crate) refcount_order: u32,
 }
 
-/// How many subclusters an extended L2 entry tells about.
+/// The number of subclusters that an extended L2 entry describes.
 const SUBCLUSTERS: u32 = 32;
 
 impl Geometry {
@@ -22,41 +22,41 @@ impl Geometry {
         1 << self.cluster_bits
     }
 
-    /// How many bytes an offset is after the start of its cluster.
+    /// The number of bytes from the start of its cluster to an offset.
     #[inline]
     pub(crate) fn in_cluster(self, offset: impl Offset) -> u64 {
         offset.value() & (self.cluster_size() - 1)
     }
 
-    /// The start of the cluster in which an offset lies.
+    /// The start of the cluster that contains an offset.
     #[inline]
     pub(crate) fn cluster_start<T: Offset>(self, offset: T) -> T {
         T::at(offset.value() & !(self.cluster_size() - 1))
     }
 
-    /// The cluster of the file in which an offset lies.
+    /// The cluster of the file that contains an offset.
     pub(crate) const fn host_cluster(self, offset: HostOffset) -> HostCluster {
         HostCluster::new(offset.bytes() >> self.cluster_bits)
     }
 
-    /// Where a cluster of the file starts.
+    /// The start of a cluster of the file.
     pub(crate) const fn host_offset(self, cluster: HostCluster) -> HostOffset {
         HostOffset::new(cluster.number() << self.cluster_bits)
     }
 
-    /// The cluster of the disk in which an offset lies.
+    /// The cluster of the disk that contains an offset.
     pub(crate) const fn guest_cluster(self, offset: GuestOffset) -> GuestCluster {
         GuestCluster::new(offset.bytes() >> self.cluster_bits)
     }
 
-    /// The first cluster of the disk in which a range lies, and how many clusters it touches.
+    /// The first cluster of the disk that a range touches, and the number of them.
     pub(crate) fn guest_clusters(self, range: GuestRange) -> (GuestCluster, u64) {
         let first = self.guest_cluster(range.offset());
         let end = GuestCluster::new(range.end().bytes().div_ceil(self.cluster_size()));
         (first, end - first)
     }
 
-    /// The clusters of the file in which `length` bytes from `offset` on lie.
+    /// The clusters of the file that contain `length` bytes from `offset` on.
     pub(crate) fn clusters_touched(
         self,
         offset: HostOffset,
@@ -70,7 +70,7 @@ impl Geometry {
         first.run(count)
     }
 
-    /// How many clusters `length` bytes from a cluster's start take up.
+    /// The number of clusters that `length` bytes from a cluster's start take up.
     pub(crate) const fn clusters_of(self, length: u64) -> u64 {
         length.div_ceil(self.cluster_size())
     }
@@ -80,22 +80,22 @@ impl Geometry {
         if self.extended_l2 { 2 } else { 1 }
     }
 
-    /// How many clusters one L2 table maps, as a shift.
+    /// The number of clusters that one L2 table maps, as a power of two.
     pub(crate) const fn l2_bits(self) -> u32 {
         self.cluster_bits - if self.extended_l2 { 4 } else { 3 }
     }
 
-    /// How many clusters one L2 table maps.
+    /// The number of clusters that one L2 table maps.
     pub(crate) const fn l2_entries(self) -> u64 {
         1 << self.l2_bits()
     }
 
-    /// How many bytes of the disk one L2 table maps.
+    /// The number of bytes of the disk that one L2 table maps.
     pub(crate) const fn l2_coverage(self) -> u64 {
         1 << (self.l2_bits() + self.cluster_bits)
     }
 
-    /// Which L1 entry a guest offset belongs to.
+    /// The index of the L1 entry of a guest offset.
     pub(crate) const fn l1_index(self, guest: GuestOffset) -> u64 {
         guest.bytes() >> (self.l2_bits() + self.cluster_bits)
     }
@@ -105,32 +105,32 @@ impl Geometry {
         GuestOffset::new(l1_index.saturating_mul(self.l2_coverage()))
     }
 
-    /// Which entry of its L2 table a guest offset belongs to.
+    /// The index of the entry of a guest offset in its L2 table.
     pub(crate) const fn l2_index(self, guest: GuestOffset) -> usize {
         (self.guest_cluster(guest).number() & (self.l2_entries() - 1)) as usize
     }
 
-    /// How many L1 entries a disk of `size` bytes needs.
+    /// The number of L1 entries that a disk of `size` bytes needs.
     pub(crate) const fn l1_entries_for(self, size: u64) -> u64 {
         size.div_ceil(self.l2_coverage())
     }
 
-    /// How many units a cluster has that are allocated one by one: 32, or 1 without subclusters.
+    /// The number of subclusters of a cluster: 32, or 1 without subclusters.
     pub(crate) const fn subclusters(self) -> u32 {
         if self.extended_l2 { SUBCLUSTERS } else { 1 }
     }
 
-    /// Size of such a unit.
+    /// Size of a subcluster in bytes.
     pub(crate) const fn subcluster_size(self) -> u64 {
         self.cluster_size() / self.subclusters() as u64
     }
 
-    /// Mask of all units of a cluster.
+    /// Mask of all subclusters of a cluster.
     pub(crate) const fn all_subclusters(self) -> u32 {
         if self.extended_l2 { u32::MAX } else { 1 }
     }
 
-    /// Mask of the units that the bytes from `start` to `end` (excluded) of a cluster touch.
+    /// Mask of the subclusters that the bytes from `start` to `end` (excluded) of a cluster touch.
     pub(crate) fn subcluster_mask(self, start: u64, end: u64) -> u32 {
         if start >= end {
             return 0;
@@ -145,7 +145,7 @@ impl Geometry {
         1 << self.refcount_order
     }
 
-    /// How many clusters one refcount block counts.
+    /// The number of clusters that one refcount block counts.
     pub(crate) const fn block_entries(self) -> u64 {
         (self.cluster_size() * 8) >> self.refcount_order
     }

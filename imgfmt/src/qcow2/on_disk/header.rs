@@ -1,4 +1,4 @@
-//! The header of a qcow2 image: read, checked against every limit, and only then believed.
+//! The header of a qcow2 image, which is checked against every limit before it is used.
 //!
 //! All numbers in the file are big-endian. Section "Header" of the format's specification:
 //!
@@ -49,8 +49,8 @@ pub(crate) mod incompatible {
     /// Of this crate: the image is not complete yet, see
     /// [`incomplete_header`](super::super::incomplete_header), or its disk is being overwritten.
     pub(crate) const INCOMPLETE: u64 = 1 << 63;
-    /// Of this crate: the header names no backing file because the old name had to go before the new
-    /// one could be written.
+    /// Of this crate: the header names no backing file because the old name had to be removed
+    /// before the new one could be written.
     pub(crate) const NAME_UNFINISHED: u64 = 1 << 62;
 }
 
@@ -63,11 +63,12 @@ pub(crate) mod compatible {
 pub(crate) mod autoclear {
     pub(crate) const BITMAPS: u64 = 1;
     pub(crate) const RAW_DATA_FILE: u64 = 1 << 1;
-    /// Ours: no program that does not know it has written the image since the sidecar was made.
+    /// This crate's own: no program that does not know it has written the image since the sidecar
+    /// was created.
     pub(crate) const SIDECAR: u64 = 1 << 63;
-    /// Ours: what the extension about bitmaps and backups says is true.
+    /// This crate's own: the extension about bitmaps and backups is valid.
     pub(crate) const LINEAGE: u64 = 1 << 62;
-    /// Ours: the image is as the backup left it that it is.
+    /// This crate's own: the image is a backup and has not changed since.
     pub(crate) const SEAL: u64 = 1 << 61;
     pub(crate) const KNOWN: u64 = BITMAPS | RAW_DATA_FILE | SIDECAR | LINEAGE | SEAL;
 }
@@ -97,7 +98,7 @@ pub(crate) struct Header {
     pub(crate) geometry: Geometry,
     /// Size of the virtual disk in bytes, a multiple of 512.
     pub(crate) size: u64,
-    /// The same as the file has it, whatever it is a multiple of.
+    /// The size in the file, which may be any number.
     stated_size: u64,
     pub(crate) l1_offset: HostOffset,
     pub(crate) l1_entries: u32,
@@ -113,18 +114,18 @@ pub(crate) struct Header {
     pub(crate) encryption_method: u32,
     pub(crate) backing_name: Option<OsString>,
     pub(crate) extensions: Extensions,
-    /// Where a mark ends the extensions that QEMU would refuse.
+    /// The offset of an end mark that QEMU would refuse.
     pub(crate) overlong_end: Option<u64>,
 }
 
 impl Header {
-    /// Reads and checks the header. For a check, tables may lie where nothing can be read, and the
-    /// refcount table may be impossible: then its size is 0.
+    /// Reads and checks the header. For a check, tables may be in unreadable places, and the
+    /// refcount table may be invalid: then its size is 0.
     pub(crate) fn read(storage: &dyn Storage, purpose: Purpose) -> Result<Self> {
         Self::read_accepting(storage, purpose, 0)
     }
 
-    /// The same for an image of which the disk may be incomplete.
+    /// The same for an image whose disk may be incomplete.
     pub(crate) fn read_or_overwrite(
         storage: &dyn Storage,
         purpose: Purpose,
@@ -137,13 +138,13 @@ impl Header {
         Self::read_accepting(storage, purpose, accepted)
     }
 
-    /// The same for an image that is about to get a backing file's name, or to lose it: it may lack one
-    /// because such a change was interrupted.
+    /// The same for a change of the backing file's name: the image may lack one because an earlier
+    /// change was interrupted.
     pub(crate) fn read_to_name(storage: &dyn Storage) -> Result<Self> {
         Self::read_accepting(storage, Purpose::Use, incompatible::NAME_UNFINISHED)
     }
 
-    /// `accepted` are those of our incompatible bits with which the image is read all the same.
+    /// `accepted` are the incompatible bits of this crate that do not prevent reading the image.
     fn read_accepting(storage: &dyn Storage, purpose: Purpose, accepted: u64) -> Result<Self> {
         let file_length = storage.len().map_err(read_error)?;
         let mut start = vec![0; 4096];
@@ -227,7 +228,7 @@ impl Header {
             u64::from(self.snapshot_count) * 40,
             u64::MAX,
         )?;
-        // Of the size that is stated, as in QEMU, which opens no image whose L1 table is smaller.
+        // By the stated size, as in QEMU, which opens no image whose L1 table is smaller.
         if self.geometry.l1_entries_for(self.stated_size) > u64::from(self.l1_entries) {
             return Err(invalid(format!(
                 "its L1 table of {} entries is too small for a disk of {} bytes",
@@ -237,7 +238,7 @@ impl Header {
         Ok(())
     }
 
-    /// Reads the extensions and the backing file's name, which lie in the first cluster.
+    /// Reads the extensions and the backing file's name, which are in the first cluster.
     fn read_names(&mut self, storage: &dyn Storage, start: &[u8]) -> Result<()> {
         let header_length =
             if self.version == 2 { V2_LENGTH } else { u64::from(u32_at(start, 100)) };
@@ -287,7 +288,7 @@ impl Header {
         Ok(())
     }
 
-    /// The content of the bitmaps extension, as it was when the header was read.
+    /// The content of the bitmaps extension when the header was read.
     pub(crate) fn bitmaps(&self) -> Option<&[u8]> {
         self.extensions.bitmaps.as_deref()
     }

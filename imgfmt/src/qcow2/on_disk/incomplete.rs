@@ -1,8 +1,8 @@
 //! The header of an image that is not complete yet.
 //!
-//! It takes the place of the final header while the image is written. QEMU and this crate refuse
-//! it because of an incompatible feature bit that QEMU does not know; the table of features gives its name, so
-//! that QEMU's message says what is wrong.
+//! It replaces the final header while the image is written. QEMU and this crate refuse it because
+//! of an incompatible feature bit that QEMU does not know. The table of features contains a name
+//! for the bit, so that QEMU's message explains the reason.
 
 use super::extension;
 use super::header::{MAGIC, V3_LENGTH_MIN, field, incompatible};
@@ -12,7 +12,7 @@ const CLUSTER_BITS: u32 = 16;
 /// At most 46 bytes.
 const NAME: &[u8] = b"incomplete: its writer was interrupted";
 
-/// The first sector of a disk that is incomplete.
+/// The first sector of an incomplete disk.
 pub(crate) fn incomplete_header() -> [u8; SECTOR] {
     let mut header = [0; SECTOR];
     let mut put = |at: u64, bytes: &[u8]| {

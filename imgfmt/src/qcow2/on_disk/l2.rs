@@ -1,4 +1,4 @@
-//! L2 entries: the one place that knows their bits.
+//! L2 entries. Only this module knows their bits.
 //!
 //! ```text
 //! bit 63      COPIED: the refcount is exactly 1, the cluster may be written in place
@@ -7,9 +7,9 @@
 //! bit 0       reads as zero (version 3, without subclusters)
 //! ```
 //!
-//! With subclusters a second word follows: bits 0-31 say which subclusters are allocated, bits
-//! 32-63 which ones read as zero. Both set is an error. Here an image without subclusters has a
-//! single "subcluster", so that everything above treats both kinds alike.
+//! With subclusters a second word follows: bits 0-31 are the allocated subclusters, bits 32-63
+//! those that read as zero. Both set is an error. In this crate, an image without subclusters has a
+//! single "subcluster", so that other modules treat both kinds alike.
 
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::units::HostOffset;
@@ -25,16 +25,16 @@ pub(crate) fn table_of(l1_entry: u64) -> Option<HostOffset> {
     Some(l1_entry & OFFSET_MASK).filter(|offset| *offset != 0).map(HostOffset::new)
 }
 
-/// What decides how entries of an image are understood.
+/// The properties of an image that its entries depend on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct EntryFormat {
     pub(crate) geometry: Geometry,
     pub(crate) version: u32,
-    /// Data lies in a file of its own, where offset 0 is a place like any other.
+    /// Whether data is in a separate file, where offset 0 is a valid place.
     pub(crate) has_data_file: bool,
 }
 
-/// Where a compressed cluster's bytes are.
+/// The place of a compressed cluster's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Compressed {
     pub(crate) offset: HostOffset,
@@ -45,30 +45,30 @@ pub(crate) struct Compressed {
 /// A decoded L2 entry.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Cluster {
-    /// Where it is stored, allocated or not yet used.
+    /// Its place in the file, even if no subcluster uses it yet.
     pub(crate) host: Option<HostOffset>,
-    /// The host cluster belongs to this entry alone.
+    /// Whether the host cluster belongs to this entry alone.
     pub(crate) copied: bool,
     pub(crate) compressed: Option<Compressed>,
-    /// Subclusters whose data lies in the host cluster.
+    /// Subclusters whose data is in the host cluster.
     pub(crate) allocated: u32,
     /// Subclusters that read as zero.
     pub(crate) zero: u32,
 }
 
-/// What one subcluster holds.
+/// The content of one subcluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Subcluster {
-    /// Data at this offset of the host cluster's file (of the subcluster's start).
+    /// Data at this offset in the file, where the subcluster starts.
     Stored(HostOffset),
     Zero,
     Compressed(Compressed),
-    /// Nothing here: the backing file decides.
+    /// No content in this image: the backing file's content shows.
     Unallocated,
 }
 
 impl EntryFormat {
-    /// Decodes an entry; the error says what is wrong with it.
+    /// Decodes an entry; the error describes its damage.
     pub(crate) fn decode(self, entry: u64, bitmap: u64) -> Result<Cluster, &'static str> {
         if entry & COMPRESSED != 0 {
             return self.decode_compressed(entry);
@@ -108,12 +108,12 @@ impl EntryFormat {
         let compressed = self.compressed_place(entry);
         let offset = compressed.offset.bytes();
         if offset >> 56 != 0 || offset == 0 {
-            return Err("an L2 entry points to an impossible place");
+            return Err("an L2 entry points to an invalid place");
         }
         Ok(Cluster { compressed: Some(compressed), ..Cluster::default() })
     }
 
-    /// Where the entry of a compressed cluster points to, possible or not.
+    /// The place to which the entry of a compressed cluster points, which may be invalid.
     pub(crate) fn compressed_place(self, entry: u64) -> Compressed {
         let length_bits = self.geometry.cluster_bits - 8;
         let offset_bits = 62 - length_bits;
@@ -123,8 +123,8 @@ impl EntryFormat {
         Compressed { offset: HostOffset::new(offset), length }
     }
 
-    /// Encodes an entry. What does not fit into a compressed one becomes an empty one: see
-    /// [`encode_compressed`](Self::encode_compressed).
+    /// Encodes an entry. A compressed cluster that does not fit into an entry becomes an empty
+    /// entry: see [`encode_compressed`](Self::encode_compressed).
     pub(crate) fn encode(self, cluster: Cluster) -> (u64, u64) {
         if let Some(compressed) = cluster.compressed {
             return (self.encode_compressed(compressed).unwrap_or(0), 0);
@@ -155,7 +155,7 @@ impl EntryFormat {
 }
 
 impl Cluster {
-    /// What the subcluster of this number holds.
+    /// The content of the subcluster of this number.
     pub(crate) fn content(&self, geometry: Geometry, subcluster: u32) -> Subcluster {
         let bit = 1 << subcluster;
         match (self.compressed, self.host) {

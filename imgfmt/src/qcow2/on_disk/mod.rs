@@ -1,4 +1,4 @@
-//! What the bytes of an image mean: header, extensions, entries, refcounts, snapshots.
+//! The format's structures: header, extensions, entries, refcounts, snapshots.
 
 pub(super) mod cluster;
 pub(super) mod contradiction;

@@ -1,4 +1,4 @@
-//! Refcounts: how many references each cluster of the file has.
+//! Refcounts: the number of references to each cluster of the file.
 //!
 //! A refcount table names refcount blocks; a block is an array of counts, 1 to 64 bits wide. Blocks
 //! are cached; changed ones stay in memory until [`flush`](crate::qcow2::flush) has written them.
@@ -25,26 +25,26 @@ const TABLE_OFFSET_MASK: u64 = !511;
 pub(crate) struct Refcounts {
     pub(in crate::qcow2) file: Arc<dyn Storage>,
     pub(in crate::qcow2) geometry: Geometry,
-    /// Offsets of the blocks, as in the file: 0 where there is none.
+    /// Offsets of the blocks, as in the file: 0 if there is none.
     pub(in crate::qcow2) table: Vec<u64>,
     /// Entries of the table that are not yet on disk.
     pub(in crate::qcow2) dirty_entries: BTreeSet<usize>,
     blocks: HashMap<usize, Block>,
-    /// Where the blocks lie; none ever moves.
+    /// The places of the blocks; none ever moves.
     places: HashSet<HostOffset>,
-    /// Entries of the table that cannot be right.
+    /// Entries of the table that are invalid.
     lies: HashSet<usize>,
-    /// Clusters, in order, that other metadata was known to lie in when the image was opened.
+    /// The clusters, in order, of other metadata known when the image was opened.
     others: Vec<HostCluster>,
     trusts_all: bool,
     reads: Reads,
-    /// The block for lack of which work has failed.
+    /// The block that the work needed and that was not in memory.
     missing: Option<usize>,
-    /// How often a block has come into memory.
+    /// The number of blocks that were put into memory so far.
     inserted: u64,
 }
 
-/// Whether blocks are read that are not in memory.
+/// Whether blocks that are not in memory are read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Reads {
     #[default]
@@ -57,9 +57,9 @@ struct Block {
     bytes: Vec<u8>,
     /// First and last (excluded) changed byte.
     dirty: Option<(usize, usize)>,
-    /// A copy is on its way to the disk: what is there now is old.
+    /// Whether a copy is being written to the disk, which has older content.
     is_being_written: bool,
-    /// It is known to be a refcount block and nothing else.
+    /// Whether it is known to be a refcount block and nothing else.
     is_trusted: bool,
 }
 
@@ -131,7 +131,7 @@ impl Refcounts {
         }
     }
 
-    /// Which block counts a cluster, and where in it.
+    /// The index of the block that counts a cluster, and of the entry in it.
     pub(in crate::qcow2) fn place(&self, cluster: HostCluster) -> (usize, usize) {
         let entries = self.geometry.block_entries();
         ((cluster.number() / entries) as usize, (cluster.number() % entries) as usize)
@@ -142,7 +142,7 @@ impl Refcounts {
         HostCluster::new(index as u64 * self.geometry.block_entries())
     }
 
-    /// Where a block lies, if there is one of this index.
+    /// The offset of the block of this index, if there is one.
     pub(in crate::qcow2) fn block_offset(&self, index: usize) -> Option<HostOffset> {
         self.table.get(index).filter(|offset| **offset != 0).copied().map(HostOffset::new)
     }
@@ -152,17 +152,17 @@ impl Refcounts {
         self.block_offset(index).is_some()
     }
 
-    /// Whether there is a block of this index, and in memory.
+    /// Whether there is a block of this index in memory.
     pub(in crate::qcow2) fn is_in_memory(&self, index: usize) -> bool {
         self.has_block(index) && self.blocks.contains_key(&index)
     }
 
-    /// Whether a block lies at this offset.
+    /// Whether there is a block at this offset.
     pub(in crate::qcow2) fn is_block(&self, offset: HostOffset) -> bool {
         self.places.contains(&offset)
     }
 
-    /// How often a cluster is referenced.
+    /// The refcount of a cluster.
     pub(crate) fn refcount(&mut self, cluster: HostCluster) -> Result<u64> {
         let (index, entry) = self.place(cluster);
         if !self.has_block(index) {
@@ -186,7 +186,7 @@ impl Refcounts {
         let (index, entry) = self.place(cluster);
         if value > self.geometry.refcount_max() {
             let detail = format!(
-                "a cluster would have {value} references, more than its {}-bit refcounts can tell",
+                "a cluster would have {value} references, more than its {}-bit refcounts can hold",
                 self.geometry.refcount_bits()
             );
             return Err(Error::new(ErrorKind::Unsupported, "change", detail));
@@ -203,22 +203,22 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Notes in which clusters other metadata lies.
+    /// Records the clusters of other metadata.
     pub(in crate::qcow2) fn note_others(&mut self, mut clusters: Vec<HostCluster>) {
         clusters.sort_unstable();
         clusters.dedup();
         self.others = clusters;
     }
 
-    /// All blocks are known to be nothing else.
+    /// Records that all blocks are known to be nothing else.
     pub(in crate::qcow2) fn trust_all(&mut self) {
         self.lies.clear();
         self.others.clear();
         self.trusts_all = true;
     }
 
-    /// Whether a block does not count the cluster that it lies in itself, as those do that were made
-    /// in the usual course: then its own count says nothing about it.
+    /// Whether some block does not count its own cluster. Blocks usually do; the refcount of a
+    /// block that another one counts proves nothing about it.
     pub(in crate::qcow2) fn has_strangers(&self) -> bool {
         let is_stranger = |index| {
             let offset = self.block_offset(index);
@@ -227,14 +227,14 @@ impl Refcounts {
         !self.trusts_all && (0..self.table.len()).any(is_stranger)
     }
 
-    /// No block is to be written.
+    /// Lets no block be written.
     pub(in crate::qcow2) fn trust_none(&mut self) {
         self.lies.extend(0..self.table.len());
     }
 
-    /// Refuses to write a refcount block for the first time if it is known to be something else as
-    /// well, or if it says that a cluster that is known to be in use is free. A damaged or hostile
-    /// table may name a block in the middle of the guest's data.
+    /// Refuses the first write of a refcount block that is known to be something else as well, or
+    /// that counts a used cluster as free. A damaged or hostile table may name a block within the
+    /// guest's data.
     fn refuse_lie(&mut self, index: usize) -> Result<()> {
         if self.trusts_all {
             return Ok(());
@@ -267,8 +267,8 @@ impl Refcounts {
         }
     }
 
-    /// The first entry from `entry` on of a block that is zero, and how many follow it, up to
-    /// `count_max`.
+    /// The first entry of a block, from `entry` on, that is zero, and the number of such entries in
+    /// a row, up to `count_max`.
     pub(in crate::qcow2) fn find_free(
         &mut self,
         index: usize,
@@ -294,7 +294,7 @@ impl Refcounts {
         self.file
             .write_at(offset, &bytes, Durability::Cached)
             .map_err(|error| Error::from_io("write a refcount block of", error))?;
-        // Nor is it known to be on disk before a flush has written it again and synced.
+        // Still, it may not be on disk before a flush has written it again and synced.
         let dirty = Some((0, bytes.len()));
         self.insert(index, Block { bytes, dirty, is_being_written: false, is_trusted: true });
         if self.table.len() <= index {
@@ -306,7 +306,7 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Takes a block back that was just added and counts nothing but itself.
+    /// Removes a block that was just added and counts nothing but itself.
     pub(in crate::qcow2) fn remove_block(&mut self, index: usize) {
         self.blocks.remove(&index);
         self.dirty_entries.remove(&index);
@@ -316,7 +316,7 @@ impl Refcounts {
         }
     }
 
-    /// Takes copies of everything that changed.
+    /// Takes copies of all changed parts.
     pub(in crate::qcow2) fn take_dirty(&mut self) -> Vec<DirtyBlock> {
         let mut parts = Vec::new();
         for (index, block) in &mut self.blocks {
@@ -332,7 +332,7 @@ impl Refcounts {
         parts
     }
 
-    /// Notes what came of writing what [`take_dirty`](Self::take_dirty) returned.
+    /// Records whether writing the result of [`take_dirty`](Self::take_dirty) succeeded.
     pub(in crate::qcow2) fn written(&mut self, parts: &[DirtyBlock], success: bool) {
         for part in parts {
             let Some(block) = self.blocks.get_mut(&part.index) else { continue };

@@ -12,9 +12,9 @@ use crate::units::HostOffset;
 
 const ENTRY_LENGTH: usize = 40;
 const EXTRA_LENGTH_MAX: usize = 1024;
-/// Version 3 demands two sizes.
+/// Version 3 requires two sizes.
 const EXTRA_LENGTH_MIN: usize = 16;
-/// The whole table may not be larger than this.
+/// The maximum size of the complete table.
 const TABLE_BYTES_MAX: u64 = 64 << 20;
 /// Largest L1 table of a snapshot.
 const L1_BYTES_MAX: u64 = 32 << 20;
@@ -40,7 +40,7 @@ pub struct Snapshot {
     pub(crate) l1_offset: HostOffset,
     pub(crate) l1_entries: u32,
     pub(crate) extra: Vec<u8>,
-    /// Id and name as they stand in the file, which need not be UTF-8.
+    /// Id and name in the file, which need not be UTF-8.
     pub(crate) raw_id: Vec<u8>,
     pub(crate) raw_name: Vec<u8>,
 }
@@ -59,7 +59,7 @@ pub(crate) fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<S
     for _ in 0..header.snapshot_count {
         let (snapshot, length) = read_entry(storage, header, offset, file_length)?;
         snapshots.push(snapshot);
-        // Cannot overflow: the offset lies inside the file and an entry is below 200 KiB.
+        // Cannot overflow: the offset is inside the file and an entry is below 200 KiB.
         offset += length.next_multiple_of(8);
         if offset - header.snapshots_offset > TABLE_BYTES_MAX {
             return Err(invalid("its table of snapshots is too large"));
@@ -73,12 +73,12 @@ pub(crate) struct DamagedTable {
     pub(crate) snapshots: Vec<Snapshot>,
     /// Defects of the table that are repaired by writing `snapshots` as a new table.
     pub(crate) damages: Vec<String>,
-    /// How many bytes the table takes up.
+    /// The length of the table in bytes.
     pub(crate) length: u64,
 }
 
-/// Reads what can be understood of the table of snapshots. Where their L1 tables lie is not looked
-/// at.
+/// Reads the readable part of the table of snapshots. The places of their L1 tables are not
+/// checked.
 pub(crate) fn read_damaged_table(storage: &dyn Storage, header: &Header) -> Result<DamagedTable> {
     let (mut snapshots, mut damages) = (Vec::new(), Vec::new());
     let file_length = storage.len().map_err(read_error)?;
@@ -87,7 +87,7 @@ pub(crate) fn read_damaged_table(storage: &dyn Storage, header: &Header) -> Resu
         let offset = header.snapshots_offset + length;
         let (mut snapshot, extra_length) = read_damaged_entry(storage, header, offset)?;
         let name_lengths = snapshot.raw_id.len() + snapshot.raw_name.len();
-        // After the last snapshot the cluster is empty, and no entry without a name has an end
+        // After the last snapshot the cluster is empty. An entry without a name has no known end
         // from which the next one could be found.
         let is_empty =
             name_lengths == 0 && snapshot.l1_offset.bytes() == 0 && snapshot.l1_entries == 0;
@@ -129,7 +129,7 @@ pub(crate) fn find<'a>(snapshots: &'a [Snapshot], name: &str) -> Result<&'a Snap
     })
 }
 
-/// The table as it stands in the file.
+/// The bytes of the table.
 pub(crate) fn encode_table(snapshots: &[Snapshot]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for snapshot in snapshots {
@@ -177,8 +177,8 @@ fn read_entry(
     Ok((snapshot, (ENTRY_LENGTH + rest.len()) as u64))
 }
 
-/// Reads an entry that may be damaged: bytes past the end of the file are zero, and only as
-/// much extra data is kept as there may be. Also returns how much the entry says there is.
+/// Reads an entry that may be damaged: bytes past the end of the file are zero, and at most the
+/// permitted amount of extra data is kept. Also returns the amount that the entry claims.
 fn read_damaged_entry(
     storage: &dyn Storage,
     header: &Header,
@@ -218,7 +218,7 @@ fn decode_entry(fixed: &[u8], extra: &[u8], names: &[u8], header: &Header) -> Sn
     }
 }
 
-/// What keeps the L1 table of a snapshot from being read, if anything.
+/// The reason why the L1 table of a snapshot cannot be read, if there is one.
 pub(crate) fn l1_damage(snapshot: &Snapshot, geometry: Geometry) -> Option<String> {
     let is_possible = geometry.in_cluster(snapshot.l1_offset) == 0
         && u64::from(snapshot.l1_entries) * 8 <= L1_BYTES_MAX;

@@ -1,11 +1,11 @@
-//! Tables of big-endian words, and the errors of what cannot be read or understood.
+//! Tables of big-endian words, and the errors of unreadable or invalid metadata.
 
 use crate::bytes::u64_at;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Storage, TryRead};
 use crate::units::HostOffset;
 
-/// Up to this many bytes are read without memory from the heap.
+/// Up to this many bytes are read without an allocation.
 const SHORT: usize = 4 << 10;
 
 /// Reads a table of 64-bit words.
@@ -21,7 +21,7 @@ pub(in crate::qcow2) fn read_words(
     Ok(bytes.chunks_exact(8).map(|word| u64_at(word, 0)).collect())
 }
 
-/// Reads a table of 64-bit words if that takes no waiting for a medium, and nothing is wrong.
+/// Reads a table of 64-bit words if that needs no waiting for a medium and succeeds.
 pub(in crate::qcow2) fn try_read_words(
     storage: &dyn Storage,
     offset: HostOffset,
@@ -47,17 +47,17 @@ pub(in crate::qcow2) fn words_to_bytes(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_be_bytes()).collect()
 }
 
-/// What the file says makes no sense.
+/// The error of invalid contents.
 pub(crate) fn invalid(detail: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidFormat, "open", detail)
 }
 
-/// What the file asks for is not known here.
+/// The error of an unknown feature.
 pub(crate) fn unsupported(detail: impl Into<String>) -> Error {
     Error::new(ErrorKind::Unsupported, "open", detail)
 }
 
-/// The file could not be read.
+/// The error of a failed read.
 pub(crate) fn read_error(error: std::io::Error) -> Error {
     Error::from_io("read the metadata of", error)
 }

@@ -13,7 +13,7 @@ use crate::qcow2::on_disk::snapshot;
 use crate::qcow2::purpose::Purpose;
 use crate::storage::Storage;
 
-/// Length of the version 3 header that is written, with the field for the kind of compression.
+/// Length of the version 3 header that is written, including the field for the compression type.
 const V3_LENGTH: usize = 112;
 const REFCOUNT_ORDER_OF_V2: u32 = 4;
 
@@ -74,7 +74,7 @@ pub(crate) fn refuse_amendment(storage: &dyn Storage, amendment: &Amendment) -> 
         return Ok(());
     }
     if bits != 16 {
-        let detail = "version 2 has refcounts of 16 bits only; have their width changed as well";
+        let detail = "version 2 has refcounts of 16 bits only; change their width as well";
         return Err(Error::new(ErrorKind::InvalidInput, "amend", detail));
     }
     if amendment.lazy_refcounts == Some(LazyRefcounts::On) {
@@ -87,7 +87,7 @@ pub(crate) fn refuse_amendment(storage: &dyn Storage, amendment: &Amendment) -> 
 fn refuse_downgrade(header: &Header) -> Result<()> {
     let has = |bit: u64| header.incompatible & bit != 0;
     let what = if has(incompatible::DATA_FILE) {
-        "its data is in a file of its own"
+        "its data is in a separate file"
     } else if has(incompatible::EXTENDED_L2) {
         "its clusters have subclusters"
     } else if has(incompatible::COMPRESSION) {
@@ -99,7 +99,8 @@ fn refuse_downgrade(header: &Header) -> Result<()> {
     } else {
         return Ok(());
     };
-    let detail = format!("it cannot become version 2, for {what}; or convert it into a new image");
+    let detail =
+        format!("it cannot become version 2 because {what}; or convert it into a new image");
     Err(Error::new(ErrorKind::Unsupported, "amend", detail))
 }
 
@@ -110,7 +111,7 @@ fn downgrade(storage: &dyn Storage, header: &Header) -> Result<()> {
     let mut content = start.bytes()[..V2_LENGTH as usize].to_vec();
     content[4..8].copy_from_slice(&2_u32.to_be_bytes());
     let length = u32_at(start.bytes(), 100) as usize;
-    // Without features there are no names of features.
+    // Without features, the table of their names has no meaning.
     let extensions = extension::without(start.extensions(length), extension::FEATURE_NAMES)?;
     start.replace(content, &extensions)?.ok_or_else(no_room)
 }
@@ -139,7 +140,7 @@ fn refuse_snapshots_without_size(storage: &dyn Storage, header: &Header) -> Resu
         None => Ok(()),
         Some(snapshot) => {
             let detail = format!(
-                "its snapshot '{}' does not say how large the disk was, which version 3 demands; \
+                "its snapshot '{}' does not say how large the disk was, which version 3 requires; \
                  delete it first",
                 snapshot.name.escape_debug()
             );
@@ -158,7 +159,7 @@ fn no_lazy_refcounts() -> Error {
 
 fn no_room() -> Error {
     let detail =
-        "its header has no room for the fields of that version; convert it into a new image";
+        "its header has no space for the fields of that version; convert it into a new image";
     Error::new(ErrorKind::Unsupported, "amend", detail)
 }
 

@@ -34,7 +34,7 @@ const FEATURE_NAMES: [(u8, u8, &str); 8] = [
     (2, 1, "raw external data"),
 ];
 
-/// How many clusters each part takes up.
+/// The number of clusters of each part.
 #[derive(Clone, Copy, Debug, Default)]
 struct Layout {
     refcount_table: u64,
@@ -94,7 +94,7 @@ pub(crate) fn layout(size: u64, options: &CreateOptions) -> Result<Vec<(u64, Vec
     Ok(parts)
 }
 
-/// Refuses clusters and refcounts of sizes that no image can have.
+/// Refuses invalid sizes of clusters and refcounts.
 pub(crate) fn check_sizes(options: &CreateOptions) -> Result<()> {
     let size = options.cluster_size;
     if !size.is_power_of_two() || !(512..=2 << 20).contains(&size) {

@@ -1,4 +1,4 @@
-//! Changes of a whole image: created, resized, with snapshots, amended.
+//! Changes of a complete image: creating, resizing, snapshots, amending.
 
 pub(super) mod amend;
 pub(super) mod create;

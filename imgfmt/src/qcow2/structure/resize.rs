@@ -22,19 +22,19 @@ impl Qcow2 {
         self.metadata.refuse_if_corrupt()?;
         let old_size = self.size;
         drop(self.bitmaps.before_change(self, span(0, 0))?);
-        // What is cut off and added again is clean, and not what it was.
+        // A part that is cut off and added again is clean, although its content is another one.
         self.bitmaps.forget_lineage()?;
         self.flusher().flush()?;
         if size < old_size {
             self.bitmaps.before_resize(self)?;
             let old_l1 = self.switch_to_smaller(size)?;
-            // The disk is smaller, whatever happens now.
+            // The disk is smaller, even if the rest fails.
             self.bitmaps.store_resized(self)?;
             self.free_behind(size, &old_l1)?;
             return self.data.resize(old_size, size);
         }
         self.grow_l1(size)?;
-        // The rest of the last cluster holds anything, and the backing file may be longer.
+        // The rest of the last cluster may have any content, and the backing file may be longer.
         let cluster_end = self.size.next_multiple_of(self.geometry().cluster_size()).min(size);
         let backing_end = self.backing.as_ref().map_or(0, |backing| backing.size).min(size);
         let stale = span(self.size, cluster_end.max(backing_end));
@@ -49,9 +49,9 @@ impl Qcow2 {
         self.bitmaps.store_resized(self)
     }
 
-    /// Changes the size of the disk and the place of the L1 table with one write of the header,
-    /// and syncs it. They are always written together: of two writes that had to be repeated after
-    /// an error, one could undo a part of the other.
+    /// Changes the size of the disk and the place of the L1 table with one write of the header, and
+    /// syncs it. They are always written together: if two writes had to be repeated after an error,
+    /// one could undo a part of the other.
     pub(in crate::qcow2) fn write_disk_fields(
         &mut self,
         size: u64,
@@ -60,11 +60,11 @@ impl Qcow2 {
     ) -> Result<()> {
         let mut fields = [0; 24];
         fields[..8].copy_from_slice(&size.to_be_bytes());
-        // Between them is the method of encryption: none.
+        // The field between them is the method of encryption: none.
         fields[12..16].copy_from_slice(&l1_entries.to_be_bytes());
         fields[16..].copy_from_slice(&l1_offset.bytes().to_be_bytes());
         self.metadata.write_header(field::SIZE, &fields)?;
-        // Whether the sync succeeds or not, this is what the file says now.
+        // Even if the sync fails, the file has these values now.
         let old_size = std::mem::replace(&mut self.size, size);
         self.metadata.update_header(|header| {
             header.size = size;
@@ -95,7 +95,7 @@ impl Qcow2 {
         self.replace_l1(l1, self.size)
     }
 
-    /// Writes the L1 table to a new place and switches to it, and to a size of the disk, with one
+    /// Writes the L1 table to a new place, and switches to it and to a size of the disk with one
     /// write of the header. The clusters of the old one are freed.
     pub(in crate::qcow2) fn replace_l1(&mut self, l1: Vec<u64>, size: u64) -> Result<()> {
         let geometry = self.geometry();
@@ -103,7 +103,7 @@ impl Qcow2 {
         let reserved = self.clusters.reserve_exact(clusters, self)?;
         let mut bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         bytes.resize((clusters << geometry.cluster_bits) as usize, 0);
-        // The refcounts and whatever the table points to must be there before the header is.
+        // The refcounts and everything that the table points to must be on disk before the header.
         let prepared =
             self.metadata.write(reserved.offset, &bytes).and_then(|()| self.flusher().flush());
         if let Err(error) = prepared {
@@ -116,8 +116,8 @@ impl Qcow2 {
         if self.metadata.header().l1_offset != reserved.offset {
             return switched;
         }
-        // Whether the sync succeeded or not, the file names the new table now, so later changes
-        // must go there. The old one is freed only if the disk is known not to need it.
+        // Even if the sync failed, the file names the new table now, so later changes must go
+        // there. The old one is freed only if the disk certainly does not need it.
         let old_bytes = u64::from(old_entries) * 8;
         self.mapping.replace_l1(l1);
         let new_end = reserved.offset + u64::from(self.metadata.header().l1_entries) * 8;
@@ -131,15 +131,15 @@ impl Qcow2 {
     }
 }
 
-/// Refuses a change of the size where a snapshot does not say its own: it would be taken for
-/// the disk's. As in QEMU, version 2 is not trusted to say it.
+/// Refuses a change of the size if a snapshot does not record its own: the disk's would be used for
+/// it. As in QEMU, version 2 is not trusted to record it.
 pub(in crate::qcow2) fn refuse_unknown_sizes(version: u32, snapshots: &[Snapshot]) -> Result<()> {
     let is_known = |snapshot: &Snapshot| version >= 3 && snapshot.extra.len() >= 16;
     let Some(unknown) = snapshots.iter().find(|snapshot| !is_known(snapshot)) else {
         return Ok(());
     };
     let detail = format!(
-        "its size cannot change as long as it has snapshots that do not know their own, such \
+        "its size cannot change while it has snapshots that do not record their own, such \
          as '{}': those of a version 2 image, or of an old program; delete them first",
         unknown.name.escape_debug()
     );

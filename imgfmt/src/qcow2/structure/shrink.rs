@@ -1,9 +1,9 @@
-//! Making the disk smaller, in one step.
+//! Shrinks the disk, in one step.
 //!
-//! A new L1 table without the end of the disk, and a copy of the L2 table through which the new end
-//! goes, are written to places of their own. One write of the header then changes the size and the
-//! place of the L1 table, which share a sector. Only then are the clusters of the end freed, so that
-//! a crash leaves the old disk or the new one, and at worst leaks.
+//! A new L1 table without the end of the disk, and a copy of the L2 table that contains the new
+//! end, are written to new places. One write of the header then changes the size and the place of
+//! the L1 table, which share a sector. Only then are the clusters of the old end freed. So a crash
+//! leaves the old disk or the new one, and at worst leaked clusters.
 
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::Freed;
@@ -12,7 +12,7 @@ use crate::qcow2::on_disk::l2::{COPIED, table_of};
 use crate::units::{GuestOffset, Offset as _};
 
 impl Qcow2 {
-    /// Makes the disk end at `size`, and returns the L1 table that it had. Everything is flushed.
+    /// Makes the disk end at `size` bytes, and returns its old L1 table. Everything is flushed.
     pub(in crate::qcow2) fn switch_to_smaller(&mut self, size: u64) -> Result<Vec<u64>> {
         let geometry = self.geometry();
         let old = self.mapping.l1_words();
@@ -38,8 +38,8 @@ impl Qcow2 {
         switched.map(|()| old)
     }
 
-    /// Frees everything after `size` that an L1 table refers to. The header, on disk, does
-    /// not name that table any more.
+    /// Frees everything after `size` that an L1 table refers to. The header on disk no longer names
+    /// that table.
     pub(in crate::qcow2) fn free_behind(&self, size: u64, old: &[u64]) -> Result<()> {
         let geometry = self.geometry();
         let end = GuestOffset::new(size).round_up(geometry.cluster_size());

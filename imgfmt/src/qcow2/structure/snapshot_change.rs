@@ -1,9 +1,10 @@
-//! Making, applying and deleting internal snapshots.
+//! Creates, applies and deletes internal snapshots.
 //!
-//! A snapshot is a copy of the L1 table; everything below it is shared, which refcounts tell. Each
-//! change becomes valid by one write of the header, before which everything it points to is on disk
-//! and after which the rest is let go. A crash in between leaves leaks, and COPIED bits that do not
-//! fit the refcounts; the image is marked as dirty meanwhile, so that the next open repairs it.
+//! A snapshot is a copy of the L1 table. Everything below it is shared, and the refcounts count
+//! both references. Each change becomes valid by one write of the header. Before that, everything
+//! it points to is on disk; after that, the old structures are freed. A crash in between leaves
+//! leaked clusters, and COPIED bits that contradict the refcounts. The image is marked as dirty
+//! meanwhile, so that the next open repairs it.
 
 use std::time::SystemTime;
 
@@ -68,14 +69,14 @@ impl Qcow2 {
         self.replace_snapshots(&snapshots)
     }
 
-    /// Makes the disk what it was when the snapshot was made. The present state is lost.
+    /// Restores the disk from the snapshot. The present state is lost.
     pub(crate) fn apply_snapshot(&mut self, name: &str) -> Result<()> {
         self.prepare_for_snapshots()?;
         let snapshots = self.metadata.snapshots()?;
         let snapshot = snapshot::find(&snapshots, name)?.clone();
         let l1 =
             read_words(&*self.metadata.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
-        // Anything may differ from what the disk is now.
+        // Everything may differ from the present disk.
         drop(self.bitmaps.before_change(self, span(0, self.size))?);
         let is_resized = snapshot.disk_size != self.size;
         if is_resized {
@@ -87,7 +88,7 @@ impl Qcow2 {
         if is_resized { self.bitmaps.store_resized(self) } else { Ok(()) }
     }
 
-    /// Makes the disk what an L1 table says, and `size` bytes long, with one write of the header.
+    /// Switches the disk to an L1 table and to `size` bytes, with one write of the header.
     fn apply_l1(&mut self, mut l1: Vec<u64>, size: u64) -> Result<()> {
         let old = self.mapping.l1_words();
         self.mapping.refuse_bad_behind(GuestOffset::new(0))?;
@@ -109,7 +110,7 @@ impl Qcow2 {
         snapshots.retain(|other| *other != snapshot);
         let l1 =
             read_words(&*self.metadata.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
-        // Before anything changes: a place that is not the snapshot's to give away is met here.
+        // Before anything changes: this finds places that do not belong to the snapshot.
         let clusters = self.mapping.clusters_below(&l1)?;
         self.while_dirty(|image| {
             image.replace_snapshots(&snapshots)?;
@@ -120,8 +121,8 @@ impl Qcow2 {
         })
     }
 
-    /// Gives up everything that this layer has: its backing file shows. Snapshots stay. `changed` is
-    /// the part of the disk that may read differently afterwards.
+    /// Discards all content of this layer, so that its backing file shows. Snapshots stay.
+    /// `changed` is the part of the disk that may read differently afterwards.
     pub(crate) fn clear(&mut self, changed: Changed) -> Result<()> {
         if self.mapping.format.has_data_file {
             return Err(unfit("an image with a data file cannot be emptied"));
@@ -134,7 +135,7 @@ impl Qcow2 {
         self.mapping.refuse_bad_behind(GuestOffset::new(0))?;
         let changed = match changed {
             Changed::Everything => span(0, self.size),
-            // The file changes all the same, and must say so.
+            // The file changes nevertheless, so its seal is broken.
             Changed::Nothing => span(0, 0),
         };
         drop(self.bitmaps.before_change(self, changed)?);
@@ -146,7 +147,7 @@ impl Qcow2 {
         })
     }
 
-    /// Makes a change that leaves wrong refcounts and COPIED bits if it is interrupted.
+    /// Makes a change that can leave wrong refcounts and COPIED bits if it is interrupted.
     fn while_dirty(&mut self, change: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         self.metadata.mark_dirty(true)?;
         // After an error the mark stays: the next open repairs the image.
@@ -159,7 +160,7 @@ impl Qcow2 {
             return Err(unfit("an image with a data file cannot have snapshots"));
         }
         if self.geometry().refcount_max() < 2 {
-            return Err(unfit("its 1-bit refcounts cannot tell that a snapshot shares a cluster"));
+            return Err(unfit("its 1-bit refcounts cannot count a cluster that a snapshot shares"));
         }
         self.require_nobody()
     }
@@ -168,7 +169,7 @@ impl Qcow2 {
     fn require_nobody(&self) -> Result<()> {
         self.metadata.refuse_if_corrupt()?;
         self.flusher().flush()?;
-        // With the quarantine empty and no lease left, refcounts say exactly what is referenced.
+        // With the quarantine empty and no lease left, refcounts equal the references.
         self.clusters.refuse_leases()?;
         self.flusher().flush()
     }

@@ -1,4 +1,4 @@
-//! Creating the file: under another name, complete, then renamed.
+//! Creates the file: completely, under another name, and then renames it.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -28,11 +28,11 @@ impl SidecarPlace {
         self.make_new(|file, new_name| self.fill_and_rename(file, new_name, description, words))
     }
 
-    /// Makes a new, locked file under a name for those that are not finished; it is gone again if
-    /// what is done with it fails.
+    /// Creates a new, locked file under a name for unfinished files, and removes it again if `fill`
+    /// fails.
     fn make_new<T>(&self, fill: impl FnOnce(File, &OsStr) -> io::Result<T>) -> io::Result<T> {
         let (file, new_name) = self.open_new()?;
-        // Umask cannot be relied on to leave the mode alone, nor a default ACL.
+        // The umask and a default ACL may have changed the mode.
         let made = rustix::fs::fchmod(&file, NEW_MODE)
             .map_err(io::Error::from)
             .and_then(|()| file.try_lock().map_err(io::Error::from))
@@ -43,7 +43,7 @@ impl SidecarPlace {
         made
     }
 
-    /// Makes an empty file. What a crash of ours left under its name is taken away.
+    /// Creates an empty file. The remains of a crash under its name are removed.
     fn open_new(&self) -> io::Result<(File, OsString)> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
         let mut number = 0;
@@ -59,7 +59,7 @@ impl SidecarPlace {
             });
             match made {
                 Ok(file) => return Ok((File::from(file), name)),
-                // Another user's file, or a directory: another name will do.
+                // Another user's file, or a directory: try another name.
                 Err(_) if number < NEW_NAMES && self.is_there(&name) => number += 1,
                 Err(error) => return Err(error),
             }
@@ -87,7 +87,7 @@ impl SidecarPlace {
         let mut description = description.clone();
         let made = nanoseconds(file.metadata()?.modified()?);
         if made.abs_diff(now_nanoseconds()) > CLOCK_NANOSECONDS {
-            // Another clock sets the times of files here, so they say nothing about the last writer.
+            // Another clock sets the times of files here, so they do not identify the last writer.
             description.image.modified = 0;
         }
         let length = write_new(&file, &description, words)?;
@@ -146,8 +146,8 @@ pub(in crate::sidecar) fn write_all(
     Ok(())
 }
 
-/// Gives a file its length and its space: a store into a mapped hole of a full disk kills the
-/// process.
+/// Sets the length of a file and allocates its space: a store into a mapped hole on a full disk
+/// kills the process.
 fn allocate(file: &File, length: u64) -> io::Result<()> {
     loop {
         match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, length) {

@@ -8,7 +8,7 @@ use crate::storage::BegunWrite;
 use crate::storage::known_data::KnownData;
 use crate::storage::range_locks::RangeGuard;
 
-/// A write of whole blocks past the page cache.
+/// A write of complete blocks that bypasses the page cache.
 #[derive(Debug)]
 struct BegunDirect {
     known_data: Arc<KnownData>,
@@ -17,7 +17,7 @@ struct BegunDirect {
 }
 
 impl FileStorage {
-    /// Begins a write past the page cache; `None` if the file is written through it.
+    /// Begins a write that bypasses the page cache; `None` if the file is written through it.
     pub(super) fn begin_direct(&self, offset: u64, length: u64) -> Option<Box<dyn BegunWrite>> {
         let range = offset..offset.checked_add(length)?;
         let held = self.direct.as_deref()?.try_hold_blocks(range.clone())?;

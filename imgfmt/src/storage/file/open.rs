@@ -26,18 +26,18 @@ impl FileStorage {
     /// `NotFound`, `PermissionDenied`, `ReadOnly` (file system), `InvalidFormat` for a directory,
     /// pipe, socket or character device, `Busy` if the locks of another program forbid it,
     /// `Unsupported` if locks are required and the file system does not support them,
-    /// `InvalidInput` for a file that is to be written and shared with other writers.
+    /// `InvalidInput` for [`Locking::Shared`] with write access.
     pub fn open(path: &Path, access: Access, locking: Locking) -> Result<Self> {
         Self::open_with(path, access, locking, OFlags::empty())
     }
 
-    /// As [`open`](Self::open), with a cache mode. Modes that make every change durable do so through
-    /// [`Image`](crate::Image), which asks for it.
+    /// As [`open`](Self::open), with a cache mode. In modes that make every change durable,
+    /// [`Image`](crate::Image) requests that with each write; this storage alone does not.
     ///
     /// # Errors
     ///
     /// As [`open`](Self::open), and `Unsupported` if data is to bypass the page cache and the file
-    /// system does not have that.
+    /// system does not support that.
     pub fn open_cached(
         path: &Path,
         access: Access,
@@ -61,14 +61,15 @@ impl FileStorage {
     }
 
     /// Opens a block device for writing, exclusively: it fails if the device is mounted or a part
-    /// of another one (RAID, LVM), and prevents both while it is open. For a program that overwrites
-    /// a whole device; see [`Unfinished`](crate::Unfinished).
+    /// of another one (RAID, LVM), and prevents both while it is open. For a program that
+    /// overwrites a complete device; see [`Unfinished`](crate::Unfinished).
     ///
     /// # Errors
     ///
     /// `Busy` if it is in use in this way, otherwise as [`open`](Self::open).
     pub fn open_device(path: &Path, locking: Locking) -> Result<Self> {
-        // By the descriptor that writes: the kernel refuses some requests of others meanwhile.
+        // Through the writing descriptor: the kernel refuses some requests of other descriptors
+        // meanwhile.
         Self::open_with(path, Access::ReadWrite, locking, OFlags::EXCL)
     }
 
@@ -112,7 +113,8 @@ impl FileStorage {
         let identity = identity_from(metadata);
         let block_size = u32::try_from(metadata.blksize()).unwrap_or(4096);
         let lacks = Lacks::default();
-        // What a file system lacks shows when it is tried; what a device lacks it says beforehand.
+        // A file system's missing operations show when they are tried; a device reports its own
+        // beforehand.
         let cannot_discard = is_device && !device_can_discard(identity.device);
         lacks.punch_hole.store(cannot_discard, Relaxed);
         Self {

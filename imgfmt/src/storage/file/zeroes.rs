@@ -1,4 +1,4 @@
-//! Zeroes in files: as the file system makes them, else as data.
+//! Zeroes in files: through the file system, or else as data.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -24,8 +24,8 @@ impl FileStorage {
         }
     }
 
-    /// Applies a mode of fallocate that leaves zeroes, and remembers if it does not exist here. On
-    /// a device the unaligned edges are written, after the middle has been done.
+    /// Applies a mode of fallocate that leaves zeroes, and records if the mode is not supported. On
+    /// a device, the unaligned edges are written as data afterwards.
     pub(super) fn fallocate_zeroes(
         &self,
         mode: FallocateFlags,
@@ -47,7 +47,7 @@ impl FileStorage {
             return self.write_zeroes_as_data(HostOffset::new(offset), length);
         }
         let zeroed = self.fallocate(mode, start_inner, end_inner - start_inner);
-        // Also what failed may have been done in part.
+        // A failed call may also have been carried out in part.
         self.known_data.remove(start_inner, end_inner - start_inner);
         match zeroed {
             Err(error) if is_not_supported(&error) => {

@@ -1,8 +1,9 @@
 //! Reading refcount blocks into memory.
 //!
-//! The refcounts are locked while they are used, but not while a block is read: work first fails for
-//! lack of the block ([`Refcounts::read_nothing`]), then the block is read ([`Refcounts::begin_load`],
-//! [`Refcounts::end_load`]), and the work is done again. Other work reads what it needs in between.
+//! The refcounts are locked while they are used, but not while a block is read: work first fails
+//! because the block is missing ([`Refcounts::read_nothing`]). Then the block is read
+//! ([`Refcounts::begin_load`], [`Refcounts::end_load`]), and the work is repeated. Other work can
+//! run in between.
 
 use std::sync::Arc;
 
@@ -17,9 +18,9 @@ pub(in crate::qcow2) struct BlockLoad {
     file: Arc<dyn Storage>,
     index: usize,
     offset: HostOffset,
-    /// In bytes.
+    /// The length of a block, in bytes.
     length: usize,
-    /// How often a block had come into memory before.
+    /// The number of blocks that had been put into memory before.
     inserted: u64,
 }
 
@@ -36,22 +37,22 @@ impl Refcounts {
         (self.reads, self.missing) = (Reads::Nothing, None);
     }
 
-    /// From now on, blocks are read as they are needed. Returns the index of the block for lack of which
+    /// From now on, blocks are read when they are needed. Returns the index of the missing block if
     /// work has failed since [`read_nothing`](Self::read_nothing).
     pub(in crate::qcow2) fn read_missing(&mut self) -> Option<usize> {
         self.reads = Reads::Missing;
         self.missing.take()
     }
 
-    /// The error of the work that has failed for lack of a block, if any has.
+    /// The error of work that has failed because a block is missing.
     pub(in crate::qcow2) fn refuse_missing(&self) -> Result<()> {
         self.missing.map_or(Ok(()), |_| {
             Err(Error::new(ErrorKind::Busy, "change", "a refcount block is not in memory"))
         })
     }
 
-    /// What is to be read for the block of this index; `None` if it is in memory, does not exist or lies
-    /// where no block can.
+    /// Prepares a read of the block of this index; `None` if it is in memory, does not exist or has
+    /// an invalid place.
     pub(in crate::qcow2) fn begin_load(&self, index: usize) -> Option<BlockLoad> {
         if self.blocks.contains_key(&index) {
             return None;
@@ -62,8 +63,8 @@ impl Refcounts {
         Some(BlockLoad { file, index, offset, length, inserted })
     }
 
-    /// Puts a block into memory that was read. Not if any block has come into memory meanwhile: this one
-    /// may have, and have been changed, written and dropped since.
+    /// Puts a block that was read into memory, unless any block was put into memory meanwhile: it
+    /// may have been this one, and it may have been changed, written and dropped since.
     pub(in crate::qcow2) fn end_load(&mut self, load: &BlockLoad, bytes: Vec<u8>) {
         if self.inserted == load.inserted {
             self.insert(load.index, Block::clean(bytes));
@@ -98,7 +99,7 @@ impl Refcounts {
         self.blocks.insert(index, block);
     }
 
-    /// Where the block of this index lies, if a block can lie there.
+    /// The offset of the block of this index, if it is valid.
     fn offset_to_read(&self, index: usize) -> Result<HostOffset> {
         let offset = self.block_offset(index).unwrap_or_default();
         let is_possible = offset.bytes() != 0 && offset.bytes() >> 56 == 0;
