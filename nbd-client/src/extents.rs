@@ -132,7 +132,7 @@ impl Client {
     #[must_use]
     pub fn extents(&self, context: &MetaContextName, range: Range<u64>) -> ExtentStream {
         let known = match context.as_str() {
-            // Section "Metadata contexts": unknown bits count as zero.
+            // Section "`base:allocation` metadata context": unknown bits are ignored.
             MetaContextName::BASE_ALLOCATION => AllocationFlags::all().bits(),
             _ => u64::MAX,
         };

@@ -4,8 +4,8 @@
 //! decode client|server FILE
 //! ```
 //!
-//! FILE holds the raw bytes that one side sent, or the same as hexadecimal digits; `-` is standard
-//! input. The form of requests and replies is seen from their magic numbers.
+//! FILE contains the bytes that one side sent, raw or as hexadecimal digits; `-` is standard input.
+//! The magic numbers show the form of requests and replies.
 //!
 //! ```text
 //! printf '4e42444d41474943 49484156454f5054 0003' | cargo run --example decode -- server -
@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     decode(&arguments[0], &bytes)
 }
 
-/// Prints what `side`, "client" or "server", sent: bytes, or the same as hexadecimal digits.
+/// Prints the messages of `side`, "client" or "server"; `bytes` are raw or hexadecimal digits.
 pub(crate) fn decode(side: &str, bytes: &[u8]) -> Result<(), Box<dyn Error>> {
     let digits = from_hex(bytes);
     let mut decoder = Decoder { rest: digits.as_deref().unwrap_or(bytes), at: 0 };
@@ -80,7 +80,7 @@ impl<'a> Decoder<'a> {
         Ok(head)
     }
 
-    /// Prints what stands at the place where the message began.
+    /// Prints a line with the offset of the message.
     #[allow(clippy::print_stdout)] // It is what the example is for.
     fn say(&self, at: usize, text: &str) {
         println!("{at:8}  {text}");

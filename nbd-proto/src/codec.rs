@@ -58,7 +58,7 @@ impl<'a> Reader<'a> {
 }
 
 /// Checks a protocol string: UTF-8, no NUL byte, at most [`MAX_STRING_LEN`] bytes (section
-/// "Terminology").
+/// "Conventions").
 ///
 /// # Errors
 ///

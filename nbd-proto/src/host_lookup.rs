@@ -5,8 +5,8 @@ use core::net::Ipv6Addr;
 /// Words in front of the reason that the standard library reports.
 const STANDARD_PREFIX: &str = "failed to lookup address information: ";
 
-/// Explains that the address of a host was not found: because there is no network interface of the
-/// name in its zone, or for the reason that the system reports.
+/// Returns the sentence for a host whose address was not found: there is no network interface with
+/// the name of its zone, or the system's reason `why`.
 ///
 /// ```
 /// use nbd_proto::host_lookup::explain;

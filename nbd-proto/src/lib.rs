@@ -14,7 +14,7 @@
 //! ```
 //!
 //! The specification is `doc/proto.md` of the NetworkBlockDevice project together with its
-//! `extension-ext-header` text; section names in these pages refer to it.
+//! `extension-ext-header` text; section names in this documentation refer to it.
 //!
 //! All functions distinguish three outcomes: *not enough bytes yet* (a return value, never an
 //! error), *malformed or illegal* ([`ProtocolError`], the peer's fault), and *not negotiated*

@@ -2,8 +2,8 @@
 //!
 //! Allocations, loops and stored data that depend on the peer never exceed these numbers.
 
-/// Longest string of the protocol (export name, description, context name), in bytes.
-/// Section "Terminology": strings are at most 4096 bytes.
+/// Longest string of the protocol (export name, description, context name), in bytes. Section
+/// "Conventions": strings are at most 4096 bytes.
 pub const MAX_STRING_LEN: usize = 4096;
 
 /// Largest payload of one option or option reply, in bytes. A larger one ends the connection: QEMU
@@ -23,8 +23,8 @@ pub const MAX_META_CONTEXT_QUERIES: usize = 100_000;
 /// qcow2 file can hold 65 535 bitmaps; no client uses more than a handful at once.
 pub const MAX_META_CONTEXTS: usize = 1024;
 
-/// Most options in one handshake; the server ends the connection after them. A client that sends
-/// more after listing and inspecting a thousand exports is not negotiating.
+/// Most options in one handshake; the server ends the connection after them. This is enough to list
+/// and inspect a thousand exports.
 pub const MAX_OPTIONS_PER_HANDSHAKE: u32 = 4096;
 
 /// Most exports a client accepts in one LIST answer.
@@ -34,12 +34,12 @@ pub const MAX_LISTED_EXPORTS: usize = 10_000;
 /// four; the rest is reserve for future ones.
 pub const MAX_INFO_ITEMS: usize = 256;
 
-/// Largest payload of a READ or WRITE by default, in bytes (32 MiB). Section "Block sizes": a
-/// payload of up to 2^25 bytes must not be treated as an attack, so every peer supports it.
+/// Largest payload of a READ or WRITE by default, in bytes (32 MiB). Section "Size constraints": a
+/// payload of up to 2^25 bytes should not be treated as an attack, so every peer supports it.
 pub const MAX_PAYLOAD: u32 = 32 * 1024 * 1024;
 
-/// Most error chunks in the answer to one request: more than the bad sectors of a READ that any
-/// server reports one by one. Without a limit an answer could be endless.
+/// Most error chunks in the answer to one request: more than the bad sectors that any server
+/// reports for one READ. Without a limit an answer could be endless.
 pub const MAX_ERROR_CHUNKS: u32 = 1024;
 
 /// Most bytes of error chunks in the answer to one request (1 MiB).
@@ -49,16 +49,16 @@ pub const MAX_ERROR_CHUNKS_LEN: u64 = 1024 * 1024;
 /// MiB). For a larger one the server disconnects.
 pub const MAX_DISCARDED_PAYLOAD: u64 = 64 * 1024 * 1024;
 
-/// Most bytes that a connection has received and not begun to carry out when it is
-/// [saved](crate::transmission::SavedConnection): a WRITE with the longest payload, and a large
-/// receive buffer behind it.
+/// Most received bytes that a [saved](crate::transmission::SavedConnection) connection contains: a
+/// WRITE with the longest payload, and a large receive buffer after it.
 pub const MAX_SAVED_RECEIVED_LEN: usize = 2 * MAX_PAYLOAD as usize;
 
-/// Most descriptors a server puts in one block status chunk. "Block status" allows 2^20; 2^17
-/// keeps a compact chunk at 1 MiB, as QEMU does.
+/// Most descriptors a server puts in one block status chunk. Section "Structured reply types"
+/// allows 2^20; 2^17 keeps a compact chunk at 1 MiB, as QEMU does.
 pub const MAX_DESCRIPTORS_SENT: usize = 128 * 1024;
 
-/// Most descriptors a client accepts in one block status chunk ("Block status": at most 2^20).
+/// Most descriptors a client accepts in one block status chunk (section "Structured reply types":
+/// at most 2^20).
 pub const MAX_DESCRIPTORS_RECEIVED: usize = 1024 * 1024;
 
 /// Longest text a server attaches to an error chunk or option error, in bytes. It fits any string
@@ -79,10 +79,11 @@ pub const MAX_EXPORT_SIZE: u64 = i64::MAX as u64;
 /// Longest error text or unknown chunk of the server that a client keeps, in bytes.
 pub const MAX_UNKNOWN_CHUNK_LEN: u32 = 64 * 1024;
 
-/// Preferred block size of an export that specifies none, in bytes ("Block sizes": 4096).
+/// Preferred block size of an export that specifies none, in bytes (section "Size constraints":
+/// 4096).
 pub const DEFAULT_PREFERRED_BLOCK_SIZE: u32 = 4096;
 
-/// Largest minimum block size that may be advertised, in bytes ("Block sizes": 2^16).
+/// Largest minimum block size that may be advertised, in bytes (section "Size constraints": 2^16).
 pub const MAX_MINIMUM_BLOCK_SIZE: u32 = 64 * 1024;
 
 /// Default port of NBD servers, as assigned by IANA.

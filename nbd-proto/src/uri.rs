@@ -129,7 +129,7 @@ pub enum TlsKind {
 
 impl TlsParameters {
     /// Returns the first parameter that names a file of this machine, if there is one. A program
-    /// that receives URIs from untrusted sources must not let them choose files to read.
+    /// that receives URIs from untrusted sources must refuse such parameters.
     #[must_use]
     pub const fn file_parameter(&self) -> Option<&'static str> {
         if self.certificates.is_some() {

@@ -64,7 +64,7 @@ async fn junk_in_the_handshake_is_named() {
         (bytes![GREETING, reply(GO, ACK, &[])], "was not sent"),
         (bytes![GREETING, reply(EXTENDED, ACK, b"x")], "payload"),
         (bytes![GREETING, reply(EXTENDED, INFO, &export(512))], "does not answer"),
-        (bytes![to_contexts, reply(SET_META, META, &context(1, "base:other"))], "not asked for"),
+        (bytes![to_contexts, reply(SET_META, META, &context(1, "base:other"))], "not requested"),
         (bytes![to_contexts, reply(SET_META, META, &base), reply(SET_META, META, &base)], "twice"),
         (bytes![to_contexts, reply(SET_META, META, &[0, 0])], "shorter"),
         (bytes![to_contexts, reply(SET_META, META, &[b'x'; 5000])], "limit is 4096"),

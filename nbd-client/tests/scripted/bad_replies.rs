@@ -179,7 +179,7 @@ async fn a_bad_answer_to_a_block_status_is_refused() {
     let id = CONTEXT.to_be_bytes();
     let one = |done, body: Vec<u8>| chunk(mode, done, STATUS, COOKIE, OFFSET, &body);
     let cases: Vec<(Vec<u8>, &str)> = vec![
-        (one(true, bytes![99_u32.to_be_bytes(), extent(4096, 0)]), "not asked for"),
+        (one(true, bytes![99_u32.to_be_bytes(), extent(4096, 0)]), "not requested"),
         (one(true, bytes![id, extent(0, 0)]), "empty"),
         (one(true, bytes![id, extent(512, 0), extent(512, 1)]), "one extent"),
         (one(true, bytes![id]), "impossible"),

@@ -1,8 +1,8 @@
-//! What the fuzz targets do with their bytes. Shared with `tests/fuzz_corpus.rs`, which replays the
-//! corpus on every run of the tests.
+//! The bodies of the fuzz targets. Shared with `tests/fuzz_corpus.rs`, which replays the corpus on
+//! every run of the tests.
 //!
-//! A body panics when something is wrong; it says nothing otherwise. The first byte of the inputs of
-//! the machines chooses how they are set up and how the bytes are cut.
+//! A body panics if something is wrong, and is silent otherwise. For the machines, the first byte
+//! of an input chooses their configuration and how the bytes are cut.
 
 use bytes::{Buf, BytesMut};
 use nbd_proto::NbdUri;
@@ -108,7 +108,7 @@ pub(crate) fn wire_option(data: &[u8]) {
     }
 }
 
-/// A server's handshake and, behind it, its transmission phase, fed in pieces.
+/// A server's handshake and then its transmission phase, fed in pieces.
 pub(crate) fn server_handshake(data: &[u8]) {
     let Some((&choice, data)) = data.split_first() else { return };
     let tls = match choice % 3 {

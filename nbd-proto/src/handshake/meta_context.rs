@@ -148,7 +148,7 @@ pub(super) fn export_name(
 ) -> Result<String, (OptionReplyType, &'static str)> {
     let length = reader
         .u32()
-        .ok_or((OptionReplyType::ERR_INVALID, "the option has no room for a name length"))?;
+        .ok_or((OptionReplyType::ERR_INVALID, "the option is too short for a name length"))?;
     let name = usize::try_from(length)
         .ok()
         .and_then(|length| reader.bytes(length))

@@ -8,7 +8,7 @@
 //!   option replies            ------------------->                /  STARTTLS resets everything
 //!                             <-------------------    GO (or EXPORT_NAME)
 //!   information, ACK          ------------------->
-//!   ============== Negotiated: both sides go over to transmission ==============
+//!   ============== Negotiated: both sides begin transmission ==============
 //! ```
 //!
 //! Both machines are owned values: a step consumes the machine and returns the next one, so an
@@ -43,8 +43,8 @@ pub struct Negotiated {
 }
 
 impl Negotiated {
-    /// The result of a handshake that took place elsewhere, to be completed field by field: the
-    /// default block sizes and no contexts.
+    /// Creates the result of a handshake that took place elsewhere, with the default block sizes
+    /// and no contexts. Complete it field by field.
     #[must_use]
     pub fn new(
         export_name: impl Into<String>,
@@ -61,12 +61,12 @@ impl Negotiated {
             meta_contexts: Vec::new(),
         }
     }
-    /// Checks that an export with this description keeps what the client was promised: size,
+    /// Checks that an export with this description keeps the promises made to the client: size,
     /// commands, alignment, and metadata contexts by name.
     ///
     /// # Errors
     ///
-    /// The promise that is broken.
+    /// The broken promise, as a clause.
     pub fn check_kept_by(&self, export: &ExportDescription) -> Result<(), &'static str> {
         // These do not restrict requests that were legal before.
         let harmless = TransmissionFlags::ROTATIONAL | TransmissionFlags::READ_ONLY;

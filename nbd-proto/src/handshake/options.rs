@@ -5,14 +5,15 @@ use std::fmt;
 use crate::codec::PeerText;
 use crate::wire::{BlockSizes, MetaContextName, OptionReplyType, ReplyMode, TransmissionFlags};
 
-/// Whether requests have to keep to the minimum block size of an export.
+/// Whether the server enforces the minimum block size of an export.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum MinimumBlockSize {
-    /// A client has to request block sizes if the minimum exceeds 1, and requests that break it fail.
+    /// A client has to request block sizes if the minimum exceeds 1, and requests that violate it
+    /// fail.
     #[default]
     Enforced,
-    /// It is advice, as QEMU's server gives it: a client that does not request block sizes is told a
-    /// minimum of 1, and requests of any alignment succeed.
+    /// The minimum is advice, as from QEMU's server: a client that does not request block sizes
+    /// gets a minimum of 1, and requests of any alignment succeed.
     Advised,
 }
 
@@ -29,17 +30,17 @@ pub struct ExportDescription {
     pub size: u64,
     /// Transmission flags of the export. A connection advertises those that it can use.
     pub flags: TransmissionFlags,
-    /// Block size constraints that clients are told.
+    /// Block size constraints that are sent to clients.
     pub block_sizes: BlockSizes,
-    /// Whether the server enforces the smallest of them.
+    /// Whether the server enforces the minimum.
     pub minimum_block_size: MinimumBlockSize,
     /// Every metadata context of the export, in its own order.
     pub meta_contexts: Vec<MetaContextName>,
 }
 
 impl ExportDescription {
-    /// A description of an export of `size` bytes, to be completed field by field: no description
-    /// and no contexts, the default block sizes, and HAS_FLAGS alone.
+    /// Creates the description of an export of `size` bytes, without text and contexts, with the
+    /// default block sizes, and only with HAS_FLAGS. Complete it field by field.
     #[must_use]
     pub fn new(name: impl Into<String>, size: u64) -> Self {
         Self {
@@ -88,7 +89,7 @@ pub struct ListedExport {
 }
 
 impl ListedExport {
-    /// An export under this name, with this description.
+    /// Creates an entry with this name and description.
     #[must_use]
     pub fn new(name: impl Into<String>, description: impl Into<String>) -> Self {
         Self { name: name.into(), description: description.into() }
@@ -139,8 +140,8 @@ impl RefusalReason {
 pub struct OptionError {
     /// The kind of refusal.
     pub reply: OptionReplyType,
-    /// The server's message; may be empty. This is text of the peer: `Display` escapes its control
-    /// characters, so it is safe to print on a terminal.
+    /// The server's message; may be empty. The text comes from the peer: `Display` escapes its
+    /// control characters, so it is safe to print on a terminal.
     pub message: String,
 }
 

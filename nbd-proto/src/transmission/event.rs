@@ -3,21 +3,22 @@
 use crate::codec::PeerText;
 use crate::wire::{BlockDescriptor, Cookie, Errno, MetaContextId};
 
-/// The server refused a request or failed at it.
+/// The server refused a request, or failed to carry it out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 #[error("server answered {errno} ({}){}{}", errno.description(), at(*offset), said(message))]
 pub struct ServerError {
     /// The error number, as the server sent it.
     pub errno: Errno,
-    /// The server's message; may be empty. Text of the peer: `Display` escapes it.
+    /// The server's message; may be empty. The text comes from the peer: `Display` escapes its
+    /// control characters.
     pub message: String,
     /// Offset of the failure in the export, in bytes, if the server sent one.
     pub offset: Option<u64>,
 }
 
 impl ServerError {
-    /// An error without a message and offset.
+    /// Creates an error without a message and an offset.
     #[must_use]
     pub const fn new(errno: Errno) -> Self {
         Self { errno, message: String::new(), offset: None }
@@ -37,8 +38,8 @@ impl ServerError {
         self
     }
 
-    /// Whether the server is shutting down ([`Errno::ESHUTDOWN`]): all further requests on this
-    /// connection fail, and the same request may succeed on a new one.
+    /// Returns whether the server is shutting down ([`Errno::ESHUTDOWN`]): all further requests on
+    /// this connection fail, but the request may succeed on a new one.
     #[must_use]
     pub fn is_shutdown(&self) -> bool {
         self.errno == Errno::ESHUTDOWN

@@ -4,22 +4,23 @@ use std::collections::HashMap;
 
 use crate::wire::Cookie;
 
-/// Number of places that the first request makes room for.
+/// Number of places that the first request allocates.
 const LEAST_PLACES: usize = 16;
 
-/// A table for cookies that count up.
+/// A table for consecutive cookies.
 ///
-/// Requests are mostly answered about in the order in which they were made, so their cookies lie close
+/// Requests are usually answered roughly in their order, so the cookies in flight are close
 /// together: the lowest bits of a cookie choose its place, without a hash. A request that is still
-/// unanswered when a later one needs its place is moved to a hash map. The table therefore takes
-/// memory for the requests in flight only, whichever of them the server leaves unanswered.
+/// unanswered when a later one needs its place is moved to a hash map. So the table needs memory
+/// only for the requests in flight, even if the server leaves old ones unanswered.
 #[derive(Debug)]
 pub(super) struct InFlight<T> {
-    /// A power of two of places, of which at most half are taken, or none.
+    /// A power of two of places, at most half of them taken; or no places.
     places: Vec<Option<(Cookie, T)>>,
     /// Number of places that are taken.
     taken: usize,
-    /// Requests that a later one displaced. The server chooses which: hashed with a secret key.
+    /// Requests that a later one displaced. The server can choose their cookies, so they are hashed
+    /// with a secret key.
     displaced: HashMap<Cookie, T>,
 }
 
@@ -35,7 +36,7 @@ impl<T> InFlight<T> {
         self.taken + self.displaced.len()
     }
 
-    /// Adds a request. Its cookie is none that is in the table.
+    /// Adds a request. Its cookie is not in the table yet.
     pub(super) fn insert(&mut self, cookie: Cookie, value: T) {
         if self.taken.saturating_mul(2) >= self.places.len() {
             self.grow();
@@ -69,7 +70,7 @@ impl<T> InFlight<T> {
         }
     }
 
-    /// Takes the request with this cookie out.
+    /// Removes the request with this cookie.
     pub(super) fn remove(&mut self, cookie: Cookie) -> Option<T> {
         let index = self.index(cookie);
         match self.places.get_mut(index) {
@@ -87,7 +88,7 @@ impl<T> InFlight<T> {
         cookie.0 as usize & self.places.len().wrapping_sub(1)
     }
 
-    /// Doubles the number of places. Cookies with a place each keep one each.
+    /// Doubles the number of places. Every request in a place keeps one.
     fn grow(&mut self) {
         let length = self.places.len().saturating_mul(2).max(LEAST_PLACES);
         let mut places = Vec::new();

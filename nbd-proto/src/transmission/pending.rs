@@ -165,7 +165,7 @@ impl Pending {
             return bad(self, "the request is not a BLOCK_STATUS");
         };
         let Some(index) = missing.iter().position(|id| *id == context) else {
-            return bad(self, "its context was not asked for, or was answered before");
+            return bad(self, "its context was not requested, or was answered before");
         };
         missing.swap_remove(index);
         let descriptors = self.clip(descriptors, header.length)?;
@@ -182,7 +182,7 @@ impl Pending {
         if let Kind::Status(_, ExtentLimit::One) = &self.kind
             && descriptors.len() != 1
         {
-            return bad("one extent was asked for");
+            return bad("one extent was requested");
         }
         let mut left = self.length;
         for descriptor in &mut descriptors {

@@ -195,7 +195,7 @@ impl ReplyEncoder {
     }
 }
 
-/// Returns as many leading descriptors as 32-bit fields can express.
+/// Returns the leading descriptors that 32-bit fields can express.
 fn compact_descriptors(descriptors: &[BlockDescriptor]) -> Vec<(u32, u32)> {
     /// Keeps the extent after a cut one aligned to any minimum block size.
     const LONGEST: u32 = u32::MAX - 0xffff;

@@ -1,4 +1,4 @@
-//! A connection between two requests, as bytes: one server gives it to its successor.
+//! A connection between two requests, as bytes: one server passes it to its successor.
 //!
 //! ```text
 //! | magic u64 | version u32 | reply mode u32 | size u64 | flags u32
@@ -7,7 +7,7 @@
 //! | received length u32, received |
 //! ```
 //!
-//! All numbers are big-endian. This is no part of the NBD protocol.
+//! All numbers are big-endian. This is not part of the NBD protocol.
 
 use bytes::BufMut;
 
@@ -21,22 +21,22 @@ use crate::wire::{BlockSizes, MetaContextId, MetaContextName, ReplyMode, Transmi
 
 /// "NBDSAVED".
 const MAGIC: u64 = 0x4e42_4453_4156_4544;
-/// The version of the layout. Another one is refused.
+/// The version of the layout. Other versions are refused.
 const VERSION: u32 = 1;
 
 const WHAT: &str = "saved connection";
 
-/// A connection whose requests are all answered, except for those it has received and not begun.
+/// A connection whose requests are all answered, except for received ones that have not begun.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SavedConnection {
     /// The result of its handshake.
     pub negotiated: Negotiated,
     /// Bytes that were received and belong to requests that have not begun.
     pub received: Vec<u8>,
-    /// How much of what comes first, in `received` and after it, is the payload of a request that
-    /// was refused; in bytes.
+    /// Number of bytes, at the start of `received` and possibly after it, that are the payload of a
+    /// refused request.
     pub discard: u64,
-    /// Whether the client is still to be told that data it has written may be lost.
+    /// Whether the client still has to be told that data it has written may be lost.
     pub owes_failure: bool,
 }
 
@@ -45,7 +45,8 @@ impl SavedConnection {
     ///
     /// # Errors
     ///
-    /// [`ProtocolError::TooLong`] if it has received too much to be saved.
+    /// [`ProtocolError::TooLong`] if it has received more than
+    /// [`MAX_SAVED_RECEIVED_LEN`](crate::limits::MAX_SAVED_RECEIVED_LEN) bytes.
     pub fn encode(&self) -> Result<Vec<u8>, ProtocolError> {
         let length = self.received.len();
         if length > MAX_SAVED_RECEIVED_LEN {
@@ -82,7 +83,8 @@ impl SavedConnection {
     ///
     /// # Errors
     ///
-    /// [`ProtocolError`] if they are of another version, contradict themselves or break a limit.
+    /// [`ProtocolError`] if the bytes have another version, contradict themselves or exceed a
+    /// limit.
     pub fn decode(bytes: &[u8]) -> Result<Self, ProtocolError> {
         let mut reader = Reader::new(bytes);
         let found = reader.u64().ok_or(malformed("it is too short"))?;

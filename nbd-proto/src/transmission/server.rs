@@ -1,6 +1,6 @@
 //! The server's side: parses bytes into validated requests.
 //!
-//! Requests are validated here only. A request from [`Transmission::parse`] lies inside the export,
+//! Requests are validated here only. A request from [`Transmission::parse`] is inside the export,
 //! is allowed on it and uses negotiated features only.
 
 use super::{
@@ -102,8 +102,7 @@ impl Transmission {
         }
     }
 
-    /// Appends the header of a WRITE that was parsed, as a client sends it: what is appended parses to
-    /// the same request.
+    /// Appends the header of a parsed WRITE, as a client sends it: it parses to the same request.
     pub fn encode_write(&self, request: &Request, out: &mut Vec<u8>) {
         let mut flags = match request.command {
             Command::Write(Durability::Fua) => CommandFlags::FUA,

@@ -1,4 +1,4 @@
-//! Writing URIs.
+//! Writes URIs.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -8,10 +8,11 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use super::{NbdUri, Security, Transport};
 use crate::limits::DEFAULT_PORT;
 
-/// What is encoded in a host, user name or parameter: all but RFC 3986's unreserved characters.
+/// The characters that are encoded in a host, user name or parameter: all but RFC 3986's unreserved
+/// ones.
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
-/// In paths, slashes and colons can be read as they are.
+/// In paths, slashes and colons are not encoded, for readability.
 const ENCODED_IN_PATH: &AsciiSet = &ENCODED.remove(b'/').remove(b':');
 
 impl fmt::Display for NbdUri {

@@ -32,9 +32,7 @@ pub enum UriError {
     #[error("{0:?} is not a port between 1 and 65535, as in nbd://localhost:10809/disk")]
     BadPort(String),
     /// An IPv6 address is malformed or has no brackets.
-    #[error(
-        "{0:?} is not an address: an IPv6 address stands in brackets, as in nbd://[::1]:10809/"
-    )]
+    #[error("{0:?} is not an address: write an IPv6 address in brackets, as in nbd://[::1]:10809/")]
     BadAddress(String),
     /// A unix URI has no `socket`.
     #[error(
@@ -57,14 +55,14 @@ pub enum UriError {
         /// The parameter.
         key: String,
     },
-    /// A parameter whose value is none of the legal ones.
+    /// A parameter whose value is not legal.
     #[error("the parameter {key} cannot be {value:?}: use {legal}")]
     BadParameter {
         /// The parameter.
         key: &'static str,
         /// Its value.
         value: String,
-        /// What it can be.
+        /// The legal values.
         legal: &'static str,
     },
 }

@@ -1,4 +1,4 @@
-//! Reading URIs.
+//! Reads URIs.
 
 use core::net::Ipv6Addr;
 use std::str::FromStr;
@@ -89,7 +89,7 @@ fn tcp(authority: &str) -> Result<Transport, UriError> {
     Ok(Transport::Tcp { host, port })
 }
 
-/// Whether a character can stand neither in a host's name nor in an IPv6 address's zone.
+/// Whether a character is legal neither in a host name nor in the zone of an IPv6 address.
 fn is_no_host(character: char) -> bool {
     character.is_control() || character.is_whitespace() || "/[]:@".contains(character)
 }
@@ -154,8 +154,7 @@ fn boolean(key: &'static str, value: &str) -> Result<bool, UriError> {
     }
 }
 
-/// Percent-decodes one part. A `+` stays a `+`: that a space can be written so is a rule of HTML
-/// forms.
+/// Percent-decodes one part. A `+` stays a `+`: it means a space only in HTML forms.
 fn decode(what: &'static str, text: &str) -> Result<String, UriError> {
     let mut rest = text.as_bytes();
     while let Some((&byte, behind)) = rest.split_first() {

@@ -17,7 +17,7 @@ open_enum! {
     }
 }
 
-/// Block size constraints of an export (section "Block size constraints").
+/// Block size constraints of an export (section "Size constraints").
 ///
 /// `minimum <= preferred <= maximum_payload`; the first two are powers of two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +28,7 @@ pub struct BlockSizes {
 }
 
 impl Default for BlockSizes {
-    /// The values a client may assume if the server sends none: 1, 4096, 32 MiB.
+    /// Returns the values that a client may assume if the server sends none: 1, 4096, 32 MiB.
     fn default() -> Self {
         Self { minimum: 1, preferred: DEFAULT_PREFERRED_BLOCK_SIZE, maximum_payload: MAX_PAYLOAD }
     }
@@ -73,19 +73,20 @@ impl BlockSizes {
         Self { minimum: 1, ..self }
     }
 
-    /// The minimum block size, in bytes: every request is a multiple of it.
+    /// Returns the minimum block size, in bytes: offset and length of every request are multiples
+    /// of it.
     #[must_use]
     pub const fn minimum(&self) -> u32 {
         self.minimum
     }
 
-    /// The preferred block size, in bytes: requests that are multiples of it are fastest.
+    /// Returns the preferred block size, in bytes: requests that are multiples of it are fastest.
     #[must_use]
     pub const fn preferred(&self) -> u32 {
         self.preferred
     }
 
-    /// Longest payload of a READ or WRITE, in bytes; 2^32-1 means no fixed limit.
+    /// Returns the maximum payload of a READ or WRITE, in bytes; 2^32-1 means no fixed limit.
     #[must_use]
     pub const fn maximum_payload(&self) -> u32 {
         self.maximum_payload

@@ -38,19 +38,19 @@ impl MetaContextName {
         }
     }
 
-    /// `base:allocation`.
+    /// Returns `base:allocation`.
     #[must_use]
     pub fn base_allocation() -> Self {
         Self(Self::BASE_ALLOCATION.to_owned())
     }
 
-    /// `qemu:allocation-depth`.
+    /// Returns `qemu:allocation-depth`.
     #[must_use]
     pub fn qemu_allocation_depth() -> Self {
         Self(Self::QEMU_ALLOCATION_DEPTH.to_owned())
     }
 
-    /// `qemu:dirty-bitmap:` followed by the name of a bitmap.
+    /// Returns `qemu:dirty-bitmap:` followed by the name of a bitmap.
     ///
     /// # Errors
     ///

@@ -85,7 +85,7 @@ impl OptionReplyType {
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OptionHeader {
-    /// Which option.
+    /// The option.
     pub option: OptionType,
     /// Length of the payload, in bytes.
     pub length: u32,

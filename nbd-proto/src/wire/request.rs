@@ -1,4 +1,4 @@
-//! Requests of the transmission phase (sections "Request message", "Extended request message").
+//! Requests of the transmission phase (section "Request message").
 
 use bytes::BufMut;
 

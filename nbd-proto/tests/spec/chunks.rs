@@ -1,4 +1,4 @@
-//! Section "Structured replies": answers to a READ that a client refuses.
+//! Section "Structured reply types": answers to a READ that a client refuses.
 
 use bytes::BytesMut;
 use nbd_proto::ProtocolError;

@@ -85,7 +85,7 @@ impl<A: Answer> Awaiting<A> {
     }
 }
 
-/// Error texts are for display: an invalid one is repaired, not refused.
+/// An error text is for display, so an invalid one is repaired, not refused.
 fn option_error(reply: OptionReplyType, payload: &[u8]) -> OptionError {
     // Truncated before the repair, so that the repair is bounded.
     let kept = payload.get(..MAX_STRING_LEN).unwrap_or(payload);

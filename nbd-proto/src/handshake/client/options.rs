@@ -20,13 +20,13 @@ pub struct InfoRequest {
     pub name: bool,
     /// The description.
     pub description: bool,
-    /// The block size constraints. A client that requests them promises to obey them (section
-    /// "Block size constraints").
+    /// The block size constraints. A client that requests them promises to obey them (section "Size
+    /// constraints").
     pub block_size: bool,
 }
 
 impl Default for InfoRequest {
-    /// The information that transmission needs: the block sizes.
+    /// Requests the information that transmission needs: the block sizes.
     fn default() -> Self {
         Self { name: false, description: false, block_size: true }
     }

@@ -2,7 +2,8 @@
 
 use crate::wire::ReplyMode;
 
-/// The TLS policy (section "TLS versions" names the three modes NOTLS, SELECTIVETLS and FORCEDTLS).
+/// The TLS policy (section "Server-side requirements": the modes NOTLS, SELECTIVETLS and
+/// FORCEDTLS).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TlsPolicy {
     /// STARTTLS is refused.
@@ -21,12 +22,13 @@ pub struct ServerConfig {
     /// The TLS policy.
     pub tls: TlsPolicy,
     /// The most capable form of replies that is granted; requests for a better one are answered
-    /// with ERR_UNSUP. [`ReplyMode::Extended`] unless the behaviour of an older server is wanted.
+    /// with ERR_UNSUP. The default is [`ReplyMode::Extended`]; a lower one imitates an older
+    /// server.
     pub best_reply_mode: ReplyMode,
 }
 
 impl ServerConfig {
-    /// No TLS, all forms of replies.
+    /// Creates a configuration without TLS and with all forms of replies.
     #[must_use]
     pub const fn new() -> Self {
         Self { tls: TlsPolicy::Off, best_reply_mode: ReplyMode::Extended }
@@ -48,7 +50,7 @@ impl ServerConfig {
 }
 
 impl Default for ServerConfig {
-    /// As [`ServerConfig::new`].
+    /// Returns the same as [`ServerConfig::new`].
     fn default() -> Self {
         Self::new()
     }

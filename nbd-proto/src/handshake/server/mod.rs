@@ -43,7 +43,8 @@ impl Handshake {
     ///
     /// # Errors
     ///
-    /// [`ProtocolError`] when the client has to be dropped: what is in `out` can still be sent.
+    /// [`ProtocolError`] if the connection has to be closed; the contents of `out` can still be
+    /// sent.
     pub fn advance(
         mut self,
         input: &mut BytesMut,

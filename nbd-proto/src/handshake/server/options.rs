@@ -79,7 +79,7 @@ impl Session {
             },
             OptionType::LIST_META_CONTEXT => self.ask_meta(MetaContextAction::List, payload),
             OptionType::SET_META_CONTEXT => {
-                // The previous selection is dropped, whether this option succeeds or fails.
+                // The previous selection is dropped, even if this option fails.
                 self.selection = None;
                 self.ask_meta(MetaContextAction::Select, payload)
             }

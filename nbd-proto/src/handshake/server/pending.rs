@@ -15,7 +15,7 @@ use crate::wire::{
     ClientFlags, InfoType, MetaContextName, OptionReplyType, OptionType, TransmissionFlags,
 };
 
-/// Ends the handshake with the values that both sides know from now on.
+/// Ends the handshake with the negotiated values.
 fn negotiated(session: Session, name: String, export: &ExportDescription) -> Negotiated {
     Negotiated {
         size: export.size,
@@ -117,7 +117,7 @@ pub struct PendingGo {
 }
 
 impl PendingGo {
-    /// Name of the requested export; empty means the default export.
+    /// Returns the name of the requested export; empty means the default export.
     #[must_use]
     pub fn export_name(&self) -> &str {
         &self.question.name
@@ -148,7 +148,7 @@ pub struct PendingInfo {
 }
 
 impl PendingInfo {
-    /// Name of the requested export; empty means the default export.
+    /// Returns the name of the requested export; empty means the default export.
     #[must_use]
     pub fn export_name(&self) -> &str {
         &self.question.name
@@ -178,7 +178,7 @@ pub struct PendingExportName {
 }
 
 impl PendingExportName {
-    /// Name of the requested export; empty means the default export.
+    /// Returns the name of the requested export; empty means the default export.
     #[must_use]
     pub fn export_name(&self) -> &str {
         &self.name
@@ -201,7 +201,7 @@ impl PendingExportName {
     pub fn reject(self) -> ProtocolError {
         ProtocolError::Unexpected {
             what: "EXPORT_NAME",
-            why: "the export is refused, which EXPORT_NAME can only be told by closing",
+            why: "the export is refused, and EXPORT_NAME has no error reply",
         }
     }
 }
@@ -255,7 +255,7 @@ pub struct PendingMetaContext {
 }
 
 impl PendingMetaContext {
-    /// Name of the export in question; empty means the default export.
+    /// Returns the name of the export in question; empty means the default export.
     #[must_use]
     pub fn export_name(&self) -> &str {
         &self.question.export_name
@@ -322,8 +322,8 @@ impl PendingTls {
     ///
     /// # Errors
     ///
-    /// [`ProtocolError::Unexpected`] if there are bytes in `input`: they came in the clear after
-    /// STARTTLS, where a client waits and only an attacker in the middle writes. Close the
+    /// [`ProtocolError::Unexpected`] if there are bytes in `input`: they arrived in the clear after
+    /// STARTTLS, when a client waits and only an attacker in the middle writes. Close the
     /// connection.
     pub fn accept(self, input: &BytesMut, out: &mut BytesMut) -> Result<BeforeTls, ProtocolError> {
         if !input.is_empty() {

@@ -32,8 +32,7 @@ impl Session {
         }
     }
 
-    /// STARTTLS drops all earlier state (section "TLS support"): an attacker could have negotiated
-    /// it.
+    /// Drops all earlier state (section "TLS support"): an attacker could have negotiated it.
     pub(super) fn reset_for_tls(self) -> Self {
         Self { tls_established: true, reply_mode: ReplyMode::Simple, selection: None, ..self }
     }

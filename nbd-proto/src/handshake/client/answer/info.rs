@@ -112,7 +112,7 @@ fn export_item(mut reader: Reader<'_>) -> Result<(u64, u16), ProtocolError> {
         (Some(size), Some(flags), true) => Ok((size, flags)),
         _ => Err(ProtocolError::Malformed {
             what: "information item EXPORT",
-            why: "it has to be 12 bytes long",
+            why: "it is not 12 bytes long",
         }),
     }
 }
@@ -124,7 +124,7 @@ fn block_size_item(mut reader: Reader<'_>) -> Result<BlockSizes, ProtocolError> 
         }
         _ => Err(ProtocolError::Malformed {
             what: "information item BLOCK_SIZE",
-            why: "it has to be 14 bytes long",
+            why: "it is not 14 bytes long",
         }),
     }
 }

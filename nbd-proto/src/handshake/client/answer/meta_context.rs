@@ -73,7 +73,7 @@ impl Answer for SetMetaContext {
         if !self.asked.remove(text) {
             return Err(ProtocolError::Malformed {
                 what: "answer to SET_META_CONTEXT",
-                why: "it selects a context that was not asked for, or one twice",
+                why: "it selects a context that was not requested, or one twice",
             });
         }
         if self.contexts.iter().any(|(other, _)| *other == id) {
