@@ -1,4 +1,4 @@
-//! Reads a whole export and reports the throughput.
+//! Reads a complete export and reports the throughput.
 //!
 //! ```text
 //! cargo run --release -p nbd-client --example read_disk -- nbd://localhost/disk 4 64 262144

@@ -153,7 +153,7 @@ impl Client {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future stops the waiting; the connections end in the background.
+    /// Safe: dropping the future stops the waiting; the connections end in the background.
     pub async fn disconnect(self) -> Result<()> {
         let mut result = Ok(());
         for connection in &self.shared.connections {

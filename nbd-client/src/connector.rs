@@ -192,16 +192,16 @@ impl Connector {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future closes the connections opened so far.
+    /// Safe: dropping the future closes the connections opened so far.
     pub async fn connect(&self) -> Result<Client> {
         let first = establish_on_its_runtime(&self.settings, 0).await?;
         Client::start(&self.settings, first).await
     }
 
-    /// Connects and carries out the handshake, and hands the connection over: for programs that
-    /// move requests and replies themselves, such as load generators. What is said about several
-    /// connections, reconnecting, request timeouts and limits of requests in flight does not
-    /// apply; [`NegotiatedStream::reconnector`] makes further connections.
+    /// Connects, carries out the handshake, and returns the connection: for programs that send
+    /// requests and receive replies themselves, such as load generators. The settings for several
+    /// connections, reconnecting, request timeouts and limits of requests in flight do not apply;
+    /// [`NegotiatedStream::reconnector`] makes further connections.
     ///
     /// # Errors
     ///
@@ -209,14 +209,14 @@ impl Connector {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future closes what was opened.
+    /// Safe: dropping the future closes the connection.
     pub async fn connect_stream(&self) -> Result<NegotiatedStream> {
         let established = establish_at(&self.settings).await?;
         Ok(NegotiatedStream::new(established, self.settings.clone()))
     }
 
-    /// Like [`connect_stream`](Self::connect_stream), over a connected socket: one end of a socket
-    /// pair, for example. The URI is then used for its export and in messages.
+    /// Like [`connect_stream`](Self::connect_stream), over a connected socket, for example one end
+    /// of a socket pair. The URI is then used for its export and in messages.
     ///
     /// # Errors
     ///
@@ -224,7 +224,7 @@ impl Connector {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future closes the socket.
+    /// Safe: dropping the future closes the socket.
     pub async fn connect_stream_over(&self, socket: PlainSocket) -> Result<NegotiatedStream> {
         let settings = &self.settings;
         let target = settings.target();
@@ -248,7 +248,7 @@ impl Connector {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future drops the stream.
+    /// Safe: dropping the future drops the stream.
     pub async fn connect_over<S>(&self, stream: S) -> Result<Client>
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,

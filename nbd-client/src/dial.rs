@@ -84,7 +84,7 @@ pub(crate) async fn establish(mut wire: Wire, wanted: &Wanted) -> Result<Establi
     let (negotiated, details) = match wire.greeting().await? {
         Greeting::Oldstyle(negotiated) => {
             if !wanted.export_name.is_empty() {
-                let why = "it is an oldstyle server with one unnamed export; leave the name out";
+                let why = "it is an oldstyle server with one unnamed export; omit the name";
                 return Err(wire.unsupported("exports with names", why));
             }
             (*negotiated, Details::unknown(Protocol::Oldstyle))

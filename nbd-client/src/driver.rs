@@ -1,8 +1,8 @@
 //! One connection in the transmission phase.
 //!
-//! The driver owns the socket. It gathers all queued requests into one write, takes as many replies
-//! as possible out of one read, and reads large data straight into its destination. It never waits
-//! for one event in particular: each poll makes all possible progress.
+//! The driver owns the socket. It combines all queued requests into one write, takes as many
+//! replies as possible from one read, and reads large data directly into its destination. It never
+//! waits for a particular event: each poll makes all possible progress.
 
 mod receive;
 
@@ -31,8 +31,8 @@ use crate::stream::Stream;
 /// Size of the buffer for replies, in bytes.
 const INPUT_LEN: usize = 256 * 1024;
 
-/// READs of at least this many bytes make the driver read little more than headers, so that their
-/// data goes straight into its destination.
+/// With READs of at least this many bytes in flight, the driver reads little more than headers at a
+/// time, so that their data is read directly into its destination.
 const LARGE_READ: usize = 64 * 1024;
 
 /// Time limit for requests in flight when the client disconnects.
@@ -64,11 +64,11 @@ pub(crate) struct Driver {
     answered: bool,
     /// Whether the data of a large READ is complete, and its caller has not run since.
     has_fresh_data: bool,
-    /// How long a request may be sent again because the server was shutting down; not at all if
-    /// the connection is not replaced.
+    /// The time for which a request may be sent again because the server was shutting down; `None`
+    /// if the connection is not replaced.
     shutdown_patience: Option<Duration>,
-    /// The server is shutting down: its first answer that said so, and the requests that it
-    /// refused. No more are sent.
+    /// Set if the server is shutting down: its first answer with that error. No more requests are
+    /// sent.
     shutdown: Option<ServerError>,
     refused: Vec<(Cookie, Submission)>,
     linger: Option<Pin<Box<Sleep>>>,
@@ -107,8 +107,8 @@ impl Driver {
         }
     }
 
-    /// Treats the connection as lost when the server says that it is shutting down, and the
-    /// requests that it refused as unanswered, each for as long as `patience`.
+    /// Treats the connection as lost when the server reports that it is shutting down, and the
+    /// refused requests as unanswered, each for up to `patience`.
     #[must_use]
     pub(crate) const fn replaced_for(mut self, patience: Duration) -> Self {
         self.shutdown_patience = Some(patience);
@@ -120,8 +120,8 @@ impl Driver {
         self.answered
     }
 
-    /// Ends the connection and returns the unanswered requests, oldest first, as if they had never
-    /// been sent.
+    /// Ends the connection and returns the unanswered requests, oldest first, in the state before
+    /// they were sent.
     pub(crate) fn into_unanswered(self) -> Vec<Submission> {
         let mut left: Vec<_> = self.in_flight.into_iter().chain(self.refused).collect();
         left.sort_unstable_by_key(|(cookie, _)| *cookie);
@@ -152,7 +152,8 @@ impl Driver {
                 return Poll::Ready(Err(lost));
             }
             if std::mem::take(&mut self.has_fresh_data) {
-                // The caller uses it while it is in the cache, and its memory holds the next data.
+                // Let the caller use it while it is in the cache, so that its memory can be reused
+                // for the next data.
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -264,7 +265,7 @@ impl Driver {
     }
 
     /// Returns whether a request that a server refused because of its shutdown is sent on another
-    /// connection. A server that refuses it for longer than the caller's patience is believed.
+    /// connection. If servers refuse it for longer than the caller's patience, it fails.
     fn may_be_sent_again(&self, submission: &mut Submission) -> bool {
         let now = Instant::now();
         let since = *submission.refused_since.get_or_insert(now);
@@ -280,8 +281,8 @@ impl Driver {
         self.shutdown.take().map(LostConnection::ShuttingDown)
     }
 
-    /// After the last request, sends DISC once all requests are answered. `Ready(None)` requests
-    /// another round.
+    /// After the last request, sends DISC once all requests are answered. `Ready(None)` means that
+    /// another round is needed.
     fn poll_goodbye(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<(), LostConnection>>> {
         let linger =
             self.linger.get_or_insert_with(|| Box::pin(sleep_until(Instant::now() + LINGER)));
@@ -296,7 +297,7 @@ impl Driver {
         if !self.said_goodbye {
             self.said_goodbye = true;
             let out = self.outbound.headers();
-            // DISC is always legal; and if it were not, closing has the same effect.
+            // DISC is always legal, and closing has the same effect.
             drop(self.transmission.request(0, 0, &Command::Disconnect, out));
             return Poll::Ready(None);
         }

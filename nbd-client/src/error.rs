@@ -198,7 +198,7 @@ pub enum LostConnection {
         waited: Duration,
     },
     /// The server answered that it is shutting down ([`Errno::ESHUTDOWN`]). Only with
-    /// [`Connector::reconnect`](crate::Connector::reconnect), which takes it for a loss of the
+    /// [`Connector::reconnect`](crate::Connector::reconnect), which treats it as a loss of the
     /// connection; otherwise the request fails with [`Error::Request`].
     #[error("{0}")]
     ShuttingDown(ServerError),

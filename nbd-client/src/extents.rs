@@ -12,7 +12,7 @@ use crate::error::Result;
 
 /// A range with one status.
 ///
-/// A plain value, the protocol's own: it has these fields and will have no others.
+/// This plain value has these fields and will have no others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
     /// Offset in the export, in bytes.
@@ -154,8 +154,8 @@ impl ExtentStream {
     ///
     /// # Errors
     ///
-    /// [`Error::Misuse`](crate::Error::Misuse) if the context was not selected or the range is not
-    /// one of the export; otherwise as for [`Client::block_status`].
+    /// [`Error::Misuse`](crate::Error::Misuse) if the context was not selected or the range exceeds
+    /// the export; otherwise as for [`Client::block_status`].
     ///
     /// # Cancel safety
     ///
@@ -178,7 +178,7 @@ impl ExtentStream {
 
     /// Returns an extent that cannot grow any more.
     fn next_received(&mut self) -> Option<Extent> {
-        // Start of the range, unless there is an extent already.
+        // The start of the range, if there is no extent yet.
         let start = Extent { offset: self.start, length: 0, flags: 0 };
         while let Some(descriptor) = self.received.pop_front() {
             let flags = descriptor.flags & self.known;

@@ -79,12 +79,12 @@ impl Wire {
         self
     }
 
-    /// Restores the server's whole time limit, for a handshake that queries many exports.
+    /// Restores the server's full time limit, for a handshake that queries many exports.
     pub(crate) fn renew_deadline(&mut self) {
         self.deadline = Instant::now() + self.limit;
     }
 
-    /// Reads the greeting and starts TLS if it is wanted.
+    /// Reads the greeting and starts TLS if it is requested.
     pub(crate) async fn greeting(&mut self) -> Result<Greeting> {
         let mut handshake = ClientHandshake::new();
         loop {
@@ -108,7 +108,7 @@ impl Wire {
         }
     }
 
-    /// Requests TLS if it is wanted (STARTTLS).
+    /// Starts TLS if it is requested (STARTTLS).
     async fn secure(&mut self, phase: OptionPhase) -> Result<OptionPhase> {
         let Some(Tls { context, .. }) = self.tls.clone() else { return Ok(phase) };
         let sent = phase.start_tls(&mut self.out);

@@ -39,7 +39,7 @@ pub enum ReadChunk {
 }
 
 impl ReadChunk {
-    /// Offset in the export, in bytes.
+    /// Returns the offset in the export, in bytes.
     #[must_use]
     pub const fn offset(&self) -> u64 {
         match self {
@@ -47,7 +47,7 @@ impl ReadChunk {
         }
     }
 
-    /// Length, in bytes.
+    /// Returns the length, in bytes.
     #[must_use]
     pub const fn length(&self) -> u64 {
         match self {
@@ -200,7 +200,7 @@ impl Collect {
         }
     }
 
-    /// Reads up to `length` bytes for `position` straight from the socket.
+    /// Reads up to `length` bytes for `position` directly from the socket.
     pub(crate) fn poll_fill(
         &mut self,
         position: u64,

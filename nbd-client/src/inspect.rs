@@ -20,12 +20,12 @@ impl Connector {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`](crate::Error::Refused) if the server does not tell,
+    /// [`Error::Refused`](crate::Error::Refused) if the server refuses to list its exports,
     /// [`Error::Unsupported`](crate::Error::Unsupported) if it is too old, or a handshake error.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future closes the connection, as for every method of this kind.
+    /// Safe: dropping the future closes the connection.
     pub async fn list(&self) -> Result<Vec<ListedExport>> {
         let (mut wire, phase) = self.options("a list of exports").await?;
         let (exports, phase) = list(&mut wire, phase).await?;

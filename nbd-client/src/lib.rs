@@ -10,24 +10,23 @@
 //!   over a Stream ---------> nbd_proto::transmission::client, Stream (TCP, unix, TLS over them)
 //! ```
 //!
-//! [`Connector`] says where to connect and what to ask for: everything newer falls back to
-//! everything older, from extended headers to oldstyle servers. [`Client`] makes requests; many at
-//! once share one connection or several. The server is not trusted: an answer that does not fit
-//! its request ends the connection with an error that says what was wrong.
+//! [`Connector`] has the address and the features to request: newer features fall back to older
+//! ones, from extended headers to oldstyle servers. [`Client`] makes requests; concurrent ones
+//! share one or several connections. The server is not trusted: an answer that does not match its
+//! request ends the connection with an error that names the mismatch.
 //!
 //! # TLS
 //!
 //! A URI with `nbds` or [`Connector::tls`] protects connections by TLS 1.2 or 1.3, with
-//! certificates or with a pre-shared key; [`TlsError`] says which credential failed which check. It
-//! is the cargo feature `tls`, on by default, and uses OpenSSL: that of the system, or one built
-//! from source if the program that uses this crate turns on the feature `vendored` of the crate
-//! `openssl`.
+//! certificates or with a pre-shared key; [`TlsError`] names the credential and the failed check.
+//! TLS is the cargo feature `tls`, which is on by default. It uses the system's OpenSSL, or one
+//! built from source if the program enables the feature `vendored` of the crate `openssl`.
 //!
-//! # Other ways in
+//! # Other interfaces
 //!
 //! - [`blocking`]: the same requests for programs without an async runtime.
-//! - [`Connector::connect_stream`]: the connection itself, for programs that move requests and
-//!   replies in a way of their own.
+//! - [`Connector::connect_stream`]: the connection itself, for programs that send requests and
+//!   receive replies themselves.
 //! - `ExportStorage` (feature `image`): an export as an `imgfmt::Storage`, so that images and
 //!   layers of images may be on servers.
 //!

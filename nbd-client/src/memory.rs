@@ -6,9 +6,9 @@ use bytes::{Bytes, BytesMut};
 
 /// Memory of earlier answers, for the next ones. Clones share it.
 ///
-/// The memory that was given back last is used first: it is most likely still in the cache of the
-/// core. Each answer takes memory when its data arrives, not when its request is made, so there is
-/// only as much of it as there are answers not used yet.
+/// The memory that was returned last is used first: it is most likely still in the core's cache. An
+/// answer takes memory when its data arrives, not when its request is made, so memory is needed
+/// only for unused answers.
 #[derive(Debug, Clone, Default)]
 pub struct ReadMemory {
     free: Arc<Mutex<Vec<BytesMut>>>,
@@ -16,7 +16,7 @@ pub struct ReadMemory {
 }
 
 impl ReadMemory {
-    /// Keeps the memory of at most that many answers. By default none is kept.
+    /// Creates a pool that keeps the memory of at most `most` answers. By default none is kept.
     #[must_use]
     pub fn new(most: usize) -> Self {
         Self { free: Arc::default(), most }
@@ -28,7 +28,7 @@ impl ReadMemory {
         self.free().pop().unwrap_or_default()
     }
 
-    /// Gives memory back. Without effect if others share it.
+    /// Returns memory to the pool. Has no effect if the memory is shared.
     pub fn give_back(&self, data: Bytes) {
         let Ok(mut buffer) = data.try_into_mut() else { return };
         buffer.clear();

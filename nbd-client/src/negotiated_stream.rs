@@ -1,4 +1,4 @@
-//! A connection after the handshake, for callers that speak the transmission phase themselves.
+//! A connection after the handshake, for callers that carry out the transmission phase themselves.
 
 use std::io;
 use std::pin::Pin;
@@ -17,24 +17,24 @@ use crate::stream::Stream;
 pub use crate::transport::PlainSocket;
 use crate::transport::Socket;
 
-/// A connection after the handshake, and what was agreed upon:
-/// [`Connector::connect_stream`](crate::Connector::connect_stream) makes it.
+/// A connection after the handshake, and the negotiated values; created by
+/// [`Connector::connect_stream`](crate::Connector::connect_stream).
 ///
-/// Reading and writing move the bytes of the transmission phase, through TLS if that was agreed
-/// upon. `nbd_proto::transmission::client` makes the requests and understands the replies; nothing
-/// else sends or receives here, and dropping this closes the connection without a DISC.
+/// Reading and writing transfer the bytes of the transmission phase, through TLS if that was
+/// negotiated. `nbd_proto::transmission::client` encodes the requests and decodes the replies.
+/// Nothing else sends or receives here. Dropping this closes the connection without a DISC.
 #[derive(Debug)]
 pub struct NegotiatedStream {
     stream: Stream,
-    /// What was received together with the end of the handshake.
+    /// Bytes received together with the end of the handshake.
     input: BytesMut,
     negotiated: Negotiated,
     details: Details,
     settings: Settings,
 }
 
-/// Makes connections like a first one: to the same export, which can do no less, and never without
-/// TLS if the first had it.
+/// Makes connections like a first one: to the same export with at least the same capabilities, and
+/// always with TLS if the first had it.
 #[derive(Debug, Clone)]
 pub struct Reconnector {
     settings: Settings,
@@ -51,7 +51,7 @@ impl Reconnector {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future closes what was opened.
+    /// Safe: dropping the future closes the connection.
     pub async fn connect(&self) -> Result<NegotiatedStream> {
         let established = establish_at(&self.settings).await?;
         same_export(&self.first, &established.negotiated).map_err(|why| Error::Lost {
@@ -68,26 +68,26 @@ impl NegotiatedStream {
         Self { stream, input, negotiated, details, settings }
     }
 
-    /// What both sides agreed upon.
+    /// Returns the result of the handshake.
     #[must_use]
     pub fn negotiated(&self) -> &Negotiated {
         &self.negotiated
     }
 
-    /// What is known about the export.
+    /// Returns the properties of the export.
     #[must_use]
     pub fn info(&self) -> ExportInfo {
         ExportInfo::new(&self.negotiated, self.details.clone())
     }
 
-    /// True if the connection is protected by TLS.
+    /// Returns true if the connection is protected by TLS.
     #[must_use]
     pub fn is_encrypted(&self) -> bool {
         matches!(self.stream, Stream::Tls(_))
     }
 
-    /// The process that listens at the other end of a unix socket without TLS, if the system knows
-    /// it: the one that has opened the socket, which is not the server's if a service manager did.
+    /// Returns the process that opened the listening unix socket, without TLS and if the system
+    /// knows it. If a service manager opened the socket, that is not the server.
     #[must_use]
     pub fn server_process(&self) -> Option<u32> {
         let Stream::Plain(Socket::Unix(socket)) = &self.stream else { return None };
@@ -95,7 +95,7 @@ impl NegotiatedStream {
         u32::try_from(pid).ok().filter(|pid| *pid > 0)
     }
 
-    /// Makes further connections like this one, also after it is lost.
+    /// Returns a value that makes further connections like this one, also after this one is lost.
     #[must_use]
     pub fn reconnector(&self) -> Reconnector {
         let settings =
@@ -103,12 +103,12 @@ impl NegotiatedStream {
         Reconnector { settings, first: self.negotiated.clone() }
     }
 
-    /// Gives the socket itself, in blocking mode, if there is no TLS on it.
+    /// Returns the socket itself, in blocking mode, if the connection has no TLS.
     ///
     /// # Errors
     ///
-    /// `Err(self)`, for reading and writing as a stream, if there is TLS, or if the server sent
-    /// bytes before it was asked anything. The inner error is one of the system.
+    /// The inner result is `Err(self)`, for use as a stream, if there is TLS, or if the server sent
+    /// bytes before the first request. The outer error is the system's.
     pub fn into_socket(self) -> io::Result<std::result::Result<PlainSocket, Self>> {
         if !self.input.is_empty() {
             return Ok(Err(self));

@@ -1,4 +1,4 @@
-//! Requests to be sent, gathered so that one system call carries many.
+//! Requests to be sent, combined so that one system call sends many.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -14,7 +14,7 @@ const COPIED_LEN: usize = 4096;
 /// Most segments in one system call; the kernel accepts at most 1024.
 const PARTS: usize = 64;
 
-/// Bytes to write: complete segments, and headers that are still gathered.
+/// Bytes to write: complete segments, and headers that are still being collected.
 #[derive(Debug, Default)]
 pub(crate) struct Outbound {
     segments: VecDeque<Bytes>,

@@ -83,7 +83,7 @@ impl Queue {
     }
 
     /// Ready once no caller waits for an answer and no new request can arrive. Until then requests
-    /// are accepted as long as there is room.
+    /// are accepted while there is space.
     pub(crate) fn poll_abandoned(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         self.front.retain(|submission| !submission.is_abandoned());
         while self.front.len() < QUEUE_LEN {

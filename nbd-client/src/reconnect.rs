@@ -28,7 +28,7 @@ pub(crate) struct Outage {
 
 impl Outage {
     pub(crate) fn begin(lost: &LostConnection) -> Self {
-        // A server that is shutting down is still there.
+        // A server that is shutting down still exists.
         let pause = match lost {
             LostConnection::ShuttingDown(_) => FIRST_PAUSE,
             _ => Duration::ZERO,
@@ -47,7 +47,7 @@ pub(crate) struct Reconnect {
 
 impl Reconnect {
     /// Returns whether a new connection may help. It does not help a request that has been sent
-    /// again and again for longer than the caller's patience while others were answered.
+    /// repeatedly for longer than the caller's patience while others were answered.
     pub(crate) fn may_help(&self, lost: &LostConnection) -> bool {
         match lost {
             LostConnection::RequestTimeout { limit, waited, .. } => {

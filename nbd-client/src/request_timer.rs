@@ -29,7 +29,7 @@ impl RequestTimer {
         self.limit
     }
 
-    /// Records a request that is sent now. `is_open` tells which requests are unanswered.
+    /// Records a request that is sent now. `is_open` returns whether a request is unanswered.
     pub(crate) fn note(&mut self, cookie: Cookie, now: Instant, is_open: impl Fn(Cookie) -> bool) {
         if self.sent.len() >= ANSWERED_MAX && self.sent.len() == self.sent.capacity() {
             // Instead of growing; if most requests are open, the list grows.

@@ -17,14 +17,16 @@ use crate::memory::ReadMemory;
 /// every possible minimum block size below 2^32.
 const LONGEST_COMPACT: u64 = 0xffff_0000;
 
-/// Ranges are in bytes. They have to lie in the export, and both ends have to be multiples of its
-/// minimum block size ([`ExportInfo::block_sizes`](crate::ExportInfo)); nothing is rounded. An
+/// # Requests
+///
+/// Ranges are in bytes. They have to be within the export, and both ends have to be multiples of
+/// its minimum block size ([`ExportInfo::block_sizes`](crate::ExportInfo)); nothing is rounded. An
 /// empty range is answered at once, without a request.
 ///
 /// Every method fails with [`Error::Misuse`](crate::Error::Misuse) if the range is wrong or the
 /// server does not offer the command, with [`Error::Request`](crate::Error::Request) if the server
 /// refuses it, and with [`Error::Lost`](crate::Error::Lost) or
-/// [`Error::Closed`](crate::Error::Closed) if the connection is gone.
+/// [`Error::Closed`](crate::Error::Closed) if the connection has ended.
 impl Client {
     /// Reads a range. Ranges longer than the server's maximum are split.
     ///
@@ -158,7 +160,7 @@ impl Client {
     ///
     /// # Cancel safety
     ///
-    /// The connection remains usable; whether the write is carried out is unspecified, as for every
+    /// The connection remains usable, but the write may or may not be carried out, as for every
     /// method that changes the export.
     pub async fn write(&self, offset: u64, data: Bytes, durability: Durability) -> Result<()> {
         let total = data.len() as u64;
@@ -186,7 +188,7 @@ impl Client {
     ///
     /// # Cancel safety
     ///
-    /// Safe, but leaves it unknown whether the writes are durable.
+    /// Safe, but the writes may or may not be durable.
     pub async fn flush(&self) -> Result<()> {
         self.submit(NewRequest::plain(0, 0, Command::Flush)).await?.outcome().await?;
         Ok(())
@@ -245,7 +247,7 @@ impl Client {
 
     /// Queries the status of the start of the range in every selected metadata context. The server
     /// decides how much each answer covers: at least one descriptor, at most the range.
-    /// [`Client::extents`] repeats the query until a whole range is covered.
+    /// [`Client::extents`] repeats the query until the complete range is covered.
     ///
     /// # Errors
     ///
@@ -297,8 +299,8 @@ impl Client {
         Ok(())
     }
 
-    /// Checks the whole range before anything is sent, so that a split request fails as a whole.
-    /// Returns the length, in bytes.
+    /// Checks the complete range before anything is sent, so that a split request fails before its
+    /// first part. Returns the length, in bytes.
     fn check_range(&self, range: &Range<u64>) -> Result<u64, ApiMisuse> {
         let Range { start, end } = *range;
         let length = end.checked_sub(start).ok_or(ApiMisuse::ReversedRange { start, end })?;

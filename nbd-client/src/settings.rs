@@ -24,7 +24,7 @@ pub(crate) struct Settings {
     pub(crate) limits: Limits,
     pub(crate) tls: Option<TlsOptions>,
     pub(crate) local_files: LocalFiles,
-    /// The runtimes that drive the connections, in turn; none for that of the caller.
+    /// The runtimes that drive the connections, in turn; empty for the caller's own.
     pub(crate) runtimes: Arc<[Handle]>,
 }
 

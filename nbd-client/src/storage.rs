@@ -129,7 +129,7 @@ impl ExportStorage {
     ///
     /// # Errors
     ///
-    /// The request fails.
+    /// If the request fails.
     pub fn read_chunks(&self, range: Range<u64>) -> io::Result<Vec<ReadChunk>> {
         let asked = self.aligned(range.start, range.end.saturating_sub(range.start));
         let read = self.client.read_chunks(asked).map_err(io_error)?;
@@ -149,11 +149,11 @@ impl ExportStorage {
         }
     }
 
-    /// Frees the space of a range, in bytes, as far as the server's blocks lie within it.
+    /// Frees the space of a range, in bytes, rounded inwards to the server's blocks.
     ///
     /// # Errors
     ///
-    /// The request fails.
+    /// If the request fails.
     pub fn trim(&self, range: Range<u64>, durability: Durability) -> io::Result<()> {
         let end = range.end.min(self.size());
         let start = range.start.checked_next_multiple_of(self.minimum_size).unwrap_or(end);
@@ -230,14 +230,14 @@ impl ExportStorage {
         let durability = transmission::Durability::Cached;
         let zeroed = self.changing(|client| client.write_zeroes(range, mode, speed, durability));
         zeroed.map_err(|error| match error.errno() {
-            // Some servers advertise it and then refuse it.
+            // Some servers advertise the command and then refuse it.
             Some(Errno::EINVAL | Errno::ENOTSUP) => io::ErrorKind::Unsupported.into(),
             _ => io_error(error),
         })
     }
 }
 
-/// The part of a chunk that lies in a range.
+/// The part of a chunk that is in a range.
 fn clipped(chunk: ReadChunk, range: &Range<u64>) -> Option<ReadChunk> {
     let at = chunk.offset();
     let offset = at.max(range.start);
@@ -245,7 +245,7 @@ fn clipped(chunk: ReadChunk, range: &Range<u64>) -> Option<ReadChunk> {
     let length = stop.checked_sub(offset).filter(|length| *length > 0)?;
     Some(match chunk {
         ReadChunk::Data { data, .. } => {
-            // Both lie within the data.
+            // Both are within the data.
             let data = data.slice((offset - at) as usize..(stop - at) as usize);
             ReadChunk::Data { offset, data }
         }

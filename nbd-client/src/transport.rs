@@ -96,7 +96,7 @@ async fn connect_tcp(address: SocketAddr) -> io::Result<TcpStream> {
     // Detects a peer that vanished without closing the connection.
     socket.set_keepalive(true)?;
     let stream = socket.connect(address).await?;
-    // Requests are gathered before they are written: a delay would only cost time.
+    // Requests are combined before they are written: a delay would only cost time.
     stream.set_nodelay(true)?;
     Ok(stream)
 }

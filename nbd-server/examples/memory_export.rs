@@ -1,4 +1,4 @@
-//! An export of one's own in 30 lines: a disk in memory, served on a unix socket until standard input
+//! A custom export in 30 lines: a disk in memory, served on a unix socket until standard input
 //! ends: `cargo run -p nbd-server --example memory_export -- /tmp/nbd.sock`.
 
 #![allow(clippy::print_stdout)]
@@ -18,7 +18,7 @@ impl Export for Disk {
         ExportInfo::new(self.0.read().unwrap_or_else(PoisonError::into_inner).len() as u64)
     }
 
-    // The server has checked that ranges lie within the disk.
+    // The server has checked that ranges are within the disk.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
         let disk = self.0.read().unwrap_or_else(PoisonError::into_inner);
         buffer.copy_from_slice(&disk[offset as usize..][..buffer.len()]);

@@ -13,35 +13,35 @@ use crate::listener::Listener;
 use crate::shutdown::{Phase, Shutdown};
 use crate::worker::Accepted;
 
-/// How long to wait after the system had no descriptor or memory for a client.
+/// The pause after the system had no descriptor or memory for a client.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Clients of one listener that may wait for a place at a time.
+/// Maximum number of clients of one listener that wait for a place.
 const MAX_WAITING: usize = 64;
 
-/// Clients that are let in as fast as they come, and how many more in each [`REFILL`]. A client
-/// that connects and leaves again and again costs the server more than itself.
+/// Number of clients that are admitted at once, and that are added in each [`REFILL`]. A client
+/// that connects and leaves repeatedly costs the server more than itself.
 const MOST_AT_ONCE: u32 = 64;
 const MORE: u32 = 8;
 const REFILL: Duration = Duration::from_millis(1);
 
-/// Connections of a server that were accepted and have not had their greeting. Beyond that clients
-/// wait outside: those that have left again would take the places of others.
+/// Maximum number of accepted connections of a server without a greeting. Other clients stay in the
+/// system's queue, because accepted ones that have left would take the places of others.
 pub(crate) const MOST_UNGREETED: usize = 64;
 
-/// Lets clients in at one listener.
+/// Admits clients at one listener.
 pub(crate) struct Acceptor {
     pub(crate) places: Arc<Semaphore>,
-    /// For connections that have not had their greeting.
+    /// Limits the connections without a greeting.
     pub(crate) ungreeted: Arc<Semaphore>,
-    /// How long a client may wait for a place.
+    /// The time for which a client may wait for a place.
     pub(crate) queue_timeout: Duration,
     pub(crate) clients: mpsc::Sender<Accepted>,
 }
 
 impl Acceptor {
-    /// Accepts clients until the server ends or pauses, and returns the listener. Clients that wait
-    /// for a place then are closed.
+    /// Accepts clients until the server ends or pauses, and returns the listener. Clients that
+    /// still wait for a place are then closed.
     pub(crate) async fn accept(self, listener: Listener, mut shutdown: Shutdown) -> Listener {
         let mut waiting = JoinSet::new();
         let mut rate = AcceptRate::new(Instant::now());
@@ -87,7 +87,7 @@ impl Acceptor {
         }
     }
 
-    /// A client over the limit waits or is closed, so that it does not wait in vain.
+    /// Admits a client, or lets it wait, or closes it if it cannot wait.
     fn admit(
         &self,
         newcomer: Newcomer,
@@ -115,14 +115,14 @@ impl Acceptor {
     }
 }
 
-/// A client that was accepted and has no place yet.
+/// An accepted client without a place.
 struct Newcomer {
     socket: Socket,
     peer: String,
     ungreeted: Option<OwnedSemaphorePermit>,
 }
 
-/// How many clients may be let in at the moment.
+/// The number of clients that may be admitted now.
 #[derive(Debug)]
 struct AcceptRate {
     room: u32,

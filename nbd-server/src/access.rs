@@ -32,12 +32,12 @@ type Resolver = dyn Fn(&str, &ClientInfo) -> Option<ExportEntry> + Send + Sync;
 /// An export that was resolved, and its name.
 type Resolved = (String, Weak<dyn Export>);
 
-/// What the caller of a server has to say. A clone is the same.
+/// The caller's hooks. Clones share them.
 #[derive(Clone, Default)]
 pub(crate) struct Access {
     hook: Option<Arc<Hook>>,
     resolver: Option<Arc<Resolver>>,
-    /// Resolved exports in use: they are flushed at the end.
+    /// Resolved exports in use, which are flushed at the end.
     resolved: Arc<Mutex<Vec<Resolved>>>,
 }
 
@@ -56,7 +56,7 @@ impl Access {
         self.resolver = Some(Arc::new(resolver));
     }
 
-    /// Asks whether a client is let in.
+    /// Calls the caller's hook for the admission of a client.
     pub(crate) fn admit(&self, client: &ClientInfo) -> Result<(), Refusal> {
         self.hook.as_ref().map_or(Ok(()), |hook| hook(client))
     }
@@ -71,7 +71,7 @@ impl Access {
         Some(entry)
     }
 
-    /// Notes that a client uses a resolved export.
+    /// Records that a client uses a resolved export.
     pub(crate) fn note_use(&self, name: &str, export: &Arc<dyn Export>) {
         if self.resolver.is_none() {
             return;
@@ -85,7 +85,7 @@ impl Access {
         }
     }
 
-    /// The resolved exports that are still there.
+    /// The resolved exports that still exist.
     pub(crate) fn resolved(&self) -> Vec<(String, Arc<dyn Export>)> {
         let resolved = self.resolved.lock().unwrap_or_else(PoisonError::into_inner);
         let alive =

@@ -7,32 +7,32 @@ use std::task::{Context, Poll, Waker, ready};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Requests below this size are covered by what every connection holds anyway, in bytes.
+/// Requests below this size, in bytes, are covered by the buffers that every connection has.
 pub(crate) const FREE_LEN: usize = 64 * 1024;
 
-/// Longest request that a connection may have beyond the budget when that is used up, one at a
-/// time, in bytes. Clients that hold the budget and stall cannot stop clients with smaller requests.
+/// Longest request, in bytes, that a connection may have beyond an exhausted budget, one at a time.
+/// So clients that hold the budget and stall cannot stop clients with smaller requests.
 const RESERVE_LEN: usize = 1 << 20;
 
 const UNIT: usize = 4096;
 
-/// The bytes all connections together may hold in large requests.
+/// The limit of the bytes of large requests of all connections together.
 #[derive(Debug, Clone)]
 pub(crate) struct Budget {
     units: Arc<Semaphore>,
     total: u32,
 }
 
-/// A part of the budget. Given back when dropped.
+/// A part of the budget, which is returned on drop.
 #[derive(Debug)]
 pub(crate) struct Permit {
     part: Held,
 }
 
-/// What of the budget it is. The fields are for their drops.
+/// The kind of permit. The fields exist for their drops.
 #[derive(Debug)]
 enum Held {
-    /// Small requests take nothing.
+    /// A small request, which needs no budget.
     Nothing,
     Units {
         units: OwnedSemaphorePermit,
@@ -42,7 +42,7 @@ enum Held {
     },
 }
 
-/// What a connection may take when the budget is used up.
+/// The reserve of a connection, for when the budget is exhausted.
 #[derive(Debug, Default)]
 struct Reserve {
     state: Mutex<ReserveState>,
@@ -51,11 +51,11 @@ struct Reserve {
 #[derive(Debug, Default)]
 struct ReserveState {
     is_taken: bool,
-    /// The connection, if it waits.
+    /// The task of the connection, if it waits.
     waker: Option<Waker>,
 }
 
-/// The reserve of a connection, taken. Given back when dropped.
+/// The taken reserve of a connection, which is returned on drop.
 #[derive(Debug)]
 struct Reserved {
     reserve: Arc<Reserve>,
@@ -85,25 +85,25 @@ impl Budget {
         Some(Permit { part: Held::Units { units } })
     }
 
-    /// How much of it is taken, in bytes.
+    /// The bytes taken.
     pub(crate) fn taken(&self) -> u64 {
         let taken = (self.total as usize).saturating_sub(self.units.available_permits());
         (taken as u64).saturating_mul(UNIT as u64)
     }
 
-    /// Is most of it taken?
+    /// Whether most of it is taken.
     pub(crate) fn is_scarce(&self) -> bool {
         self.units.available_permits() < self.total as usize / 4
     }
 }
 
 impl Permit {
-    /// A permit for what is covered by what every connection holds anyway.
+    /// A permit for a request that needs no budget.
     pub(crate) const fn nothing() -> Self {
         Self { part: Held::Nothing }
     }
 
-    /// Gives back what is beyond `length` bytes.
+    /// Returns the part beyond `length` bytes.
     pub(crate) fn shrink(&mut self, length: usize) {
         if let Held::Units { units } = &mut self.part {
             let excess = units.num_permits().saturating_sub(length.div_ceil(UNIT));
@@ -117,8 +117,8 @@ impl BudgetQueue {
         Self { budget, waiting: None, reserve: Arc::default() }
     }
 
-    /// Takes `length` bytes, or waits for them. A request larger than the whole budget gets all of
-    /// it rather than never being served. Call with the same length until it is ready.
+    /// Takes `length` bytes, or waits for them. A request larger than the complete budget gets all
+    /// of it. Call with the same length until it is ready.
     pub(crate) fn poll_take(&mut self, cx: &mut Context<'_>, length: usize) -> Poll<Permit> {
         if length <= FREE_LEN {
             return Poll::Ready(Permit::nothing());
@@ -153,14 +153,14 @@ impl BudgetQueue {
 }
 
 impl BudgetQueue {
-    /// Nothing is waited for any more.
+    /// Stops waiting.
     pub(crate) fn give_up(&mut self) {
         self.waiting = None;
     }
 }
 
 impl Reserve {
-    /// Takes it, or has the task of `cx` woken when it is given back.
+    /// Takes the reserve, or wakes the task of `cx` when it is returned.
     fn take(self: &Arc<Self>, cx: &Context<'_>) -> Option<Reserved> {
         let mut state = self.state();
         if state.is_taken {

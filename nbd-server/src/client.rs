@@ -64,7 +64,7 @@ impl fmt::Display for ClientInfo {
     }
 }
 
-/// The span of a client's log lines, whatever their level. What is not known yet is
+/// The span of a client's log lines of all levels. Fields that are unknown yet are
 /// [recorded](tracing::Span::record) later.
 pub(crate) fn span(peer: &str) -> Span {
     error_span!(
@@ -78,7 +78,7 @@ pub(crate) fn span(peer: &str) -> Span {
     )
 }
 
-/// Notes the process of a client of a unix socket.
+/// Records the process of a client of a unix socket.
 pub(crate) fn record_process(span: &Span, address: &ClientAddress) {
     let ClientAddress::Unix { process, user, .. } = address else { return };
     span.record("uid", user);
@@ -90,7 +90,7 @@ pub(crate) fn record_process(span: &Span, address: &ClientAddress) {
     }
 }
 
-/// The name of a process, as it calls itself: only for the log.
+/// The name that a process has given itself: only for the log.
 fn program(process: i32) -> Option<String> {
     let name = std::fs::read(format!("/proc/{process}/comm")).ok()?;
     Some(String::from_utf8_lossy(&name).trim_end().to_owned())

@@ -11,7 +11,7 @@ use crate::client::ClientAddress;
 use crate::export::Export;
 use crate::statistics::{Counters, RequestStatistics};
 
-/// Clients that have selected an export, now and in total. Clones count for the same server.
+/// Counts clients that have selected an export, now and in total. Clones count for the same server.
 ///
 /// A client that leaves before it has selected one (a port scan, a query for the list of exports)
 /// is never counted.
@@ -109,7 +109,7 @@ pub struct ClientStatistics {
     pub client: ConnectedClient,
     /// Its answered requests.
     pub requests: RequestStatistics,
-    /// Requests that are not answered: they wait for a disk or a thread.
+    /// Requests that are not answered yet.
     pub in_flight: u64,
 }
 
@@ -123,7 +123,7 @@ pub(crate) struct Arrival<'a> {
     pub(crate) counters: &'a Arc<Counters>,
 }
 
-/// The side that counts, and knows the connected clients.
+/// The counting side, which knows the connected clients.
 #[derive(Debug, Clone)]
 pub(crate) struct Clients {
     count: Arc<watch::Sender<Count>>,
@@ -134,15 +134,15 @@ pub(crate) struct Clients {
 struct Roster {
     next: u64,
     present: BTreeMap<u64, Entry>,
-    /// Exports whose clients are being disconnected. A client that has selected one and is not
-    /// counted yet belongs to them.
+    /// Exports whose clients are being disconnected, including a client that has selected one and
+    /// is not counted yet.
     withdrawn: Vec<Weak<dyn Export>>,
 }
 
 #[derive(Debug)]
 struct Entry {
     client: ConnectedClient,
-    /// Address of the export, which lives as long as the client uses it.
+    /// Address of the export, which lives while the client uses it.
     used: usize,
     cut: Arc<Notify>,
     counters: Arc<Counters>,
@@ -178,7 +178,7 @@ impl Clients {
         PresentClient { clients: self.clone(), id, cut }
     }
 
-    /// The connected clients, in the order in which they came.
+    /// The connected clients, in the order of their arrival.
     pub(crate) fn list(&self) -> Vec<ConnectedClient> {
         self.roster().present.values().map(|entry| entry.client.clone()).collect()
     }
@@ -193,16 +193,16 @@ impl Clients {
         entries.collect()
     }
 
-    /// How many use an export.
+    /// The number of clients of an export.
     pub(crate) fn users_of(&self, export: &Arc<dyn Export>) -> usize {
         let used = address(export);
         self.roster().present.values().filter(|entry| entry.used == used).count()
     }
 
-    /// Whether the users of an export have been cut.
+    /// Whether the users of an export were disconnected.
     pub(crate) fn is_withdrawn(&self, export: &Arc<dyn Export>) -> bool {
         let used = address(export);
-        // An address that is remembered here is not given to another export.
+        // A weak reference keeps its address from being reused for another export.
         let is_same =
             |withdrawn: &Weak<dyn Export>| withdrawn.as_ptr().cast::<()>() as usize == used;
         self.roster().withdrawn.iter().any(is_same)
@@ -235,7 +235,7 @@ fn address(export: &Arc<dyn Export>) -> usize {
     Arc::as_ptr(export).cast::<()>() as usize
 }
 
-/// One client that is counted.
+/// A counted client.
 #[derive(Debug)]
 pub(crate) struct PresentClient {
     clients: Clients,

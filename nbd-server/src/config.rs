@@ -16,40 +16,42 @@ pub struct ServerConfig {
     pub handshake_timeout: Duration,
     /// Most connections at a time. Default: 1024.
     pub max_connections: usize,
-    /// Time for which a client over that limit waits for another one to leave before it is closed.
+    /// Time for which a client over that limit waits for another one to leave; then it is closed.
     /// Default: zero, it is closed at once.
     pub queue_timeout: Duration,
     /// Threads that serve connections. A connection stays on its thread; with fewer connections
     /// than threads each has its own. Default: twice the number of cores, at least 4.
     pub workers: NonZeroUsize,
-    /// Most requests of one connection that wait for the pool or run in it. Requests over a range
-    /// (BLOCK_STATUS, TRIM, WRITE_ZEROES, CACHE) are limited to an eighth of this. The scheduler
-    /// shares the pool fairly among connections. Default: 64.
+    /// Most requests of one connection that wait for the thread pool or run in it. Requests without
+    /// a payload that cover a range (BLOCK_STATUS, TRIM, WRITE_ZEROES, CACHE) are limited to an
+    /// eighth of this. The scheduler shares the pool fairly among connections. Default: 64.
     pub max_requests: usize,
     /// Most bytes of payload and unsent replies of one connection, beyond one request of any legal
     /// size. Default: 64 MiB.
     pub connection_memory_limit: usize,
-    /// Most bytes of payload of all connections' large requests together. When they are used up,
+    /// Most bytes of payload of all connections' large requests together. When they are exhausted,
     /// each connection may still have one request of up to 1 MiB at a time. Default: 256 MiB.
     ///
-    /// A READ takes memory for 1 MiB of it at a time if its reply may be sent in parts. With simple
-    /// replies or DF it takes its whole length, up to 32 MiB, until the reply is sent: an error
-    /// after the header of such a reply could only close the connection, so all is read before.
+    /// A READ takes memory for 1 MiB at a time if its reply may be sent in parts. With simple
+    /// replies or DF it takes its complete length, up to 32 MiB, until the reply is sent: after the
+    /// header of such a reply, an error could only close the connection, so all data is read
+    /// before.
     pub memory_limit: usize,
     /// Time for which a worker thread with a single, busy connection polls for its next request
     /// before it sleeps, like QEMU's `poll-max-ns`. This lowers the latency of a client with one
-    /// request in flight and costs CPU time. Polling stops as soon as requests arrive more slowly,
-    /// and at most half of the cores poll. Zero: never. Default: 32.768 us.
+    /// request in flight and costs CPU time. Polling stops when requests arrive more slowly, and at
+    /// most half of the cores poll. Zero: never. Default: 32.768 us.
     pub busy_poll: Duration,
-    /// Whether reads that have to wait for a disk, and writes past the page cache, may use io_uring; where
-    /// the system lacks or forbids it, or this does, a pool of threads reads and writes. Default: true.
+    /// Whether reads that have to wait for a disk, and writes that bypass the page cache, may use
+    /// io_uring. If not, or if the system lacks or forbids it, a pool of threads reads and writes.
+    /// Default: true.
     pub io_uring: bool,
-    /// Time without progress after which a client is closed that has sent a part of a request or
-    /// has not received its replies (up to a quarter longer); its share of the budgets is then
-    /// free. Idle clients without obligations and slow clients are never closed. Default: `None`,
-    /// never, like the peers: a client that is stopped for a while (a debugger, a frozen container)
-    /// must not lose its disk. For servers that untrusted clients can reach, 5 minutes are longer
-    /// than the restart of a switch.
+    /// Time without progress after which a client that has sent a part of a request, or has not
+    /// received its replies, is disconnected (up to a quarter later). Its share of the budgets is
+    /// then free. Idle clients and slow clients are never disconnected. Default: `None`, never, as
+    /// in QEMU and nbdkit: a client that is stopped for a while (a debugger, a frozen container)
+    /// must not lose its disk. For servers that untrusted clients can reach, 5 minutes are enough
+    /// to survive the restart of a switch.
     pub stall_timeout: Option<Duration>,
     /// Time for clients to receive the replies to requests in flight once the server is told to
     /// stop. Default: 10 s.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// What `sun_path` of a unix socket's address holds besides the zero at its end, in bytes.
+/// The maximum length of a unix socket's path, in bytes: that of `sun_path` without the final zero.
 pub(crate) const SOCKET_PATH_MAX: usize = 107;
 
 /// The server cannot listen or serve.
@@ -84,7 +84,7 @@ pub enum ServeError {
     },
 }
 
-/// What helps; `address` is a path or has a port.
+/// The remedy; `address` is a path or has a port.
 fn advice(address: &str, source: &io::Error) -> String {
     match source.kind() {
         io::ErrorKind::AddrInUse => {
@@ -101,14 +101,14 @@ fn advice(address: &str, source: &io::Error) -> String {
     }
 }
 
-/// Whether it ends with a port, as addresses other than paths do.
+/// Whether an address ends with a port, as addresses other than paths do.
 fn has_port(address: &str) -> bool {
     let port = address.rsplit_once(':').map(|(_, port)| port);
     !address.contains('/')
         && port.is_some_and(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// The system's words for an error, without the number that the standard library puts after them.
+/// The system's message for an error, without the number that the standard library appends.
 pub(crate) fn system_words(error: &io::Error) -> String {
     let text = error.to_string();
     let number = error.raw_os_error().map(|code| format!(" (os error {code})"));

@@ -1,4 +1,4 @@
-//! [`ServerHandle`]: looking at a server and changing what it serves while it runs.
+//! [`ServerHandle`]: inspects a running server and changes its exports.
 
 use std::sync::{Arc, OnceLock};
 
@@ -11,7 +11,7 @@ use crate::overview::{Gauges, ServerStatistics};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InUse {
-    /// They keep it: the export is not removed.
+    /// The export is not removed.
     Refuse,
     /// Their connections are closed. Unsent replies are lost, as in a network failure.
     Disconnect,
@@ -39,7 +39,7 @@ pub enum RemoveError {
 pub struct ServerHandle {
     exports: ExportRegistry,
     clients: Clients,
-    /// Once the server has started.
+    /// Set when the server has started.
     gauges: Arc<OnceLock<Gauges>>,
 }
 
@@ -64,17 +64,18 @@ impl ServerHandle {
         self.clients.list()
     }
 
-    /// Returns the numbers of clients, now and in total. It can be waited for their last one.
+    /// Returns the numbers of clients, now and in total, which also lets the caller wait for the
+    /// last client to leave.
     #[must_use]
     pub fn client_count(&self) -> ClientCount {
         self.clients.subscribe()
     }
 
-    /// Returns what the server has done and does now. The numbers are read one after the other
-    /// while clients go on, so they may differ by a few requests.
+    /// Returns the past and present work of the server. The numbers are read one after the other
+    /// while clients continue, so they may differ by a few requests.
     ///
-    /// Takes the locks of the scheduler, the exports and the clients for a moment, and a time that
-    /// grows with the number of clients: about a microsecond for each.
+    /// Takes the locks of the scheduler, the exports and the clients for a moment. The time grows
+    /// with the number of clients: about a microsecond for each.
     #[must_use]
     pub fn statistics(&self) -> ServerStatistics {
         ServerStatistics::collect(self.gauges.get(), &self.exports, &self.clients)
@@ -96,7 +97,8 @@ impl ServerHandle {
     ///
     /// # Cancel safety
     ///
-    /// The export may or may not be removed; connections that were told to end do so in any case.
+    /// Not safe: the export may or may not be removed, and connections that were told to end do so
+    /// in any case.
     pub async fn remove_export(
         &self,
         name: &str,
@@ -113,8 +115,8 @@ impl ServerHandle {
         if in_use == InUse::Refuse
             && let Err(error) = self.refuse_if_used(name, &entry)
         {
-            // A client came in between. Only a second caller can have taken the name; its export then
-            // stays.
+            // A client has arrived in between. Only a second caller can have taken the name; its
+            // export then stays.
             let _ = self.exports.add(name, entry);
             return Err(error);
         }

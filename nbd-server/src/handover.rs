@@ -1,8 +1,7 @@
 //! Waits for an address that another server is about to release.
 //!
-//! A server that ends with its last client still listens for a moment after the client has seen its
-//! end, and so does one that was told to stop. Its successor is often started in just that moment.
-//! Therefore an address in use is tried again, and refused if it remains in use.
+//! A server that is ending still listens for a moment, and its successor is often started in that
+//! moment. Therefore an address in use is tried again, and refused if it remains in use.
 
 use std::future::Future;
 use std::io;
@@ -10,11 +9,11 @@ use std::time::Duration;
 
 use crate::ServeError;
 
-/// The first pause between attempts; each is twice the one before. About a second in all.
+/// The first pause between attempts; each is twice the one before. They sum up to about a second.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const ATTEMPTS: u32 = 7;
 
-/// Binds, as often as the address is taken and may become free.
+/// Binds, and tries again while the address is in use and may become free.
 pub(crate) async fn take_over<T, F: Future<Output = Result<T, ServeError>>>(
     mut bind: impl FnMut() -> F,
 ) -> Result<T, ServeError> {

@@ -1,19 +1,19 @@
 //! A Network Block Device server.
 //!
-//! The protocol itself is `nbd-proto`; this crate owns the sockets, the exports, the memory for
+//! The protocol itself is in `nbd-proto`; this crate owns the sockets, the exports, the memory for
 //! requests, and the orderly shutdown.
 //!
 //! ```text
-//!   ListenAddress --> Server --accept--> worker threads, each a small runtime of its own
+//!   ListenAddress --> Server --accept--> worker threads, each with a small runtime
 //!                       |                      |
 //!                 ExportRegistry         one connection = one task:
 //!                  name -> Export          handshake, then  receive -> execute -> send
 //!                                                                |
-//!                                          what may block goes to a few threads, behind a fair queue
+//!                                          calls that may block go through a fair queue to a few threads
 //! ```
 //!
-//! Limits: it never reads the environment (except for [`ListenAddress::Systemd`]), never prints and
-//! never exits; it logs through `tracing`.
+//! The crate never reads the environment (except for [`ListenAddress::Systemd`]), never prints and
+//! never exits the process; it logs through `tracing`.
 //!
 //! # Example
 //!

@@ -10,10 +10,10 @@ use nbd_proto::uri::{NbdUri, Transport};
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ListenAddress {
-    /// A TCP address: `host:port`, with IPv6 addresses in brackets; a link-local one is followed by
-    /// its zone, the name or number of an interface, as in `[fe80::1%eth0]:10809`. Port 0 selects
-    /// any free port. A name with several addresses is listened on at each of them. A port in use
-    /// by another server is retried for about a second.
+    /// A TCP address: `host:port`, with IPv6 addresses in brackets. A link-local address has a
+    /// zone, the name or number of an interface, as in `[fe80::1%eth0]:10809`. Port 0 selects any
+    /// free port. A name with several addresses means all of them. A port in use by another server
+    /// is retried for about a second.
     Tcp(String),
     /// A unix socket. A socket file without a listening process is replaced, and one in use by
     /// another server is retried for about a second; the file is removed when the server ends.
@@ -52,7 +52,7 @@ fn host_of(address: &SocketAddr) -> String {
         SocketAddr::V6(address) if address.ip().is_unspecified() => "::1".to_owned(),
         SocketAddr::V6(address) if address.scope_id() != 0 => {
             let number = address.scope_id();
-            // Numbers change with every restart of the machine.
+            // Interface numbers can change with every restart of the machine.
             let zone = interface_name(number).unwrap_or_else(|| number.to_string());
             format!("{}%{zone}", address.ip())
         }

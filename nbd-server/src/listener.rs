@@ -19,10 +19,10 @@ use crate::listen_address::{BoundAddress, ListenAddress};
 use crate::paused::{ListenerOrigin, PausedListener};
 use crate::{ServeError, sys};
 
-/// How long nothing arrives from a client before its host is asked whether it is still there.
+/// The time without data from a client before the first probe of its host.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// So many questions without an answer end the connection.
+/// The number of unanswered probes that end the connection.
 const KEEPALIVE_PROBES: u32 = 6;
 
 /// A socket that accepts connections.
@@ -41,12 +41,13 @@ pub(crate) enum Opener {
     ServiceManager,
 }
 
-/// The file of a unix socket this server made. Removed when dropped, if it is still the same.
+/// The file of a unix socket that this server created. It is removed on drop, if it is still the
+/// same file.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
-    /// Not while another server may still use the socket.
+    /// False while another server may still use the socket.
     is_owned: bool,
 }
 
@@ -67,11 +68,11 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 impl Listener {
-    /// Opens every socket that `address` stands for, or takes it from those that were `adopted`.
+    /// Opens every socket for `address`, or takes it from the `adopted` ones.
     ///
     /// # Errors
     ///
-    /// [`ServeError`]; no file is left.
+    /// [`ServeError`]; no file remains.
     pub(crate) async fn open(
         address: &ListenAddress,
         adopted: &mut Vec<Self>,
@@ -88,7 +89,7 @@ impl Listener {
         }
     }
 
-    /// Where this listens.
+    /// The address on which this listens.
     pub(crate) fn address(&self) -> io::Result<BoundAddress> {
         match self {
             Self::Tcp(_, listener) => listener.local_addr().map(BoundAddress::Tcp),
@@ -101,7 +102,7 @@ impl Listener {
         }
     }
 
-    /// One that a service manager passed, whichever family its socket has.
+    /// A listener for a socket of any family that a service manager passed.
     fn passed(socket: OwnedFd) -> Result<Self, ServeError> {
         let refuse = |error: io::Error| ServeError::Systemd { why: system_words(&error) };
         let listening =
@@ -115,7 +116,7 @@ impl Listener {
         Self::from_descriptor(socket, Opener::ServiceManager, None).map_err(refuse)
     }
 
-    /// One of a server that was paused. Its file is not [owned](Self::own_file) yet.
+    /// The listener of a paused server. Its file is not [owned](Self::own_file) yet.
     pub(crate) fn adopt(paused: PausedListener) -> Result<Self, ServeError> {
         let (opener, file) = match paused.origin {
             ListenerOrigin::Tcp => (Opener::Server, None),
@@ -144,7 +145,7 @@ impl Listener {
         Ok(Self::Tcp(opener, TcpListener::from_std(listener)?))
     }
 
-    /// Gives the socket to another server, with its file.
+    /// Releases the socket with its file, for another server.
     pub(crate) fn pause(self) -> io::Result<PausedListener> {
         let (socket, origin) = match self {
             Self::Tcp(opener, listener) => {
@@ -174,14 +175,14 @@ impl Listener {
         matches!(self, Self::Tcp(Opener::ServiceManager, _) | Self::Unix(None, _))
     }
 
-    /// From here on its file, if it has one, is removed with it.
+    /// Owns its file, if it has one, from now on: it is removed with the listener.
     pub(crate) const fn own_file(&mut self) {
         if let Self::Unix(Some(file), _) = self {
             file.is_owned = true;
         }
     }
 
-    /// The next client and a name for it in the log.
+    /// The next client, and its name in the log.
     pub(crate) async fn accept(&self) -> io::Result<(Socket, String)> {
         match self {
             Self::Tcp(_, listener) => {
@@ -200,9 +201,9 @@ impl Listener {
     }
 }
 
-/// Sets the options of a client's socket: replies leave at once, and the connection ends two minutes
-/// after the client's host has vanished, also if nothing is sent. Otherwise it would count as one of
-/// the client's connections forever.
+/// Sets the options of a client's socket: replies are sent at once, and the connection ends two
+/// minutes after the client's host has vanished, even if nothing is sent. Otherwise it would count
+/// as a connection forever.
 pub(crate) fn prepare_tcp(stream: impl AsFd) -> io::Result<()> {
     let stream = stream.as_fd();
     sockopt::set_tcp_nodelay(stream, true)?;
@@ -212,7 +213,7 @@ pub(crate) fn prepare_tcp(stream: impl AsFd) -> io::Result<()> {
     Ok(sockopt::set_socket_keepalive(stream, true)?)
 }
 
-/// The adopted listener at a TCP address; port 0 stands for any.
+/// The adopted listener at a TCP address; port 0 means any port.
 fn adopted_tcp(wanted: SocketAddr, adopted: &mut Vec<Listener>) -> Option<Listener> {
     take_from(adopted, |address| match address {
         BoundAddress::Tcp(address) if wanted.port() == 0 => address.ip() == wanted.ip(),
@@ -266,8 +267,7 @@ async fn open_tcp(address: &str, adopted: &mut Vec<Listener>) -> Result<Vec<List
     Ok(listeners)
 }
 
-/// Every address that `host:port` stands for. Unlike the standard library it knows zones in
-/// brackets.
+/// Every address of `host:port`. Unlike the standard library, this supports zones in brackets.
 fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
     let Some((host, port)) = address.rsplit_once(':') else {
         return address.to_socket_addrs().map(Iterator::collect);
@@ -300,8 +300,9 @@ fn open_unix(path: &Path) -> Result<Listener, ServeError> {
         Err(error) => return Err(bind_error(error)),
     };
     let identity = identity(path).map_err(bind_error)?;
-    // The directory this program works in may be another one when a client gets the URI or the file
-    // is removed. Binding takes the path as it was given: the absolute one may be too long for it.
+    // The working directory may have changed when a client gets the URI or the file is removed, so
+    // that needs an absolute path. Binding uses the given path: the absolute one may be too long
+    // for it.
     let path = std::path::absolute(path).map_err(bind_error)?;
     let file = SocketFile { path, identity, is_owned: true };
     Ok(Listener::Unix(Some(file), listener))

@@ -1,4 +1,4 @@
-//! [`ServerStatistics`]: what a whole server has done and does now.
+//! [`ServerStatistics`]: the past and present work of a complete server.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,20 +13,20 @@ use crate::connection::Shared;
 use crate::scheduler::Scheduler;
 use crate::statistics::ExportStatistics;
 
-/// What a server has done since it started, and does now.
+/// The work of a server since its start, and at present.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ServerStatistics {
-    /// When it started; `None` before that.
+    /// The time of the start; `None` before that.
     pub since: Option<SystemTime>,
-    /// Connections now, also those that have not selected an export.
+    /// Number of present connections, including those that have not selected an export.
     pub connections: usize,
-    /// Most connections at a time.
+    /// The limit of connections.
     pub max_connections: usize,
-    /// The requests in the pool of threads. Reads that a ring carries out are not among them.
+    /// The requests in the pool of threads, without those that io_uring carries out.
     pub pool: PoolStatistics,
-    /// The registered exports by name. Exports that were resolved by name are counted with their
-    /// clients only.
+    /// The registered exports by name. Resolved exports are not included; their requests are
+    /// counted for their clients.
     pub exports: BTreeMap<String, ExportStatistics>,
     /// The clients that have selected an export, in the order of their arrival.
     pub clients: Vec<ClientStatistics>,
@@ -46,7 +46,7 @@ pub struct PoolStatistics {
     pub buffers: u64,
 }
 
-/// What a running server tells about itself.
+/// The sources of a running server's statistics.
 #[derive(Debug)]
 pub(crate) struct Gauges {
     since: SystemTime,
@@ -58,7 +58,7 @@ pub(crate) struct Gauges {
 }
 
 impl Gauges {
-    /// For a server that starts now; `places` are those of its connections.
+    /// For a server that starts now; `places` are the permits for its connections.
     pub(crate) fn new(shared: &Shared, places: Arc<Semaphore>) -> Self {
         Self {
             since: SystemTime::now(),

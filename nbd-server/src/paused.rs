@@ -1,4 +1,4 @@
-//! [`Paused`]: what a server that was paused leaves to its successor.
+//! [`Paused`]: the state that a paused server leaves to its successor.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -8,48 +8,48 @@ use nbd_proto::transmission::SavedConnection;
 
 use crate::ServeError;
 
-/// What a [paused](crate::RunningServer::pause) server leaves to a server that
+/// The state of a [paused](crate::RunningServer::pause) server, for a server that
 /// [adopts](crate::Server::adopt) it, in this process or in another one.
 ///
 /// Dropping it closes the connections and the listening sockets; the files of unix sockets stay.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Paused {
-    /// The sockets that accepted clients. Those that connect now wait.
+    /// The listening sockets. Clients that connect now wait.
     pub listeners: Vec<PausedListener>,
     /// The connections without TLS that had selected an export. All others have ended.
     pub connections: Vec<PausedConnection>,
-    /// Whether all exports were flushed: if not, they are not to be closed without need, because
-    /// another process would not know of the lost data.
+    /// Whether all exports were flushed. If not, keep them open if possible, because another
+    /// process would not know of the lost data.
     pub flushed: Result<(), ServeError>,
 }
 
 impl Paused {
-    /// That of a server that has ended.
+    /// The state of a server that has ended.
     pub(crate) const fn nothing() -> Self {
         Self { listeners: Vec::new(), connections: Vec::new(), flushed: Ok(()) }
     }
 }
 
-/// A socket that accepted clients.
+/// A listening socket.
 #[derive(Debug)]
 pub struct PausedListener {
     /// The listening socket.
     pub socket: OwnedFd,
-    /// Where it comes from.
+    /// Its origin.
     pub origin: ListenerOrigin,
 }
 
-/// Where a listening socket comes from.
+/// The origin of a listening socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ListenerOrigin {
     /// A server opened it at a TCP address.
     Tcp,
-    /// A server made its file, and removes it at its end.
+    /// A server created its file, and removes it when it ends.
     UnixFile {
         /// Absolute path of the file.
         path: PathBuf,
-        /// Device and inode number of the file: another one in its place is left alone.
+        /// Device and inode number of the file: another file of that name is not removed.
         identity: (u64, u64),
     },
     /// A service manager passed it.
@@ -61,11 +61,11 @@ pub enum ListenerOrigin {
 pub struct PausedConnection {
     /// The connected socket.
     pub socket: OwnedFd,
-    /// What was negotiated, and what was received.
+    /// The negotiated values, and the received bytes.
     pub state: SavedConnection,
 }
 
-/// Where connections come to rest. Clones are the same.
+/// Collects stopped connections. Clones share one collection.
 #[derive(Clone, Default)]
 pub(crate) struct Resting(Arc<Mutex<Vec<Rested>>>);
 
@@ -81,8 +81,8 @@ impl std::fmt::Debug for Resting {
 }
 
 impl Resting {
-    /// A flush for another connection may still fail, and take the error of this one's data.
-    /// Therefore `owes_failure` is asked when all connections rest.
+    /// A flush for another connection may still fail, and consume the error of this one's data.
+    /// Therefore `owes_failure` is called when all connections have stopped.
     pub(crate) fn add(
         &self,
         connection: PausedConnection,
@@ -92,7 +92,7 @@ impl Resting {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(rested);
     }
 
-    /// To be called when all connections rest and everything was flushed.
+    /// Returns the connections. Call it when all have stopped and everything was flushed.
     pub(crate) fn take(&self) -> Vec<PausedConnection> {
         let rested = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
         let settle = |Rested { mut connection, owes_failure }| {

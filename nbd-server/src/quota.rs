@@ -1,10 +1,10 @@
 //! Quotas of an export: connections, requests and bytes, in total and for each client.
 //!
-//! A rate is kept by a *bucket*: the time at which the next request may begin. A request moves that
-//! time on by what it costs, so each connection that waits has its own time, in the order of
-//! arrival, and sleeps until then; nothing else waits with it. A request may cost more than a
-//! second's worth: those after it wait longer (which is why this is not the crate `governor`: it
-//! refuses what is larger than its bucket).
+//! A *bucket* enforces a rate: it is the time at which the next request may begin. A request
+//! advances that time by its cost. So each waiting connection has its own time, in the order of
+//! arrival, and sleeps until then. A request may cost more than the rate allows per second: later
+//! ones then wait longer. (The crate `governor` is not used because it refuses requests that are
+//! larger than its bucket.)
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -15,10 +15,11 @@ use std::time::{Duration, Instant};
 
 use crate::client::{ClientAddress, ClientInfo};
 
-/// What an idle bucket saves up: the requests of this time may begin at once.
+/// The credit of an idle bucket, in nanoseconds: the requests of this time may begin at once.
 const BURST: u64 = 100_000_000;
 const SECOND: u128 = 1_000_000_000;
-/// Clients that are remembered before those are forgotten that have left and owe nothing.
+/// Number of accounts above which those of clients that have left and are within their limits are
+/// removed.
 const FEW_CLIENTS: usize = 64;
 
 /// Limits for an export or for each of its clients. By default there are none.
@@ -33,7 +34,7 @@ pub struct Quota {
     pub requests_per_second: Option<NonZeroU64>,
 }
 
-/// A quota of connections that is used up.
+/// An exhausted quota of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum UsedUp {
     OfClient,
@@ -44,8 +45,8 @@ impl UsedUp {
     /// For the client.
     pub(crate) const fn answer(self) -> &'static str {
         match self {
-            Self::OfClient => "you have as many connections as you may have",
-            Self::OfExport => "the export has as many clients as it may have",
+            Self::OfClient => "you have reached your limit of connections",
+            Self::OfExport => "the export has reached its limit of connections",
         }
     }
 
@@ -69,11 +70,11 @@ pub(crate) struct Quotas {
 struct Clients {
     quota: Quota,
     accounts: HashMap<ClientKey, Arc<Account>>,
-    /// Accounts are looked through when there are so many.
+    /// The number of accounts at which unused ones are removed.
     many: usize,
 }
 
-/// What connections of one client have in common.
+/// The identity that connections of one client share.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum ClientKey {
     #[cfg(feature = "tls")]
@@ -122,10 +123,10 @@ impl Quotas {
     ///
     /// # Errors
     ///
-    /// The quota that is used up.
+    /// The exhausted quota.
     pub(crate) fn admit(&self, client: &ClientInfo) -> Result<Admission, UsedUp> {
         let key = ClientKey::new(client);
-        // One statement, under one lock: an account without connections may be forgotten.
+        // One statement, under one lock: an account without connections may be removed.
         let own = CountedConnection::take(self.clients().account(key)).ok_or(UsedUp::OfClient)?;
         let total = CountedConnection::take(Arc::clone(&self.total)).ok_or(UsedUp::OfExport)?;
         Ok(Admission { places: [own, total] })
@@ -140,7 +141,7 @@ impl Clients {
     fn account(&mut self, key: ClientKey) -> Arc<Account> {
         if self.accounts.len() >= self.many.max(FEW_CLIENTS) {
             let now = nanoseconds_now();
-            // One that comes again and again would otherwise have an empty account each time.
+            // Otherwise a client that connects repeatedly would get a fresh account each time.
             self.accounts.retain(|_, account| !account.is_settled(now));
             self.many = self.accounts.len().saturating_mul(2);
         }
@@ -153,7 +154,7 @@ impl Clients {
     }
 }
 
-/// What was used of a quota. A rate or limit of zero is none.
+/// The used part of a quota. A rate or limit of zero means none.
 #[derive(Debug, Default)]
 struct Account {
     connections: AtomicUsize,
@@ -198,7 +199,7 @@ struct Bucket {
     /// Units per second; zero for no limit.
     rate: AtomicU64,
     next: AtomicU64,
-    /// How often the rate has changed.
+    /// The number of changes of the rate.
     changes: AtomicUsize,
 }
 
@@ -226,19 +227,19 @@ impl Bucket {
         (begins(before.unwrap_or(earliest)), lasts)
     }
 
-    /// Gives back what was reserved and is not used.
+    /// Returns an unused reservation.
     fn give_back(&self, lasts: u64) {
         let update = |next: u64| Some(next.saturating_sub(lasts));
         let _ = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update);
     }
 }
 
-/// What a request has taken of an account.
+/// The amount that a request has taken from an account.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Reservation {
     bytes: u64,
     requests: u64,
-    /// How often the rates had changed before.
+    /// The number of changes of the rates before.
     changes: usize,
 }
 
@@ -262,15 +263,15 @@ impl Drop for CountedConnection {
     }
 }
 
-/// A connection that is counted, and what it may use: of its client's quota first, then of the
-/// export's, so that a client that waits for its own takes nothing from others.
+/// A counted connection, and its quotas: its client's first, then the export's, so that a client
+/// that waits for its own takes nothing from others.
 #[derive(Debug)]
 pub(crate) struct Admission {
     places: [CountedConnection; 2],
 }
 
 impl Admission {
-    /// Whether neither quota limits requests or bytes. Asked before each request.
+    /// Whether neither quota limits requests or bytes. Called before each request.
     #[inline]
     pub(crate) fn is_unlimited(&self) -> bool {
         self.places.iter().all(|CountedConnection(account)| {
@@ -279,8 +280,8 @@ impl Admission {
         })
     }
 
-    /// Takes what a request needs of the quota with this index; returns when it may begin, if that
-    /// is later, and what was taken. `None` if there is no such quota.
+    /// Takes the cost of a request from the quota with this index; returns when it may begin, if
+    /// that is later, and the reservation. `None` if there is no such quota.
     pub(crate) fn reserve(
         &self,
         index: usize,
@@ -298,14 +299,14 @@ impl Admission {
         Some((at, Reservation { bytes, requests, changes }))
     }
 
-    /// Have the rates changed since something was taken, so that it is void?
+    /// Whether the rates have changed since the reservation, so that it is void.
     pub(crate) fn is_void(&self, index: usize, taken: Reservation) -> bool {
         self.places
             .get(index)
             .is_some_and(|CountedConnection(account)| account.changes() != taken.changes)
     }
 
-    /// Gives back what was taken for a request that will not begin.
+    /// Returns the reservation of a request that will not begin.
     pub(crate) fn give_back(&self, index: usize, taken: Reservation) {
         let Some(CountedConnection(account)) = self.places.get(index) else { return };
         if self.is_void(index, taken) {

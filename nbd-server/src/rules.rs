@@ -143,11 +143,11 @@ fn masked(bits: u128, length: u32, prefix: u32) -> u128 {
     bits.checked_shr(dropped).and_then(|kept| kept.checked_shl(dropped)).unwrap_or(0)
 }
 
-/// What a client may do with an export.
+/// A client's permission for an export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Permission {
-    /// Nothing: to the client there is no such export.
+    /// Nothing: for the client there is no such export.
     Denied,
     /// It may read.
     ReadOnly,
@@ -157,14 +157,14 @@ pub enum Permission {
 
 /// The access rules of an export. By default every client may do everything.
 ///
-/// The rules are applied in this order: clients that match a rule of
-/// [`read_only`](Self::read_only) may read, those that match one of [`allow`](Self::allow) may do
-/// everything, and all others what is set for others.
+/// The rules are applied in this order: clients that match a rule of [`read_only`](Self::read_only)
+/// may read; clients that match one of [`allow`](Self::allow) may do everything; for all others,
+/// [`read_only_for_others`](Self::read_only_for_others) decides.
 ///
 /// ```
 /// use nbd_server::{AccessRules, ClientRule};
 ///
-/// // One network may write, and everyone else may read.
+/// // One network may write, and all other clients may read.
 /// let writers = ClientRule::Network("192.0.2.0/24".parse()?);
 /// let rules = AccessRules::new().allow(writers).read_only_for_others();
 /// # assert!(!rules.is_empty());
@@ -184,23 +184,23 @@ impl AccessRules {
         Self::default()
     }
 
-    /// Allows clients that match. As soon as there is one such rule, clients that match none may
-    /// not use the export.
+    /// Allows matching clients to do everything. If there is such a rule, clients that match none
+    /// may not use the export.
     #[must_use]
     pub fn allow(mut self, rule: ClientRule) -> Self {
         self.allow.push(rule);
         self
     }
 
-    /// Allows clients that match to read only, also if another rule allows them more.
+    /// Allows matching clients only to read, even if another rule allows more.
     #[must_use]
     pub fn read_only(mut self, rule: ClientRule) -> Self {
         self.read_only.push(rule);
         self
     }
 
-    /// Allows clients that match no rule to read. Without it they may do nothing if there is a rule
-    /// of [`allow`](Self::allow), and otherwise everything.
+    /// Allows clients that match no rule to read. Otherwise they may do nothing if there is a rule
+    /// of [`allow`](Self::allow), or else everything.
     #[must_use]
     pub const fn read_only_for_others(mut self) -> Self {
         self.others_read = true;

@@ -1,4 +1,4 @@
-//! [`RunningServer`]: a server that serves, in the hands of its owner.
+//! [`RunningServer`]: the owner's side of a running server.
 
 use std::io;
 use std::net::TcpStream;
@@ -52,16 +52,16 @@ pub enum ConnectionRefused {
     Unusable(#[from] io::Error),
 }
 
-/// How a server is to end.
+/// The way in which a server ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ending {
-    /// For good.
+    /// Permanently.
     Shutdown,
     /// To be continued by another server.
     Pause,
 }
 
-/// How streams of the caller's reach the workers.
+/// Passes the caller's streams to the workers.
 #[derive(Debug, Clone)]
 pub(crate) struct Door {
     pub(crate) places: Arc<Semaphore>,
@@ -115,15 +115,15 @@ impl RunningServer {
         &self.handle
     }
 
-    /// Returns what the server has done; see [`ServerHandle::statistics`].
+    /// Returns the work of the server; see [`ServerHandle::statistics`].
     #[must_use]
     pub fn statistics(&self) -> ServerStatistics {
         self.handle.statistics()
     }
 
     /// Serves a client on a stream of the caller: a connection accepted elsewhere, or one end of a
-    /// socket pair. Returns as soon as a worker has the stream. The client has the same limits as
-    /// any other.
+    /// socket pair. Returns when a worker has the stream. The client has the same limits as any
+    /// other.
     ///
     /// # Errors
     ///
@@ -131,7 +131,7 @@ impl RunningServer {
     ///
     /// # Cancel safety
     ///
-    /// A dropped future has closed the stream or handed it to a worker.
+    /// Not safe: a dropped future has either closed the stream or handed it to a worker.
     pub async fn serve_connection(
         &self,
         stream: impl Into<ClientStream>,
@@ -170,22 +170,23 @@ impl RunningServer {
     /// Pauses the server: it accepts no more clients, answers the requests that it has begun within
     /// [`ServerConfig::drain_timeout`](crate::ServerConfig::drain_timeout), begins no others, and
     /// flushes all exports. Its listening sockets and connections are returned, for a server that
-    /// [adopts](crate::Server::adopt) them: clients notice a pause. It may be in another process,
-    /// which gets the descriptors over a unix socket.
+    /// [adopts](crate::Server::adopt) them: clients notice a pause. That server may be in another
+    /// process, which receives the descriptors over a unix socket.
     ///
     /// Connections with TLS end as at a [`shutdown`](Self::shutdown), and so do those that have not
-    /// selected an export after a moment. Connections whose replies are not taken in time are cut.
-    /// The exports stay in the registry; threads may still work on requests of connections that
-    /// were cut.
+    /// selected an export after a moment. Connections whose clients do not receive their replies in
+    /// time are cut. The exports stay in the registry; threads may still work on requests of cut
+    /// connections.
     ///
     /// # Errors
     ///
-    /// As [`wait`](Self::wait), if the server has ended before. A flush that fails is no error here,
-    /// but reported with what is returned.
+    /// As [`wait`](Self::wait), if the server has ended before. A failed flush is not an error
+    /// here; [`Paused::flushed`] reports it.
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped all connections are closed, and files of unix sockets may be left.
+    /// Not safe: if the future is dropped, all connections are closed, and files of unix sockets
+    /// may remain.
     pub async fn pause(mut self) -> Result<Paused, ServeError> {
         self.stop.send_replace(Some(Ending::Pause));
         // It may have been shut down before.

@@ -27,15 +27,16 @@ use crate::{
     BoundAddress, ClientInfo, ListenAddress, Refusal, RunningServer, ServeError, ServerConfig,
 };
 
-/// Memory for the buffers of busy connections. Those for which there is none do with small ones.
+/// Memory for the buffers of busy connections, in bytes. Connections without a share use small
+/// buffers.
 const ROOM_LEN: usize = 256 << 20;
 
-/// Memory for long answers to BLOCK_STATUS, of all connections. Where it is used up answers are
-/// short.
+/// Memory for long answers to BLOCK_STATUS, of all connections, in bytes. If it is used up, answers
+/// are short.
 const ANSWERS_LEN: usize = 64 << 20;
 
-/// Memory for options of more than 64 KiB, of all connections. Clients that send one when it is
-/// used up are closed.
+/// Memory for options of more than 64 KiB, of all connections, in bytes. Clients that send one when
+/// it is used up are disconnected.
 const OPTIONS_LEN: usize = 64 << 20;
 
 /// A server that has not started.
@@ -45,7 +46,7 @@ pub struct Server {
     exports: ExportRegistry,
     listeners: Vec<Listener>,
     addresses: Vec<BoundAddress>,
-    /// Listeners of a paused server that no address has named yet.
+    /// Listeners of a paused server that no address has selected yet.
     adopted: Vec<Listener>,
     /// Connections of a paused server.
     resumed: Vec<PausedConnection>,
@@ -54,7 +55,7 @@ pub struct Server {
     gauges: Arc<OnceLock<Gauges>>,
 }
 
-/// A server whose listeners accept.
+/// A server that accepts clients.
 struct Serving {
     config: Arc<ServerConfig>,
     exports: ExportRegistry,
@@ -95,9 +96,9 @@ impl Server {
     /// Sets a resolver for export names that are not in the registry. `None` means that there is no
     /// such export. Lists do not show resolved exports.
     ///
-    /// A client may request a name several times in its handshake; clients that are to share an
-    /// export must receive the same entry (a clone of it). The export is flushed at the end if it
-    /// still exists.
+    /// A client may request a name several times in its handshake. For clients that share an
+    /// export, return clones of the same entry. The export is flushed at the end if it still
+    /// exists.
     ///
     /// The resolver is called on a thread that serves other clients as well: it must not block.
     #[must_use]
@@ -123,12 +124,12 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// [`ServeError`] if the address is in use, not this machine's, or not permitted. No file is
-    /// left then.
+    /// [`ServeError`] if the address is in use, not this machine's, or not permitted. No file
+    /// remains then.
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped during a name lookup, the server listens on nothing.
+    /// Safe: if the future is dropped, the server does not listen on the address.
     pub async fn listen(
         &mut self,
         address: &ListenAddress,
@@ -143,17 +144,17 @@ impl Server {
         Ok(bound)
     }
 
-    /// Adopts the listening sockets and the connections of a server that was
-    /// [paused](RunningServer::pause). To be called in a runtime, before [`listen`](Self::listen).
+    /// Adopts the listening sockets and the connections of a [paused](RunningServer::pause) server.
+    /// Call it in a tokio runtime, before [`listen`](Self::listen).
     ///
-    /// A listening socket is used for the address that names it: [`listen`](Self::listen) finds it
-    /// there instead of opening another one. Sockets that a service manager passed are used in any
-    /// case; their addresses are returned. All others are closed when the server starts. The files
-    /// of unix sockets are left alone until then, so that the paused server can be continued.
+    /// [`listen`](Self::listen) uses the adopted socket of its address instead of opening another
+    /// one. Sockets that a service manager passed are used in any case; their addresses are
+    /// returned. All others are closed when the server starts. Until then the files of unix sockets
+    /// stay, so that the paused server can be continued.
     ///
-    /// A connection goes on when the server starts, with the export of the name that its client
-    /// requested. If that does not keep what the client was promised, if the rules deny it, or if
-    /// this server requires TLS, the connection is closed.
+    /// A connection continues when the server starts, with the export of the name that its client
+    /// requested. If that export does not keep the promises made to the client, if the rules deny
+    /// it, or if this server requires TLS, the connection is closed.
     ///
     /// # Errors
     ///
@@ -186,7 +187,7 @@ impl Server {
     ///
     /// # Panics
     ///
-    /// Outside of a tokio runtime.
+    /// If called outside of a tokio runtime.
     #[must_use = "a running server that is dropped shuts down"]
     pub fn start(mut self) -> RunningServer {
         let addresses = std::mem::take(&mut self.addresses);
@@ -195,7 +196,7 @@ impl Server {
         let (stop, mut stopped) = watch::channel(None);
         let task = tokio::spawn(serving.run(async move {
             let ending = stopped.wait_for(Option::is_some).await;
-            // An error means that the owner has dropped it.
+            // An error means that the owner has dropped the trigger.
             ending.ok().and_then(|ending| *ending).unwrap_or(Ending::Shutdown)
         }));
         RunningServer { addresses, handle, door, stop, task: Some(task) }
@@ -215,7 +216,7 @@ impl Server {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future closes every connection and flushes nothing.
+    /// Not safe: dropping the future closes every connection and flushes nothing.
     pub async fn serve(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
         if self.listeners.is_empty() {
             return Err(ServeError::NoListener);
@@ -255,9 +256,9 @@ impl Server {
         let (sender, clients) = mpsc::channel(1);
         let mut acceptors = JoinSet::new();
         let places = Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS)));
-        // They are set once: this consumes the server.
+        // Set once, because this consumes the server.
         let _ = self.gauges.set(Gauges::new(&shared, Arc::clone(&places)));
-        // Before anyone else is let in.
+        // Before new clients are admitted.
         let resumed = with_places(self.resumed, &places);
         let ungreeted = Arc::new(Semaphore::new(MOST_UNGREETED));
         for listener in self.listeners {
@@ -288,8 +289,7 @@ impl Server {
 }
 
 impl Serving {
-    /// Serves until `ending` is ready, and then comes to an orderly end. What is left after a pause
-    /// is returned.
+    /// Serves until `ending` is ready, and then ends in order. Returns the state after a pause.
     async fn run(
         mut self,
         ending: impl Future<Output = Ending>,
@@ -302,7 +302,7 @@ impl Serving {
                 Some(accepted) = self.clients.recv() => self.workers.serve(accepted)?,
             }
         };
-        // Those that only their clients have go with them.
+        // Exports that only clients hold are dropped with them.
         let unregistered = unregistered(&self.exports, &self.access);
         let mut listeners = Vec::new();
         match ending {
@@ -330,13 +330,14 @@ impl Serving {
         match ending {
             Ending::Shutdown => flushed.map(|()| None),
             Ending::Pause => {
-                // What fails from here on is told when the connections are continued.
+                // Later failures are reported when the connections continue.
                 for (_, entry) in self.exports.entries() {
                     entry.failures().pause();
                 }
                 let mut connections = self.resting.take();
                 if flushed.is_err() {
-                    // Exports may share a disk, whose error was taken: each client may have lost data.
+                    // Exports may share a disk, whose error was consumed: each client may have lost
+                    // data.
                     for connection in &mut connections {
                         connection.state.owes_failure = true;
                     }
@@ -346,7 +347,7 @@ impl Serving {
         }
     }
 
-    /// Goes on with the connections of a paused server.
+    /// Continues the connections of a paused server.
     fn resume(&mut self) -> Result<(), ServeError> {
         for (connection, place) in std::mem::take(&mut self.resumed) {
             let PausedConnection { socket, state } = connection;
@@ -366,7 +367,7 @@ impl Serving {
         Ok(())
     }
 
-    /// Waits until nothing accepts any more; clients that were accepted before still get a worker.
+    /// Stops accepting, and waits for that; clients that were accepted before still get a worker.
     async fn stop_accepting(&mut self) -> Result<Vec<PausedListener>, ServeError> {
         let mut listeners = Vec::new();
         loop {
@@ -392,7 +393,7 @@ impl Serving {
     }
 }
 
-/// Gives connections of a paused server their places. Those for which there is none are closed.
+/// Gives connections of a paused server permits. Those without one are closed.
 fn with_places(
     connections: Vec<PausedConnection>,
     places: &Arc<Semaphore>,
@@ -422,7 +423,7 @@ fn cores() -> usize {
 
 type Named = (String, Arc<dyn Export>);
 
-/// What clients may use and the registry does not have: resolved exports and those that were removed.
+/// Exports that clients may use and that are not in the registry: resolved and removed ones.
 fn unregistered(exports: &ExportRegistry, access: &Access) -> Vec<Named> {
     exports.removed().into_iter().chain(access.resolved()).collect()
 }
@@ -445,7 +446,7 @@ async fn flush_all(
     let flushed = tokio::task::spawn_blocking(move || {
         let mut failed = None;
         for (name, export) in exports {
-            // One export that fails, in whatever way, does not keep the others from their flush.
+            // The failure of one export does not prevent the flush of the others.
             let flushed = catch_unwind(AssertUnwindSafe(|| export.flush()));
             let message = match flushed {
                 Ok(Ok(())) => None,

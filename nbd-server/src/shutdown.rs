@@ -2,12 +2,12 @@
 
 use tokio::sync::watch;
 
-/// What connections are told.
+/// The state of the server, as connections are told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Phase {
     /// Continue.
     Serving,
-    /// Come to rest between two requests, to be continued by another server.
+    /// Stop between two requests, to be continued by another server.
     Pausing,
     /// Accept no new requests, complete the received ones.
     Draining,
@@ -47,9 +47,9 @@ impl Shutdown {
         *self.phase.borrow() == phase
     }
 
-    /// Waits until the server is at least in `phase`. A server that is gone counts as aborting.
+    /// Waits until the server is at least in `phase`. A dropped server counts as aborting.
     pub(crate) async fn reached(&mut self, phase: Phase) {
-        // An error means that the sender is gone.
+        // An error means that the sender was dropped.
         let _ = self.phase.wait_for(|now| *now >= phase).await;
     }
 }

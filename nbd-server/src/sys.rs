@@ -31,9 +31,9 @@ struct Cachestat {
 /// Whether a range of a file is in the page cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Residency {
-    /// All of it, as far as can be seen: reading it will hardly wait.
+    /// All of it, as far as is visible: reading it will hardly wait.
     Whole,
-    /// Not all of it, or a part is still on its way from the disk.
+    /// Not all of it, or a part is still being read from the disk.
     Partial,
     /// The system cannot tell.
     Unknown,
@@ -43,7 +43,7 @@ pub(crate) enum Residency {
 /// reads ahead in larger units.
 const PROBE_STEP: u64 = 256 * 1024;
 
-/// Which part of a range of `file` (in bytes) is in the page cache?
+/// Whether a range of `file` (in bytes) is in the page cache.
 pub(crate) fn residency(file: BorrowedFd<'_>, offset: u64, length: u64) -> Residency {
     let Some(last) = length.checked_sub(1).and_then(|length| offset.checked_add(length)) else {
         return Residency::Partial;
@@ -60,7 +60,7 @@ pub(crate) fn residency(file: BorrowedFd<'_>, offset: u64, length: u64) -> Resid
     }
 }
 
-/// Can a byte be read without waiting for a disk? True also where the system cannot tell.
+/// Whether a byte can be read without waiting for a disk. Also true if the system cannot tell.
 fn has_arrived(file: BorrowedFd<'_>, offset: u64) -> bool {
     let mut byte = [0];
     let mut buffers = [IoSliceMut::new(&mut byte)];
@@ -68,7 +68,7 @@ fn has_arrived(file: BorrowedFd<'_>, offset: u64) -> bool {
     !matches!(read, Ok(0) | Err(Errno::AGAIN))
 }
 
-/// Are there pages for all bytes from `offset` to `last`? `None` where the system cannot tell.
+/// Whether there are pages for all bytes from `offset` to `last`. `None` if the system cannot tell.
 fn is_cached(file: BorrowedFd<'_>, offset: u64, last: u64) -> Option<bool> {
     let length = last - offset + 1;
     let page = rustix::param::page_size() as u64;
@@ -88,9 +88,9 @@ fn is_cached(file: BorrowedFd<'_>, offset: u64, last: u64) -> Option<bool> {
     (result == 0).then(|| stat.cached == last / page - offset / page + 1)
 }
 
-/// Bytes written to a socket that its peer has not taken: not acknowledged (TCP), or not read, in
-/// the pieces of some 32 KiB in which the system keeps them, with what it adds (unix). `None` where
-/// the system cannot tell.
+/// Bytes written to a socket that its peer has not acknowledged (TCP) or not read (unix: counted in
+/// the system's buffers of about 32 KiB, including their overhead). `None` if the system cannot
+/// tell.
 pub(crate) fn untaken_len(socket: BorrowedFd<'_>) -> Option<u64> {
     let mut length: libc::c_int = 0;
     // SAFETY: for sockets TIOCOUTQ is SIOCOUTQ; the kernel writes one int, which lives across the
@@ -100,8 +100,8 @@ pub(crate) fn untaken_len(socket: BorrowedFd<'_>) -> Option<u64> {
     u64::try_from(length).ok().filter(|_| result == 0)
 }
 
-/// Supplementary groups of the process at the other end of a unix socket, as of the moment in which
-/// it connected. Empty where the system cannot tell.
+/// Supplementary groups of the process at the other end of a unix socket, at the moment when it
+/// connected. Empty if the system cannot tell.
 pub(crate) fn peer_groups(socket: BorrowedFd<'_>) -> Vec<u32> {
     // NGROUPS_MAX of Linux.
     const MOST: usize = 65_536;
@@ -133,10 +133,10 @@ pub(crate) fn peer_groups(socket: BorrowedFd<'_>) -> Vec<u32> {
     }
 }
 
-/// Sets how long the current thread computes before others with the same deadline get its core;
-/// zero is the system's default. A thread with a longer slice gives way at once to one with a
-/// shorter slice that wakes up (Linux 6.12). Where that cannot be set nothing changes, and threads
-/// with a policy other than the usual ones keep theirs.
+/// Sets the time for which the current thread computes before others with the same deadline get its
+/// core; zero is the system's default. A thread with a longer slice gives way at once to one with a
+/// shorter slice that wakes up (Linux 6.12). If it cannot be set, nothing changes; threads with
+/// another policy than the usual ones keep theirs.
 pub(crate) fn set_time_slice(slice: Duration) {
     const SIZE: u32 = size_of::<libc::sched_attr>() as u32;
     const THIS_THREAD: libc::pid_t = 0;
@@ -172,7 +172,8 @@ pub(crate) fn take_inherited(count: u16) -> Vec<OwnedFd> {
         .filter(|fd| {
             // SAFETY: F_GETFD reads a flag and fails with EBADF on a number that is not open.
             let flags = unsafe { libc::fcntl(*fd, libc::F_GETFD) };
-            // What was inherited cannot close on exec; what can was opened by this process.
+            // An inherited descriptor does not close on exec; one that does was opened by this
+            // process.
             flags >= 0 && flags & libc::FD_CLOEXEC == 0
         })
         .map(|fd| {

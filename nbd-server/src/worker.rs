@@ -22,23 +22,23 @@ use crate::ring::RingHandle;
 use crate::shutdown::Shutdown;
 use crate::sys;
 
-/// How exactly pauses are kept, in nanoseconds.
+/// The precision of pauses, in nanoseconds.
 const TIMER_SLACK: NonZeroU64 = NonZeroU64::new(1000).unwrap();
 
-/// How long a thread computes before others with the same deadline get its core. The shortest that the kernel
-/// allows: a thread that wakes up with a request gets the core at once from programs that compute
-/// (Linux 6.12), and its share of the core stays what it is.
+/// The time for which a thread computes before others with the same deadline get its core. It is
+/// the shortest that the kernel allows: a thread that wakes up for a request then gets the core at
+/// once from programs that compute (Linux 6.12), and its share of the core is unchanged.
 const TIME_SLICE: Duration = Duration::from_micros(100);
 
-/// A client that was accepted.
+/// An accepted client.
 pub(crate) struct Accepted {
     pub(crate) socket: Socket,
     pub(crate) peer: String,
-    /// Its place among the connections allowed.
+    /// Its permit among the allowed connections.
     pub(crate) place: OwnedSemaphorePermit,
-    /// Its place among those that wait for the greeting; `None` if it has waited long enough.
+    /// Its permit among those that wait for the greeting; `None` if it needs none.
     pub(crate) ungreeted: Option<OwnedSemaphorePermit>,
-    /// Of a connection that another server has begun.
+    /// The state of a connection that another server has begun.
     pub(crate) saved: Option<Box<SavedConnection>>,
 }
 
@@ -67,7 +67,7 @@ impl Workers {
     ///
     /// [`ServeError::Worker`] if no thread can be started and there is none yet.
     pub(crate) fn serve(&mut self, accepted: Accepted) -> Result<(), ServeError> {
-        // One whose thread has panicked serves nobody.
+        // A panicked thread cannot serve.
         self.workers.retain(|worker| !worker.sender.is_closed());
         let load = |worker: &Worker| worker.connections.load(Ordering::Relaxed);
         let least = self.workers.iter().map(load).min();
@@ -87,7 +87,7 @@ impl Workers {
             // A thread that begins to wait for a disk at this moment does not get the client.
             let chosen = worker.connections.compare_exchange(now, now + 1, relaxed, relaxed);
             if chosen.is_ok() {
-                // The receiver lives until this sender is dropped.
+                // The receiver exists until this sender is dropped.
                 let _ = worker.sender.send(accepted);
                 break;
             }
@@ -116,7 +116,7 @@ impl Worker {
         let thread =
             std::thread::Builder::new().name(format!("nbd-worker-{index}")).spawn(move || {
                 // The default of 50 microseconds is longer than the pauses in which paced clients
-                // are read. Where it cannot be set they are read a little later.
+                // are read. If it cannot be set, they are read a little later.
                 let _ = rustix::thread::set_current_timer_slack(Some(TIMER_SLACK));
                 sys::set_time_slice(TIME_SLICE);
                 runtime.block_on(run_with_ring(index, receiver, count, shared, shutdown));
@@ -125,7 +125,7 @@ impl Worker {
     }
 }
 
-/// As [`run`], with io_uring where it is to be had.
+/// As [`run`], with io_uring if it is available.
 async fn run_with_ring(
     index: usize,
     receiver: mpsc::UnboundedReceiver<Accepted>,
@@ -158,7 +158,7 @@ async fn run_with_ring(
     }
 }
 
-/// Serves connections until the sender is gone and the last of them has ended.
+/// Serves connections until the sender is dropped and the last of them has ended.
 async fn run(
     mut receiver: mpsc::UnboundedReceiver<Accepted>,
     thread: Thread,
@@ -177,7 +177,7 @@ async fn run(
                 let (shared, shutdown) = (shared.clone(), shutdown.clone());
                 let span = client::span(&peer);
                 tasks.spawn(async move {
-                    // Both are given back when the connection ends, also by a panic.
+                    // Both are released when the connection ends, also by a panic.
                     let _held = (count, place);
                     match socket.attach() {
                         Ok(socket) => {
@@ -194,7 +194,7 @@ async fn run(
     while tasks.join_next().await.is_some() {}
 }
 
-/// Counts a connection down.
+/// Decrements the number of connections on drop.
 struct Leaves(Arc<AtomicUsize>);
 
 impl Drop for Leaves {

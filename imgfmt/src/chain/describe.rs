@@ -18,7 +18,7 @@ use crate::qcow2::{Purpose, Qcow2};
 use crate::raw::{FirstSector, Raw};
 use crate::storage::Storage;
 
-/// Facts about one image; what it names is not opened.
+/// Information about one image; the files it names are not opened.
 pub(crate) fn inspect(
     storage: Arc<dyn Storage>,
     path: Option<&Path>,
@@ -29,7 +29,7 @@ pub(crate) fn inspect(
     Ok(describe(&layer)?.0)
 }
 
-/// Facts about an image and all layers below it, the image first.
+/// Information about an image and all layers below it, the image first.
 pub(crate) fn inspect_chain(
     storage: Arc<dyn Storage>,
     path: Option<&Path>,
@@ -64,7 +64,7 @@ fn next(layer: &Unopened, image: &Qcow2, files: &mut Files) -> Result<Option<Uno
     layer_below(image, path, &layer.options, &files.layers, Purpose::Describe)
 }
 
-/// Facts about a layer; the layer itself if it can name others.
+/// Information about a layer, and the layer itself if it can name others.
 fn describe(layer: &Unopened) -> Result<(ImageInfo, Option<Qcow2>)> {
     let Unopened { storage, path, options, .. } = layer;
     if said_or_seen(&**storage, options)? == Format::Luks {
@@ -84,7 +84,7 @@ fn describe(layer: &Unopened) -> Result<(ImageInfo, Option<Qcow2>)> {
     Ok((info, Some(image)))
 }
 
-/// Facts about a LUKS container, which can be described though it cannot be opened.
+/// Information about a LUKS container, which cannot be opened.
 fn luks_container(storage: &dyn Storage, options: &OpenOptions) -> Result<ImageInfo> {
     let error = |error| Error::from_io("read the header of", error);
     let luks = luks::read(storage, 0).map_err(error)?;

@@ -69,8 +69,8 @@ fn clients_with_wrong_or_missing_certificates_are_refused_and_the_log_says_why()
     for (directory, reason) in [
         (certificates.expired(), &["CN=alice,O=Example", "expired", "new one"][..]),
         // GnuTLS keeps back a certificate of an authority that the server did not ask for.
-        (certificates.stranger(maker), &["the client showed no certificate", "ca-cert.pem"]),
-        (certificates.nobody(), &["the client showed no certificate", "client-cert.pem"]),
+        (certificates.stranger(maker), &["the client presented no certificate", "ca-cert.pem"]),
+        (certificates.nobody(), &["the client presented no certificate", "client-cert.pem"]),
     ] {
         refused(run(Command::new(&nbdinfo).arg(server.uri_with(&directory))));
         server.expect_log(reason);

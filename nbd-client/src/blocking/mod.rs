@@ -33,9 +33,10 @@
 //! # Threads
 //!
 //! Each client has a thread that drives its connections; a client with several connections has one
-//! more thread for each, up to the number of processors. A call hands its request to that thread
-//! and blocks the calling thread until the answer is complete. Clones share the connections and may
-//! be used from many threads at once; that is how several requests are in flight together.
+//! more thread for each connection, up to the number of processors. A call hands its request to
+//! that thread and blocks the calling thread until the answer is complete. Clones share the
+//! connections and may be used from many threads at once; that is how several requests are in
+//! flight together.
 //!
 //! # In asynchronous programs
 //!

@@ -56,7 +56,7 @@ impl Interrupter {
         let mut reason = self.reason.subscribe();
         match reason.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone()) {
             Some(reason) => Error::Interrupted { reason },
-            // The sender is ours.
+            // This object holds a sender.
             None => std::future::pending().await,
         }
     }

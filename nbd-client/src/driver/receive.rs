@@ -1,4 +1,4 @@
-//! Receiving replies: headers through a buffer, large data straight into its destination.
+//! Receives replies: headers through a buffer, large data directly into its destination.
 
 use std::pin::pin;
 use std::task::{Context, Poll};
@@ -13,7 +13,7 @@ use crate::error::LostConnection;
 /// Least free space for a read, in bytes.
 const LEAST_READ: usize = 16 * 1024;
 
-/// Data of at least this many bytes is read straight into its destination.
+/// Data of at least this many bytes is read directly into its destination.
 const DIRECT_LEN: usize = 16 * 1024;
 
 impl Driver {
@@ -90,7 +90,7 @@ impl Driver {
                 }
             }
             Event::Finished { cookie, result } => self.finish(cookie, result),
-            // The replies to the requests of this driver mean nothing else.
+            // Other events cannot answer the requests of this driver.
             _ => {}
         }
     }

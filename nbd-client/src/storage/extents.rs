@@ -1,4 +1,4 @@
-//! Block status of exports: what images ask for, and what is remembered of it.
+//! Block status of exports, for images, with a cache.
 
 use std::io;
 use std::ops::Range;
@@ -17,7 +17,7 @@ impl ExportStorage {
     ///
     /// # Errors
     ///
-    /// The server reports none, or the request fails.
+    /// If the server reports none, or the request fails.
     pub fn status(
         &self,
         context: &MetaContextName,
@@ -41,8 +41,8 @@ impl ExportStorage {
         }
     }
 
-    /// The kind of what is at `offset`, and how far it goes within `length` bytes; data if the server
-    /// reports none.
+    /// The kind of the bytes at `offset`, and their number within `length` bytes; data if the
+    /// server reports none.
     pub(super) fn extent_at(&self, offset: u64, length: u64) -> io::Result<StorageExtent> {
         let all_data = StorageExtent { length, kind: ExtentKind::Data };
         if !self.reports_extents || offset >= self.size() {

@@ -28,20 +28,20 @@ use super::session::Session;
 use super::settings::{Credentials, Setup};
 use super::{TlsError, VerifyPeer};
 
-/// Suites of TLS 1.3. AES-128 first: external pre-shared keys are bound to SHA-256, and the usual
-/// order then ends at ChaCha20, which is several times slower on processors with AES.
+/// Suites of TLS 1.3. AES-128 first: external pre-shared keys are bound to SHA-256, and the default
+/// order then selects ChaCha20, which is several times slower on processors with AES.
 const SUITES: &str = "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256";
 
 /// Suites of TLS 1.2 with certificates: all with forward secrecy and authenticated encryption.
 const CERTIFICATE_CIPHERS: &str =
     "ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:DHE+CHACHA20:!aNULL:!aPSK";
 
-/// Suites of TLS 1.2 with pre-shared keys. None but these: with OpenSSL's own list servers choose
-/// certificates. Those with a key exchange go first.
+/// Suites of TLS 1.2 with pre-shared keys. Only these: with OpenSSL's default list, servers choose
+/// certificates. Those with a key exchange come first.
 const KEY_CIPHERS: &str = "DHE-PSK-AES128-GCM-SHA256:DHE-PSK-AES256-GCM-SHA384:\
                            kECDHEPSK:kDHEPSK:kPSK:!eNULL:!3DES";
 
-/// Where Linux distributions and BSDs keep the authorities that a machine trusts.
+/// The files in which Linux distributions and BSDs store the authorities that a machine trusts.
 const SYSTEM_AUTHORITIES: [&str; 4] = [
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",

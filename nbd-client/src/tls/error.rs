@@ -149,7 +149,7 @@ pub enum TlsError {
     Failed(String),
 }
 
-/// The check of a certificate that failed.
+/// The failed check of a certificate.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CertificateCheck {

@@ -97,7 +97,7 @@ pub(super) fn failure(error: &ssl::Error, identity: &Identity) -> TlsError {
     }
     TlsError::Failed(match first.reason() {
         Some("wrong version number" | "packet length too long" | "http request") => {
-            "what the server sent is not TLS".to_owned()
+            "the server's answer is not TLS".to_owned()
         }
         Some("unsupported protocol") => {
             "the server has no TLS 1.2 or newer: it has to be updated".to_owned()

@@ -8,7 +8,7 @@
 //!                                                               TlsStream   Session + socket
 //! ```
 //!
-//! The options and errors exist whether or not the crate is built with TLS.
+//! The options and errors exist even if the crate is built without TLS.
 
 #[cfg(feature = "tls")]
 mod context;

@@ -25,7 +25,7 @@ const MAX_UNSENT_LEN: usize = 4 * BATCH_LEN;
 pub(crate) struct TlsStream {
     session: Session,
     socket: Socket,
-    /// Small writes are gathered here into a full record.
+    /// Small writes are collected here into a full record.
     record: Box<[u8]>,
     /// An error that occurred after data.
     failure: Option<io::Error>,

@@ -1,4 +1,4 @@
-//! Replies on their way back to a connection from what carries its requests out.
+//! Replies that return to a connection from the pool or the ring.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,43 +11,43 @@ use crate::budget::Permit;
 use crate::export::ExportError;
 use crate::statistics::{Outcome, Ticket};
 
-/// A READ of which a part is answered.
+/// A partly answered READ.
 #[derive(Debug)]
 pub(super) struct Unfinished {
     pub(super) request: Request,
-    /// How many bytes were answered.
+    /// The number of answered bytes.
     pub(super) done: usize,
     pub(super) ticket: Ticket,
 }
 
-/// A reply that came back.
+/// A returned reply.
 pub(super) struct Reply {
-    /// The whole reply, or a part of it.
+    /// The complete reply, or a part of it.
     pub(super) bytes: Vec<u8>,
     /// The part of the budget it holds.
     pub(super) permit: Permit,
-    /// What is still to be asked for, if it is a part.
+    /// The rest of the request, if this is a part.
     pub(super) rest: Option<Unfinished>,
-    /// For the counters: the request, and whether it succeeded unless something is left of it.
+    /// For the counters: the request, and whether it succeeded, if it is complete.
     pub(super) answered: (Ticket, Outcome),
     pub(super) held: Held,
 }
 
-/// What a request is counted as while it is in the pool.
+/// The counted size of a request in the pool.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Held {
     /// Bytes of its payload or reply.
     pub(super) bytes: usize,
-    /// Its part of the requests that a connection may have here.
+    /// Its share of the connection's request limit.
     pub(super) slots: usize,
 }
 
-/// Whether the client of a connection has said that it leaves.
+/// Whether the client of a connection has sent DISC.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Farewell(Arc<AtomicBool>);
 
 impl Farewell {
-    /// It has.
+    /// Records that it has.
     pub(super) fn say(&self) {
         self.0.store(true, Ordering::Release);
     }
@@ -57,24 +57,24 @@ impl Farewell {
     }
 }
 
-/// Makes sure that every request is answered, even if carrying it out panicked.
+/// Makes sure that every request is answered, even if its execution panics.
 pub(super) struct Answer {
     pub(super) sender: mpsc::UnboundedSender<Reply>,
     pub(super) tag: RequestTag,
     pub(super) encoder: ReplyEncoder,
     pub(super) ticket: Ticket,
     pub(super) parts: Option<(Permit, Held)>,
-    /// For changes, which outlive a connection that ended in order.
+    /// For changes, which are still carried out after a connection has ended with DISC.
     pub(super) farewell: Option<Farewell>,
 }
 
 impl Answer {
-    /// The connection has ended.
+    /// Whether the connection has ended.
     fn is_gone(&self) -> bool {
         self.sender.is_closed()
     }
 
-    /// The request need not be carried out any more.
+    /// Whether the request need not be carried out any more.
     pub(super) fn is_abandoned(&self) -> bool {
         let outlives = self.farewell.as_ref().is_some_and(Farewell::is_said);
         self.is_gone() && !outlives
@@ -90,7 +90,7 @@ impl Answer {
         self.send(bytes, outcome);
     }
 
-    /// Sends the reply, or what was missing of it.
+    /// Sends the reply, or the rest of it.
     pub(super) fn send(mut self, bytes: Vec<u8>, outcome: Outcome) {
         self.deliver(bytes, outcome, None);
     }
@@ -105,7 +105,7 @@ impl Answer {
         if let Some((mut permit, held)) = self.parts.take() {
             permit.shrink(bytes.len());
             let answered = (self.ticket, outcome);
-            // The connection may be gone.
+            // The connection may have ended.
             let _ = self.sender.send(Reply { bytes, permit, rest, answered, held });
         }
     }

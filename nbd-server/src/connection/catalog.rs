@@ -1,4 +1,4 @@
-//! The exports that one client may learn of and use.
+//! The exports that one client may see and use.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,19 +18,19 @@ use crate::rules::Permission;
 const UNKNOWN: &str = "there is no export of this name";
 const NEEDS_TLS: &str = "this export is served over TLS only";
 
-/// What a client is answered from.
+/// The source of the answers to one client.
 #[derive(Clone)]
 pub(super) struct Catalog {
     pub(super) exports: ExportRegistry,
     access: Access,
     pub(super) client: ClientInfo,
     pub(super) channel: Channel,
-    /// Whether this connection has a warning in the log; clones share it.
+    /// Whether a warning about this connection was logged; clones share it.
     has_warned: Arc<AtomicBool>,
 }
 
 impl Catalog {
-    /// For a client that is let in.
+    /// Creates the catalog of an admitted client.
     pub(super) fn for_client(socket: &Socket, shared: &Shared) -> Result<Self, ConnectionError> {
         let client = client_info(socket);
         shared.access.admit(&client).map_err(ConnectionError::Refused)?;
@@ -39,7 +39,7 @@ impl Catalog {
         Ok(Self { exports, access, client, channel, has_warned })
     }
 
-    /// Finds what the client asks for, unless it may not be told, or not without TLS.
+    /// Finds the export that the client asks for, unless it may not see it, or only over TLS.
     pub(super) fn find(&self, name: &str) -> Result<Found, Rejection> {
         let found = self.exports.find(name).or_else(|| {
             let entry = self.access.resolve(name, &self.client)?;
@@ -67,7 +67,7 @@ impl Catalog {
         (RefusalReason::UnknownExport, UNKNOWN)
     }
 
-    /// Finds what the client wants to use, and counts it among the clients of that.
+    /// Finds the export that the client selects, and counts the client there.
     pub(super) fn grant(&self, name: &str) -> Result<(ExportDescription, Granted), Rejection> {
         let found = self.find(name)?;
         let admission = found.entry.quotas().admit(&self.client).map_err(|used_up| {
@@ -77,8 +77,8 @@ impl Catalog {
         Ok((found.describe(), Granted { entry: found.entry, admission }))
     }
 
-    /// Logs that the client does not get an export. It can ask as often as it likes: only the first
-    /// time is a warning.
+    /// Logs the refusal of an export. A client can ask repeatedly, so only the first time is a
+    /// warning.
     fn report(&self, export: &str, why: &'static str) {
         let client = &self.client;
         if self.has_warned.swap(true, Ordering::Relaxed) {

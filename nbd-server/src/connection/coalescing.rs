@@ -3,22 +3,21 @@
 //! Such a client submits its requests one by one, between the replies that it receives. Answering
 //! each at once makes both sides wake each other for almost every request, and a wakeup costs more
 //! than a small request. So, while the queue is deep, the server pauses for a moment before it
-//! reads, just long enough for a handful of requests to arrive: the client has earlier replies to
-//! process in the meantime and does not wait, no thread is woken, and one read and one write carry
-//! all of them.
+//! reads, just long enough for a few requests to arrive. Meanwhile the client processes earlier
+//! replies and does not wait, no thread is woken, and one read and one write transfer all of them.
 //!
-//! The depth of the queue is determined by experiment. If even the longest pause brings only one or
-//! two requests, the client ran dry in it, and a few of those end the attempt. A client with few
+//! The depth of the queue is determined by experiment. If even the longest pause yields only one or
+//! two requests, the client had no more, and a few such pauses end the attempt. A client with few
 //! requests in flight is hardly ever paused. Requests that arrive one by one can be a deep queue
 //! too, if both sides are equally fast: a single occasional pause detects that, at growing
 //! intervals if it finds nothing.
 
 use std::time::Duration;
 
-/// Requests a batch should have. More save little, and would be most of what a client with a
-/// queue of moderate depth has in flight.
+/// The target size of a batch, in requests. Larger batches save little, and would be most of a
+/// queue of moderate depth.
 const WANTED: usize = 7;
-/// A paced batch below this many requests speaks against a deep queue.
+/// A paced batch below this many requests suggests a shallow queue.
 const LEAST: usize = 3;
 /// Small batches in a row that end the pacing.
 const STRIKES: u32 = 16;
@@ -29,12 +28,13 @@ const LONGEST: Duration = Duration::from_micros(60);
 const FIRST: Duration = Duration::from_micros(16);
 /// Batches of several requests, in excess of batches of one, before pacing is tried first.
 const EVIDENCE: u32 = 16;
-/// Bound of the same after attempts that failed; each failure doubles it.
+/// Limit of the same after failed attempts, each of which doubles it.
 const MOST_EVIDENCE: u32 = 16 * 1024;
-/// Batches of one request, at least, before a single pause tests whether more requests follow.
+/// Minimum number of batches of one request before a single pause tests whether more requests
+/// follow.
 const PROBE_AFTER: u32 = 4096;
-/// Bound of the same; each pause in vain doubles it. A client with one request in flight waits once
-/// in so many.
+/// Limit of the same, which each useless pause doubles. A client with one request in flight waits
+/// once in this many batches.
 const MOST_PROBE_AFTER: u32 = 64 * 1024;
 /// Good batches after which earlier failures are forgotten.
 const FORGETS_AFTER: u32 = 64;
@@ -43,7 +43,7 @@ const OFF: State = State::Off { evidence: 0, batches: 0 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Requests are answered as they come.
+    /// Requests are answered as they arrive.
     Off { evidence: u32, batches: u32 },
     /// The same, after a single pause.
     Probing,
@@ -51,7 +51,7 @@ enum State {
     On { pause: Duration, strikes: u32, good: u32 },
 }
 
-/// What is known of one client's queue.
+/// The state of one client's queue.
 #[derive(Debug)]
 pub(super) struct Coalescing {
     state: State,
@@ -66,8 +66,7 @@ impl Default for Coalescing {
 }
 
 impl Coalescing {
-    /// Takes note of a batch of `requests` that was answered, and gives the pause before the next
-    /// read.
+    /// Records an answered batch of `requests`, and returns the pause before the next read.
     pub(super) fn after_batch(&mut self, requests: usize) -> Option<Duration> {
         self.state = match self.state {
             State::Off { .. } | State::Probing if requests == 0 => return None,

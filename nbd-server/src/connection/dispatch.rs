@@ -1,4 +1,4 @@
-//! A validated request carried out, and its reply.
+//! Carries out a validated request, and encodes its reply.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::export::{
 };
 use crate::statistics::{Outcome, Ticket};
 
-/// A request that is complete but for its execution.
+/// A request that is ready for execution.
 pub(super) struct PreparedRequest {
     pub(super) export: Arc<dyn Export>,
     pub(super) contexts: Arc<[(MetaContextId, MetaContextName)]>,
@@ -26,31 +26,30 @@ pub(super) struct PreparedRequest {
     pub(super) writeback: Arc<WritebackErrors>,
     /// The payload of a WRITE, otherwise empty.
     pub(super) payload: Vec<u8>,
-    /// Descriptors of each context that a BLOCK_STATUS may be answered with.
+    /// Maximum number of descriptors per context in the answer to a BLOCK_STATUS.
     pub(super) max_descriptors: usize,
-    /// How many bytes of a READ were answered before.
+    /// The number of bytes of a READ that were answered before.
     pub(super) done: usize,
-    /// A change that has to be durable: a flush will see to that.
+    /// Whether a change that has to be durable is followed by a flush.
     pub(super) is_flushed_later: bool,
 }
 
-/// What a step achieved.
+/// The result of a step.
 pub(super) enum Step {
-    /// The request is carried out; this is the reply, or what was missing of it.
+    /// The request is carried out; this is the reply, or the rest of it.
     Done(Vec<u8>, Outcome),
     /// The change is carried out; a flush is still needed.
     Changed,
-    /// A part of a READ's reply. The connection asks for what follows the first `done` bytes of the
-    /// range when it has room for it.
+    /// A part of a READ's reply. The connection requests the bytes after the first `done` ones of
+    /// the range when it has space for them.
     Part { bytes: Vec<u8>, done: usize },
-    /// There is more to do, at once if it is still early.
+    /// More steps are needed, at once if there is time.
     More,
-    /// There is more to do, of another class for the queue.
+    /// More steps are needed, of another class for the queue.
     Queue,
 }
 
-/// Carries out a request that has neither [steps](super::steps) nor content, blocking as long as it
-/// takes.
+/// Carries out a request that has neither [steps](super::steps) nor content. Blocks.
 pub(super) fn perform(work: &PreparedRequest) -> Step {
     let PreparedRequest { export, writeback, request, payload, .. } = work;
     if !work.is_flushed_later {
@@ -75,8 +74,8 @@ pub(super) fn short_reply(work: &PreparedRequest, result: Result<(), ExportError
     Step::Done(out, outcome)
 }
 
-/// As [`execute`], where the connection stands. A flaw of an export costs the request, as it does
-/// in the pool, and not the connection.
+/// As [`execute`], on the connection's thread. A panic of an export fails the request, as in the
+/// pool, and not the connection.
 pub(super) fn execute_in_place(
     export: &dyn Export,
     writeback: &WritebackErrors,
@@ -92,8 +91,7 @@ pub(super) fn execute_in_place(
     )
 }
 
-/// Reads where the connection stands. Whatever goes wrong is left to the pool, which reads again
-/// and finds out what to say.
+/// Reads on the connection's thread. After any failure, the pool reads again and reports the error.
 pub(super) fn read_in_place(
     export: &dyn Export,
     offset: u64,
@@ -107,7 +105,7 @@ pub(super) fn read_in_place(
     }
 }
 
-/// Finds out what a range consists of, if that takes no waiting; `false` leaves it to the pool.
+/// Maps a range, if that needs no waiting; otherwise the pool does it.
 pub(super) fn map_in_place(
     export: &dyn Export,
     offset: u64,
@@ -124,7 +122,7 @@ pub(super) fn map_in_place(
     }
 }
 
-/// Finds out where the bytes of a range lie, if they lie in files.
+/// Finds the places of the bytes of a range, if they are in files.
 pub(super) fn place_in_place(
     export: &dyn Export,
     (offset, length): (u64, usize),
@@ -133,7 +131,7 @@ pub(super) fn place_in_place(
     catch_unwind(AssertUnwindSafe(|| export.place_read(offset, length, holes))).ok()?
 }
 
-/// Finds out where a write goes, if it goes to a file as it is.
+/// Finds the place of a write, if its bytes go to a file unchanged.
 pub(super) fn place_write_in_place(
     export: &dyn Export,
     offset: u64,
@@ -142,7 +140,7 @@ pub(super) fn place_write_in_place(
     catch_unwind(AssertUnwindSafe(|| export.place_write(offset, length))).ok()?
 }
 
-/// Whether holes can be sent as such.
+/// Whether holes can be sent as holes.
 pub(super) fn holes_of(encoder: ReplyEncoder, request: &Request) -> Holes {
     match request.command {
         Command::Read(Fragmentation::Allowed) if encoder.mode() != ReplyMode::Simple => Holes::Told,
@@ -150,8 +148,8 @@ pub(super) fn holes_of(encoder: ReplyEncoder, request: &Request) -> Holes {
     }
 }
 
-/// Writes where the connection stands, if that takes no waiting; `false` leaves it to the pool,
-/// which then finds out what to say. What must be durable is always left to it.
+/// Writes on the connection's thread, if that needs no waiting; `false` leaves it to the pool,
+/// which also reports errors. Durable writes are always left to it.
 pub(super) fn write_in_place(export: &dyn Export, request: &Request, payload: &[u8]) -> bool {
     if request.command != Command::Write(Durability::Cached) || payload.is_empty() {
         return false;
@@ -178,7 +176,7 @@ pub(super) fn call(
 ) -> Result<(), ExportError> {
     let (offset, length) = (request.offset, request.length);
     if length == 0 && request.command != Command::Flush {
-        // The protocol leaves it open; like the other servers, nothing is done and all is well.
+        // The protocol leaves the result open; like other servers, succeed and do nothing.
         return Ok(());
     }
     match &request.command {
@@ -205,7 +203,7 @@ pub(super) const fn is_durable(command: &Command) -> bool {
     )
 }
 
-/// The same change, if it need not be durable.
+/// The same change without the need to be durable.
 pub(super) fn not_durable(command: &Command) -> Command {
     match command {
         Command::Write(_) => Command::Write(Durability::Cached),
@@ -217,7 +215,7 @@ pub(super) fn not_durable(command: &Command) -> Command {
     }
 }
 
-/// Whether the export of a request can make everything durable that was written.
+/// Whether the export of a request can flush.
 pub(super) fn can_flush(work: &PreparedRequest) -> bool {
     work.export.info().flags.contains(TransmissionFlags::SEND_FLUSH)
 }

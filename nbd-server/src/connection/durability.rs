@@ -1,8 +1,8 @@
-//! Requests whose reply says that something is durable.
+//! Requests whose reply confirms durability.
 //!
-//! A change with FUA that is alone is made durable by the export, together with the change. Where several
-//! are under way each is carried out as if it need not be durable, and then waits for a flush, which they
-//! share: one sync of a disk takes as long as the sync of one block.
+//! The export makes a single change with FUA durable together with the change. If several are in
+//! flight, each is carried out without durability and then waits for a flush that they share: one
+//! sync of a disk takes as long as the sync of one block.
 
 use std::sync::Arc;
 
@@ -15,23 +15,23 @@ use crate::export::{ExportEntry, ExportError, UnderWay, Waiter};
 use crate::queue::GroupId;
 use crate::scheduler::Scheduler;
 
-/// A change with FUA, from when it arrives until it is answered.
+/// A change with FUA, from its arrival to its answer.
 pub(super) struct DurableChange {
     entry: ExportEntry,
     group: GroupId,
     under_way: UnderWay,
-    /// The flushes that had failed when it arrived.
+    /// The number of failed flushes when it arrived.
     since: u64,
 }
 
 impl DurableChange {
-    /// For a request that is such a change, and may share a flush.
+    /// Begins a change with FUA that may share a flush; `None` for other requests.
     pub(super) fn begin(
         work: &PreparedRequest,
         entry: &ExportEntry,
         group: GroupId,
     ) -> Option<Self> {
-        // Where every change is durable at once, nothing is saved by flushing later.
+        // If every change is durable at once, a later flush saves nothing.
         if !is_durable(&work.request.command) || work.export.is_writethrough() || !can_flush(work) {
             return None;
         }
@@ -40,12 +40,12 @@ impl DurableChange {
         Some(Self { entry: entry.clone(), group, under_way, since })
     }
 
-    /// Whether others are to be made durable as well, so that a flush serves several.
+    /// Whether other changes are to be made durable as well, so that a flush serves several.
     pub(super) fn has_company(&self) -> bool {
         self.under_way.has_company()
     }
 
-    /// Has the change, which was carried out, answered after a flush that begins now or later.
+    /// Answers the change, which was carried out, after a flush that begins now or later.
     pub(super) fn wait_for_flush(
         self,
         scheduler: &Scheduler,
@@ -59,7 +59,7 @@ impl DurableChange {
     }
 }
 
-/// A FLUSH, or a change with FUA that was carried out: it waits for a flush that it may share.
+/// A FLUSH, or a change with FUA that was carried out, which waits for a flush that it may share.
 pub(super) struct FlushWaiter {
     answer: Answer,
     writeback: Arc<WritebackErrors>,
@@ -67,20 +67,20 @@ pub(super) struct FlushWaiter {
     _under_way: Option<UnderWay>,
 }
 
-/// What a flush is waited for.
+/// The reason for waiting for a flush.
 enum Covered {
     Flush(Request),
-    /// A change that was begun when so many flushes had failed.
+    /// A change that began when this many flushes had failed.
     Change(u64),
 }
 
 impl FlushWaiter {
-    /// For a FLUSH.
+    /// Creates the waiter for a FLUSH.
     pub(super) fn new(answer: Answer, writeback: Arc<WritebackErrors>, request: Request) -> Self {
         Self { answer, writeback, covers: Covered::Flush(request), _under_way: None }
     }
 
-    /// For a change that was begun when `since` flushes had failed.
+    /// Creates the waiter for a change that began when `since` flushes had failed.
     pub(super) fn of_change(answer: Answer, writeback: Arc<WritebackErrors>, since: u64) -> Self {
         Self { answer, writeback, covers: Covered::Change(since), _under_way: None }
     }

@@ -1,9 +1,9 @@
 //! Limits on the cost of handshakes.
 //!
-//! Most handshakes end after a handful of options, which are answered at once. A client that sends
-//! more takes turns with the others of its thread, and pauses after each burst of options. Few may
-//! pause at a time in a whole server, and the others wait for that: so a flood of options, from
-//! however many connections, uses a small part of one core.
+//! Most handshakes end after a few options, which are answered at once. A client that sends more
+//! takes turns with the others of its thread, and pauses after each burst of options. Few
+//! handshakes of a server may pause at a time, and the others wait for a turn. So a flood of
+//! options from any number of connections uses a small part of one core.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,27 +12,26 @@ use tokio::sync::Semaphore;
 
 use super::turn::{REQUEST_COST, Thread, Turn};
 
-/// Options, as their cost, that are answered as fast as they come.
+/// The cost of the options that are answered without a pause.
 const BURST_COST: usize = 64 * REQUEST_COST;
-/// The same before the first pause: more than any client needs but one that asks about many
-/// exports.
+/// The same before the first pause: enough for all clients that do not ask about many exports.
 const FIRST_BURST_COST: usize = 16 * REQUEST_COST;
-/// The pause after a burst, and after an option that cost as much as many of them.
+/// The pause after a burst, or after an option of the same cost.
 const PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(64);
 
-/// How many handshakes pause at a time, in a whole server.
+/// Limits the handshakes of a server that pause at the same time.
 #[derive(Debug, Clone)]
 pub(crate) struct Pauses(Arc<Semaphore>);
 
 impl Pauses {
-    /// Half of the `cores`, at least one.
+    /// Permits half of the `cores`, at least one.
     pub(crate) fn new(cores: usize) -> Self {
         Self(Arc::new(Semaphore::new((cores / 2).max(1))))
     }
 }
 
-/// The work for one handshake.
+/// The cost of one handshake.
 pub(super) struct Effort {
     turn: Turn,
     pauses: Pauses,
@@ -46,18 +45,18 @@ impl Effort {
         Self { turn: Turn::new(thread), pauses, burst, is_lengthy: false }
     }
 
-    /// Takes note of work that was done, in bytes moved.
+    /// Adds the cost of work that was done, in bytes moved.
     pub(super) const fn spend(&mut self, cost: usize) {
         self.turn.spend(cost);
         self.burst = self.burst.saturating_add(cost);
     }
 
-    /// Is it time for [`Effort::next`]?
+    /// Whether it is time for [`Effort::next`].
     pub(super) const fn is_over(&self) -> bool {
         self.burst >= BURST_COST
     }
 
-    /// The client has to do something next.
+    /// Records that the server waits for the client.
     pub(super) fn rest(&mut self) {
         self.turn.rest();
     }
@@ -78,7 +77,7 @@ impl Effort {
     }
 }
 
-/// The pause after work of this cost: the more it was the longer.
+/// The pause after work of this cost, in proportion to it.
 fn pause_after(burst: usize) -> Duration {
     let bursts = u32::try_from(burst / BURST_COST).unwrap_or(u32::MAX);
     PAUSE.saturating_mul(bursts).min(LONGEST_PAUSE)

@@ -1,4 +1,4 @@
-//! Why a connection ends that should not.
+//! The reasons for which a connection ends abnormally.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::error::system_words;
 #[cfg(feature = "tls")]
 use crate::tls::TlsError;
 
-/// Why a connection ended that should not have.
+/// The reason for which a connection ended abnormally.
 #[derive(Debug, Error)]
 pub(crate) enum ConnectionError {
     #[error(transparent)]
@@ -20,13 +20,13 @@ pub(crate) enum ConnectionError {
     Tls(#[from] TlsFailure),
     #[error("{}", system_words(.0))]
     Io(#[from] std::io::Error),
-    #[error("long options of other clients hold all the memory there is for them")]
+    #[error("the long options of other clients use all the memory for long options")]
     LongOptions,
     #[error("answering an option panicked")]
     Panicked,
     #[error("the client did not finish its handshake in time")]
     HandshakeTimeout,
-    #[error("the client {awaiting}, and nothing has moved for {} s", .limit.as_secs_f32())]
+    #[error("the client {awaiting}, and nothing was transferred for {} s", .limit.as_secs_f32())]
     Stalled { awaiting: Awaiting, limit: Duration },
     #[error("the client closed the connection without waiting for its replies")]
     HungUp,
@@ -34,11 +34,11 @@ pub(crate) enum ConnectionError {
     Refused(Refusal),
     #[error("the export does not keep what the client was promised: {0}")]
     NotResumed(String),
-    #[error("a file ended while it was being sent: another program has made it shorter")]
+    #[error("a file ended while it was being sent: another program has truncated it")]
     FileTruncated,
 }
 
-/// Why there is no TLS with a client.
+/// The reason for which there is no TLS with a client.
 #[cfg(feature = "tls")]
 #[derive(Debug, Error)]
 pub(crate) enum TlsFailure {
@@ -52,7 +52,7 @@ pub(crate) enum TlsFailure {
     Handshake(String),
 }
 
-/// What a client is waited for to do.
+/// The action of a client that the server waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Awaiting {
     /// To send the rest of a request or of a payload.

@@ -34,18 +34,16 @@ const READ_LEN: usize = 16 * 1024;
 
 /// Answers are sent when there are this many bytes of them.
 const SEND_LEN: usize = 64 * 1024;
-/// What an answer to an option takes, in bytes moved, for each of its bytes: they come from the
-/// registry.
+/// The cost of each byte of an answer, in bytes moved: it comes from the registry.
 const ANSWER_COST: usize = 8;
-/// What a byte of an option costs to read and to refuse, in bytes moved.
+/// The cost of reading and refusing a byte of an option, in bytes moved.
 const RECEIVED_COST: usize = 16;
 
-/// Options that are longer are answered by the scheduler, and their memory comes from a budget. In
-/// bytes.
+/// Longer options are answered by the scheduler, and their memory comes from a budget. In bytes.
 const SHORT_OPTION_LEN: usize = 64 * 1024;
 /// Long options of all clients share one place in the scheduler's queue. No export has this name.
 const LONG_OPTIONS: GroupId = 1;
-/// What a long option is expected to take, in nanoseconds.
+/// The expected time for a long option, in nanoseconds.
 const LONG_OPTION_TIME: u64 = 1_000_000;
 
 /// A client that has chosen its export.
@@ -57,9 +55,9 @@ pub(super) struct Established {
     pub(super) admission: Admission,
     /// The bytes after the client's last option: its first requests.
     pub(super) received: BytesMut,
-    /// How much of what comes first is the payload of a request that was refused, in bytes.
+    /// The number of bytes at the start that are the payload of a refused request.
     pub(super) discard: u64,
-    /// Whether the client is still to be told that data may be lost.
+    /// Whether the client still has to be told that data may be lost.
     pub(super) owes_failure: bool,
 }
 
@@ -76,7 +74,7 @@ impl Established {
     }
 }
 
-/// What was received and is to be sent.
+/// The received bytes and those to be sent.
 #[derive(Default)]
 struct Buffers {
     input: BytesMut,
@@ -85,7 +83,7 @@ struct Buffers {
     long: Option<Permit>,
 }
 
-/// Negotiates until the client has chosen an export; `None` if it left. `ungreeted` is given back
+/// Negotiates until the client has chosen an export; `None` if it left. `ungreeted` is released
 /// with the greeting.
 pub(super) async fn negotiate(
     mut socket: Socket,
@@ -103,7 +101,7 @@ pub(super) async fn negotiate(
     loop {
         let before = buffers.output.len();
         let step = advance_fairly(handshake, &mut buffers, shared, &catalog).await;
-        // What the machine said before it gave up still helps the client.
+        // The answers from before the error still help the client.
         let step = match step {
             Ok(step) => step,
             Err(error) => {
@@ -156,7 +154,7 @@ pub(super) async fn negotiate(
 }
 
 impl Buffers {
-    /// Before more is received: takes memory for an option that gets long, or gives it back.
+    /// Called before receiving more: takes memory for a long option, or returns it.
     fn make_room(&mut self, shared: &Shared) -> Result<(), ConnectionError> {
         if self.input.len() <= SHORT_OPTION_LEN {
             if self.long.is_some() {
@@ -171,7 +169,7 @@ impl Buffers {
     }
 }
 
-/// What the next bytes of a client led to.
+/// The result of the next bytes of a client.
 enum Step {
     NeedsInput(Handshake),
     StartTls(PendingTls),
@@ -180,7 +178,7 @@ enum Step {
     Aborted,
 }
 
-/// Goes on with what was received, where the connection stands if that is quickly done.
+/// Processes received bytes, on the connection's thread if that is quick.
 async fn advance_fairly(
     handshake: Handshake,
     buffers: &mut Buffers,
@@ -211,7 +209,7 @@ fn advance(
     answer(step, catalog, &mut buffers.output)
 }
 
-/// Answers one option from the registry, if that can.
+/// Answers one option from the registry, if possible.
 fn answer(
     step: HandshakeStep,
     catalog: &Catalog,
@@ -248,7 +246,7 @@ fn answer(
                 Ok(Found { entry, .. }) => {
                     pending.accept(&entry.export().info().meta_contexts, out)
                 }
-                // Where TLS is a choice, ERR_TLS_REQD answers INFO and GO only.
+                // Where TLS is optional, ERR_TLS_REQD answers INFO and GO only.
                 Err((RefusalReason::TlsRequired, message)) => {
                     pending.reject(RefusalReason::Policy, message, out)
                 }
@@ -352,7 +350,7 @@ async fn receive(
             return Ok(length > 0);
         }
         effort.next().await;
-        // The client is waited for again.
+        // The server waits for the client again.
         effort.rest();
     }
 }

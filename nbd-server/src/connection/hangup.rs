@@ -10,24 +10,24 @@ use std::time::Duration;
 
 use tokio::time::{Sleep, sleep};
 
-/// Time between looks.
+/// Time between two checks.
 const PERIOD: Duration = Duration::from_millis(100);
 
-/// Looks after one connection.
+/// Watches one connection.
 #[derive(Debug, Default)]
 pub(super) struct Hangup {
     timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl Hangup {
-    /// Nothing moves at this moment, and requests are in the pool. Ready when `has_hung_up` was
-    /// true; otherwise `cx` is woken to look again.
+    /// Called when nothing moves and requests are in the pool. Ready when `has_hung_up` was true;
+    /// otherwise `cx` is woken to check again.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
         has_hung_up: impl FnOnce() -> bool,
     ) -> Poll<()> {
-        // As with stalls, a timer is left alone while requests come and go.
+        // As with stalls, a timer is not reset while requests come and go.
         if let Some(timer) = &mut self.timer {
             if timer.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
@@ -37,7 +37,7 @@ impl Hangup {
             }
         }
         let mut timer = Box::pin(sleep(PERIOD));
-        // Has the task woken. A new timer is never over yet.
+        // Registers the task to be woken. A new timer is not over yet.
         let _ = timer.as_mut().poll(cx);
         self.timer = Some(timer);
         Poll::Pending

@@ -52,13 +52,13 @@ pub(crate) use shared::Shared;
 pub(crate) use socket::Socket;
 pub(crate) use turn::Thread;
 
-/// A client that was let in.
+/// An admitted client.
 pub(crate) struct Newcomer<'a> {
     pub(crate) socket: Socket,
     pub(crate) peer: &'a str,
-    /// Given back with the greeting.
+    /// Released with the greeting.
     pub(crate) ungreeted: Option<OwnedSemaphorePermit>,
-    /// Of a connection that another server has begun.
+    /// The state of a connection that another server has begun.
     pub(crate) saved: Option<Box<SavedConnection>>,
 }
 
@@ -93,7 +93,7 @@ pub(crate) async fn serve(
     });
     let export = established.entry.export();
     if shared.clients.is_withdrawn(export) && !shared.exports.offers(export) {
-        // The removal may have disconnected clients before it could see this one.
+        // The removal may have disconnected clients before this one was counted.
         return tracing::info!("the export was removed while a client chose it");
     }
     tracing::info!("client connected");
@@ -148,7 +148,7 @@ async fn establish(
             Ok(Ok(Some(established))) => return Some(established),
             #[cfg(feature = "tls")]
             Ok(Err(ConnectionError::Tls(error))) => {
-                // A refused client cannot be told the reason; the administrator needs it.
+                // A refused client does not get the reason; the administrator needs it.
                 tracing::warn!(%error, "no TLS with a client");
             }
             Ok(Ok(None)) => tracing::debug!("the client left during the handshake"),

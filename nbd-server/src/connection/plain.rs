@@ -1,4 +1,4 @@
-//! The stream of one client as the system has it: bytes go through as they are.
+//! The unencrypted stream of one client.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,14 +14,14 @@ use tokio::net::{TcpStream, UnixStream};
 use crate::client::ClientAddress;
 use crate::sys;
 
-/// Send buffer of a unix socket, in bytes: room for several large replies, so that the client can
-/// take one while the next is written. The system may grant less.
+/// Send buffer of a unix socket, in bytes: large enough for several large replies, so that the
+/// client can read one while the next is written. The system may grant less.
 const UNIX_SEND_BUFFER_LEN: usize = 2 << 20;
 
-/// A connected socket, not yet or already part of a runtime.
+/// A connected socket, which may or may not be attached to a runtime.
 #[derive(Debug)]
 pub(crate) enum PlainSocket {
-    /// Fresh from the listener, on its way to a worker.
+    /// Fresh from the listener, not attached.
     StdTcp(std::net::TcpStream),
     /// As above.
     StdUnix(std::os::unix::net::UnixStream),
@@ -29,10 +29,10 @@ pub(crate) enum PlainSocket {
     Unix(UnixStream),
 }
 
-/// How bytes travel.
+/// The encryption of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Channel {
-    /// As they are.
+    /// Unencrypted.
     Clear,
     /// Encrypted.
     #[cfg(feature = "tls")]
@@ -46,8 +46,8 @@ pub(super) enum More {
     No,
 }
 
-/// What is under way below the plaintext. Differs from one moment to another if, and not only if,
-/// bytes have moved there.
+/// The bytes in transit below the plaintext. If bytes have moved between two moments, the values
+/// differ (the reverse need not hold).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Traffic {
     /// Bytes that the client has not taken from the system.
@@ -59,12 +59,12 @@ pub(super) struct Traffic {
 }
 
 impl PlainSocket {
-    /// Makes the socket part of the runtime this is called on.
+    /// Attaches the socket to the runtime on which this is called.
     pub(super) fn attach(self) -> io::Result<Self> {
         match self {
             Self::StdTcp(stream) => TcpStream::from_std(stream).map(Self::Tcp),
             Self::StdUnix(stream) => {
-                // Only a wish: a smaller buffer works as well, more slowly.
+                // A failure is harmless: a smaller buffer is only slower.
                 let _ = sockopt::set_socket_send_buffer_size(&stream, UNIX_SEND_BUFFER_LEN);
                 UnixStream::from_std(stream).map(Self::Unix)
             }
@@ -89,8 +89,7 @@ impl PlainSocket {
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
         let mut buffer = ReadBuf::new(buffer);
-        // tokio knows from a short read that the socket is drained and saves the call that would
-        // only say so.
+        // After a short read, tokio knows that the socket is drained, and saves a call.
         let read = match self {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, &mut buffer),
             Self::Unix(stream) => Pin::new(stream).poll_read(cx, &mut buffer),
@@ -100,14 +99,15 @@ impl PlainSocket {
         Poll::Ready(Ok(buffer.filled().len()))
     }
 
-    /// Reads what is there at this moment; 0 if that is nothing, also at the end of the stream.
+    /// Reads the available bytes without waiting; 0 if there are none, also at the end of the
+    /// stream.
     pub(super) fn read_now(&mut self, buffer: &mut [u8]) -> usize {
         let Some(socket) = self.descriptor() else { return 0 };
         // An error shows again at the next regular read, which reports it.
         rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT).map_or(0, |(read, _)| read)
     }
 
-    /// The socket itself, if it is part of a runtime.
+    /// The socket, if it is attached to a runtime.
     pub(super) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Tcp(stream) => Some(stream.as_fd()),
@@ -133,13 +133,13 @@ impl PlainSocket {
         })
     }
 
-    /// Has the client gone altogether, so that nothing can be sent to it? One that has only finished
-    /// sending has not. Costs a system call.
+    /// Whether the client has closed the connection, so that nothing can be sent to it. False if it
+    /// has only finished sending. Costs a system call.
     pub(super) fn has_hung_up(&self) -> bool {
         self.state(PollFlags::empty()).intersects(PollFlags::HUP | PollFlags::ERR)
     }
 
-    /// Is there something to read? Costs a system call.
+    /// Whether there is something to read. Costs a system call.
     pub(super) fn has_input(&self) -> bool {
         self.state(PollFlags::IN).intersects(PollFlags::IN)
     }
@@ -152,12 +152,12 @@ impl PlainSocket {
         polled.map_or(PollFlags::empty(), |_| asked[0].revents())
     }
 
-    /// What is under way. Costs a system call.
+    /// The bytes in transit. Costs a system call.
     pub(super) fn traffic(&self) -> Traffic {
         Traffic { untaken: self.descriptor().and_then(sys::untaken_len), ..Traffic::default() }
     }
 
-    /// Where the client comes from.
+    /// The address of the client.
     pub(super) fn client_address(&self) -> ClientAddress {
         let known = match self {
             Self::Tcp(stream) => stream.peer_addr().ok().map(ClientAddress::Tcp),
@@ -214,5 +214,5 @@ impl PlainSocket {
 }
 
 fn detached() -> io::Error {
-    io::Error::other("this cannot be done with the socket, which may not be attached to a runtime")
+    io::Error::other("the socket cannot do this; it may not be attached to a runtime")
 }

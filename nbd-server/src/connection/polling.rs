@@ -11,23 +11,23 @@ use std::time::{Duration, Instant};
 
 /// Batches before polling is tried first.
 const TRIED_AFTER: u32 = 64;
-/// Bound of the same after attempts that failed; each failure doubles it. A client that always
-/// thinks for longer is then polled in vain for a few times in so many requests.
+/// Limit of the same after failed attempts, each of which doubles it. A client that is always
+/// slower is then polled in vain only a few times in this many requests.
 const MOST_TRIED_AFTER: u32 = 64 * 1024;
-/// Credit of an attempt. It is over when nothing is left.
+/// Credit of an attempt, which ends when it is used up.
 const CREDIT: u32 = 8;
-/// Bound of the credit that successes earn, one each.
+/// Limit of the credit, to which each success adds one.
 const MOST_CREDIT: u32 = 16;
-/// What it costs to poll in vain: polling goes on if more than three in four find a request.
+/// The cost of a failure: polling continues if more than three in four attempts find a request.
 const PRICE: u32 = 3;
 /// Successes after which earlier failures are forgotten.
 const FORGETS_AFTER: u32 = 256;
 
-/// How often the socket is asked before others get the core, if there are any.
+/// Number of attempts before the core is yielded to other threads.
 const LOOKS_BEFORE_YIELD: u32 = 8;
 
-/// How many threads of a server may do something at the same time that others should not do then. A clone is
-/// the same. At most half of the cores poll, so that clients find the others free.
+/// Limits the number of threads of a server that do something at the same time. Clones share the
+/// limit. At most half of the cores poll, so that the others are free for clients.
 #[derive(Debug, Clone)]
 pub(crate) struct Slots(Arc<AtomicUsize>);
 
@@ -42,7 +42,7 @@ impl Slots {
     }
 }
 
-/// Given back when it is dropped.
+/// A slot, which is returned on drop.
 #[derive(Debug)]
 pub(super) struct Seat<'a>(&'a AtomicUsize);
 
@@ -56,11 +56,11 @@ impl Drop for Seat<'_> {
 enum State {
     /// The thread sleeps between batches.
     Off { batches: u32 },
-    /// It polls first.
+    /// The thread polls before it sleeps.
     On { credit: u32, found: u32 },
 }
 
-/// Whether one client is worth it.
+/// Whether polling pays for one client.
 #[derive(Debug)]
 struct Habit {
     state: State,
@@ -72,7 +72,7 @@ impl Habit {
         Self { state: State::Off { batches: 0 }, tried_after: TRIED_AFTER }
     }
 
-    /// A batch was answered: is the next one polled for?
+    /// Called after a batch: whether to poll for the next one.
     fn wants(&mut self) -> bool {
         match self.state {
             State::On { .. } => true,
@@ -87,7 +87,7 @@ impl Habit {
         }
     }
 
-    /// What polling brought.
+    /// Records the result of polling.
     fn learn(&mut self, success: bool) {
         let State::On { credit, found } = self.state else { return };
         if success {
@@ -114,13 +114,13 @@ pub(super) struct Polling {
 }
 
 impl Polling {
-    /// Polls for `longest` at a time, never if that is zero.
+    /// Polls for at most `longest` at a time; never if that is zero.
     pub(super) const fn new(slots: Slots, longest: Duration) -> Self {
         Self { habit: Habit::new(), slots, longest }
     }
 
-    /// Behind a batch that was answered: calls `look` until it finds something, if that is worth
-    /// it. False if nothing was found.
+    /// Called after an answered batch: if polling pays, calls `look` until it finds something.
+    /// False if nothing was found.
     pub(super) fn after_batch(&mut self, mut look: impl FnMut() -> bool) -> bool {
         if self.longest.is_zero() || !self.habit.wants() {
             return false;
@@ -134,7 +134,7 @@ impl Polling {
             if start.elapsed() >= self.longest {
                 break false;
             }
-            // The client may be waiting for this very core.
+            // The client may be waiting for this core.
             std::thread::yield_now();
         };
         self.habit.learn(success);

@@ -1,9 +1,9 @@
 //! READs in the pool, in steps.
 //!
 //! A reply that may be split is sent in parts: a step reads as much as it has memory for, and the
-//! connection continues with the rest when there is room for it. A reply that must not be split (simple
-//! replies, DF) is gathered in one buffer, so that a bad sector is still answered with an error: after
-//! the header of such a reply, an error could only close the connection.
+//! connection continues with the rest when there is space for it. A reply that must not be split
+//! (simple replies, DF) is collected in one buffer, so that a bad sector is still answered with an
+//! error: after the header of such a reply, an error could only close the connection.
 
 use nbd_proto::transmission::{Command, Position, ReplyEncoder, Request};
 
@@ -27,7 +27,7 @@ pub(super) fn is_long(request: &Request) -> bool {
     matches!(request.command, Command::Read(_)) && request.data_len() > STEP_LEN
 }
 
-/// Memory, in bytes, for the next step of a READ of which `done` bytes are answered.
+/// Memory, in bytes, for the next step of a READ after `done` answered bytes.
 pub(super) fn memory_len(encoder: ReplyEncoder, request: &Request, done: usize) -> usize {
     let rest = request.data_len().saturating_sub(done);
     match dispatch::holes_of(encoder, request) {
@@ -43,20 +43,19 @@ pub(super) fn read(work: &PreparedRequest) -> Step {
     reader.finish(read)
 }
 
-/// The next part of a READ whose reply may be split: of a long one, or of one whose holes are not
-/// known.
+/// The next part of a READ whose reply may be split, because it is long or its holes are unknown.
 ///
-/// It is first tried without waiting, as a job that computes. Looking for holes computes too: it takes a
-/// few microseconds if the extents of the file are in memory, and dozens of threads that do so would only
-/// take the processors from the connections. A step that waits for the disk has another class in the
-/// queue.
+/// It is first tried without waiting, as a job that computes. Looking for holes counts as
+/// computing: it takes a few microseconds if the extents of the file are in memory, and dozens of
+/// threads doing it would only take the processors from the connections. A step that waits for the
+/// disk has another class in the queue.
 #[derive(Debug)]
 pub(super) struct PartRead {
     class: Class,
 }
 
 impl PartRead {
-    /// For a request of any length, if the holes in its range are all that is not known.
+    /// For a request of any length, if only the holes in its range are unknown.
     pub(super) fn for_holes(work: &PreparedRequest) -> Option<Self> {
         let PreparedRequest { export, encoder, request, done, .. } = work;
         if !matches!(request.command, Command::Read(_)) {
@@ -109,10 +108,10 @@ enum Stop {
 struct Reader<'a> {
     work: &'a PreparedRequest,
     class: Class,
-    /// Bytes that were to be read when the step began.
+    /// Bytes of the request that were left when the step began.
     length: usize,
     out: Vec<u8>,
-    /// How many of them are in `out`, or are holes.
+    /// The number of them that are in `out`, or are holes.
     answered: usize,
     /// Number of bytes that the step may still read.
     room: usize,
@@ -169,7 +168,7 @@ impl<'a> Reader<'a> {
             Content::Zero => {
                 encoder.hole(request.tag(), at, part.length as u32, position, &mut self.out);
             }
-            // They are in memory already.
+            // The bytes are in memory already.
             Content::Bytes(bytes) => {
                 encoder.data_header(request.tag(), at, part.length as u32, position, &mut self.out);
                 self.out.extend_from_slice(bytes);
@@ -181,7 +180,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Reads a chunk of data, as much as there is room for.
+    /// Reads a chunk of data, as much as there is space for.
     fn read_data(&mut self, (at, wanted): (u64, usize)) -> Result<(), Stop> {
         let PreparedRequest { export, encoder, request, .. } = self.work;
         let length = wanted.min(self.room);
@@ -232,10 +231,10 @@ const fn position(answered: usize, length: usize) -> Position {
     if answered == length { Position::Last } else { Position::More }
 }
 
-/// A long READ whose reply must not be split: it is gathered before it is sent.
+/// A long READ whose reply must not be split: it is collected before it is sent.
 ///
-/// Each step is first tried without waiting. That computes, and a step that waits does not, so they have
-/// different classes in the queue.
+/// Each step is first tried without waiting. Such a step computes and one that waits does not, so
+/// they have different classes in the queue.
 #[derive(Debug)]
 pub(super) struct WholeRead {
     reply: Vec<u8>,
@@ -287,7 +286,7 @@ impl WholeRead {
             Class::Wait | Class::Bulk | Class::Extents => work.export.read_at(offset, buffer),
         };
         if let Err(error) = result {
-            // The whole or nothing.
+            // All or nothing.
             let mut out = Vec::new();
             let at = (error, work.request.offset + self.filled as u64);
             end_with(at, work.encoder, &work.request, &mut out);
@@ -305,7 +304,7 @@ impl WholeRead {
     }
 }
 
-/// What a range consists of, or its first part. What cannot be told shows when it is read.
+/// Maps a range, or its first part. Errors show when it is read.
 fn map_waiting(export: &dyn Export, offset: u64, length: usize) -> ReadMap {
     let mut map = ReadMap::new();
     let mapped = export.map_read(offset, length, Holes::Told, Lookup::MayRead, &mut map);
@@ -316,7 +315,8 @@ fn map_waiting(export: &dyn Export, offset: u64, length: usize) -> ReadMap {
     }
 }
 
-/// Appends a chunk of data. If that fails, of as much as can be read, and the error with its place.
+/// Appends a chunk of data. If the read fails, appends the readable part, and returns the error
+/// with its offset.
 fn read_part(
     export: &dyn Export,
     encoder: ReplyEncoder,
@@ -333,13 +333,13 @@ fn read_part(
     let Err(error) = export.read_at(offset, buffer) else { return Ok(()) };
     let good = match dispatch::holes_of(encoder, request) {
         Holes::Told => readable(export, offset, buffer),
-        // The whole or nothing.
+        // All or nothing.
         Holes::AsData => 0,
     };
     out.truncate(data_start + good);
     if good > 0 {
-        // A bad sector costs the client the bytes from there on, not those before it. The
-        // header has the same length as the first one.
+        // After a bad sector, the client still gets the bytes before it. The header has the same
+        // length as the first one.
         let mut header = out.get_mut(start..data_start).unwrap_or_default();
         let tag = request.tag();
         encoder.data_header(tag, offset, good as u32, Position::More, &mut header);
@@ -365,11 +365,11 @@ fn end_with(
 }
 
 /// Reads again in small steps; returns the number of bytes before the first failure. At least one
-/// sector at the end counts as failed, because the read as a whole failed.
+/// sector at the end counts as failed, because the complete read failed.
 fn readable(export: &dyn Export, offset: u64, buffer: &mut [u8]) -> usize {
     let mut good = 0;
     for step in [RETRY_LEN, SECTOR_LEN] {
-        // Steps end where sectors of the disk end, not where those of the request would.
+        // Steps are aligned to sectors of the disk, not to the request.
         while good < buffer.len() {
             let at = offset + good as u64;
             let length = step - (at % step as u64) as usize;
@@ -381,7 +381,7 @@ fn readable(export: &dyn Export, offset: u64, buffer: &mut [u8]) -> usize {
             good = end;
         }
     }
-    // It was readable this time: a transient fault. The reply still has to carry an error, and the
-    // client may try again.
+    // It was readable this time: a transient fault. The reply still has to contain an error, and
+    // the client may try again.
     if good == buffer.len() { 0 } else { good }
 }

@@ -1,7 +1,7 @@
-//! How the next requests are read: as the runtime reports them, after a [pause](super::coalescing) that
-//! suits a client with a deep queue, or by [asking](super::polling) for them, which suits a client
-//! with a single request in flight. The latter two hold the thread up for a moment; they are for
-//! connections which have their thread to themselves and no other request under way.
+//! How the next requests are read: as the runtime reports them, after a [pause](super::coalescing)
+//! that suits a client with a deep queue, or by [asking](super::polling) for them, which suits a
+//! client with a single request in flight. The latter two delay the thread for a moment; they are
+//! for connections that have their thread to themselves and no other request in flight.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,20 +19,20 @@ const SMALL_LEN: usize = 16 * 1024;
 pub(super) struct ReadStrategy {
     coalescing: Coalescing,
     polling: Polling,
-    /// Connections of this worker thread, this one included.
+    /// Number of connections of this worker thread, this one included.
     neighbours: Arc<AtomicUsize>,
-    /// Requests taken off the buffer since the last read.
+    /// Requests taken from the buffer since the last read.
     taken: usize,
     /// Bytes they read and write.
     moved: usize,
 }
 
-/// Whether a connection waits for nothing but requests.
+/// Whether a connection only waits for requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Idle {
     /// Every reply is sent.
     Yes,
-    /// Replies are being made or sent.
+    /// Replies are being prepared or sent.
     No,
 }
 
@@ -41,7 +41,7 @@ impl ReadStrategy {
         Self { coalescing: Coalescing::default(), polling, neighbours, taken: 0, moved: 0 }
     }
 
-    /// A request was taken off the buffer that reads or writes `length` bytes.
+    /// Counts a request, taken from the buffer, that reads or writes `length` bytes.
     pub(super) fn count(&mut self, length: usize) {
         self.taken += 1;
         self.moved = self.moved.saturating_add(length);
@@ -52,8 +52,8 @@ impl ReadStrategy {
         self.neighbours.load(Ordering::Relaxed) <= 1
     }
 
-    /// Reads in the way that suits the client. False if the runtime is to say when there is
-    /// something to read.
+    /// Reads with the strategy that suits the client. False if the runtime has to report when there
+    /// is something to read.
     pub(super) fn read(
         &mut self,
         socket: &mut Socket,

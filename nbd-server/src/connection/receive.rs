@@ -1,13 +1,15 @@
 //! Bytes received and not yet consumed.
 
-/// Size to begin with, in bytes. Idle clients keep it.
+/// Initial size, in bytes. Idle clients keep it.
 const SMALL_LEN: usize = 16 * 1024;
-/// Size of the buffer of a busy client, in bytes: a request with the longest payload that is waited for here.
+/// Size of the buffer of a busy client, in bytes: for a request with the longest payload that is
+/// received here.
 const MEDIUM_LEN: usize = 80 * 1024;
-/// Size of the same where there is [room](super::room): a deep queue of small writes in one read.
+/// Size of the same if there is [memory](super::room), in bytes: for a deep queue of small writes
+/// in one read.
 pub(super) const LARGE_LEN: usize = 256 * 1024;
-/// How much is read at a time while large payloads arrive, in bytes. Enough for the headers
-/// between them; most of the payload then goes straight into its own buffer.
+/// Maximum size of a read while large payloads arrive, in bytes. Enough for the headers between
+/// them; most of the payload is then read directly into its own buffer.
 const READ_LEN_BESIDE_LARGE_PAYLOADS: usize = 16 * 1024;
 
 /// A buffer with a consumed, a filled and an empty part.
@@ -18,26 +20,26 @@ pub(super) struct ReceiveBuffer {
     end: usize,
     read_len: usize,
     total: u64,
-    /// The last read has filled all there was.
+    /// Whether the last read has filled the buffer.
     is_tight: bool,
 }
 
 impl ReceiveBuffer {
     /// A buffer that begins with `received`.
     pub(super) fn new(received: &[u8]) -> Self {
-        // There is always room to read into.
+        // There is always space to read into.
         let length = if received.len() < SMALL_LEN { 0 } else { received.len() + MEDIUM_LEN };
         let mut data = vec![0; length.max(SMALL_LEN)];
         data[..received.len()].copy_from_slice(received);
         Self { data, start: 0, end: received.len(), read_len: LARGE_LEN, total: 0, is_tight: false }
     }
 
-    /// What was received and not consumed.
+    /// The received bytes that were not consumed.
     pub(super) fn filled(&self) -> &[u8] {
         &self.data[self.start..self.end]
     }
 
-    /// Drops `count` bytes off the front.
+    /// Drops `count` bytes from the front.
     pub(super) fn consume(&mut self, count: usize) {
         debug_assert!(count <= self.end - self.start, "only what was received can be consumed");
         self.start += count;
@@ -47,7 +49,7 @@ impl ReceiveBuffer {
         }
     }
 
-    /// Room to read into. Never empty as long as less than [`MEDIUM_LEN`] bytes are waiting.
+    /// Space to read into. Never empty while less than [`MEDIUM_LEN`] bytes are waiting.
     pub(super) fn space(&mut self) -> &mut [u8] {
         if self.start > 0 && self.data.len() - self.end < self.data.len() / 2 {
             self.data.copy_within(self.start..self.end, 0);
@@ -58,8 +60,8 @@ impl ReceiveBuffer {
         &mut self.data[self.end..end]
     }
 
-    /// `count` bytes were read into [`ReceiveBuffer::space`]. A read that filled the buffer makes
-    /// it grow.
+    /// Records that `count` bytes were read into [`ReceiveBuffer::space`]. A read that filled the
+    /// buffer makes it grow.
     pub(super) fn received(&mut self, count: usize) {
         self.end += count;
         self.total = self.total.wrapping_add(count as u64);
@@ -70,12 +72,12 @@ impl ReceiveBuffer {
         }
     }
 
-    /// Has the last read filled all there was, so that a larger buffer would be of use?
+    /// Whether the last read has filled the buffer, so that a larger one would be useful.
     pub(super) fn wants_room(&self) -> bool {
         self.is_tight && self.data.len() < LARGE_LEN
     }
 
-    /// Makes the buffer as large as it gets.
+    /// Grows the buffer to its maximum.
     pub(super) fn grow(&mut self) {
         if self.data.len() < LARGE_LEN {
             self.data.resize(LARGE_LEN, 0);
@@ -90,12 +92,13 @@ impl ReceiveBuffer {
         }
     }
 
-    /// All bytes that were ever read into this, modulo 2^64.
+    /// The total of bytes that were read into this, modulo 2^64.
     pub(super) const fn total(&self) -> u64 {
         self.total
     }
 
-    /// Tells how long the last payload was, in bytes, so that reads can be cut to suit the next.
+    /// Sets the length of the last payload, in bytes, so that reads can be limited to suit the
+    /// next.
     pub(super) fn expect_payloads_like(&mut self, length: usize) {
         self.read_len =
             if length > LARGE_LEN / 4 { READ_LEN_BESIDE_LARGE_PAYLOADS } else { LARGE_LEN };

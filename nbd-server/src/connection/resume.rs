@@ -11,7 +11,7 @@ use super::socket::Socket;
 #[cfg(feature = "tls")]
 use crate::tls::TlsMode;
 
-/// Continues a connection, if this server offers what the client was promised.
+/// Continues a connection, if this server keeps the promises made to the client.
 pub(super) fn resume(
     socket: Socket,
     saved: SavedConnection,

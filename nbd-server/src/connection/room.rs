@@ -1,17 +1,16 @@
-//! Large buffers, which a connection has while it is busy.
+//! Large buffers, which a connection gets while it is busy.
 //!
 //! A client with many requests in flight is served best with a large receive buffer and many queued
-//! replies. A thousand clients that all have that, and read nothing, would hold gigabytes.
-//! Therefore the buffers are lent to as many connections as there is memory for; the others use
-//! small buffers.
+//! replies. A thousand such clients that read nothing would hold gigabytes. Therefore only as many
+//! connections as there is memory for get large buffers; the others use small ones.
 
 use crate::budget::{Budget, Permit};
 
-/// What a connection with large buffers holds, in bytes: replies, blocks kept for the next ones,
-/// and what is received.
+/// The memory of a connection with large buffers, in bytes: replies, blocks kept for the next ones,
+/// and received bytes.
 const ROOM_LEN: usize = 1536 * 1024;
 
-/// One connection's room.
+/// One connection's share of the memory.
 pub(super) struct Room {
     shared: Budget,
     lent: Option<Permit>,
@@ -22,12 +21,12 @@ impl Room {
         Self { shared, lent: None }
     }
 
-    /// May the connection have large buffers?
+    /// Whether the connection may have large buffers.
     pub(super) const fn is_lent(&self) -> bool {
         self.lent.is_some()
     }
 
-    /// Asks for it.
+    /// Requests the memory.
     pub(super) fn ask(&mut self) -> bool {
         if self.lent.is_none() {
             self.lent = self.shared.try_take(ROOM_LEN);
@@ -35,7 +34,7 @@ impl Room {
         self.is_lent()
     }
 
-    /// Gives it back if others may want it; true if the large buffers have to go.
+    /// Returns the memory if others may need it; true if the large buffers have to be freed.
     pub(super) fn offer(&mut self) -> bool {
         self.lent.is_some() && self.shared.is_scarce() && self.lent.take().is_some()
     }

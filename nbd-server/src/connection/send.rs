@@ -1,4 +1,4 @@
-//! Replies on their way out, gathered so that many leave with one system call.
+//! The queue of replies, which sends many with one system call.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -14,7 +14,8 @@ use crate::export::FileSpan;
 
 /// Size of a block that collects replies, in bytes: the most common large read, with its header.
 const BLOCK_LEN: usize = 256 * 1024 + 4096;
-/// Replies shorter than this are copied into a block rather than sent as a piece of their own.
+/// Replies shorter than this, in bytes, are copied into a block rather than sent as a separate
+/// piece.
 const COPIED_LEN: usize = 16 * 1024;
 /// Pieces handed to the system at a time.
 const MAX_SLICES: usize = 16;
@@ -22,11 +23,11 @@ const MAX_SLICES: usize = 16;
 const MAX_SPARE_BLOCKS: usize = 4;
 
 enum Segment {
-    /// A block with room at its end for further replies.
+    /// A block with space at its end for further replies.
     Block(Block),
-    /// One reply that came whole.
+    /// One complete reply.
     Owned { data: Vec<u8>, start: usize, _permit: Option<Permit> },
-    /// Bytes to be moved from the page cache.
+    /// Bytes to be sent from the page cache.
     File { span: FileSpan, length: usize },
 }
 
@@ -51,7 +52,7 @@ impl SendQueue {
         self.queued
     }
 
-    /// All bytes that were ever sent, modulo 2^64.
+    /// The total of sent bytes, modulo 2^64.
     pub(super) const fn total_sent(&self) -> u64 {
         self.total_sent
     }
@@ -60,7 +61,7 @@ impl SendQueue {
         self.segments.is_empty()
     }
 
-    /// Room for one reply of up to `length` bytes in one piece; nothing is queued until
+    /// Contiguous space for one reply of up to `length` bytes; nothing is queued until
     /// [`SendQueue::commit`].
     pub(super) fn space(&mut self, length: usize) -> &mut [u8] {
         let fits = match self.segments.back() {
@@ -81,7 +82,7 @@ impl SendQueue {
         }
     }
 
-    /// Queues the first `length` bytes of what [`SendQueue::space`] gave last. With 0 nothing is.
+    /// Queues the first `length` bytes of the last [`SendQueue::space`]; nothing if it is 0.
     pub(super) fn commit(&mut self, length: usize) {
         let Some(Segment::Block(block)) = self.segments.back_mut() else { return };
         block.end += length;
@@ -101,8 +102,8 @@ impl SendQueue {
         self.commit(written);
     }
 
-    /// Queues a whole reply. Its permit is held until the last byte is sent. Returns the bytes that
-    /// were moved for it: those of a long reply move when they are sent.
+    /// Queues a complete reply. Its permit is held until the last byte is sent. Returns the number
+    /// of bytes that were copied for it; those of a long reply count when they are sent.
     pub(super) fn push(&mut self, data: Vec<u8>, permit: Option<Permit>) -> usize {
         let length = data.len();
         if length < COPIED_LEN {
@@ -130,8 +131,8 @@ impl SendQueue {
         turn: &mut Turn,
     ) -> Poll<Result<(), ConnectionError>> {
         while let Some(front) = self.segments.front() {
-            // Looked at once: another connection may come to the thread at any time, and 0 bytes of
-            // a file that were sent stand for its end.
+            // Read only once: another connection may come to the thread at any time, and 0 sent
+            // bytes of a file mean its end.
             let left = turn.left();
             let sent = match front {
                 Segment::File { .. } | Segment::Owned { .. } if left == 0 => {
@@ -157,7 +158,7 @@ impl SendQueue {
         socket.poll_flush(cx).map_err(Into::into)
     }
 
-    /// Sends bytes in memory, of long replies at most `allowed`.
+    /// Sends bytes from memory, at most `allowed` of them from long replies.
     fn poll_send_bytes(
         &self,
         cx: &mut Context<'_>,
@@ -197,7 +198,8 @@ impl SendQueue {
         socket.poll_send(cx, &slices[..count], more)
     }
 
-    /// Takes `count` sent bytes off the front. Returns how many of them were of long replies.
+    /// Removes `count` sent bytes from the front. Returns the number of them that belong to long
+    /// replies.
     fn sent(&mut self, mut count: usize) -> usize {
         self.queued -= count;
         self.total_sent = self.total_sent.wrapping_add(count as u64);
@@ -230,13 +232,13 @@ impl SendQueue {
         long
     }
 
-    /// Gives the memory back that is kept for the next replies.
+    /// Frees the memory that is kept for the next replies.
     pub(super) fn shrink(&mut self) {
         self.spare.clear();
     }
 
     fn keep(&mut self, data: Box<[u8]>) {
-        // Blocks made for one long reply are given back to the system.
+        // Blocks made for one long reply are freed.
         if data.len() == BLOCK_LEN && self.spare.len() < MAX_SPARE_BLOCKS {
             self.spare.push(data);
         }

@@ -1,4 +1,4 @@
-//! What the connections of a server have in common.
+//! The shared state of the connections of a server.
 
 use std::sync::Arc;
 
@@ -12,16 +12,16 @@ use crate::export::ExportRegistry;
 use crate::paused::Resting;
 use crate::scheduler::Scheduler;
 
-/// What all connections of a server share.
+/// The shared state of all connections of a server.
 #[derive(Debug, Clone)]
 pub(crate) struct Shared {
     pub(crate) config: Arc<ServerConfig>,
     pub(crate) exports: ExportRegistry,
     /// Admission of clients, and exports that are resolved by name.
     pub(crate) access: Access,
-    /// Counts those that have an export in use.
+    /// Counts the clients of exports.
     pub(crate) clients: Clients,
-    /// Large requests of all connections.
+    /// The budget for large requests of all connections.
     pub(crate) budget: Budget,
     /// Threads that may poll.
     pub(crate) slots: Slots,
@@ -35,8 +35,8 @@ pub(crate) struct Shared {
     pub(crate) options: Budget,
     /// Pauses of handshakes.
     pub(crate) pauses: Pauses,
-    /// Where connections come to rest when the server is paused.
+    /// Collects connections when the server is paused.
     pub(crate) resting: Resting,
-    /// Carries out what may block.
+    /// Carries out work that may block.
     pub(crate) scheduler: Scheduler,
 }

@@ -15,7 +15,7 @@ use crate::client::ClientAddress;
 #[derive(Debug)]
 pub(crate) enum Socket {
     Plain(PlainSocket),
-    /// A plain one that a TLS handshake was carried out on.
+    /// A socket after a TLS handshake.
     #[cfg(feature = "tls")]
     Tls(Box<TlsSocket>),
 }
@@ -42,7 +42,8 @@ impl Socket {
         Ok(Self::from_std_tcp(stream))
     }
 
-    /// The address of a TCP client, or the path of the unix socket that it has connected to.
+    /// The address of a TCP client, or the path of the unix socket that the client has connected
+    /// to.
     pub(crate) fn peer_name(&self) -> String {
         let known = match self {
             Self::Plain(PlainSocket::StdTcp(stream)) => {
@@ -66,7 +67,7 @@ impl Socket {
         }
     }
 
-    /// Makes the socket part of the runtime this is called on.
+    /// Attaches the socket to the runtime on which this is called.
     pub(crate) fn attach(self) -> io::Result<Self> {
         match self {
             Self::Plain(socket) => socket.attach().map(Self::Plain),
@@ -88,7 +89,7 @@ impl Socket {
         }
     }
 
-    /// Bytes that were received since this was asked last and are of no use to NBD: messages of TLS.
+    /// Bytes received since the last call that contain no NBD data: messages of TLS.
     pub(super) fn take_barren(&mut self) -> usize {
         match self {
             Self::Plain(_) => 0,
@@ -97,7 +98,8 @@ impl Socket {
         }
     }
 
-    /// Reads what is there at this moment; 0 if that is nothing, also at the end of the stream.
+    /// Reads the available bytes without waiting; 0 if there are none, also at the end of the
+    /// stream.
     pub(super) fn read_now(&mut self, buffer: &mut [u8]) -> usize {
         match self {
             Self::Plain(socket) => socket.read_now(buffer),
@@ -107,7 +109,7 @@ impl Socket {
     }
 
     /// Writes some of `slices`. Under TLS they may be written to memory only: then
-    /// [`Socket::has_unsent`], and [`Socket::poll_flush`] sends them.
+    /// [`Socket::has_unsent`] is true, and [`Socket::poll_flush`] sends them.
     pub(super) fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
@@ -121,7 +123,7 @@ impl Socket {
         }
     }
 
-    /// Sends what is between [`Socket::poll_send`] and the system: nothing, but for TLS.
+    /// Sends what [`Socket::poll_send`] has left in memory, which happens only under TLS.
     pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Plain(_) => {
@@ -133,7 +135,7 @@ impl Socket {
         }
     }
 
-    /// Is there anything for [`Socket::poll_flush`] to do?
+    /// Whether [`Socket::poll_flush`] has something to send.
     pub(super) fn has_unsent(&self) -> bool {
         match self {
             Self::Plain(_) => false,
@@ -142,8 +144,8 @@ impl Socket {
         }
     }
 
-    /// Has the client gone altogether, so that nothing can be sent to it? One that has only finished
-    /// sending has not. Costs a system call.
+    /// Whether the client has closed the connection, so that nothing can be sent to it. False if it
+    /// has only finished sending. Costs a system call.
     pub(super) fn has_hung_up(&self) -> bool {
         match self {
             Self::Plain(socket) => socket.has_hung_up(),
@@ -152,7 +154,7 @@ impl Socket {
         }
     }
 
-    /// Is there something to read? Costs a system call.
+    /// Whether there is something to read. Costs a system call.
     pub(super) fn has_input(&self) -> bool {
         match self {
             Self::Plain(socket) => socket.has_input(),
@@ -161,7 +163,7 @@ impl Socket {
         }
     }
 
-    /// What is under way. Costs a system call.
+    /// The bytes in transit. Costs a system call.
     pub(super) fn traffic(&self) -> Traffic {
         match self {
             Self::Plain(socket) => socket.traffic(),
@@ -170,7 +172,7 @@ impl Socket {
         }
     }
 
-    /// Where the client comes from. Not known of one that was asked about under TLS.
+    /// The address of the client; unknown if first requested under TLS.
     pub(super) fn client_address(&self) -> ClientAddress {
         match self {
             Self::Plain(socket) => socket.client_address(),
@@ -179,7 +181,7 @@ impl Socket {
         }
     }
 
-    /// Whether others can read along.
+    /// Whether the stream is encrypted.
     pub(super) const fn channel(&self) -> Channel {
         match self {
             Self::Plain(_) => Channel::Clear,
@@ -188,7 +190,7 @@ impl Socket {
         }
     }
 
-    /// Prepares the end of the stream after the last reply, if it has one.
+    /// Prepares the end of the stream after the last reply, if TLS needs it.
     pub(super) fn begin_shutdown(&mut self) {
         match self {
             Self::Plain(_) => {}

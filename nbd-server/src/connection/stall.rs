@@ -1,9 +1,9 @@
-//! Clients that owe something and do nothing about it: the rest of a request, or to take their
-//! replies. As long as they do not, this connection holds memory that others may want.
+//! Detects clients that neither send the rest of a request nor receive their replies. Meanwhile
+//! their connections hold memory that others may need.
 //!
-//! A busy connection stops in the middle of a request many times a second, so nothing is measured
-//! there: a timer is set at the first stop and left alone. When it is over, at a stop again, it is
-//! seen whether anything has moved since it was set.
+//! A busy connection stops in the middle of a request many times a second, so that must be cheap: a
+//! timer is set at the first stop and not reset. If the connection is stopped when the timer is
+//! over, it is checked whether anything has moved since.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -14,17 +14,18 @@ use tokio::time::{Sleep, sleep};
 use super::error::{Awaiting, ConnectionError};
 use super::plain::Traffic;
 
-/// Looks in a row that find nothing moved, each a part of the limit after the one before.
+/// Number of checks in a row without movement that end a connection; the limit is divided among
+/// them.
 const LOOKS: u32 = 4;
-/// Shortest time between looks.
+/// Shortest time between checks.
 const SHORTEST_PERIOD: Duration = Duration::from_millis(1);
 
-/// How far a connection is. The same at two moments if no byte has moved between them.
+/// The progress of a connection. It is equal at two moments if no byte has moved between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Movement {
     /// Bytes that went through the receive buffer.
     pub(super) received: u64,
-    /// Bytes of a payload that is received beside it.
+    /// Bytes of a payload that is received into its own buffer.
     pub(super) payload: usize,
     /// Bytes of replies.
     pub(super) sent: u64,
@@ -38,24 +39,24 @@ pub(super) struct Stall {
     limit: Option<Duration>,
     timer: Option<Pin<Box<Sleep>>>,
     last: Option<Movement>,
-    /// Looks that found nothing moved.
+    /// Number of checks without movement.
     vain: u32,
 }
 
 impl Stall {
-    /// Without a limit no client is ever disconnected for stalling.
+    /// Watches with this limit; `None` never disconnects.
     pub(super) const fn new(limit: Option<Duration>) -> Self {
         Self { limit, timer: None, last: None, vain: 0 }
     }
 
-    /// The client owes nothing.
+    /// Records that the server does not wait for the client.
     pub(super) const fn settled(&mut self) {
         self.last = None;
         self.vain = 0;
     }
 
-    /// The client owes something and nothing moves at this moment. Ready when that is so for too
-    /// long; otherwise `cx` is woken to look again.
+    /// Called when the server waits for the client and nothing moves. Ready when that lasts too
+    /// long; otherwise `cx` is woken to check again.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
@@ -76,7 +77,7 @@ impl Stall {
         }
         let period = (limit / LOOKS).max(SHORTEST_PERIOD);
         let mut timer = Box::pin(sleep(period));
-        // Has the task woken. A new timer is never over yet.
+        // Registers the task to be woken. A new timer is not over yet.
         let _ = timer.as_mut().poll(cx);
         self.timer = Some(timer);
         Poll::Pending

@@ -1,7 +1,8 @@
 //! Long requests in steps: BLOCK_STATUS, TRIM, WRITE_ZEROES, CACHE, and [READ](super::read_steps).
 //!
-//! A request may cover the whole disk, or move 32 MiB. It is carried out in steps of about a millisecond, between
-//! which other connections get their turn and a client that has left takes its request with it.
+//! A request may cover the complete disk, or transfer 32 MiB. It is carried out in steps of about a
+//! millisecond. Between steps, other connections get their turn, and requests of a client that has
+//! left are dropped.
 
 use std::time::{Duration, Instant};
 
@@ -16,18 +17,19 @@ use crate::statistics::Outcome;
 
 /// Calls of an export are made in one step until this time has passed.
 const STEP_TIME: Duration = Duration::from_millis(1);
-/// Descriptors an export is asked for in one call.
+/// Maximum number of descriptors of one call of an export.
 const DESCRIPTORS_OF_CALL: usize = 1024;
-/// Calls for one context. A disk of which each tells little gets a short answer, which is legal.
+/// Maximum number of calls for one context. If the calls yield little, the answer is short, which
+/// is legal.
 const MAX_STATUS_CALLS: u32 = 256;
-/// Length of a range that an export is to change in one call, in bytes: this, and more if the request
-/// would take too many calls.
+/// Length of a range that an export changes in one call, in bytes, or more if the request would
+/// take too many calls.
 const CHANGE_LEN: u64 = 16 << 20;
 const MAX_CHANGE_CALLS: u64 = 4096;
 /// Durable changes up to this length, in bytes, mostly wait for the disk.
 const SHORT_CHANGE_LEN: u64 = 1 << 20;
 
-/// How far a request is.
+/// The progress of a request.
 #[derive(Debug)]
 pub(super) enum Progress {
     Status(StatusWalk),
@@ -36,7 +38,7 @@ pub(super) enum Progress {
     Whole(WholeRead),
 }
 
-/// What the next step of a request spends its time on.
+/// The class of the next step of a request: whether it computes or waits.
 pub(super) fn class(work: &PreparedRequest, progress: Option<&Progress>) -> Class {
     match (&work.request.command, progress) {
         (Command::BlockStatus(..), _) => Class::Compute,
@@ -44,17 +46,17 @@ pub(super) fn class(work: &PreparedRequest, progress: Option<&Progress>) -> Clas
         (_, Some(Progress::Whole(read))) => read.class(),
         (_, Some(Progress::Change(walk))) if walk.is_flush_due => Class::Wait,
         _ => match operation_of(&work.request).map(|operation| work.export.may_block(operation)) {
-            // A write that could be made in place has been left to the pool for its length.
+            // A write that could be made in place was left to the pool because it is long.
             Some(MayBlock::Busy | MayBlock::No) => Class::Bulk,
             Some(MayBlock::Yes) | None => Class::Wait,
         },
     }
 }
 
-/// What an export is asked about in order to know how a change is carried out.
+/// The operation of a change, for asking the export how it is carried out.
 fn operation_of(request: &Request) -> Option<Operation> {
     match request.command {
-        // It waits for the disk when it is done.
+        // It waits for the disk at its end.
         _ if is_durable(&request.command) && request.length <= SHORT_CHANGE_LEN => None,
         Command::Write(durability) => Some(Operation::Write(request.data_len(), durability)),
         Command::Trim(_) => Some(Operation::Trim),
@@ -64,7 +66,7 @@ fn operation_of(request: &Request) -> Option<Operation> {
     }
 }
 
-/// Carries a request out as far as one step goes, blocking as long as that takes.
+/// Carries out one step of a request. Blocks.
 pub(super) fn advance(work: &PreparedRequest, progress: Option<&mut Progress>) -> Step {
     let Some(progress) = progress else {
         return match work.request.command {
@@ -112,7 +114,7 @@ pub(super) fn begin(work: &PreparedRequest) -> Option<Progress> {
 /// A BLOCK_STATUS: one context after the other, from the start of the range on.
 #[derive(Debug)]
 pub(super) struct StatusWalk {
-    /// Places of the contexts that are still to be asked for, the next one last.
+    /// Indexes of the contexts that are still to be asked for, the next one last.
     wanted: Vec<usize>,
     answers: Vec<(MetaContextId, Vec<BlockDescriptor>)>,
     found: Descriptors,
@@ -128,7 +130,7 @@ impl StatusWalk {
         Self { wanted, answers: Vec::new(), found, at: work.request.offset, calls: 0 }
     }
 
-    /// One call of the export. Every context is asked before the first chunk is written: an error
+    /// One call of the export. Every context is queried before the first chunk is written: an error
     /// cannot follow a chunk that ended the reply.
     fn call(&mut self, work: &PreparedRequest) -> Step {
         let request = &work.request;
@@ -138,8 +140,8 @@ impl StatusWalk {
             return Step::Done(reply, Outcome::Success);
         };
         let end = request.offset.saturating_add(request.length);
-        // The first of them may continue the last that was found, but asking for that alone is not
-        // worth a call.
+        // The first new one may continue the last one found, but a call for that alone is not
+        // worthwhile.
         let room = work.max_descriptors.saturating_sub(self.found.len());
         let asked = room.clamp(1, DESCRIPTORS_OF_CALL);
         let called = work.export.block_status(name, self.at, end - self.at, asked);
@@ -166,7 +168,7 @@ impl StatusWalk {
         Step::Done(out, Outcome::Failure)
     }
 
-    /// Notes what a call gave; true if the context needs no other.
+    /// Records the result of a call; true if the context is complete.
     fn take(&mut self, found: Vec<BlockDescriptor>, end: u64) -> bool {
         self.calls += 1;
         let mut is_full = found.is_empty();
@@ -187,7 +189,7 @@ pub(super) struct ChangeWalk {
     at: u64,
     end: u64,
     length: u64,
-    /// Every part is done, and a flush makes them durable.
+    /// Whether all parts are done, and a flush has to make them durable.
     is_flush_due: bool,
 }
 
@@ -205,12 +207,13 @@ impl ChangeWalk {
     fn call(&mut self, work: &PreparedRequest) -> Step {
         let request = &work.request;
         if self.is_flush_due {
-            // One flush for all parts. It speaks for the writes of others as well: EIO tells them.
+            // One flush for all parts. If it fails, other clients' writes may be lost as well, so
+            // they get EIO.
             let flushed = work.export.flush();
             let result = flushed.map_err(|error| ExportError { errno: Errno::EIO, ..error });
             return dispatch::short_reply(work, work.writeback.judge(request, result));
         }
-        // Parts end where clusters do, and where those of any other unit of a disk do.
+        // Parts are aligned to clusters, and to any other unit of a disk.
         let part_end = match self.length {
             u64::MAX => self.end,
             length => (self.at / length + 1).saturating_mul(length).min(self.end),
@@ -239,11 +242,11 @@ impl ChangeWalk {
     }
 }
 
-/// WRITE_ZEROES that has to be fast fails with nothing changed, which parts could not do. Unless all
-/// parts are alike: then the first one tells for all.
+/// A WRITE_ZEROES that has to be fast must fail with nothing changed, which is impossible in parts,
+/// unless all parts are alike: then the first one decides for all.
 fn is_all_or_nothing(request: &Request) -> bool {
     use nbd_proto::transmission::Speed;
-    /// No cluster of an image is larger.
+    /// The largest cluster of an image, in bytes.
     const LARGEST_CLUSTER: u64 = 2 << 20;
     let is_aligned = request.offset.is_multiple_of(LARGEST_CLUSTER)
         && request.length.is_multiple_of(LARGEST_CLUSTER);

@@ -1,8 +1,8 @@
-//! One client's stream under TLS: ciphertext of many records goes through the socket at a time.
+//! One client's stream under TLS: the ciphertext of many records is transferred at a time.
 //!
-//! The TLS library never sees the socket. It takes ciphertext from one buffer in memory and puts it
-//! into another, so that neither direction ever waits for the other, and a system call carries as
-//! much as there is.
+//! The TLS library never accesses the socket. It reads ciphertext from one buffer in memory and
+//! writes it to another, so that neither direction waits for the other, and a system call transfers
+//! all available bytes.
 
 use std::future::poll_fn;
 use std::io::{self, IoSlice, Read, Write};
@@ -25,15 +25,14 @@ const RECORD_LEN: usize = 16 * 1024;
 const QUOTA: usize = RECORD_LEN + 1024;
 /// Bytes of a file read at a time.
 const SCRATCH_LEN: usize = 4 * RECORD_LEN;
-/// So much ciphertext is made before it is sent, in bytes.
+/// Amount of ciphertext that is collected before it is sent, in bytes.
 const GATHERED_LEN: usize = 256 * 1024;
-/// More ciphertext than this is never waiting to be sent, in bytes: what reading makes the library
-/// write (alerts, answers to new keys) is tiny, and a peer that wants more of it is treated
-/// as hostile.
+/// Maximum of unsent ciphertext, in bytes: reading makes the library write little (alerts, answers
+/// to new keys), and a peer that causes more is treated as hostile.
 const MAX_UNSENT_LEN: usize = 2 * GATHERED_LEN;
 /// The handshakes of all clients share one place in the scheduler's queue. No export has this name.
 const HANDSHAKES: GroupId = 0;
-/// What a step of a handshake is expected to take, in nanoseconds.
+/// The expected time of a step of a handshake, in nanoseconds.
 const HANDSHAKE_TIME: u64 = 1_000_000;
 
 /// A socket under TLS.
@@ -41,10 +40,9 @@ const HANDSHAKE_TIME: u64 = 1_000_000;
 pub(crate) struct TlsSocket {
     socket: PlainSocket,
     session: SslStream<Wire>,
-    /// For bytes between a file and the library.
+    /// A buffer for bytes between a file and the library.
     scratch: Vec<u8>,
-    /// Bytes that were received and brought no plaintext: messages of TLS itself, which cost the
-    /// client little.
+    /// Received bytes without plaintext: messages of TLS itself, which cost the client little.
     barren: usize,
 }
 
@@ -56,7 +54,7 @@ struct Wire {
     /// Bytes at the front of `unsent` that have been sent.
     sent: usize,
     has_ended: bool,
-    /// What the library may read before others get their turn, in bytes.
+    /// The number of bytes that the library may read before others get their turn.
     quota: usize,
 }
 
@@ -85,7 +83,7 @@ impl Wire {
         Poll::Ready(Ok(()))
     }
 
-    /// Sends all ciphertext there is.
+    /// Sends all ciphertext.
     fn poll_flush(
         &mut self,
         cx: &mut Context<'_>,
@@ -117,7 +115,7 @@ impl Read for Wire {
 impl Write for Wire {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         if self.unsent().len() + buffer.len() > MAX_UNSENT_LEN {
-            return Err(io::Error::other("the client does not take what TLS has to tell it"));
+            return Err(io::Error::other("the client does not receive the messages of TLS"));
         }
         self.unsent.extend_from_slice(buffer);
         Ok(buffer.len())
@@ -128,9 +126,9 @@ impl Write for Wire {
     }
 }
 
-/// Carries out the TLS handshake on a socket on which STARTTLS was just acknowledged. What it
-/// computes takes a millisecond and more, so that it is done by the scheduler, for one client after
-/// the other.
+/// Carries out the TLS handshake on a socket on which STARTTLS was just acknowledged. The
+/// computations take a millisecond or more, so the scheduler does them, for one client after the
+/// other.
 pub(super) async fn accept(
     mut socket: PlainSocket,
     credentials: &TlsCredentials,
@@ -164,7 +162,7 @@ pub(super) async fn accept(
             }
             Err(error) if error.code() == ErrorCode::WANT_READ => flushed?,
             Err(_) if session.get_ref().has_ended => return Err(TlsFailure::Closed),
-            // The alert is out, if the client took it.
+            // The alert was sent, if the client received it.
             Err(error) => {
                 let notes = Notes::of(session.ssl());
                 return Err(TlsFailure::Handshake(explain_handshake(&error, notes)));
@@ -181,8 +179,9 @@ impl TlsSocket {
         format!("{} {cipher}", ssl.version_str())
     }
 
-    /// Reads plaintext; as [`PlainSocket::poll_read`]. It is pending also when much was read that
-    /// brought none: the task is woken to go on, and can see [how much it was](Self::take_barren).
+    /// Reads plaintext; as [`PlainSocket::poll_read`]. It is also pending if much was read without
+    /// plaintext: the task is then woken to continue, and can query [how much it
+    /// was](Self::take_barren).
     pub(super) fn poll_read(
         &mut self,
         cx: &mut Context<'_>,
@@ -203,12 +202,12 @@ impl TlsSocket {
         }
     }
 
-    /// Bytes that were received since this was asked last and brought no plaintext.
+    /// Bytes without plaintext that were received since the last call.
     pub(super) const fn take_barren(&mut self) -> usize {
         std::mem::replace(&mut self.barren, 0)
     }
 
-    /// Reads what is there at this moment; as [`PlainSocket::read_now`].
+    /// Reads the available bytes; as [`PlainSocket::read_now`].
     pub(super) fn read_now(&mut self, buffer: &mut [u8]) -> usize {
         let wire = self.session.get_mut();
         let received = self.socket.read_now(wire.received.space());
@@ -218,8 +217,8 @@ impl TlsSocket {
         self.decrypt(buffer).unwrap_or(0)
     }
 
-    /// Encrypts some of `slices`; true to [`PlainSocket::poll_send`], what was taken counts as sent.
-    /// [`TlsSocket::poll_flush`] sees to the rest.
+    /// Encrypts some of `slices`; as with [`PlainSocket::poll_send`], accepted bytes count as sent.
+    /// [`TlsSocket::poll_flush`] sends them.
     pub(super) fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
@@ -238,8 +237,8 @@ impl TlsSocket {
         Poll::Ready(Ok(taken))
     }
 
-    /// Encrypts some bytes of a file that are in the page cache, in pieces that stay in the
-    /// processor's; as [`PlainSocket::poll_send_file`].
+    /// Encrypts some bytes of a file from the page cache, in pieces that fit into the processor's
+    /// cache; as [`PlainSocket::poll_send_file`].
     pub(super) fn poll_send_file(
         &mut self,
         cx: &mut Context<'_>,
@@ -268,12 +267,12 @@ impl TlsSocket {
         Poll::Ready(Ok(taken))
     }
 
-    /// Sends all ciphertext there is.
+    /// Sends all ciphertext.
     pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.session.get_mut().poll_flush(cx, &mut self.socket)
     }
 
-    /// Is there ciphertext that was not sent?
+    /// Whether there is unsent ciphertext.
     pub(super) fn has_unsent(&self) -> bool {
         !self.session.get_ref().unsent().is_empty()
     }
@@ -288,16 +287,16 @@ impl TlsSocket {
         self.socket.has_input()
     }
 
-    /// What is under way below the plaintext; as [`PlainSocket::traffic`].
+    /// The bytes in transit below the plaintext; as [`PlainSocket::traffic`].
     pub(super) fn traffic(&self) -> Traffic {
         let wire = self.session.get_ref();
         let (received, unsent) = (wire.received.total(), wire.unsent().len());
         Traffic { received, unsent, ..self.socket.traffic() }
     }
 
-    /// Prepares the farewell that tells the end of the stream from a cut connection.
+    /// Prepares the closing alert, which distinguishes the end of the stream from a cut connection.
     pub(super) fn begin_shutdown(&mut self) {
-        // A client that is gone does not need it.
+        // A client that has left does not need it.
         let _ = self.session.shutdown();
     }
 
@@ -305,7 +304,7 @@ impl TlsSocket {
         self.session.get_shutdown().contains(ShutdownState::RECEIVED)
     }
 
-    /// Decrypts what has been received, as far as `buffer` has room.
+    /// Decrypts received bytes, as far as `buffer` has space.
     fn decrypt(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let mut filled = 0;
         while filled < buffer.len() {
@@ -318,7 +317,7 @@ impl TlsSocket {
                 Err(error) => match error.code() {
                     ErrorCode::WANT_READ | ErrorCode::ZERO_RETURN => break,
                     _ if self.session.get_ref().has_ended => break,
-                    // What came before it is good; the error shows again.
+                    // The bytes before it are valid; the error shows again.
                     _ if filled > 0 => break,
                     _ => return Err(into_io(error)),
                 },

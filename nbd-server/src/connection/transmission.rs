@@ -1,9 +1,8 @@
 //! The transmission phase of one connection: receive, execute, send.
 //!
-//! One task does all of it. It takes as many requests as the receive buffer holds, answers at once
-//! what can be answered without waiting (from the page cache, from memory), hands the rest to the
-//! pool, and sends the replies gathered together. Replies leave in the order in which they are
-//! ready.
+//! One task does all of it. It takes as many requests as the receive buffer holds, answers those at
+//! once that need no waiting (from the page cache, from memory), hands the others to the pool, and
+//! sends several replies together. Replies are sent in the order in which they are ready.
 
 mod backlog;
 mod disk_wait;
@@ -88,7 +87,7 @@ impl Session {
     }
 
     /// Serves until the client leaves or the server ends, and every reply is sent. If the server is
-    /// paused, what another server needs to continue is returned.
+    /// paused, returns the state that another server needs to continue.
     pub(super) async fn run(
         mut self,
         mut shutdown: Shutdown,
@@ -102,12 +101,12 @@ impl Session {
             }
             () = shutdown.reached(Phase::Pausing) => {}
         }
-        // What is encrypted cannot be continued by another process.
+        // Another process cannot continue an encrypted connection.
         if shutdown.is_in(Phase::Pausing) && self.socket.channel() == Channel::Clear {
             return self.rest().await;
         }
-        // What has arrived whole was in flight when the server was told to stop; it is finished.
-        // A payload of which a part is missing is not waited for.
+        // Requests that have arrived completely are finished. The server does not wait for the rest
+        // of a payload.
         self.throttle.open();
         poll_fn(|cx| {
             let drained = self.poll_drain(cx);
@@ -119,20 +118,21 @@ impl Session {
         Ok(None)
     }
 
-    /// Ends an encrypted stream, if the client takes the message at once. It may be gone.
+    /// Ends an encrypted stream, if the client receives the message at once. It may have left.
     async fn say_goodbye(&mut self) {
         self.socket.begin_shutdown();
         poll_fn(|cx| Poll::Ready(self.socket.poll_flush(cx).is_ready())).await;
     }
 
-    /// As [`poll`](Self::poll), and has the reads and writes started that have begun meanwhile, all at once.
+    /// As [`poll`](Self::poll), and then submits the reads and writes that were queued for the
+    /// ring, all at once.
     fn poll_and_start(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
         let polled = self.poll(cx);
         self.backlog.start_ring();
         polled
     }
 
-    /// Runs round after round, until nothing moves any more or others have their turn.
+    /// Runs rounds until nothing moves any more or others get their turn.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
         ready!(self.turn.poll(cx));
         loop {
@@ -142,7 +142,7 @@ impl Session {
             if self.is_over() {
                 return Poll::Ready(Ok(()));
             }
-            // What was received comes first: the buffer may have no room for more, and the end of
+            // Received requests come first: the buffer may have no space for more, and the end of
             // the stream must not overtake the requests before it.
             progress |= made_room || self.turn.is_over() || self.receive(cx)?;
             if !progress {
@@ -232,14 +232,14 @@ impl Session {
         progress
     }
 
-    /// Sends; true if that made room for further requests.
+    /// Sends; true if that allows further requests.
     fn flush(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
         let was_busy = self.is_busy();
         self.replies.flush(cx, &mut self.socket, &mut self.turn)?;
         Ok(was_busy && !self.is_busy())
     }
 
-    /// Reads from the socket, if anything can be done with what comes.
+    /// Reads from the socket, if the received bytes can be used.
     fn receive(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
         let is_waiting = self.backlog.is_waiting() || self.throttle.is_waiting();
         if is_waiting || self.is_busy() || self.incoming.is_closed() {
@@ -259,7 +259,7 @@ impl Session {
                 Ok(true)
             }
             Poll::Ready(Received::End) => {
-                // The client is gone, or has said all it wants to say: replies may still be taken.
+                // The client has left, or has finished sending and may still receive replies.
                 self.incoming.close();
                 Ok(true)
             }

@@ -1,11 +1,11 @@
-//! Turns: how the connections of a worker thread share it.
+//! Turns, by which the connections of a worker thread share it.
 //!
-//! A connection works as long as its client keeps it busy, but after a *quantum* others get their
-//! turn. Each connection has a virtual time: the work it has done, in bytes moved. If several have
-//! work, the one with the least virtual time goes first, and after a quantum the runtime polls the
+//! A connection works while its client keeps it busy, but after a *quantum* others get their turn.
+//! Each connection has a virtual time: the work it has done, in bytes moved. If several have work,
+//! the one with the least virtual time goes first, and after a quantum the runtime polls the
 //! sockets before any of them continues. A connection that was idle continues a little before the
 //! present virtual time. So a client with little work waits for one or two quanta, however many
-//! others have more, and those others get equal shares of the thread.
+//! other clients have more, and those get equal shares of the thread.
 
 mod order;
 #[cfg(test)]
@@ -18,26 +18,25 @@ use std::task::{Context, Poll};
 pub(crate) use order::Thread;
 use order::{HEAD_START, LONG_LIGHT_MEMORY, QUANTUM};
 
-/// What a connection with little work does between two times at which it is idle, in bytes moved: one
-/// small request.
+/// The work of a light connection between two idle moments, in bytes moved: one small request.
 const LIGHT_LEN: usize = 2 * REQUEST_COST;
-/// How often in a row that has to be. A client with a few requests in flight sends two at a time
-/// sooner or later, and is served best with such batches.
+/// Number of such periods in a row that make a connection light. A client with a few requests in
+/// flight sooner or later sends two at a time, and is served best with such batches.
 const LIGHT_RUNS: u8 = 16;
-/// Such work is charged at a part of its cost, one of so many: a client that waits for each of its
-/// requests is next after every quantum, also where that is more than an even share.
+/// The work of a light connection is charged at 1/8 of its cost: a client that waits for each of
+/// its requests is next after every quantum, even if that is more than an equal share.
 const LIGHT_DISCOUNT: usize = 8;
-/// For how long it is assumed that a new connection waits for little, where that matters for work that
-/// may be held up by the system. In bytes moved.
+/// The time, in bytes moved, for which a new connection counts as light in decisions about calls
+/// that the system may block.
 const BENEFIT_OF_DOUBT: u64 = 64 << 20;
 /// Most rounds of one connection before other tasks of its thread run.
 const ROUNDS_BEFORE_YIELD: u32 = 8;
-/// What a request or an option takes beside the bytes it moves.
+/// The cost of a request or an option in addition to its bytes, in bytes moved.
 pub(super) const REQUEST_COST: usize = 4096;
-/// What a byte costs that was received under TLS and brings nothing, in bytes moved.
+/// The cost of a byte received under TLS without plaintext, in bytes moved.
 pub(super) const BARREN_COST: usize = 64;
 
-/// What a connection is about.
+/// The state of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Idle,
@@ -49,13 +48,13 @@ enum State {
 pub(super) struct Turn {
     thread: Thread,
     id: u64,
-    /// Its virtual time: when its turn began, or will.
+    /// Its virtual time at the start of its present or next turn.
     time: u64,
     state: State,
-    /// What it may do in this turn, and has done.
+    /// The work that it may do in this turn, and has done.
     quantum: usize,
     spent: usize,
-    /// How often in a row it did little, at most [`LIGHT_RUNS`].
+    /// Number of light periods in a row, at most [`LIGHT_RUNS`].
     light_runs: u8,
     rounds: u32,
 }
@@ -79,29 +78,30 @@ impl Turn {
         }
     }
 
-    /// Takes note of work that was done, in bytes moved.
+    /// Adds work that was done, in bytes moved.
     pub(super) const fn spend(&mut self, cost: usize) {
         self.spent = self.spent.saturating_add(cost);
     }
 
-    /// Has the connection done as much as it may at a time? Never while it is alone on its thread.
+    /// Whether the turn is over. Never while the connection is alone on its thread.
     pub(super) fn is_over(&self) -> bool {
         self.spent >= self.quantum && !self.is_alone()
     }
 
-    /// How much the connection may still do, in bytes moved.
+    /// The work that the connection may still do, in bytes moved.
     pub(super) fn left(&self) -> usize {
         if self.is_alone() { usize::MAX } else { self.quantum.saturating_sub(self.spent) }
     }
 
-    /// One round of the connection's work is done. Are other tasks of the thread to be examined?
+    /// Called after each round of the connection's work: whether other tasks of the thread have to
+    /// run.
     pub(super) fn ends_with_round(&mut self) -> bool {
         self.rounds = self.rounds.wrapping_add(1);
         self.is_over() || self.rounds.is_multiple_of(ROUNDS_BEFORE_YIELD)
     }
 
-    /// Are there others on the thread that wait for little, so that a call which the system may hold
-    /// up is better made elsewhere?
+    /// Whether there are light connections on the thread, so that a call that the system may block
+    /// should be made on another thread.
     pub(super) fn has_light_company(&self) -> bool {
         !self.is_alone() && self.thread.order().since_light < LONG_LIGHT_MEMORY
     }
@@ -118,7 +118,7 @@ impl Turn {
         (self.time, self.id)
     }
 
-    /// The connection has nothing to do any more.
+    /// Records that the connection has no work.
     pub(super) fn rest(&mut self) {
         match self.state {
             State::Idle => self.end(),
@@ -140,7 +140,7 @@ impl Turn {
         }
     }
 
-    /// Charges what was done.
+    /// Charges the work that was done.
     fn end(&mut self) {
         if self.spent == 0 {
             self.state = State::Idle;
@@ -155,10 +155,10 @@ impl Turn {
         self.state = State::Idle;
     }
 
-    /// Lets others work, although there is more to do: the task is woken when it is to go on. Look
-    /// with [`Turn::poll`] whether it is.
+    /// Lets others work, although there is more to do: the task is woken when [`Turn::poll`] may be
+    /// ready.
     pub(super) fn pass_on(&mut self, cx: &mut Context<'_>) {
-        // Connections with little work pass on as well, after a number of rounds.
+        // Light connections pass on as well, after a number of rounds.
         if self.spent > LIGHT_LEN {
             self.light_runs = 0;
         }
@@ -208,7 +208,7 @@ impl Turn {
         Poll::Ready(())
     }
 
-    /// [Passes the turn on](Self::pass_on) and waits for the next.
+    /// [Passes the turn on](Self::pass_on) and waits for the next one.
     pub(super) async fn pass(&mut self) {
         let mut is_passed = false;
         poll_fn(|cx| {

@@ -1,9 +1,9 @@
 //! Per-connection reporting of write-back errors, like the kernel's `errseq_t`.
 //!
 //! An operating system reports only once for each open file that a write failed, and may drop the
-//! data. A FLUSH that fails thus takes the error, and the data, of every other client of the same
-//! disk, whose own FLUSH succeeds a moment later. Each connection therefore receives the error with
-//! its next FLUSH or FUA, if not earlier.
+//! data. So a failed FLUSH consumes the error, and may lose the data, of every other client of the
+//! same disk, whose own FLUSH succeeds a moment later. Therefore each connection receives the error
+//! with its next FLUSH or FUA, if not earlier.
 
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -13,54 +13,55 @@ use nbd_proto::wire::Errno;
 
 use crate::export::{DurabilityFailures, ExportError};
 
-/// One connection's knowledge of them.
+/// One connection's knowledge of write-back errors.
 #[derive(Debug)]
 pub(super) struct WritebackErrors {
     failures: DurabilityFailures,
     known: AtomicU64,
-    /// A failure in another server, which the client is still to be told of.
+    /// Whether the client still has to be told of a failure in another server.
     is_owed: AtomicBool,
 }
 
 impl WritebackErrors {
-    /// On a new connection nothing was written yet, so what happened before does not matter. On
-    /// one that another server has begun the client may still be owed a failure.
+    /// On a new connection nothing was written yet, so earlier failures do not matter. On a
+    /// connection that another server has begun, the client may still have to be told of one
+    /// (`owes_failure`).
     pub(super) fn new(failures: DurabilityFailures, owes_failure: bool) -> Self {
         let known = AtomicU64::new(failures.count());
         Self { failures, known, is_owed: AtomicBool::new(owes_failure) }
     }
 
-    /// Flushes of the disk that have failed so far, of any client.
+    /// The number of failed flushes of the disk so far, of all clients.
     pub(super) fn count(&self) -> u64 {
         self.failures.count()
     }
 
-    /// What the client is told of a change that promised to be durable, and that a flush which succeeded
-    /// has covered. A flush that failed since the change began, when there were `since` failures, may have
-    /// taken the error of its data: the system reports one once.
+    /// The result for a durable change that a successful flush has covered. A flush that failed
+    /// after the change began, when there were `since` failures, may have consumed the error of its
+    /// data: the system reports an error once.
     pub(super) fn judge_change(&self, since: u64) -> Result<(), ExportError> {
         let count = self.failures.count();
         if self.known.load(Acquire) == count && count == since && !self.is_owed.load(Acquire) {
             return Ok(());
         }
         self.is_told(count);
-        let why = "a FLUSH failed meanwhile; what was written before may be lost";
+        let why = "a FLUSH failed meanwhile; data written before may be lost";
         Err(ExportError::new(Errno::EIO, why))
     }
 
-    /// Whether the client is still to be told of a failure.
+    /// Whether the client still has to be told of a failure.
     pub(super) fn owes_failure(&self) -> bool {
         self.is_owed.load(Acquire) || self.known.load(Acquire) < self.failures.count()
     }
 
-    /// The client is being told of a failure, the `count`th, and of all before it.
+    /// Records that the client is told of the `count`th failure, and of all before it.
     pub(super) fn is_told(&self, count: u64) {
         self.is_owed.store(false, Release);
         self.known.fetch_max(count, AcqRel);
     }
 
-    /// What the client is told of a request's result. Nothing changes for requests that promise
-    /// nothing.
+    /// The result of a request for the client. It is unchanged for requests that do not promise
+    /// durability.
     pub(super) fn judge(
         &self,
         request: &Request,
@@ -81,7 +82,7 @@ impl WritebackErrors {
                 if self.known.fetch_max(count, AcqRel) == count && !was_owed {
                     return result;
                 }
-                let why = "a FLUSH of another client failed; what was written before may be lost";
+                let why = "a FLUSH of another client failed; data written before may be lost";
                 Err(ExportError::new(Errno::EIO, why))
             }
         }

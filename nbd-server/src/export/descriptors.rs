@@ -33,12 +33,12 @@ impl Descriptors {
         true
     }
 
-    /// How many were collected.
+    /// The number of collected descriptors.
     pub(crate) const fn len(&self) -> usize {
         self.descriptors.len()
     }
 
-    /// Are there as many as there may be?
+    /// Whether the limit is reached.
     pub(crate) const fn is_full(&self) -> bool {
         self.descriptors.len() >= self.max_count
     }

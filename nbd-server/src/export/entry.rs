@@ -88,8 +88,8 @@ impl ExportEntry {
         self.security == Security::Tls
     }
 
-    /// Sets the rules for who may use it. To a client that may not, it does not exist: lists do not
-    /// show it, and a request for its name is answered like that for an unknown name.
+    /// Sets the access rules. For a client that the rules deny, the export does not exist: lists do
+    /// not show it, and a request for its name is answered like one for an unknown name.
     #[must_use]
     pub fn access(mut self, rules: AccessRules) -> Self {
         self.access = Arc::new(rules);
@@ -104,17 +104,17 @@ impl ExportEntry {
         self
     }
 
-    /// Sets the limits of each client. All connections that are authenticated by one TLS name,
-    /// come from one address or, on unix sockets, belong to one user are one client's. They apply
-    /// at once, also to clients that use the export.
+    /// Sets the limits of each client. Connections with the same authenticated TLS name, from the
+    /// same address or, on unix sockets, of the same user belong to one client. The limits apply at
+    /// once, also to clients that use the export.
     #[must_use]
     pub fn client_quota(self, quota: Quota) -> Self {
         self.quotas.set_of_clients(quota);
         self
     }
 
-    /// The same export for the same clients, with the properties of a new entry: shown in lists,
-    /// without a description, with and without TLS, for everyone. Limits stay.
+    /// Returns the same export for the same clients, with the properties of a new entry: shown in
+    /// lists, without a description, with and without TLS, without access rules. Limits stay.
     #[must_use]
     pub fn with_default_properties(&self) -> Self {
         let (visibility, security) = (Visibility::Listed, Security::Any);
@@ -122,8 +122,8 @@ impl ExportEntry {
         Self { description: None, visibility, security, access, ..self.clone() }
     }
 
-    /// Replaces the export and keeps its visibility, rules and limits: the same clients see and use
-    /// it. Of the limits nothing is used yet.
+    /// Returns an entry for another export with the same visibility, rules and limits. Nothing of
+    /// the limits is used yet.
     #[must_use]
     pub fn with_export(&self, export: Arc<dyn Export>) -> Self {
         let (failures, flushes) = (DurabilityFailures::default(), Flushes::default());
@@ -131,8 +131,8 @@ impl ExportEntry {
         Self { export, failures, flushes, quotas, record, ..self.clone() }
     }
 
-    /// As [`with_export`](Self::with_export), for an export of the same open disk: a failure to make
-    /// data durable that becomes known through either of them is told to the clients of both.
+    /// Like [`with_export`](Self::with_export), for an export of the same open disk: if a flush
+    /// fails through either of them, the clients of both are told.
     #[must_use]
     pub fn same_disk(&self, export: Arc<dyn Export>) -> Self {
         let (failures, flushes) = (self.failures.clone(), self.flushes.clone());
@@ -145,19 +145,19 @@ impl ExportEntry {
         &self.export
     }
 
-    /// Returns what clients have done with this entry, under whatever names.
+    /// Returns the statistics of this entry's clients, under all its names.
     #[must_use]
     pub fn statistics(&self) -> ExportStatistics {
         let (last_flush, failed) = (self.flushes.last_success(), self.failures.count());
         self.record.statistics(self.export.info().size, last_flush, failed)
     }
 
-    /// Where connections count what they do.
+    /// The counters for connections.
     pub(crate) const fn record(&self) -> &ExportRecord {
         &self.record
     }
 
-    /// Whether the protocol can carry the export under `name`.
+    /// Checks that the protocol can express the export under `name`.
     pub(crate) fn check(&self, name: &str) -> Result<(), RegistryError> {
         let bad = |what, error: nbd_proto::ProtocolError| RegistryError::BadString {
             what,
@@ -171,13 +171,13 @@ impl ExportEntry {
         }
         let size = self.export.info().size;
         if size > MAX_EXPORT_SIZE {
-            let why = format!("it has {size} bytes, the protocol ends at 2^63-1");
+            let why = format!("it has {size} bytes, and the protocol's limit is 2^63-1");
             return Err(RegistryError::BadExport { name: name.to_owned(), why });
         }
         Ok(())
     }
 
-    /// What connections tell each other about the export.
+    /// The failed flushes of the export, known to all connections.
     pub(crate) fn failures(&self) -> &DurabilityFailures {
         &self.failures
     }
@@ -187,23 +187,23 @@ impl ExportEntry {
         &self.flushes
     }
 
-    /// Whether a client may do anything with the export, as soon as it uses TLS.
+    /// Whether a client may do anything with the export once it uses TLS.
     pub(crate) fn may_permit_with_tls(&self, client: &ClientInfo) -> bool {
         self.access.may_permit_with_tls(client)
     }
 
-    /// What a client may do with the export.
+    /// A client's permission for the export.
     pub(crate) fn permission(&self, client: &ClientInfo) -> Permission {
         self.access.permission(client)
     }
 
-    /// What clients have used of the limits.
+    /// The used parts of the limits.
     pub(crate) fn quotas(&self) -> &Quotas {
         &self.quotas
     }
 
-    /// What the handshake tells about this export under the name `name`, to a client that may do so
-    /// much.
+    /// The description of this export for the handshake, under the name `name`, for a client with
+    /// this permission.
     pub(crate) fn describe(&self, name: &str, permission: Permission) -> ExportDescription {
         let info = self.export.info();
         let mut description = ExportDescription::new(name, info.size);

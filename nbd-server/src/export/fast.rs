@@ -1,4 +1,4 @@
-//! [`FastExport`]: what makes an export fast, and the answers of its calls.
+//! [`FastExport`]: optional calls that make an export fast, and their results.
 
 use nbd_proto::transmission::Durability;
 
@@ -10,38 +10,38 @@ use super::read_map::{Holes, Lookup, Mapped, ReadMap};
 /// Whether a call may make its thread wait for a disk or a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum MayBlock {
-    /// It returns within microseconds: the server calls it where it stands.
+    /// It returns within microseconds: the server calls it on the connection's thread.
     No,
     /// It may take long: the server calls it on another thread.
     Yes,
-    /// It may take long, and it is work rather than waiting: it keeps a core busy, or a lock that
+    /// It may take long, and works rather than waits: it keeps a core busy, or holds a lock that
     /// other calls of this export need, as changes of a file do. The server calls it on another
-    /// thread, and has only a few such calls of one export under way at a time.
+    /// thread, with only a few such calls of one export at a time.
     Busy,
 }
 
-/// What a read that must not block achieved.
+/// The result of a read that must not block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TryRead {
-    /// The whole buffer is filled.
+    /// The complete buffer is filled.
     Complete,
-    /// It would have had to wait; the buffer's content is undefined.
+    /// The read would have had to wait; the buffer's content is undefined.
     WouldBlock,
-    /// With [`Holes::Told`] only: a part of the range, or all of it, reads as zero, as
-    /// [`FastExport::map_read`] tells; the buffer's content is undefined.
+    /// Only with [`Holes::Told`]: a part of the range, or all of it, reads as zero, and
+    /// [`FastExport::map_read`] finds it; the buffer's content is undefined.
     Sparse,
 }
 
-/// What a write that must not wait achieved.
+/// The result of a write that must not wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TryWrite {
     /// All of it is written.
     Complete,
-    /// It would have had to wait.
+    /// The write would have had to wait; nothing is written.
     WouldBlock,
 }
 
-/// Which kind of call [`FastExport::may_block`] is asked about.
+/// The kind of call that [`FastExport::may_block`] is asked about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Operation {
@@ -59,11 +59,11 @@ pub enum Operation {
     BlockStatus,
 }
 
-/// What makes an [`Export`](super::Export) fast: the server answers without another thread, without copies, and
-/// with holes as holes.
+/// Optional calls that make an [`Export`](super::Export) fast: they let the server answer without
+/// another thread, without copies, and with holes as holes.
 ///
-/// Every method has a default that is right, so that an export implements only those that help it. The
-/// server finds them through [`Export::fast`](super::Export::fast), which has to return `Some(self)`:
+/// Every method has a correct default, so an export implements only those that help it. The server
+/// finds them through [`Export::fast`](super::Export::fast), which has to return `Some(self)`:
 ///
 /// ```
 /// # use nbd_server::export::{Export, ExportError, ExportInfo, FastExport, MayBlock, Operation};
@@ -91,13 +91,14 @@ pub enum Operation {
 /// }
 /// ```
 pub trait FastExport: Send + Sync {
-    /// Fills `buffer` if that takes no waiting. With [`Holes::Told`] it may say
-    /// [`TryRead::Sparse`] instead, from the same look at the metadata that finds the data.
+    /// Fills `buffer` with the bytes at `offset` (in bytes) if that needs no waiting. With
+    /// [`Holes::Told`] it may return [`TryRead::Sparse`] instead, if the lookup of the data finds
+    /// zeroes.
     ///
     /// # Errors
     ///
-    /// As for [`Export::read_at`](super::Export::read_at), which is then called for the same range: the client gets
-    /// what that says.
+    /// As for [`Export::read_at`](super::Export::read_at), which is then called for the same range:
+    /// the client gets its result.
     fn try_read_at(
         &self,
         _offset: u64,
@@ -107,19 +108,18 @@ pub trait FastExport: Send + Sync {
         Ok(TryRead::WouldBlock)
     }
 
-    /// Tells what a range that is about to be read consists of: appends parts to `map`, which is
-    /// empty, until they have `length` bytes. With [`Lookup::MayRead`] it may stop before that
-    /// ([`Mapped::Partial`]) and is asked for the rest: a map that holds bytes should have no more
-    /// than some MiB of them. Zeroes are told where metadata knows of them; content
-    /// is not looked at. Bytes of a file may be told only if they stay in that place forever: the
-    /// server hands them from the page cache to the socket without a copy.
+    /// Maps a range (in bytes) that is about to be read: appends parts to `map`, which is empty,
+    /// until they have `length` bytes. With [`Lookup::MayRead`] it may stop earlier
+    /// ([`Mapped::Partial`]) and is called again for the rest: a map should contain at most a few
+    /// MiB of [`Content::Bytes`](super::Content). Zeroes are found from metadata; content is not
+    /// examined. Use bytes of a file only if they stay in that place forever: the server sends them
+    /// from the page cache to the socket without a copy.
     ///
-    /// What is told must have been true at some moment of the call.
+    /// The map must have been true at some moment of the call.
     ///
     /// # Errors
     ///
-    /// Whatever kept it from being found out; the range is then read, and the client gets what that
-    /// says.
+    /// If the range cannot be mapped; it is then read, and the client gets the result of that.
     fn map_read(
         &self,
         _offset: u64,
@@ -132,36 +132,38 @@ pub trait FastExport: Send + Sync {
         Ok(Mapped::Complete)
     }
 
-    /// Tells where the bytes of a range lie, if they lie in files from which the server can read them as
-    /// [`read_at`](super::Export::read_at) would. They stay there until the answer is dropped. Only what is in
-    /// memory is examined. Asked for ranges that [`try_read_at`](Self::try_read_at) did not give.
+    /// Returns the places of the bytes of a range (in bytes), if they are in files from which the
+    /// server can read them as [`read_at`](super::Export::read_at) would. They stay there until the
+    /// result is dropped. Must not block: only metadata in memory is examined. Called for ranges
+    /// that [`try_read_at`](Self::try_read_at) did not read.
     fn place_read(&self, _offset: u64, _length: usize, _: Holes) -> Option<Box<dyn PlacedRead>> {
         None
     }
 
-    /// Tells where a write of `length` bytes goes, if it goes to one place of a file and the server can write
-    /// them there as [`write_at`](super::Export::write_at) would, not durably:
-    /// [`flush`](super::Export::flush) makes them durable. Only what is in memory is looked at. Asked for
-    /// writes that [`try_write_at`](Self::try_write_at) did not do.
+    /// Returns the place of a write of `length` bytes at `offset` (in bytes), if it is one place of
+    /// a file where the server can write them as [`write_at`](super::Export::write_at) would, not
+    /// durably: [`flush`](super::Export::flush) makes them durable. Must not block: only metadata
+    /// in memory is examined. Called for writes that [`try_write_at`](Self::try_write_at) did not
+    /// carry out.
     fn place_write(&self, _offset: u64, _length: usize) -> Option<Box<dyn PlacedWrite>> {
         None
     }
 
-    /// Whether an operation may make its thread wait.
+    /// Returns whether an operation may make its thread wait.
     fn may_block(&self, _operation: Operation) -> MayBlock {
         MayBlock::Yes
     }
 
-    /// Whether every change is durable when its call returns, also one that need not be. Where it is not,
-    /// changes that have to be durable and arrive at the same time may be called as if they need not be,
-    /// with one [`flush`](super::Export::flush) after them.
+    /// Returns whether every change is durable when its call returns, even if that was not
+    /// requested. If not, the server may carry out durable changes that arrive at the same time
+    /// without durability, and call [`flush`](super::Export::flush) once after them.
     fn is_writethrough(&self) -> bool {
         false
     }
 
-    /// Writes `data` at `offset` (in bytes), not durably, if that takes no waiting. Asked for writes
-    /// that need not be durable and for which [`may_block`](Self::may_block) says that they may
-    /// block.
+    /// Writes `data` at `offset` (in bytes), not durably, if that needs no waiting. Called for
+    /// writes that need not be durable and that may block according to
+    /// [`may_block`](Self::may_block).
     ///
     /// # Errors
     ///

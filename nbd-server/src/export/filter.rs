@@ -16,7 +16,7 @@ use super::{
 /// - An override of [`write_at`](Self::write_at) needs one of [`try_write_at`](Self::try_write_at)
 ///   too, which may return [`TryWrite::WouldBlock`]; likewise for [`read_at`](Self::read_at),
 ///   [`try_read_at`](Self::try_read_at) (or [`TryRead::WouldBlock`]) and
-///   [`map_read`](Self::map_read) (or [`ReadMap::push_export`] of the whole range).
+///   [`map_read`](Self::map_read) (or [`ReadMap::push_export`] of the complete range).
 /// - A filter that makes a call block reports it in [`may_block`](Self::may_block).
 /// - [`info`](Self::info) offers only what the methods implement.
 ///
@@ -99,13 +99,14 @@ pub trait Filter: Send + Sync + 'static {
         self.inner().map_read(offset, length, holes, lookup, map)
     }
 
-    /// See [`FastExport::place_read`]. By default nothing is placed, so that a filter which changes what
-    /// is read need not know of it.
+    /// See [`FastExport::place_read`]. By default it returns `None`, so that a filter that changes
+    /// read data need not override it.
     fn place_read(&self, _offset: u64, _length: usize, _: Holes) -> Option<Box<dyn PlacedRead>> {
         None
     }
 
-    /// See [`FastExport::place_write`]. By default nothing is placed, so that a filter sees every write.
+    /// See [`FastExport::place_write`]. By default it returns `None`, so that a filter sees every
+    /// write.
     fn place_write(&self, _offset: u64, _length: usize) -> Option<Box<dyn PlacedWrite>> {
         None
     }

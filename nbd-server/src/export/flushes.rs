@@ -1,9 +1,8 @@
 //! Flushes of one export, shared by concurrent requests.
 //!
-//! A flush makes durable what was written before it began. So a flush that begins after a request
-//! has arrived answers that request, and all others that have arrived by then: however many clients
-//! request a flush, one runs and one waits. Requests that arrive while it runs are answered by the
-//! next.
+//! A flush makes all data durable that was written before it began. So a flush answers all requests
+//! that arrived before it began: however many clients request a flush, one runs and one waits.
+//! Requests that arrive while it runs are answered by the next.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,13 +15,13 @@ use crate::export::{Export, ExportError};
 use crate::queue::{Class, Cost, GroupId};
 use crate::scheduler::{Job, Scheduler};
 
-/// What a flush is expected to take, in nanoseconds.
+/// The expected time of a flush, in nanoseconds.
 const ESTIMATE: u64 = 2_000_000;
 
-/// A flush that runs for longer has more to write than what waits for it.
+/// A flush that runs for longer has more to write than the data of its waiters.
 const SLOW: Duration = Duration::from_millis(100);
 
-/// How often an export has failed to make writes durable.
+/// Counts the failures of an export to make writes durable.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct DurabilityFailures {
     count: Arc<AtomicU64>,
@@ -34,17 +33,17 @@ impl DurabilityFailures {
         self.count.load(Ordering::Acquire)
     }
 
-    /// Counts one, and gives the count.
+    /// Counts a failure, and returns the count.
     pub(crate) fn add(&self) -> u64 {
         self.count.fetch_add(1, Ordering::AcqRel) + 1
     }
 
-    /// The server is paused, and its connections are about to be told what there was so far.
+    /// Called when the server is paused, before its connections are saved with the failures so far.
     pub(crate) fn pause(&self) {
         self.at_pause.store(self.count(), Ordering::Release);
     }
 
-    /// Whether one was added since, which a connection that is continued does not know of.
+    /// Whether a failure was added since the pause, so that a saved connection does not know of it.
     pub(crate) fn are_more_since_pause(&self) -> bool {
         self.count() > self.at_pause.load(Ordering::Acquire)
     }
@@ -52,36 +51,36 @@ impl DurabilityFailures {
 
 /// A request that waits for a flush. If it is dropped without an answer, it has to answer itself.
 pub(crate) trait Waiter: Send {
-    /// Returns whether the answer is not wanted any more.
+    /// Returns whether the answer is no longer needed.
     fn is_abandoned(&self) -> bool;
 
-    /// The flush has ended. One that failed was the `Err`th failure of this export.
+    /// Called after the flush. The number of an `Err` counts the failures of this export.
     fn answer(self: Box<Self>, result: Result<(), (u64, &ExportError)>);
 }
 
-/// The flushes of one export. A clone is the same.
+/// The flushes of one export. Clones share their state.
 #[derive(Clone, Default)]
 pub(crate) struct Flushes {
     state: Arc<Mutex<State>>,
-    /// When the last FLUSH ended that succeeded, in milliseconds since 1970; 0 if there was none.
+    /// The time of the last successful FLUSH, in milliseconds since 1970; 0 if there was none.
     last_success: Arc<AtomicU64>,
 }
 
 #[derive(Default)]
 struct State {
     waiting: Vec<Box<dyn Waiter>>,
-    /// Changes that have to be durable when they are answered, and are not answered yet.
+    /// Number of durable changes that are not answered yet.
     changes: usize,
-    /// How many the last flush has answered.
+    /// The number of requests that the last flush has answered.
     last_group: usize,
-    /// When the flush began that is running.
+    /// The start of the running flush.
     began: Option<Instant>,
-    /// A job that will serve the waiters is queued or running.
+    /// Whether a job that will serve the waiters is queued or running.
     is_scheduled: bool,
 }
 
 impl Flushes {
-    /// Has `waiter` answered by a flush of `export` that begins after this call.
+    /// Adds `waiter`, which a flush of `export` that begins after this call will answer.
     pub(crate) fn join(
         &self,
         scheduler: &Scheduler,
@@ -110,14 +109,14 @@ impl Flushes {
         (state.began, state.last_group) = (Some(Instant::now()), waiters);
     }
 
-    /// A FLUSH has succeeded.
+    /// Records the success of a FLUSH.
     pub(crate) fn note_success(&self) {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let now = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
         self.last_success.store(now, Ordering::Relaxed);
     }
 
-    /// When the last FLUSH ended that succeeded.
+    /// The time of the last successful FLUSH.
     pub(crate) fn last_success(&self) -> Option<SystemTime> {
         match self.last_success.load(Ordering::Relaxed) {
             0 => None,
@@ -125,7 +124,7 @@ impl Flushes {
         }
     }
 
-    /// Counts a change that has to be durable, until what is returned is dropped.
+    /// Counts a durable change until the returned value is dropped.
     pub(crate) fn begin_change(&self) -> UnderWay {
         self.state().changes += 1;
         UnderWay { flushes: self.clone() }
@@ -136,14 +135,14 @@ impl Flushes {
     }
 }
 
-/// A change that has to be durable and is not answered yet.
+/// A durable change that is not answered yet.
 pub(crate) struct UnderWay {
     flushes: Flushes,
 }
 
 impl UnderWay {
-    /// Whether a flush is likely to serve others as well. Where one runs that has much to write, a change
-    /// should not wait for it.
+    /// Whether a flush is likely to serve other requests as well. If a running one has much to
+    /// write, a change should not wait for it.
     pub(crate) fn has_company(&self) -> bool {
         let state = self.flushes.state();
         let is_slow = state.began.is_some_and(|began| began.elapsed() > SLOW);
@@ -157,7 +156,7 @@ impl Drop for UnderWay {
     }
 }
 
-/// Flushes as long as requests wait for it.
+/// Flushes while requests wait for it.
 struct FlushJob {
     flushes: Flushes,
     export: Arc<dyn Export>,
@@ -204,7 +203,7 @@ impl FlushJob {
         if result.is_ok() {
             self.flushes.note_success();
         }
-        // It failed once, however many requests it answers.
+        // One failure, however many requests it answers.
         let result = result.map_err(|error| (self.failures.add(), error));
         for waiter in waiting {
             waiter.answer(match &result {

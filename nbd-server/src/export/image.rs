@@ -1,4 +1,4 @@
-//! Disk images as exports: the one module in which this crate and `imgfmt` meet.
+//! Disk images as exports. Only this module uses `imgfmt`.
 
 mod fast;
 
@@ -16,16 +16,16 @@ use super::{
     Descriptors, Durability, Export, ExportError, ExportInfo, FastExport, Speed, ZeroMode,
 };
 
-/// How often an image is asked for extents to answer one block status request.
+/// Maximum number of queries for extents to answer one block status request.
 const STEPS_MAX: usize = 4;
 
 /// A disk image as an export.
 #[derive(Debug)]
 pub struct ImageExport {
     image: Image,
-    /// `None`: the context `qemu:allocation-depth` is not offered.
+    /// `None` if the context `qemu:allocation-depth` is not offered.
     depth: Option<CountedLayers>,
-    /// The file whose bytes are the disk's, one to one, if the image is raw.
+    /// The file whose bytes are the disk's, at the same offsets, if the image is raw.
     file: Option<Arc<OwnedFd>>,
     info: ExportInfo,
     /// The contexts of bitmaps, in order. Held while one is examined.
@@ -37,19 +37,19 @@ pub struct ImageExport {
 pub struct CountedLayers {
     /// Layers above the image that have no data: each adds 1 to the depth.
     pub empty_above: u32,
-    /// The highest depth. What only deeper layers have counts as absent.
+    /// The maximum depth. Data that only deeper layers have counts as absent.
     pub deepest: u32,
 }
 
 impl Default for CountedLayers {
-    /// Those of the image, and all of them.
+    /// All layers of the image, and no others.
     fn default() -> Self {
         Self { empty_above: 0, deepest: u32::MAX }
     }
 }
 
 impl CountedLayers {
-    /// The depth that clients are told for one of the image.
+    /// The reported depth for a depth of the image.
     fn shown(self, depth: u32) -> u64 {
         match depth.saturating_add(self.empty_above) {
             shown if depth > 0 && shown <= self.deepest => u64::from(shown),
@@ -59,7 +59,7 @@ impl CountedLayers {
 }
 
 impl ImageExport {
-    /// Serves `image`, writable if it was opened for writing.
+    /// Creates an export of `image`, which is writable if it was opened for writing.
     #[must_use]
     pub fn new(image: Image) -> Self {
         let file = raw_file(&image);
@@ -82,26 +82,27 @@ impl ImageExport {
         self
     }
 
-    /// Offers the context `qemu:dirty-bitmap:NAME` of a bitmap as well. It is looked for in the image
-    /// and then in its backing files, and goes on noting changes if it does.
+    /// Offers the context `qemu:dirty-bitmap:NAME` of a bitmap as well. The name is looked up in
+    /// the image and then in its backing files. A recording bitmap continues to record changes.
+    /// Blocks: reads the bits.
     ///
     /// # Errors
     ///
-    /// `NotFound`; `Corrupt`, with the reason, if the bitmap cannot be relied on; `InvalidInput` if no
+    /// `NotFound`; `Corrupt`, with the reason, if the bitmap is unreliable; `InvalidInput` if no
     /// context can have its name.
     pub fn with_bitmap(self, name: &str) -> imgfmt::Result<Self> {
         self.offer_bitmap(name)?;
         Ok(self)
     }
 
-    /// As [`with_bitmap`](Self::with_bitmap), also while the export is served: to connections that
-    /// are negotiated from now on.
+    /// Like [`with_bitmap`](Self::with_bitmap), while the export is served: connections that are
+    /// negotiated from now on can select the context.
     ///
     /// # Errors
     ///
     /// As [`with_bitmap`](Self::with_bitmap).
     pub fn offer_bitmap(&self, name: &str) -> imgfmt::Result<()> {
-        // Reads the bits, and so finds out now what would go wrong later.
+        // Read the bits now, to find later errors.
         self.image.dirty_extents(name, GuestRange::default(), 1)?;
         let context = MetaContextName::qemu_dirty_bitmap(name).map_err(|error| {
             let detail = format!("the bitmap '{}': {error}", name.escape_debug());
@@ -114,8 +115,8 @@ impl ImageExport {
         Ok(())
     }
 
-    /// Offers the context of a bitmap no longer, and returns whether it was offered. Connections
-    /// that have it get errors from now on; no request uses the bitmap when this returns.
+    /// Withdraws the context of a bitmap, and returns whether it was offered. Connections that have
+    /// selected it get errors from now on; when this returns, no request uses the bitmap.
     pub fn withdraw_bitmap(&self, name: &str) -> bool {
         let mut bitmaps = self.bitmaps.write().unwrap_or_else(PoisonError::into_inner);
         let count = bitmaps.len();
@@ -146,7 +147,7 @@ impl ImageExport {
         Ok(status.into_vec())
     }
 
-    /// The exported image.
+    /// Returns the exported image.
     #[must_use]
     pub fn image(&self) -> &Image {
         &self.image
@@ -234,9 +235,9 @@ impl Export for ImageExport {
             _ => return Err(ExportError::new(Errno::EINVAL, "the export has no such context")),
         };
         let mut status = Descriptors::new(max_count);
-        // Extents that differ only in what this context does not show are joined, so one step may
-        // yield fewer descriptors than may be sent. The number of steps is bounded, because a step
-        // over a hostile image may cover little: a short answer is legal.
+        // Extents that are equal in this context are joined, so one step may yield fewer
+        // descriptors than may be sent. The number of steps is bounded, because a step over a
+        // hostile image may cover little: a short answer is legal.
         let extents =
             self.image.extents(Self::range(offset, length)?).bounded(STEPS_MAX, max_count);
         for extent in extents {
@@ -259,26 +260,27 @@ fn describe(image: &Image) -> ExportInfo {
     info.flags |= TransmissionFlags::SEND_FLUSH
         | TransmissionFlags::SEND_FUA
         | TransmissionFlags::SEND_CACHE
-        // One image object serves every connection: there is nothing to be incoherent with.
+        // One image object serves every connection, so they are coherent.
         | TransmissionFlags::CAN_MULTI_CONN;
     match image.access() {
         Access::ReadOnly => info.flags |= TransmissionFlags::READ_ONLY,
         Access::ReadWrite => {
             info.flags |= TransmissionFlags::SEND_TRIM | TransmissionFlags::SEND_WRITE_ZEROES;
-            // Offered everywhere: where it cannot be fast, ENOTSUP comes at once, and that is what
-            // a client asks for.
+            // Always offered: where it cannot be fast, it fails at once with ENOTSUP, as the flag
+            // requires.
             info.flags |= TransmissionFlags::SEND_FAST_ZERO;
         }
     }
     let preferred = capabilities.preferred_size.max(4096).next_power_of_two();
-    // Any alignment is accepted; `preferred` only tells what costs least.
+    // Any alignment is accepted; `preferred` is only the cheapest.
     info.block_sizes = BlockSizes::new(1, preferred, MAX_PAYLOAD).unwrap_or_default();
     info.meta_contexts.push(MetaContextName::base_allocation());
     info
 }
 
-/// The file of a raw image, if its bytes are the disk's one to one. Only such a file may be sent
-/// from without a copy: the clusters of other formats move while the socket still refers to them.
+/// The file of a raw image, if its bytes are the disk's, at the same offsets. Only such a file may
+/// be sent from without a copy: the clusters of other formats can move while the socket still
+/// refers to them.
 fn raw_file(image: &Image) -> Option<Arc<OwnedFd>> {
     image.raw_fd()?.try_clone_to_owned().ok().map(Arc::new)
 }
@@ -298,10 +300,10 @@ const fn durable(durability: Durability) -> imgfmt::Durability {
     }
 }
 
-/// The one table from image errors to wire errors. The client learns what kind of failure it was;
-/// names of files stay in the server's log.
+/// Translates image errors to wire errors. The client gets the kind of failure; names of files stay
+/// in the server's log.
 fn translate(error: &imgfmt::Error) -> ExportError {
-    // That something cannot be fast is an answer, not a failure.
+    // "Not fast" is an answer, not a failure.
     if error.kind() != ErrorKind::NotFast {
         tracing::warn!(%error, "a request failed");
     }

@@ -1,29 +1,30 @@
-//! What an export says of itself, and why a request failed.
+//! The properties of an export, and the errors of its requests.
 
 use std::borrow::Cow;
 
 use nbd_proto::handshake::MinimumBlockSize;
 use nbd_proto::wire::{BlockSizes, Errno, MetaContextName, TransmissionFlags};
 
-/// What a client is told about an export. All sizes are in bytes.
+/// The properties of an export. All sizes are in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ExportInfo {
     /// Size of the disk; at most 2^63-1. Fixed while a client is connected.
     pub size: u64,
-    /// What the export can do. The server itself adds what it provides for every export:
+    /// The capabilities of the export. The server adds the flags that it supports for every export:
     /// HAS_FLAGS, SEND_DF and BLOCK_STATUS_PAYLOAD.
     pub flags: TransmissionFlags,
-    /// Which requests the export accepts and likes; enforced by the server.
+    /// The sizes of requests that the export accepts and prefers; enforced by the server.
     pub block_sizes: BlockSizes,
-    /// Whether the smallest of them is enforced; if not, the methods take any alignment.
+    /// Whether the minimum is enforced; if not, the methods must accept any alignment.
     pub minimum_block_size: MinimumBlockSize,
-    /// The metadata contexts [`Export::block_status`](super::Export::block_status) can answer.
+    /// The metadata contexts that [`Export::block_status`](super::Export::block_status) can answer.
     pub meta_contexts: Vec<MetaContextName>,
 }
 
 impl ExportInfo {
-    /// A disk of `size` bytes that takes requests of any alignment and can do nothing special.
+    /// Creates the properties of a disk of `size` bytes that accepts requests of any alignment and
+    /// has no optional capabilities.
     #[must_use]
     pub fn new(size: u64) -> Self {
         Self {
@@ -36,19 +37,20 @@ impl ExportInfo {
     }
 }
 
-/// A request failed.
+/// The error of a request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 #[non_exhaustive]
 pub struct ExportError {
-    /// The error the client gets.
+    /// The error number for the client.
     pub errno: Errno,
-    /// A text for people. It is sent to the client: name no paths of this machine in it.
+    /// A human-readable message. It is sent to the client, so it must not contain paths of this
+    /// machine.
     pub message: Cow<'static, str>,
 }
 
 impl ExportError {
-    /// An error with a text for people, which is sent to the client.
+    /// Creates an error with a human-readable message, which is sent to the client.
     #[must_use]
     pub fn new(errno: Errno, message: impl Into<Cow<'static, str>>) -> Self {
         Self { errno, message: message.into() }

@@ -13,7 +13,8 @@ use super::{
 
 /// Pages are allocated when they are first written.
 const PAGE_SIZE: u64 = 64 * 1024;
-/// Pages looked at in one call. A disk may have 2^47 of them, and a client may ask about all.
+/// Maximum number of pages that one call examines. A disk may have 2^47 pages, and a client may ask
+/// about all.
 const MAX_WALKED_PAGES: u64 = 1 << 14;
 /// Pages are spread over this many locks, so that connections seldom wait for each other.
 const SHARDS: u64 = 64;
@@ -38,7 +39,7 @@ impl MemoryExport {
         &self.shards[(page % SHARDS) as usize]
     }
 
-    /// Fills `buffer`, or with [`Holes::Told`] gives up at the first page that is not there.
+    /// Fills `buffer`, or with [`Holes::Told`] gives up at the first page that does not exist.
     fn read(&self, offset: u64, buffer: &mut [u8], holes: Holes) -> TryRead {
         let mut rest = buffer;
         for part in parts(offset, rest.len() as u64) {
@@ -56,14 +57,14 @@ impl MemoryExport {
         TryRead::Complete
     }
 
-    /// Zeroes a range; whole pages are given back.
+    /// Zeroes a range; complete pages are freed.
     fn clear(&self, offset: u64, length: u64) {
         let end = offset + length;
         let whole = offset.div_ceil(PAGE_SIZE)..end / PAGE_SIZE;
         if whole.end.saturating_sub(whole.start) <= MAX_WALKED_PAGES {
             return self.clear_parts(offset, length);
         }
-        // So long a range is cleared by looking at what is there, not at what could be.
+        // For a long range, examine the existing pages, not all possible ones.
         for shard in &self.shards {
             let mut pages = shard.write().unwrap_or_else(PoisonError::into_inner);
             pages.retain(|page, _| !whole.contains(page));
@@ -190,14 +191,14 @@ impl FastExport for MemoryExport {
 
     fn may_block(&self, operation: Operation) -> MayBlock {
         match operation {
-            // These walk every page of a range that may be the whole disk.
+            // These walk every page of a range that may be the complete disk.
             Operation::Trim | Operation::WriteZeroes | Operation::BlockStatus => MayBlock::Yes,
             _ => MayBlock::No,
         }
     }
 }
 
-/// The part of a range that lies in one page.
+/// The part of a range that is in one page.
 struct PagePart {
     page: u64,
     start: usize,

@@ -1,4 +1,4 @@
-//! What a server serves: the [`Export`] trait and its implementations.
+//! Exports: the [`Export`] trait and its implementations.
 
 mod checkpoint;
 mod descriptors;
@@ -38,12 +38,12 @@ pub use registry::ExportRegistry;
 
 /// A disk that a server serves.
 ///
-/// # What has to be written
+/// # Required methods
 ///
-/// [`info`](Self::info) and [`read_at`](Self::read_at) make a read-only export, with
-/// [`write_at`](Self::write_at) a writable one. Each further command of the protocol needs its method
-/// and its flag in [`ExportInfo::flags`]; without the flag the server refuses the command and never
-/// calls the method.
+/// [`info`](Self::info) and [`read_at`](Self::read_at) are enough for a read-only export; a
+/// writable one also needs [`write_at`](Self::write_at). Each further command of the protocol needs
+/// its method and its flag in [`ExportInfo::flags`]; without the flag the server refuses the
+/// command and never calls the method.
 ///
 /// | method | flag | command |
 /// |---|---|---|
@@ -54,67 +54,69 @@ pub use registry::ExportRegistry;
 /// | [`cache`](Self::cache) | `SEND_CACHE` | CACHE |
 /// | [`block_status`](Self::block_status) | [`ExportInfo::meta_contexts`] | BLOCK_STATUS |
 ///
-/// `SEND_FUA` says that [`Durability::Fua`] is obeyed, and `CAN_MULTI_CONN` that a flush on one
+/// `SEND_FUA` means that [`Durability::Fua`] is obeyed, and `CAN_MULTI_CONN` that a flush on one
 /// connection covers the writes that were answered on every other.
 ///
-/// # What makes it fast
+/// # Speed
 ///
 /// [`FastExport`], which [`fast`](Self::fast) returns, lets the server answer without another
 /// thread, without copies, and with holes as holes. An export without it is served correctly.
 ///
 /// # Calls
 ///
-/// Calls are synchronous and come from several threads at once. Ranges lie within the disk, and
-/// begin and end at its minimum block size; their length is not zero. Requests that overlap are
-/// called in any order. A call that panics is answered with EIO, and everything else goes on.
+/// Calls are synchronous and come from several threads at once. Ranges are within the disk and not
+/// empty, and offset and length are multiples of its minimum block size if that is enforced.
+/// Overlapping requests are called in any order. A call that panics is answered with EIO, and the
+/// connection continues.
 ///
 /// `examples/memory_export.rs` is a complete export in 30 lines.
 pub trait Export: Send + Sync + 'static {
-    /// What clients are told. Asked several times in a handshake; must not block.
+    /// Returns the properties of the export. Called several times in a handshake; must not block.
     fn info(&self) -> ExportInfo;
 
-    /// Fills `buffer` from `offset` (in bytes) on. May block.
+    /// Fills `buffer` with the bytes at `offset` (in bytes). May block.
     ///
     /// # Errors
     ///
-    /// Whatever kept the bytes from being read; the server then finds out by itself which part of a
-    /// larger range can be read.
+    /// If not all bytes can be read; the server then finds out which part of a larger range is
+    /// readable.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError>;
 
-    /// Writes `data` at `offset` (in bytes), durably before it returns if asked to.
+    /// Writes `data` at `offset` (in bytes); with [`Durability::Fua`] it is durable on return. May
+    /// block.
     ///
     /// # Errors
     ///
-    /// Whatever kept it from being written; part of it may be.
+    /// If not all of it is written; a part may be.
     fn write_at(&self, _offset: u64, _data: &[u8], _: Durability) -> Result<(), ExportError> {
         Err(ExportError::unsupported())
     }
 
-    /// Makes every write that has returned durable, on whichever connection it came. Also called
-    /// for every export when the server ends.
+    /// Makes every write that has returned durable, regardless of its connection. Also called for
+    /// every export when the server ends. May block.
     ///
     /// # Errors
     ///
-    /// If durability is not known.
+    /// If some write may not be durable.
     fn flush(&self) -> Result<(), ExportError> {
         Ok(())
     }
 
-    /// The range is not needed any more; it reads as anything afterwards.
+    /// Declares a range (in bytes) unneeded; it may read as anything afterwards. May block.
     ///
     /// # Errors
     ///
-    /// Whatever went wrong; having nothing to give back is not an error.
+    /// Any failure; if no space can be freed, that is not an error.
     fn trim(&self, _offset: u64, _length: u64, _: Durability) -> Result<(), ExportError> {
         Err(ExportError::unsupported())
     }
 
-    /// Makes the range read as zeroes.
+    /// Makes a range (in bytes) read as zeroes. May block.
     ///
     /// # Errors
     ///
-    /// [`Errno::ENOTSUP`](nbd_proto::wire::Errno::ENOTSUP), at once and with nothing changed, if only a fast way is wanted and there
-    /// is none.
+    /// [`Errno::ENOTSUP`](nbd_proto::wire::Errno::ENOTSUP), at once and with nothing changed, if
+    /// only a fast way is permitted and there is none; otherwise any failure.
     fn write_zeroes(
         &self,
         _offset: u64,
@@ -126,23 +128,23 @@ pub trait Export: Send + Sync + 'static {
         Err(ExportError::unsupported())
     }
 
-    /// The range will be read soon.
+    /// Announces that a range (in bytes) will be read soon. May block.
     ///
     /// # Errors
     ///
-    /// Whatever went wrong.
+    /// Any failure.
     fn cache(&self, _offset: u64, _length: u64) -> Result<(), ExportError> {
         Err(ExportError::unsupported())
     }
 
-    /// The status of a range (in bytes) in one of the export's contexts, from its start on, in at
-    /// most `max_count` descriptors (at least 1). It may cover less than the range, but never
-    /// nothing, and never more: where much would have to be examined, a part of it is better than a
-    /// call that takes longer than a few milliseconds. The server asks for the rest.
+    /// Returns the status of a range (in bytes) in one of the export's contexts, from its start on,
+    /// in at most `max_count` descriptors (at least 1). The result may cover less than the range,
+    /// but never nothing, and never more. If much has to be examined, return a part of it rather
+    /// than block for longer than a few milliseconds: the server asks for the rest.
     ///
     /// # Errors
     ///
-    /// Whatever kept the status from being found.
+    /// If the status cannot be found.
     fn block_status(
         &self,
         _context: &MetaContextName,
@@ -153,14 +155,14 @@ pub trait Export: Send + Sync + 'static {
         Err(ExportError::unsupported())
     }
 
-    /// The calls that make the export fast, if it has them: `Some(self)` for a type that implements
-    /// [`FastExport`]. Asked for each request.
+    /// Returns the calls that make the export fast, if it has them: `Some(self)` for a type that
+    /// implements [`FastExport`]. Called for each request.
     fn fast(&self) -> Option<&dyn FastExport> {
         None
     }
 }
 
-/// The calls of [`FastExport`] on any export. One that has none gets the defaults.
+/// The calls of [`FastExport`] on any export, with the defaults for an export without them.
 impl dyn Export + '_ {
     /// See [`FastExport::try_read_at`].
     ///

@@ -1,14 +1,14 @@
-//! [`PlacedRead`]: where the bytes of a range lie that the server reads by itself.
+//! [`PlacedRead`]: the places of a range that the server reads itself.
 
 use std::os::fd::BorrowedFd;
 
-/// The places of a range that is to be read. They stay true until this is dropped: the server drops it
-/// when the bytes have arrived.
+/// The places of a range that is to be read. They stay valid until this is dropped: the server
+/// drops it when the bytes have arrived.
 pub trait PlacedRead: Send {
-    /// The parts of the range, in order and without gaps.
+    /// Returns the parts of the range, in order and without gaps.
     fn parts(&self) -> &[PlacedPart];
 
-    /// The file of this number; `None` if there is none that can be read from.
+    /// Returns the file of this number; `None` if there is none that can be read.
     fn file(&self, number: usize) -> Option<PlacedFile<'_>>;
 }
 
@@ -18,7 +18,7 @@ pub trait PlacedRead: Send {
 pub struct PlacedPart {
     /// Its length in bytes; not zero.
     pub length: usize,
-    /// Where its bytes are.
+    /// The place of its bytes.
     pub place: Placement,
 }
 
@@ -30,17 +30,17 @@ impl PlacedPart {
     }
 }
 
-/// Where the bytes of a part are.
+/// The place of the bytes of a part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Placement {
-    /// They are zeroes.
+    /// The bytes are zeroes.
     Zero,
     /// In a file.
     File {
         /// Its [number](PlacedRead::file).
         number: usize,
-        /// Where they begin in it, in bytes.
+        /// The offset in the file, in bytes.
         offset: u64,
     },
 }

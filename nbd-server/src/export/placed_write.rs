@@ -1,21 +1,22 @@
-//! [`PlacedWrite`]: where the bytes of a write go that the server carries out by itself.
+//! [`PlacedWrite`]: the place of a write that the server carries out itself.
 
 use super::info::ExportError;
 use super::placed_read::PlacedFile;
 
-/// The place of a write. It belongs to this write until it is dropped: the server drops it when nothing of
-/// the write is under way any more.
+/// The place of a write. It belongs to this write until it is dropped: the server drops it when no
+/// part of the write is in flight any more.
 pub trait PlacedWrite: Send {
-    /// The file that is written to, which is open for writing; `None` if there is none.
+    /// Returns the file to write to, which is open for writing; `None` if there is none.
     fn file(&self) -> Option<PlacedFile<'_>>;
 
-    /// Where the bytes go in it; a multiple of the alignment of the file, as their number is.
+    /// Returns the offset in the file, in bytes. Offset and length are multiples of the file's
+    /// alignment.
     fn offset(&self) -> u64;
 
-    /// Makes the bytes, all of which were written, a part of the disk. Never waits.
+    /// Called after all bytes were written: makes them a part of the disk. Must not block.
     ///
     /// # Errors
     ///
-    /// What the client is to be told.
+    /// The error for the client.
     fn written(self: Box<Self>) -> Result<(), ExportError>;
 }

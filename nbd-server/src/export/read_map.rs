@@ -1,7 +1,7 @@
 //! [`ReadMap`]: the parts of a range of a disk, for a read of it.
 //!
-//! `imgfmt` has types of the same names for its images. These are the server's own, because an export
-//! need not be an image: without the feature `image` there is no `imgfmt`.
+//! `imgfmt` has types of the same names for its images. This crate has its own, because without the
+//! feature `image` it does not depend on `imgfmt`.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -10,40 +10,41 @@ use bytes::Bytes;
 
 /// Most parts of one map, and so most chunks of one reply.
 const SEGMENTS_MAX: usize = 1024;
-/// When so many parts are there already ...
+/// If there are this many parts already ...
 const SEGMENTS_MANY: usize = SEGMENTS_MAX / 2;
 /// ... shorter holes than this count as data, in bytes.
 const HOLE_MIN: usize = 4096;
 
-/// What is to be known of parts that read as zero.
+/// Whether a map distinguishes parts that read as zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Holes {
-    /// They are told apart from data, as far as metadata knows of them.
+    /// They are distinguished from data, as far as metadata shows them.
     Told,
-    /// They may pass for data: they are sent as bytes anyway.
+    /// They may count as data: they are sent as bytes in any case.
     AsData,
 }
 
-/// Whether a map may be waited for.
+/// Whether mapping may block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Lookup {
     /// Metadata may be read from the disk.
     MayRead,
-    /// Only what is in memory is examined.
+    /// Only metadata in memory is examined, without blocking.
     CachedOnly,
 }
 
-/// What came of looking for the parts of a range.
+/// The result of mapping a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mapped {
-    /// The map holds the whole range.
+    /// The map contains the complete range.
     Complete,
-    /// The map holds the first part of the range, and not nothing. With [`Lookup::MayRead`] only.
+    /// The map contains the first part of the range, which is not empty. Only with
+    /// [`Lookup::MayRead`].
     Partial,
-    /// Metadata would have to be read first; the map is of no use. With [`Lookup::CachedOnly`] only.
+    /// Metadata would have to be read first; the map is unusable. Only with [`Lookup::CachedOnly`].
     WouldBlock,
-    /// As `WouldBlock`, but the system can tell what is missing without reading from the disk: it is
-    /// work for a processor, of which the server does little at a time.
+    /// Like `WouldBlock`, but the system can find the missing part without reading from the disk.
+    /// That takes processor time, so the server runs few such calls at a time.
     HolesUnknown,
 }
 
@@ -53,37 +54,38 @@ pub enum Mapped {
 pub struct Segment {
     /// Its length in bytes; not zero.
     pub length: usize,
-    /// Where its bytes come from.
+    /// The source of its bytes.
     pub content: Content,
 }
 
-/// Where the bytes of a part come from.
+/// The source of the bytes of a part.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Content {
-    /// They are zeroes.
+    /// Zeroes.
     Zero,
-    /// They are bytes of a file.
+    /// Bytes of a file.
     File(FileSpan),
-    /// They are these, read when the map was made: where one request finds out both what is zero
-    /// and what is not. As many as the part is long.
+    /// These bytes, which were read with the map: for an export whose reads also find zeroes. Their
+    /// number is the part's length.
     Bytes(Bytes),
-    /// They are read with [`Export::read_at`](super::Export::read_at).
+    /// Bytes to be read with [`Export::read_at`](super::Export::read_at).
     Export,
 }
 
-/// A part of a file whose bytes are the bytes of the disk, and stay in that place forever.
+/// A part of a file whose bytes are the bytes of the disk, and stay in that place while the export
+/// exists.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct FileSpan {
     /// The file.
     pub file: Arc<OwnedFd>,
-    /// Where the bytes are in it, in bytes from its start.
+    /// The offset in the file, in bytes.
     pub offset: u64,
 }
 
 impl FileSpan {
-    /// The bytes of `file` from `offset` on, in bytes from its start.
+    /// Creates a span that begins at `offset` of `file`, in bytes.
     #[must_use]
     pub const fn new(file: Arc<OwnedFd>, offset: u64) -> Self {
         Self { file, offset }
@@ -92,8 +94,8 @@ impl FileSpan {
 
 /// The parts of a range of a disk, in order and without gaps.
 ///
-/// Parts that belong together are joined, and their number is bounded: where holes are many and
-/// small they count as data.
+/// Adjacent parts of one kind are joined, and their number is bounded: if there are many small
+/// holes, they count as data.
 #[derive(Debug, Default)]
 pub struct ReadMap {
     segments: Vec<Segment>,
@@ -102,7 +104,7 @@ pub struct ReadMap {
 }
 
 impl ReadMap {
-    /// An empty map.
+    /// Creates an empty map.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -135,7 +137,7 @@ impl ReadMap {
         self.zero_len += length;
     }
 
-    /// Appends `length` bytes that lie in a file.
+    /// Appends `length` bytes that are in a file.
     pub fn push_file(&mut self, length: usize, span: FileSpan) {
         if let Some(Segment { length: before, content: Content::File(last) }) =
             self.segments.last_mut()
@@ -173,25 +175,25 @@ impl ReadMap {
         self.length += length;
     }
 
-    /// The parts.
+    /// Returns the parts, in order.
     #[must_use]
     pub fn segments(&self) -> &[Segment] {
         &self.segments
     }
 
-    /// The length of the whole range, in bytes.
+    /// Returns the length of the complete range, in bytes.
     #[must_use]
     pub const fn len(&self) -> usize {
         self.length
     }
 
-    /// Whether the map is empty.
+    /// Returns whether the map is empty.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.length == 0
     }
 
-    /// How many bytes of it are not known to be zero.
+    /// Returns the number of bytes that are not known to be zero.
     #[must_use]
     pub const fn data_len(&self) -> usize {
         self.length - self.zero_len
@@ -201,7 +203,7 @@ impl ReadMap {
         self.segments.len() >= SEGMENTS_MANY
     }
 
-    /// One more part would be too many, unless it takes everything that follows.
+    /// Whether the next part must take everything that follows.
     fn is_full(&self) -> bool {
         self.segments.len() + 1 >= SEGMENTS_MAX
     }

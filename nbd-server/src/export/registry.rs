@@ -60,7 +60,7 @@ impl ExportRegistry {
         Ok(())
     }
 
-    /// Replaces the entry of an export. Clients that use it continue to do so as before.
+    /// Replaces the entry of an export. Clients that use the old one keep it.
     ///
     /// # Errors
     ///
@@ -79,7 +79,7 @@ impl ExportRegistry {
         Ok(())
     }
 
-    /// Removes an export. Clients that use it continue to use it.
+    /// Removes an export, and returns its entry, if there is one. Clients that use it keep it.
     pub fn remove(&self, name: &str) -> Option<ExportEntry> {
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
         let entry = inner.exports.remove(name)?;
@@ -113,15 +113,15 @@ impl ExportRegistry {
         inner.exports.iter().map(|(name, entry)| (name.clone(), entry.clone())).collect()
     }
 
-    /// The exports that were removed or replaced and are still there, by their former names.
+    /// The exports that were removed or replaced and still exist, by their former names.
     pub(crate) fn removed(&self) -> Vec<(String, Arc<dyn Export>)> {
         let alive =
             |(name, export): &(String, Weak<dyn Export>)| Some((name.clone(), export.upgrade()?));
         self.read().removed.iter().filter_map(alive).collect()
     }
 
-    /// Returns the names of exports that were removed or replaced while something still holds
-    /// them, such as a client that goes on using one.
+    /// Returns the names of removed or replaced exports that still exist, usually because a client
+    /// uses them.
     #[must_use]
     pub fn removed_in_use(&self) -> Vec<String> {
         let mut removed = self.removed();
@@ -134,7 +134,7 @@ impl ExportRegistry {
         self.read().exports.values().any(|entry| Arc::ptr_eq(&entry.export, export))
     }
 
-    /// The answer of LIST to a client. Without TLS it has no names of exports that require TLS.
+    /// The answer to LIST for a client. Without TLS it omits exports that require TLS.
     pub(crate) fn listed(&self, is_clear: bool, client: &ClientInfo) -> Vec<ListedExport> {
         let inner = self.read();
         let listed = inner.exports.iter().filter(|(_, entry)| {

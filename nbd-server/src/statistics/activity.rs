@@ -1,11 +1,11 @@
-//! Where on a disk requests go.
+//! Counts requests by regions of a disk.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::cell::add;
 use super::requests::RequestKind;
 
-/// Most regions of a disk.
+/// Maximum number of regions of a disk.
 const MAX_REGIONS: u64 = 256;
 
 /// The bytes read and changed in each region of a disk, since the export was added.
@@ -50,7 +50,7 @@ impl Activity {
 /// The length of a region, as a power of two.
 const fn shift_of(size: u64) -> u32 {
     let least = size.div_ceil(MAX_REGIONS);
-    // Nothing is smaller than a page.
+    // A region is at least a page.
     let length = if least < 4096 { 4096 } else { least };
     // Sizes are below 2^63, a region is below 2^56.
     u64::BITS - (length - 1).leading_zeros()
@@ -75,7 +75,7 @@ impl LiveActivity {
         Self { shift, read: zeroes(), written: zeroes() }
     }
 
-    /// Notes a request of a range inside the disk, in bytes. Called by one thread at a time.
+    /// Records a request of a range inside the disk, in bytes. Called by one thread at a time.
     pub(super) fn note(&self, kind: RequestKind, offset: u64, length: u64) {
         let regions = match kind {
             RequestKind::Read => &self.read,

@@ -28,7 +28,7 @@ struct CommandCounters {
     latencies: [AtomicU64; BUCKETS],
 }
 
-/// What anyone may read; only one task at a time changes it.
+/// Any thread may read the counters; only one task at a time changes them.
 #[derive(Debug)]
 pub(crate) struct Counters {
     commands: [CommandCounters; RequestKind::ALL.len()],
@@ -60,25 +60,25 @@ impl Counters {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// Counts a request. Called by one thread at a time, like what follows.
+    /// Counts a request. Called by one thread at a time, like the following methods.
     pub(super) fn count(&self, kind: RequestKind, length: u64, outcome: Outcome) {
         let counters = &self.commands[kind.index()];
         match outcome {
-            // Clients may send a range with FLUSH, which means nothing.
+            // Clients may send a range with FLUSH, which has no meaning.
             Outcome::Success if kind == RequestKind::Flush => {}
             Outcome::Success => add(&counters.bytes, length),
             Outcome::Failure => add(&counters.errors, 1),
         }
     }
 
-    /// Notes the latency of some requests, in nanoseconds.
+    /// Records the latency of some requests, in nanoseconds.
     pub(super) fn time(&self, kind: RequestKind, count: u64, latency: u64) {
         let counters = &self.commands[kind.index()];
         add(&counters.latencies[bucket(latency)], count);
         add(&counters.nanoseconds, latency.saturating_mul(count));
     }
 
-    /// Notes where a request goes, in bytes.
+    /// Records the range of a request, in bytes.
     pub(super) fn note(&self, kind: RequestKind, offset: u64, length: u64) {
         self.activity.note(kind, offset, length);
     }

@@ -1,4 +1,4 @@
-//! How long requests took.
+//! Latencies of requests.
 
 use std::time::Duration;
 
@@ -18,8 +18,8 @@ pub(super) const fn bucket(nanoseconds: u64) -> usize {
 /// A histogram of latencies.
 ///
 /// The latency of a request is the time from its arrival, payload included, until its reply is
-/// ready to be sent. Requests that are received together and answered without waiting have the
-/// same latency, that of the last one.
+/// ready to be sent. Requests that are received together and answered without waiting count with
+/// the same latency, that of the last one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LatencyHistogram {
     pub(super) counts: [u64; BUCKETS],
@@ -51,13 +51,13 @@ impl LatencyHistogram {
         self.nanoseconds.checked_div(self.count()).map(Duration::from_nanos)
     }
 
-    /// Returns the buckets in ascending order: the largest latency in it (`None` for the last one,
-    /// which has no bound) and the number of requests.
+    /// Returns the buckets in ascending order: the largest latency of a bucket (`None` for the last
+    /// one, which has no bound) and its number of requests.
     pub fn buckets(&self) -> impl Iterator<Item = (Option<Duration>, u64)> + '_ {
         self.counts.iter().enumerate().map(|(index, count)| (bound(index), *count))
     }
 
-    /// Returns the bound of the bucket in which the `quantile` (from 0 to 1) lies: that part of the
+    /// Returns the bound of the bucket that contains the `quantile` (from 0 to 1): this part of the
     /// requests took no longer. `None` without requests. The last bucket counts as 33.6 s.
     #[must_use]
     pub fn quantile(&self, quantile: f64) -> Option<Duration> {
@@ -72,7 +72,7 @@ impl LatencyHistogram {
         Some(Duration::from_micros(FIRST_BOUND << index))
     }
 
-    /// Returns what was added since `earlier`, an older copy of the same histogram.
+    /// Returns the requests that were added since `earlier`, an older copy of the same histogram.
     #[must_use]
     pub fn since(&self, earlier: &Self) -> Self {
         let mut result = *self;

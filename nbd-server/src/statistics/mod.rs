@@ -1,7 +1,7 @@
-//! What a server has done: requests, bytes, errors and latencies, of each client and each export.
+//! Statistics: requests, bytes, errors and latencies of each client and each export.
 //!
-//! A connection counts for itself, in memory that only its own task changes, so counting costs no
-//! locked instruction. A query adds the connections up; see
+//! Each connection has its own counters, which only its own task changes, so counting costs no
+//! locked instruction. A query sums the connections; see
 //! [`ServerHandle::statistics`](crate::ServerHandle::statistics). The clock is read twice for all
 //! requests that are received together.
 

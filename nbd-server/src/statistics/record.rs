@@ -7,30 +7,30 @@ use super::activity::Activity;
 use super::counters::Counters;
 use super::requests::RequestStatistics;
 
-/// What an export has done. All counters begin when its
-/// [`ExportEntry`](crate::export::ExportEntry) is made.
+/// The work of an export. All counters begin when its [`ExportEntry`](crate::export::ExportEntry)
+/// is created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ExportStatistics {
-    /// When the entry was made.
+    /// The time at which the entry was created.
     pub since: SystemTime,
-    /// Clients that use it now.
+    /// Number of clients that use it now.
     pub clients: usize,
-    /// Clients that have ever used it.
+    /// Number of clients that have ever used it.
     pub clients_total: u64,
     /// Answered requests of all clients, present and past.
     pub requests: RequestStatistics,
-    /// Requests of present clients that are not answered: they wait for a disk or a thread.
+    /// Number of requests of present clients that are not answered yet.
     pub in_flight: u64,
-    /// Where on the disk requests went.
+    /// The bytes read and changed by regions of the disk.
     pub activity: Activity,
-    /// When the last FLUSH ended that succeeded; `None` if there was none.
+    /// The time of the last successful FLUSH; `None` if there was none.
     pub last_flush: Option<SystemTime>,
-    /// Failures to make writes durable.
+    /// Number of failures to make writes durable.
     pub failed_flushes: u64,
 }
 
-/// Collects the counters of an export's connections. A clone is the same.
+/// Collects the counters of an export's connections. Clones share them.
 #[derive(Debug, Clone)]
 pub(crate) struct ExportRecord {
     since: SystemTime,
@@ -41,7 +41,7 @@ pub(crate) struct ExportRecord {
 struct State {
     present: Vec<Arc<Counters>>,
     clients_total: u64,
-    /// What clients did that have left.
+    /// The requests of clients that have left.
     past: RequestStatistics,
     past_activity: Option<Activity>,
 }

@@ -54,7 +54,7 @@ impl RequestKind {
         }
     }
 
-    /// Whether it changes the content of the disk.
+    /// Returns whether the command changes the content of the disk.
     #[must_use]
     pub const fn is_change(self) -> bool {
         matches!(self, Self::Write | Self::Trim | Self::WriteZeroes)
@@ -84,9 +84,9 @@ impl From<CommandType> for RequestKind {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CommandStatistics {
-    /// Bytes of the ranges of the requests that succeeded.
+    /// Bytes of the ranges of successful requests.
     pub bytes: u64,
-    /// Requests that were answered with an error, refused ones included.
+    /// Number of requests that were answered with an error, refused ones included.
     pub errors: u64,
     /// The latencies of all requests, failed ones included.
     pub latency: LatencyHistogram,

@@ -1,4 +1,4 @@
-//! Counts what one connection does.
+//! Counts the requests of one connection.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,14 +16,14 @@ pub(crate) struct Ticket {
     arrived: Instant,
 }
 
-/// Counts for one connection. Its counters go to the export's when it is dropped.
+/// Counts the requests of one connection. On drop, its counters are added to the export's.
 #[derive(Debug)]
 pub(crate) struct Tally {
     counters: Arc<Counters>,
     record: ExportRecord,
-    /// When the bytes arrived of which requests are made.
+    /// The arrival time of the bytes that are being parsed.
     received: Instant,
-    /// Requests of each kind that were answered since, without waiting.
+    /// Number of requests of each kind that were answered since, without waiting.
     answered: [u32; RequestKind::ALL.len()],
     has_answered: bool,
 }
@@ -46,36 +46,37 @@ impl Tally {
         &self.counters
     }
 
-    /// Bytes have arrived.
+    /// Records the arrival of bytes.
     pub(crate) fn received(&mut self) {
         self.received = Instant::now();
     }
 
-    /// Notes where a valid request goes, in bytes.
+    /// Records the range of a valid request, in bytes.
     pub(crate) fn begin(&self, kind: RequestKind, offset: u64, length: u64) {
         self.counters.note(kind, offset, length);
     }
 
-    /// A request that is answered later.
+    /// The ticket of a request that is answered later.
     pub(crate) const fn ticket(&self, kind: RequestKind, length: u64) -> Ticket {
         Ticket { kind, length, arrived: self.received }
     }
 
-    /// A request was answered at once.
+    /// Counts a request that was answered at once.
     pub(crate) fn answer(&mut self, kind: RequestKind, length: u64, outcome: Outcome) {
         self.answered[kind.index()] += 1;
         self.has_answered = true;
         self.counters.count(kind, length, outcome);
     }
 
-    /// A request was answered that had a ticket; nothing is counted for a part of an answer.
+    /// Counts an answered request with a ticket; does nothing for a part of an answer.
     pub(crate) fn answer_later(&mut self, answered: Option<(Ticket, Outcome)>) {
         let Some((Ticket { kind, length, arrived }, outcome)) = answered else { return };
         self.counters.count(kind, length, outcome);
         self.counters.time(kind, 1, nanoseconds(arrived, Instant::now()));
     }
 
-    /// Everything that could be answered at once is. `in_flight` requests are not answered.
+    /// Called when everything that could be answered at once is. `in_flight` requests are not
+    /// answered.
     pub(crate) fn settle(&mut self, in_flight: usize) {
         self.counters.set_in_flight(in_flight);
         if !std::mem::take(&mut self.has_answered) {

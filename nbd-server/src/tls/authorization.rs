@@ -10,10 +10,10 @@ use super::{TlsError, file};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum ClientCertificates {
-    /// They must.
+    /// Clients must present one.
     #[default]
     Required,
-    /// They are not asked for one: any client that reaches the server may use it.
+    /// Clients are not asked for one: any client that reaches the server may use it.
     NotAsked,
 }
 
@@ -21,9 +21,9 @@ pub enum ClientCertificates {
 ///
 /// A pattern is a name with `*` for any text and `?` for any single character, for example
 /// `CN=laptop-*,O=Example,C=GB`. A special character in a value is written as in names: `\,` is a
-/// comma that belongs to a value, `,` the one between two parts; `\*` and `\?` are no wildcards. Both
-/// orders match: the most specific part first, as printed by `certtool --certificate-info`, and the
-/// order in the certificate, as in QEMU. Matching is case-sensitive.
+/// comma that belongs to a value, `,` the one between two parts; `\*` and `\?` are not wildcards.
+/// Both orders match: the most specific part first, as printed by `certtool --certificate-info`,
+/// and the order in the certificate, as in QEMU. Matching is case-sensitive.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub enum Authorization {
@@ -78,7 +78,7 @@ pub enum Verdict {
 }
 
 impl Rule {
-    /// Creates a rule for the clients whose name fits `name`.
+    /// Creates a rule for the clients whose name matches `name`.
     #[must_use]
     pub fn new(name: impl Into<String>, matching: Matching, verdict: Verdict) -> Self {
         Self { name: name.into(), matching, verdict }
@@ -93,11 +93,11 @@ impl Rule {
 }
 
 impl Authorization {
-    /// May this client connect?
+    /// Checks whether this client may connect.
     ///
     /// # Errors
     ///
-    /// The reason why not, for the log.
+    /// The reason for the refusal, for the log.
     pub(super) fn check(&self, name: &DistinguishedName) -> Result<(), String> {
         let fits = match self {
             Self::Everyone => true,
@@ -126,7 +126,7 @@ impl Authorization {
 }
 
 impl PeerIdentity {
-    /// Returns whether the authenticated name matches a pattern; a distinguished name in either
+    /// Returns whether the authenticated name matches a pattern, a distinguished name in either
     /// order.
     pub(crate) fn matches(&self, pattern: &str) -> bool {
         match self {
@@ -174,11 +174,11 @@ fn fits(pattern: &str, name: &DistinguishedName) -> bool {
     fits(&name.specific_first) || fits(&name.as_encoded)
 }
 
-/// A character of a name, and whether an escape makes it a part of a value: `\,` is never the comma
-/// between two parts.
+/// Whether a character of a name was escaped, and the character: `\,` is never the comma between
+/// two parts.
 type Unit = (bool, char);
 
-/// What a place of a pattern stands for.
+/// An element of a pattern.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Wanted {
     AnyText,
@@ -186,7 +186,7 @@ enum Wanted {
     Only(Unit),
 }
 
-/// The characters of an escaped name. A backslash at the end stands for itself.
+/// The characters of an escaped name. A backslash at the end is literal.
 fn units(name: &str) -> Vec<Unit> {
     let mut characters = name.chars();
     let mut units = Vec::with_capacity(name.len());
@@ -217,8 +217,8 @@ const fn wanted_bare(unit: Unit) -> Wanted {
     }
 }
 
-/// Wildcards, in time proportional to the product of the lengths: of several `*` only the last is
-/// ever tried again.
+/// Matches wildcards, in time proportional to the product of the lengths: of several `*`, only the
+/// last is ever tried again.
 fn matches(pattern: &[Wanted], text: &[Unit]) -> bool {
     let (mut p, mut t) = (0, 0);
     let mut star: Option<(usize, usize)> = None;

@@ -6,13 +6,13 @@ use openssl::ssl::{
     SslVersion,
 };
 
-/// The fastest on processors with AES instructions comes first, and the server's order counts:
-/// external keys are bound to SHA-256, and the default orders of OpenSSL and GnuTLS then agree on
-/// CHACHA20, which is three to four times slower.
+/// The fastest on processors with AES instructions comes first, and the server's order is used:
+/// external keys are bound to SHA-256, and with that the default orders of OpenSSL and GnuTLS
+/// select CHACHA20, which is three to four times slower.
 const CIPHERSUITES_1_3: &str =
     "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256";
 
-/// Credentials as the TLS library has them.
+/// Credentials in the TLS library's form.
 pub(super) struct Loaded {
     pub(super) context: SslContext,
     pub(super) host_names: Vec<String>,
@@ -40,14 +40,14 @@ pub(super) fn builder() -> Result<Builder, ErrorStack> {
             // A client that closes without a TLS close_notify after its DISC is the normal case.
             | SslOptions::IGNORE_UNEXPECTED_EOF,
     );
-    // Connections live long: a resumed session saves nothing, and would skip the check of the
+    // Connections are long-lived: a resumed session saves nothing, and would skip the check of the
     // client's identity.
     builder.set_session_cache_mode(SslSessionCacheMode::OFF);
     builder.set_num_tickets(0)?;
     Ok(Builder(builder))
 }
 
-/// The library's builder, with the end of its work made easy.
+/// The library's builder, with helpers.
 pub(super) struct Builder(openssl::ssl::SslAcceptorBuilder);
 
 impl Builder {

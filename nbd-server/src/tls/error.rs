@@ -11,7 +11,7 @@ use thiserror::Error;
 use super::notes::{Notes, printable};
 use crate::error::system_words;
 
-/// Credentials that cannot be used.
+/// The reason why credentials cannot be used.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum TlsError {
@@ -35,7 +35,7 @@ pub enum TlsError {
         /// The defect.
         why: String,
     },
-    /// A certificate outside of its time.
+    /// A certificate outside its period of validity.
     #[error(
         "the certificate {subject} in {} {problem}; have the authority issue a new one, or set the \
          clock", path.display()
@@ -87,8 +87,8 @@ fn advice(source: &io::Error) -> String {
     }
 }
 
-/// Why a TLS handshake failed, for the server's log: what the callbacks noted comes first, because
-/// the library only knows that something was refused.
+/// The reason why a TLS handshake failed, for the server's log: the notes of the callbacks come
+/// first, because the library only knows that something was refused.
 pub(crate) fn explain_handshake(error: &ssl::Error, notes: Option<&Notes>) -> String {
     if let Some(refusal) = notes.and_then(Notes::refusal) {
         return refusal;
@@ -106,8 +106,8 @@ pub(crate) fn explain_handshake(error: &ssl::Error, notes: Option<&Notes>) -> St
         _ => {}
     }
     if has("peer did not return a certificate") {
-        // Clients do not show certificates of authorities that the server does not name.
-        return "the client showed no certificate; give it client-cert.pem and client-key.pem signed \
+        // Clients do not present certificates of authorities that the server does not name.
+        return "the client presented no certificate; give it client-cert.pem and client-key.pem signed \
                 by an authority in the server's ca-cert.pem"
             .to_owned();
     }

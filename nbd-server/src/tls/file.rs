@@ -12,13 +12,13 @@ const MAX_FILE_LEN: u64 = 4 << 20;
 /// Permission bit: all users may read.
 const READABLE_BY_OTHERS: u32 = 0o004;
 
-/// Reads a whole file.
+/// Reads a complete file.
 pub(super) fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, TlsError> {
     let failed = |source| TlsError::Read { what, path: path.to_path_buf(), source };
     read_from(&mut File::open(path).map_err(failed)?).map_err(failed)
 }
 
-/// As [`read`], of a file that holds a secret. Warns if others may read it.
+/// As [`read`], for a file with a secret. Warns if others may read it.
 pub(super) fn read_secret(what: &'static str, path: &Path) -> Result<Vec<u8>, TlsError> {
     let failed = |source| TlsError::Read { what, path: path.to_path_buf(), source };
     let mut file = File::open(path).map_err(failed)?;

@@ -108,7 +108,7 @@ struct Inner {
 }
 
 impl CredentialSource {
-    /// Reads and checks all of it.
+    /// Reads and checks the credentials.
     fn read(&self) -> Result<Loaded, TlsError> {
         match self {
             Self::X509 { directory, client_certificates, authorization } => {
@@ -127,7 +127,8 @@ impl CredentialSource {
 impl TlsCredentials {
     /// Loads credentials and checks everything that does not depend on a client.
     ///
-    /// A key file that every user of the system can read is used, with a warning in the log.
+    /// A key file that every user of the system can read is used, with a warning in the log. Blocks
+    /// while it reads files.
     ///
     /// # Errors
     ///
@@ -169,8 +170,8 @@ impl TlsCredentials {
         &self.inner.source
     }
 
-    /// Returns the host names and addresses in the server's certificate, those of its own first.
-    /// Empty for pre-shared keys.
+    /// Returns the host names and addresses in the server's certificate, or its common name if
+    /// there are none. Empty for pre-shared keys.
     #[must_use]
     pub fn host_names(&self) -> Vec<String> {
         self.current().host_names.clone()

@@ -9,8 +9,8 @@ use openssl::ssl::{Ssl, SslRef};
 
 static INDEX: OnceLock<Index<Ssl, Notes>> = OnceLock::new();
 
-/// Kept with the connection's state in the TLS library. Written once each: the first refusal is the
-/// one that counts.
+/// Notes that are attached to the connection's state in the TLS library. Each is written once: the
+/// first refusal counts.
 #[derive(Debug, Default)]
 pub(crate) struct Notes {
     user: OnceLock<String>,
@@ -30,7 +30,7 @@ pub enum PeerIdentity {
     User(String),
 }
 
-/// Text of a peer that cannot drive a terminal: control characters are escaped.
+/// Text of a peer that is safe to print: control characters are escaped.
 pub(super) fn printable(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for character in text.chars() {
@@ -54,7 +54,7 @@ impl fmt::Display for PeerIdentity {
 }
 
 impl Notes {
-    /// Gives a connection its notes.
+    /// Attaches notes to a connection.
     pub(super) fn attach(ssl: &mut SslRef) -> Result<(), ErrorStack> {
         let index = match INDEX.get() {
             Some(index) => *index,
@@ -72,7 +72,7 @@ impl Notes {
         ssl.ex_data(*INDEX.get()?)
     }
 
-    /// Notes that the client gave the name of this user, for whom there is a key.
+    /// Records that the client named this user, for whom there is a key.
     pub(super) fn set_user(&self, user: String) {
         let _ = self.user.set(user);
     }
@@ -81,12 +81,12 @@ impl Notes {
         self.user.get().map(String::as_str)
     }
 
-    /// The client's certificate is valid, and it may connect.
+    /// Records the name in the client's valid certificate; the client may connect.
     pub(super) fn set_name(&self, name: String) {
         let _ = self.name.set(name);
     }
 
-    /// The client is turned away.
+    /// Records that the client is refused.
     pub(super) fn set_refusal(&self, refusal: String) {
         let _ = self.refusal.set(refusal);
     }

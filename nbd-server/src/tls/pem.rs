@@ -14,16 +14,16 @@ pub(super) const KEY: &str = "the server's key";
 pub(super) const AUTHORITY: &str = "the authority's certificate";
 pub(super) const REVOCATIONS: &str = "the list of revoked certificates";
 
-/// What stands in messages where there is no file.
+/// The text in messages in place of a file name.
 const IN_MEMORY: &str = "(in memory)";
 
-/// A text in PEM form, and where it is from.
+/// A text in PEM form, and its origin.
 pub(super) struct Pem {
     pub(super) text: Vec<u8>,
     pub(super) path: PathBuf,
 }
 
-/// Gives what a server with certificates needs.
+/// Provides the credentials of a server with certificates.
 pub(super) trait Source {
     fn certificate(&self) -> Result<Pem, TlsError>;
     fn key(&self) -> Result<Pem, TlsError>;
@@ -64,7 +64,7 @@ impl Source for Files<'_> {
         if !path.try_exists().unwrap_or(true) {
             return Ok(None);
         }
-        // Opened here first for the sake of the message.
+        // Opened here first, for a better message.
         file::read(REVOCATIONS, &path)?;
         Ok(Some(path))
     }

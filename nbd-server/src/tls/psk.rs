@@ -17,10 +17,10 @@ const CIPHERS_1_2: &str = "DHE-PSK-AES128-GCM-SHA256:DHE-PSK-AES256-GCM-SHA384:\
                            ECDHE-PSK-CHACHA20-POLY1305:DHE-PSK-CHACHA20-POLY1305:\
                            PSK-AES128-GCM-SHA256:PSK-AES256-GCM-SHA384:PSK-CHACHA20-POLY1305:\
                            kECDHEPSK:kDHEPSK:kPSK";
-/// Length of the key that stands in for that of an unknown user, in bytes.
+/// Length of the random key for an unknown user, in bytes.
 const DECOY_LEN: usize = 32;
 
-/// Reads a file of pre-shared keys, or the one of the usual name in a directory.
+/// Reads a file of pre-shared keys, or the file with the default name in a directory.
 pub(super) fn load(path: &Path) -> Result<Loaded, TlsError> {
     let path = if path.is_dir() { path.join(PSK_FILE) } else { path.to_path_buf() };
     let text = file::read_secret("the key file", &path)?;
@@ -28,7 +28,7 @@ pub(super) fn load(path: &Path) -> Result<Loaded, TlsError> {
     serve_keys(keys)
 }
 
-/// Has a context serve users with these keys.
+/// Creates a context that serves users with these keys.
 pub(super) fn serve_keys(keys: PreSharedKeys) -> Result<Loaded, TlsError> {
     let users = keys.users().map(|user| String::from_utf8_lossy(user).into_owned()).collect();
     let mut builder = builder::builder()?;

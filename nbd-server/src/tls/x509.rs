@@ -16,7 +16,7 @@ use super::notes::{Notes, printable};
 use super::pem::{AUTHORITY, CERTIFICATE, KEY, Pem, REVOCATIONS, Source};
 use super::{Authorization, ClientCertificates, TlsError};
 
-/// Reads all that a source has.
+/// Reads all files of a source.
 pub(super) fn load(
     source: &dyn Source,
     client_certificates: ClientCertificates,
@@ -32,7 +32,7 @@ pub(super) fn load(
         ClientCertificates::NotAsked => {
             if !matches!(authorization, Authorization::Everyone) {
                 return Err(TlsError::Contradiction(
-                    "a list of clients needs their certificates: require these",
+                    "a list of clients needs their certificates: require client certificates",
                 ));
             }
             builder.set_verify(SslVerifyMode::NONE);
@@ -81,7 +81,7 @@ fn private_key(pem: &Pem) -> Result<PKey<Private>, TlsError> {
     })
 }
 
-/// Trusts the clients' authorities, but not what these have revoked.
+/// Trusts the clients' authorities, but not the certificates that these have revoked.
 fn trust_authorities(builder: &mut Builder, source: &dyn Source) -> Result<(), TlsError> {
     let pem = source.authorities()?;
     let authorities = certificates(AUTHORITY, &pem)?;
@@ -98,7 +98,7 @@ fn trust_authorities(builder: &mut Builder, source: &dyn Source) -> Result<(), T
         builder.cert_store_mut().add_cert(authority)?;
     }
     builder.set_client_ca_list(names);
-    // Whatever stands in the file is trusted, whether or not it signed itself.
+    // All certificates in the file are trusted, even if they are not self-signed.
     let mut flags = X509VerifyFlags::PARTIAL_CHAIN;
     if let Some(path) = source.revocations()? {
         let lookup = builder.cert_store_mut().add_lookup(X509Lookup::file())?;
@@ -111,7 +111,7 @@ fn trust_authorities(builder: &mut Builder, source: &dyn Source) -> Result<(), T
     Ok(())
 }
 
-/// Requires of every client a valid certificate of a name that may connect.
+/// Requires a valid certificate with an authorized name from every client.
 fn verify_clients(builder: &mut Builder, authorization: &Authorization) {
     let authorization = authorization.clone();
     let mode = SslVerifyMode::PEER | SslVerifyMode::FAIL_IF_NO_PEER_CERT;
@@ -127,7 +127,7 @@ fn verify_clients(builder: &mut Builder, authorization: &Authorization) {
                 if let Some(notes) = notes(chain) {
                     notes.set_refusal(refusal);
                 }
-                // A refusal of ours needs a reason, or the alert would say that all is well.
+                // A refusal needs an error code, or the alert would report success.
                 if chain.error() == X509VerifyResult::OK {
                     chain.set_error(X509VerifyResult::APPLICATION_VERIFICATION);
                 }
@@ -141,7 +141,7 @@ fn notes(chain: &X509StoreContextRef) -> Option<&Notes> {
     Notes::of(chain.ex_data(X509StoreContext::ssl_idx().ok()?)?)
 }
 
-/// Looks at one certificate of the client's chain; the client's own comes last and has its name
+/// Examines one certificate of the client's chain; the client's own comes last, and its name is
 /// checked.
 fn judge(
     valid: bool,
@@ -161,7 +161,7 @@ fn judge(
     Ok(Some(name.specific_first))
 }
 
-/// Which certificate, which check, and what to do.
+/// The certificate, the failed check, and the remedy.
 fn refusal(subject: &str, chain: &X509StoreContextRef) -> String {
     let result = chain.error();
     let subject = printable(subject);
@@ -169,12 +169,12 @@ fn refusal(subject: &str, chain: &X509StoreContextRef) -> String {
     let advice = match result.error_string() {
         text if text.contains("expired") => "have a new one issued",
         text if text.contains("not yet valid") => "set the clocks of both sides",
-        text if text.contains("revoked") => "the authority has taken it back",
+        text if text.contains("revoked") => "the authority has revoked it",
         text if text.contains("CRL") => "have the authority issue a current ca-crl.pem",
         text if text.contains("issuer") || text.contains("self") => {
             "it was not signed by an authority in the server's ca-cert.pem"
         }
-        text if text.contains("purpose") => "have one issued that is good for TLS clients",
+        text if text.contains("purpose") => "have one issued for TLS clients",
         _ => "it cannot be used here",
     };
     format!("{whose} {subject} was refused: {}; {advice}", result.error_string())

@@ -1,4 +1,4 @@
-//! What a connection has taken off its receive buffer and could not answer at once.
+//! The requests that a connection has received and could not answer at once.
 
 use std::collections::VecDeque;
 use std::task::{Context, Poll};
@@ -15,13 +15,14 @@ use crate::budget::{BudgetQueue, Permit};
 use crate::ring::RingHandle;
 use crate::statistics::{Outcome, Ticket};
 
-/// No further long READ is handed to the pool while it works on so much for this connection. In
-/// bytes.
+/// No further long READ is handed to the pool while it works on this many bytes for this
+/// connection.
 const LONG_READS_LEN: usize = 4 * read_steps::STEP_LEN;
 
 /// A request that waits for its part of the budget.
 enum Waiting {
-    /// A command with its payload, to be handed to the pool; of a READ this many bytes are answered.
+    /// A command with its payload, to be handed to the pool; for a READ, the number of answered
+    /// bytes.
     Pool(Request, Ticket, Vec<u8>, usize),
     /// A WRITE whose payload is to be received.
     Payload(Request),
@@ -30,24 +31,24 @@ enum Waiting {
 /// A reply of the pool, or a part of one.
 pub(super) type PooledReply = (Vec<u8>, Permit, Option<(Ticket, Outcome)>);
 
-/// What became of the request that waited.
+/// The outcome for the waiting request.
 pub(super) enum Admitted {
     /// There is no memory for it yet.
     No,
-    /// The pool has it, or there was none.
+    /// The pool has it, or no request waited.
     ToPool,
     /// The payload of this WRITE may be received.
     Payload(Request, Permit),
 }
 
-/// The requests of a connection that wait for memory, for the pool, or for room for their replies.
+/// The requests of a connection that wait for memory, for the pool, or for space for their replies.
 pub(super) struct Backlog {
     waiting: Option<Waiting>,
-    /// READs of which a part is answered, and which go on as soon as there is room for replies.
+    /// Partly answered READs, which continue when there is space for replies.
     unfinished: VecDeque<Unfinished>,
     pool: Pool,
     budget: BudgetQueue,
-    /// What the requests in the pool may take, in bytes.
+    /// Limit of the memory of the requests in the pool, in bytes.
     max_bytes: usize,
 }
 
@@ -65,48 +66,48 @@ impl Backlog {
         }
     }
 
-    /// Has the reads and writes started that were handed to the ring.
+    /// Submits the reads and writes that were queued for the ring.
     pub(super) fn start_ring(&mut self) {
         self.pool.start_ring();
     }
 
-    /// Has the thread itself waited for the disk since this was asked last?
+    /// Whether this thread has waited for the disk since the last call.
     pub(super) fn take_has_waited(&mut self) -> bool {
         self.pool.take_has_waited()
     }
 
-    /// Nothing waits, and nothing is in the pool.
+    /// Whether nothing waits and nothing is in the pool.
     pub(super) fn is_empty(&self) -> bool {
         self.waiting.is_none() && self.unfinished.is_empty() && !self.is_in_pool()
     }
 
-    /// Does a request wait for memory?
+    /// Whether a request waits for memory.
     pub(super) const fn is_waiting(&self) -> bool {
         self.waiting.is_some()
     }
 
-    /// Is a request in the pool?
+    /// Whether a request is in the pool.
     pub(super) const fn is_in_pool(&self) -> bool {
         self.pool.requests() > 0
     }
 
-    /// Has the pool as much of this connection as it may?
+    /// Whether the pool has as much work of this connection as is permitted.
     pub(super) const fn is_full(&self) -> bool {
         self.pool.is_full() || (self.is_in_pool() && self.pool.bytes() >= self.max_bytes)
     }
 
-    /// The client has said that it leaves.
+    /// Records that the client has sent DISC.
     pub(super) fn say_farewell(&self) {
         self.pool.say_farewell();
     }
 
-    /// Has it?
+    /// Whether the client has sent DISC.
     pub(super) fn has_farewell(&self) -> bool {
         self.pool.has_farewell()
     }
 
-    /// Has the pool carry out a request, as soon as there is memory for it; the first `done` bytes
-    /// of a READ are answered. No other request may be waiting.
+    /// Hands a request to the pool as soon as there is memory for it; the first `done` bytes of a
+    /// READ are answered already. No other request may be waiting.
     pub(super) fn leave_to_pool(
         &mut self,
         request: Request,
@@ -124,7 +125,7 @@ impl Backlog {
         self.waiting = Some(Waiting::Payload(request));
     }
 
-    /// Takes the WRITE back whose payload waits for memory.
+    /// Takes back the WRITE whose payload waits for memory.
     pub(super) fn take_waiting_for_payload(&mut self) -> Option<Request> {
         match self.waiting.take() {
             Some(Waiting::Payload(request)) => {
@@ -138,7 +139,7 @@ impl Backlog {
         }
     }
 
-    /// Hands a WRITE whose payload has memory to the pool.
+    /// Hands a WRITE with its payload to the pool.
     pub(super) fn submit(
         &mut self,
         target: &Target,
@@ -149,7 +150,7 @@ impl Backlog {
         self.pool.submit(target.work(request, ticket, payload, 0), permit, Patience::Never);
     }
 
-    /// Gives the waiting request its part of the budget, if there is one.
+    /// Gives the waiting request, if there is one, its part of the budget.
     pub(super) fn admit(
         &mut self,
         cx: &mut Context<'_>,
@@ -178,8 +179,9 @@ impl Backlog {
         }
     }
 
-    /// The next reply of the pool. What it leaves open becomes [unfinished](Self::next_unfinished).
-    /// The last part of a reply comes with what the counters need.
+    /// The next reply of the pool. The rest of a partial one becomes
+    /// [unfinished](Self::next_unfinished). The last part of a reply comes with the data for the
+    /// counters.
     pub(super) fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<PooledReply> {
         self.pool.poll_reply(cx).map(|Reply { bytes, permit, rest, answered, .. }| {
             let answered = rest.is_none().then_some(answered);
@@ -188,17 +190,17 @@ impl Backlog {
         })
     }
 
-    /// A READ that goes on in the next turn.
+    /// Puts off a READ to the next turn.
     pub(super) fn put_off(&mut self, unfinished: Unfinished) {
         self.unfinished.push_front(unfinished);
     }
 
-    /// How many requests are not answered.
+    /// The number of unanswered requests.
     pub(super) fn len(&self) -> usize {
         self.pool.requests() + self.unfinished.len() + usize::from(self.waiting.is_some())
     }
 
-    /// The READ that goes on next.
+    /// The READ that continues next.
     pub(super) fn next_unfinished(&mut self) -> Option<Unfinished> {
         self.unfinished.pop_front()
     }

@@ -1,11 +1,12 @@
-//! Waiting for the disk where the connection stands: for a client with one request in flight.
+//! Waiting for the disk on the connection's thread, for a client with one request in flight.
 //!
-//! While the disk works such a client sends nothing, so its thread may as well wait for the disk itself: one
-//! system call reads or writes, and the thread is woken once. By way of the ring that takes three calls, and
-//! the end of a write past the page cache is reported by a thread of the kernel.
+//! While the disk works, such a client sends nothing, so its thread can wait for the disk itself:
+//! one system call reads or writes, and the thread is woken once. Through the ring, this takes
+//! three calls, and a thread of the kernel reports the end of a write that bypasses the page cache.
 //!
-//! A disk may hang, and its thread with it. So only connections that have their thread to themselves wait
-//! so, on half of the threads at most, and new connections go to the others meanwhile.
+//! A disk may hang, and its thread with it. So only connections that have their thread to
+//! themselves wait in this way, on at most half of the threads, and new connections go to the other
+//! threads meanwhile.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -13,19 +14,19 @@ use std::time::{Duration, Instant};
 
 use super::super::polling::{Seat, Slots};
 
-/// A wait that lasted for longer was no good idea.
+/// A longer wait counts as a failure.
 const LONG: Duration = Duration::from_millis(100);
 
-/// Single requests in a row before the thread waits for one, and the bound of that after failures, each of
-/// which doubles it.
+/// Number of single requests in a row before the thread waits for one, and its limit after
+/// failures, each of which doubles it.
 const TRIED_AFTER: u32 = 16;
 const MOST_TRIED_AFTER: u32 = 64 * 1024;
 /// Successes after which failures are forgotten.
 const FORGETS_AFTER: u32 = 256;
-/// In so many waits the socket is looked at once.
+/// The socket is checked once in this many waits.
 const LOOKS_ONCE_IN: u32 = 8;
 
-/// What a thread that waits counts as, in connections: more than others have.
+/// The number of connections that a waiting thread counts as: more than any thread has.
 const WAITING: usize = 1 << 24;
 
 /// The habits of one client.
@@ -52,8 +53,8 @@ impl DiskWait {
         Self { slots, connections, singles: 0, tried_after: TRIED_AFTER, successes: 0 }
     }
 
-    /// A request is about to be carried out that may have to wait. `is_single` says that the client has no
-    /// other.
+    /// Called before a request that may have to wait. `is_single` means that the client has no
+    /// other request.
     pub(super) fn begin(&mut self, is_single: bool) -> Option<MayWait<'_>> {
         if !is_single {
             self.singles = 0;
@@ -69,7 +70,7 @@ impl DiskWait {
         (before <= 1).then_some(may)
     }
 
-    /// The thread has waited for so long. Tells whether that was right: the client `has_sent` nothing
+    /// Records how long the thread has waited. It was right if the client `has_sent` nothing
     /// meanwhile.
     pub(super) fn learn(&mut self, waited: Duration, has_sent: impl FnOnce() -> bool) {
         let is_looked_at = self.successes.is_multiple_of(LOOKS_ONCE_IN);
@@ -86,7 +87,7 @@ impl DiskWait {
 }
 
 impl MayWait<'_> {
-    /// How long it has lasted.
+    /// The elapsed time.
     pub(super) fn elapsed(&self) -> Duration {
         self.since.elapsed()
     }

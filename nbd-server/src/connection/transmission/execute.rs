@@ -15,19 +15,19 @@ use crate::connection::turn::REQUEST_COST;
 use crate::export::ExportError;
 use crate::statistics::{Outcome, Ticket};
 
-/// How a request that has begun went on.
+/// The progress of a request that has begun.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Begun {
-    /// A step further.
+    /// It advanced by a step.
     Moved,
     /// It waits for memory.
     Waits,
-    /// There is none, or none that may.
+    /// No request can advance.
     Nothing,
 }
 
 impl Session {
-    /// Carries out what has been received, as far as it may.
+    /// Carries out received requests, as far as permitted.
     pub(super) fn execute(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
         let executed = self.execute_received(cx);
         self.tally.settle(self.backlog.len());
@@ -78,7 +78,7 @@ impl Session {
         admitted
     }
 
-    /// Goes on with the requests that have begun, as far as they may.
+    /// Continues the requests that have begun, as far as permitted.
     pub(super) fn finish_begun(&mut self, cx: &mut Context<'_>) -> bool {
         let mut progress = false;
         while self.go_on(cx) == Begun::Moved {
@@ -88,7 +88,7 @@ impl Session {
         progress
     }
 
-    /// Goes on with one request that has begun.
+    /// Continues one request that has begun.
     fn go_on(&mut self, cx: &mut Context<'_>) -> Begun {
         if self.backlog.is_waiting() {
             match self.admit(cx) {
@@ -109,7 +109,7 @@ impl Session {
         Begun::Nothing
     }
 
-    /// Carries out what has arrived or prepares to; false if a payload is waited for.
+    /// Carries out a received request, or prepares it; false if its payload has to arrive first.
     fn begin(&mut self, arrival: Arrival) -> bool {
         match arrival {
             Arrival::Request(request, header_len) => {
@@ -130,8 +130,8 @@ impl Session {
                 self.replies.refuse(rejection);
             }
             Arrival::Payload(request, payload, permit) => {
-                // The system may hold a writer up, for the lock of the file or because too many
-                // pages are dirty: the pool waits for that if the wait would delay other clients.
+                // The system may block a writer, for the lock of the file or because too many pages
+                // are dirty: the pool does the waiting if it would delay other clients.
                 let is_elsewhere = self.turn.has_light_company();
                 let written =
                     if is_elsewhere { None } else { self.target.write_now(&request, &payload) };
@@ -156,12 +156,12 @@ impl Session {
         let payload = matches!(request.command, Command::Write(_))
             .then(|| self.incoming.payload(header_len, length));
         if matches!(payload, Some(Payload::Expected)) {
-            // It comes by here again with each piece of it: nothing may count before it is whole.
+            // This runs again with each piece of the payload: do not count before it is complete.
             return false;
         }
         tracing::debug!(command = ?request.command, offset, length = request.length, "request");
         self.read_strategy.count(length);
-        // A READ is charged as its bytes move.
+        // A READ is charged as its bytes are transferred.
         let at_once = if matches!(request.command, Command::Read(_)) { 0 } else { length };
         self.turn.spend(REQUEST_COST.saturating_add(at_once));
         self.tally.begin(request.command.command_type().into(), offset, request.length);
@@ -205,7 +205,7 @@ impl Session {
         self.tally.ticket(request.command.command_type().into(), request.length)
     }
 
-    /// A WRITE whose payload has been received, or is so long that it gets its own buffer.
+    /// Begins a WRITE whose payload has been received, or is so long that it gets its own buffer.
     fn begin_write(&mut self, request: Request, header_len: usize, is_received: bool) {
         let length = request.data_len();
         if is_received {
@@ -238,7 +238,7 @@ impl Session {
         }
     }
 
-    /// Goes on with a READ of which a part is answered.
+    /// Continues a partly answered READ.
     fn read_on(&mut self, Unfinished { request, done, ticket }: Unfinished) {
         let (reads, mut answering) = self.answering();
         match reads.read_on(&request, done, &mut answering) {

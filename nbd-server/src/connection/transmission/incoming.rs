@@ -1,4 +1,4 @@
-//! What a client sends: requests, payloads, and payloads of refused requests.
+//! Receives what a client sends: requests, payloads, and payloads of refused requests.
 
 use std::task::{Context, Poll};
 
@@ -13,13 +13,13 @@ use super::super::room::Room;
 use super::super::socket::Socket;
 use crate::budget::Permit;
 
-/// A payload up to this size is waited for in the receive buffer; a longer one is read straight
-/// into a buffer of its own. In bytes.
+/// A payload up to this size, in bytes, is received in the receive buffer; a longer one is read
+/// directly into a separate buffer.
 const INLINE_PAYLOAD_LEN: usize = 64 * 1024;
 /// Payload buffers up to this size are kept for the next payload. In bytes.
 const KEPT_PAYLOAD_LEN: usize = 1 << 20;
 
-/// What the next received bytes are.
+/// The meaning of the next received bytes.
 enum Receiving {
     /// A request.
     Header,
@@ -27,30 +27,30 @@ enum Receiving {
     Payload { request: Request, buffer: Vec<u8>, filled: usize, permit: Permit },
     /// The payload of a refused request, and the request if it is not answered.
     Discarded { rejection: Option<Rejection>, remaining: u64 },
-    /// Nothing: the client has said goodbye, or the server ends.
+    /// Nothing: the client has sent DISC, or the server ends.
     Nothing,
 }
 
-/// What has arrived.
+/// Something that has arrived.
 pub(super) enum Arrival {
     /// A request, whose header has this many bytes and is [still in the buffer](Incoming::consume).
     Request(Request, usize),
     /// A request that will be refused. Its header is [still in the buffer](Incoming::consume), and
     /// its payload is to be [discarded](Incoming::discard_payload).
     Refused { rejection: Rejection, header_len: usize, payload_len: u64 },
-    /// A refused request whose payload is gone.
+    /// A refused request whose payload was discarded.
     Discarded(Rejection),
-    /// A WRITE with the long payload that was [waited for](Incoming::expect).
+    /// A WRITE with its [expected](Incoming::expect) long payload.
     Payload(Request, Vec<u8>, Permit),
 }
 
-/// Where the payload of a WRITE is.
+/// The place of the payload of a WRITE.
 pub(super) enum Payload {
-    /// Whole in the buffer, after the header.
+    /// Complete in the buffer, after the header.
     Received,
     /// It will be in the buffer.
     Expected,
-    /// It is too long for the buffer, and wants [its own](Incoming::expect).
+    /// It is too long for the buffer, and needs [its own](Incoming::expect).
     Long,
 }
 
@@ -75,7 +75,7 @@ impl Incoming {
         }
     }
 
-    /// Takes the next arrival off the buffer; `None` if nothing is complete.
+    /// Takes the next arrival from the buffer; `None` if nothing is complete.
     pub(super) fn next(&mut self) -> Result<Option<Arrival>, ConnectionError> {
         match &self.receiving {
             Receiving::Header => match self.transmission.parse(self.buffer.filled())? {
@@ -99,12 +99,12 @@ impl Incoming {
         }
     }
 
-    /// Drops `count` bytes off the front of the buffer.
+    /// Drops `count` bytes from the front of the buffer.
     pub(super) fn consume(&mut self, count: usize) {
         self.buffer.consume(count);
     }
 
-    /// Takes a [refused request](Arrival::Refused) off the buffer, and its payload as it arrives.
+    /// Takes a [refused request](Arrival::Refused) from the buffer, and its payload as it arrives.
     pub(super) fn discard_payload(
         &mut self,
         rejection: Rejection,
@@ -116,7 +116,7 @@ impl Incoming {
         self.receiving = Receiving::Discarded { rejection, remaining: payload_len };
     }
 
-    /// Where the payload of `length` bytes is whose header has `header_len` bytes.
+    /// The place of a payload of `length` bytes after a header of `header_len` bytes.
     pub(super) fn payload(&self, header_len: usize, length: usize) -> Payload {
         if self.buffer.filled().len() >= header_len.saturating_add(length) {
             Payload::Received
@@ -132,27 +132,28 @@ impl Incoming {
         self.buffer.filled().get(header_len..header_len + length).unwrap_or_default()
     }
 
-    /// Tells how long the last payload was, in bytes, so that reads can be cut to suit the next.
+    /// Sets the length of the last payload, in bytes, so that reads can be limited to suit the
+    /// next.
     pub(super) fn expect_payloads_like(&mut self, length: usize) {
         self.buffer.expect_payloads_like(length);
     }
 
-    /// Receives the long payload of a WRITE into a buffer of its own.
+    /// Starts to receive the long payload of a WRITE into a separate buffer.
     pub(super) fn expect(&mut self, request: Request, permit: Permit) {
         let mut buffer = std::mem::take(&mut self.spare_payload);
         buffer.resize(request.data_len(), 0);
         self.receiving = Receiving::Payload { request, buffer, filled: 0, permit };
     }
 
-    /// Keeps the buffer of a payload that is done with for the next.
+    /// Keeps the buffer of a finished payload for the next.
     pub(super) fn keep(&mut self, buffer: Vec<u8>) {
         if buffer.capacity() <= KEPT_PAYLOAD_LEN {
             self.spare_payload = buffer;
         }
     }
 
-    /// The refused request whose payload is being discarded, if it is not answered. The caller
-    /// answers it; its payload may come later.
+    /// Takes the unanswered refused request whose payload is being discarded. The caller answers
+    /// it; its payload may arrive later.
     pub(super) fn take_rejection(&mut self) -> Option<Rejection> {
         match &mut self.receiving {
             Receiving::Discarded { rejection, .. } => rejection.take(),
@@ -160,9 +161,8 @@ impl Incoming {
         }
     }
 
-    /// What was received of requests that have not begun, and how much of what comes first is to
-    /// be discarded, in bytes. `waiting` is a WRITE whose header has been consumed, and nothing of
-    /// its payload.
+    /// Returns the received bytes of requests that have not begun, and the number of bytes at their
+    /// start to discard. `waiting` is a WRITE whose header was consumed, but not its payload.
     pub(super) fn save(&self, waiting: Option<&Request>) -> (Vec<u8>, u64) {
         let mut saved = Vec::new();
         let mut discard = 0;
@@ -179,17 +179,17 @@ impl Incoming {
         (saved, discard)
     }
 
-    /// Nothing more is wanted.
+    /// Stops receiving.
     pub(super) fn close(&mut self) {
         self.receiving = Receiving::Nothing;
     }
 
-    /// Will nothing more arrive?
+    /// Whether nothing more will arrive.
     pub(super) const fn is_closed(&self) -> bool {
         matches!(self.receiving, Receiving::Nothing)
     }
 
-    /// Has a part of something arrived?
+    /// Whether a part of something has arrived.
     pub(super) fn is_partial(&self) -> bool {
         match self.receiving {
             Receiving::Header => !self.buffer.filled().is_empty(),
@@ -198,7 +198,7 @@ impl Incoming {
         }
     }
 
-    /// How far it is: bytes that went through the buffer, and those of the long payload beside it.
+    /// The progress: bytes that went through the buffer, and those of the long payload.
     pub(super) const fn progress(&self) -> (u64, usize) {
         let payload = match &self.receiving {
             Receiving::Payload { filled, .. } => *filled,
@@ -221,7 +221,7 @@ impl Incoming {
         (strategy, idle): (&mut ReadStrategy, Idle),
     ) -> Poll<std::io::Result<Received>> {
         let read = match &mut self.receiving {
-            // The buffer is empty while a payload is incomplete: its bytes skip it.
+            // The buffer is empty while a payload is incomplete: the payload bypasses it.
             Receiving::Payload { buffer, filled, .. } => {
                 let read = socket.poll_read(cx, &mut buffer[*filled..]);
                 if let Poll::Ready(Ok(count)) = read {
@@ -246,7 +246,7 @@ impl Incoming {
         read.map_ok(|count| if count == 0 { Received::End } else { Received::Bytes })
     }
 
-    /// Moves what has been received of a long payload; the WRITE if it is complete.
+    /// Copies the received part of a long payload; returns the WRITE if it is complete.
     fn fill_payload(&mut self) -> Option<Arrival> {
         let Receiving::Payload { buffer, filled, .. } = &mut self.receiving else { return None };
         let received = self.buffer.filled();
@@ -265,7 +265,7 @@ impl Incoming {
         }
     }
 
-    /// Throws away the payload of a refused request; the request if all of it is gone.
+    /// Discards the payload of a refused request; returns the request if all of it was discarded.
     fn discard(&mut self) -> Option<Rejection> {
         let Receiving::Discarded { rejection, remaining } = &mut self.receiving else {
             return None;
@@ -283,7 +283,7 @@ impl Incoming {
     }
 }
 
-/// What a read from the socket gave.
+/// The result of a read from the socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Received {
     /// Something.

@@ -1,4 +1,4 @@
-//! READs that are answered where the connection stands, as far as that takes no waiting.
+//! READs that are answered on the connection's thread, as far as possible without waiting.
 
 use std::os::fd::AsFd;
 
@@ -11,16 +11,16 @@ use super::target::Target;
 use crate::export::{Content, Holes, ReadMap, Segment, TryRead};
 use crate::sys::{self, Residency};
 
-/// Reads from this size on are mapped first, and moved from the page cache to the socket without a
-/// copy if they can be. In bytes. Below it the copy is cheaper than the extra system calls.
+/// Reads from this size on, in bytes, are mapped first and, if possible, sent from the page cache
+/// to the socket without a copy. Below it the copy is cheaper than the additional system calls.
 const SEND_FILE_LEN: usize = 32 * 1024;
 
-/// Least part of a reply that is copied at a time, in bytes.
+/// Smallest part of a reply that is copied at a time, in bytes.
 const PART_LEN: usize = 64 * 1024;
 
-/// What is left of a READ: all but the first `done` bytes.
+/// The rest of a READ: all but the first `done` bytes.
 pub(super) enum Rest {
-    /// They may have to wait, or are many: they are for the pool.
+    /// The pool reads them, because they may have to wait, or are many.
     ForPool { done: usize },
     /// They are answered in the next turn.
     NextTurn { done: usize },
@@ -37,7 +37,7 @@ impl PromptReads {
         Self { map: ReadMap::new() }
     }
 
-    /// Answers a READ from the page cache, as far as that goes.
+    /// Answers a READ from the page cache, as far as possible.
     pub(super) fn read(
         &mut self,
         request: &Request,
@@ -48,8 +48,7 @@ impl PromptReads {
             answering.replies.answer(request, Ok(()));
             return Ok(());
         }
-        // The map of a small read would cost more than the copy: what the read itself has found
-        // decides.
+        // Mapping a small read would cost more than the copy, so the read itself decides.
         if length < SEND_FILE_LEN {
             let whole = (request.offset, length);
             let holes = answering.target.holes_of(request);
@@ -62,7 +61,7 @@ impl PromptReads {
         self.read_on(request, 0, answering)
     }
 
-    /// Goes on with a READ of which `done` bytes are answered.
+    /// Continues a READ after `done` answered bytes.
     pub(super) fn read_on(
         &mut self,
         request: &Request,
@@ -79,7 +78,7 @@ impl PromptReads {
     }
 }
 
-/// What an answer is made of.
+/// The parts that an answer needs.
 pub(super) struct Answering<'a> {
     pub(super) target: &'a Target,
     pub(super) replies: &'a mut Replies,
@@ -87,7 +86,7 @@ pub(super) struct Answering<'a> {
 }
 
 impl Answering<'_> {
-    /// Answers a READ part by part, from the first `done` bytes on, up to one for the pool.
+    /// Answers a READ part by part, after the first `done` bytes, up to a part for the pool.
     fn mapped(
         &mut self,
         request: &Request,
@@ -109,7 +108,7 @@ impl Answering<'_> {
         Ok(())
     }
 
-    /// Answers one part of a READ, after the first `done` bytes, or the beginning of it.
+    /// Answers one part of a READ, after the first `done` bytes, or the beginning of that part.
     fn segment(
         &mut self,
         request: &Request,
@@ -131,8 +130,8 @@ impl Answering<'_> {
                         self.replies.file(request, chunk, position, span);
                         return Ok(());
                     }
-                    // Once the header is out an error could only close the connection, and the
-                    // system would wait for the disk.
+                    // After the header, an error could only close the connection, and the system
+                    // would wait for the disk.
                     Residency::Partial => return Err(Rest::ForPool { done }),
                     Residency::Unknown => {}
                 }
@@ -161,8 +160,8 @@ impl Answering<'_> {
         Ok(())
     }
 
-    /// Reads a part of a READ, given by its offset and length, into a reply, if that takes no
-    /// waiting. Otherwise it is not in memory, or an error, or no data: nothing is answered.
+    /// Reads a part of a READ, given by its offset and length, into a reply, if that needs no
+    /// waiting. Nothing is answered if the part is not in memory, is not data, or has an error.
     fn copy(
         &mut self,
         request: &Request,
@@ -170,8 +169,8 @@ impl Answering<'_> {
         position: Position,
         holes: Holes,
     ) -> TryRead {
-        // A longer one would keep the others of its thread waiting, and its memory has to come from
-        // the budget: the pool sees to both, step by step.
+        // A longer one would delay the other connections of the thread, and its memory has to come
+        // from the budget: the pool reads it in steps.
         if length > read_steps::STEP_LEN {
             return TryRead::WouldBlock;
         }
@@ -183,12 +182,12 @@ impl Answering<'_> {
     }
 }
 
-/// The place of a chunk in the reply, after which `done` bytes of the READ are answered.
+/// The position of a chunk in the reply, after which `done` bytes of the READ are answered.
 fn position_after(request: &Request, done: usize) -> Position {
     if done == request.data_len() { Position::Last } else { Position::More }
 }
 
-/// How many of `rest` bytes are copied now if the turn has room for `left`: none where it is over.
+/// The number of `rest` bytes to copy now if the turn allows `left` more: 0 if it is over.
 const fn part_len(rest: usize, left: usize) -> usize {
     if rest <= left.saturating_add(left / 2) {
         return rest;

@@ -13,9 +13,9 @@ use super::super::turn::Turn;
 use crate::budget::Permit;
 use crate::export::{ExportError, FileSpan, TryRead};
 
-/// No further request is carried out in place while this many bytes wait to be sent. In bytes.
+/// No further request is carried out in place while this many bytes wait to be sent.
 const HIGH_WATER: usize = 1 << 20;
-/// The same where there is no [room](super::super::room) for so much.
+/// The same without [memory](super::super::room) for large buffers.
 const SMALL_HIGH_WATER: usize = 64 * 1024;
 /// Longest reply without content, in bytes: an error chunk with its message.
 const SHORT_REPLY_LEN: usize = 1024;
@@ -31,30 +31,30 @@ impl Replies {
         Self { encoder, queue: SendQueue::default() }
     }
 
-    /// All bytes that were ever sent, modulo 2^64.
+    /// The total of sent bytes, modulo 2^64.
     pub(super) const fn total_sent(&self) -> u64 {
         self.queue.total_sent()
     }
 
-    /// Is everything in the socket?
+    /// Whether everything was written to the socket.
     pub(super) fn are_sent(&self, socket: &Socket) -> bool {
         self.queue.is_empty() && !socket.has_unsent()
     }
 
-    /// Are there as many as may wait to be sent?
+    /// Whether as many bytes wait to be sent as may.
     pub(super) const fn are_many(&self, room: &Room) -> bool {
         let high_water = if room.is_lent() { HIGH_WATER } else { SMALL_HIGH_WATER };
         self.queue.queued() >= high_water
     }
 
-    /// Asks for room where many replies are about to wait.
+    /// Requests memory for large buffers if many replies are about to wait.
     pub(super) fn ask_for_room(&self, room: &mut Room) {
         if self.queue.queued() >= SMALL_HIGH_WATER {
             room.ask();
         }
     }
 
-    /// Gives the memory back that is kept for further replies.
+    /// Frees the memory that is kept for further replies.
     pub(super) fn shrink(&mut self) {
         self.queue.shrink();
     }
@@ -72,7 +72,7 @@ impl Replies {
         }
     }
 
-    /// Adds a reply that the pool has made, or a part of one. Returns the bytes that were moved.
+    /// Adds a reply of the pool, or a part of one. Returns the number of copied bytes.
     pub(super) fn push(&mut self, bytes: Vec<u8>, permit: Permit) -> usize {
         self.queue.push(bytes, Some(permit))
     }
@@ -86,13 +86,13 @@ impl Replies {
         });
     }
 
-    /// Tells why a request was not accepted.
+    /// Adds the reply to a refused request.
     pub(super) fn refuse(&mut self, Rejection { tag, error, reason, .. }: Rejection) {
         let encoder = self.encoder;
         self.queue.encode(SHORT_REPLY_LEN, |out| encoder.error(tag, error, reason, out));
     }
 
-    /// Adds a chunk of data of `length` bytes, if `fill` fills it; gives what that gives.
+    /// Adds a chunk of data of `length` bytes, if `fill` fills it; returns the result of `fill`.
     pub(super) fn data(
         &mut self,
         request: &Request,
@@ -109,7 +109,7 @@ impl Replies {
         filled
     }
 
-    /// Adds a chunk that says that a range reads as zeroes.
+    /// Adds a chunk for a range that reads as zeroes.
     pub(super) fn hole(
         &mut self,
         request: &Request,
@@ -122,7 +122,7 @@ impl Replies {
         });
     }
 
-    /// Adds a chunk of data that stands in a file, and is not copied.
+    /// Adds a chunk of data from a file, which is not copied.
     pub(super) fn file(
         &mut self,
         request: &Request,

@@ -1,4 +1,4 @@
-//! A connection comes to rest between two requests, so that another server can continue it.
+//! Stops a connection between two requests, so that another server can continue it.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -15,14 +15,14 @@ use crate::statistics::Outcome;
 /// A connection between two requests.
 pub(in crate::connection) struct Rest {
     pub(in crate::connection) socket: Socket,
-    /// Without the failures of flushes for other clients that may still come.
+    /// The state, except for failed flushes of other clients that may still come.
     pub(in crate::connection) state: SavedConnection,
     pub(in crate::connection) writeback: Arc<WritebackErrors>,
 }
 
 impl Session {
     /// Begins no further request, and waits until those that have begun are answered and their
-    /// replies are sent. Returns what is needed to continue; `None` if the connection is over.
+    /// replies are sent. Returns the state to continue from; `None` if the connection is over.
     pub(super) async fn rest(mut self) -> Result<Option<Rest>, ConnectionError> {
         let waiting = self.backlog.take_waiting_for_payload();
         if let Some(rejection) = self.incoming.take_rejection() {

@@ -1,4 +1,4 @@
-//! The export of a connection, as its requests see it.
+//! The export of a connection, for its requests.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::export::{
 };
 use crate::statistics::Ticket;
 
-/// What a request is carried out on, and how it is answered.
+/// The export of a request, and the form of its answer.
 pub(super) struct Target {
     entry: ExportEntry,
     export: Arc<dyn Export>,
@@ -37,7 +37,7 @@ impl Target {
         }
     }
 
-    /// What the client knows of failures to make data durable.
+    /// The client's knowledge of failures to make data durable.
     pub(super) const fn writeback(&self) -> &Arc<WritebackErrors> {
         &self.writeback
     }
@@ -46,7 +46,7 @@ impl Target {
         self.encoder
     }
 
-    /// Whether the reply to a READ may tell holes.
+    /// Whether the reply to a READ may contain holes.
     pub(super) fn holes_of(&self, request: &Request) -> Holes {
         dispatch::holes_of(self.encoder, request)
     }
@@ -90,12 +90,12 @@ impl Target {
         dispatch::write_in_place(&*self.export, request, payload).then_some(Ok(()))
     }
 
-    /// Reads, if that takes no waiting.
+    /// Reads, if that needs no waiting.
     pub(super) fn read_now(&self, offset: u64, buffer: &mut [u8], holes: Holes) -> TryRead {
         dispatch::read_in_place(&*self.export, offset, buffer, holes)
     }
 
-    /// Finds out what a range consists of; false if that may take waiting.
+    /// Maps a range; false if that may need waiting.
     pub(super) fn map_now(
         &self,
         offset: u64,

@@ -1,4 +1,4 @@
-//! Requests that wait until the quotas of the client and of the export have room for them.
+//! Requests that wait until the quotas of the client and of the export allow them.
 
 use std::pin::Pin;
 use std::task::Context;
@@ -10,16 +10,16 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use super::incoming::Arrival;
 use crate::quota::{Admission, Reservation};
 
-/// A change of a quota is noticed by those that wait within this time.
+/// Waiting requests notice a change of a quota within this time.
 const CHANGE_PERIOD: Duration = Duration::from_millis(500);
 
-/// Keeps a connection within its quotas. What is over them stays in the receive buffer and, when
-/// that is full, with the client: no memory, thread or place in a queue is held meanwhile.
+/// Keeps a connection within its quotas. Excess requests stay in the receive buffer and, when that
+/// is full, with the client: they hold no memory, thread or place in a queue.
 pub(super) struct Throttle {
     admission: Admission,
-    /// Quotas that the next request has been paid from.
+    /// Number of quotas from which the next request was paid.
     paid: usize,
-    /// The time at which the next quota has room, and what was taken of it.
+    /// The time at which the next quota allows the request, and the amount taken from it.
     waiting: Option<Waiting>,
     is_open: bool,
 }
@@ -27,7 +27,7 @@ pub(super) struct Throttle {
 struct Waiting {
     until: Instant,
     taken: Reservation,
-    /// Over at that time, or earlier to see whether the quota has changed.
+    /// Ends at that time, or earlier to check whether the quota has changed.
     sleep: Pin<Box<Sleep>>,
 }
 
@@ -46,8 +46,8 @@ impl Throttle {
         Self { admission, paid: 0, waiting: None, is_open: false }
     }
 
-    /// May what has arrived be carried out or refused? If not, `cx` is woken when it may. The answer
-    /// stays the same until the request [has begun](Self::begun).
+    /// Whether the arrival may be carried out or refused. If not, `cx` is woken when it may. The
+    /// answer stays the same until the request [has begun](Self::begun).
     #[inline]
     pub(super) fn admits(&mut self, cx: &mut Context<'_>, arrival: &Arrival) -> bool {
         let has_limit = self.waiting.is_some() || !self.admission.is_unlimited();
@@ -93,17 +93,18 @@ impl Throttle {
         }
     }
 
-    /// The request has begun: the next one is asked for from now on.
+    /// Records that the request has begun: from now on, [`admits`](Self::admits) is about the next
+    /// one.
     pub(super) const fn begun(&mut self) {
         self.paid = 0;
     }
 
-    /// Does a request wait?
+    /// Whether a request waits.
     pub(super) const fn is_waiting(&self) -> bool {
         self.waiting.is_some()
     }
 
-    /// The server ends: what was received is carried out without delay.
+    /// Ends the throttling, when the server ends: received requests are carried out without delay.
     pub(super) fn open(&mut self) {
         self.give_back();
         self.is_open = true;

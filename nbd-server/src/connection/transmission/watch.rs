@@ -1,4 +1,4 @@
-//! Clients that have left, or that owe something and do nothing about it.
+//! Detects clients that have left, or that stall.
 
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -12,19 +12,20 @@ use super::incoming::Incoming;
 use super::replies::Replies;
 use super::throttle::Throttle;
 
-/// Looks after a client while nothing moves.
+/// Watches a client while nothing moves.
 pub(super) struct Watch {
     stall: Stall,
     hangup: Hangup,
 }
 
 impl Watch {
-    /// `limit`: how long a client may owe something.
+    /// `limit` is the time for which a client may stall.
     pub(super) fn new(limit: Option<Duration>) -> Self {
         Self { stall: Stall::new(limit), hangup: Hangup::default() }
     }
 
-    /// Nothing moves. Ready if the client has gone and requests of it are carried out or wait.
+    /// Called when nothing moves. Ready if the client has left and requests of it are in the pool
+    /// or wait.
     pub(super) fn poll_hangup(
         &mut self,
         cx: &mut Context<'_>,
@@ -41,8 +42,8 @@ impl Watch {
         })
     }
 
-    /// Nothing moves. Ready if the client is to blame, and that for too long. `awaiting` is what it
-    /// has to do next, if this connection holds something until it does.
+    /// Called when nothing moves. Ready if the client has stalled for too long. `awaiting` is its
+    /// next action, if this connection holds resources until then.
     pub(super) fn poll_stall(
         &mut self,
         cx: &mut Context<'_>,

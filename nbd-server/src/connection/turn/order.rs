@@ -10,23 +10,23 @@ use crate::ring::RingHandle;
 
 /// The quantum, in bytes moved: about 200 to 400 microseconds of work.
 pub(super) const QUANTUM: usize = 1024 * 1024;
-/// The quantum while there are clients with little work, in bytes moved: about 30 microseconds.
+/// The quantum while there are light clients, in bytes moved: about 30 microseconds.
 pub(super) const SHORT_QUANTUM: usize = 128 * 1024;
-/// How long a connection with little work is remembered, in bytes moved by its thread: for the length
-/// of turns, and for work that may be held up by the system.
+/// The time for which a light connection is remembered, in bytes moved by its thread: for the
+/// length of turns, and for decisions about calls that the system may block.
 const LIGHT_MEMORY: u64 = 64 << 20;
 pub(super) const LONG_LIGHT_MEMORY: u64 = 256 << 20;
-/// How far before the present virtual time an idle connection may continue, in bytes moved.
+/// The maximum head start of an idle connection before the present virtual time, in bytes moved.
 pub(super) const HEAD_START: u64 = 2 * SHORT_QUANTUM as u64;
 
-/// What the connections of one worker thread share.
+/// The shared state of the connections of one worker thread.
 #[derive(Debug, Clone)]
 pub(crate) struct Thread {
     /// The number of connections.
     pub(crate) connections: Arc<AtomicUsize>,
-    /// Reads what is not in memory.
+    /// Reads data that is not in memory.
     pub(crate) ring: RingHandle,
-    /// Never waited for: only this thread locks it.
+    /// Locking never waits: only this thread locks it.
     order: Arc<Mutex<Order>>,
 }
 
@@ -38,11 +38,11 @@ pub(super) struct Order {
     pub(super) clock: u64,
     /// Connections with work, the one with the least virtual time first.
     pub(super) waiting: BTreeMap<(u64, u64), Waker>,
-    /// The one that was woken for its turn.
+    /// The connection that was woken for its turn.
     pub(super) chosen: Option<u64>,
-    /// The one that waits until the runtime has looked at the sockets.
+    /// The connection that waits until the runtime has polled the sockets.
     pub(super) looker: Option<(u64, Arc<Look>)>,
-    /// Work since the last poll of the sockets, and since a connection with little work was seen.
+    /// Work since the last poll of the sockets, and since the last light connection.
     pub(super) since_look: usize,
     pub(super) since_light: u64,
 }
@@ -102,8 +102,8 @@ impl Order {
             let task = cx.waker().clone();
             let look = Arc::new(Look { is_over: AtomicBool::new(false), task });
             self.looker = Some((key.1, Arc::clone(&look)));
-            // The runtime looks for sockets that have become ready before it wakes who yields, and
-            // their tasks come first.
+            // The runtime polls the sockets before it wakes yielding tasks, and runs the tasks of
+            // ready sockets first.
             let look = Waker::from(look);
             let _ = pin!(tokio::task::yield_now()).poll(&mut Context::from_waker(&look));
         }

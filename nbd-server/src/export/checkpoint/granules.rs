@@ -1,11 +1,11 @@
-//! Which granules of a disk have been set aside.
+//! The granules of a disk whose old content was copied.
 
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Smallest granule, in bytes, as a power of two. Small, because what a small write makes us copy
-/// is what it costs.
+/// Smallest granule, in bytes, as a power of two. It is small because a small write costs the copy
+/// of a granule.
 const SHIFT_MIN: u32 = 12;
 /// Words of a chunk.
 const CHUNK_WORDS: usize = 512;
@@ -16,7 +16,7 @@ const CHUNKS_MAX: u64 = 1 << 20;
 
 type Chunk = [AtomicU64; CHUNK_WORDS];
 
-/// One bit for each granule; memory is taken for those parts of the disk in which a bit is set.
+/// One bit for each granule; memory is allocated for those parts of the disk in which a bit is set.
 pub(super) struct Granules {
     size: u64,
     shift: u32,
@@ -41,7 +41,7 @@ impl Granules {
         offset >> self.shift..(end + self.len() - 1) >> self.shift
     }
 
-    /// The granules that lie in a range of bytes as a whole.
+    /// The granules that are completely in a range of bytes.
     pub(super) fn inside(&self, offset: u64, length: u64) -> Range<u64> {
         let end = offset.saturating_add(length).min(self.size);
         let start = offset.div_ceil(self.len());
@@ -65,13 +65,13 @@ impl Granules {
         self.run(granules) == (true, granules.end) || granules.is_empty()
     }
 
-    /// Whether the first granule of the range is set, and where the run of such granules ends.
+    /// Whether the first granule of the range is set, and the end of the run of equal ones.
     pub(super) fn run(&self, granules: &Range<u64>) -> (bool, u64) {
         let set = self.word(granules.start) >> (granules.start % 64) & 1 == 1;
         let mut at = granules.start;
         while at < granules.end {
             let word = self.word(at) ^ if set { 0 } else { u64::MAX };
-            // Ones are granules like the first.
+            // In this word, ones are granules like the first.
             let like = (!(word >> (at % 64))).trailing_zeros();
             let in_word = 64 - (at % 64) as u32;
             if like < in_word {
@@ -82,7 +82,7 @@ impl Granules {
         (set, granules.end)
     }
 
-    /// Sets the bits of a range. A thread that sees them also sees what was written before.
+    /// Sets the bits of a range. A thread that sees them also sees earlier writes.
     pub(super) fn set(&self, granules: &Range<u64>) {
         let mut at = granules.start;
         while at < granules.end {

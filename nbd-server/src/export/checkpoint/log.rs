@@ -1,8 +1,8 @@
 //! Copies of small parts of a disk, one after the other.
 //!
-//! Small writes come in no order. Copies at the same places in a sparse file cost the kernel more
-//! than the writes themselves: a page, a lookup and an extent each, and their writing back has no
-//! order either. Here they are collected and written a MiB at a time.
+//! Small writes come in random order. Copies to the same places of a sparse file would cost the
+//! kernel more than the writes themselves: a page, a lookup and an extent each, and writing back in
+//! random order. Here they are collected and written a MiB at a time.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -12,23 +12,25 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Longest part of a disk that is kept here, in bytes. Longer ones are as cheap in their places.
+/// Longest part of a disk that is kept here, in bytes. Longer ones are cheap enough at their own
+/// offsets of the file.
 pub(super) const PART_LEN_MAX: usize = 32 << 10;
 
-/// Most granules that are kept here. Where each is takes 10 to 20 bytes of memory, all 40 to 80 MiB.
+/// Most granules that are kept here. The place of each takes 10 to 20 bytes of memory, all together
+/// 40 to 80 MiB.
 const SLOTS_MAX: u32 = 4 << 20;
 /// Bytes that are written at a time.
 const STAGE_LEN: usize = 1 << 20;
 /// Parts of the map. A part that grows moves its entries: small parts keep that pause short.
 const SHARDS: u64 = 256;
 
-/// Where each granule is: slots are counted in granules from the start of the log. Keys are
+/// The slot of each granule; slots are counted in granules from the start of the log. Keys are
 /// granules divided by the number of shards.
 type Shard = Mutex<HashMap<u32, u32>>;
 
-/// Granules in the order in which they came.
+/// Granules in the order of their arrival.
 pub(super) struct Log {
-    /// Where slot 0 is in the file.
+    /// The offset of slot 0 in the file.
     start: u64,
     granule_len: usize,
     capacity: u32,
@@ -47,8 +49,8 @@ struct Stage {
 }
 
 impl Log {
-    /// An empty log from offset `start` on, of a file that can be as long as [`end`](Self::end)
-    /// says. `granule_len` is a power of two.
+    /// An empty log from offset `start` on of a file, which must be able to have [`end`](Self::end)
+    /// bytes. `granule_len` is a power of two.
     pub(super) fn new(start: u64, granule_len: u64) -> Self {
         let granule_len = usize::try_from(granule_len).unwrap_or(usize::MAX);
         let room = i64::MAX as u64 - start.min(i64::MAX as u64);
@@ -64,22 +66,22 @@ impl Log {
         }
     }
 
-    /// Where the last slot ends in the file.
+    /// The end of the last slot in the file.
     pub(super) fn end(&self) -> u64 {
         self.start + u64::from(self.capacity) * self.granule_len as u64
     }
 
-    /// Takes nothing: the file cannot be that long.
+    /// Disables the log: the file cannot be that long.
     pub(super) fn close(&mut self) {
         self.capacity = 0;
     }
 
-    /// Keeps the content of a run of granules that no reader looks for yet; false if there is no room.
-    /// The disk may end in the last granule.
+    /// Appends the content of a run of granules, which no reader looks for yet; false if there is
+    /// no space. The disk may end in the last granule.
     ///
     /// # Errors
     ///
-    /// What was collected cannot be written.
+    /// If collected bytes cannot be written.
     pub(super) fn append(&self, file: &File, run: &Range<u64>, bytes: &[u8]) -> io::Result<bool> {
         // A run is at most PART_LEN_MAX.
         let count = (run.end - run.start) as u32;
@@ -106,8 +108,8 @@ impl Log {
         Ok(true)
     }
 
-    /// The slots of the granules at the start of a run, or how many of them are not here: such as
-    /// can be read together.
+    /// The slots of the first granules of a run, as far as they can be read together, or the number
+    /// of them that are not here.
     pub(super) fn find(&self, run: &Range<u64>) -> Found {
         if !self.is_used.load(Ordering::SeqCst) {
             return Found::Elsewhere(run.end - run.start);
@@ -126,12 +128,11 @@ impl Log {
         }
     }
 
-    /// Reads from `skipped` bytes after the start of `slot` on; all of it lies in slots that
-    /// follow one another.
+    /// Reads from `skipped` bytes after the start of `slot` on, from consecutive slots.
     ///
     /// # Errors
     ///
-    /// The file cannot be read.
+    /// If the file cannot be read.
     pub(super) fn read(
         &self,
         file: &File,
@@ -152,7 +153,7 @@ impl Log {
             let found = stage.bytes.get(from..).and_then(|bytes| bytes.get(..staged.len()));
             staged.copy_from_slice(found.ok_or(io::ErrorKind::UnexpectedEof)?);
         }
-        // What is in the file stays there.
+        // Bytes in the file stay there.
         drop(stage);
         file.read_exact_at(written, position)
     }
@@ -176,12 +177,12 @@ fn key(granule: u64) -> u32 {
     (granule / SHARDS) as u32
 }
 
-/// What a log knows about the granules at the start of a run.
+/// The place of the granules at the start of a run.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Found {
     /// They are in these slots.
     Here(Range<u32>),
-    /// So many are not here.
+    /// This many are not here.
     Elsewhere(u64),
 }
 

@@ -35,7 +35,7 @@ pub enum CheckpointError<E> {
     #[error("no checkpoint of this disk is in progress")]
     NotInProgress,
     /// The file for overwritten data cannot be used.
-    #[error("the file for what is overwritten cannot be as long as the disk: {}", system_words(.0))]
+    #[error("the file for overwritten data cannot be as long as the disk: {}", system_words(.0))]
     File(#[source] std::io::Error),
     /// The action at the moment of the checkpoint failed; there is no checkpoint.
     #[error("{0}")]
@@ -87,7 +87,7 @@ impl Checkpointed {
         if self.in_progress().is_some() {
             return Err(CheckpointError::InProgress);
         }
-        // Before the lock: no connection should wait for it.
+        // Before taking the lock, so that no connection waits for it.
         self.is_slow.store(true, Ordering::Relaxed);
         let mut current = self.preserved.write().unwrap_or_else(PoisonError::into_inner);
         if current.is_some() {
@@ -118,7 +118,7 @@ impl Checkpointed {
         let mut current = self.preserved.write().unwrap_or_else(PoisonError::into_inner);
         let ended = current.take();
         if let Some(preserved) = &ended {
-            // Under the lock: no change is made without a copy before the view knows.
+            // Under the lock, so that no change is made without a copy before the view is ended.
             preserved.end();
         }
         self.is_slow.store(false, Ordering::Relaxed);
@@ -133,7 +133,7 @@ impl Checkpointed {
         self.preserved.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes a change of a range, its old content set aside if need be.
+    /// Makes a change of a range, after its old content was copied if necessary.
     fn change<T>(&self, offset: u64, length: u64, change: impl FnOnce() -> T) -> T {
         let guard = self.lock();
         if let Some(preserved) = &*guard {
@@ -184,7 +184,7 @@ impl super::Filter for Checkpointed {
             if !preserved.preserve(&*self.disk, offset, length, Patience::Never) {
                 return Ok(TryWrite::WouldBlock);
             }
-            // A disk whose writes are prompt has no other way to write without waiting.
+            // A disk with prompt writes has no other way to write without waiting.
             let write = Operation::Write(data.len(), Durability::Cached);
             if self.disk.may_block(write) == MayBlock::No {
                 let written = self.disk.write_at(offset, data, Durability::Cached);

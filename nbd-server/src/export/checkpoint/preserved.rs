@@ -1,4 +1,4 @@
-//! The old content of what was overwritten since a checkpoint.
+//! The old content of parts that were overwritten since a checkpoint.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -18,45 +18,44 @@ use crate::export::{Export, ExportError, Holes, TryRead};
 const RUN_LEN: u64 = 1 << 20;
 /// Longest part that is copied for a writer that cannot wait, in bytes.
 const PROMPT_LEN: u64 = 256 << 10;
-/// How many extents are asked for at a time.
+/// The number of extents that are queried at a time.
 const EXTENTS: usize = 256;
 
 thread_local! {
-    /// Memory for what is copied.
+    /// The buffer for copies.
     static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Whether the writer can wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Patience {
-    /// It waits for the disk and for others.
+    /// It waits for the disk and for other threads.
     Waits,
-    /// It is a connection's task.
+    /// It must not wait, because it is a connection's task.
     Never,
 }
 
-/// Copies of old content, and where there are any.
+/// Copies of old content, and the places that have any.
 ///
-/// The first change of a granule has it copied here (or finds that it was), and sets its bit;
-/// only then does the change begin. So what is read from the disk is old as long as the bit is not
-/// set *after* the read.
+/// The first change of a granule copies it here and sets its bit; only then does the change begin.
+/// So bytes read from the disk are old if the bit is not set *after* the read.
 pub(super) struct Preserved {
     pub(super) granules: Granules,
-    /// Long parts are in their places, and the log starts at the disk's length.
+    /// Long parts are at the disk's offsets, and the log starts at the disk's length.
     file: File,
     /// Short parts.
     log: Log,
     /// Granules that are being copied.
     claims: Mutex<Vec<Range<u64>>>,
     released: Condvar,
-    /// Why the old content is not complete, if it is not.
+    /// The reason why the old content is incomplete, if it is.
     failure: OnceLock<String>,
     ended: AtomicBool,
     knows_zeroes: bool,
 }
 
 impl Preserved {
-    /// Nothing copied yet. The file is sparse and as long as the disk.
+    /// Creates the state without copies. The file becomes sparse and as long as the disk.
     pub(super) fn new(disk: &dyn Export, file: File) -> std::io::Result<Self> {
         let info = disk.info();
         let granules = Granules::new(info.size, u64::from(info.block_sizes.minimum()));
@@ -77,10 +76,10 @@ impl Preserved {
         })
     }
 
-    /// Copies what is not copied yet of the granules that a change will touch; false if that would
-    /// take waiting, which `patience` does not allow.
+    /// Copies the granules that a change will touch, unless they were copied before; false if that
+    /// would have to wait and `patience` forbids it.
     ///
-    /// A copy that fails costs the view, not the change.
+    /// If a copy fails, the view is lost; the change is made nevertheless.
     pub(super) fn preserve(
         &self,
         disk: &dyn Export,
@@ -141,7 +140,8 @@ impl Preserved {
         self.granules.run(run).0
     }
 
-    /// Copies a run of granules, or waits until others have; false if that would take waiting.
+    /// Copies a run of granules, or waits until others have; false if that would have to wait and
+    /// `patience` forbids it.
     fn copy(&self, disk: &dyn Export, run: Range<u64>, patience: Patience) -> Result<bool, String> {
         let Some(_claim) = self.claim(&run, patience) else { return Ok(false) };
         // Others may have copied a part before the claim.
@@ -173,14 +173,14 @@ impl Preserved {
             match read {
                 Ok(TryRead::Complete) => {}
                 Ok(TryRead::WouldBlock | TryRead::Sparse) => return Ok(false),
-                // A writer that can wait finds out whether it is so.
+                // A writer that can wait finds out.
                 Err(_) if patience == Patience::Never => return Ok(false),
                 Err(error) => return Err(format!("cannot read at offset {offset}: {error}")),
             }
             // The file is zero where nothing was written.
             if buffer.iter().any(|&byte| byte != 0) {
                 self.keep(&run, offset, buffer).map_err(|error| {
-                    format!("cannot set aside what is overwritten: {}", system_words(&error))
+                    format!("cannot copy overwritten data: {}", system_words(&error))
                 })?;
             }
             self.granules.set(&run);
@@ -217,7 +217,7 @@ impl Preserved {
         let _ = self.failure.set(why);
     }
 
-    /// Why the view is lost, if it is.
+    /// The reason why the view is lost, if it is.
     pub(super) fn failure(&self) -> Option<&str> {
         self.failure.get().map(String::as_str)
     }
@@ -225,8 +225,8 @@ impl Preserved {
     /// Reads copies.
     pub(super) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
         self.read_parts(offset, buffer).map_err(|error| {
-            tracing::error!(%error, "cannot read what was set aside");
-            ExportError::new(nbd_proto::wire::Errno::EIO, "cannot read what was set aside")
+            tracing::error!(%error, "cannot read copied data");
+            ExportError::new(nbd_proto::wire::Errno::EIO, "cannot read copied data")
         })
     }
 
@@ -255,7 +255,7 @@ impl Preserved {
         Ok(())
     }
 
-    /// The end of the view: nothing is copied any more.
+    /// Ends the view: nothing is copied any more.
     pub(super) fn end(&self) {
         self.ended.store(true, Ordering::SeqCst);
     }

@@ -82,7 +82,7 @@ fn what_cannot_be_set_aside_costs_the_view_and_not_the_write() {
     disk.write_at(0, &[9; 65536], Durability::Cached).unwrap();
     assert_eq!(read(&disk)[..65536], [9; 65536]);
     assert_eq!(view.read_at(1 << 20, &mut [0; 10]).unwrap_err().errno, Errno::EIO);
-    assert!(disk.failure().unwrap().unwrap().contains("set aside"));
+    assert!(disk.failure().unwrap().unwrap().contains("cannot copy overwritten data"));
     disk.end();
     assert_eq!(disk.failure(), None);
 }

@@ -12,7 +12,7 @@ use crate::export::{
     MayBlock, Operation, ReadMap, TryRead,
 };
 
-/// Answers a context of a view: called with offset and length in bytes and the highest number of
+/// Answers a context of a view: called with offset and length in bytes and the maximum number of
 /// descriptors, under the same rules as [`Export::block_status`].
 pub type StatusFn =
     dyn Fn(u64, u64, usize) -> Result<Vec<BlockDescriptor>, ExportError> + Send + Sync;
@@ -49,21 +49,21 @@ impl PointInTimeView {
         self
     }
 
-    /// Fails if what was read may not be what the disk held at the checkpoint.
+    /// Fails if read bytes may differ from the disk at the checkpoint.
     fn check(&self) -> Result<(), ExportError> {
         if self.preserved.has_ended() {
             return Err(ExportError::new(Errno::EIO, "the checkpoint has ended"));
         }
         if self.preserved.failure().is_some() {
-            let why = "the view is lost: what was overwritten could not be set aside";
+            let why = "the view is lost: overwritten data could not be copied";
             return Err(ExportError::new(Errno::EIO, why));
         }
         Ok(())
     }
 
-    /// Reads copies over those parts of a buffer that were copied meanwhile.
+    /// Replaces those parts of a buffer that were copied meanwhile with their copies.
     fn replace_preserved(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
-        // What was read before this line is compared with what is known after it.
+        // Everything read before this line is checked against the bits after it.
         fence(Ordering::SeqCst);
         let granules = &self.preserved.granules;
         let end = offset + buffer.len() as u64;
@@ -96,7 +96,7 @@ impl PointInTimeView {
         let (start, run_length) = granules.bytes(&(touched.start..run_end));
         let length = (start + run_length).min(offset + length) - offset;
         if set {
-            // What was overwritten is rarely a hole; data is a true answer in any case.
+            // Overwritten parts are rarely holes; "data" is always correct.
             return Ok(if out.push(length, 0) { length } else { 0 });
         }
         let context = MetaContextName::base_allocation();
@@ -131,7 +131,7 @@ impl Export for PointInTimeView {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
         self.check()?;
         let touched = self.preserved.granules.touched(offset, buffer.len() as u64);
-        // What was copied need not be read from the disk as well.
+        // Copied parts need not be read from the disk as well.
         if !self.preserved.granules.all_set(&touched) {
             self.disk.read_at(offset, buffer)?;
         }
@@ -188,14 +188,14 @@ impl FastExport for PointInTimeView {
             return Ok(TryRead::WouldBlock);
         }
         let read = self.disk.try_read_at(offset, buffer, holes)?;
-        // What was not copied yet may have been copied during the read.
+        // More parts may have been copied during the read.
         fence(Ordering::SeqCst);
         self.check()?;
         Ok(if is_as_it_was() { read } else { TryRead::WouldBlock })
     }
 
-    /// What was overwritten is rarely a hole: where anything was, or is meanwhile, all is data.
-    /// Bytes of a file are not told: they do not stay as they were.
+    /// Overwritten parts are rarely holes: if anything was overwritten in the range, all of it is
+    /// data. Bytes of a file are not returned, because they can change.
     fn map_read(
         &self,
         offset: u64,

@@ -1,9 +1,9 @@
 //! Filters: exports that wrap other exports.
 //!
-//! [`Window`] serves a part of a disk as a disk of its own, and [`FilterOptions`] change requests on
-//! their way: discards that are ignored, zeroes that are detected, writes that are durable when they
-//! are answered. Both cost nothing where they change nothing, and pass on what makes an export fast.
-//! A filter of your own implements [`Filter`](super::Filter).
+//! [`Window`] serves a part of a disk as a separate disk. [`FilterOptions`] change requests: ignore
+//! discards, detect zeroes, make writes durable before the answer. Both cost nothing where they
+//! change nothing, and forward the calls that make an export fast. A custom filter implements
+//! [`Filter`](super::Filter).
 //!
 //! ```
 //! use std::sync::Arc;

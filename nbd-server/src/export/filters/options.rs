@@ -1,17 +1,17 @@
-//! What a [`RequestFilter`](super::RequestFilter) changes.
+//! The options of a [`RequestFilter`](super::RequestFilter).
 
-/// What TRIM and WRITE_ZEROES do with space that is not needed any more.
+/// The effect of TRIM and WRITE_ZEROES on space that is no longer needed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Discard {
-    /// They give it back.
+    /// They free it.
     #[default]
     Unmap,
     /// They keep it: TRIM does nothing, and WRITE_ZEROES makes no holes.
     Ignore,
 }
 
-/// What becomes of written data that is all zero.
+/// The treatment of written data that is all zero.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DetectZeroes {
@@ -25,58 +25,58 @@ pub enum DetectZeroes {
     Unmap,
 }
 
-/// Which part of a write is examined for zeroes.
+/// The part of a write that is examined for zeroes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ZeroUnit {
     /// All bytes.
     #[default]
     Byte,
-    /// Whole pages of 4096 bytes, as direct I/O needs them; the edges are written as data.
+    /// Complete pages of 4096 bytes, as direct I/O needs them; the edges are written as data.
     Page,
 }
 
-/// When a change of the disk is answered.
+/// The moment at which a change of the disk is answered.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WriteCache {
-    /// When the export has it; FLUSH makes it durable.
+    /// When the export has carried it out; FLUSH makes it durable.
     #[default]
     Writeback,
-    /// When it is durable. For exports of the caller's own: an image has a cache mode for that.
+    /// When it is durable. This is for custom exports: an image has a cache mode for that.
     Writethrough,
 }
 
-/// What clients are told about several connections at a time (`CAN_MULTI_CONN`).
+/// Whether clients are told that they may use several connections (`CAN_MULTI_CONN`).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum MultiConn {
     /// What the export says.
     #[default]
     Inherit,
-    /// That they are not supported.
+    /// They are not.
     Hidden,
 }
 
-/// Which calls of the export may block.
+/// The calls of the export that may block.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Blocking {
-    /// Those of which it says so.
+    /// Those that the export reports as such.
     #[default]
     Inherit,
-    /// All: they are made on threads that may wait, as for a disk on the network.
+    /// All: they are made on threads that may wait, for example for a disk on the network.
     Always,
 }
 
-/// What clients are told about the medium (`ROTATIONAL`).
+/// The kind of medium that clients are told (`ROTATIONAL`).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Medium {
     /// What the export says.
     #[default]
     Inherit,
-    /// It is a spinning disk.
+    /// A rotating disk.
     Rotational,
 }
 
@@ -98,28 +98,28 @@ pub enum AdvisedMinimum {
     /// That of the export.
     #[default]
     Inherit,
-    /// 512 bytes for clients that request block sizes, where the export has no minimum. Requests of
+    /// 512 bytes for clients that request block sizes, if the export has no minimum. Requests of
     /// any alignment are served.
     Sector,
 }
 
-/// What a [`RequestFilter`](super::RequestFilter) changes. The default changes nothing.
+/// The options of a [`RequestFilter`](super::RequestFilter). The default changes nothing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct FilterOptions {
-    /// What TRIM and WRITE_ZEROES do with space.
+    /// The effect of TRIM and WRITE_ZEROES on space.
     pub discard: Discard,
-    /// What becomes of written data that is all zero.
+    /// The treatment of written data that is all zero.
     pub detect_zeroes: DetectZeroes,
-    /// Which part of a write is examined for zeroes.
+    /// The part of a write that is examined for zeroes.
     pub zero_unit: ZeroUnit,
-    /// When a change is answered.
+    /// The moment at which a change is answered.
     pub write_cache: WriteCache,
-    /// What clients are told about several connections.
+    /// Whether clients are told that they may use several connections.
     pub multi_conn: MultiConn,
-    /// Which calls may block.
+    /// The calls that may block.
     pub blocking: Blocking,
-    /// What clients are told about the medium.
+    /// The kind of medium that clients are told.
     pub medium: Medium,
     /// The preferred block size that clients are told.
     pub preferred_size: PreferredSize,

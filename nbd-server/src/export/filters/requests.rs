@@ -1,4 +1,4 @@
-//! [`RequestFilter`]: requests that are changed on their way to an export.
+//! [`RequestFilter`]: changes requests to an export.
 
 use std::sync::Arc;
 
@@ -14,10 +14,10 @@ use crate::export::{
     ZeroMode,
 };
 
-/// In bytes; what direct I/O is aligned to, and the least unit that clients are told to prefer.
+/// The alignment of direct I/O and the smallest preferred block size for clients, in bytes.
 const PAGE: u64 = 4096;
 
-/// In bytes; what clients are advised to align requests to.
+/// The advised alignment of requests, in bytes.
 const SECTOR: u32 = 512;
 
 impl FilterOptions {
@@ -44,7 +44,7 @@ impl std::fmt::Debug for RequestFilter {
 }
 
 impl RequestFilter {
-    /// Changes requests to `inner` as `options` say.
+    /// Creates an export that changes requests to `inner` according to `options`.
     #[must_use]
     pub fn new(inner: Arc<dyn Export>, options: FilterOptions) -> Self {
         Self { inner, options }
@@ -214,7 +214,7 @@ impl Filter for RequestFilter {
         match (self.options.discard, durability) {
             (Discard::Unmap, _) => self.inner.trim(offset, length, durability),
             (Discard::Ignore, Durability::Cached) => Ok(()),
-            // What was written to the range before must be durable all the same.
+            // Earlier writes to the range must be durable nevertheless.
             (Discard::Ignore, _) => self.inner.flush(),
         }
     }
@@ -234,8 +234,8 @@ impl Filter for RequestFilter {
 
 /// Whether all bytes are zero.
 fn is_zero(data: &[u8]) -> bool {
-    // The first few bytes decide most of the time; the rest is folded without branches, which the
-    // compiler turns into wide instructions.
+    // Usually the first few bytes decide; the rest is folded without branches, which the compiler
+    // turns into wide instructions.
     let (head, rest) = data.split_at(data.len().min(16));
     head.iter().all(|&byte| byte == 0)
         && rest.chunks(1024).all(|chunk| chunk.iter().fold(0, |sum, byte| sum | byte) == 0)

@@ -1,4 +1,4 @@
-//! [`Window`]: a part of a disk as a disk of its own.
+//! [`Window`]: a part of a disk as a separate disk.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::export::{
     PlacedWrite, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
-/// A part of a disk cannot be served. All sizes are in bytes.
+/// The reason why a part of a disk cannot be served. All sizes are in bytes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum WindowError {
@@ -47,9 +47,9 @@ pub enum WindowError {
     },
 }
 
-/// Which part of a disk is served, in bytes. The default is all of it.
+/// The part of a disk that is served, in bytes. The default is all of it.
 ///
-/// A plain value, as a range is: it has these two fields and will have no others.
+/// This plain value has these two fields and will have no others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Window {
     /// Where the part begins.
@@ -59,11 +59,11 @@ pub struct Window {
 }
 
 impl Window {
-    /// Checks that the part lies within a disk of `whole` bytes.
+    /// Checks that the part is within a disk of `whole` bytes.
     ///
     /// # Errors
     ///
-    /// [`WindowError`] if it does not.
+    /// [`WindowError`] if it is not.
     pub fn check(self, whole: u64) -> Result<(), WindowError> {
         let offset = self.offset;
         let rest = whole.checked_sub(offset);
@@ -74,7 +74,7 @@ impl Window {
         }
     }
 
-    /// This part of the part `outer` of a disk, as a part of that disk.
+    /// Returns this part of the part `outer` of a disk, as a part of that disk.
     ///
     /// ```
     /// # use nbd_server::export::filters::Window;
@@ -87,7 +87,7 @@ impl Window {
     ///
     /// # Errors
     ///
-    /// [`WindowError`] if this part does not lie within `outer`.
+    /// [`WindowError`] if this part is not within `outer`.
     pub fn within(self, outer: Self) -> Result<Self, WindowError> {
         let size = match outer.size {
             None => self.size,
@@ -101,12 +101,12 @@ impl Window {
         Ok(Self { offset, size })
     }
 
-    /// The part of `inner`; gives `inner` itself for all of it.
+    /// Returns the part of `inner`; `inner` itself for all of it.
     ///
     /// # Errors
     ///
-    /// [`WindowError`] if the part does not lie within the disk, or begins within a block of its
-    /// minimum block size.
+    /// [`WindowError`] if the part is not within the disk, or begins within a block of its minimum
+    /// block size.
     pub fn apply(self, inner: Arc<dyn Export>) -> Result<Arc<dyn Export>, WindowError> {
         if self == Self::default() {
             return Ok(inner);

@@ -1,4 +1,5 @@
-//! What makes images fast as exports: requests that need no other thread, and maps of reads.
+//! The calls that make images fast as exports: requests that need no other thread, and maps of
+//! reads.
 
 use std::sync::Arc;
 
@@ -10,8 +11,8 @@ use crate::export::{
     PlacedFile, PlacedPart, PlacedRead, PlacedWrite, Placement, ReadMap, TryRead, TryWrite,
 };
 
-/// Longest write that is carried out where it stands: a copy into the page cache. A longer one
-/// would keep other connections of the same thread waiting.
+/// Longest write, in bytes, that is carried out on the connection's thread: a copy into the page
+/// cache. A longer one would delay other connections of the thread.
 const PROMPT_WRITE_LEN: usize = 2 << 20;
 
 impl FastExport for ImageExport {
@@ -48,12 +49,12 @@ impl FastExport for ImageExport {
             Lookup::CachedOnly => imgfmt::Lookup::CachedOnly,
         };
         let mapped = self.image.map(range, of_image(holes), lookup, |mapping| {
-            // It lies in a request, whose length is bounded.
+            // It is within a request, whose length is bounded.
             let length = mapping.range.length() as usize;
             match (mapping.content, &self.file) {
                 (content, _) if content.is_zero() => map.push_zero(length),
-                // Only bytes of a raw file stay where they are forever: others are read through
-                // the image.
+                // Only the places of bytes of a raw file never change; others are read through the
+                // image.
                 (imgfmt::Content::File(span), Some(file)) => {
                     let span = FileSpan { file: Arc::clone(file), offset: span.offset.bytes() };
                     map.push_file(length, span);
@@ -77,9 +78,9 @@ impl FastExport for ImageExport {
     }
 
     fn place_write(&self, offset: u64, length: usize) -> Option<Box<dyn PlacedWrite>> {
-        // Where the page cache is used a write rarely waits, and needs no ring.
+        // With the page cache, a write rarely waits, and needs no ring.
         self.image.direct_alignment()?;
-        // What is wrong shows when it is written the other way.
+        // Errors show when it is written through the image.
         let map = self.image.map_write(GuestOffset::new(offset), length as u64).ok()??;
         Some(Box::new(ImageWrite(map)))
     }
@@ -94,8 +95,8 @@ impl FastExport for ImageExport {
             {
                 MayBlock::No
             }
-            // The system lets one change of a file in at a time; more of them would only wait for
-            // its lock, and take the cores from the connections.
+            // The system carries out one change of a file at a time; others would only wait for its
+            // lock, and occupy threads.
             Operation::Write(_, Durability::Cached) if self.file.is_some() => MayBlock::Busy,
             Operation::Trim | Operation::WriteZeroes | Operation::Cache
                 if self.image.path().is_some() =>
@@ -108,7 +109,7 @@ impl FastExport for ImageExport {
 
     fn is_writethrough(&self) -> bool {
         let cache = self.image.cache_mode();
-        // Where nothing is ever made durable, flushes have nothing to do either.
+        // In a mode without syncs, flushes do nothing.
         cache.is_writethrough() || !cache.syncs()
     }
 
@@ -124,7 +125,7 @@ impl FastExport for ImageExport {
     }
 }
 
-/// A range of an image: its mappings, and the lease that keeps them true.
+/// A range of an image: its mappings, and the lease that keeps them valid.
 struct ImageRead {
     parts: Vec<PlacedPart>,
     files: Vec<Arc<dyn Storage>>,
@@ -133,7 +134,7 @@ struct ImageRead {
 }
 
 impl ImageRead {
-    /// `None` if some of the bytes are not in a file as they are.
+    /// `None` if some of the bytes are not stored unencoded in a file.
     fn new(map: imgfmt::ReadMap) -> Option<Self> {
         let mut files: Vec<Arc<dyn Storage>> = Vec::new();
         let mut parts = Vec::new();
