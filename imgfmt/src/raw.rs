@@ -125,7 +125,7 @@ impl WritableLayer for Raw {
         if self.first_sector.is_some() && offset.bytes() < PROBE_LENGTH as u64 {
             return Ok(None);
         }
-        Ok(WriteMap::new(&self.storage, host(offset), length))
+        Ok(WriteMap::new(&self.storage, host(offset), length).map(WriteMap::durable_alone))
     }
 
     fn write_zeroes(

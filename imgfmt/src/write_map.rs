@@ -1,5 +1,7 @@
 //! Writes that the caller carries out itself.
 
+use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use crate::bitmap::RecordedElsewhere;
@@ -19,6 +21,14 @@ pub struct WriteMap {
     storage: Arc<dyn Storage>,
     offset: HostOffset,
     lease: Option<Lease>,
+    is_durable_alone: bool,
+    failures: Option<Arc<dyn SyncFailures>>,
+}
+
+/// The receiver of failed syncs.
+pub(crate) trait SyncFailures: Send + Sync + fmt::Debug {
+    /// A write to stable storage has failed: data that was written before may be lost.
+    fn sync_has_failed(&self, error: &io::Error);
 }
 
 impl WriteMap {
@@ -27,7 +37,18 @@ impl WriteMap {
     pub(crate) fn new(storage: &Arc<dyn Storage>, offset: HostOffset, length: u64) -> Option<Self> {
         let begun = storage.begin_write(offset, length)?;
         let storage = Arc::clone(storage);
-        Some(Self { begun, recorded: None, storage, offset, lease: None })
+        let (recorded, lease, is_durable_alone, failures) = (None, None, false, None);
+        Some(Self { begun, recorded, storage, offset, lease, is_durable_alone, failures })
+    }
+
+    /// Marks the write as durable once its own bytes are on stable storage.
+    pub(crate) fn durable_alone(self) -> Self {
+        Self { is_durable_alone: true, ..self }
+    }
+
+    /// Sets the receiver of failed syncs.
+    pub(crate) fn reporting_to(self, failures: Arc<dyn SyncFailures>) -> Self {
+        Self { failures: Some(failures), ..self }
     }
 
     /// Adds the guards that protect the place and record the change.
@@ -43,6 +64,22 @@ impl WriteMap {
     /// Returns the offset of the write in the storage.
     pub fn offset(&self) -> HostOffset {
         self.offset
+    }
+
+    /// Whether the bytes are a durable part of the disk as soon as they are on stable storage, because
+    /// all metadata already is. Otherwise a [`flush`](crate::Image::flush) makes them durable.
+    pub fn is_durable_alone(&self) -> bool {
+        self.is_durable_alone
+    }
+
+    /// Records that a write to stable storage has failed. It must not be repeated: the system reports
+    /// lost data once, and the error may be that of other data. The next
+    /// [`flush`](crate::Image::flush) of an image with metadata fails. Report the error to all writers
+    /// of the disk.
+    pub fn failed(self, error: &io::Error) {
+        if let Some(failures) = &self.failures {
+            failures.sync_has_failed(error);
+        }
     }
 
     /// Records that all bytes were written. They are part of the disk now, and the next flush makes

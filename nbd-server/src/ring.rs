@@ -195,15 +195,15 @@ impl State {
         write: RingWrite,
         writer: Box<dyn Writer>,
     ) -> Result<(usize, Flight), Outcome> {
-        let RingWrite { placed, payload } = write;
+        let RingWrite { placed, payload, durability } = write;
         let length = payload.len();
         let Some((fd, offset, alignment)) = work::target(&*placed, length) else {
             drop(placed);
             return Err(Outcome::Unwritten(writer, payload));
         };
         let (buffer, at) = work::aligned(payload, alignment);
-        let begun = self.ring.write(fd, offset, (buffer, at, length));
-        let flight = Flight::Write { placed, at, length, writer };
+        let begun = self.ring.write(fd, offset, (buffer, at, length), durability);
+        let flight = Flight::Write { placed, at, length, durability, writer };
         match begun {
             Ok(number) => Ok((number, flight)),
             Err(buffer) => Err(flight.end(buffer, None)),
@@ -228,7 +228,7 @@ impl State {
         let ended = ended.into_iter().filter_map(|Ended { number, buffer, result }| {
             let (id, length, flight) = self.flights.get_mut(number)?.take()?;
             self.shares.finish(id, length);
-            Some(flight.end(buffer, result.ok()))
+            Some(flight.end(buffer, Some(result)))
         });
         let mut outcomes: Vec<Outcome> = ended.collect();
         if !self.is_broken {

@@ -92,6 +92,12 @@ impl Flusher<'_> {
         self.commits.changes.are_pending() || self.metadata.has_header_writes()
     }
 
+    /// Whether all metadata is on disk, that which others wrote before the image was opened included, and no
+    /// failed sync is to be reported. Changes that can be seen when this is called are taken into account.
+    pub(in crate::qcow2) fn is_all_durable(self) -> bool {
+        self.commits.has_flushed() && !self.has_changes() && !self.metadata.owes_report()
+    }
+
     fn flush_changes(self) -> Result<()> {
         let (changes, (mut freed, generation), change_count) = {
             let _gate = self.commits.close_gate();

@@ -131,3 +131,49 @@ fn a_change_of_bitmaps_waits_for_a_write_that_is_under_way() {
     });
     assert_eq!(dirty(&image, "old"), []);
 }
+
+#[test]
+fn a_write_is_durable_alone_where_all_that_leads_to_it_is_on_disk() {
+    let image = new_qcow2();
+    let is_alone = |offset| map(&image, offset, 512).unwrap().is_durable_alone();
+    write(&image, 0, CLUSTER as usize);
+    assert!(!is_alone(0), "its mapping is in memory");
+    image.flush().unwrap();
+    assert!(is_alone(0));
+    write(&image, 0, 512);
+    assert!(is_alone(0), "nothing was allocated");
+    write(&image, CLUSTER, 512);
+    assert!(!is_alone(CLUSTER) && !is_alone(0));
+    image.write_at(at(CLUSTER), &[8; 512], Durability::Fua).unwrap();
+    assert!(is_alone(CLUSTER));
+    let options = OpenOptions::new().access(Access::ReadWrite).format(Format::Raw);
+    assert!(map(&on_storage(&[0; 8192], &options), 0, 512).unwrap().is_durable_alone());
+}
+
+#[test]
+fn what_others_wrote_before_an_image_was_opened_counts_as_not_on_disk() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    let image = Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
+    write(&image, 0, 512);
+    drop(image);
+    let options = OpenOptions::new().access(Access::ReadWrite);
+    let image = on_storage(&std::fs::read(&path).unwrap(), &options);
+    write(&image, 0, 512);
+    assert!(!map(&image, 0, 512).unwrap().is_durable_alone());
+    image.flush().unwrap();
+    assert!(map(&image, 0, 512).unwrap().is_durable_alone());
+}
+
+#[test]
+fn the_next_flush_tells_of_a_durable_write_that_failed() {
+    let image = new_qcow2();
+    write(&image, 0, 512);
+    image.flush().unwrap();
+    let error = std::io::Error::from_raw_os_error(libc::EIO);
+    map(&image, 0, 512).unwrap().failed(&error);
+    assert!(!map(&image, 0, 512).unwrap().is_durable_alone(), "a flush has to tell first");
+    image.flush().unwrap_err();
+    image.flush().unwrap();
+    assert!(map(&image, 0, 512).unwrap().is_durable_alone());
+}

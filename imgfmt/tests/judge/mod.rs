@@ -182,21 +182,40 @@ impl Model {
         {
             return Ok(());
         }
-        if self.operation % 3 == 1 && self.write_by_map(image, offset, data)? {
-            let is_durable = durability == Durability::Fua || image.cache_mode().is_writethrough();
-            return if is_durable { image.flush() } else { Ok(()) };
+        let is_durable = durability == Durability::Fua || image.cache_mode().is_writethrough();
+        if self.operation % 3 == 1
+            && let Some(achieved) = self.write_by_map(image, offset, data, is_durable)?
+        {
+            let is_done = achieved == Durability::Fua || !is_durable;
+            return if is_done { Ok(()) } else { image.flush() };
         }
         image.write_at(at(offset), data, durability)
     }
 
-    /// Writes as a server does that carries writes out by itself, if the image allows it and it succeeds.
-    fn write_by_map(&self, image: &Image, offset: u64, data: &[u8]) -> Result<bool> {
-        let Some(map) = image.map_write(at(offset), data.len() as u64)? else { return Ok(false) };
-        let written = map.storage().write_at(map.offset(), data, Durability::Cached);
-        if written.is_ok() {
-            map.written();
+    /// Writes as a server does that carries writes out by itself, if the image allows it and it succeeds: to
+    /// stable storage if that is wanted and makes the write durable. What failed is then repeated.
+    fn write_by_map(
+        &self,
+        image: &Image,
+        offset: u64,
+        data: &[u8],
+        is_durable: bool,
+    ) -> Result<Option<Durability>> {
+        let Some(map) = image.map_write(at(offset), data.len() as u64)? else { return Ok(None) };
+        let is_alone = is_durable && map.is_durable_alone();
+        let durability = if is_alone { Durability::Fua } else { Durability::Cached };
+        match map.storage().write_at(map.offset(), data, durability) {
+            Ok(()) => {
+                map.written();
+                Ok(Some(durability))
+            }
+            Err(error) => {
+                if is_alone {
+                    map.failed(&error);
+                }
+                Ok(None)
+            }
         }
-        Ok(written.is_ok())
     }
 
     /// Bytes that tell by which operation and for which place they were written, and are not zero.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 
 use nbd_proto::limits::MAX_DESCRIPTORS_SENT;
-use nbd_proto::transmission::{Command, ExtentLimit, ReplyEncoder, Request};
+use nbd_proto::transmission::{Command, Durability, ExtentLimit, ReplyEncoder, Request};
 use tokio::sync::mpsc;
 
 use super::answer::{Answer, Farewell, Held, Reply};
@@ -15,7 +15,7 @@ use super::read_steps::{self, PartRead};
 use super::ring_work;
 use super::steps::{self, Progress};
 use crate::budget::{Budget, Permit};
-use crate::export::{ExportEntry, ExportError};
+use crate::export::{ExportEntry, ExportError, PlacedWrite};
 use crate::queue::{Cost, GroupId};
 use crate::ring::{Reader, RingHandle, RingLane, RingWrite, Writer};
 use crate::scheduler::{Job, Lane, Scheduler};
@@ -183,11 +183,10 @@ impl Pool {
             return Err(job);
         };
         let read = ring_work::plan_read(&job.work);
-        let write = if job.may_use_ring(self.requests > 1) {
-            ring_work::plan_write(&job.work)
-        } else {
-            None
-        };
+        let has_company = self.requests > 1;
+        let write = ring_work::plan_write(&job.work)
+            .map(|placed| (job.durability_in_ring(&*placed), placed))
+            .filter(|(durability, _)| job.may_use_ring(*durability, has_company));
         let is_short = job.work.request.data_len() <= MOST_WAITED_FOR;
         let is_planned = read.is_some() || write.is_some();
         // Other connections that have left may have work in the ring, which this thread ends.
@@ -204,12 +203,12 @@ impl Pool {
         let lane = Arc::downgrade(&self.lane);
         if let Some(read) = read {
             ring.read(read, Box::new(PooledRead { job, lane }));
-        } else if let Some(placed) = write {
+        } else if let Some((durability, placed)) = write {
             let payload = std::mem::take(&mut job.work.payload);
             let (scheduler, entry) = (self.lane.scheduler().clone(), self.entry.clone());
-            let since = job.work.writeback.count();
-            let writer = PooledWrite { job, lane, scheduler, entry, group: self.group, since };
-            ring.write(RingWrite { placed, payload }, Box::new(writer));
+            let (group, since) = (self.group, job.work.writeback.count());
+            let writer = PooledWrite { job, lane, scheduler, entry, group, since, durability };
+            ring.write(RingWrite { placed, payload, durability }, Box::new(writer));
         } else {
             return Err(job);
         }
@@ -314,6 +313,8 @@ struct PooledWrite {
     group: GroupId,
     /// The flushes that had failed before it was written.
     since: u64,
+    /// What the ring is asked for.
+    durability: Durability,
 }
 
 impl Writer for PooledWrite {
@@ -322,14 +323,20 @@ impl Writer for PooledWrite {
     }
 
     fn written(self: Box<Self>, result: Result<(), ExportError>) {
-        let Self { job, scheduler, entry, group, since, .. } = *self;
+        let Self { job, scheduler, entry, group, since, durability, .. } = *self;
         let RequestJob { work, durable, answer, .. } = *job;
         let PreparedRequest { export, writeback, request, .. } = work;
         if let Err(error) = result {
-            return answer.send_short(writeback.judge(&request, Err(error)));
+            return answer.send_short(match durability {
+                Durability::Fua => Err(writeback.has_lost(error)),
+                Durability::Cached => writeback.judge(&request, Err(error)),
+            });
         }
         if !is_durable(&request.command) && !export.is_writethrough() {
             return answer.send_short(Ok(()));
+        }
+        if durability == Durability::Fua {
+            return answer.send_short(writeback.judge_change(since));
         }
         // Where every change is durable a flush is shared as well.
         match durable {
@@ -363,9 +370,20 @@ struct RequestJob {
 }
 
 impl RequestJob {
-    /// Whether a ring may carry out a change: if it has to be durable a flush is waited for after it, which
-    /// pays where others share it. A change that is alone is made durable by one call of the export.
-    fn may_use_ring(&self, has_company: bool) -> bool {
+    /// Whether a ring has to write to stable storage: if that is wanted, and makes the change durable.
+    fn durability_in_ring(&self, placed: &dyn PlacedWrite) -> Durability {
+        let work = &self.work;
+        let is_wanted = is_durable(&work.request.command) || work.export.is_writethrough();
+        if is_wanted && placed.is_durable_alone() { Durability::Fua } else { Durability::Cached }
+    }
+
+    /// Whether a ring may carry out a change with this durability. If that is not all, a flush is waited for
+    /// after it, which pays where others share it; a change that is alone is made durable by one call of the
+    /// export.
+    fn may_use_ring(&self, durability: Durability, has_company: bool) -> bool {
+        if durability == Durability::Fua {
+            return true;
+        }
         if self.work.export.is_writethrough() {
             return has_company && can_flush(&self.work);
         }

@@ -49,6 +49,15 @@ impl WritebackErrors {
         Err(ExportError::new(Errno::EIO, why))
     }
 
+    /// Returns the error of a write to stable storage for its client. The error may be that of other
+    /// clients' data, so they are told as well.
+    pub(super) fn has_lost(&self, error: ExportError) -> ExportError {
+        if error.errno == Errno::EIO {
+            self.is_told(self.failures.add());
+        }
+        error
+    }
+
     /// Whether the client still has to be told of a failure.
     pub(super) fn owes_failure(&self) -> bool {
         self.is_owed.load(Acquire) || self.known.load(Acquire) < self.failures.count()

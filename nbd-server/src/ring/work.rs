@@ -1,10 +1,13 @@
 //! What a ring is asked for, and what becomes of it.
 
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use nbd_proto::transmission::Durability;
 use nbd_proto::wire::Errno;
 
+use crate::error::system_words;
 use crate::export::{ExportError, PlacedRead, PlacedWrite};
 
 /// A read to be carried out: bytes of one file, between bytes that are known already.
@@ -34,6 +37,8 @@ pub(crate) struct RingWrite {
     /// Where the bytes go. It is kept until they are there.
     pub(crate) placed: Box<dyn PlacedWrite>,
     pub(crate) payload: Vec<u8>,
+    /// Whether the bytes are to be on stable storage when it is over.
+    pub(crate) durability: Durability,
 }
 
 /// Who waits for a write.
@@ -75,7 +80,7 @@ impl Work {
     pub(super) fn refuse(self) -> Outcome {
         match self {
             Self::Read(_, reader) => Outcome::Unread(reader),
-            Self::Write(RingWrite { placed, payload }, writer) => {
+            Self::Write(RingWrite { placed, payload, .. }, writer) => {
                 drop(placed);
                 Outcome::Unwritten(writer, payload)
             }
@@ -90,6 +95,9 @@ pub(super) enum Outcome {
     Unread(Box<dyn Reader>),
     Written(Box<dyn PlacedWrite>, Box<dyn Writer>),
     Unwritten(Box<dyn Writer>, Vec<u8>),
+    /// A write to stable storage failed, and may have taken the error of other data: it must not be repeated
+    /// as if nothing had happened.
+    Lost(Box<dyn PlacedWrite>, Box<dyn Writer>, io::Error),
 }
 
 impl Outcome {
@@ -105,8 +113,32 @@ impl Outcome {
                 }));
             }
             Self::Unwritten(writer, payload) => writer.failed(payload),
+            Self::Lost(placed, writer, error) => {
+                let noted = catch_unwind(AssertUnwindSafe(|| placed.failed(&error)));
+                if noted.is_err() {
+                    tracing::error!("the end of a write panicked");
+                }
+                writer.written(Err(lost(&error)));
+            }
         }
     }
+}
+
+/// What the client is told of a write to stable storage that failed.
+fn lost(error: &io::Error) -> ExportError {
+    tracing::warn!(error = system_words(error), "a durable write failed");
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            ExportError::new(Errno::ENOSPC, "no space is left where the image is stored")
+        }
+        _ => ExportError::new(Errno::EIO, "the image cannot be written here"),
+    }
+}
+
+/// Whether the system says with an error that it has not begun to write.
+fn is_refusal(error: &io::Error) -> bool {
+    let refusals = [libc::EINVAL, libc::EOPNOTSUPP, libc::ENOSYS, libc::EBADF, libc::EAGAIN];
+    error.raw_os_error().is_some_and(|code| refusals.contains(&code))
 }
 
 /// Started work: what it holds until it has ended.
@@ -114,12 +146,23 @@ pub(super) enum Flight {
     /// The file and the lease are let go when it has ended.
     Read { placed: Box<dyn PlacedRead>, layout: Layout, reader: Box<dyn Reader> },
     /// The payload is in the buffer from byte `at` on.
-    Write { placed: Box<dyn PlacedWrite>, at: usize, length: usize, writer: Box<dyn Writer> },
+    Write {
+        placed: Box<dyn PlacedWrite>,
+        at: usize,
+        length: usize,
+        durability: Durability,
+        writer: Box<dyn Writer>,
+    },
 }
 
 impl Flight {
-    /// It has ended, with so many bytes moved.
-    pub(super) fn end(self, buffer: Vec<u8>, moved: Option<usize>) -> Outcome {
+    /// It has ended, with so many bytes moved, or was never begun.
+    pub(super) fn end(self, buffer: Vec<u8>, result: Option<io::Result<usize>>) -> Outcome {
+        let (moved, error) = match result {
+            Some(Ok(moved)) => (Some(moved), None),
+            Some(Err(error)) => (None, Some(error)),
+            None => (None, None),
+        };
         match self {
             Self::Read { placed, layout, reader } => {
                 drop(placed);
@@ -131,10 +174,15 @@ impl Flight {
             Self::Write { placed, length, writer, .. } if moved == Some(length) => {
                 Outcome::Written(placed, writer)
             }
-            Self::Write { placed, at, length, writer } => {
-                drop(placed);
-                Outcome::Unwritten(writer, payload_in(buffer, at, length))
-            }
+            Self::Write { placed, at, length, durability, writer } => match error {
+                Some(error) if durability == Durability::Fua && !is_refusal(&error) => {
+                    Outcome::Lost(placed, writer, error)
+                }
+                _ => {
+                    drop(placed);
+                    Outcome::Unwritten(writer, payload_in(buffer, at, length))
+                }
+            },
         }
     }
 }

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use io_uring::{EnterFlags, IoUring, opcode, squeue, types};
+use nbd_proto::transmission::Durability;
 use rustix::event::{EventfdFlags, eventfd};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -92,17 +93,20 @@ impl Ring {
         })
     }
 
-    /// Begins to write `length` bytes of `buffer`, from its byte `at` on, to `offset` of a file. The number of
-    /// the write comes back, or the buffer if there is no room.
+    /// Begins to write `length` bytes of `buffer`, from its byte `at` on, to `offset` of a file: to stable
+    /// storage, if `durability` says so. The number of the write comes back, or the buffer if there is no room.
     pub(crate) fn write(
         &mut self,
         file: BorrowedFd<'_>,
         offset: u64,
         buffer: (Vec<u8>, usize, usize),
+        durability: Durability,
     ) -> Result<usize, Vec<u8>> {
         let file = types::Fd(file.as_raw_fd());
+        let flags = if durability == Durability::Fua { libc::RWF_DSYNC } else { 0 };
         self.begin(buffer, |start, length| {
-            opcode::Write::new(file, start.cast_const(), length).offset(offset).build()
+            let write = opcode::Write::new(file, start.cast_const(), length).offset(offset);
+            write.rw_flags(flags).build()
         })
     }
 

@@ -131,6 +131,7 @@ struct Placing {
     file: OwnedFd,
     offset: fn(u64) -> u64,
     is_writethrough: bool,
+    is_durable_alone: bool,
     fails_to_flush: AtomicBool,
     /// The first flush waits until this is false, and fails.
     holds_first_flush: AtomicBool,
@@ -140,12 +141,16 @@ struct Placing {
     placed: Arc<AtomicUsize>,
     /// Writes whose place is still theirs.
     held: Arc<AtomicUsize>,
+    /// Errors of durable writes.
+    lost: Arc<AtomicUsize>,
     written: Mutex<Vec<(u64, Vec<u8>)>>,
 }
 
 struct Place {
     file: OwnedFd,
     offset: u64,
+    is_durable_alone: bool,
+    lost: Arc<AtomicUsize>,
     placed: Arc<AtomicUsize>,
     held: Arc<AtomicUsize>,
 }
@@ -156,12 +161,14 @@ impl Placing {
             file: file.into(),
             offset: |offset| offset,
             is_writethrough: false,
+            is_durable_alone: false,
             fails_to_flush: AtomicBool::new(false),
             holds_first_flush: AtomicBool::new(false),
             writes: AtomicUsize::new(0),
             flushes: AtomicUsize::new(0),
             placed: Arc::default(),
             held: Arc::default(),
+            lost: Arc::default(),
             written: Mutex::default(),
         }
     }
@@ -211,7 +218,8 @@ impl FastExport for Placing {
         self.held.fetch_add(1, SeqCst);
         let (placed, held) = (Arc::clone(&self.placed), Arc::clone(&self.held));
         let (file, offset) = (self.file.try_clone().unwrap(), (self.offset)(offset));
-        Some(Box::new(Place { file, offset, placed, held }))
+        let (is_durable_alone, lost) = (self.is_durable_alone, Arc::clone(&self.lost));
+        Some(Box::new(Place { file, offset, is_durable_alone, lost, placed, held }))
     }
 }
 
@@ -222,6 +230,14 @@ impl PlacedWrite for Place {
 
     fn offset(&self) -> u64 {
         self.offset
+    }
+
+    fn is_durable_alone(&self) -> bool {
+        self.is_durable_alone
+    }
+
+    fn failed(self: Box<Self>, _: &std::io::Error) {
+        self.lost.fetch_add(1, SeqCst);
     }
 
     fn written(self: Box<Self>) -> Result<(), ExportError> {
@@ -332,6 +348,61 @@ fn a_durable_write_fails_if_a_flush_that_failed_meanwhile_may_have_taken_its_err
         assert!(failures >= disk.placed.load(SeqCst), "{failures} of {:?}", disk.placed);
         assert_eq!(client.write(0, &[2; 512]), Ok(()), "what comes later is durable");
     }
+}
+
+#[test]
+fn a_write_that_is_durable_alone_needs_no_flush_unless_one_has_failed_meanwhile() {
+    for (is_writethrough, durability) in [(false, Durability::Fua), (true, Durability::Cached)] {
+        let file = tempfile::tempfile().unwrap();
+        let disk = Placing { is_writethrough, is_durable_alone: true, ..Placing::new(file) };
+        let disk = Arc::new(disk);
+        let server = TestServer::with(ServerConfig::default(), disk.clone());
+        let mut client = Client::connect(&server, MODES[1]);
+        for place in 0..16 {
+            client.submit(place * 4096, 512, &Command::Write(durability), &[1; 512]);
+        }
+        let succeeded = (0..16).filter(|_| client.next_finished().1.result.is_ok()).count();
+        assert_eq!((succeeded, disk.flushes.load(SeqCst)), (16, 0));
+        if !has_ring(&disk) {
+            return;
+        }
+        disk.fails_to_flush.store(true, SeqCst);
+        let mut other = Client::connect(&server, MODES[1]);
+        other.request(0, 0, &Command::Flush).result.unwrap_err();
+        // The flush may have taken the error of what this client has written.
+        assert!(write_one(&mut client, durability).is_err());
+        assert_eq!(write_one(&mut client, durability), Ok(()), "it was told");
+    }
+}
+
+fn write_one(client: &mut Client, durability: Durability) -> Result<(), Errno> {
+    client.submit(0, 512, &Command::Write(durability), &[2; 512]);
+    client.next_finished().1.result.map_err(|error| error.errno)
+}
+
+#[test]
+fn a_durable_write_that_fails_in_the_ring_is_not_repeated_and_all_clients_are_told() {
+    // Nobody reads from it: every write fails after it has begun, as one does whose data was lost.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let offset = |_| u64::MAX;
+    let disk = Placing { is_durable_alone: true, offset, ..Placing::new(writer) };
+    let disk = Arc::new(disk);
+    let server = TestServer::with(ServerConfig::default(), disk.clone());
+    let [mut client, mut other] = [(); 2].map(|()| Client::connect(&server, MODES[1]));
+    let result = write_one(&mut client, Durability::Fua);
+    if disk.lost.load(SeqCst) == 0 {
+        return skip_without_ring();
+    }
+    assert_eq!(result, Err(Errno::EIO));
+    assert_eq!(disk.writes.load(SeqCst), 0, "it was repeated");
+    wait_until("the places are free", || disk.held.load(SeqCst) == 0);
+    // One that need not be durable is the export's.
+    assert_eq!(write_one(&mut client, Durability::Cached), Ok(()));
+    assert_eq!(disk.writes.load(SeqCst), 1);
+    let flush = |client: &mut Client| client.request(0, 0, &Command::Flush).result.is_ok();
+    assert!(!flush(&mut other), "its data may have been lost");
+    assert!(flush(&mut other) && flush(&mut client), "both were told");
 }
 
 #[test]

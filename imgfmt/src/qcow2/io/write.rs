@@ -1,5 +1,7 @@
 //! Writing: in place where the cluster has one reference, otherwise reserve, write, commit.
 
+use std::sync::Arc;
+
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::Reserved;
 use crate::qcow2::image::Qcow2;
@@ -84,8 +86,12 @@ impl Qcow2 {
             return Ok(None);
         }
         let [(host, ..)] = segments[..] else { return Ok(None) };
-        let map = WriteMap::new(self.data.storage(), host, range.length());
-        Ok(map.map(|map| map.with(recorded, lease)))
+        let Some(map) = WriteMap::new(self.data.storage(), host, range.length()) else {
+            return Ok(None);
+        };
+        let map = map.with(recorded, lease).reporting_to(Arc::clone(&self.metadata) as _);
+        // Asked after the look-up: what was found is on disk then.
+        Ok(Some(if self.flusher().is_all_durable() { map.durable_alone() } else { map }))
     }
 
     /// Writes data that is within one slice of an L2 table, for clusters of all kinds. Returns

@@ -124,6 +124,8 @@ impl MappingTables {
         self.metadata.refuse_unwritable()?;
         let words_per_entry = self.geometry().entry_words();
         let _gate = self.commits.enter_gate();
+        // Before other threads can see the changes: a mapping that is found without one is on disk.
+        self.commits.changes.note();
         // Before any entry names a reserved cluster.
         table.list_as_changed(|| {
             self.l2_places.write().changed.extend(self.slices.units(table.offset));

@@ -37,6 +37,11 @@ impl Commits {
         self.gate.write()
     }
 
+    /// Whether a flush has succeeded since the image was opened.
+    pub(in crate::qcow2) fn has_flushed(&self) -> bool {
+        self.flush_covers.load(Acquire) > 0
+    }
+
     /// Waits for the turn to flush; `None` if a flush that began after this call has succeeded
     /// meanwhile.
     pub(in crate::qcow2) fn take_turn(&self) -> Option<FlushTurn<'_>> {

@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
 use crate::error::{Error, Result};
 use crate::qcow2::metadata::metadata_file::MetadataFile;
+use crate::write_map::SyncFailures;
 
 const EIO: i32 = libc::EIO;
 
@@ -21,10 +22,19 @@ impl MetadataFile {
     /// Counts a sync, or a change of the header that ends with one, if it failed.
     pub(in crate::qcow2) fn count_failed<T>(&self, synced: Result<T>) -> Result<T> {
         if let Err(error) = &synced {
-            self.failed_sync_code.store(error.raw_os_error().unwrap_or(EIO), Release);
-            self.failed_syncs.fetch_add(1, AcqRel);
+            self.note_failed(error.raw_os_error());
         }
         synced
+    }
+
+    fn note_failed(&self, code: Option<i32>) {
+        self.failed_sync_code.store(code.unwrap_or(EIO), Release);
+        self.failed_syncs.fetch_add(1, AcqRel);
+    }
+
+    /// Whether a sync has failed that no flush has reported.
+    pub(in crate::qcow2) fn owes_report(&self) -> bool {
+        self.reported_syncs.load(Acquire) < self.failed_syncs()
     }
 
     /// Fails if the number of failed syncs is no longer `since`: data written meanwhile may be
@@ -53,5 +63,11 @@ impl MetadataFile {
         let error = Error::from_io("flush", std::io::Error::from_raw_os_error(code));
         let explanation = format!("a sync of another operation has failed, so {consequence}");
         self.named(error.explained(&explanation))
+    }
+}
+
+impl SyncFailures for MetadataFile {
+    fn sync_has_failed(&self, error: &std::io::Error) {
+        self.note_failed(error.raw_os_error());
     }
 }

@@ -180,6 +180,14 @@ impl PlacedWrite for ImageWrite {
         self.0.offset().bytes()
     }
 
+    fn is_durable_alone(&self) -> bool {
+        self.0.is_durable_alone()
+    }
+
+    fn failed(self: Box<Self>, error: &std::io::Error) {
+        self.0.failed(error);
+    }
+
     fn written(self: Box<Self>) -> Result<(), ExportError> {
         self.0.written();
         Ok(())
