@@ -8,13 +8,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use self::below::{
-    OpenTarget, Unopened, layer_below, open_target, refuse_loop, unreadable_backing,
+    Named, OpenTarget, Unopened, layer_below, open_target, refuse_loop, refuse_stranger,
+    unreadable_backing,
 };
 use crate::access::{Access, Locking};
 use crate::backing_file::BackingFile;
-use crate::driver::{BackingLayer, Chain, Driver, NamedFile};
+use crate::driver::{BackingLayer, Chain, Driver, Foreign, NamedFile};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
+use crate::formats::{self, Opening};
 use crate::open_policy::CHAIN_DEPTH_MAX;
 use crate::options::OpenOptions;
 use crate::qcow2::{self, CheckReport, Purpose, Qcow2, Repair};
@@ -57,7 +59,12 @@ pub(crate) fn check_storage(
     };
     let format = format_of(&*storage, options)?;
     if format != Format::Qcow2 {
-        let detail = "a raw image has no metadata to check";
+        let detail = match format {
+            Format::Raw => "a raw image has no metadata to check".to_owned(),
+            _ => {
+                format!("it is a {} image, and only qcow2 images are checked", format.description())
+            }
+        };
         return Err(Error::new(ErrorKind::Unsupported, "check", detail));
     }
     let options = OpenOptions { access, snapshot: None, ..options.clone() };
@@ -81,8 +88,11 @@ pub(crate) fn change_backing(
     let storage = options.open_file(path, Access::ReadWrite)?;
     match format_of(&storage, options)? {
         Format::Qcow2 => qcow2::change_backing(&storage, backing),
-        _ => {
-            let detail = "a raw image cannot have a backing file";
+        format => {
+            let detail = match format {
+                Format::Raw => "a raw image cannot have a backing file",
+                _ => "only that of a qcow2 image can be changed",
+            };
             Err(Error::new(ErrorKind::Unsupported, "change the backing file of", detail))
         }
     }
@@ -120,7 +130,7 @@ enum Opened {
     /// The last one.
     Bottom(Driver),
     /// One that is not joined to the next one yet.
-    Overlay(Box<Qcow2>, Box<Unopened>),
+    Overlay(Driver, Box<Unopened>),
 }
 
 /// The files that were opened so far.
@@ -143,7 +153,7 @@ impl Files {
 /// Opens a layer and everything below it. `files` are those above. Not recursive, so that untrusted
 /// images cannot exhaust the stack.
 fn open_layers(mut layer: Unopened, files: &mut Files) -> Result<Chain> {
-    let mut above: Vec<(Box<Qcow2>, Option<PathBuf>)> = Vec::new();
+    let mut above: Vec<(Driver, Option<PathBuf>)> = Vec::new();
     let mut top = loop {
         let shown = layer.shown.clone();
         let opened = open_layer(layer, files);
@@ -162,10 +172,13 @@ fn open_layers(mut layer: Unopened, files: &mut Files) -> Result<Chain> {
     let mut below = Vec::new();
     while let Some((mut image, shown)) = above.pop() {
         let backing = BackingLayer::from(top);
-        image.attach_backing(backing.layer());
+        let joined = refuse_stranger(&image, &backing).and_then(|()| {
+            image.attach_backing(&backing);
+            image.begin_writing()
+        });
+        joined.map_err(|error| named(error, shown.as_deref()))?;
         below.insert(0, backing);
-        image.begin_writing().map_err(|error| named(error, shown.as_deref()))?;
-        top = Driver::Qcow2(image);
+        top = image;
     }
     Ok(Chain { top, below, files: std::mem::take(&mut files.named) })
 }
@@ -220,39 +233,99 @@ fn named(error: Error, shown: Option<&Path>) -> Error {
 
 fn open_layer(layer: Unopened, files: &mut Files) -> Result<Opened> {
     let Unopened { storage, path, options, .. } = layer;
-    files.note(path.as_deref(), storage.identity());
-    if format_of(&*storage, &options)? == Format::Raw {
-        if options.snapshot.is_some() {
-            let detail = "a raw image has no snapshots";
-            return Err(Error::new(ErrorKind::InvalidInput, "open", detail));
-        }
-        if let BackingFile::Given(_) = options.backing {
-            let detail = "it is a raw image, which cannot have a backing file";
-            return Err(Error::new(ErrorKind::InvalidInput, "open", detail));
-        }
+    let identity = storage.identity();
+    files.note(path.as_deref(), identity);
+    let format = format_of(&*storage, &options)?;
+    refuse_options(format, &options)?;
+    if format == Format::Raw {
         let first_sector = match options.format {
             Some(_) => FirstSector::Free,
             None => FirstSector::Guarded,
         };
         return Ok(Opened::Bottom(Driver::Raw(Raw::new(storage, first_sector)?)));
     }
-    let identity = storage.identity();
     refuse_loop(identity, &files.layers)?;
     files.layers.push(identity);
     let path = path.as_deref();
-    let mut image = Box::new(Qcow2::open(storage, path, &options, Purpose::Use)?);
-    if let Some(name) = image.data_file_name() {
-        let target = options.policy.resolve(path, &name)?;
-        let opened = open_target(target, &options, options.access, &files.layers)?;
-        let OpenTarget { storage: data, path, .. } = opened;
-        files.note(path.as_deref(), data.identity());
-        image.attach_data_file(data, options.is_synced);
-    }
-    if let Some(below) = layer_below(&image, path, &options, &files.layers, Purpose::Use)? {
+    let (mut image, name) = match format {
+        Format::Qcow2 => open_qcow2(storage, path, &options, files)?,
+        _ => {
+            let mut open = |name: &OsStr| open_beside(path, name, &options, files);
+            let opening = Opening { storage, path, files: Some(&mut open) };
+            let foreign = open_foreign(format, opening)?;
+            let name = foreign.image.parent().map(Named::from);
+            if let (None, BackingFile::Given(_)) = (&name, &options.backing) {
+                let detail = "it is an image that has nothing below it";
+                return Err(Error::new(ErrorKind::InvalidInput, "open", detail));
+            }
+            (Driver::Foreign(foreign), name)
+        }
+    };
+    if let Some(below) = layer_below(name, path, &options, &files.layers, Purpose::Use)? {
         return Ok(Opened::Overlay(image, Box::new(below)));
     }
     image.begin_writing()?;
-    Ok(Opened::Bottom(Driver::Qcow2(image)))
+    Ok(Opened::Bottom(image))
+}
+
+/// Opens a qcow2 image with its data file.
+fn open_qcow2(
+    storage: Arc<dyn Storage>,
+    path: Option<&Path>,
+    options: &OpenOptions,
+    files: &mut Files,
+) -> Result<(Driver, Option<Named>)> {
+    let mut image = Box::new(Qcow2::open(storage, path, options, Purpose::Use)?);
+    if let Some(name) = image.data_file_name() {
+        let data = open_beside(path, &name, options, files)?;
+        image.attach_data_file(data, options.is_synced);
+    }
+    let name = image.backing_name().map(Named::from);
+    Ok((Driver::Qcow2(image), name))
+}
+
+/// Opens a file with a part of an image's data, which the image at `path` names.
+fn open_beside(
+    path: Option<&Path>,
+    name: &OsStr,
+    options: &OpenOptions,
+    files: &mut Files,
+) -> Result<Arc<dyn Storage>> {
+    let target = options.policy.resolve(path, name)?;
+    let opened = open_target(target, options, options.access, &files.layers)?;
+    files.note(opened.path.as_deref(), opened.storage.identity());
+    Ok(opened.storage)
+}
+
+/// Opens an image of a format that is only read.
+fn open_foreign(format: Format, opening: Opening<'_>) -> Result<Foreign> {
+    match formats::entry(format) {
+        Some(entry) => Ok(Foreign { format, image: (entry.open)(opening)? }),
+        None => Err(Error::unsupported_format(format, false)),
+    }
+}
+
+/// Refuses options that images of a format do not have.
+fn refuse_options(format: Format, options: &OpenOptions) -> Result<()> {
+    let error = |kind, detail: String| Err(Error::new(kind, "open", detail));
+    let what = format.description();
+    if format != Format::Qcow2 && options.snapshot.is_some() {
+        return error(ErrorKind::InvalidInput, format!("a {what} image has no snapshots"));
+    }
+    if format == Format::Raw
+        && let BackingFile::Given(_) = options.backing
+    {
+        let detail = "it is a raw image, which cannot have a backing file".to_owned();
+        return error(ErrorKind::InvalidInput, detail);
+    }
+    if !format.is_writable() && options.access == Access::ReadWrite {
+        let detail = format!(
+            "it is a {what} image, which can only be read: open it read-only, or make a qcow2 image of \
+             it with 'nbd-cli image convert -O qcow2'"
+        );
+        return error(ErrorKind::ReadOnly, detail);
+    }
+    Ok(())
 }
 
 /// The format of an image, given by the options or detected: one that can be opened.

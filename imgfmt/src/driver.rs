@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::error::Result;
 use crate::format::Format;
+use crate::formats::{ForeignImage, Identity};
 use crate::layer::{Layer, WritableLayer};
 use crate::qcow2::Qcow2;
 use crate::raw::Raw;
@@ -14,6 +16,14 @@ use crate::storage::{FileIdentity, Storage};
 pub(crate) enum Driver {
     Raw(Raw),
     Qcow2(Box<Qcow2>),
+    Foreign(Foreign),
+}
+
+/// An open image of a format that is only read.
+#[derive(Debug)]
+pub(crate) struct Foreign {
+    pub(crate) format: Format,
+    pub(crate) image: Box<dyn ForeignImage>,
 }
 
 /// A layer below the image, which the layer above it reads.
@@ -21,6 +31,7 @@ pub(crate) enum Driver {
 pub(crate) enum BackingLayer {
     Raw(Arc<Raw>),
     Qcow2(Arc<Qcow2>),
+    Foreign(Arc<dyn ForeignImage>),
 }
 
 /// An open image with everything below it.
@@ -47,20 +58,47 @@ impl Driver {
         match self {
             Self::Raw(raw) => raw,
             Self::Qcow2(qcow2) => &**qcow2,
+            Self::Foreign(foreign) => &*foreign.image,
         }
     }
 
-    pub(crate) fn writable(&self) -> &dyn WritableLayer {
+    /// The image, if its format is one that can be written.
+    pub(crate) fn writable(&self) -> Option<&dyn WritableLayer> {
         match self {
-            Self::Raw(raw) => raw,
-            Self::Qcow2(qcow2) => &**qcow2,
+            Self::Raw(raw) => Some(raw),
+            Self::Qcow2(qcow2) => Some(&**qcow2),
+            Self::Foreign(_) => None,
         }
     }
 
-    pub(crate) fn writable_mut(&mut self) -> &mut dyn WritableLayer {
+    pub(crate) fn writable_mut(&mut self) -> Option<&mut dyn WritableLayer> {
         match self {
-            Self::Raw(raw) => raw,
-            Self::Qcow2(qcow2) => &mut **qcow2,
+            Self::Raw(raw) => Some(raw),
+            Self::Qcow2(qcow2) => Some(&mut **qcow2),
+            Self::Foreign(_) => None,
+        }
+    }
+
+    /// Makes the last preparations for writing, once the whole chain has been opened.
+    pub(crate) fn begin_writing(&mut self) -> Result<()> {
+        self.qcow2_mut().map_or(Ok(()), Qcow2::begin_writing)
+    }
+
+    /// Puts a layer below it.
+    pub(crate) fn attach_backing(&mut self, below: &BackingLayer) {
+        match self {
+            // Nothing is ever below it.
+            Self::Raw(_) => {}
+            Self::Qcow2(qcow2) => qcow2.attach_backing(below.layer()),
+            Self::Foreign(foreign) => foreign.image.attach_parent(below.layer()),
+        }
+    }
+
+    /// What the layer below must be known by.
+    pub(crate) fn parent_identity(&self) -> Option<Identity> {
+        match self {
+            Self::Raw(_) | Self::Qcow2(_) => None,
+            Self::Foreign(foreign) => foreign.image.parent()?.identity,
         }
     }
 
@@ -68,19 +106,20 @@ impl Driver {
         match self {
             Self::Raw(_) => Format::Raw,
             Self::Qcow2(_) => Format::Qcow2,
+            Self::Foreign(foreign) => foreign.format,
         }
     }
 
     pub(crate) fn qcow2(&self) -> Option<&Qcow2> {
         match self {
-            Self::Raw(_) => None,
+            Self::Raw(_) | Self::Foreign(_) => None,
             Self::Qcow2(qcow2) => Some(qcow2),
         }
     }
 
     pub(crate) fn qcow2_mut(&mut self) -> Option<&mut Qcow2> {
         match self {
-            Self::Raw(_) => None,
+            Self::Raw(_) | Self::Foreign(_) => None,
             Self::Qcow2(qcow2) => Some(qcow2),
         }
     }
@@ -89,7 +128,7 @@ impl Driver {
     pub(crate) fn raw_storage(&self) -> Option<&dyn Storage> {
         match self {
             Self::Raw(raw) => Some(raw.storage()),
-            Self::Qcow2(_) => None,
+            Self::Qcow2(_) | Self::Foreign(_) => None,
         }
     }
 }
@@ -99,6 +138,7 @@ impl From<Driver> for BackingLayer {
         match driver {
             Driver::Raw(raw) => Self::Raw(Arc::new(raw)),
             Driver::Qcow2(qcow2) => Self::Qcow2(Arc::from(qcow2)),
+            Driver::Foreign(foreign) => Self::Foreign(Arc::from(foreign.image)),
         }
     }
 }
@@ -108,6 +148,7 @@ impl BackingLayer {
         match self {
             Self::Raw(raw) => Arc::clone(raw) as _,
             Self::Qcow2(qcow2) => Arc::clone(qcow2) as _,
+            Self::Foreign(image) => Arc::clone(image) as _,
         }
     }
 
@@ -115,12 +156,21 @@ impl BackingLayer {
         match self {
             Self::Raw(raw) => raw.size(),
             Self::Qcow2(qcow2) => qcow2.size(),
+            Self::Foreign(image) => image.size(),
+        }
+    }
+
+    /// What a child knows it by, if its format has that.
+    pub(crate) fn identity(&self) -> Option<Identity> {
+        match self {
+            Self::Raw(_) | Self::Qcow2(_) => None,
+            Self::Foreign(image) => image.identity(),
         }
     }
 
     pub(crate) fn qcow2(&self) -> Option<&Qcow2> {
         match self {
-            Self::Raw(_) => None,
+            Self::Raw(_) | Self::Foreign(_) => None,
             Self::Qcow2(qcow2) => Some(qcow2),
         }
     }

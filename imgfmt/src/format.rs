@@ -4,8 +4,9 @@ use std::fmt;
 
 /// The format in which a file stores a virtual disk.
 ///
-/// [`Raw`](Self::Raw) and [`Qcow2`](Self::Qcow2) can be read and written. The others are recognised,
-/// so that their containers are not mistaken for raw disks, and refused.
+/// [`Raw`](Self::Raw) and [`Qcow2`](Self::Qcow2) can be read and written, some others can be
+/// [read](Self::is_supported). The rest is recognised, so that their containers are not mistaken for raw
+/// disks, and refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Format {
@@ -70,8 +71,13 @@ impl Format {
         NAMES.iter().find(|entry| entry.1 == name).map(|entry| entry.0)
     }
 
-    /// Returns whether images of this format can be opened, or only detected.
-    pub const fn is_supported(self) -> bool {
+    /// Returns all formats, in a fixed order.
+    pub fn all() -> impl Iterator<Item = Self> {
+        NAMES.iter().map(|entry| entry.0)
+    }
+
+    /// Returns whether images of this format can be created and changed.
+    pub const fn is_writable(self) -> bool {
         matches!(self, Self::Raw | Self::Qcow2)
     }
 

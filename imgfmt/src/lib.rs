@@ -67,6 +67,7 @@ mod driver;
 mod error;
 mod extent;
 mod format;
+mod formats;
 mod image;
 mod info;
 pub mod jobs;

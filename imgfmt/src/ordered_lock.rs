@@ -92,6 +92,9 @@ pub(crate) mod rank {
         LOG_QUEUE,
         /// The contents of the slots of the sidecar's log. Held while they are written.
         LOG_SLOTS,
+        /// Held while a page of the tables of an image that is only read is looked for or replaced,
+        /// and not while it is read.
+        FOREIGN_PAGE,
         /// Held while the first sector of a raw image that was found by probing is checked and
         /// changed.
         FIRST_SECTOR,

@@ -13,6 +13,7 @@
 use std::io;
 
 use crate::format::Format;
+use crate::formats::TABLE;
 use crate::storage::Storage;
 use crate::units::HostOffset;
 
@@ -21,7 +22,7 @@ pub(crate) const PROBE_LENGTH: usize = 512;
 
 const QCOW_MAGIC: &[u8] = b"QFI\xfb";
 
-/// Formats whose first bytes never differ.
+/// Formats whose first bytes never differ, besides those that are read.
 const MAGICS: [(&[u8], Format); 11] = [
     (b"QED\0", Format::Qed),
     (b"KDMV", Format::Vmdk),
@@ -37,9 +38,6 @@ const MAGICS: [(&[u8], Format); 11] = [
     (b"Bochs Virtual HD Image", Format::Bochs),
 ];
 
-const VDI_SIGNATURE: [u8; 4] = 0xbeda_107f_u32.to_le_bytes();
-const VDI_SIGNATURE_OFFSET: usize = 64;
-
 /// Looks at the first bytes of a file, which may be fewer than [`PROBE_LENGTH`].
 pub(crate) fn probe(start: &[u8]) -> Format {
     if start.starts_with(QCOW_MAGIC) {
@@ -51,8 +49,8 @@ pub(crate) fn probe(start: &[u8]) -> Format {
     if let Some((_, format)) = MAGICS.iter().find(|(magic, _)| start.starts_with(magic)) {
         return *format;
     }
-    if start.get(VDI_SIGNATURE_OFFSET..).is_some_and(|rest| rest.starts_with(&VDI_SIGNATURE)) {
-        Format::Vdi
+    if let Some(entry) = TABLE.iter().find(|entry| (entry.starts)(start)) {
+        entry.format
     } else if is_vmdk_descriptor(start) {
         Format::Vmdk
     } else if is_cloop(start) {
@@ -92,6 +90,8 @@ fn probe_end(storage: &dyn Storage) -> io::Result<Format> {
     let read = storage.read_at(HostOffset::new(offset), &mut end)?;
     Ok(if read < end.len() {
         Format::Raw
+    } else if let Some(entry) = TABLE.iter().find(|entry| (entry.ends)(&end)) {
+        entry.format
     } else if is_vhd_footer(&end) || is_vhd_footer(&end[1..]) {
         Format::Vpc
     } else if is_dmg_trailer(&end, offset) {

@@ -8,21 +8,28 @@ use clap::error::ErrorKind;
 use clap::{Arg, Command};
 use imgfmt::Format;
 
-/// The formats that can be selected.
+/// A format that can be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ImageFormat {
-    /// The file is the disk, byte for byte.
-    Raw,
+pub struct ImageFormat(Format);
+
+/// A format that can be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewImageFormat(Format);
+
+impl ImageFormat {
     /// QEMU's copy-on-write format.
-    Qcow2,
+    pub const QCOW2: Self = Self(Format::Qcow2);
 }
 
 impl From<ImageFormat> for Format {
     fn from(format: ImageFormat) -> Self {
-        match format {
-            ImageFormat::Raw => Self::Raw,
-            ImageFormat::Qcow2 => Self::Qcow2,
-        }
+        format.0
+    }
+}
+
+impl From<NewImageFormat> for Format {
+    fn from(format: NewImageFormat) -> Self {
+        format.0
     }
 }
 
@@ -41,29 +48,59 @@ pub(crate) fn name_of_another_format(path: &Path, format: Format, option: &str) 
     Some(format!("'{}' becomes a raw image: {help}", path.display().to_string().escape_debug()))
 }
 
-/// The formats with their help.
-fn values() -> [PossibleValue; 2] {
-    [
-        PossibleValue::new("raw").help("The file is the disk, byte for byte"),
-        PossibleValue::new("qcow2").help("QEMU's copy-on-write format"),
-    ]
-}
-
-/// Parses the name of a format. A format that is detected but cannot be read is distinguished from
+/// Parses the name of a format. A format that is known and cannot be used here is distinguished from
 /// an unknown one.
 #[derive(Clone, Copy, Debug)]
-pub struct ImageFormatParser;
+pub struct ImageFormatParser<T> {
+    /// What is done with images of the formats that are taken.
+    can_be: fn(Format) -> bool,
+    /// Why others are not taken.
+    otherwise: &'static str,
+    made: fn(Format) -> T,
+}
 
 impl ValueParserFactory for ImageFormat {
-    type Parser = ImageFormatParser;
+    type Parser = ImageFormatParser<Self>;
 
     fn value_parser() -> Self::Parser {
-        ImageFormatParser
+        ImageFormatParser {
+            can_be: Format::is_supported,
+            otherwise: "is recognised but cannot be read or written yet; create qcow2 or raw images, \
+                        and convert others to one of these first",
+            made: Self,
+        }
     }
 }
 
-impl TypedValueParser for ImageFormatParser {
-    type Value = ImageFormat;
+impl ValueParserFactory for NewImageFormat {
+    type Parser = ImageFormatParser<Self>;
+
+    fn value_parser() -> Self::Parser {
+        ImageFormatParser {
+            can_be: Format::is_writable,
+            otherwise: "is known, but such images cannot be made yet; make a qcow2 or raw image",
+            made: Self,
+        }
+    }
+}
+
+impl<T> ImageFormatParser<T> {
+    fn values(&self) -> impl Iterator<Item = PossibleValue> + use<T> {
+        let value = |format: Format| {
+            let help = match format {
+                Format::Raw => "The file is the disk, byte for byte",
+                Format::Qcow2 => "QEMU's copy-on-write format",
+                other => other.description(),
+            };
+            PossibleValue::new(format.name()).help(help)
+        };
+        let can_be = self.can_be;
+        Format::all().filter(move |format| can_be(*format)).map(value)
+    }
+}
+
+impl<T: Clone + Send + Sync + 'static> TypedValueParser for ImageFormatParser<T> {
+    type Value = T;
 
     fn parse_ref(
         &self,
@@ -73,23 +110,23 @@ impl TypedValueParser for ImageFormatParser {
     ) -> Result<Self::Value, clap::Error> {
         // Their usual names.
         let name = value.to_str().map(|name| if name == "vhd" { "vpc" } else { name });
-        let known = name.and_then(Format::from_name).filter(|format| !format.is_supported());
-        if let Some(format) = known {
-            let message = format!(
-                "the format {} is recognised but cannot be read or written yet; create qcow2 \
-                 or raw images, and convert others to one of these first\n",
-                format.description()
-            );
-            return Err(clap::Error::raw(ErrorKind::InvalidValue, message).with_cmd(command));
+        match name.and_then(Format::from_name) {
+            Some(format) if (self.can_be)(format) => Ok((self.made)(format)),
+            Some(format) => {
+                let (what, otherwise) = (format.description(), self.otherwise);
+                let message = format!("the format {what} {otherwise}\n");
+                Err(clap::Error::raw(ErrorKind::InvalidValue, message).with_cmd(command))
+            }
+            // It says which there are.
+            None => {
+                let values: Vec<PossibleValue> = self.values().collect();
+                let parsed = PossibleValuesParser::new(values).parse_ref(command, argument, value);
+                parsed.map(|_| (self.made)(Format::Raw))
+            }
         }
-        let name = PossibleValuesParser::new(values()).parse_ref(command, argument, value)?;
-        Ok(match name.as_str() {
-            "qcow2" => ImageFormat::Qcow2,
-            _ => ImageFormat::Raw,
-        })
     }
 
     fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
-        Some(Box::new(values().into_iter()))
+        Some(Box::new(self.values()))
     }
 }

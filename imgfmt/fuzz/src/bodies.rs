@@ -7,6 +7,8 @@
 pub(crate) mod bitmaps;
 #[path = "damaged.rs"]
 pub(crate) mod damaged;
+#[path = "foreign.rs"]
+pub(crate) mod foreign;
 #[path = "handmade.rs"]
 pub(crate) mod handmade;
 
@@ -24,7 +26,7 @@ use imgfmt::{
 type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub(crate) const TARGETS: [Target; 8] = [
+pub(crate) const TARGETS: [Target; 9] = [
     ("header", header),
     ("l2_walk", l2_walk),
     ("refcounts", refcounts),
@@ -33,6 +35,7 @@ pub(crate) const TARGETS: [Target; 8] = [
     ("bitmaps", bitmaps::bitmaps),
     ("sidecar", bitmaps::sidecar),
     ("damaged", damaged::damaged),
+    ("vdi", foreign::vdi),
 ];
 
 /// No more of a disk than this is looked at.

@@ -1,15 +1,18 @@
 //! Finds the layer below an image: by the image's header, or by the caller's options.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::access::Access;
 use crate::backing_file::{BackingFile, BackingOptions, NameTarget};
+use crate::driver::{BackingLayer, Driver};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
+use crate::formats::Parent;
 use crate::open_policy::MissingFormat;
 use crate::options::{IncompleteDisk, OpenOptions};
-use crate::qcow2::{Purpose, Qcow2};
+use crate::qcow2::Purpose;
 use crate::storage::{FileIdentity, FileStorage, Storage};
 
 /// What is to be opened as one layer of a chain.
@@ -21,23 +24,53 @@ pub(super) struct Unopened {
     pub(super) options: OpenOptions,
 }
 
-/// The backing file of an image, from the options or else from the image.
+/// What an image says of the layer below it.
+pub(super) struct Named {
+    /// The names under which it may be found, the most likely one first.
+    names: Vec<OsString>,
+    format: RecordedFormat,
+}
+
+/// What an image says of the format of the layer below it.
+enum RecordedFormat {
+    Missing,
+    /// In a word that may mean nothing.
+    Word(String),
+    Certain(Format),
+}
+
+impl From<(OsString, Option<String>)> for Named {
+    fn from((name, format): (OsString, Option<String>)) -> Self {
+        let format = format.map_or(RecordedFormat::Missing, RecordedFormat::Word);
+        Self { names: vec![name], format }
+    }
+}
+
+impl From<&Parent> for Named {
+    fn from(parent: &Parent) -> Self {
+        let format = parent.format.map_or(RecordedFormat::Missing, RecordedFormat::Certain);
+        Self { names: parent.names.clone(), format }
+    }
+}
+
+/// The backing file of an image, as the options say or else the image, which is at `path`.
 pub(super) fn layer_below(
-    image: &Qcow2,
+    named: Option<Named>,
     path: Option<&Path>,
     options: &OpenOptions,
     files_above: &[Option<FileIdentity>],
     purpose: Purpose,
 ) -> Result<Option<Unopened>> {
-    let (name, recorded) = image.backing_name().unzip();
+    let (names, recorded) = named
+        .map_or_else(|| (Vec::new(), RecordedFormat::Missing), |named| (named.names, named.format));
     let given = match &options.backing {
         BackingFile::Ignored => return Ok(None),
         BackingFile::AsNamed => BackingOptions::default(),
         BackingFile::Given(given) => BackingOptions::clone(given),
     };
-    let (target, shown) = match (given.target, name) {
+    let (target, shown) = match (given.target, names.first()) {
         (Some(target), _) => (target, PathBuf::from("the given backing file")),
-        (None, Some(name)) => (options.policy.resolve(path, &name)?, name.into()),
+        (None, Some(_)) => first_that_exists(&names, path, options)?,
         (None, None) if matches!(options.backing, BackingFile::AsNamed) => return Ok(None),
         (None, None) => {
             let detail = "options are given for its backing file, but no file, and it names none";
@@ -46,7 +79,7 @@ pub(super) fn layer_below(
     };
     let format = match given.format {
         Some(format) => Some(format),
-        None => format_below(recorded.flatten().as_deref(), &shown, options, purpose)?,
+        None => format_below(&recorded, &shown, options, purpose)?,
     };
     let mut options = OpenOptions {
         format,
@@ -68,24 +101,65 @@ pub(super) fn layer_below(
     Ok(Some(Unopened { storage, path, shown, options }))
 }
 
+/// What the first name leads to that there is something for; if there is none, the error of the first.
+fn first_that_exists(
+    names: &[OsString],
+    path: Option<&Path>,
+    options: &OpenOptions,
+) -> Result<(NameTarget, PathBuf)> {
+    let mut first_error = None;
+    for name in names {
+        let found = options.policy.resolve(path, name).and_then(|target| match &target {
+            // With one name the error of opening it says all.
+            NameTarget::File(file) if names.len() > 1 => {
+                let found = std::fs::metadata(file).map(|_| target.clone());
+                found.map_err(|error| Error::from_io("open", error).with_path(file))
+            }
+            _ => Ok(target),
+        });
+        match found {
+            Ok(target) => return Ok((target, name.into())),
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    let nothing = || Error::new(ErrorKind::InvalidFormat, "open", "it does not name its parent");
+    Err(first_error.unwrap_or_else(nothing))
+}
+
+/// Refuses a layer that is not the one that the image above it was made over.
+pub(super) fn refuse_stranger(image: &Driver, below: &BackingLayer) -> Result<()> {
+    let Some((wanted, found)) = image.parent_identity().zip(below.identity()) else {
+        return Ok(());
+    };
+    if wanted == found {
+        return Ok(());
+    }
+    let detail = "its parent is another image than the one it was made over, or was changed since; \
+                  without the right one its disk cannot be read";
+    Err(Error::new(ErrorKind::InvalidFormat, "open", detail))
+}
+
 /// The format of a backing file of which the image records the format `recorded`.
 fn format_below(
-    recorded: Option<&str>,
+    recorded: &RecordedFormat,
     shown: &Path,
     options: &OpenOptions,
     purpose: Purpose,
 ) -> Result<Option<Format>> {
     match (recorded, options.policy.missing_format()) {
-        // The names of QEMU's drivers for plain files, devices and exports mean raw images too.
-        (Some("file" | "host_device" | "nbd"), _) => Ok(Some(Format::Raw)),
-        (Some(name), _) => match Format::from_name(name) {
+        (RecordedFormat::Certain(format), _) => Ok(Some(*format)),
+        (RecordedFormat::Word(name), _) => match Format::from_name(name) {
+            // The names of QEMU's drivers for plain files, devices and exports mean raw images too.
+            None if matches!(name.as_str(), "file" | "host_device" | "nbd") => {
+                Ok(Some(Format::Raw))
+            }
             Some(format) if format.is_supported() => Ok(Some(format)),
             Some(Format::Luks) if purpose == Purpose::Describe => Ok(Some(Format::Luks)),
             Some(format) => Err(unreadable_backing(shown, format)),
             None => Err(unknown_backing(shown, name)),
         },
-        (None, MissingFormat::Probe) => Ok(None),
-        (None, MissingFormat::Refuse) => {
+        (RecordedFormat::Missing, MissingFormat::Probe) => Ok(None),
+        (RecordedFormat::Missing, MissingFormat::Refuse) => {
             let detail = format!(
                 "it does not say which format its backing file '{}' has; set it with \
                  'nbd-cli image rebase --unsafe -b FILE -F FORMAT', or allow probing",

@@ -4,11 +4,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::below::{Unopened, layer_below, refuse_loop};
-use super::{Files, format_of, named, of_layer, said_or_seen, too_long};
+use super::below::{Named, Unopened, layer_below, refuse_loop};
+use super::{Files, format_of, named, of_layer, open_foreign, said_or_seen, too_long};
 use crate::access::Access;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
+use crate::formats::Opening;
 use crate::info::ImageInfo;
 use crate::layer::Layer;
 use crate::luks::{self, Encryption};
@@ -42,11 +43,11 @@ pub(crate) fn inspect_chain(
     loop {
         let described = describe(&layer);
         let shown = layer.shown.as_deref();
-        let (info, image) = described
+        let (info, below) = described
             .map_err(|error| of_layer(error, shown, overlay.as_ref().map(Option::as_deref)))?;
         found.push(info);
-        let Some(image) = image else { return Ok(found) };
-        let below = next(&layer, &image, &mut files).map_err(|error| named(error, shown))?;
+        let Some(below) = below else { return Ok(found) };
+        let below = next(&layer, below, &mut files).map_err(|error| named(error, shown))?;
         let Some(below) = below else { return Ok(found) };
         if files.layers.len() >= CHAIN_DEPTH_MAX {
             return Err(too_long());
@@ -56,16 +57,19 @@ pub(crate) fn inspect_chain(
     }
 }
 
-fn next(layer: &Unopened, image: &Qcow2, files: &mut Files) -> Result<Option<Unopened>> {
+fn next(layer: &Unopened, below: BelowIt, files: &mut Files) -> Result<Option<Unopened>> {
     let identity = layer.storage.identity();
     refuse_loop(identity, &files.layers)?;
     files.layers.push(identity);
     let path = layer.path.as_deref();
-    layer_below(image, path, &layer.options, &files.layers, Purpose::Describe)
+    layer_below(below.0, path, &layer.options, &files.layers, Purpose::Describe)
 }
 
-/// Information about a layer, and the layer itself if it can name others.
-fn describe(layer: &Unopened) -> Result<(ImageInfo, Option<Qcow2>)> {
+/// What a layer that can have others below it says of them.
+struct BelowIt(Option<Named>);
+
+/// Information about a layer, and about the one below it if there can be one.
+fn describe(layer: &Unopened) -> Result<(ImageInfo, Option<BelowIt>)> {
     let Unopened { storage, path, options, .. } = layer;
     if said_or_seen(&**storage, options)? == Format::Luks {
         return Ok((luks_container(&**storage, options)?, None));
@@ -76,12 +80,17 @@ fn describe(layer: &Unopened) -> Result<(ImageInfo, Option<Qcow2>)> {
         let raw = Raw::new(storage, FirstSector::Free)?;
         return Ok((ImageInfo { format, size: raw.size(), encryption: None, qcow2: None }, None));
     }
-    // `format_of` yields no other.
+    if format != Format::Qcow2 {
+        let opening = Opening { storage, path: path.as_deref(), files: None };
+        let image = open_foreign(format, opening)?.image;
+        let info = ImageInfo { format, size: image.size(), encryption: None, qcow2: None };
+        return Ok((info, image.parent().map(|parent| BelowIt(Some(Named::from(parent))))));
+    }
     let options = OpenOptions { access: Access::ReadOnly, ..options.clone() };
     let image = Qcow2::open(storage, path.as_deref(), &options, Purpose::Describe)?;
     let (size, encryption) = (image.size(), image.encryption()?);
     let info = ImageInfo { format, size, encryption, qcow2: Some(image.info()?) };
-    Ok((info, Some(image)))
+    Ok((info, Some(BelowIt(image.backing_name().map(Named::from)))))
 }
 
 /// Information about a LUKS container, which cannot be opened.

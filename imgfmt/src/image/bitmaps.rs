@@ -70,7 +70,7 @@ impl Image {
     pub fn bitmap_transaction(&self, changes: &[BitmapChange]) -> Result<()> {
         self.check_change("change the bitmaps of", GuestOffset::new(0), 0)?;
         let Some(image) = self.qcow2() else {
-            let detail = "a raw image cannot hold bitmaps; convert it to qcow2";
+            let detail = "only qcow2 images can hold bitmaps; convert it to qcow2";
             let error = Error::new(ErrorKind::Unsupported, "change the bitmaps of", detail);
             return Err(self.name(error));
         };
@@ -163,8 +163,9 @@ impl Image {
 
     fn layer_with_bitmap(&self, name: &str) -> Result<&Qcow2> {
         if self.qcow2().is_none() {
-            let detail =
-                format!("a raw image has no bitmaps, so there is no '{}'", name.escape_debug());
+            let what = self.format().description();
+            let name = name.escape_debug();
+            let detail = format!("a {what} image has no bitmaps, so there is no '{name}'");
             return Err(self.name(Error::new(
                 ErrorKind::Unsupported,
                 "look for a bitmap of",

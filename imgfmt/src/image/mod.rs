@@ -104,8 +104,8 @@ impl Image {
         self.chain.top.layer()
     }
 
-    fn writable(&self) -> &dyn WritableLayer {
-        self.chain.top.writable()
+    fn writable(&self) -> Result<&dyn WritableLayer> {
+        self.chain.top.writable().ok_or_else(|| self.name(cannot_be_changed()))
     }
 
     /// Returns the sizes of the disks of all layers in bytes, from the image itself to the last
@@ -166,7 +166,8 @@ impl Image {
 
     /// Returns the capabilities of the image, and the sizes of requests that suit it.
     pub fn capabilities(&self) -> Capabilities {
-        let capabilities = self.writable().capabilities();
+        let writable = self.chain.top.writable();
+        let capabilities = writable.map_or_else(Capabilities::default, |it| it.capabilities());
         match self.access {
             Access::ReadWrite => capabilities,
             Access::ReadOnly => Capabilities { fast_zero: false, discard: false, ..capabilities },
@@ -189,8 +190,11 @@ impl Image {
             );
             return Err(self.name(Error::new(ErrorKind::InvalidInput, "resize", detail)));
         }
-        let result = self.chain.top.writable_mut().resize(size);
-        result.map_err(|error| self.name(error))
+        let resized = match self.chain.top.writable_mut() {
+            Some(image) => image.resize(size),
+            None => Err(cannot_be_changed()),
+        };
+        resized.map_err(|error| self.name(error))
     }
 
     /// Allocates all clusters of a new, empty image.
@@ -254,7 +258,7 @@ impl Image {
     pub fn close(self) -> Result<()> {
         match self.access {
             Access::ReadOnly => Ok(()),
-            Access::ReadWrite => self.writable().close().map_err(|error| self.name(error)),
+            Access::ReadWrite => self.writable()?.close().map_err(|error| self.name(error)),
         }
     }
 
@@ -307,4 +311,9 @@ impl Image {
             None => error,
         }
     }
+}
+
+/// That the image is of a format that is only read. Such images are not opened for writing.
+fn cannot_be_changed() -> Error {
+    Error::new(ErrorKind::ReadOnly, "change", "images of its format can only be read")
 }

@@ -57,6 +57,6 @@ impl Image {
             let error = Error::new(ErrorKind::ReadOnly, "change", "the image was opened read-only");
             return Err(self.name(error));
         }
-        self.writable().mark_incomplete(is_incomplete).map_err(|error| self.name(error))
+        self.writable()?.mark_incomplete(is_incomplete).map_err(|error| self.name(error))
     }
 }

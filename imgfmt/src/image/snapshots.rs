@@ -63,7 +63,7 @@ impl Image {
         let result = match self.chain.top.qcow2_mut() {
             Some(image) => change(image),
             None => {
-                let detail = "a raw image has neither snapshots nor layers; convert it to qcow2";
+                let detail = "only qcow2 images have snapshots and layers; convert it to qcow2";
                 Err(Error::new(ErrorKind::Unsupported, "change", detail))
             }
         };

@@ -21,7 +21,7 @@ impl Image {
             return Ok(());
         }
         let durability = self.durability(durability);
-        self.writable().write_at(offset, data, durability).map_err(|error| self.name(error))
+        self.writable()?.write_at(offset, data, durability).map_err(|error| self.name(error))
     }
 
     /// Writes `data` at `offset` into the page cache, if that reads nothing from the disk: neither
@@ -40,7 +40,7 @@ impl Image {
         if self.cache.is_writethrough() || self.direct.is_some() {
             return Ok(TryWrite::WouldBlock);
         }
-        self.writable().try_write_at(offset, data).map_err(|error| self.name(error))
+        self.writable()?.try_write_at(offset, data).map_err(|error| self.name(error))
     }
 
     /// Finds where `length` bytes at `offset` are stored, so that the caller can write them itself,
@@ -57,7 +57,7 @@ impl Image {
         if range.is_empty() {
             return Ok(None);
         }
-        self.writable().map_write(offset, length).map_err(|error| self.name(error))
+        self.writable()?.map_write(offset, length).map_err(|error| self.name(error))
     }
 
     /// Writes complete clusters in compressed form, if the format supports that and it saves space;
@@ -75,7 +75,7 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
-        self.writable().write_compressed(offset, data).map_err(|error| self.name(error))?;
+        self.writable()?.write_compressed(offset, data).map_err(|error| self.name(error))?;
         match self.durability(Durability::Cached) {
             Durability::Cached => Ok(()),
             Durability::Fua => self.flush(),
@@ -100,7 +100,7 @@ impl Image {
             return Ok(());
         }
         let durability = self.durability(durability);
-        let result = self.writable().write_zeroes(range, mode, speed, durability);
+        let result = self.writable()?.write_zeroes(range, mode, speed, durability);
         result.map_err(|error| self.name(error))
     }
 
@@ -116,7 +116,7 @@ impl Image {
             return Ok(());
         }
         let durability = self.durability(durability);
-        self.writable().discard(range, durability).map_err(|error| self.name(error))
+        self.writable()?.discard(range, durability).map_err(|error| self.name(error))
     }
 
     /// Waits until the data of all writes that returned before is on stable storage.
@@ -127,7 +127,7 @@ impl Image {
     pub fn flush(&self) -> Result<()> {
         match self.access {
             Access::ReadOnly => Ok(()),
-            Access::ReadWrite => self.writable().flush().map_err(|error| self.name(error)),
+            Access::ReadWrite => self.writable()?.flush().map_err(|error| self.name(error)),
         }
     }
 

@@ -14,12 +14,12 @@ const SECTOR: u64 = 512;
 
 /// One layer, from the base up.
 #[derive(Clone, Debug)]
-struct Layer {
-    path: PathBuf,
-    format: &'static str,
-    size: u64,
+pub(crate) struct Layer {
+    pub(crate) path: PathBuf,
+    pub(crate) format: &'static str,
+    pub(crate) size: u64,
     /// How it was made, for messages.
-    how: String,
+    pub(crate) how: String,
 }
 
 const OPTIONS: [&str; 12] = [
@@ -117,7 +117,7 @@ fn allocation(extent: &Extent) -> u32 {
     }
 }
 
-fn compare_maps(image: &Image, layer: &Layer, what: &str) {
+pub(crate) fn compare_maps(image: &Image, layer: &Layer, what: &str) {
     let whole = range(0, image.size());
     let extents = all_extents(image, whole);
     let peer = qemu::Nbd::serve(&layer.path, layer.format);
@@ -130,7 +130,7 @@ fn compare_maps(image: &Image, layer: &Layer, what: &str) {
 }
 
 /// Extents of a part are those of the whole, clipped, however few are asked for at a time.
-fn compare_parts(image: &Image, random: &mut Random, what: &str) {
+pub(crate) fn compare_parts(image: &Image, random: &mut Random, what: &str) {
     let whole = all_extents(image, range(0, image.size()));
     for _ in 0..20 {
         let offset = random.below(image.size());
@@ -160,7 +160,7 @@ fn compare_parts(image: &Image, random: &mut Random, what: &str) {
     }
 }
 
-fn compare_data(image: &Image, layer: &Layer, random: &mut Random, what: &str) {
+pub(crate) fn compare_data(image: &Image, layer: &Layer, random: &mut Random, what: &str) {
     let expected = qemu::content(&layer.path, layer.format);
     let mut whole = vec![0xee; expected.len()];
     image.read_at(at(0), &mut whole).unwrap();

@@ -49,6 +49,8 @@ mod entries_that_alias;
 mod errors_at_every_call;
 mod examples;
 mod extents;
+mod formats_damaged;
+mod formats_vs_qemu;
 mod full_disk;
 mod fuzz_corpus;
 mod holes;

@@ -120,8 +120,8 @@ fn a_backing_file_needs_to_exist_to_be_allowed_and_to_have_a_format() {
     Image::open(&path, &OpenOptions::new().policy(OpenPolicy::any_file())).unwrap();
     rebase(&["-b", "nbd://localhost/x", "-F", "raw"]);
     assert_eq!(refusal(&path).kind(), ErrorKind::PolicyDenied);
-    std::fs::write(directory.path().join("base.vmdk"), "KDMV").unwrap();
-    rebase(&["-b", "base.vmdk", "-F", "vmdk"]);
+    std::fs::write(directory.path().join("base.dmg"), "koly").unwrap();
+    rebase(&["-b", "base.dmg", "-F", "dmg"]);
     assert_eq!(refusal(&path).kind(), ErrorKind::Unsupported);
 }
 

@@ -7,9 +7,7 @@ use std::str::FromStr;
 use imgfmt::{Format, Locking};
 use nbd_proto::NbdUri;
 
-use crate::qemu_name::{
-    BackingInName, FILE_PREFIX, FormatInName, NameInImage, from_json, from_name,
-};
+use crate::qemu_name::{BackingInName, FILE_PREFIX, NameInImage, from_json, from_name};
 
 /// A source or destination of a copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,8 +54,8 @@ impl FromStr for Location {
         }
         if let Some(object) = text.strip_prefix("json:") {
             let image = from_json(object)?;
-            let is_qcow2 = image.format == FormatInName::Said(Format::Qcow2);
-            if is_qcow2 || image.backing != BackingInName::AsNamed {
+            let is_inside = image.format.known().is_some_and(|format| format != Format::Raw);
+            if is_inside || image.backing != BackingInName::AsNamed {
                 return Err("the disk in an image is copied with 'nbd-cli image convert'".into());
             }
             if image.settings.read_only || image.settings.locking != Locking::Auto {

@@ -11,6 +11,8 @@ use std::path::Path;
 
 use nbd_proto::uri::{NbdUri, Transport};
 
+#[cfg(feature = "server")]
+pub(crate) use self::driver_options::is_container;
 pub use self::driver_options::{
     BackingInName, BackingOption, FormatInName, GivenInName, NameInImage, NamedImage, from_json,
     from_options, take_backing,

@@ -65,7 +65,7 @@ fn nonsense_is_answered_or_ends_the_conversation() {
         b"{\"command\":\"reboot\"}",
         b"{\"command\":\"list\",\"command\":\"list\"}",
         br#"{"command":"add-export","name":"x","source":"memory:99999999999999999999"}"#,
-        br#"{"command":"add-export","name":"x","source":"","format":"vmdk"}"#,
+        br#"{"command":"add-export","name":"x","source":"","format":"dmg"}"#,
         nested.as_bytes(),
     ] {
         let reply = ask(line);

@@ -88,7 +88,7 @@ fn a_backing_file_that_is_missing_elsewhere_or_of_another_format() {
         ("/etc/passwd", "raw", "--trust-image"),
         ("nbd://localhost/disk", "raw", "nbd:"),
         ("disk.img", "qcow2", "disk.img"),
-        ("disk.img", "vmdk", "VMDK"),
+        ("disk.img", "dmg", "DMG"),
         // It locks itself out before it is found to be its own backing file.
         ("overlay.qcow2", "qcow2", "overlay.qcow2"),
     ] {

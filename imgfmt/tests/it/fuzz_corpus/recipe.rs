@@ -1,6 +1,7 @@
 //! The seeds of the corpus.
 
 use super::bodies::bitmaps::entry;
+use super::bodies::foreign;
 use super::bodies::handmade::{COMPRESSED, COPIED, Handmade, field};
 
 type Seed = (&'static str, &'static str, Vec<u8>);
@@ -14,6 +15,7 @@ pub(super) fn seeds() -> Vec<Seed> {
     seeds.extend(bitmaps());
     seeds.extend(sidecars());
     seeds.extend(damaged());
+    seeds.extend(foreign::seeds());
     seeds
 }
 

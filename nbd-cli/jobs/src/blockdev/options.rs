@@ -9,7 +9,9 @@ use nbd_server::export::filters::Window;
 use super::description::{DescribedBacking, DiskDescription, DiskSource, NULL_SIZE};
 use crate::error::JobError;
 use crate::key_values::KeyValues;
-use crate::qemu_name::{self, BackingOption, DriverSettings, take_backing, take_size, take_window};
+use crate::qemu_name::{
+    self, BackingOption, DriverSettings, is_container, take_backing, take_size, take_window,
+};
 
 /// The error of an unknown image driver.
 fn unknown_driver(name: &str) -> String {
@@ -19,7 +21,7 @@ fn unknown_driver(name: &str) -> String {
             format.description()
         ),
         None => format!(
-            "Unknown driver '{name}'; there are raw and qcow2, and file, host_device, nbd, null-co and \
+            "Unknown driver '{name}'; there are raw, qcow2 and those of images that are read, and file, host_device, nbd, null-co and \
              null-aio below them"
         ),
     }
@@ -30,7 +32,7 @@ fn unknown_driver(name: &str) -> String {
 enum Met {
     /// None that interprets an image.
     NoFormat,
-    /// qcow2, or one to be detected.
+    /// One of images in containers, or one to be detected.
     Format,
 }
 
@@ -92,15 +94,17 @@ impl DiskDescription {
                     *above = above.within(window).map_err(|error| error.to_string())?;
                     options = disk.format_driver("raw", options, depth)?;
                 }
-                "qcow2" if met == Met::NoFormat => {
+                name if met == Met::NoFormat && is_container(name) => {
                     if depth > 0 && disk.window != Window::default() {
-                        return Err("a part of a qcow2 image cannot be a backing file".to_owned());
+                        return Err(format!("a part of a {name} image cannot be a backing file"));
                     }
-                    (disk.format, met) = (Some(Format::Qcow2), Met::Format);
+                    (disk.format, met) = (Format::from_name(name), Met::Format);
                     disk.is_below_raw = has_raw;
-                    disk.settings.take_qcow2(&mut options)?;
+                    if disk.format == Some(Format::Qcow2) {
+                        disk.settings.take_qcow2(&mut options)?;
+                    }
                     disk.backing = take_backing_disk(&mut options, depth)?;
-                    options = disk.format_driver("qcow2", options, depth)?;
+                    options = disk.format_driver(name, options, depth)?;
                 }
                 name @ ("file" | "host_device") => {
                     disk.file(name, options, depth)?;
@@ -280,7 +284,7 @@ mod tests {
     #[test]
     fn what_is_unknown_or_missing_is_named() {
         for (text, part) in [
-            ("driver=vmdk,file.filename=d", "VMDK"),
+            ("driver=dmg,file.filename=d", "DMG"),
             ("driver=nbd,export=s", "server.path"),
             ("driver=raw,filename=d", "\"file\""),
             ("driver=raw,size=1000,file.filename=d", "512"),

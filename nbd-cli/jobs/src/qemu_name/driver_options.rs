@@ -90,6 +90,12 @@ pub fn from_json(object: &str) -> Result<NamedImage, String> {
     Ok(NamedImage { name, format, backing, settings })
 }
 
+/// Returns whether a driver finds the disk inside the bytes below it.
+pub(crate) fn is_container(driver: &str) -> bool {
+    let format = Format::from_name(driver).filter(|format| *format != Format::Raw);
+    format.is_some_and(Format::is_supported)
+}
+
 /// Parses the options of an image that has `depth` images above it.
 fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInName, String> {
     let settings = DriverSettings { read_only: depth > 0, ..DriverSettings::default() };
@@ -111,11 +117,14 @@ fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInNam
                 }
                 options = image.format_driver("raw", options)?;
             }
-            Some("qcow2") if image.may_be_qcow2() => {
-                image.format = FormatInName::Said(Format::Qcow2);
-                image.settings.take_qcow2(&mut options)?;
+            Some(name) if image.may_be_contained() && is_container(name) => {
+                let format = Format::from_name(name).unwrap_or(Format::Raw);
+                image.format = FormatInName::Said(format);
+                if format == Format::Qcow2 {
+                    image.settings.take_qcow2(&mut options)?;
+                }
                 image.backing = backing_from_options(&mut options, depth)?;
-                options = image.format_driver("qcow2", options)?;
+                options = image.format_driver(name, options)?;
             }
             driver => {
                 image.name = image.file_from_options(driver, options, depth)?;
@@ -127,8 +136,8 @@ fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInNam
 }
 
 impl GivenInName {
-    /// Returns whether a driver `qcow2` may follow: only one interprets the image.
-    fn may_be_qcow2(&self) -> bool {
+    /// Returns whether the driver of a container may follow: only one interprets the image.
+    fn may_be_contained(&self) -> bool {
         matches!(self.format, FormatInName::Bytes | FormatInName::Said(Format::Raw))
     }
 

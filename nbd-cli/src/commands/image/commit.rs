@@ -90,7 +90,7 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
     }
     drop(overlay_lock);
     if args.json {
-        print_json(&args.path, &options(Some(ImageFormat::Qcow2), &args.trust))?;
+        print_json(&args.path, &options(Some(ImageFormat::QCOW2), &args.trust))?;
     }
     Ok(Outcome::Success)
 }

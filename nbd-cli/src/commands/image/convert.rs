@@ -17,7 +17,7 @@ use super::location;
 use super::open::OpenArgs;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
-use crate::image_format::{ImageFormat, name_of_another_format};
+use crate::image_format::{NewImageFormat, name_of_another_format};
 use crate::locking::ShareArgs;
 use crate::output::warn;
 use crate::progress::{ProgressArgs, RateArgs};
@@ -65,7 +65,7 @@ pub struct ConvertArgs {
 
     /// Format of the new image [default: raw].
     #[arg(short = 'O', long, value_name = "FORMAT")]
-    pub output_format: Option<ImageFormat>,
+    pub output_format: Option<NewImageFormat>,
 
     /// Write into an existing disk, at least as large as the source; needs --output-format if it is
     /// a file.

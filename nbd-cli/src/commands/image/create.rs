@@ -16,7 +16,7 @@ use super::info::print_json;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
-use crate::image_format::{ImageFormat, name_of_another_format};
+use crate::image_format::{ImageFormat, NewImageFormat, name_of_another_format};
 use crate::locking::LockArgs;
 use crate::output::warn;
 use crate::shown::warnings;
@@ -46,7 +46,7 @@ pub struct CreateArgs {
 
     /// Format of the image.
     #[arg(short, long, default_value = "raw")]
-    pub format: ImageFormat,
+    pub format: NewImageFormat,
 
     /// Use this file, or this export of a server (an NBD URI), for the contents where the new image
     /// has none.

@@ -13,7 +13,7 @@ use super::location;
 use super::open::OpenArgs;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
-use crate::image_format::ImageFormat;
+use crate::image_format::NewImageFormat;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat};
 
@@ -41,7 +41,7 @@ pub struct MeasureArgs {
 
     /// Format of the new image.
     #[arg(short = 'O', long, value_name = "FORMAT", default_value = "raw")]
-    pub output_format: ImageFormat,
+    pub output_format: NewImageFormat,
 
     /// Measure this internal snapshot, given by name or id, instead of the active state.
     #[arg(short = 'l', long, value_name = "NAME", conflicts_with = "size")]

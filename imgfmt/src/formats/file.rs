@@ -1,0 +1,223 @@
+//! The file of an image: its tables, which are read in pages as they are needed, and errors that name
+//! it.
+//!
+//! A table may be as large as the disk makes it, so none is read as a whole: 4 KiB pages are kept, and
+//! at most [`PAGES_MAX`] of them. No lock is held while one is read.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::mapping::Lookup;
+use crate::ordered_lock::{OrderedRwLock, rank};
+use crate::storage::{Storage, TryRead};
+use crate::units::HostOffset;
+
+/// The length of a page in bytes.
+const PAGE: u64 = 4096;
+
+/// Most pages that are kept: 4 MiB.
+const PAGES_MAX: u64 = 1024;
+
+/// A page and its number.
+type Page = (u64, Arc<[u8]>);
+
+/// A file with metadata.
+#[derive(Debug)]
+pub(super) struct ImageFile {
+    storage: Arc<dyn Storage>,
+    path: Option<PathBuf>,
+    /// When it was opened.
+    length: u64,
+    pages: Box<[OrderedRwLock<{ rank::FOREIGN_PAGE }, Option<Page>>]>,
+}
+
+impl ImageFile {
+    pub(super) fn new(storage: Arc<dyn Storage>, path: Option<&Path>) -> Result<Self> {
+        let length = storage.len().map_err(|error| Error::from_io("find the size of", error))?;
+        let count = length.div_ceil(PAGE).clamp(1, PAGES_MAX).next_power_of_two();
+        let pages = (0..count).map(|_| OrderedRwLock::new(None)).collect();
+        Ok(Self { storage, path: path.map(Path::to_owned), length, pages })
+    }
+
+    pub(super) fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
+    /// Reads the header or another structure of fixed length when the image is opened.
+    pub(super) fn read<const LENGTH: usize>(&self, offset: u64) -> Result<[u8; LENGTH]> {
+        let mut bytes = [0; LENGTH];
+        match self.storage.read_at(HostOffset::new(offset), &mut bytes) {
+            Ok(length) if length == LENGTH => Ok(bytes),
+            Ok(_) => Err(self.invalid("its header is cut off").at(offset)),
+            Err(error) => Err(self.name(Error::from_io("read the header of", error).at(offset))),
+        }
+    }
+
+    /// Whether a table or a part of the data lies within the file.
+    pub(super) fn has(&self, offset: u64, length: u64) -> bool {
+        let Some(end) = offset.checked_add(length) else { return false };
+        // Another program may have appended since.
+        end <= self.length || self.storage.len().is_ok_and(|length| end <= length)
+    }
+
+    /// That the header makes no sense.
+    pub(super) fn invalid(&self, detail: impl Into<String>) -> Error {
+        self.name(Error::new(ErrorKind::InvalidFormat, "open", detail))
+    }
+
+    /// That the image needs something that is not there.
+    pub(super) fn unsupported(&self, detail: impl Into<String>) -> Error {
+        self.name(Error::new(ErrorKind::Unsupported, "open", detail))
+    }
+
+    /// That the metadata for an offset of the disk is damaged.
+    pub(super) fn corrupt(&self, detail: impl Into<String>, guest: u64) -> Error {
+        self.name(Error::new(ErrorKind::Corrupt, "read", detail).at(guest))
+    }
+
+    /// That the system failed.
+    pub(super) fn io(&self, operation: &'static str, error: io::Error, guest: u64) -> Error {
+        self.name(Error::from_io(operation, error).at(guest))
+    }
+
+    fn name(&self, error: Error) -> Error {
+        match &self.path {
+            Some(path) => error.with_path(path),
+            None => error,
+        }
+    }
+
+    /// A page, if it exists; `None` if that would take waiting, and `lookup` forbids it. The last one
+    /// may be short.
+    fn page(&self, number: u64, lookup: Lookup) -> io::Result<Option<Arc<[u8]>>> {
+        // The count is a power of two.
+        let place = &self.pages[number as usize & (self.pages.len() - 1)];
+        if let Some((found, page)) = &*place.read()
+            && *found == number
+        {
+            return Ok(Some(Arc::clone(page)));
+        }
+        let offset = HostOffset::new(number.saturating_mul(PAGE));
+        let mut bytes = vec![0; PAGE as usize];
+        match lookup {
+            Lookup::MayRead => {
+                let length = self.storage.read_at(offset, &mut bytes)?;
+                bytes.truncate(length);
+            }
+            Lookup::CachedOnly => {
+                bytes.truncate(self.length.saturating_sub(offset.bytes()).min(PAGE) as usize);
+                match self.storage.try_read_at(offset, &mut bytes) {
+                    Ok(TryRead::Complete) => {}
+                    // The blocking read reports what is wrong.
+                    Ok(_) | Err(_) => return Ok(None),
+                }
+            }
+        }
+        let page: Arc<[u8]> = bytes.into();
+        *place.write() = Some((number, Arc::clone(&page)));
+        Ok(Some(page))
+    }
+}
+
+/// Reads entries of tables that lie near each other.
+#[derive(Debug)]
+pub(super) struct Cursor<'f> {
+    file: &'f ImageFile,
+    lookup: Lookup,
+    held: Option<Page>,
+}
+
+impl<'f> Cursor<'f> {
+    pub(super) fn new(file: &'f ImageFile, lookup: Lookup) -> Self {
+        Self { file, lookup, held: None }
+    }
+
+    /// The bytes at an offset of the file, in the metadata for `guest`; `None` if that would take
+    /// waiting, and must not.
+    pub(super) fn bytes<const LENGTH: usize>(
+        &mut self,
+        offset: u64,
+        guest: u64,
+    ) -> Result<Option<[u8; LENGTH]>> {
+        let mut bytes = [0; LENGTH];
+        let mut done = 0;
+        while done < LENGTH {
+            let position = offset.checked_add(done as u64).ok_or_else(|| self.cut_off(guest))?;
+            let Some(page) = self.page(position / PAGE, guest)? else { return Ok(None) };
+            let rest = page.get((position % PAGE) as usize..).unwrap_or_default();
+            let length = rest.len().min(LENGTH - done);
+            if length == 0 {
+                return Err(self.cut_off(guest));
+            }
+            bytes[done..done + length].copy_from_slice(&rest[..length]);
+            done += length;
+        }
+        Ok(Some(bytes))
+    }
+
+    pub(super) fn u32_le(&mut self, offset: u64, guest: u64) -> Result<Option<u32>> {
+        Ok(self.bytes(offset, guest)?.map(u32::from_le_bytes))
+    }
+
+    fn page(&mut self, number: u64, guest: u64) -> Result<Option<&[u8]>> {
+        if self.held.as_ref().is_none_or(|(held, _)| *held != number) {
+            let page = self.file.page(number, self.lookup);
+            let page = page.map_err(|error| self.file.io("read the tables of", error, guest))?;
+            let Some(page) = page else { return Ok(None) };
+            self.held = Some((number, page));
+        }
+        Ok(self.held.as_ref().map(|(_, page)| &**page))
+    }
+
+    fn cut_off(&self, guest: u64) -> Error {
+        self.file.corrupt("the file ends before the table for this part of the disk", guest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::MemoryStorage;
+
+    fn file(bytes: &[u8]) -> ImageFile {
+        ImageFile::new(Arc::new(MemoryStorage::from_bytes(bytes)), None).unwrap()
+    }
+
+    #[test]
+    fn entries_are_found_in_pages_and_across_them() {
+        let bytes: Vec<u8> = (0..3 * PAGE + 10).map(|place| (place % 251) as u8).collect();
+        let file = file(&bytes);
+        let mut cursor = Cursor::new(&file, Lookup::MayRead);
+        for offset in [0, 1, PAGE - 4, PAGE - 3, PAGE - 1, PAGE, 2 * PAGE + 5, 3 * PAGE + 6, 3] {
+            let expected: [u8; 4] = bytes[offset as usize..][..4].try_into().unwrap();
+            assert_eq!(cursor.bytes(offset, 0).unwrap(), Some(expected), "{offset}");
+        }
+    }
+
+    #[test]
+    fn an_entry_past_the_end_is_damage() {
+        let file = file(&[1; PAGE as usize + 6]);
+        let mut cursor = Cursor::new(&file, Lookup::MayRead);
+        assert_eq!(cursor.u32_le(PAGE + 2, 0).unwrap(), Some(0x0101_0101));
+        for offset in [PAGE + 3, PAGE + 6, 2 * PAGE, u64::MAX - 1, u64::MAX] {
+            let error = cursor.u32_le(offset, 77).unwrap_err();
+            assert_eq!((error.kind(), error.offset()), (ErrorKind::Corrupt, Some(77)), "{offset}");
+        }
+    }
+
+    #[test]
+    fn a_page_gives_way_to_another_one_of_its_place() {
+        let mut bytes = vec![0; ((PAGES_MAX + 1) * PAGE) as usize];
+        let last = bytes.len() - PAGE as usize;
+        bytes[last..].fill(9);
+        let file = file(&bytes);
+        assert_eq!(file.pages.len() as u64, PAGES_MAX);
+        for _ in 0..2 {
+            let mut cursor = Cursor::new(&file, Lookup::MayRead);
+            assert_eq!(cursor.u32_le(0, 0).unwrap(), Some(0));
+            assert_eq!(cursor.u32_le(PAGES_MAX * PAGE, 0).unwrap(), Some(0x0909_0909));
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Formats of other programs, which are only read.
+//!
+//! A format is a folder here and a line in [`TABLE`]. It tells what a part of the disk is
+//! ([`Blocks`]), and everything else follows from that: reads, maps, extents, chains. The headers and
+//! tables of these formats are untrusted; what is read of them at once is bounded, and each number is
+//! checked where it is used.
+
+mod blocks;
+mod file;
+mod foreign;
+mod vdi;
+
+pub(crate) use self::foreign::{ForeignImage, Identity, Opening, Parent};
+use crate::error::Result;
+use crate::format::Format;
+
+/// A format that is read.
+pub(crate) struct Entry {
+    pub(crate) format: Format,
+    /// Whether a file is one that begins with these bytes, 512 unless it is shorter.
+    pub(crate) starts: fn(&[u8]) -> bool,
+    /// The same of its last 512 bytes, for formats whose header may be at the end.
+    pub(crate) ends: fn(&[u8; 512]) -> bool,
+    pub(crate) open: fn(Opening<'_>) -> Result<Box<dyn ForeignImage>>,
+}
+
+/// All formats that are read besides raw and qcow2.
+pub(crate) const TABLE: &[Entry] =
+    &[Entry { format: Format::Vdi, starts: vdi::starts, ends: never, open: vdi::open }];
+
+/// The header is always at the start.
+fn never(_: &[u8; 512]) -> bool {
+    false
+}
+
+/// The format's line in the table, if it is read.
+pub(crate) fn entry(format: Format) -> Option<&'static Entry> {
+    TABLE.iter().find(|entry| entry.format == format)
+}
+
+impl Format {
+    /// Returns whether images of this format can be opened, or only detected.
+    pub fn is_supported(self) -> bool {
+        self.is_writable() || entry(self).is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_format_that_is_read_has_one_line() {
+        for entry in TABLE {
+            let lines = TABLE.iter().filter(|other| other.format == entry.format).count();
+            assert_eq!(lines, 1, "{}", entry.format);
+            assert!(entry.format.is_supported() && !entry.format.is_writable());
+        }
+    }
+}

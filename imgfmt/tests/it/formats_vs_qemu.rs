@@ -1,0 +1,122 @@
+//! Images of other programs' formats, made and filled at random by QEMU, are read and mapped exactly
+//! as QEMU does.
+//!
+//! `IMGFMT_FORMAT_ROUNDS` sets how many of each kind.
+
+use std::path::Path;
+
+use imgfmt::{Access, ErrorKind, Format, Image, OpenOptions};
+
+use crate::chains_vs_qemu::{Layer, compare_data, compare_maps, compare_parts};
+use crate::common::{self, Random, qemu, run, text};
+use crate::judge::subjects::rounds;
+
+const SECTOR: u64 = 512;
+
+/// The kinds of images that QEMU makes: format and options.
+pub(crate) const KINDS: &[(&str, &str)] = &[("vdi", ""), ("vdi", "static=on")];
+
+fn has_tools() -> bool {
+    ["qemu-img", "qemu-io", "qemu-nbd", "nbdinfo"].into_iter().all(common::has_tool)
+}
+
+/// Makes an image of a kind with random content.
+pub(crate) fn make(
+    path: &Path,
+    (format, options): (&'static str, &str),
+    size: u64,
+    random: &mut Random,
+) -> Layer {
+    let size_text = size.to_string();
+    let mut arguments = vec!["create", "-q", "-f", format];
+    if !options.is_empty() {
+        arguments.extend(["-o", options]);
+    }
+    arguments.extend([text(path), &size_text]);
+    run("qemu-img", &arguments);
+    let commands = (0..12).map(|_| {
+        // Blocks of 1 MiB and more are to stay free, too.
+        let offset = random.below(size / SECTOR) * SECTOR;
+        let length = ((random.below(300) + 1) * SECTOR).min(size - offset);
+        match random.below(6) {
+            0 => format!("write -z {offset} {length}"),
+            _ => format!("write -P {} {offset} {length}", random.below(255) + 1),
+        }
+    });
+    qemu::io(path, format, &commands.collect::<Vec<_>>());
+    Layer { path: path.to_owned(), format, size, how: format!("{format} {options} {size}") }
+}
+
+#[test]
+fn random_images_are_read_and_mapped_as_qemu_does() {
+    if !has_tools() {
+        return;
+    }
+    let mut random = Random::new("formats");
+    for round in 0..rounds("IMGFMT_FORMAT_ROUNDS", 2) {
+        for kind in KINDS {
+            let directory = tempfile::tempdir().unwrap();
+            let size = (random.below(30 << 11) + 1) * SECTOR;
+            let layer = make(&directory.path().join("disk"), *kind, size, &mut random);
+            let what = format!("round {round}: {}", layer.how);
+            println!("{what}");
+            let format = Format::from_name(layer.format).unwrap();
+            let options = OpenOptions::new().format(format);
+            let image = Image::open(&layer.path, &options).unwrap();
+            assert_eq!((image.format(), image.size()), (format, size), "{what}");
+            compare_data(&image, &layer, &mut random, &what);
+            compare_parts(&image, &mut random, &what);
+            compare_maps(&image, &layer, &what);
+            let info = Image::inspect_file(&layer.path, &OpenOptions::new()).unwrap();
+            assert_eq!((info.format, info.size), (format, size), "{what}: found by probing");
+        }
+    }
+}
+
+#[test]
+fn an_image_that_qemu_img_converts_comes_back() {
+    if !has_tools() {
+        return;
+    }
+    let mut random = Random::new("converted");
+    let directory = tempfile::tempdir().unwrap();
+    let raw = directory.path().join("disk.raw");
+    let mut content = vec![0; 9 << 20];
+    for _ in 0..20 {
+        let start = random.below(content.len() as u64) as usize;
+        let end = (start + random.below(500_000) as usize).min(content.len());
+        content[start..end].fill(random.below(255) as u8 + 1);
+    }
+    std::fs::write(&raw, &content).unwrap();
+    for (format, options) in KINDS {
+        let path = directory.path().join("disk");
+        let mut arguments = vec!["convert", "-f", "raw", "-O", format];
+        if !options.is_empty() {
+            arguments.extend(["-o", options]);
+        }
+        arguments.extend([text(&raw), text(&path)]);
+        run("qemu-img", &arguments);
+        let image = Image::open(&path, &OpenOptions::new()).unwrap();
+        let mut found = vec![0xee; content.len()];
+        image.read_at(common::at(0), &mut found).unwrap();
+        assert!(found == content, "{format} {options}");
+    }
+}
+
+#[test]
+fn an_image_that_is_only_read_is_not_opened_for_writing() {
+    if !has_tools() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    for kind in KINDS {
+        let path = directory.path().join("disk");
+        make(&path, *kind, 1 << 20, &mut Random::seeded(1));
+        let before = std::fs::read(&path).unwrap();
+        let options = OpenOptions::new().access(Access::ReadWrite);
+        let error = Image::open(&path, &options).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ReadOnly, "{error}");
+        assert!(error.to_string().contains("image convert -O qcow2"), "{error}");
+        assert!(std::fs::read(&path).unwrap() == before, "it was changed");
+    }
+}
