@@ -14,6 +14,10 @@ pub(crate) fn u64_at(bytes: &[u8], offset: usize) -> u64 {
     field.and_then(|field| field.try_into().ok()).map_or(0, u64::from_be_bytes)
 }
 
+pub(crate) fn u16_le_at(bytes: &[u8], offset: usize) -> u16 {
+    u16_at(bytes, offset).swap_bytes()
+}
+
 pub(crate) fn u32_le_at(bytes: &[u8], offset: usize) -> u32 {
     u32_at(bytes, offset).swap_bytes()
 }

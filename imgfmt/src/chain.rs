@@ -12,7 +12,7 @@ use self::below::{
     unreadable_backing,
 };
 use crate::access::{Access, Locking};
-use crate::backing_file::BackingFile;
+use crate::backing_file::{BackingFile, NameTarget};
 use crate::driver::{BackingLayer, Chain, Driver, Foreign, NamedFile};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
@@ -250,7 +250,10 @@ fn open_layer(layer: Unopened, files: &mut Files) -> Result<Opened> {
     let (mut image, name) = match format {
         Format::Qcow2 => open_qcow2(storage, path, &options, files)?,
         _ => {
-            let mut open = |name: &OsStr| open_beside(path, name, &options, files);
+            let mut open = |name: &OsStr| {
+                refuse_device(path, name, &options)?;
+                open_beside(path, name, &options, files)
+            };
             let opening = Opening { storage, path, files: Some(&mut open) };
             let foreign = open_foreign(format, opening)?;
             let name = foreign.image.parent().map(Named::from);
@@ -295,6 +298,20 @@ fn open_beside(
     let opened = open_target(target, options, options.access, &files.layers)?;
     files.note(opened.path.as_deref(), opened.storage.identity());
     Ok(opened.storage)
+}
+
+/// Refuses names that lead to anything but a file: formats that are only read name whole disks of a
+/// host, and whoever made the image does not decide that one is read.
+fn refuse_device(path: Option<&Path>, name: &OsStr, options: &OpenOptions) -> Result<()> {
+    let NameTarget::File(file) = options.policy.resolve(path, name)? else { return Ok(()) };
+    match std::fs::metadata(&file) {
+        Ok(metadata) if !metadata.is_file() => {
+            let detail = "the image names it as a part of its disk, and it is no file";
+            Err(Error::new(ErrorKind::PolicyDenied, "open", detail).with_path(file))
+        }
+        // Opening says what is wrong.
+        _ => Ok(()),
+    }
 }
 
 /// Opens an image of a format that is only read.

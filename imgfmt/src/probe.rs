@@ -23,12 +23,8 @@ pub(crate) const PROBE_LENGTH: usize = 512;
 const QCOW_MAGIC: &[u8] = b"QFI\xfb";
 
 /// Formats whose first bytes never differ, besides those that are read.
-const MAGICS: [(&[u8], Format); 11] = [
+const MAGICS: [(&[u8], Format); 8] = [
     (b"QED\0", Format::Qed),
-    (b"KDMV", Format::Vmdk),
-    (b"COWD", Format::Vmdk),
-    // Space-efficient sparse extents: the magic number and the version 2.1.
-    (b"\xbe\xba\xfe\xca\0\0\0\0\x01\0\0\0\x02\0\0\0", Format::Vmdk),
     (b"vhdxfile", Format::Vhdx),
     (b"conectix", Format::Vpc),
     (b"WithoutFreeSpace", Format::Parallels),
@@ -51,8 +47,6 @@ pub(crate) fn probe(start: &[u8]) -> Format {
     }
     if let Some(entry) = TABLE.iter().find(|entry| (entry.starts)(start)) {
         entry.format
-    } else if is_vmdk_descriptor(start) {
-        Format::Vmdk
     } else if is_cloop(start) {
         Format::Cloop
     } else {
@@ -132,18 +126,6 @@ fn is_dmg_trailer(trailer: &[u8], offset: u64) -> bool {
     };
     // Magic, version 4, and the length of the trailer itself.
     trailer.starts_with(b"koly\0\0\0\x04\0\0\x02\0") && FORKS.into_iter().all(fits)
-}
-
-/// Whether this is a VMDK's descriptor: a text whose first line that is neither empty nor a comment
-/// gives the version.
-fn is_vmdk_descriptor(start: &[u8]) -> bool {
-    const COMMENT: &[u8] = b"# Disk DescriptorFile";
-    if start.get(..COMMENT.len()).is_some_and(|line| line.eq_ignore_ascii_case(COMMENT)) {
-        return true;
-    }
-    let mut lines = start.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
-    let first = lines.find(|line| !line.is_empty() && line.first() != Some(&b'#'));
-    first.is_some_and(|line| matches!(line, b"version=1" | b"version=2" | b"version=3"))
 }
 
 /// Whether this is a compressed loop device: a shell script that says its version.

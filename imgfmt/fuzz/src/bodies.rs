@@ -9,6 +9,8 @@ pub(crate) mod bitmaps;
 pub(crate) mod damaged;
 #[path = "foreign.rs"]
 pub(crate) mod foreign;
+#[path = "foreign_vmdk.rs"]
+pub(crate) mod foreign_vmdk;
 #[path = "handmade.rs"]
 pub(crate) mod handmade;
 
@@ -26,7 +28,7 @@ use imgfmt::{
 type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub(crate) const TARGETS: [Target; 9] = [
+pub(crate) const TARGETS: [Target; 10] = [
     ("header", header),
     ("l2_walk", l2_walk),
     ("refcounts", refcounts),
@@ -36,6 +38,7 @@ pub(crate) const TARGETS: [Target; 9] = [
     ("sidecar", bitmaps::sidecar),
     ("damaged", damaged::damaged),
     ("vdi", foreign::vdi),
+    ("vmdk", foreign_vmdk::vmdk),
 ];
 
 /// No more of a disk than this is looked at.

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use imgfmt::storage::MemoryStorage;
 use imgfmt::{BackingFile, Format, Image, OpenOptions, OpenPolicy};
 
-use super::look;
+use super::{foreign_vmdk, look};
 
 /// Longer files are not looked at.
 const LENGTH_MAX: usize = 1 << 20;
 
-fn foreign(format: Format, data: &[u8]) {
+pub(super) fn foreign(format: Format, data: &[u8]) {
     if data.len() > LENGTH_MAX {
         return;
     }
@@ -31,10 +31,12 @@ pub(crate) fn vdi(data: &[u8]) {
 
 /// The seeds of the targets: sound images.
 pub(crate) fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
-    vec![
+    let mut seeds = vec![
         ("vdi", "dynamic", vdi_image(1, 10 * 4096 - 512, &[u32::MAX, 0, 2, 1, u32::MAX - 1, 3])),
         ("vdi", "fixed", vdi_image(2, 4 * 4096, &[0, 1, 2, 3])),
-    ]
+    ];
+    seeds.extend(foreign_vmdk::seeds());
+    seeds
 }
 
 /// An image with blocks of 4 KiB: its type, the size of the disk, and the start of its table. The

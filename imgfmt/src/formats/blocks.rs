@@ -70,7 +70,6 @@ pub(super) enum Place {
     /// From this offset of the file on.
     Stored(u64),
     /// In another form.
-    #[expect(dead_code, reason = "formats that compress need it")]
     Encoded(Encoded),
 }
 

@@ -20,6 +20,9 @@ const PAGE: u64 = 4096;
 /// Most pages that are kept: 4 MiB.
 const PAGES_MAX: u64 = 1024;
 
+/// As many pages each of several files may keep.
+const PAGES_MIN: u64 = 4;
+
 /// A page and its number.
 type Page = (u64, Arc<[u8]>);
 
@@ -35,14 +38,44 @@ pub(super) struct ImageFile {
 
 impl ImageFile {
     pub(super) fn new(storage: Arc<dyn Storage>, path: Option<&Path>) -> Result<Self> {
+        Self::sharing(storage, path, 1)
+    }
+
+    /// The same for one of `count` files, which together may keep as many pages as one.
+    pub(super) fn sharing(
+        storage: Arc<dyn Storage>,
+        path: Option<&Path>,
+        count: usize,
+    ) -> Result<Self> {
         let length = storage.len().map_err(|error| Error::from_io("find the size of", error))?;
-        let count = length.div_ceil(PAGE).clamp(1, PAGES_MAX).next_power_of_two();
+        let pages_max = (PAGES_MAX / count.max(1) as u64).max(PAGES_MIN);
+        let count = length.div_ceil(PAGE).clamp(1, pages_max).next_power_of_two();
         let pages = (0..count).map(|_| OrderedRwLock::new(None)).collect();
         Ok(Self { storage, path: path.map(Path::to_owned), length, pages })
     }
 
     pub(super) fn storage(&self) -> &Arc<dyn Storage> {
         &self.storage
+    }
+
+    /// The length in bytes that the file had when it was opened.
+    pub(super) fn len(&self) -> u64 {
+        self.length
+    }
+
+    /// The first 512 bytes, or all that there are.
+    pub(super) fn start(&self) -> Result<Vec<u8>> {
+        self.read_up_to(0, 512)
+    }
+
+    /// Reads from an offset on up to `length` bytes, which is a small number, when the image is opened.
+    pub(super) fn read_up_to(&self, offset: u64, length: u64) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; length.min(self.length.saturating_sub(offset)) as usize];
+        let read = self.storage.read_at(HostOffset::new(offset), &mut bytes);
+        let read = read
+            .map_err(|error| self.name(Error::from_io("read the header of", error).at(offset)))?;
+        bytes.truncate(read);
+        Ok(bytes)
     }
 
     /// Reads the header or another structure of fixed length when the image is opened.

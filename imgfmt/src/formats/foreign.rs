@@ -48,7 +48,6 @@ pub(crate) struct Opening<'o> {
     pub(crate) path: Option<&'o Path>,
     /// Opens another file that the image names, as far as the policy allows; `None` if the image is
     /// only to be described.
-    #[expect(dead_code, reason = "formats whose disk lies in several files need it")]
     pub(crate) files: Option<&'o mut OpenFile<'o>>,
 }
 

@@ -9,6 +9,7 @@ mod blocks;
 mod file;
 mod foreign;
 mod vdi;
+mod vmdk;
 
 pub(crate) use self::foreign::{ForeignImage, Identity, Opening, Parent};
 use crate::error::Result;
@@ -25,8 +26,10 @@ pub(crate) struct Entry {
 }
 
 /// All formats that are read besides raw and qcow2.
-pub(crate) const TABLE: &[Entry] =
-    &[Entry { format: Format::Vdi, starts: vdi::starts, ends: never, open: vdi::open }];
+pub(crate) const TABLE: &[Entry] = &[
+    Entry { format: Format::Vdi, starts: vdi::starts, ends: never, open: vdi::open },
+    Entry { format: Format::Vmdk, starts: vmdk::starts, ends: never, open: vmdk::open },
+];
 
 /// The header is always at the start.
 fn never(_: &[u8; 512]) -> bool {

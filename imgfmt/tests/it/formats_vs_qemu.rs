@@ -14,7 +14,15 @@ use crate::judge::subjects::rounds;
 const SECTOR: u64 = 512;
 
 /// The kinds of images that QEMU makes: format and options.
-pub(crate) const KINDS: &[(&str, &str)] = &[("vdi", ""), ("vdi", "static=on")];
+pub(crate) const KINDS: &[(&str, &str)] = &[
+    ("vdi", ""),
+    ("vdi", "static=on"),
+    ("vmdk", ""),
+    ("vmdk", "zeroed_grain=on"),
+    ("vmdk", "subformat=monolithicFlat"),
+    ("vmdk", "subformat=twoGbMaxExtentSparse"),
+    ("vmdk", "subformat=twoGbMaxExtentFlat"),
+];
 
 fn has_tools() -> bool {
     ["qemu-img", "qemu-io", "qemu-nbd", "nbdinfo"].into_iter().all(common::has_tool)

@@ -50,6 +50,7 @@ mod errors_at_every_call;
 mod examples;
 mod extents;
 mod formats_damaged;
+mod formats_vmdk;
 mod formats_vs_qemu;
 mod full_disk;
 mod fuzz_corpus;

@@ -1,0 +1,286 @@
+//! Sparse extents: a directory of tables, and tables of grains.
+//!
+//! Hosted sparse extents, versions 1 to 3; all numbers are little-endian, offsets and sizes in sectors
+//! of 512 bytes:
+//!
+//! | offset | size | field |
+//! | ---: | ---: | --- |
+//! | 0 | 4 | `KDMV` |
+//! | 4 | 4 | version |
+//! | 8 | 4 | flags: 0 the bytes from 73 on are as stated, 1 there is a redundant directory, 2 grains may be zeroed, 16 grains are compressed, 17 they have markers |
+//! | 12 | 8 | capacity |
+//! | 20 | 8 | size of a grain |
+//! | 28 | 16 | offset and size of the descriptor |
+//! | 44 | 4 | entries of a table |
+//! | 48 | 8 | offset of the redundant directory |
+//! | 56 | 8 | offset of the directory, or all ones: a copy of the header 1024 bytes before the end has it |
+//! | 64 | 8 | offset of the first grain |
+//! | 73 | 4 | `\n \r\n`, so that transfers as text are noticed |
+//! | 77 | 2 | compression: 0 none, 1 deflate |
+//!
+//! Entries of the directory and of tables are 4-byte offsets. Of a table 0 is a grain that is not there,
+//! and 1 a zeroed one.
+
+use std::sync::Arc;
+
+use super::descriptor::SECTOR;
+use crate::bytes::{u16_le_at, u32_le_at, u64_le_at};
+use crate::error::Result;
+use crate::formats::blocks::{Piece, Place};
+use crate::formats::file::{Cursor, ImageFile};
+use crate::mapping::{Encoded, Lookup};
+use crate::units::HostOffset;
+
+pub(super) const HOSTED_MAGIC: [u8; 4] = *b"KDMV";
+
+/// In place of the directory's offset: it is in the footer.
+const DIRECTORY_AT_END: u64 = u64::MAX;
+/// From the end of the file to the footer, in bytes.
+const FOOTER_FROM_END: u64 = 1024;
+
+/// Bytes that a transfer as text changes, and where they are.
+const LINE_ENDS: (usize, [u8; 4]) = (73, *b"\n \r\n");
+
+/// The largest grain in bytes, and the largest that may be compressed.
+const GRAIN_MAX: u64 = 1 << 30;
+const COMPRESSED_GRAIN_MAX: u64 = 2 << 20;
+
+/// Most entries of a table of a hosted extent.
+const TABLE_MAX: u32 = 512;
+
+/// The length of what may be before each compressed grain, in bytes.
+pub(super) const MARKER_LENGTH: usize = 12;
+
+const ABSENT: u32 = 0;
+const ZEROED: u32 = 1;
+
+/// An open sparse extent.
+#[derive(Debug)]
+pub(super) struct Sparse {
+    pub(super) file: Arc<ImageFile>,
+    pub(super) capacity: u64,
+    /// The size of a grain, in bytes.
+    pub(super) grain: u64,
+    /// How many grains a table covers.
+    entries: u64,
+    /// Where the directory is, in bytes.
+    directory: u64,
+    redundant: Option<u64>,
+    pub(super) kind: Kind,
+}
+
+/// What the kinds of sparse extents do not share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Hosted {
+        has_zeroed: bool,
+    },
+    Compressed {
+        /// Before each grain is written which one it is, and how long.
+        has_markers: bool,
+    },
+}
+
+/// The header of a hosted extent, as far as it is used.
+#[derive(Debug)]
+pub(super) struct HostedHeader([u8; SECTOR as usize]);
+
+impl HostedHeader {
+    /// Reads it from the start of the file, or from the end if that one is to be used.
+    pub(super) fn read(file: &ImageFile) -> Result<Self> {
+        let header = Self(file.read(0)?);
+        if header.u64(56) != DIRECTORY_AT_END {
+            return Ok(header);
+        }
+        let length = file.len() / SECTOR * SECTOR;
+        let footer = Self(file.read(length.saturating_sub(FOOTER_FROM_END))?);
+        if !footer.0.starts_with(&HOSTED_MAGIC) || footer.u64(56) == DIRECTORY_AT_END {
+            return Err(file.invalid(CUT_OFF));
+        }
+        Ok(footer)
+    }
+
+    fn u32(&self, offset: usize) -> u32 {
+        u32_le_at(&self.0, offset)
+    }
+
+    fn u64(&self, offset: usize) -> u64 {
+        u64_le_at(&self.0, offset)
+    }
+
+    /// In sectors; 0 if the file only has a descriptor, which names others.
+    pub(super) fn capacity(&self) -> u64 {
+        self.u64(12)
+    }
+
+    /// Where the descriptor is, and its length, in bytes; `None` if there is none.
+    pub(super) fn descriptor(&self) -> Option<(u64, u64)> {
+        let (offset, length) = (self.u64(28), self.u64(36));
+        let place = offset.checked_mul(SECTOR).zip(length.checked_mul(SECTOR));
+        place.filter(|(offset, length)| *offset > 0 && *length > 0)
+    }
+}
+
+impl Sparse {
+    /// Opens a file that a descriptor names.
+    pub(super) fn open(file: Arc<ImageFile>) -> Result<Self> {
+        if !file.start()?.starts_with(&HOSTED_MAGIC) {
+            return Err(file.invalid("it has none of the headers that sparse extents have"));
+        }
+        let header = HostedHeader::read(&file)?;
+        Self::hosted(file, &header)
+    }
+
+    pub(super) fn hosted(file: Arc<ImageFile>, header: &HostedHeader) -> Result<Self> {
+        let (version, flags) = (header.u32(4), header.u32(8));
+        if !(1..=3).contains(&version) {
+            let detail = format!("its extent has the version {version}, and only 1 to 3 are known");
+            return Err(file.unsupported(detail));
+        }
+        let flag = |bit: u32| flags & (1 << bit) != 0;
+        let (place, line_ends) = LINE_ENDS;
+        if flag(0) && header.0[place..place + 4] != line_ends {
+            let detail =
+                "it was copied as a text, which changed its line ends: copy it again as it is";
+            return Err(file.invalid(detail));
+        }
+        let kind = match u16_le_at(&header.0, 77) {
+            0 => Kind::Hosted { has_zeroed: flag(2) },
+            1 => Kind::Compressed { has_markers: flag(17) },
+            other => {
+                let detail =
+                    format!("its grains are compressed in a way that is not known, {other}");
+                return Err(file.unsupported(detail));
+            }
+        };
+        let entries = header.u32(44);
+        if entries == 0 || entries > TABLE_MAX {
+            return Err(file.invalid(format!("its tables have {entries} entries")));
+        }
+        let redundant = if flag(1) { header.u64(48).checked_mul(SECTOR) } else { None };
+        Self {
+            file,
+            capacity: header.capacity(),
+            grain: header.u64(20),
+            entries: u64::from(entries),
+            directory: header.u64(56),
+            redundant,
+            kind,
+        }
+        .checked()
+    }
+
+    /// Checks an extent of which sizes and offsets are still sectors.
+    fn checked(self) -> Result<Self> {
+        let in_bytes =
+            |sectors: u64| sectors.checked_mul(SECTOR).filter(|bytes| *bytes <= i64::MAX as u64);
+        let grain_max = match self.kind {
+            Kind::Hosted { .. } => GRAIN_MAX,
+            Kind::Compressed { .. } => COMPRESSED_GRAIN_MAX,
+        };
+        let grain =
+            in_bytes(self.grain).filter(|grain| *grain <= grain_max && grain.is_power_of_two());
+        let Some(grain) = grain else {
+            return Err(self
+                .file
+                .invalid(format!("its grains of {} sectors cannot be", self.grain)));
+        };
+        let capacity = in_bytes(self.capacity);
+        let Some((capacity, mut directory)) = capacity.zip(in_bytes(self.directory)) else {
+            return Err(self.file.invalid("its size or its directory cannot be"));
+        };
+        let length = capacity.div_ceil(grain * self.entries) * self.entry_length();
+        let mut redundant = self.redundant;
+        if !self.file.has(directory, length) {
+            // The other directory has the same.
+            match redundant.take() {
+                Some(other) if self.file.has(other, length) => directory = other,
+                _ => return Err(self.file.invalid(CUT_OFF)),
+            }
+        }
+        redundant = redundant.filter(|other| self.file.has(*other, length));
+        Ok(Self { capacity, grain, directory, redundant, ..self })
+    }
+
+    /// The length of an entry of the directory or a table, in bytes.
+    fn entry_length(&self) -> u64 {
+        4
+    }
+
+    /// What there is from an offset of the extent on, which is `guest` on the disk.
+    pub(super) fn find(
+        &self,
+        lookups: &mut Lookups<'_>,
+        offset: u64,
+        guest: u64,
+    ) -> Result<Option<Piece>> {
+        let (grain, inside) = (offset / self.grain, offset % self.grain);
+        let (table, entry) = (grain / self.entries, grain % self.entries);
+        let coverage = self.grain * self.entries;
+        let absent = Piece { length: coverage - offset % coverage, place: Place::Absent };
+        let Some(found) = self.table_entry(lookups, table, entry, guest)? else { return Ok(None) };
+        let Some(place) = found else { return Ok(Some(absent)) };
+        let Some(entry) = lookups.tables.u32_le(place, guest)? else { return Ok(None) };
+        let place = match (entry, self.kind) {
+            (ABSENT, _) => Place::Absent,
+            (ZEROED, Kind::Hosted { has_zeroed: true }) => Place::Zero,
+            (ZEROED, _) => {
+                return Err(self.file.corrupt("its table takes the header for a grain", guest));
+            }
+            (sector, Kind::Hosted { .. }) => Place::Stored(u64::from(sector) * SECTOR + inside),
+            (sector, Kind::Compressed { .. }) => Place::Encoded(Encoded {
+                offset: HostOffset::new(u64::from(sector) * SECTOR),
+                length: self.encoded_max(),
+            }),
+        };
+        Ok(Some(Piece { length: self.grain - inside, place }))
+    }
+
+    /// Whether before each compressed grain is written which one it is.
+    pub(super) fn has_markers(&self) -> bool {
+        self.kind == Kind::Compressed { has_markers: true }
+    }
+
+    /// The length that a compressed grain has at most, with its marker.
+    fn encoded_max(&self) -> u64 {
+        2 * self.grain + MARKER_LENGTH as u64
+    }
+
+    /// Where an entry of a table is, if the table exists; `None` if that would take waiting.
+    fn table_entry(
+        &self,
+        lookups: &mut Lookups<'_>,
+        table: u64,
+        entry: u64,
+        guest: u64,
+    ) -> Result<Option<Option<u64>>> {
+        let length = self.entry_length();
+        for directory in [Some(self.directory), self.redundant].into_iter().flatten() {
+            let place = directory + table * length;
+            let Some(sector) = lookups.directory.u32_le(place, guest)? else { return Ok(None) };
+            if sector == ABSENT {
+                return Ok(Some(None));
+            }
+            let place = u64::from(sector) * SECTOR + entry * length;
+            if self.file.has(place, length) {
+                return Ok(Some(Some(place)));
+            }
+        }
+        Err(self.file.corrupt("the table of grains lies beyond the end of the file", guest))
+    }
+}
+
+/// Reads entries of the directory and of tables.
+#[derive(Debug)]
+pub(super) struct Lookups<'f> {
+    directory: Cursor<'f>,
+    tables: Cursor<'f>,
+}
+
+impl<'f> Lookups<'f> {
+    pub(super) fn new(file: &'f ImageFile, lookup: Lookup) -> Self {
+        Self { directory: Cursor::new(file, lookup), tables: Cursor::new(file, lookup) }
+    }
+}
+
+const CUT_OFF: &str = "its directory of grains lies beyond the end of the file, which was cut off";
