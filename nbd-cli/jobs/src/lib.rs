@@ -77,6 +77,8 @@ pub mod monitor;
 #[cfg(feature = "mount")]
 pub mod mount;
 mod observer;
+#[cfg(feature = "server")]
+pub mod opening;
 pub mod qemu_name;
 #[cfg(feature = "server")]
 pub mod qemu_nbd;

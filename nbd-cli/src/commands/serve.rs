@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use nbd_jobs::control::server::{ControlSocket, Controller};
 use nbd_jobs::monitor::{Monitor, MonitorError, RunningMonitor};
+use nbd_jobs::opening::open_within;
 use nbd_jobs::serving::PrivateDirectory;
 use nbd_jobs::size::ByteSize;
 use nbd_server::tls::TlsMode;
@@ -72,7 +73,7 @@ async fn serve(args: ServeArgs, guard: &mut Option<UnixStream>) -> Result<Outcom
         None => source::exports(&args)?,
     };
     if args.check {
-        return check(&args, &tls, &exports);
+        return check(&args, &tls, exports).await;
     }
     // What is wrong here is found before another server is paused.
     config(&args, &tls)?;
@@ -262,13 +263,21 @@ fn with_file(args: ServeArgs) -> Result<(ServeArgs, Option<Config>), CommandErro
 }
 
 /// `--check`: opens everything, for reading only.
-fn check(args: &ServeArgs, tls: &TlsMode, exports: &[ExportSpec]) -> Result<Outcome, CommandError> {
+async fn check(
+    args: &ServeArgs,
+    tls: &TlsMode,
+    exports: Vec<ExportSpec>,
+) -> Result<Outcome, CommandError> {
     config(args, tls)?;
-    for export in exports {
-        source::try_to_open(export)?;
-    }
-    let mut stdout = std::io::stdout().lock();
     let count = exports.len();
+    let opening = open_within(args.open_timeout, "opening", move |step| {
+        exports.iter().try_for_each(|export| {
+            step.begin(source::opening(export));
+            source::try_to_open(export)
+        })
+    });
+    opening.await??;
+    let mut stdout = std::io::stdout().lock();
     let _ = writeln!(stdout, "the configuration is valid; exports: {count}");
     Ok(Outcome::Success)
 }

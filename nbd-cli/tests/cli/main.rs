@@ -92,6 +92,7 @@ mod serve_config;
 mod serve_exports;
 mod serve_fio;
 mod serve_fork;
+mod serve_hanging_sources;
 mod serve_holes;
 mod serve_limits;
 mod serve_listen;

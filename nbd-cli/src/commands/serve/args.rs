@@ -153,6 +153,12 @@ pub struct ServeArgs {
           help_heading = "Limits")]
     pub handshake_timeout: Duration,
 
+    /// Time limit for opening the sources of --check, of a reload, which is refused then, and of
+    /// `nbd-cli control add-export`; 0 for no limit. A start has none: it may have to repair images.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_limit,
+          help_heading = "Limits")]
+    pub open_timeout: Duration,
+
     /// Time after which a client is disconnected that stops in the middle of a request or leaves
     /// its replies unread; 0 for no limit. Idle and slow clients are never disconnected.
     #[arg(long, value_name = "TIME", default_value = "0", value_parser = parse_limit,

@@ -22,7 +22,8 @@ pub(super) fn controller(
     args: &Arc<ServeArgs>,
 ) -> Controller {
     let (choices, args) = (source::choices(&args.export), Arc::clone(args));
-    let controller = Controller::new(server, disks).observer(log).open_sources(move |requested| {
+    let controller = Controller::new(server, disks).observer(log).open_timeout(args.open_timeout);
+    let controller = controller.open_sources(move |requested| {
         let choices = choices_for(&choices, requested);
         let opened = choices
             .open_source(requested.source.as_ref())

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nbd_jobs::control::server::Controller;
 use nbd_jobs::control::{ErrorKind, Failure};
+use nbd_jobs::opening::open_within;
 use nbd_jobs::serving::{Changes, LiveSettings};
 use nbd_jobs::text::without_error_numbers;
 use nbd_server::ServerHandle;
@@ -16,13 +17,14 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::config::{Config, Configured, spec};
+use super::export::ExportArgs;
 use super::source::{self, Source};
 use crate::error::CommandError;
 use crate::serving::service_manager;
 
 /// Options that can change while the server runs.
 const LIVE: LiveSettings<'static> = LiveSettings {
-    server: &["tls-only"],
+    server: &["tls-only", "open-timeout"],
     exports: &[
         "description",
         "hidden",
@@ -36,6 +38,13 @@ const LIVE: LiveSettings<'static> = LiveSettings {
         "export-iops",
     ],
 };
+
+/// A new configuration whose sources are open.
+struct Prepared {
+    config: Config,
+    changes: Changes<Arc<ExportArgs>>,
+    opened: Vec<Source>,
+}
 
 /// A request to read the file again, and where the result goes.
 type Wish = oneshot::Sender<Result<Value, Failure>>;
@@ -126,30 +135,14 @@ impl Reloader {
 
     /// Makes the server what the file says now. After an error nothing has changed.
     async fn reload(&mut self) -> Result<Value, CommandError> {
-        let mut config = Config::read(&self.path)?;
+        let (path, reading) = (self.path.clone(), format!("reading '{}'", self.path.display()));
+        let read =
+            open_within(self.config.args.open_timeout, reading, move |_| Config::read(&path));
+        let config = read.await??;
         self.check_tls_only(&config)?;
-        let served: Vec<_> =
-            self.server.exports().entries().into_iter().map(|(name, _)| name).collect();
-        let (old, new) = (&self.config.configuration, &mut config.configuration);
-        let Changes { added, removed, mut left, keeps_server, .. } =
-            old.changes_to(new, LIVE, &served)?;
-        if keeps_server {
-            let mut args = self.config.args.clone();
-            args.tls.tls_only.clone_from(&config.args.tls.tls_only);
-            config.args = args;
-        }
-        let is_controlled = self.controller.is_some();
+        let Prepared { mut config, changes, opened } = self.prepare(config).await?;
+        let Changes { added, removed, mut left, .. } = changes;
         let tls_only = config.args.tls.tls_only.clone();
-        let specs: Vec<_> = added.iter().map(spec).collect();
-        let only = tls_only.clone();
-        // Opening a layer on another server blocks.
-        let opened = tokio::task::spawn_blocking(move || {
-            let open = |spec| source::open_export(spec, &only, is_controlled);
-            specs.iter().map(open).collect::<Result<Vec<_>, _>>()
-        });
-        let opened = opened
-            .await
-            .map_err(|error| CommandError::new(format!("opening was given up: {error}")))??;
         if let Some(credentials) = self.tls.credentials() {
             credentials.reload().map_err(|error| CommandError::new(error.to_string()))?;
         }
@@ -180,6 +173,32 @@ impl Reloader {
         Ok(json!({ "added": added, "removed": removed, "left": left }))
     }
 
+    /// Finds what changes, and opens what is new. Everything that may hang is done here.
+    async fn prepare(&self, mut config: Config) -> Result<Prepared, CommandError> {
+        let entries = self.server.exports().entries();
+        let served: Vec<_> = entries.into_iter().map(|(name, _)| name).collect();
+        let (old, is_controlled) = (self.config.clone(), self.controller.is_some());
+        let limit = config.args.open_timeout;
+        let comparing = "comparing the sources of new exports with those that are served";
+        let prepared = open_within(limit, comparing, move |step| {
+            let changes = old.configuration.changes_to(&mut config.configuration, LIVE, &served)?;
+            if changes.keeps_server {
+                let mut args = old.args;
+                args.tls.tls_only.clone_from(&config.args.tls.tls_only);
+                args.open_timeout = limit;
+                config.args = args;
+            }
+            let open = |export| {
+                let export = spec(export);
+                step.begin(source::opening(&export));
+                source::open_export(&export, &config.args.tls.tls_only, is_controlled)
+            };
+            let opened = changes.added.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+            Ok(Prepared { config, changes, opened })
+        });
+        prepared.await?
+    }
+
     /// Refuses what a start refuses: exports for TLS only where TLS is not a choice.
     fn check_tls_only(&self, config: &Config) -> Result<(), CommandError> {
         if config.args.tls.tls_only.is_empty() || matches!(self.tls, TlsMode::Allow(_)) {
@@ -202,8 +221,20 @@ impl Reloader {
         let mut names = Vec::new();
         for export in removed {
             let name = export.name.clone();
-            if let Err(why) = self.remove(&name).await {
-                left.push(format!("{name}: {why}"));
+            let limit = config.args.open_timeout;
+            let removal = self.remove(&name);
+            let removed = match limit.is_zero() {
+                true => Ok(removal.await),
+                false => tokio::time::timeout(limit, removal).await,
+            };
+            match removed {
+                Ok(Ok(())) => {}
+                Ok(Err(why)) => left.push(format!("{name}: {why}")),
+                Err(_) => {
+                    let seconds = limit.as_secs_f64();
+                    let why = "flushing it goes on in the background";
+                    left.push(format!("{name}: it is removed, but after {seconds} s {why}"));
+                }
             }
             if self.server.exports().entries().iter().any(|(served, _)| *served == name) {
                 config.configuration.exports.push(export);

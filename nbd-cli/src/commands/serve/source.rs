@@ -17,6 +17,7 @@ use super::args::ServeArgs;
 use super::export::{ExportArgs, ExportSpec};
 use crate::error::CommandError;
 use crate::locking::ShareArgs;
+use crate::output::printable;
 use crate::serving::serve_options;
 
 /// How long an image is waited for that another program was to take over.
@@ -69,6 +70,12 @@ pub(super) fn check(export: &ExportSpec, has_tls: bool) -> Result<(), CommandErr
         false,
         has_tls,
     )?)
+}
+
+/// What is done while the source of an export is opened, for errors.
+pub(super) fn opening(export: &ExportSpec) -> String {
+    let (name, source) = (printable(&export.name), printable(&export.source.to_string_lossy()));
+    format!("opening the source '{source}' of the export '{name}'")
 }
 
 /// Opens the source of an export without writing anything, also while others write it.

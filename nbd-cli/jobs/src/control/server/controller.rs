@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use imgfmt::Format;
 use nbd_server::ServerHandle;
@@ -39,11 +40,14 @@ pub type Reloading = Pin<Box<dyn Future<Output = Result<Value, Failure>> + Send>
 type Reload = dyn Fn() -> Reloading + Send + Sync;
 type UrisOf = dyn Fn(&str) -> Vec<String> + Send + Sync;
 
-/// Executes the requests of a control socket, one at a time.
+/// Executes the requests of a control socket, one at a time. The sources of exports are opened beside
+/// other requests.
 pub struct Controller {
     pub(super) server: ServerHandle,
     pub(super) disks: Mutex<ServedDisks>,
     pub(super) open: Arc<OpenSource>,
+    /// Zero for no limit.
+    pub(super) open_timeout: Duration,
     pub(super) uris: Box<UrisOf>,
     pub(super) reload: Box<Reload>,
     pub(super) observer: Arc<ControlObserver>,
@@ -67,6 +71,7 @@ impl Controller {
                 let message = "this server does not open further sources";
                 Err(Failure::new(ErrorKind::InvalidRequest, message))
             }),
+            open_timeout: Duration::ZERO,
             uris: Box::new(|_| Vec::new()),
             reload: Box::new(|| {
                 let message = "this server has no configuration file; start it with --config";
@@ -89,6 +94,14 @@ impl Controller {
         open: impl Fn(&RequestedSource) -> Result<ServedDisk, Failure> + Send + Sync + 'static,
     ) -> Self {
         self.open = Arc::new(open);
+        self
+    }
+
+    /// Sets the time limit for opening such a source; zero, as by default, for no limit. A request
+    /// that takes longer fails, and its thread is left to itself.
+    #[must_use]
+    pub fn open_timeout(mut self, limit: Duration) -> Self {
+        self.open_timeout = limit;
         self
     }
 

@@ -18,7 +18,9 @@ use super::event::ControlEvent;
 use crate::control::{
     ClientState, ErrorKind, ExportState, Failure, Lifetime, Listing, OnUse, Request, Traffic,
 };
+use crate::opening::open_within;
 use crate::status::Status;
+use crate::text::printable;
 
 impl Controller {
     /// Executes a request.
@@ -36,15 +38,15 @@ impl Controller {
             // It waits for no other request.
             return encoded(Status::of(&self.server));
         }
+        if let Request::AddExport { name, source, read_only, format, description } = request {
+            let format = format.as_deref().map(known_format).transpose()?;
+            let source = RequestedSource { name, source, read_only, format };
+            return self.open_and_add(source, description).await;
+        }
         let mut disks = self.disks.lock().await;
         disks.refuse_if_suspended()?;
         match request {
             Request::List {} => encoded(self.list(&disks).await?),
-            Request::AddExport { name, source, read_only, format, description } => {
-                let format = format.as_deref().map(known_format).transpose()?;
-                let source = RequestedSource { name, source, read_only, format };
-                self.open_and_add(&mut disks, source, description).await
-            }
             Request::RemoveExport { name, on_use } => self.remove(&mut disks, &name, on_use).await,
             Request::CheckpointStart {
                 export,
@@ -137,6 +139,8 @@ impl Controller {
         let entry = self.server.exports().remove(name);
         let disk = disks.remove(name);
         self.observe(&ControlEvent::ExportRemoved { export: name });
+        // Its flush may hang, and other requests must not.
+        drop(disks);
         blocking(move || close(entry, disk)).await?
     }
 
@@ -177,20 +181,31 @@ impl Controller {
         Ok(Listing { since, exports, clients: clients.collect() })
     }
 
+    /// Opens a source and exports it. Other requests are carried out meanwhile: it may hang.
     async fn open_and_add(
         &self,
-        disks: &mut ServedDisks,
         source: RequestedSource,
         description: Option<String>,
     ) -> Result<Value, Failure> {
+        self.disks.lock().await.refuse_if_suspended()?;
         self.refuse_taken(&source.name)?;
         let name = source.name.clone();
         let open = self.open.clone();
-        let mut disk = blocking(move || open(&source)).await??;
+        let step = format!("opening the source '{}'", printable(&source.source));
+        let mut disk = open_within(self.open_timeout, step, move |_| open(&source))
+            .await
+            .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))??;
         if let Some(text) = description {
             disk = disk.configured(|entry| entry.description(text));
         }
-        let uris = self.add(disks, name, disk)?;
+        let mut disks = self.disks.lock().await;
+        // Both may have changed meanwhile.
+        if let Err(refused) = disks.refuse_if_suspended().and_then(|()| self.refuse_taken(&name)) {
+            // The last one to drop an image closes it, which may block.
+            let _ = blocking(move || drop(disk)).await;
+            return Err(refused);
+        }
+        let uris = self.add(&mut disks, name, disk)?;
         Ok(json!({ "uris": uris }))
     }
 

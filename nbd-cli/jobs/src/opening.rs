@@ -1,0 +1,139 @@
+//! Opens sources on threads of their own, so that one that hangs holds nothing else up.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use crate::error::JobError;
+
+/// What is being done, for an error that says so.
+#[derive(Clone, Debug)]
+pub struct Step(Arc<Mutex<String>>);
+
+impl Step {
+    /// Begins another step; `what` is a verb phrase such as "opening 'disk.img'".
+    pub fn begin(&self, what: impl Into<String>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = what.into();
+    }
+
+    fn name(&self) -> String {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Runs `open`, which may block, on a new thread, and waits for it at most for `limit`, or without an
+/// end if that is zero. Until `open` begins a step of its own, `first` says what is being done.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use nbd_jobs::opening::open_within;
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+///
+/// let opened = open_within(Duration::from_secs(60), "opening a disk", |_| 7).await?;
+/// assert_eq!(opened, 7);
+/// # Ok::<(), nbd_jobs::JobError>(())
+/// # })?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+///
+/// If it takes longer, or the system has no thread left. The thread is left to itself then: nothing
+/// waits for it, not even the end of the runtime, and it closes what it opens later.
+///
+/// # Cancel safety
+///
+/// Safe; the thread is left to itself, as after an error.
+///
+/// # Panics
+///
+/// If `open` does.
+pub async fn open_within<T: Send + 'static>(
+    limit: Duration,
+    first: impl Into<String>,
+    open: impl FnOnce(&Step) -> T + Send + 'static,
+) -> Result<T, JobError> {
+    let step = Step(Arc::new(Mutex::new(first.into())));
+    let (sender, opened) = oneshot::channel();
+    let own = step.clone();
+    let thread = std::thread::Builder::new().name("open".to_owned());
+    let thread = thread.spawn(move || {
+        // If it is waited for no longer, what is open is closed here.
+        let _ = sender.send(open(&own));
+    });
+    let thread = thread.map_err(|error| {
+        JobError::source(format!("cannot start a thread for {}: {error}", step.name()))
+    })?;
+    let opened = match limit.is_zero() {
+        true => opened.await,
+        false => tokio::time::timeout(limit, opened).await.map_err(|_| too_slow(&step, limit))?,
+    };
+    match opened {
+        Ok(opened) => Ok(opened),
+        // Only a panic ends the thread without a result.
+        Err(_) => match thread.join() {
+            Err(panic) => std::panic::resume_unwind(panic),
+            Ok(()) => Err(JobError::source(format!("{} was abandoned", step.name()))),
+        },
+    }
+}
+
+fn too_slow(step: &Step, limit: Duration) -> JobError {
+    JobError::source(format!(
+        "{} was given up after {} s: its server or file system may hang; mend or remove it, or set a \
+         longer --open-timeout",
+        step.name(),
+        limit.as_secs_f64()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    fn run<T>(work: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.expect("a runtime").block_on(work)
+    }
+
+    #[test]
+    fn what_hangs_is_named_and_left_to_itself() {
+        let (release, released) = mpsc::channel::<()>();
+        let (closed, is_closed) = mpsc::channel();
+        /// Tells that it is dropped.
+        struct Image(mpsc::Sender<()>);
+        impl Drop for Image {
+            fn drop(&mut self) {
+                let _ = self.0.send(());
+            }
+        }
+        let hangs = move |step: &Step| {
+            step.begin("opening 'b'");
+            let _ = released.recv();
+            Image(closed)
+        };
+        // The end of the runtime does not wait either.
+        let outcome = run(open_within(Duration::from_secs(2), "opening 'a'", hangs));
+        let error = outcome.map(drop).expect_err("it hangs").to_string();
+        assert!(error.starts_with("opening 'b' was given up after 2 s"), "{error}");
+        assert!(is_closed.try_recv().is_err());
+        release.send(()).expect("the thread is there");
+        is_closed.recv().expect("what is opened later is closed");
+    }
+
+    #[test]
+    fn without_a_limit_it_waits() {
+        let opened = run(open_within(Duration::ZERO, "opening", |_| Ok::<_, ()>(1)));
+        assert_eq!(opened.expect("no limit"), Ok(1));
+    }
+
+    #[test]
+    #[should_panic(expected = "mistake")]
+    fn a_panic_is_handed_on() {
+        let _ = run(open_within(Duration::ZERO, "opening", |_| panic!("mistake")));
+    }
+}
