@@ -96,7 +96,7 @@ impl Acceptor {
         let Newcomer { socket, peer, ungreeted } = newcomer;
         let places = Arc::clone(&self.places);
         if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
-            return Some(Accepted { socket, peer, place, ungreeted, saved: None });
+            return Some(Accepted { socket, peer, place, ungreeted, continued: None });
         }
         let deadline = self.queue_timeout;
         if deadline.is_zero() || waiting.len() >= MAX_WAITING {
@@ -109,7 +109,7 @@ impl Acceptor {
             if place.is_none() {
                 tracing::warn!(%peer, "closed a client that waited for another one to leave");
             }
-            Some(Accepted { socket, peer, place: place?, ungreeted: None, saved: None })
+            Some(Accepted { socket, peer, place: place?, ungreeted: None, continued: None })
         });
         None
     }

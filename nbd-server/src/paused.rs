@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nbd_proto::transmission::SavedConnection;
 
 use crate::ServeError;
+use crate::export::{Export, ExportEntry, ExportRegistry};
 
 /// The state of a [paused](crate::RunningServer::pause) server, for a server that
 /// [adopts](crate::Server::adopt) it, in this process or in another one.
@@ -25,6 +26,13 @@ pub struct Paused {
 }
 
 impl Paused {
+    /// Returns the names of exports that clients use and that are not registered any more. No other
+    /// process can continue these clients.
+    pub fn unregistered(&self) -> impl Iterator<Item = &str> {
+        let unregistered = self.connections.iter().filter(|one| one.unregistered.is_some());
+        unregistered.map(|connection| &*connection.state.negotiated.export_name)
+    }
+
     /// The state of a server that has ended.
     pub(crate) const fn nothing() -> Self {
         Self { listeners: Vec::new(), connections: Vec::new(), flushed: Ok(()) }
@@ -58,11 +66,39 @@ pub enum ListenerOrigin {
 
 /// A connection between two requests.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct PausedConnection {
     /// The connected socket.
     pub socket: OwnedFd,
     /// The negotiated values, and the received bytes.
     pub state: SavedConnection,
+    /// The export that this process served on it, if it is not registered under the name that the
+    /// client requested.
+    pub(crate) unregistered: Option<ExportEntry>,
+}
+
+impl PausedConnection {
+    /// A connection of a server in another process.
+    #[must_use]
+    pub const fn new(socket: OwnedFd, state: SavedConnection) -> Self {
+        Self { socket, state, unregistered: None }
+    }
+}
+
+/// A connection that another server has begun.
+#[derive(Debug)]
+pub(crate) struct Continued {
+    pub(crate) state: SavedConnection,
+    pub(crate) terms: Terms,
+}
+
+/// What a client that goes on may use.
+#[derive(Debug)]
+pub(crate) enum Terms {
+    /// What a new client may use.
+    OfNewClients,
+    /// What it used before: this export, or the one of its name.
+    AsBefore(Option<ExportEntry>),
 }
 
 /// Collects stopped connections. Clones share one collection.
@@ -70,7 +106,9 @@ pub struct PausedConnection {
 pub(crate) struct Resting(Arc<Mutex<Vec<Rested>>>);
 
 struct Rested {
-    connection: PausedConnection,
+    socket: OwnedFd,
+    state: SavedConnection,
+    entry: ExportEntry,
     owes_failure: Box<dyn Fn() -> bool + Send>,
 }
 
@@ -85,20 +123,54 @@ impl Resting {
     /// Therefore `owes_failure` is called when all connections have stopped.
     pub(crate) fn add(
         &self,
-        connection: PausedConnection,
+        socket: OwnedFd,
+        state: SavedConnection,
+        entry: ExportEntry,
         owes_failure: impl Fn() -> bool + Send + 'static,
     ) {
-        let rested = Rested { connection, owes_failure: Box::new(owes_failure) };
+        let rested = Rested { socket, state, entry, owes_failure: Box::new(owes_failure) };
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(rested);
     }
 
-    /// Returns the connections. Call it when all have stopped and everything was flushed.
-    pub(crate) fn take(&self) -> Vec<PausedConnection> {
+    /// Returns the connections. Call it when all have stopped and everything was flushed except the
+    /// exports that have `failed`.
+    pub(crate) fn take(
+        &self,
+        exports: &ExportRegistry,
+        failed: &[Arc<dyn Export>],
+    ) -> Vec<PausedConnection> {
         let rested = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
-        let settle = |Rested { mut connection, owes_failure }| {
-            connection.state.owes_failure |= owes_failure();
-            connection
+        let registered = exports.entries().into_iter().map(|(_, entry)| entry);
+        let entries: Vec<_> =
+            registered.chain(rested.iter().map(|rested| rested.entry.clone())).collect();
+        for failed in failed {
+            // All clients of the disk have to be told.
+            if let Some(entry) = entries.iter().find(|entry| Arc::ptr_eq(entry.export(), failed)) {
+                entry.failures().add();
+            }
+        }
+        // What fails from here on is told when the connections are continued.
+        for entry in &entries {
+            entry.failures().pause();
+        }
+        let settle = |Rested { socket, mut state, entry, owes_failure }| {
+            state.owes_failure |= owes_failure();
+            // By the name of the disk: another server may have another default export.
+            let name = name_of(&entry, &state.negotiated.export_name, exports);
+            let unregistered = if let Some(name) = name {
+                state.negotiated.export_name = name;
+                None
+            } else {
+                Some(entry)
+            };
+            PausedConnection { socket, state, unregistered }
         };
         rested.into_iter().map(settle).collect()
     }
+}
+
+/// The name under which an export is registered that was requested by the name `requested`.
+fn name_of(entry: &ExportEntry, requested: &str, exports: &ExportRegistry) -> Option<String> {
+    let mut all = exports.find(requested).into_iter().chain(exports.entries());
+    all.find(|(_, found)| Arc::ptr_eq(found.export(), entry.export())).map(|(name, _)| name)
 }

@@ -132,6 +132,13 @@ impl Quotas {
         Ok(Admission { places: [own, total] })
     }
 
+    /// Counts a connection that was admitted before, also above the limit.
+    pub(crate) fn admit_again(&self, client: &ClientInfo) -> Admission {
+        let own = CountedConnection::take_again(self.clients().account(ClientKey::new(client)));
+        let total = CountedConnection::take_again(Arc::clone(&self.total));
+        Admission { places: [own, total] }
+    }
+
     fn clients(&self) -> std::sync::MutexGuard<'_, Clients> {
         self.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -254,6 +261,12 @@ impl CountedConnection {
         let update = |count: usize| count.checked_add(1).filter(|count| *count <= most);
         account.connections.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update).ok()?;
         Some(Self(account))
+    }
+
+    /// As `take`, also above the limit.
+    fn take_again(account: Arc<Account>) -> Self {
+        account.connections.fetch_add(1, Ordering::Relaxed);
+        Self(account)
     }
 }
 

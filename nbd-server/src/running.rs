@@ -84,7 +84,7 @@ impl Door {
             }
         };
         let client =
-            Accepted { peer: socket.peer_name(), socket, place, ungreeted: None, saved: None };
+            Accepted { peer: socket.peer_name(), socket, place, ungreeted: None, continued: None };
         self.clients.send(client).await.map_err(|_| ConnectionRefused::ShuttingDown)
     }
 }

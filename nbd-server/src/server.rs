@@ -1,6 +1,7 @@
 //! [`Server`]: listeners, workers, and an orderly end.
 
 use std::future::Future;
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 
@@ -18,7 +19,7 @@ use crate::export::{Export, ExportEntry, ExportRegistry};
 use crate::handle::ServerHandle;
 use crate::listener::Listener;
 use crate::overview::Gauges;
-use crate::paused::{Paused, PausedConnection, PausedListener, Resting};
+use crate::paused::{Continued, Paused, PausedConnection, PausedListener, Resting, Terms};
 use crate::running::{Door, Ending};
 use crate::scheduler::Scheduler;
 use crate::shutdown::{Phase, ShutdownTrigger};
@@ -49,7 +50,7 @@ pub struct Server {
     /// Listeners of a paused server that no address has selected yet.
     adopted: Vec<Listener>,
     /// Connections of a paused server.
-    resumed: Vec<PausedConnection>,
+    resumed: Vec<(OwnedFd, Continued)>,
     clients: Clients,
     access: Access,
     gauges: Arc<OnceLock<Gauges>>,
@@ -65,7 +66,7 @@ struct Serving {
     clients: mpsc::Receiver<Accepted>,
     acceptors: JoinSet<Listener>,
     resting: Resting,
-    resumed: Vec<(PausedConnection, OwnedSemaphorePermit)>,
+    resumed: Vec<(OwnedFd, Continued, OwnedSemaphorePermit)>,
 }
 
 impl Server {
@@ -164,6 +165,37 @@ impl Server {
         listeners: Vec<PausedListener>,
         connections: Vec<PausedConnection>,
     ) -> Result<Vec<BoundAddress>, ServeError> {
+        let of_new_clients = |PausedConnection { socket, state, .. }| {
+            (socket, Continued { state, terms: Terms::OfNewClients })
+        };
+        self.resumed.extend(connections.into_iter().map(of_new_clients));
+        self.adopt_listeners(listeners)
+    }
+
+    /// Goes on as a server of this process that was paused, with the same registry:
+    /// [`adopt`](Self::adopt), but that clients keep what they had. They go on with exports that were
+    /// removed from the registry meanwhile, and under rules and quotas of connections that would
+    /// not let them in again.
+    ///
+    /// # Errors
+    ///
+    /// As [`adopt`](Self::adopt).
+    pub fn go_on(
+        &mut self,
+        listeners: Vec<PausedListener>,
+        connections: Vec<PausedConnection>,
+    ) -> Result<Vec<BoundAddress>, ServeError> {
+        let as_before = |PausedConnection { socket, state, unregistered }| {
+            (socket, Continued { state, terms: Terms::AsBefore(unregistered) })
+        };
+        self.resumed.extend(connections.into_iter().map(as_before));
+        self.adopt_listeners(listeners)
+    }
+
+    fn adopt_listeners(
+        &mut self,
+        listeners: Vec<PausedListener>,
+    ) -> Result<Vec<BoundAddress>, ServeError> {
         let mut passed = Vec::new();
         for listener in listeners {
             let listener = Listener::adopt(listener)?;
@@ -175,7 +207,6 @@ impl Server {
             }
         }
         self.addresses.extend_from_slice(&passed);
-        self.resumed.extend(connections);
         Ok(passed)
     }
 
@@ -326,22 +357,12 @@ impl Serving {
             self.trigger.announce(Phase::Aborting);
             let _ = ended.await;
         }
-        let flushed = flush_all(&self.exports, &self.access, unregistered).await;
+        let mut failed = Vec::new();
+        let flushed = flush_all(&self.exports, &self.access, unregistered, &mut failed).await;
         match ending {
             Ending::Shutdown => flushed.map(|()| None),
             Ending::Pause => {
-                // Later failures are reported when the connections continue.
-                for (_, entry) in self.exports.entries() {
-                    entry.failures().pause();
-                }
-                let mut connections = self.resting.take();
-                if flushed.is_err() {
-                    // Exports may share a disk, whose error was consumed: each client may have lost
-                    // data.
-                    for connection in &mut connections {
-                        connection.state.owes_failure = true;
-                    }
-                }
+                let connections = self.resting.take(&self.exports, &failed);
                 Ok(Some(Paused { listeners, connections, flushed }))
             }
         }
@@ -349,15 +370,14 @@ impl Serving {
 
     /// Continues the connections of a paused server.
     fn resume(&mut self) -> Result<(), ServeError> {
-        for (connection, place) in std::mem::take(&mut self.resumed) {
-            let PausedConnection { socket, state } = connection;
+        for (socket, continued, place) in std::mem::take(&mut self.resumed) {
             match Socket::from_descriptor(socket) {
                 Ok(socket) => self.workers.serve(Accepted {
                     peer: socket.peer_name(),
                     socket,
                     place,
                     ungreeted: None,
-                    saved: Some(Box::new(state)),
+                    continued: Some(Box::new(continued)),
                 })?,
                 Err(error) => {
                     tracing::warn!(error = system_words(&error), "connection not continued");
@@ -395,14 +415,15 @@ impl Serving {
 
 /// Gives connections of a paused server permits. Those without one are closed.
 fn with_places(
-    connections: Vec<PausedConnection>,
+    connections: Vec<(OwnedFd, Continued)>,
     places: &Arc<Semaphore>,
-) -> Vec<(PausedConnection, OwnedSemaphorePermit)> {
+) -> Vec<(OwnedFd, Continued, OwnedSemaphorePermit)> {
     let count = connections.len();
     let placed: Vec<_> = connections
         .into_iter()
-        .map_while(|connection| {
-            Arc::clone(places).try_acquire_owned().ok().map(|place| (connection, place))
+        .map_while(|(socket, continued)| {
+            let place = Arc::clone(places).try_acquire_owned().ok()?;
+            Some((socket, continued, place))
         })
         .collect();
     if placed.len() < count {
@@ -428,11 +449,13 @@ fn unregistered(exports: &ExportRegistry, access: &Access) -> Vec<Named> {
     exports.removed().into_iter().chain(access.resolved()).collect()
 }
 
-/// Flushes the registered exports, those that were `unregistered` before, and those that are now.
+/// Flushes the registered exports, those that were `unregistered` before, and those that are now. Those
+/// that fail are added to `failed`.
 async fn flush_all(
     exports: &ExportRegistry,
     access: &Access,
     before: Vec<Named>,
+    failed: &mut Vec<Arc<dyn Export>>,
 ) -> Result<(), ServeError> {
     let registered = exports.entries();
     let mut all: Vec<Named> =
@@ -442,9 +465,9 @@ async fn flush_all(
             all.push((name, export));
         }
     }
-    let exports = all;
+    let exports = all.clone();
     let flushed = tokio::task::spawn_blocking(move || {
-        let mut failed = None;
+        let (mut failed, mut first) = (Vec::new(), None);
         for (name, export) in exports {
             // The failure of one export does not prevent the flush of the others.
             let flushed = catch_unwind(AssertUnwindSafe(|| export.flush()));
@@ -455,12 +478,20 @@ async fn flush_all(
             };
             if let Some(message) = message {
                 tracing::error!(export = %name, %message, "flush at the end failed");
-                failed.get_or_insert(ServeError::Flush { export: name, message });
+                first.get_or_insert(ServeError::Flush { export: name, message });
+                failed.push(export);
             }
         }
-        failed.map_or(Ok(()), Err)
+        (failed, first.map_or(Ok(()), Err))
     });
-    flushed.await.unwrap_or_else(|error| {
-        Err(ServeError::Flush { export: "?".to_owned(), message: error.to_string() })
-    })
+    match flushed.await {
+        Ok((exports, flushed)) => {
+            *failed = exports;
+            flushed
+        }
+        Err(error) => {
+            failed.extend(all.into_iter().map(|(_, export)| export));
+            Err(ServeError::Flush { export: "?".to_owned(), message: error.to_string() })
+        }
+    }
 }

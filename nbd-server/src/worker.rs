@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use nbd_proto::transmission::SavedConnection;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinSet;
 use tracing::Instrument;
@@ -18,6 +17,7 @@ use crate::ServeError;
 use crate::client;
 use crate::connection::{self, Newcomer, Shared, Socket, Thread};
 use crate::error::system_words;
+use crate::paused::Continued;
 use crate::ring::RingHandle;
 use crate::shutdown::Shutdown;
 use crate::sys;
@@ -38,8 +38,8 @@ pub(crate) struct Accepted {
     pub(crate) place: OwnedSemaphorePermit,
     /// Its permit among those that wait for the greeting; `None` if it needs none.
     pub(crate) ungreeted: Option<OwnedSemaphorePermit>,
-    /// The state of a connection that another server has begun.
-    pub(crate) saved: Option<Box<SavedConnection>>,
+    /// A connection that another server has begun.
+    pub(crate) continued: Option<Box<Continued>>,
 }
 
 /// The threads of a server. They are started when they are needed.
@@ -171,7 +171,7 @@ async fn run(
         tokio::select! {
             accepted = receiver.recv() => {
                 let Some(accepted) = accepted else { break };
-                let Accepted { socket, peer, place, ungreeted, saved } = accepted;
+                let Accepted { socket, peer, place, ungreeted, continued } = accepted;
                 let count = Leaves(Arc::clone(&connections));
                 let thread = thread.clone();
                 let (shared, shutdown) = (shared.clone(), shutdown.clone());
@@ -181,7 +181,7 @@ async fn run(
                     let _held = (count, place);
                     match socket.attach() {
                         Ok(socket) => {
-                            let newcomer = Newcomer { socket, peer: &peer, ungreeted, saved };
+                            let newcomer = Newcomer { socket, peer: &peer, ungreeted, continued };
                             connection::serve(newcomer, shared, shutdown, thread).await;
                         },
                         Err(error) => tracing::warn!(error = system_words(&error), "cannot use the socket"),

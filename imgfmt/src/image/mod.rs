@@ -25,7 +25,7 @@ use crate::info::ImageInfo;
 use crate::layer::{Layer, WritableLayer};
 use crate::options::OpenOptions;
 use crate::qcow2::{CheckReport, Qcow2, Repair};
-use crate::storage::{Capabilities, DirectAlignment, FileStorage, Storage};
+use crate::storage::{Capabilities, DirectAlignment, FileIdentity, FileStorage, Storage};
 use crate::units::{GuestOffset, GuestRange};
 
 /// Whether a disk may become smaller, which loses what is at its end.
@@ -154,6 +154,12 @@ impl Image {
     /// Returns the path from which the image was opened, if there was one.
     pub fn path(&self) -> Option<&Path> {
         self.path.as_deref()
+    }
+
+    /// Returns the paths of the files that were opened, each with the identity of the opened file:
+    /// the image, its data file and all layers below.
+    pub fn files(&self) -> impl Iterator<Item = (&Path, FileIdentity)> {
+        self.chain.files.iter().map(|file| (&*file.path, file.identity))
     }
 
     /// Returns the path of the first of the image's files that was renamed, removed or replaced

@@ -11,6 +11,13 @@ use rustix::io::Errno;
 use super::FileIdentity;
 use crate::error::{Error, ErrorKind, Result};
 
+impl FileIdentity {
+    /// Returns the identity of a file that is not opened; `None` if it cannot be examined. Blocks.
+    pub fn of(path: &Path) -> Option<Self> {
+        std::fs::metadata(path).ok().map(|metadata| identity_from(&metadata))
+    }
+}
+
 pub(super) fn identity_from(metadata: &Metadata) -> FileIdentity {
     let is_device = metadata.file_type().is_block_device();
     FileIdentity {

@@ -130,8 +130,7 @@ impl Setup {
         let private = private_directory(args)?;
         // Declared after the directory, so that its socket is always removed first.
         let mut server = Server::new(config(args, tls)?, registry.clone());
-        let adopted = server.adopt(taken.listeners, taken.connections);
-        let mut bound = adopted.map_err(serve_error)?;
+        let mut bound = origin.adopt(&mut server, taken)?;
         for address in addresses(args, private.as_ref(), !bound.is_empty()) {
             bound.extend(args.sockets.listen(&mut server, &address).await?);
         }

@@ -117,6 +117,7 @@ mod serve_upstream;
 mod signals;
 mod status_page;
 mod takeover;
+mod takeover_disks;
 mod timeout;
 mod tls_authority;
 mod top;

@@ -13,13 +13,13 @@ use crate::support::service_manager::started_by_service_manager;
 use crate::support::{PROGRAM, Server, nbd_cli, run};
 use crate::tools;
 
-const SIZE: &str = "16M";
+pub(crate) const SIZE: &str = "16M";
 
 /// Servers of one disk, one after the other.
-struct Place {
+pub(crate) struct Place {
     directory: TempDir,
-    disk: String,
-    more: Vec<String>,
+    pub(crate) disk: String,
+    pub(crate) more: Vec<String>,
 }
 
 impl Place {
@@ -31,23 +31,23 @@ impl Place {
         place
     }
 
-    fn raw() -> Self {
+    pub(crate) fn raw() -> Self {
         let place = Self::new("disk.raw", &["--format", "raw"]);
         nbd_cli(&["image", "create", "-f", "raw", &place.disk, SIZE]).success();
         place
     }
 
-    fn new(disk: &str, more: &[&str]) -> Self {
+    pub(crate) fn new(disk: &str, more: &[&str]) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let disk = directory.path().join(disk).to_str().expect("a plain name").to_owned();
         Self { directory, disk, more: more.iter().map(|&option| option.to_owned()).collect() }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    fn text(&self, name: &str) -> String {
+    pub(crate) fn text(&self, name: &str) -> String {
         self.path(name).to_str().expect("a plain name").to_owned()
     }
 
@@ -59,11 +59,11 @@ impl Place {
         command
     }
 
-    fn serve(&self) -> Server {
+    pub(crate) fn serve(&self) -> Server {
         Server::start(&mut self.command(), self.path("socket"))
     }
 
-    fn taking_over(&self) -> Command {
+    pub(crate) fn taking_over(&self) -> Command {
         let mut command = self.command();
         command.arg("--takeover").arg(self.path("control"));
         command
@@ -71,18 +71,18 @@ impl Place {
 
     /// Another server takes over, and the first one ends.
     #[track_caller]
-    fn take_over(&self, mut server: Server) -> Server {
+    pub(crate) fn take_over(&self, mut server: Server) -> Server {
         let next = Server::start(&mut self.taking_over(), self.path("socket"));
         assert_eq!(server.wait().code(), Some(0));
         next
     }
 
-    fn uri(&self) -> String {
+    pub(crate) fn uri(&self) -> String {
         format!("nbd+unix:///?socket={}", self.text("socket"))
     }
 
     /// A client that writes, and verifies what it reads.
-    fn load(&self, more: &[&str]) -> Load {
+    pub(crate) fn load(&self, more: &[&str]) -> Load {
         let mut command = Command::new(PROGRAM);
         command.args(["bench", "--verify", "--destroy-data", "-w", "mixed", "-q"]);
         command.args(["--depth", "8", "--flush-every", "50", "--range", "0+8M"]).args(more);
@@ -117,15 +117,15 @@ impl Place {
 }
 
 /// A running `bench`; killed when dropped.
-struct Load(Child);
+pub(crate) struct Load(Child);
 
 impl Load {
-    fn has_ended(&mut self) -> bool {
+    pub(crate) fn has_ended(&mut self) -> bool {
         self.0.try_wait().expect("a child").is_some()
     }
 
     #[track_caller]
-    fn assert_verified(mut self) {
+    pub(crate) fn assert_verified(mut self) {
         assert_eq!(self.0.wait().expect("a child").code(), Some(0), "the data is not as written");
     }
 }
@@ -281,7 +281,7 @@ fn a_program_that_asks_to_take_over_and_leaves_does_not_lock_the_control_socket(
 
 /// Attempts something until it succeeds.
 #[track_caller]
-fn patiently<T>(attempt: impl Fn() -> Option<T>) -> T {
+pub(crate) fn patiently<T>(attempt: impl Fn() -> Option<T>) -> T {
     for _ in 0..1200 {
         match attempt() {
             Some(done) => return done,

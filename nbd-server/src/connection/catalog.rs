@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nbd_proto::handshake::{ExportDescription, RefusalReason};
+use nbd_proto::handshake::{ExportDescription, Negotiated, RefusalReason};
 
 use super::error::ConnectionError;
 use super::plain::Channel;
@@ -32,11 +32,17 @@ pub(super) struct Catalog {
 impl Catalog {
     /// Creates the catalog of an admitted client.
     pub(super) fn for_client(socket: &Socket, shared: &Shared) -> Result<Self, ConnectionError> {
+        let catalog = Self::for_known_client(socket, shared);
+        shared.access.admit(&catalog.client).map_err(ConnectionError::Refused)?;
+        Ok(catalog)
+    }
+
+    /// For a client that was let in before.
+    pub(super) fn for_known_client(socket: &Socket, shared: &Shared) -> Self {
         let client = client_info(socket);
-        shared.access.admit(&client).map_err(ConnectionError::Refused)?;
         let (exports, access) = (shared.exports.clone(), shared.access.clone());
         let (channel, has_warned) = (socket.channel(), Arc::default());
-        Ok(Self { exports, access, client, channel, has_warned })
+        Self { exports, access, client, channel, has_warned }
     }
 
     /// Finds the export that the client asks for, unless it may not see it, or only over TLS.
@@ -75,6 +81,22 @@ impl Catalog {
             (RefusalReason::Policy, used_up.answer())
         })?;
         Ok((found.describe(), Granted { entry: found.entry, admission }))
+    }
+
+    /// Gives a client of this process what it used before, whatever the rules are by now: the export
+    /// that is `unregistered`, or else that of the name.
+    pub(super) fn grant_again(
+        &self,
+        negotiated: &Negotiated,
+        unregistered: Option<ExportEntry>,
+    ) -> Result<(ExportDescription, Granted), Rejection> {
+        let name = &negotiated.export_name;
+        let entry = unregistered.or_else(|| Some(self.exports.find(name)?.1));
+        let entry = entry.ok_or((RefusalReason::UnknownExport, UNKNOWN))?;
+        let admission = entry.quotas().admit_again(&self.client);
+        // What was read-only for the client remains so by what was negotiated.
+        let description = entry.describe(name, Permission::Full);
+        Ok((description, Granted { entry, admission }))
     }
 
     /// Logs the refusal of an export. A client can ask repeatedly, so only the first time is a

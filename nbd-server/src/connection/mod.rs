@@ -31,15 +31,16 @@ mod transmission;
 mod turn;
 mod writeback_errors;
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use nbd_proto::transmission::SavedConnection;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::client;
 use crate::clients::Arrival;
 use crate::error::system_words;
-use crate::paused::PausedConnection;
+use crate::export::Export;
+use crate::paused::Continued;
 use crate::shutdown::{Phase, Shutdown};
 use crate::statistics::Tally;
 use error::ConnectionError;
@@ -58,8 +59,8 @@ pub(crate) struct Newcomer<'a> {
     pub(crate) peer: &'a str,
     /// Released with the greeting.
     pub(crate) ungreeted: Option<OwnedSemaphorePermit>,
-    /// The state of a connection that another server has begun.
-    pub(crate) saved: Option<Box<SavedConnection>>,
+    /// A connection that another server has begun.
+    pub(crate) continued: Option<Box<Continued>>,
 }
 
 /// Time for handshakes that are in progress when the server is paused.
@@ -92,11 +93,12 @@ pub(crate) async fn serve(
         counters: tally.counters(),
     });
     let export = established.entry.export();
-    if shared.clients.is_withdrawn(export) && !shared.exports.offers(export) {
+    if is_withdrawn(export, &shared) {
         // The removal may have disconnected clients before this one was counted.
         return tracing::info!("the export was removed while a client chose it");
     }
     tracing::info!("client connected");
+    let entry = established.entry.clone();
     let agreed = &established.negotiated;
     let contexts: Vec<_> = agreed.meta_contexts.iter().map(|(_, name)| name.as_str()).collect();
     tracing::debug!(size = agreed.size, mode = ?agreed.reply_mode, ?contexts, "negotiated");
@@ -104,11 +106,13 @@ pub(crate) async fn serve(
     tokio::select! {
         result = session.run(ending) => match result {
             Ok(None) => tracing::info!("client disconnected"),
+            Ok(Some(_)) if is_withdrawn(entry.export(), &shared) => {
+                tracing::info!("connection cut: the export was removed");
+            }
             Ok(Some(Rest { socket, state, writeback })) => match socket.into_descriptor() {
-                Ok(socket) => shared.resting.add(
-                    PausedConnection { socket, state },
-                    move || writeback.owes_failure(),
-                ),
+                Ok(socket) => {
+                    shared.resting.add(socket, state, entry, move || writeback.owes_failure());
+                }
                 Err(error) => tracing::warn!(error = system_words(&error), "connection failed"),
             },
             Err(error) => tracing::warn!(%error, "connection failed"),
@@ -120,6 +124,11 @@ pub(crate) async fn serve(
     }
 }
 
+/// Whether the export was removed and its clients are disconnected.
+fn is_withdrawn(export: &Arc<dyn Export>, shared: &Shared) -> bool {
+    shared.clients.is_withdrawn(export) && !shared.exports.offers(export)
+}
+
 /// The result of the handshake, or of an earlier one; `None` if the connection is over.
 async fn establish(
     newcomer: Newcomer<'_>,
@@ -127,10 +136,10 @@ async fn establish(
     mut ending: Shutdown,
     thread: &Thread,
 ) -> Option<Established> {
-    let Newcomer { socket, ungreeted, saved, .. } = newcomer;
-    if let Some(saved) = saved {
-        let name = saved.negotiated.export_name.clone();
-        let resumed = resume::resume(socket, *saved, shared);
+    let Newcomer { socket, ungreeted, continued, .. } = newcomer;
+    if let Some(continued) = continued {
+        let name = continued.state.negotiated.export_name.clone();
+        let resumed = resume::resume(socket, *continued, shared);
         return resumed
             .inspect_err(|error| tracing::warn!(export = ?name, %error, "connection not continued"))
             .ok();

@@ -8,23 +8,33 @@ use super::error::ConnectionError;
 use super::handshake::Established;
 use super::shared::Shared;
 use super::socket::Socket;
+use crate::paused::{Continued, Terms};
 #[cfg(feature = "tls")]
 use crate::tls::TlsMode;
 
 /// Continues a connection, if this server keeps the promises made to the client.
 pub(super) fn resume(
     socket: Socket,
-    saved: SavedConnection,
+    continued: Continued,
     shared: &Shared,
 ) -> Result<Established, ConnectionError> {
     let refuse = |why: &str| Err(ConnectionError::NotResumed(why.to_owned()));
-    #[cfg(feature = "tls")]
-    if matches!(shared.config.tls, TlsMode::Require(_)) {
-        return refuse("this server requires TLS");
-    }
-    let SavedConnection { negotiated, received, discard, owes_failure } = saved;
-    let catalog = Catalog::for_client(&socket, shared)?;
-    let (description, Granted { entry, admission }) = match catalog.grant(&negotiated.export_name) {
+    let Continued { state, terms } = continued;
+    let SavedConnection { negotiated, received, discard, owes_failure } = state;
+    let granted = match terms {
+        Terms::OfNewClients => {
+            #[cfg(feature = "tls")]
+            if matches!(shared.config.tls, TlsMode::Require(_)) {
+                return refuse("this server requires TLS");
+            }
+            let catalog = Catalog::for_client(&socket, shared)?;
+            catalog.grant(&negotiated.export_name)
+        }
+        Terms::AsBefore(unregistered) => {
+            Catalog::for_known_client(&socket, shared).grant_again(&negotiated, unregistered)
+        }
+    };
+    let (description, Granted { entry, admission }) = match granted {
         Ok(granted) => granted,
         Err((_, why)) => return refuse(why),
     };

@@ -106,7 +106,7 @@ impl Peer {
         let (shared, shutdown) = (shared.clone(), trigger.subscribe());
         let thread = thread.clone();
         tokio::spawn(async move {
-            let newcomer = Newcomer { socket, peer: "peer", ungreeted: None, saved: None };
+            let newcomer = Newcomer { socket, peer: "peer", ungreeted: None, continued: None };
             serve(newcomer, shared, shutdown, thread).await;
         });
         let peer = Self { stream: ours, received: AtomicU64::new(0) };

@@ -9,7 +9,8 @@ use nbd_proto::transmission::{Command, Durability, ExtentLimit, SavedConnection}
 use nbd_proto::wire::{CommandFlags, CommandType, Errno, MetaContextName, ReplyMode};
 use nbd_server::export::{Export, ExportEntry, MemoryExport};
 use nbd_server::{
-    ExportRegistry, ListenAddress, Paused, PausedConnection, RunningServer, Server, ServerConfig,
+    AccessRules, ClientRule, ExportRegistry, ListenAddress, Paused, PausedConnection,
+    RunningServer, Server, ServerConfig,
 };
 use tokio::runtime::Runtime;
 
@@ -58,9 +59,9 @@ impl Relay {
             if let Some(Paused { listeners, connections, .. }) = paused {
                 // The state travels as bytes.
                 let connections =
-                    connections.into_iter().map(|PausedConnection { socket, state }| {
+                    connections.into_iter().map(|PausedConnection { socket, state, .. }| {
                         let state = SavedConnection::decode(&state.encode().unwrap()).unwrap();
-                        PausedConnection { socket, state }
+                        PausedConnection::new(socket, state)
                     });
                 server.adopt(listeners, connections.collect()).unwrap();
             }
@@ -225,6 +226,116 @@ fn a_promise_that_cannot_be_kept_ends_its_connection_only() {
     let mut next = relay.connect(ReplyMode::Simple);
     assert_eq!(next.negotiated.size, 2 << 20);
     assert_eq!(next.read(0, 1), [0]);
+}
+
+/// A server is paused and goes on itself, after `change`.
+fn goes_on_after(change: impl FnOnce(&ExportRegistry)) -> (Relay, ExportRegistry, Client) {
+    let mut relay = Relay::start(memory());
+    let exports = relay.server.as_ref().unwrap().handle().exports().clone();
+    let mut client = relay.connect(ReplyMode::Extended);
+    assert_eq!(client.write(0, b"before"), Ok(()));
+    change(&exports);
+    let Paused { listeners, connections, .. } = relay.pause();
+    let (mut server, path) =
+        (Server::new(relay.config.clone(), exports.clone()), ListenAddress::Unix(relay.path()));
+    relay.server = Some(relay.runtime.block_on(async move {
+        server.go_on(listeners, connections).unwrap();
+        server.listen(&path).await.unwrap();
+        server.start()
+    }));
+    assert_eq!(client.read(0, 6), b"before");
+    assert_eq!(client.write(0, b"after "), Ok(()));
+    assert_eq!(client.request(0, 0, &Command::Flush).result, Ok(()));
+    (relay, exports, client)
+}
+
+#[test]
+fn a_server_that_goes_on_keeps_the_clients_of_a_removed_export() {
+    let (mut relay, exports, mut client) = goes_on_after(|exports| {
+        exports.remove("").unwrap();
+    });
+    assert_eq!(exports.removed_in_use(), [""]);
+    let refused = Client::on(UnixStream::connect(relay.path()).unwrap(), ReplyMode::Simple, "");
+    assert!(refused.is_none(), "it is removed");
+    let paused = relay.pause();
+    assert_eq!(paused.unregistered().collect::<Vec<_>>(), [""]);
+    assert_eq!(exports.removed_in_use(), [""], "it is not closed while it may be needed");
+    drop(paused);
+    assert!(exports.removed_in_use().is_empty());
+    client.expect_end();
+}
+
+#[test]
+fn a_server_that_goes_on_keeps_the_clients_of_a_replaced_export() {
+    let (relay, _, _) = goes_on_after(|exports| {
+        exports.replace("", ExportEntry::new(memory())).unwrap();
+    });
+    assert_eq!(relay.connect(ReplyMode::Simple).read(0, 6), [0; 6], "it is another disk");
+}
+
+#[test]
+fn a_server_that_goes_on_keeps_clients_that_the_rules_would_not_let_in_any_more() {
+    let (relay, ..) = goes_on_after(|exports| {
+        let rules = AccessRules::new().allow(ClientRule::User(u32::MAX));
+        let (_, entry) = exports.find("").unwrap();
+        exports.replace("", entry.access(rules)).unwrap();
+    });
+    let refused = Client::on(UnixStream::connect(relay.path()).unwrap(), ReplyMode::Simple, "");
+    assert!(refused.is_none());
+}
+
+#[test]
+fn clients_of_the_default_export_go_on_by_its_name() {
+    let (mut relay, exports, _client) = goes_on_after(|exports| {
+        let entry = exports.remove("").unwrap();
+        exports.add("disk", entry).unwrap();
+        exports.add("other", ExportEntry::new(memory())).unwrap();
+        exports.set_default("other");
+    });
+    let paused = relay.pause();
+    assert_eq!(paused.connections[0].state.negotiated.export_name, "disk");
+    assert_eq!((paused.unregistered().count(), exports.entries().len()), (0, 2));
+}
+
+#[test]
+fn a_failed_flush_at_the_pause_is_not_told_to_the_clients_of_other_disks() {
+    let bad = Scripted::new(1 << 20, Script::default());
+    let entry = ExportEntry::new(Arc::clone(&bad) as _);
+    let (shared, exports) = (entry.same_disk(Arc::clone(&bad) as _), ExportRegistry::new());
+    exports.add("bad", entry).unwrap();
+    exports.add("shared", shared).unwrap();
+    exports.add("good", ExportEntry::new(memory())).unwrap();
+    let mut relay = Relay::start(memory());
+    drop(relay.pause());
+    let start = |relay: &Relay, paused: Option<Paused>| {
+        let mut server = Server::new(relay.config.clone(), exports.clone());
+        let path = ListenAddress::Unix(relay.path());
+        relay.runtime.block_on(async move {
+            if let Some(Paused { listeners, connections, .. }) = paused {
+                server.go_on(listeners, connections).unwrap();
+            }
+            server.listen(&path).await.unwrap();
+            server.start()
+        })
+    };
+    relay.server = Some(start(&relay, None));
+    let mut clients = ["bad", "shared", "good"].map(|name| {
+        let stream = UnixStream::connect(relay.path()).unwrap();
+        Client::on(stream, ReplyMode::Extended, name).unwrap()
+    });
+    for client in &mut clients {
+        assert_eq!(client.write(0, b"data"), Ok(()));
+    }
+    bad.bad_flushes.store(1, Ordering::SeqCst);
+    let paused = relay.runtime.block_on(relay.server.take().unwrap().pause()).unwrap();
+    assert!(paused.flushed.is_err());
+    relay.server = Some(start(&relay, Some(paused)));
+    let [bad, shared, good] = &mut clients;
+    for told in [bad, shared] {
+        assert!(told.request(0, 0, &Command::Flush).result.is_err());
+        assert_eq!(told.request(0, 0, &Command::Flush).result, Ok(()), "it was told");
+    }
+    assert_eq!(good.request(0, 0, &Command::Flush).result, Ok(()));
 }
 
 #[test]

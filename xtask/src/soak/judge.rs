@@ -15,6 +15,8 @@ pub(super) struct Round<'a> {
     pub(super) directory: &'a Path,
     /// The seed of everything random in the round.
     pub(super) seed: u64,
+    /// How many takeovers a round has, if it has any.
+    pub(super) takeovers: u64,
 }
 
 /// Provokes errors and checks the outcome.

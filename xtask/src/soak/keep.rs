@@ -16,6 +16,7 @@ pub(super) struct Case<'a> {
     pub(super) judge: &'a str,
     pub(super) seed: u64,
     pub(super) profile: &'a str,
+    pub(super) takeovers: u64,
 }
 
 impl Case<'_> {
@@ -27,8 +28,8 @@ impl Case<'_> {
     pub(super) fn keep(&self, keep: &Path, directory: &Path, what: &str) -> Result<()> {
         let name = format!("{}-{}", self.judge, self.seed);
         let text = format!(
-            "cargo xtask soak --profile {} --repeat {}:{}\n\n{what}\n",
-            self.profile, self.judge, self.seed
+            "cargo xtask soak --profile {} --takeovers {} --repeat {}:{}\n\n{what}\n",
+            self.profile, self.takeovers, self.judge, self.seed
         );
         let path = keep.join(format!("{name}.txt"));
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
@@ -82,10 +83,13 @@ mod tests {
         let keep = tempfile::tempdir().expect("directory");
         let directory = tempfile::tempdir().expect("directory");
         fs::write(directory.path().join("image"), "bytes").expect("file");
-        let case = Case { judge: "kills", seed: 7, profile: "dev" };
+        let case = Case { judge: "kills", seed: 7, profile: "dev", takeovers: 20 };
         case.keep(keep.path(), directory.path(), "two words differ").expect("kept");
         let text = fs::read_to_string(keep.path().join("kills-7.txt")).expect("text");
-        assert!(text.starts_with("cargo xtask soak --profile dev --repeat kills:7\n"), "{text}");
+        assert!(
+            text.starts_with("cargo xtask soak --profile dev --takeovers 20 --repeat kills:7\n"),
+            "{text}"
+        );
         assert!(text.contains("two words differ"), "{text}");
         assert!(keep.path().join("kills-7.tar.gz").is_file());
     }

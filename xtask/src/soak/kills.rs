@@ -111,7 +111,7 @@ impl<'a> Disk<'a> {
 
 /// Lets every client write for a moment, and kills the server in the meantime.
 fn kill_while_written(
-    server: Served,
+    mut server: Served,
     disk: &Disk<'_>,
     parts: &mut [Blocks],
     random: &mut Random,
@@ -181,7 +181,7 @@ pub(super) fn check_bits(disk: &Disk<'_>, parts: &[Blocks]) -> Result<()> {
 }
 
 /// The dirty parts of a map in JSON: offset and length, in order.
-fn dirty_parts(map: &str) -> Result<Vec<(u64, u64)>> {
+pub(super) fn dirty_parts(map: &str) -> Result<Vec<(u64, u64)>> {
     let extents: Value = serde_json::from_str(map).context("the map is not JSON")?;
     let extents = extents.as_array().context("the map is not a list")?;
     let mut parts = Vec::new();

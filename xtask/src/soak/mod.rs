@@ -17,6 +17,7 @@ mod liar;
 mod lies;
 mod programs;
 mod random;
+mod relays;
 mod report;
 mod served;
 mod takeovers;
@@ -57,6 +58,9 @@ pub(crate) struct Options {
     /// How many rounds run at the same time [default: one for each core]
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
+    /// How many takeovers a round of the judges of takeovers has.
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    takeovers: u64,
     /// Where failing rounds are kept [default: target/soak]
     #[arg(long, value_name = "DIRECTORY")]
     keep: Option<PathBuf>,
@@ -78,6 +82,7 @@ impl Options {
             only: Vec::new(),
             repeat: None,
             jobs: None,
+            takeovers: 20,
             keep: None,
             list: false,
             profile: "dev".to_owned(),
@@ -106,6 +111,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         judges,
         keep,
         profile: options.profile.clone(),
+        takeovers: options.takeovers,
     };
     match &options.repeat {
         Some(round) => soak.repeat(round)?,
@@ -143,6 +149,7 @@ struct Soak {
     report: Mutex<Report>,
     keep: PathBuf,
     profile: String,
+    takeovers: u64,
 }
 
 impl Soak {
@@ -211,10 +218,12 @@ impl Soak {
             .tempdir()
             .map_err(anyhow::Error::from)
             .and_then(|directory| {
-                let round = Round { programs: &self.programs, directory: directory.path(), seed };
+                let (programs, takeovers) = (&self.programs, self.takeovers);
+                let round = Round { programs, directory: directory.path(), seed, takeovers };
                 let outcome = judge.round(&round);
                 if let Err(error) = &outcome {
-                    let case = keep::Case { judge: judge.name(), seed, profile: &self.profile };
+                    let (judge, profile) = (judge.name(), &*self.profile);
+                    let case = keep::Case { judge, seed, profile, takeovers };
                     let text = format!("{error:#}");
                     println!("soak: {} seed {seed}: {}", case.judge, keep::first_lines(&text, 5));
                     if let Err(error) = case.keep(&self.keep, directory.path(), &text) {

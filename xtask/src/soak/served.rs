@@ -32,6 +32,20 @@ impl Served {
     ///
     /// It ends, or prints nothing.
     pub(super) fn start(command: &mut Command, directory: &Path, socket: &Path) -> Result<Self> {
+        let mut server = Self::spawn(command, directory)?;
+        if server.has_started(socket)? {
+            return Ok(server);
+        }
+        let status = wait(&mut server.child, PATIENCE)?;
+        bail!("the server did not start: {status:?}: {}", server.complaints());
+    }
+
+    /// Starts a server and does not wait.
+    ///
+    /// # Errors
+    ///
+    /// There is no such program.
+    pub(super) fn spawn(command: &mut Command, directory: &Path) -> Result<Self> {
         let complaints = directory.join("server.txt");
         let log = File::options().create(true).append(true).open(&complaints)?;
         let child = command
@@ -40,20 +54,34 @@ impl Served {
             .stderr(log)
             .spawn()
             .context("cannot start the server")?;
-        let mut server = Self { child, complaints };
-        let output = server.child.stdout.take().context("the server has no output")?;
+        Ok(Self { child, complaints })
+    }
+
+    /// Waits for the line with the address of a server that was [spawned](Self::spawn); returns
+    /// false if it ends instead.
+    ///
+    /// # Errors
+    ///
+    /// It does neither.
+    pub(super) fn has_started(&mut self, socket: &Path) -> Result<bool> {
+        let output = self.child.stdout.take().context("the server has no output")?;
         match first_line(output) {
-            Some(line) if !line.is_empty() && socket.exists() => Ok(server),
-            Some(_) => {
-                let status = wait(&mut server.child, PATIENCE)?;
-                bail!("the server did not start: {status:?}: {}", server.complaints());
-            }
-            None => bail!("the server neither starts nor ends: {}", server.complaints()),
+            Some(line) => Ok(!line.is_empty() && socket.exists()),
+            None => bail!("the server neither starts nor ends: {}", self.complaints()),
         }
     }
 
+    /// Whether the server has ended.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be waited for.
+    pub(super) fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
     /// Kills the server, as the kernel does when memory is exhausted.
-    pub(super) fn kill(mut self) {
+    pub(super) fn kill(&mut self) {
         self.child.kill().ok();
         self.child.wait().ok();
     }
@@ -78,7 +106,7 @@ impl Served {
     /// # Errors
     ///
     /// It does not, or not with status 0.
-    pub(super) fn ended(mut self) -> Result<()> {
+    pub(super) fn ended(&mut self) -> Result<()> {
         match wait(&mut self.child, PATIENCE)? {
             Some(status) if status.success() => Ok(()),
             Some(status) => bail!("the server ended with {status}: {}", self.complaints()),

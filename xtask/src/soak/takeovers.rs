@@ -15,8 +15,6 @@ use super::random::Random;
 use super::served::{Served, check_image};
 use super::wire::Wire;
 
-const TAKEOVERS: u64 = 20;
-
 #[derive(Debug)]
 pub(super) struct Takeovers;
 
@@ -54,7 +52,7 @@ impl Judge for Takeovers {
         check_bits(&relay.disk, &parts).context("after a kill")?;
         server.end()?;
         check_image(&relay.disk.image)?;
-        Ok(TAKEOVERS + 1)
+        Ok(round.takeovers + 1)
     }
 }
 
@@ -104,7 +102,7 @@ impl Relay<'_> {
                     part.check(&mut wire)
                 }));
             }
-            let relayed = (0..TAKEOVERS).try_for_each(|_| {
+            let relayed = (0..self.disk.round.takeovers).try_for_each(|_| {
                 thread::sleep(Duration::from_micros(random.below(50_000)));
                 let next = self.start(true)?;
                 std::mem::replace(&mut server, next).ended()
@@ -121,7 +119,7 @@ impl Relay<'_> {
     /// One of both is killed at any moment of a takeover, and the other one soon afterwards.
     fn kill_one_of_two(
         &self,
-        server: Served,
+        mut server: Served,
         parts: &mut [Blocks],
         random: &mut Random,
     ) -> Result<()> {

@@ -3,7 +3,7 @@
 //! ```text
 //!   successor                                     predecessor
 //!   {"command":"takeover"}     ---------------->  control socket; pauses, closes its images
-//!                              <----------------  {"result":{}}, listeners, connections, COMPLETE
+//!                              <----------------  {"result":{}}, disks, listeners, connections, COMPLETE
 //!   opens images, adopts; READY --------------->
 //!                              <----------------  GO
 //!   SERVING                    ---------------->  exits

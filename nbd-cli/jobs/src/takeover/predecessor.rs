@@ -9,7 +9,8 @@ use nbd_server::Paused;
 use rustix::net::sockopt;
 
 use super::TakeoverError;
-use super::wire::{Kind, encode_origin, receive, send};
+use super::wire::{Kind, encode_disk, encode_origin, receive, send};
+use crate::control::server::ClosedDisks;
 
 /// Time for the successor to open everything. Clients wait meanwhile.
 const TIME_TO_OPEN: Duration = Duration::from_secs(60);
@@ -43,13 +44,16 @@ impl Successor {
         u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()
     }
 
-    /// Hands everything over, and waits until the successor has opened its images. The images of
-    /// this process are closed by now.
+    /// Hands everything over, and waits until the successor has opened its images. Those of this
+    /// process are `closed` by now.
     ///
     /// # Errors
     ///
     /// [`TakeoverError`]: then [`abandon`](Self::abandon) it.
-    pub fn hand_over(&self, paused: &Paused) -> Result<(), TakeoverError> {
+    pub fn hand_over(&self, paused: &Paused, closed: &ClosedDisks) -> Result<(), TakeoverError> {
+        for (name, files) in closed.files() {
+            send(&self.stream, Kind::Disk, &encode_disk(name, files), None)?;
+        }
         for listener in &paused.listeners {
             let (origin, socket) = (encode_origin(&listener.origin), listener.socket.as_fd());
             send(&self.stream, Kind::Listener, &origin, Some(socket))?;

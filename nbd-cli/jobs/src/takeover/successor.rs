@@ -1,5 +1,6 @@
 //! The side of the server that takes over.
 
+use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -9,8 +10,9 @@ use rustix::net::sockopt;
 use rustix::process::{Uid, geteuid};
 
 use super::TakeoverError;
-use super::wire::{Kind, Message, decode_origin, receive, send};
-use crate::control::{Conversation, Request};
+use super::wire::{Kind, Message, decode_disk, decode_origin, receive, send};
+use crate::control::server::{DiskFiles, ServedDisks};
+use crate::control::{Conversation, Failure, Request};
 use crate::text::{printable, without_error_numbers};
 use crate::{JobError, JobErrorKind};
 
@@ -22,6 +24,43 @@ pub struct TakenOver {
     pub listeners: Vec<PausedListener>,
     /// The connections.
     pub connections: Vec<PausedConnection>,
+    /// The files of the disks of the other server, by the names of their exports.
+    pub disks: BTreeMap<String, DiskFiles>,
+}
+
+impl TakenOver {
+    /// Refuses files of these exports that have been renamed, removed or replaced since the other
+    /// server closed them. To be called before anything is opened. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// If there is one.
+    pub fn check_names<'a>(
+        &self,
+        exports: impl IntoIterator<Item = &'a str>,
+    ) -> Result<(), JobError> {
+        for name in exports {
+            if let Some(files) = self.disks.get(name) {
+                files.check_names(name).map_err(not_the_same)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses disks that are not those of the other server: its clients would go on with others.
+    ///
+    /// # Errors
+    ///
+    /// If there is one.
+    pub fn check_same(&self, opened: &ServedDisks) -> Result<(), JobError> {
+        let disks = self.disks.iter().map(|(name, files)| (&**name, files));
+        opened.check_same(disks).map_err(not_the_same)
+    }
+}
+
+fn not_the_same(failure: Failure) -> JobError {
+    let message = format!("the running server was not taken over: {}; it goes on", failure.message);
+    JobError::new(JobErrorKind::ControlSocket, message)
 }
 
 /// The server from which this one takes over. It goes on if this is dropped before
@@ -63,7 +102,7 @@ impl Predecessor {
                     None => return unexpected("a listener of unknown origin"),
                 },
                 (Kind::Connection, Some(socket)) => match SavedConnection::decode(&payload) {
-                    Ok(state) => taken.connections.push(PausedConnection { socket, state }),
+                    Ok(state) => taken.connections.push(PausedConnection::new(socket, state)),
                     Err(_) => return unexpected("the state of a connection of another version"),
                 },
                 (Kind::Listener | Kind::Connection, None) => {
@@ -72,6 +111,10 @@ impl Predecessor {
                                        limit of open files (ulimit -n)",
                     );
                 }
+                (Kind::Disk, _) => match decode_disk(&payload) {
+                    Some((name, files)) => drop(taken.disks.insert(name, files)),
+                    None => return unexpected("a disk of another version"),
+                },
                 (Kind::Complete, _) => return Ok(taken),
                 (Kind::Abandoned, _) => return Err(abandoned(&payload)),
                 _ => return unexpected("a message out of turn"),

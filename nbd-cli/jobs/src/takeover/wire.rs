@@ -13,6 +13,7 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+use imgfmt::storage::FileIdentity;
 use nbd_proto::codec::Reader;
 use nbd_server::ListenerOrigin;
 use rustix::io::Errno;
@@ -22,6 +23,7 @@ use rustix::net::{
 };
 
 use super::TakeoverError;
+use crate::control::server::{DiskFile, DiskFiles};
 
 const MAGIC: u32 = 0x4e42_544f;
 const HEADER_LEN: usize = 16;
@@ -47,9 +49,11 @@ pub(super) enum Kind {
     Serving = 6,
     /// The predecessor goes on, for a reason in words.
     Abandoned = 7,
+    /// The files of a disk, which the successor has to find.
+    Disk = 8,
 }
 
-const KINDS: [Kind; 7] = [
+const KINDS: [Kind; 8] = [
     Kind::Listener,
     Kind::Connection,
     Kind::Complete,
@@ -57,6 +61,7 @@ const KINDS: [Kind; 7] = [
     Kind::Go,
     Kind::Serving,
     Kind::Abandoned,
+    Kind::Disk,
 ];
 
 /// A received message.
@@ -168,6 +173,41 @@ pub(super) fn decode_origin(bytes: &[u8]) -> Option<ListenerOrigin> {
     reader.is_empty().then_some(origin)
 }
 
+/// The files of a disk and the name of its export as bytes.
+pub(super) fn encode_disk(name: &str, files: &DiskFiles) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    put_text(&mut bytes, name.as_bytes());
+    for DiskFile { path, identity: FileIdentity { device, inode }, .. } in files.as_slice() {
+        bytes.extend_from_slice(&device.to_be_bytes());
+        bytes.extend_from_slice(&inode.to_be_bytes());
+        put_text(&mut bytes, path.as_os_str().as_bytes());
+    }
+    bytes
+}
+
+/// The files of a disk and the name of its export from bytes.
+pub(super) fn decode_disk(bytes: &[u8]) -> Option<(String, DiskFiles)> {
+    let mut reader = Reader::new(bytes);
+    let name = String::from_utf8(take_text(&mut reader)?.to_vec()).ok()?;
+    let mut files = Vec::new();
+    while !reader.is_empty() {
+        let identity = FileIdentity { device: reader.u64()?, inode: reader.u64()? };
+        let path = std::ffi::OsString::from_vec(take_text(&mut reader)?.to_vec());
+        files.push(DiskFile::new(path.into(), identity));
+    }
+    Some((name, files.into()))
+}
+
+fn put_text(bytes: &mut Vec<u8>, text: &[u8]) {
+    bytes.extend_from_slice(&(text.len() as u64).to_be_bytes());
+    bytes.extend_from_slice(text);
+}
+
+fn take_text<'a>(reader: &mut Reader<'a>) -> Option<&'a [u8]> {
+    let length = usize::try_from(reader.u64()?).ok()?;
+    reader.bytes(length)
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Seek as _;
@@ -208,6 +248,19 @@ mod tests {
             drop(ours);
             assert!(receive(&theirs).is_err(), "{bytes:?}");
         }
+    }
+
+    #[test]
+    fn the_files_of_disks_come_back_as_they_were() {
+        let file =
+            |path: &str, inode| DiskFile::new(path.into(), FileIdentity { device: 1 << 40, inode });
+        for files in [vec![], vec![file("/srv/vm", 1)], vec![file("/a", 2), file("/b", u64::MAX)]] {
+            let files = DiskFiles::from(files);
+            let bytes = encode_disk("vm", &files);
+            assert_eq!(decode_disk(&bytes), Some(("vm".to_owned(), files)));
+            assert_eq!(decode_disk(&bytes[..bytes.len() - 1]), None);
+        }
+        assert_eq!(decode_disk(&[0xff; 16]), None);
     }
 
     #[test]

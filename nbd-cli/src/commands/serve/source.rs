@@ -152,7 +152,9 @@ pub(super) async fn open_sources(
 ) -> Result<Option<ServedDisks>, CommandError> {
     let (args, exports, registry) = (Arc::clone(args), Arc::clone(exports), registry.clone());
     let opening = tokio::task::spawn_blocking(move || {
-        let mut disks = args.control.as_ref().map(|_| ServedDisks::default());
+        // A program that takes over compares the disks with those of the other server.
+        let is_controlled = args.control.is_some() || args.takeover.is_some();
+        let mut disks = is_controlled.then(ServedDisks::default);
         add_all(&exports, &args.tls.tls_only, &registry, disks.as_mut()).map(|()| disks)
     });
     opening.await.unwrap_or_else(|error| match error.try_into_panic() {

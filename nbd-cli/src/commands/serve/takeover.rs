@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use nbd_jobs::control::server::{Controller, NotClosed, ServedDisks};
 use nbd_jobs::takeover::{Predecessor, Successor, TakenOver, TakeoverError};
-use nbd_jobs::text::without_error_numbers;
-use nbd_server::{ExportRegistry, Paused, RunningServer};
+use nbd_jobs::text::{printable, without_error_numbers};
+use nbd_server::{BoundAddress, ExportRegistry, Paused, RunningServer, Server};
 
 use super::args::ServeArgs;
 use super::export::ExportSpec;
@@ -38,6 +38,22 @@ pub(super) enum Origin {
     TakesOver(Predecessor),
     /// They are its own: another program was to take over, and did not.
     GoesOn,
+}
+
+impl Origin {
+    /// Gives a server the listening sockets and clients. Returns the addresses of those that a service
+    /// manager has passed.
+    pub(super) fn adopt(
+        &self,
+        server: &mut Server,
+        TakenOver { listeners, connections, .. }: TakenOver,
+    ) -> Result<Vec<BoundAddress>, CommandError> {
+        let adopted = match self {
+            Self::GoesOn => server.go_on(listeners, connections),
+            Self::Started | Self::TakesOver(_) => server.adopt(listeners, connections),
+        };
+        adopted.map_err(serve_error)
+    }
 }
 
 fn connection(predecessor: &Predecessor) -> Result<UnixStream, CommandError> {
@@ -88,7 +104,12 @@ impl Opened {
             origin = Origin::TakesOver(predecessor);
         }
         let registry = ExportRegistry::new();
+        let names: Vec<_> = exports.iter().map(|export| export.name.clone()).collect();
+        taken = signals.meanwhile(check_names(taken, names)).await?;
         let disks = signals.meanwhile(open_sources(args, exports, &registry)).await?;
+        if let Some(disks) = &disks {
+            taken.check_same(disks).map_err(|error| CommandError::new(error.to_string()))?;
+        }
         Ok(Self { registry, disks, taken, origin })
     }
 }
@@ -98,6 +119,15 @@ async fn begin(control: &Path) -> Result<(Predecessor, TakenOver), CommandError>
     let begun = tokio::task::spawn_blocking(move || Predecessor::begin(&control)).await;
     let begun = begun.map_err(|error| CommandError::new(format!("given up: {error}")))?;
     begun.map_err(|error| CommandError::new(error.to_string()))
+}
+
+/// Refuses to open what is not there any more as the other server had it.
+async fn check_names(taken: TakenOver, names: Vec<String>) -> Result<TakenOver, CommandError> {
+    let checked = tokio::task::spawn_blocking(move || {
+        taken.check_names(names.iter().map(|name| &**name)).map(|()| taken)
+    });
+    let checked = checked.await.map_err(|error| CommandError::new(format!("given up: {error}")))?;
+    checked.map_err(|error| CommandError::new(error.to_string()))
 }
 
 /// Everything is open: the other server ends.
@@ -160,6 +190,14 @@ impl HandOver {
         if let Err(error) = &paused.flushed {
             return Some(give_up(successor, &error.to_string(), registry, disks, paused));
         }
+        let unregistered = paused.unregistered().next().map(printable);
+        if let Some(name) = unregistered {
+            let reason = format!(
+                "clients still use the export '{name}', which was removed or replaced; wait until \
+                 they have disconnected"
+            );
+            return Some(give_up(successor, &reason, registry, disks, paused));
+        }
         let closed = match disks.close(&registry) {
             Ok(closed) => closed,
             Err(not_closed) => {
@@ -168,7 +206,7 @@ impl HandOver {
             }
         };
         tracing::debug!(connections = paused.connections.len(), "images closed, handing over");
-        let handed_over = successor.hand_over(&paused).and_then(|()| successor.confirm());
+        let handed_over = successor.hand_over(&paused, &closed).and_then(|()| successor.confirm());
         match handed_over {
             Ok(()) => {
                 let process = successor.process_id();

@@ -10,6 +10,7 @@ use nbd_server::ExportRegistry;
 use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 
 use super::disks::{Reopen, ServedDisk, ServedDisks};
+use super::files::DiskFiles;
 use crate::control::{ErrorKind, Failure};
 
 /// Time for requests of connections that were cut, which threads may still carry out.
@@ -23,6 +24,7 @@ pub struct ClosedDisks {
 
 struct ClosedDisk {
     reopen: Arc<Reopen>,
+    files: DiskFiles,
     /// The properties of the export, which may have changed since it was opened first.
     entry: ExportEntry,
     /// The bitmaps that it offered.
@@ -60,13 +62,14 @@ impl ServedDisks {
         let mut closed = BTreeMap::new();
         for (name, disk) in &mut self.disks {
             let Some(reopen) = disk.reopen.clone() else { continue };
+            let files = disk.files();
             let entry = registry.remove(name).unwrap_or_else(|| disk.entry());
             let contexts = disk.export.info().meta_contexts;
             // Only the disk itself holds its export now.
             // It may come back: requests that are still carried out count their failures there.
             let entry = entry.same_disk(Arc::new(MemoryExport::new(0)));
             disk.entry = entry.clone();
-            closed.insert(name.clone(), ClosedDisk { reopen, entry, contexts });
+            closed.insert(name.clone(), ClosedDisk { reopen, files, entry, contexts });
         }
         while !self.disks.values().all(ServedDisk::is_unused) {
             if Instant::now() >= deadline {
@@ -113,14 +116,28 @@ pub(super) fn refuse_removed(registry: &ExportRegistry) -> Result<(), Failure> {
     Err(Failure::new(ErrorKind::InUse, message))
 }
 
+/// Opens a disk again, unless its names lead elsewhere by now.
+fn reopen_same(name: &str, files: &DiskFiles, reopen: &Reopen) -> Result<ServedDisk, Failure> {
+    // Not even opened: that may change an image.
+    files.check_names(name)?;
+    let disk = reopen()?;
+    files.check_same(name, &disk.files())?;
+    Ok(disk)
+}
+
 impl ClosedDisks {
+    /// Returns the files of each disk, by the name of its export.
+    pub fn files(&self) -> impl Iterator<Item = (&str, &DiskFiles)> {
+        self.disks.iter().map(|(name, disk)| (&**name, &disk.files))
+    }
+
     /// Opens all images again and registers their exports, after the other program has closed them.
     /// Blocks. Returns the disks, and the reasons why others are not among them.
     #[must_use]
     pub fn reopen(self, registry: &ExportRegistry) -> (ServedDisks, Vec<Failure>) {
         let (mut disks, mut failures) = (ServedDisks::default(), Vec::new());
-        for (name, ClosedDisk { reopen, entry, contexts }) in self.disks {
-            let mut disk = match reopen() {
+        for (name, ClosedDisk { reopen, files, entry, contexts }) in self.disks {
+            let mut disk = match reopen_same(&name, &files, &*reopen) {
                 Ok(disk) => disk,
                 Err(failure) => {
                     failures.push(failure);

@@ -3,12 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use imgfmt::Image;
 use nbd_server::export::{Checkpointed, Export, ExportEntry, ImageExport};
 use serde_json::{Value, json};
 
+use super::files::DiskFiles;
 use crate::control::{ErrorKind, Failure};
-use crate::text::printable;
 
 /// Identifies one connection to the control socket; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,6 +118,11 @@ impl ServedDisk {
         })
     }
 
+    /// Returns the files of the image, if it is one.
+    pub(super) fn files(&self) -> DiskFiles {
+        self.image.as_ref().map(|image| DiskFiles::of(image.image())).unwrap_or_default()
+    }
+
     /// Returns the UUID of the disk, if it has one.
     pub(super) fn id(&self) -> Option<String> {
         self.image.as_ref()?.image().disk_id().map(|id| id.to_string())
@@ -158,6 +162,24 @@ impl ServedDisks {
         self.disks.insert(name.into(), disk);
     }
 
+    /// Refuses disks that are not those of another server, by the names of their exports. Names that
+    /// only one of both has are none of its concern.
+    ///
+    /// # Errors
+    ///
+    /// If a disk is another one.
+    pub fn check_same<'a>(
+        &self,
+        others: impl IntoIterator<Item = (&'a str, &'a DiskFiles)>,
+    ) -> Result<(), Failure> {
+        for (name, files) in others {
+            if let Some(disk) = self.disks.get(name) {
+                files.check_same(name, &disk.files())?;
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn remove(&mut self, name: &str) -> Option<ServedDisk> {
         self.disks.remove(name)
     }
@@ -178,15 +200,7 @@ impl ServedDisks {
                 );
                 return Err(Failure::new(ErrorKind::InUse, message));
             }
-            let image = disk.image.as_ref().map(|image| image.image());
-            if let Some(path) = image.and_then(Image::displaced_file) {
-                let message = format!(
-                    "'{}' of the export '{name}' is not the file any more that is served: it was \
-                     renamed, removed or replaced; move it back, or stop the server",
-                    printable(&path.to_string_lossy())
-                );
-                return Err(Failure::new(ErrorKind::InUse, message));
-            }
+            disk.files().check_names(name)?;
         }
         Ok(())
     }
