@@ -6,7 +6,7 @@ mod commit;
 mod compare;
 mod convert;
 mod create;
-mod info;
+pub(super) mod info;
 pub(super) mod location;
 mod map;
 mod measure;

@@ -4,6 +4,7 @@
 
 mod property;
 
+use std::ffi::OsString;
 use std::io::Write as _;
 
 use clap::Args;
@@ -11,6 +12,7 @@ use nbd_client::{Scope, ServerInfo};
 use nbd_jobs::server_report::{ExportReport, ServerReport, content_of};
 use nbd_proto::NbdUri;
 
+use super::image::info::draw_chain;
 use crate::async_runtime::runtime;
 use crate::connect::{ServerArgs, explain_unknown_export};
 use crate::error::{CommandError, Outcome};
@@ -25,6 +27,7 @@ Examples:
   nbd-cli info --size 'nbd+unix:///disk?socket=/run/nbd.sock'
   nbd-cli info --can trim nbd://localhost/disk && echo it trims
   nbd-cli info --is read-only nbd://localhost/disk
+  nbd-cli info --graph overlay.qcow2
 
 Exit codes: 0 yes or success, 2 no (--can, --is, --has), 1 error; with --list also if the server
 refuses one of the exports, while the others are shown.";
@@ -34,7 +37,23 @@ refuses one of the exports, while the others are shown.";
 #[command(after_help = AFTER_HELP)]
 pub struct InfoArgs {
     /// The server and export, as an NBD URI.
-    pub uri: NbdUri,
+    #[arg(required_unless_present = "graph")]
+    pub uri: Option<NbdUri>,
+
+    /// Draw an image and the chain of backing files below it, with their data files, sizes, space and
+    /// dates: a file, which may be in use, or an export as an NBD URI.
+    #[arg(
+        long,
+        value_name = "IMAGE",
+        num_args = 0..=1,
+        conflicts_with_all = ["json", "list", "question", "content", "no_content"]
+    )]
+    pub graph: Option<Option<OsString>>,
+
+    /// With --graph, trust the image: follow the names of backing and data files in it to any
+    /// directory and to servers.
+    #[arg(long, requires = "graph")]
+    pub trust_image: bool,
 
     /// Print JSON, with the keys of nbdinfo.
     #[arg(long)]
@@ -88,27 +107,39 @@ pub struct InfoArgs {
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
-    args.server.check([&args.uri])?;
-    runtime()?.block_on(info(args))
+    match (&args.graph, &args.uri) {
+        (Some(Some(_)), Some(_)) => {
+            Err(CommandError::new("--graph draws one image; leave out one of the two"))
+        }
+        (Some(Some(image)), None) => draw_chain(image, args.trust_image, &args.server),
+        (Some(None), Some(uri)) => {
+            draw_chain(uri.to_string().as_ref(), args.trust_image, &args.server)
+        }
+        (None, Some(uri)) => {
+            args.server.check([uri])?;
+            runtime()?.block_on(info(args, uri))
+        }
+        (_, None) => Err(CommandError::new("give an NBD URI, or --graph with an image")),
+    }
 }
 
-async fn info(args: &InfoArgs) -> Result<Outcome, CommandError> {
+async fn info(args: &InfoArgs, uri: &NbdUri) -> Result<Outcome, CommandError> {
     let scope = if args.list { Scope::AllExports } else { Scope::ThisExport };
-    let connector = args.server.connector(&args.uri);
+    let connector = args.server.connector(uri);
     let server = match connector.inspect(scope).await {
         Ok(server) => server,
-        Err(error) => return Err(explain_unknown_export(&connector, &args.uri, error).await),
+        Err(error) => return Err(explain_unknown_export(&connector, uri, error).await),
     };
     if let Some(property) = args.can.or(args.is).or(args.has) {
-        let answer = property.holds(&server, only_export(&server, &args.uri)?);
+        let answer = property.holds(&server, only_export(&server, uri)?);
         return Ok(if answer { Outcome::Success } else { Outcome::False });
     }
     if args.size {
-        let size = only_export(&server, &args.uri)?.size;
+        let size = only_export(&server, uri)?.size;
         let mut output = Output::new();
         output.line(&size.to_string()).and_then(|()| output.finish())?;
     } else {
-        let mut report = ServerReport::new(&server, &args.uri);
+        let mut report = ServerReport::new(&server, uri);
         if args.content || !(args.list || args.no_content) {
             for export in &mut report.exports {
                 export.content = content_of(&connector, &export.name).await;

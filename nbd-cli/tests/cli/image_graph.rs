@@ -53,6 +53,27 @@ fn the_whole_chain_is_drawn_with_its_data_files() {
 }
 
 #[test]
+fn info_draws_what_image_info_draws_also_of_images_in_use() {
+    let disk = Disk::sparse();
+    let [base, top] = ["base.raw", "top.qcow2"].map(|it| disk.beside(it));
+    nbd_cli(&["image", "create", "-f", "raw", &base, "8M"]).success();
+    nbd_cli(&["image", "create", "-f", "qcow2", "-b", &base, "-F", "raw", &top]).success();
+    let drawn = nbd_cli(&["image", "info", "--graph", &top]).success();
+    assert!(drawn.contains("backing file") && drawn.contains("base.raw"), "{drawn}");
+    let server = Server::ours(&[&top]);
+    let info = |words: &[&str]| nbd_cli(&[&["info"], words].concat());
+    assert_eq!(info(&["--graph", &top]).success(), drawn);
+    let export = info(&["--graph", server.uri()]).success();
+    assert_eq!(info(&[server.uri(), "--graph"]).success(), export);
+    assert!(export.contains("raw, 8.0 MiB"), "{export}");
+    for wrong in [&["--graph", &top, server.uri()][..], &["--graph"], &[]] {
+        assert_ne!(info(wrong).code, Some(0), "{wrong:?}");
+    }
+    says(info(&["--graph", "/nonexistent.qcow2"]), &["/nonexistent.qcow2"]);
+    server.end();
+}
+
+#[test]
 fn an_export_is_a_box_without_what_only_files_have() {
     let server = Server::ours(&["memory:1M"]);
     let drawn = graph(server.uri(), "C").success();

@@ -2,12 +2,11 @@
 
 mod graph;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use clap::Args;
 use imgfmt::{Backup, Encryption, OpenOptions, Qcow2Info};
-use nbd_jobs::graph::graph as draw;
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::image_report::{
     DescribedImage, FormatSpecific, FormatSpecificData, ImageReport, describe, describe_chain,
@@ -15,7 +14,7 @@ use nbd_jobs::image_report::{
 use nbd_jobs::size::{exact, rounded};
 
 use super::location;
-use super::open::OpenArgs;
+use super::open::{OpenArgs, TrustArgs};
 use super::snapshot;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
@@ -68,16 +67,10 @@ pub struct InfoArgs {
 pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
     let location = location::parse_one(&args.path, &args.server, &args.open.trust)?;
     let layers = layers(args, location).map_err(advise_sharing)?;
-    let mut output = Output::new();
     if args.graph {
-        let nodes = (0..).zip(&layers);
-        let nodes = nodes.flat_map(|(index, it)| graph::nodes(&it.location, &it.info, index == 0));
-        let drawn =
-            draw(&nodes.collect::<Vec<_>>(), terminal::columns(), terminal::character_set());
-        drawn.iter().try_for_each(|line| output.line(line))?;
-        output.finish()?;
-        return Ok(Outcome::Success);
+        return draw(&layers);
     }
+    let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json if args.backing_chain => {
             output.json(&layers.iter().map(DescribedImage::report).collect::<Vec<_>>())?;
@@ -96,6 +89,30 @@ pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
             }
         }
     }
+    output.finish()?;
+    Ok(Outcome::Success)
+}
+
+/// Draws a chain, for `nbd-cli info`. An image may be in use: only its metadata is read.
+pub(in crate::commands) fn draw_chain(
+    image: &OsStr,
+    trust_image: bool,
+    server: &ServerArgs,
+) -> Result<Outcome, CommandError> {
+    let trust = TrustArgs { trust_image, ..TrustArgs::default() };
+    let location = location::parse_one(image, server, &trust)?;
+    let open = OpenArgs { trust, ..OpenArgs::default() };
+    let options = ShareArgs { force_share: true }.apply(open.options_with(server));
+    draw(&describe_chain(location, &options, &server.remotes())?)
+}
+
+fn draw(layers: &[DescribedImage]) -> Result<Outcome, CommandError> {
+    let nodes = (0..).zip(layers);
+    let nodes = nodes.flat_map(|(index, it)| graph::nodes(&it.location, &it.info, index == 0));
+    let nodes: Vec<_> = nodes.collect();
+    let drawn = nbd_jobs::graph::graph(&nodes, terminal::columns(), terminal::character_set());
+    let mut output = Output::new();
+    drawn.iter().try_for_each(|line| output.line(line))?;
     output.finish()?;
     Ok(Outcome::Success)
 }

@@ -13,7 +13,7 @@ use crate::image_format::ImageFormat;
 use crate::locking::{LockArgs, ShareArgs};
 
 /// Options for opening an existing image.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct OpenArgs {
     /// Format of the image; detected unless given.
     #[arg(short, long)]
@@ -24,7 +24,7 @@ pub struct OpenArgs {
 }
 
 /// The other files that an image may name.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct TrustArgs {
     /// Trust the image: follow the names of backing and data files in it to any directory and to
     /// servers (nbd://…), and detect the format of a backing file if the image does not record it.
