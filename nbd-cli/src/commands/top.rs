@@ -1,8 +1,8 @@
 //! `nbd-cli top`: what a running server does, live.
 
 use std::io::IsTerminal as _;
-use std::sync::mpsc::{self, Receiver, Sender, SyncSender, TrySendError};
-use std::time::Duration;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError};
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use nbd_jobs::JobError;
@@ -59,6 +59,11 @@ pub struct TopArgs {
     pub color: ColorChoice,
 }
 
+/// Numbers that are not renewed for so long, beside the interval, are called old.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often the age of numbers is looked at.
+const AGE_UNIT: Duration = Duration::from_secs(1);
+
 pub(crate) fn run(args: &TopArgs) -> Result<Outcome, CommandError> {
     let before = args.source.fetch()?;
     if args.once || args.json {
@@ -114,6 +119,8 @@ struct Session<'a> {
     latest: Status,
     activity: Activity,
     problem: Option<String>,
+    /// When the numbers came.
+    renewed: Instant,
 }
 
 impl<'a> Session<'a> {
@@ -126,6 +133,7 @@ impl<'a> Session<'a> {
             activity: Activity::between(&first, &first),
             latest: first,
             problem: None,
+            renewed: Instant::now(),
         }
     }
 
@@ -153,8 +161,13 @@ impl<'a> Session<'a> {
         let numbers = watch(self.args, sender)?;
         loop {
             screen.draw(&self.lines(&screen))?;
-            // The threads that send hold a sender until they end.
-            let Ok(event) = events.recv() else { return Ok(Outcome::Success) };
+            let event = match events.recv_timeout(AGE_UNIT) {
+                Ok(event) => event,
+                // The numbers have become older.
+                Err(RecvTimeoutError::Timeout) => continue,
+                // The threads that send hold a sender until they end.
+                Err(RecvTimeoutError::Disconnected) => return Ok(Outcome::Success),
+            };
             match event {
                 Event::Key(b'q' | b'Q') | Event::NoKeys => return Ok(Outcome::Success),
                 Event::Key(b's') => self.order = self.order.next(),
@@ -177,6 +190,7 @@ impl<'a> Session<'a> {
                 }
                 self.latest = now;
                 self.problem = None;
+                self.renewed = Instant::now();
             }
             Err(error) => self.problem = Some(CommandError::from(error).to_string()),
         }
@@ -192,11 +206,22 @@ impl<'a> Session<'a> {
         lines.push(String::new());
         let paused = if self.is_paused { " [paused]" } else { "" };
         let (order, source) = (self.order.name(), &self.args.source);
-        lines.push(match &self.problem {
-            Some(problem) => self.with("\x1b[31m", &old(problem, columns)),
+        lines.push(match self.staleness() {
+            Some(text) => self.with("\x1b[31m", &one_line(&text, columns)),
             None => format!("q quit  s sort: {order}  p pause{paused}  {source}"),
         });
         lines
+    }
+
+    /// What is wrong with the numbers, and their age.
+    fn staleness(&self) -> Option<String> {
+        let age = self.renewed.elapsed();
+        let problem = match &self.problem {
+            Some(problem) => problem,
+            None if age < self.args.interval.saturating_mul(2) + PATIENCE => return None,
+            None => "the server does not answer",
+        };
+        Some(format!("The numbers are {} s old: {problem}", age.as_secs()))
     }
 
     fn styled(&self, line: &Line, columns: usize) -> String {
@@ -215,9 +240,9 @@ impl<'a> Session<'a> {
     }
 }
 
-/// The line about numbers that could not be renewed.
-fn old(problem: &str, columns: usize) -> String {
-    printable(&format!("The numbers are old: {problem}")).chars().take(columns).collect()
+/// A text that may have come from a server.
+fn one_line(text: &str, columns: usize) -> String {
+    printable(text).chars().take(columns).collect()
 }
 
 /// Starts a thread that looks at the server until nobody wants the numbers any more.
@@ -271,8 +296,8 @@ mod tests {
 
     #[test]
     fn a_problem_is_one_line_without_control_characters() {
-        let shown = old(&format!("\u{1b}]52;c;\u{7}{}", "x".repeat(1 << 20)), 80);
-        assert!(shown.starts_with("The numbers are old: \\u{1b}]52;c;"), "{shown}");
+        let shown = one_line(&format!("\u{1b}]52;c;\u{7}{}", "x".repeat(1 << 20)), 80);
+        assert!(shown.starts_with("\\u{1b}]52;c;"), "{shown}");
         assert!(shown.chars().count() == 80 && !shown.contains(char::is_control), "{shown}");
     }
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::support::{Disk, PROGRAM, Server, nbd_cli, says};
@@ -198,9 +199,28 @@ fn keys_sort_and_pause_and_the_terminal_is_as_before_after_every_end() {
     let mut top = Terminal::start(&script, &disk, &control);
     top.wait_for("q quit");
     server.end();
-    top.wait_for("The numbers are old: ");
+    top.wait_for("The numbers are ");
+    top.wait_for(" s old: cannot reach the control socket");
     top.press(b"q");
     assert_eq!(top.end(&disk), "0");
+}
+
+#[test]
+fn numbers_of_a_server_that_does_not_answer_are_called_old_and_have_an_age() {
+    tools!(script = "script");
+    let disk = Disk::sparse();
+    let control = disk.beside("control");
+    let server = Server::ours(&["--control", &control, "m=memory:1M"]);
+    let mut top = Terminal::start(&script, &disk, &control);
+    top.wait_for("q quit");
+    server.signal(Signal::STOP);
+    top.wait_for("The numbers are ");
+    top.wait_for(" s old: the server does not answer");
+    server.signal(Signal::CONT);
+    top.wait_for("q quit");
+    top.press(b"q");
+    assert_eq!(top.end(&disk), "0");
+    server.end();
 }
 
 #[test]
