@@ -295,10 +295,9 @@ pub(crate) fn patiently<T>(attempt: impl Fn() -> Option<T>) -> T {
 fn a_successor_killed_at_any_moment_ends_nothing() {
     let place = Place::qcow2();
     let server = place.serve();
-    let length = || std::fs::metadata(&place.disk).expect("the image").len();
-    let empty = length();
+    let empty = length(&place);
     let load = place.load(&["--duration", "4s"]);
-    patiently(|| (length() > empty).then_some(()));
+    patiently(|| (length(&place) > empty).then_some(()));
     for round in 0..12_u64 {
         let mut command = place.taking_over();
         let mut successor = command.stdout(Stdio::null()).spawn().expect("a successor");
@@ -323,9 +322,10 @@ fn a_server_killed_at_any_moment_of_its_takeover_loses_nothing_that_was_answered
         let place = Place::qcow2();
         let server = place.serve();
         let state = place.text("state");
+        // It ends with a flush: something is there whatever happens.
+        place.load(&["--requests", "200", "--verify-state", &state]).assert_verified();
         let mut load =
             place.load(&["--duration", "30s", "--reconnect", "1s", "--verify-state", &state]);
-        std::thread::sleep(Duration::from_millis(300));
         let mut command = place.taking_over();
         let mut successor = command.stdout(Stdio::null()).spawn().expect("a successor");
         std::thread::sleep(Duration::from_millis(20 + round * 25));
@@ -344,6 +344,10 @@ fn a_server_killed_at_any_moment_of_its_takeover_loses_nothing_that_was_answered
         place.assert_sound();
         place.assert_no_bit_is_missing();
     }
+}
+
+fn length(place: &Place) -> u64 {
+    std::fs::metadata(&place.disk).expect("the image").len()
 }
 
 /// Whether a server runs: it holds the lock on the file of its process id.
