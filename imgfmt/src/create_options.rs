@@ -100,7 +100,8 @@ pub struct CreateOptions {
     pub backing: Option<(OsString, Format)>,
     /// How the new image and its backing file are opened. The format, the access and the snapshot
     /// are those of the new image; locking and policy also apply to the backing file while it is
-    /// examined for its size. By default any file may be the backing file. A device is always
+    /// examined for its size; it is not examined if it is [ignored](crate::BackingFile::Ignored) and
+    /// the size is given. By default any file may be the backing file. A device is always
     /// locked while the image is written to it.
     pub open: OpenOptions,
     /// Version of the qcow2 format.

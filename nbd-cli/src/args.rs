@@ -6,7 +6,7 @@ use clap::{ArgAction, Parser, Subcommand};
 use crate::commands::mount;
 use crate::commands::{
     attach, backup, bench, bitmap, checksum, completions, control, copy, detach, devices, image,
-    info, list_meta, map, qemu_nbd, restore, serve, tls, top,
+    info, list_meta, map, qemu_img, qemu_nbd, restore, serve, tls, top,
 };
 
 pub use crate::logging::{LogArgs, LogFormat};
@@ -91,6 +91,8 @@ pub enum Command {
     Bitmap(bitmap::BitmapArgs),
     /// Serve with the command line of qemu-nbd; also under that name
     QemuNbd(qemu_nbd::QemuNbdArgs),
+    /// Work on images with the command line of qemu-img; also under that name
+    QemuImg(qemu_img::QemuImgArgs),
     /// Create and renew certificates and pre-shared keys
     Tls(tls::TlsArgs),
     /// Print a completion script for a shell

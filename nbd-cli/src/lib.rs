@@ -51,6 +51,9 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     if let Some(arguments) = commands::qemu_nbd::arguments_for_qemu_nbd(&arguments) {
         return ExitCode::from(commands::qemu_nbd::run(arguments.to_vec()));
     }
+    if let Some(arguments) = commands::qemu_img::arguments_for_qemu_img(&arguments) {
+        return ExitCode::from(commands::qemu_img::run(arguments.to_vec()));
+    }
     let command = help::wrapped_once(Cli::command());
     let parsed = command.try_get_matches_from(&arguments);
     let parsed =
@@ -114,6 +117,7 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::Restore(args) => commands::restore::run(&args),
         Command::Image(args) => commands::image::run(args),
         Command::QemuNbd(args) => Ok(Outcome::Status(commands::qemu_nbd::run(args.arguments))),
+        Command::QemuImg(args) => Ok(Outcome::Status(commands::qemu_img::run(args.arguments))),
         Command::Bitmap(args) => commands::bitmap::run(&args),
         Command::Tls(args) => commands::tls::run(&args),
         Command::Completions(args) => commands::completions::run(&args, Cli::command()),

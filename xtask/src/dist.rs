@@ -1,6 +1,6 @@
 //! `cargo xtask dist`: a tarball, and a Debian package where `cargo deb` is installed.
 //!
-//! Both contain the same tree: the program, its name in place of qemu-nbd, manual pages,
+//! Both contain the same tree: the program, its names in place of qemu-nbd and qemu-img, manual pages,
 //! completions, unit files and documents. The tree stays in the directory for other packagers.
 
 use std::fs;
@@ -16,6 +16,9 @@ use crate::{compatibility, install, man};
 
 /// The profile of what is shipped.
 const PROFILE: &str = "dist";
+
+/// The tools of QEMU in whose place the program can stand, under their names.
+const QEMU_NAMES: [&str; 2] = ["qemu-img", "qemu-nbd"];
 
 /// The bound on the shipped program, in bytes.
 const LARGEST_PROGRAM: u64 = 12 << 20;
@@ -112,8 +115,10 @@ fn gather(program: &Path, tree: &Path) -> Result<()> {
     let shipped = at("bin/nbd-cli")?;
     let mut strip = Command::new("objcopy");
     run_step("strip", strip.arg("--strip-all").arg(program).arg(&shipped))?;
-    // Not beside it: a package of QEMU has a file of this name there.
-    symlink("../../bin/nbd-cli", at("lib/nbd-cli/qemu-nbd")?)?;
+    // Not beside it: a package of QEMU has files of these names there.
+    for name in QEMU_NAMES {
+        symlink("../../bin/nbd-cli", at(&format!("lib/nbd-cli/{name}"))?)?;
+    }
     for (shell, path) in COMPLETIONS {
         let script = output_of(Command::new(&shipped).args(["completions", shell]))?;
         fs::write(at(&format!("share/{path}"))?, script)?;
@@ -132,10 +137,11 @@ fn gather(program: &Path, tree: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Runs the program of the tree by both of its names.
+/// Runs the program of the tree by all of its names.
 fn try_out(tree: &Path) -> Result<()> {
-    for (path, expected) in [("bin/nbd-cli", "nbd-cli"), ("lib/nbd-cli/qemu-nbd", "qemu-nbd")] {
-        let version = output_of(Command::new(tree.join(path)).arg("--version"))?;
+    let others = QEMU_NAMES.map(|name| (format!("lib/nbd-cli/{name}"), name));
+    for (path, expected) in [("bin/nbd-cli".to_owned(), "nbd-cli")].into_iter().chain(others) {
+        let version = output_of(Command::new(tree.join(&path)).arg("--version"))?;
         if !version.starts_with(expected) {
             bail!("{path} --version prints {:?}", version.trim());
         }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use super::Image;
 use super::on_device::{NewOnDevice, is_block_device};
 use crate::access::Access;
+use crate::backing_file::BackingFile;
 use crate::cache_mode::CacheMode;
 use crate::chain;
 use crate::create_options::{CreateOptions, DataFile, Preallocation, invalid};
@@ -120,7 +121,9 @@ fn plan(path: &Path, options: &CreateOptions) -> Result<(u64, Parts)> {
             return Err(named(invalid("a size is needed where no backing file has one")));
         }
     };
-    if let (Some(_), Some((name, format))) = (options.size, &options.backing) {
+    if let (Some(_), Some((name, format))) = (options.size, &options.backing)
+        && !matches!(options.open.backing, BackingFile::Ignored)
+    {
         backing_size(path, name, *format, options).map_err(named)?;
     }
     let content = match options.format {

@@ -142,7 +142,7 @@ pub struct CheckSummary {
     /// Those with compressed data.
     #[serde(skip_serializing_if = "is_zero")]
     pub compressed_clusters: u64,
-    /// Those whose data does not follow that of the cluster before.
+    /// Those whose data does not follow that of the cluster before, and the compressed ones.
     #[serde(skip_serializing_if = "is_zero")]
     pub fragmented_clusters: u64,
     /// Corruptions that are left.

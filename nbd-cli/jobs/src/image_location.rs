@@ -11,12 +11,14 @@ use nbd_client::{ExportStorage, LocalFiles};
 use nbd_proto::NbdUri;
 
 use crate::error::{JobError, JobErrorKind};
+use crate::key_values::KeyValues;
 use crate::location::Location;
 use crate::qemu_name::{
     BackingInName, DriverSettings, FormatInName, NameInImage, NamedImage, from_json,
-    from_name_in_image, has_scheme, path_in,
+    from_key_values, from_name_in_image, has_scheme, path_in,
 };
 use crate::remote::{Remotes, backing_file};
+use crate::text::printable;
 
 /// The option of `nbd-cli` that declares an image to be raw.
 const RAW_OPTION: &str = "--format raw";
@@ -84,6 +86,20 @@ impl ImageLocation {
                 "'{text}' is not an image; give a file (./{text} if that is its name) or an NBD URI"
             ))),
         }
+    }
+
+    /// Parses the options of QEMU's drivers (`driver=qcow2,file.filename=disk.qcow2`), as in
+    /// `--image-opts`.
+    ///
+    /// # Errors
+    ///
+    /// If they are malformed, or an option is not supported.
+    pub fn from_options(text: &str) -> Result<Self, JobError> {
+        let named = KeyValues::parse(text, None).and_then(from_key_values);
+        let NamedImage { name, format, backing, settings } =
+            named.map_err(|why| JobError::invalid(format!("'{}': {why}", printable(text))))?;
+        let location = Box::new(Self::of(name, LocalFiles::Allowed));
+        Ok(Self::Described { location, format, backing, settings })
     }
 
     fn of(name: NameInImage, files: LocalFiles) -> Self {

@@ -63,6 +63,7 @@ mod digest;
 mod error;
 mod files;
 pub mod frozen_bits;
+pub mod getopt;
 pub mod image_check;
 pub mod image_location;
 pub mod image_map;
@@ -82,7 +83,7 @@ pub mod opening;
 pub mod qemu_name;
 #[cfg(feature = "server")]
 pub mod qemu_nbd;
-mod qemu_numbers;
+pub mod qemu_numbers;
 pub mod remote;
 mod restore;
 pub mod server_report;

@@ -15,7 +15,7 @@ use nbd_proto::uri::{NbdUri, Transport};
 pub(crate) use self::driver_options::is_container;
 pub use self::driver_options::{
     BackingInName, BackingOption, FormatInName, GivenInName, NameInImage, NamedImage, from_json,
-    from_options, take_backing,
+    from_key_values, from_options, take_backing,
 };
 use self::driver_options::{tcp, uri};
 pub use self::settings::{CacheSwitches, DriverSettings};

@@ -4,8 +4,8 @@
 /// decimal digits, hexadecimal ones after `0x`, or octal ones after `0`. Nothing may follow.
 ///
 /// Returns `None` if the text is something else or the number is negative or too large.
-#[cfg(feature = "server")]
-pub(crate) fn parse_integer(text: &str) -> Option<u64> {
+#[must_use]
+pub fn parse_integer(text: &str) -> Option<u64> {
     let (sign, digits) = sign_and_rest(text)?;
     let number = match digits.as_bytes() {
         [b'0', b'x' | b'X', ..] => from_digits(&digits[2..], 16),
@@ -20,7 +20,8 @@ pub(crate) fn parse_integer(text: &str) -> Option<u64> {
 /// before it.
 ///
 /// Returns `None` if the text is something else or the size is too large.
-pub(crate) fn parse_size(text: &str) -> Option<u64> {
+#[must_use]
+pub fn parse_size(text: &str) -> Option<u64> {
     let (sign, text) = sign_and_rest(text)?;
     if sign == Sign::Minus {
         return None;

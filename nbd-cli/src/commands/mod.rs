@@ -16,6 +16,7 @@ pub mod list_meta;
 pub mod map;
 #[cfg(feature = "mount")]
 pub mod mount;
+pub mod qemu_img;
 pub mod qemu_nbd;
 pub mod restore;
 pub mod serve;

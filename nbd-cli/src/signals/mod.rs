@@ -11,7 +11,7 @@
 //! | SIGINT, SIGTERM, SIGQUIT | orderly end with status 0; a second one ends at once, with 128 + its number | end between two steps, with 128 + the number; a second one ends at once |
 //! | SIGHUP | `serve` reads its TLS credentials and the file of `--config` again, if it has any, opens its log file again, and goes on; if its terminal is gone it ends in order. `qemu-nbd` ends in order, as QEMU's does | as SIGINT |
 //! | SIGALRM, SIGVTALRM, SIGPROF, SIGXCPU, SIGPWR | orderly end; further ones change nothing | as SIGINT; further ones change nothing |
-//! | SIGUSR1, SIGUSR2, SIGIO | nothing | the default: the process is killed |
+//! | SIGUSR1, SIGUSR2, SIGIO | nothing | the default: the process is killed; the commands of `qemu-img` that show progress say on SIGUSR1 how far they are |
 //! | SIGXFSZ | the write fails, and its client gets ENOSPC | the write fails, and the command says why |
 //! | SIGPIPE | the write fails: a client has gone | the write fails: the reader has gone |
 //! | SIGCHLD, SIGURG, SIGWINCH | nothing | nothing |
@@ -29,6 +29,7 @@
 mod interruption;
 mod server;
 mod terminal;
+mod usr1;
 
 use std::sync::OnceLock;
 use std::task::{Context, Poll};
@@ -41,6 +42,7 @@ pub(crate) use self::interruption::{
 };
 pub(crate) use self::server::{EndSignals, Hangup, on_hangup};
 pub(crate) use self::terminal::{TerminalSignal, on_terminal_signals};
+pub(crate) use self::usr1::{was_requested, watch_requests};
 use crate::error::CommandError;
 
 /// Signals with which a user or a program asks another one to end.

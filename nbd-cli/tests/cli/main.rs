@@ -76,6 +76,7 @@ mod mount;
 #[cfg(feature = "mount")]
 mod mount_files;
 mod new_files;
+mod qemu_img_beside;
 mod qemu_nbd_backing;
 mod qemu_nbd_beside;
 mod qemu_nbd_chain;

@@ -11,7 +11,7 @@ use crate::support::{PROGRAM, nbd_cli, run};
 use crate::tools;
 
 /// Every document whose commands a test below runs.
-const DOCUMENTS: [(&str, &str); 13] = [
+const DOCUMENTS: [(&str, &str); 14] = [
     ("README.md", include_str!("../../../README.md")),
     ("docs/backup.md", include_str!("../../../docs/backup.md")),
     ("docs/bench.md", include_str!("../../../docs/bench.md")),
@@ -21,6 +21,7 @@ const DOCUMENTS: [(&str, &str); 13] = [
     ("docs/inspect.md", include_str!("../../../docs/inspect.md")),
     ("docs/mount.md", include_str!("../../../docs/mount.md")),
     ("docs/nbdkit.md", include_str!("../../../docs/nbdkit.md")),
+    ("docs/qemu-img.md", include_str!("../../../docs/qemu-img.md")),
     ("docs/qemu-nbd.md", include_str!("../../../docs/qemu-nbd.md")),
     ("docs/restore.md", include_str!("../../../docs/restore.md")),
     ("docs/serve.md", include_str!("../../../docs/serve.md")),
@@ -120,6 +121,11 @@ fn readme_commands_of_mounts_run() {
     if crate::support::mount::can_mount() {
         paste("docs/mount.md");
     }
+}
+
+#[test]
+fn readme_commands_of_qemu_img_run() {
+    paste("docs/qemu-img.md");
 }
 
 #[test]

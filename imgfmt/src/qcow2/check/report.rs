@@ -30,7 +30,7 @@ pub struct CheckReport {
     pub allocated_clusters: u64,
     /// Of these, compressed clusters.
     pub compressed_clusters: u64,
-    /// Of these, clusters that do not follow the previous one in the file.
+    /// Of these, clusters that do not follow the previous one in the file, and all compressed ones.
     pub fragmented_clusters: u64,
     /// End of the used part of the file, in bytes.
     pub image_end_offset: u64,

@@ -45,6 +45,15 @@ pub struct Snapshot {
     pub(crate) raw_name: Vec<u8>,
 }
 
+impl Snapshot {
+    /// Returns how many instructions the guest had executed, if it was run with a counter of them.
+    #[must_use]
+    pub fn instruction_count(&self) -> Option<u64> {
+        let count = (self.extra.len() >= 24).then(|| u64_at(&self.extra, 16))?;
+        (count != u64::MAX).then_some(count)
+    }
+}
+
 impl fmt::Debug for Snapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Snapshot {} '{}' of {} bytes", self.id, self.name, self.disk_size)

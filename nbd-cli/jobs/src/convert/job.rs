@@ -11,7 +11,7 @@ use imgfmt::{
 use nbd_proto::NbdUri;
 
 use super::bitmaps;
-use super::options::ConvertOptions;
+use super::options::{ConvertOptions, Destination};
 use crate::error::{JobError, JobErrorKind};
 use crate::image_location::ImageLocation;
 use crate::observer::JobContext;
@@ -52,7 +52,11 @@ impl Conversion<'_> {
         create.size = Some(self.source.size());
         create.open = self.for_filling();
         let make = |path: &Path| Image::create(path, &create).map_err(in_destination);
-        let (new, image) = NewFile::begin(path, &self.context.observer, make)?;
+        let (observer, locking) = (&self.context.observer, self.options.create.open.locking);
+        let (new, image) = match self.options.destination {
+            Destination::Replaced => NewFile::begin_or_replace(path, locking, observer, make),
+            _ => NewFile::begin(path, observer, make),
+        }?;
         let filled = self.fill(image, new.path());
         filled.map_err(|error| left(&error, &new.left_behind()))?;
         new.complete(self.options.durable)

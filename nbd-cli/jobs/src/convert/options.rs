@@ -68,6 +68,8 @@ pub enum Destination {
     /// A file that does not exist, or a block device.
     #[default]
     New,
+    /// A file, which may exist and is then replaced when the new one is complete; or a block device.
+    Replaced,
     /// A disk that is overwritten; the rest of a larger one stays as it is.
     Existing,
 }

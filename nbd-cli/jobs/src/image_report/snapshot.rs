@@ -22,6 +22,9 @@ pub struct SnapshotReport {
     pub vm_clock_sec: u64,
     /// The nanoseconds of that second.
     pub vm_clock_nsec: u64,
+    /// How many instructions the virtual machine had executed, if they were counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub icount: Option<u64>,
 }
 
 impl From<&Snapshot> for SnapshotReport {
@@ -34,6 +37,7 @@ impl From<&Snapshot> for SnapshotReport {
             date_nsec: snapshot.date_ns,
             vm_clock_sec: snapshot.vm_clock_ns / 1_000_000_000,
             vm_clock_nsec: snapshot.vm_clock_ns % 1_000_000_000,
+            icount: snapshot.instruction_count(),
         }
     }
 }

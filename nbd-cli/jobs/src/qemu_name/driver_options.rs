@@ -84,7 +84,16 @@ pub struct NamedImage {
 ///
 /// A sentence that describes the defect, or names the required driver.
 pub fn from_json(object: &str) -> Result<NamedImage, String> {
-    let image = image_from_options(KeyValues::from_json(object)?, 0)?;
+    from_key_values(KeyValues::from_json(object)?)
+}
+
+/// As [`from_json`], from options that were parsed already.
+///
+/// # Errors
+///
+/// As [`from_json`].
+pub fn from_key_values(options: KeyValues) -> Result<NamedImage, String> {
+    let image = image_from_options(options, 0)?;
     let name = image.name.ok_or("it names no driver")?;
     let GivenInName { format, backing, settings, .. } = image;
     Ok(NamedImage { name, format, backing, settings })

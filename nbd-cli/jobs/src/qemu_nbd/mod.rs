@@ -24,7 +24,6 @@
 
 mod check;
 mod error;
-mod getopt;
 mod objects;
 mod options;
 mod source;

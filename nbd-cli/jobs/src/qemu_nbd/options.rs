@@ -9,9 +9,9 @@ use nbd_proto::limits::MAX_STRING_LEN;
 use nbd_server::export::filters::{DetectZeroes, Discard};
 
 use super::error::CommandLineError;
-use super::getopt::{Getopt, Known, Takes};
 use super::objects::Objects;
 use crate::blockdev::SnapshotName;
+use crate::getopt::{Getopt, Known, Takes};
 use crate::key_values::KeyValues;
 use crate::qemu_name::{parse_detect_zeroes, parse_discard};
 use crate::qemu_numbers::parse_integer;

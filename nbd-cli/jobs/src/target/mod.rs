@@ -20,7 +20,7 @@ use std::sync::Arc;
 use imgfmt::storage::FileStorage;
 use imgfmt::{Access, ErrorKind, Locking};
 
-use crate::{JobError, Observer, TemporaryFile};
+use crate::{JobError, JobErrorKind, Observer, TemporaryFile};
 
 const SUFFIX: &str = ".partial";
 
@@ -135,6 +135,45 @@ impl NewFile {
                 name.display()
             )))),
         }
+    }
+
+    /// As [`begin`](Self::begin), but a file of that name may exist: it stays as it is until the new one
+    /// is complete, which then takes its name, its owner and its permissions. It is locked until then.
+    ///
+    /// # Errors
+    ///
+    /// As [`begin`](Self::begin); if the existing file is in use, or can only be changed in place.
+    pub fn begin_or_replace<T, E: From<JobError>>(
+        name: &Path,
+        locking: Locking,
+        observer: &Arc<dyn Observer>,
+        make: impl FnOnce(&Path) -> Result<T, E>,
+    ) -> Result<(Self, T), E> {
+        if look(name)? != Existing::File {
+            return Self::begin(name, observer, make);
+        }
+        let refused = |why: &str| {
+            let name = name.display();
+            E::from(JobError::destination(format!("cannot replace '{name}': {why}")))
+        };
+        let Some((real, metadata)) = replaceable(name) else {
+            return Err(refused(
+                "it has several names or is a mount point, and a new file could not take its place; \
+                 remove it first or choose another name",
+            ));
+        };
+        let lock = FileStorage::open(name, Access::ReadWrite, locking)
+            .map_err(|error| E::from(JobError::image(JobErrorKind::Destination, error)))?;
+        let (mut new, made) = Self::make(real, observer, make)?;
+        File::options()
+            .write(true)
+            .open(&new.partial)
+            .and_then(|file| attributes::copy(&new.name, &metadata, &file))
+            .map_err(|error| {
+                refused(&format!("a new file cannot have its owner and permissions: {error}"))
+            })?;
+        new.replaces = Some(Box::new(Replaced { metadata, _lock: lock }));
+        Ok((new, made))
     }
 
     /// Creates an empty file to replace one that exists and is open in `storage`, with the same
@@ -303,6 +342,34 @@ mod tests {
         assert!(error.to_string().contains("there is no such device"), "{error}");
         let elsewhere = tempfile::tempdir().unwrap();
         assert_eq!(look(&elsewhere.path().join("new")).unwrap(), Existing::Nothing);
+    }
+
+    #[test]
+    fn a_file_is_replaced_when_the_new_one_is_complete_and_not_before() {
+        let directory = tempfile::tempdir().unwrap();
+        let name = directory.path().join("disk");
+        let observer = crate::JobContext::default().observer;
+        let make = |path: &Path| {
+            fs::write(path, "new").map_err(|error| JobError::destination(error.to_string()))
+        };
+        let begin = || NewFile::begin_or_replace(&name, Locking::On, &observer, make);
+        for existing in [None, Some("old")] {
+            if let Some(old) = existing {
+                fs::write(&name, old).unwrap();
+            }
+            drop(begin().unwrap());
+            assert_eq!(fs::read_to_string(&name).ok().as_deref(), existing);
+            let (new, ()) = begin().unwrap();
+            assert_eq!(fs::read_to_string(&name).ok().as_deref(), existing);
+            new.complete(Durable::Later).unwrap();
+            assert_eq!(fs::read(&name).unwrap(), b"new");
+        }
+        let user = FileStorage::open(&name, Access::ReadWrite, Locking::On).unwrap();
+        assert!(begin().is_err(), "it is in use");
+        drop(user);
+        fs::hard_link(&name, directory.path().join("other name")).unwrap();
+        assert!(begin().is_err());
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2, "nothing is left behind");
     }
 
     #[test]

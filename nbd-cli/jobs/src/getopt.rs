@@ -1,29 +1,46 @@
 //! Parses command lines like getopt_long: options and operands in any order, long options that may
 //! be abbreviated, values attached or separate, `--` before the last operands.
+//!
+//! ```
+//! use nbd_jobs::getopt::{Getopt, Known, Takes};
+//!
+//! const KNOWN: &[Known<char>] =
+//!     &[Known { short: Some(b'f'), long: "format", takes: Takes::Value, means: 'f' }];
+//! let mut words = Getopt::new(KNOWN, vec!["disk".into(), "--form=raw".into()]);
+//! assert_eq!(words.next()?, Some(('f', "raw".into())));
+//! assert_eq!(words.next()?, None);
+//! assert_eq!(words.into_operands(), ["disk"]);
+//! # Ok::<(), String>(())
+//! ```
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
 /// Whether an option has a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Takes {
+pub enum Takes {
+    /// It has none.
     Nothing,
+    /// It has one.
     Value,
 }
 
 /// A known option.
 #[derive(Debug)]
-pub(super) struct Known<T: 'static> {
+pub struct Known<T: 'static> {
     /// The letter of the short form, if there is one.
-    pub(super) short: Option<u8>,
-    pub(super) long: &'static str,
-    pub(super) takes: Takes,
-    pub(super) means: T,
+    pub short: Option<u8>,
+    /// The long form, without its dashes.
+    pub long: &'static str,
+    /// Whether it has a value.
+    pub takes: Takes,
+    /// What the caller calls it.
+    pub means: T,
 }
 
 /// Iterates over the options of a command line.
 #[derive(Debug)]
-pub(super) struct Getopt<T: 'static> {
+pub struct Getopt<T: 'static> {
     known: &'static [Known<T>],
     /// The remaining words, in reverse order.
     rest: Vec<OsString>,
@@ -33,7 +50,9 @@ pub(super) struct Getopt<T: 'static> {
 }
 
 impl<T: Copy> Getopt<T> {
-    pub(super) fn new(known: &'static [Known<T>], arguments: Vec<OsString>) -> Self {
+    /// Starts at the first word.
+    #[must_use]
+    pub fn new(known: &'static [Known<T>], arguments: Vec<OsString>) -> Self {
         let mut rest = arguments;
         rest.reverse();
         Self { known, rest, letters: Vec::new(), operands: Vec::new() }
@@ -45,7 +64,8 @@ impl<T: Copy> Getopt<T> {
     /// # Errors
     ///
     /// The defect of the next word, without the program's name.
-    pub(super) fn next(&mut self) -> Result<Option<(T, OsString)>, String> {
+    #[allow(clippy::should_implement_trait, reason = "a word can be wrong")]
+    pub fn next(&mut self) -> Result<Option<(T, OsString)>, String> {
         loop {
             if !self.letters.is_empty() {
                 return self.short().map(Some);
@@ -64,7 +84,8 @@ impl<T: Copy> Getopt<T> {
     }
 
     /// Returns the operands, once [`next`](Self::next) has returned `None`.
-    pub(super) fn into_operands(self) -> Vec<OsString> {
+    #[must_use]
+    pub fn into_operands(self) -> Vec<OsString> {
         self.operands
     }
 

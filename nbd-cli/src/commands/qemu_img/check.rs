@@ -1,0 +1,93 @@
+//! `qemu-img check`.
+
+use imgfmt::{CheckReport, Repair};
+use nbd_jobs::image_check::{CheckSummary, Checked, EXIT_CODE_UNSUPPORTED, Verdict, check};
+use nbd_jobs::text::printable;
+
+use super::arguments::{Arguments, Opt};
+use super::place::Place;
+use super::refusal::{Refusal, complain};
+use super::text::json;
+use crate::output::{Output, ReportFormat, unless_closed};
+
+pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
+    let repair = match arguments.text(Opt::Repair)?.as_deref() {
+        None => Repair::None,
+        Some("leaks") => Repair::Leaks,
+        Some("all") => Repair::All,
+        Some(other) => {
+            return Err(Refusal::usage(format!(
+                "--repair (-r) expects 'leaks' or 'all' not '{}'",
+                printable(other)
+            )));
+        }
+    };
+    let format = arguments.output()?;
+    let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::SourceCache)?;
+    let checked = check(&place.location, &place.options, repair, &place.remotes);
+    let report = match checked.map_err(|error| place.not_opened(&error.to_string()))? {
+        Checked::Examined(report) => report,
+        Checked::Unsupported(why) => {
+            complain(&format!("This image format does not support checks: {why}"));
+            return Ok(EXIT_CODE_UNSUPPORTED);
+        }
+    };
+    for message in &report.messages {
+        complain(&printable(message));
+    }
+    let is_quiet = arguments.has(Opt::Quiet);
+    let mut output = Output::new();
+    let printed = match format {
+        ReportFormat::Json => {
+            let name = place.location.name();
+            json(&CheckSummary::new(name, &report), &mut output)
+        }
+        ReportFormat::Text if is_quiet => Ok(()),
+        ReportFormat::Text => {
+            lines(&report).iter().try_for_each(|line| output.line(line)).map_err(Refusal::from)
+        }
+    };
+    printed?;
+    unless_closed(output.finish())?;
+    Ok(Verdict::of(&report).exit_code())
+}
+
+fn lines(report: &CheckReport) -> Vec<String> {
+    let mut lines = Vec::new();
+    let mut line = |text: &str| lines.push(text.to_owned());
+    if report.leaks_repaired + report.corruptions_repaired > 0 {
+        line("The following inconsistencies were found and repaired:");
+        line("");
+        line(&format!("    {} leaked clusters", report.leaks_repaired));
+        line(&format!("    {} corruptions", report.corruptions_repaired));
+        line("");
+        line("Double checking the fixed image now...");
+    }
+    if report.leaks + report.corruptions == 0 {
+        line("No errors were found on the image.");
+    }
+    if report.corruptions > 0 {
+        line("");
+        line(&format!("{} errors were found on the image.", report.corruptions));
+        line("Data may be corrupted, or further writes to the image may corrupt it.");
+    }
+    if report.leaks > 0 {
+        line("");
+        line(&format!("{} leaked clusters were found on the image.", report.leaks));
+        line("This means waste of disk space, but no harm to data.");
+    }
+    let (total, allocated) = (report.total_clusters, report.allocated_clusters);
+    if total > 0 && allocated > 0 {
+        let percent = |part: u64, whole: u64| part as f64 * 100.0 / whole as f64;
+        line(&format!(
+            "{allocated}/{total} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters",
+            percent(allocated, total),
+            percent(report.fragmented_clusters, allocated),
+            percent(report.compressed_clusters, allocated),
+        ));
+    }
+    if report.image_end_offset > 0 {
+        line(&format!("Image end offset: {}", report.image_end_offset));
+    }
+    lines
+}

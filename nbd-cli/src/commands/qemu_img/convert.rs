@@ -1,0 +1,172 @@
+//! `qemu-img convert`.
+
+use std::num::{NonZeroU64, NonZeroUsize};
+
+use imgfmt::jobs::{Background, Clusters, RateLimit};
+use imgfmt::{Access, Format, Locking, Preallocation};
+use nbd_jobs::convert::{ConvertOptions, CopiedBitmaps, Destination, convert};
+use nbd_jobs::{Durable, JobContext};
+
+use super::arguments::{Arguments, Opt};
+use super::measure::snapshot_name;
+use super::options::{NewImage, help, size_argument};
+use super::place::{Place, parse_cache, parse_format};
+use super::progress::Percentage;
+use super::refusal::Refusal;
+use crate::output::Output;
+
+/// Most threads that `-m` may ask for.
+const PARALLEL_MAX: usize = 16;
+/// The unit of `-S` in bytes.
+const SECTOR: u64 = 512;
+
+pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
+    let format = arguments.text(Opt::TargetFormat)?.as_deref().map(parse_format).transpose()?;
+    let mut format = format.unwrap_or(Format::Raw);
+    let lists = arguments.texts(Opt::Options)?;
+    if let Some(text) = help(format, &lists) {
+        let mut output = Output::new();
+        output.text(&text)?;
+        output.finish()?;
+        return Ok(0);
+    }
+    let (from, to) = match &arguments.operands[..] {
+        [from, to] => (from, to),
+        [] | [_] => return Err(Refusal::usage("Must specify image file name")),
+        _ => {
+            return Err(Refusal::new(
+                "only one source image can be converted here; join several with 'nbd-cli copy' or cat",
+            ));
+        }
+    };
+    check_options(arguments, format)?;
+    let from = Place::new(arguments, from, Opt::Format, Opt::SourceCache)?;
+    let to = Place::parse(to, arguments.has(Opt::TargetImageOpts))?;
+    // The name of a target says no more than its format and its file.
+    let (to, said) = to.settled()?;
+    format = said.format.unwrap_or(format);
+    let options = options(arguments, &from, format, &lists)?;
+    let progress = Percentage::begin(arguments.wants_progress())?;
+    let context = JobContext { rate_limit: rate(arguments)?, ..progress.context() };
+    let result = convert(&from.location, to, &options, &context);
+    if result.is_ok() {
+        progress.complete();
+    }
+    progress.end();
+    result?;
+    Ok(0)
+}
+
+/// Refuses options that contradict each other or are not supported.
+fn check_options(arguments: &Arguments, format: Format) -> Result<(), Refusal> {
+    let has = |option| arguments.has(option);
+    if has(Opt::TargetImageOpts) && !has(Opt::NoCreate) {
+        return Err(Refusal::new("--target-image-opts requires use of -n flag"));
+    }
+    if has(Opt::TargetIsZero) && !has(Opt::NoCreate) {
+        return Err(Refusal::new("--target-is-zero requires use of -n flag"));
+    }
+    if has(Opt::SkipBroken) && !has(Opt::Bitmaps) {
+        return Err(Refusal::new("Use of --skip-broken-bitmaps requires --bitmaps"));
+    }
+    if has(Opt::Bitmaps) && format != Format::Qcow2 {
+        return Err(Refusal::new(
+            "Format driver '".to_owned() + format.name() + "' does not support bitmaps",
+        ));
+    }
+    if has(Opt::Compress) && format == Format::Raw {
+        return Err(Refusal::new("Compression not supported for this file format"));
+    }
+    if has(Opt::Backing) || has(Opt::BackingFormat) {
+        return Err(Refusal::new(
+            "-B is not supported: make an overlay with 'create -b', and compare it with the source",
+        ));
+    }
+    if has(Opt::Salvage) {
+        return Err(Refusal::new(
+            "--salvage is not supported: an unreadable part of the source ends the conversion",
+        ));
+    }
+    if has(Opt::Compress) && has(Opt::CopyRange) {
+        return Err(Refusal::new("Cannot enable copy offloading when -c is used"));
+    }
+    Ok(())
+}
+
+fn options(
+    arguments: &Arguments,
+    from: &Place,
+    format: Format,
+    lists: &[String],
+) -> Result<ConvertOptions, Refusal> {
+    let mut create = NewImage::new(format, lists)?.create;
+    if create.backing.is_some() {
+        return Err(Refusal::new("backing_file is not supported for conversions"));
+    }
+    if let Some(text) = arguments.text(Opt::SparseSize)? {
+        let size = size_argument("buffer size for sparse output", &text)?;
+        if !size.is_multiple_of(SECTOR) {
+            return Err(Refusal::new(format!(
+                "Invalid buffer size for sparse output specified. Valid sizes are multiples of \
+                 {SECTOR}. Select 0 to disable sparse detection (fully allocates output)."
+            )));
+        }
+        if size == 0 && create.preallocation == Preallocation::Off {
+            if arguments.has(Opt::NoCreate) {
+                return Err(Refusal::new(
+                    "-S 0 is not supported with -n: zeroes may become holes; preallocate the target",
+                ));
+            }
+            create.preallocation = Preallocation::Falloc;
+        }
+    }
+    let mut options = ConvertOptions::new(create);
+    options.create.open.locking = Locking::Auto;
+    options.read = from.options.clone();
+    options.read.snapshot = arguments.text(Opt::Snapshot)?.map(snapshot_name).transpose()?;
+    options.write = from.options.clone();
+    (options.write.format, options.write.access) = (Some(format), Access::ReadWrite);
+    options.write.locking = Locking::Auto;
+    (options.remotes, options.reconnecting) = (from.remotes.clone(), from.remotes.clone());
+    options.destination = match arguments.has(Opt::NoCreate) {
+        true => Destination::Existing,
+        false => Destination::Replaced,
+    };
+    options.bitmaps = match (arguments.has(Opt::Bitmaps), arguments.has(Opt::SkipBroken)) {
+        (false, _) => CopiedBitmaps::None,
+        (true, false) => CopiedBitmaps::All,
+        (true, true) => CopiedBitmaps::Reliable,
+    };
+    if arguments.has(Opt::Compress) {
+        options.clusters = Clusters::Compressed;
+    }
+    options.background = match arguments.has(Opt::TargetIsZero) {
+        true => Background::Zero,
+        false => Background::Unknown,
+    };
+    options.threads = parallel(arguments)?;
+    options.cache = arguments.text(Opt::Cache)?.as_deref().map(parse_cache).transpose()?;
+    options.write.cache = options.cache.unwrap_or_default();
+    if options.cache.is_some_and(imgfmt::CacheMode::syncs) {
+        options.durable = Durable::Now;
+    }
+    Ok(options)
+}
+
+fn parallel(arguments: &Arguments) -> Result<Option<NonZeroUsize>, Refusal> {
+    let Some(text) = arguments.text(Opt::Parallel)? else { return Ok(None) };
+    match text.parse::<NonZeroUsize>() {
+        Ok(number) if number.get() <= PARALLEL_MAX => Ok(Some(number)),
+        _ => Err(Refusal::new(format!(
+            "Invalid number of coroutines. Allowed number of coroutines is between 1 and \
+             {PARALLEL_MAX}"
+        ))),
+    }
+}
+
+fn rate(arguments: &Arguments) -> Result<Option<RateLimit>, Refusal> {
+    let Some(text) = arguments.text(Opt::Rate)? else { return Ok(None) };
+    let rate = size_argument("rate limit", &text)?;
+    let rate = NonZeroU64::new(rate).ok_or_else(|| Refusal::new("the rate limit cannot be 0"))?;
+    Ok(Some(RateLimit::new(rate)))
+}

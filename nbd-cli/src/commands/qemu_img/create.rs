@@ -1,0 +1,151 @@
+//! `qemu-img create`.
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+use imgfmt::{BackingFile, CreateOptions, DataFile, Format, Image, Locking};
+use nbd_jobs::image_location::ImageLocation;
+use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
+
+use super::arguments::{Arguments, Opt};
+use super::options::{NewImage, help, size_argument};
+use super::place::{Place, parse_format};
+use super::progress::Percentage;
+use super::refusal::Refusal;
+use crate::output::Output;
+use crate::signals;
+
+/// QEMU's disks consist of these, in bytes.
+const SECTOR: u64 = 512;
+
+pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
+    let format = arguments.text(Opt::Format)?.as_deref().map(parse_format).transpose()?;
+    let format = format.unwrap_or(Format::Raw);
+    let lists = arguments.texts(Opt::Options)?;
+    let mut output = Output::new();
+    if let Some(text) = help(format, &lists) {
+        output.text(&text)?;
+        output.finish()?;
+        return Ok(0);
+    }
+    let (name, size) = match &arguments.operands[..] {
+        [] => return Err(Refusal::usage("Expecting image file name")),
+        [name] => (name, None),
+        [name, size] => (name, Some(size_argument("image size", &size.to_string_lossy())?)),
+        [_, _, more, ..] => {
+            return Err(Refusal::usage(format!("Unexpected argument: {}", more.display())));
+        }
+    };
+    let shown = name.to_string_lossy();
+    let place = Place::parse(name, false)?;
+    let ImageLocation::File(path) = &place.location else {
+        return Err(Refusal::new(format!("{shown}: only files and devices can be created")));
+    };
+    let new = described(arguments, format, &lists, size).map_err(|error| error.about(&shown))?;
+    refuse_impossible(path, &new.create).map_err(|error| error.about(&shown))?;
+    let size = size_of(&new.create, path).map_err(|error| error.about(&shown))?;
+    if !arguments.has(Opt::Quiet) {
+        // Before it is made, as callers wait for it.
+        output.line(&new.report(&shown, size))?;
+    }
+    output.finish()?;
+    let mut create = new.create;
+    create.size = Some(size.next_multiple_of(SECTOR));
+    make(path, &create).map_err(|error| error.about(&shown))?;
+    Ok(0)
+}
+
+/// The properties of the new image.
+fn described(
+    arguments: &Arguments,
+    format: Format,
+    lists: &[String],
+    size: Option<u64>,
+) -> Result<NewImage, Refusal> {
+    let mut new = NewImage::new(format, lists)?;
+    let backing_format = arguments.text(Opt::BackingFormat)?;
+    match arguments.text(Opt::Backing)? {
+        Some(backing) => new.set_backing(backing, backing_format)?,
+        None if backing_format.is_some() && new.create.backing.is_none() => {
+            return Err(Refusal::new("backing format needs a backing file"));
+        }
+        None => {}
+    }
+    if size.is_some() && new.create.size.is_some() {
+        return Err(Refusal::new("The image size must be specified only once"));
+    }
+    new.create.size = size.or(new.create.size);
+    if arguments.has(Opt::Unsafe) {
+        new.create.open.backing = BackingFile::Ignored;
+    }
+    let can_ask = new.create.backing.is_some() && !arguments.has(Opt::Unsafe);
+    match new.create.size {
+        None if !can_ask => Err(Refusal::new("Image creation needs a size parameter")),
+        _ => Ok(new),
+    }
+}
+
+/// Refuses what would destroy a file that is needed, or be found elsewhere later.
+fn refuse_impossible(path: &Path, create: &CreateOptions) -> Result<(), Refusal> {
+    let directory = path.parent().unwrap_or(Path::new(""));
+    if let Some((name, _)) = &create.backing {
+        let backing = directory.join(name);
+        if let (Ok(new), Ok(old)) = (path.canonicalize(), backing.canonicalize())
+            && new == old
+        {
+            return Err(Refusal::new(
+                "Trying to create an image with the same filename as the backing file",
+            ));
+        }
+    }
+    if let Some((name, DataFile::Plain | DataFile::Raw)) = &create.data_file
+        && Path::new(name).is_relative()
+        && !directory.as_os_str().is_empty()
+    {
+        return Err(Refusal::new(format!(
+            "data_file={} is relative, and the image is in another directory; give an absolute name",
+            Path::new(name).display()
+        )));
+    }
+    Ok(())
+}
+
+/// The size of the new disk: its own, or that of its backing file.
+fn size_of(create: &CreateOptions, path: &Path) -> Result<u64, Refusal> {
+    if let Some(size) = create.size {
+        return Ok(size);
+    }
+    let Some((name, format)) = &create.backing else {
+        return Err(Refusal::new("Image creation needs a size parameter"));
+    };
+    let location = ImageLocation::File(path.to_owned()).beside(OsStr::new(name))?;
+    let place = Place {
+        location,
+        options: create.open.clone().format(*format),
+        remotes: crate::connect::ServerArgs::default().remotes(),
+    };
+    Ok(place.open()?.size())
+}
+
+/// Makes the image, in the place of an existing one if there is one.
+fn make(path: &Path, create: &CreateOptions) -> Result<(), Refusal> {
+    let observer = Percentage::begin(false)?.context().observer;
+    let make = |path: &Path| {
+        Image::create(path, create).map_err(|error| match signals::stop_if_interrupted() {
+            Err(interrupted) => Refusal::new(format!("{interrupted}; nothing of it is left")),
+            Ok(()) => error.into(),
+        })
+    };
+    match target::look(path)? {
+        Existing::BlockDevice if create.format == Format::Raw => Ok(()),
+        Existing::BlockDevice => {
+            let new = device::begin_image(path, create, &*observer)?;
+            Ok(device::complete_image(path, new)?)
+        }
+        _ => {
+            let (new, image) = NewFile::begin_or_replace(path, Locking::Auto, &observer, make)?;
+            drop(image);
+            Ok(new.complete(Durable::Later)?)
+        }
+    }
+}

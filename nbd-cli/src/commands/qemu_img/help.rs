@@ -1,0 +1,50 @@
+//! The output of `--help` and `--version`.
+
+use nbd_jobs::getopt::{Known, Takes};
+
+use super::arguments::Opt;
+
+/// The version of QEMU whose command line this is; programs that detect features read it.
+const COMPATIBLE_VERSION: &str = "10.0.2";
+
+/// One line in the form that programs parse, then the name of this program.
+pub(super) fn version() -> String {
+    format!(
+        "qemu-img version {COMPATIBLE_VERSION} (nbd-cli {})\n\
+         This is nbd-cli with the command line of qemu-img; it is not part of QEMU.\n\
+         Licence: MIT or Apache-2.0.\n",
+        env!("CARGO_PKG_VERSION")
+    )
+}
+
+/// The help of the program.
+pub(super) fn program(commands: &[(&str, &str)]) -> String {
+    let mut text = "\
+Usage: qemu-img [OPTIONS] COMMAND [--help | COMMAND OPTIONS]
+Create, inspect, convert and change disk images (nbd-cli in place of qemu-img)
+
+  -h, --help             print this help
+  -V, --version          print the version
+  -T, --trace=PATTERN    accepted, and without an effect
+
+Commands:
+"
+    .to_owned();
+    for (name, meaning) in commands {
+        text.push_str(&format!("  {name:<10} {meaning}\n"));
+    }
+    text.push_str("\nSupported formats: qcow2 raw\n");
+    text
+}
+
+/// The help of a command: its options without their meanings, which are those of qemu-img.
+pub(super) fn command(name: &str, meaning: &str, operands: &str, options: &[Known<Opt>]) -> String {
+    let mut text =
+        format!("{meaning}.  Usage:\n  qemu-img {name} [OPTIONS] {operands}\n\nOptions:\n");
+    for option in options {
+        let short = option.short.map_or("    ".to_owned(), |short| format!("-{}, ", short as char));
+        let value = if option.takes == Takes::Value { " VALUE" } else { "" };
+        text.push_str(&format!("  {short}--{}{value}\n", option.long));
+    }
+    text
+}

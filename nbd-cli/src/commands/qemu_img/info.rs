@@ -1,0 +1,157 @@
+//! `qemu-img info`.
+
+use nbd_jobs::image_report::{DescribedImage, describe, describe_chain};
+use serde_json::{Value, json};
+
+use super::arguments::{Arguments, Opt};
+use super::place::Place;
+use super::refusal::Refusal;
+use super::text::{human_size, json, properties, snapshots};
+use crate::output::{Output, ReportFormat, printable};
+
+pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
+    let format = arguments.output()?;
+    let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::None)?;
+    let is_chain = arguments.has(Opt::BackingChain);
+    let described = match is_chain {
+        true => describe_chain(place.location.clone(), &place.options, &place.remotes),
+        false => describe(place.location.clone(), &place.options, &place.remotes)
+            .map(|image| vec![image]),
+    };
+    let images = described.map_err(|error| place.not_opened(&error.to_string()))?;
+    let mut output = Output::new();
+    match format {
+        ReportFormat::Json if is_chain => {
+            json(&images.iter().map(report).collect::<Result<Vec<_>, _>>()?, &mut output)?;
+        }
+        ReportFormat::Json => {
+            for image in &images {
+                json(&report(image)?, &mut output)?;
+            }
+        }
+        ReportFormat::Text => {
+            for (index, image) in images.iter().enumerate() {
+                if index > 0 {
+                    output.line("")?;
+                }
+                text(image, &mut output)?;
+            }
+        }
+    }
+    output.finish()?;
+    Ok(0)
+}
+
+/// The report of an image, with the keys of qemu-img and no others.
+fn report(image: &DescribedImage) -> Result<Value, Refusal> {
+    let report = serde_json::to_value(image.report());
+    let mut report = report.map_err(|error| Refusal::new(error.to_string()))?;
+    if let Value::Object(members) = &mut report {
+        members.remove("backup");
+        members.remove("server");
+        let bitmaps = members
+            .get_mut("format-specific")
+            .and_then(|specific| specific.pointer_mut("/data/bitmaps"))
+            .and_then(Value::as_array_mut);
+        for bitmap in bitmaps.into_iter().flatten().filter_map(Value::as_object_mut) {
+            bitmap.remove("frozen");
+        }
+        let data = members.get_mut("format-specific").and_then(|it| it.get_mut("data"));
+        if let Some(Value::Object(data)) = data
+            && data.get("compat").is_some_and(|compat| compat == "0.10")
+        {
+            for feature_of_version_3 in ["lazy-refcounts", "corrupt", "extended-l2"] {
+                data.remove(feature_of_version_3);
+            }
+        }
+        members.insert("children".to_owned(), json!([{ "name": "file", "info": file(image) }]));
+    }
+    Ok(report)
+}
+
+/// The report of the file or export of an image.
+fn file(image: &DescribedImage) -> Value {
+    let protocol = protocol(image);
+    let mut info = json!({
+        "children": [],
+        "virtual-size": length(image),
+        "filename": image.location.name(),
+        "format": protocol,
+        "dirty-flag": false,
+    });
+    if let Value::Object(members) = &mut info {
+        if let Some(bytes) = image.actual_size {
+            members.insert("actual-size".to_owned(), bytes.into());
+        }
+        if protocol == "file" {
+            members.insert("format-specific".to_owned(), json!({ "type": "file", "data": {} }));
+        }
+    }
+    info
+}
+
+fn protocol(image: &DescribedImage) -> &'static str {
+    use std::os::unix::fs::FileTypeExt as _;
+    match image.location.uri() {
+        Some(_) => "nbd",
+        None => match image.location.path().metadata() {
+            Ok(metadata) if metadata.file_type().is_block_device() => "host_device",
+            _ => "file",
+        },
+    }
+}
+
+/// The length of the file or the export, in whole sectors.
+fn length(image: &DescribedImage) -> u64 {
+    let metadata = image.location.path().metadata();
+    match protocol(image) {
+        "file" => metadata.map_or(0, |metadata| metadata.len()).next_multiple_of(512),
+        // The length of a device is not in its metadata, nor that of an export.
+        _ => image.info.size,
+    }
+}
+
+fn text(image: &DescribedImage, output: &mut Output) -> Result<(), Refusal> {
+    let report = report(image)?;
+    let info = &image.info;
+    let name = printable(&image.location.name());
+    output.line(&format!("image: {name}"))?;
+    output.line(&format!("file format: {}", info.format))?;
+    output.line(&format!("virtual size: {} ({} bytes)", human_size(info.size), info.size))?;
+    let taken = image.actual_size.map_or("unavailable".to_owned(), human_size);
+    output.line(&format!("disk size: {taken}"))?;
+    if info.encryption.is_some() {
+        output.line("encrypted: yes")?;
+    }
+    if let Some(size) = report["cluster-size"].as_u64() {
+        output.line(&format!("cluster_size: {size}"))?;
+    }
+    if report["dirty-flag"] == true {
+        output.line("cleanly shut down: no")?;
+    }
+    if let Some(backing) = report["backing-filename"].as_str() {
+        let full = report["full-backing-filename"].as_str();
+        let place = full
+            .filter(|full| *full != backing)
+            .map_or_else(String::new, |full| format!(" (actual path: {})", printable(full)));
+        output.line(&format!("backing file: {}{place}", printable(backing)))?;
+    }
+    if let Some(format) = report["backing-filename-format"].as_str() {
+        output.line(&format!("backing file format: {}", printable(format)))?;
+    }
+    if let Some(qcow2) = info.qcow2.as_ref().filter(|qcow2| !qcow2.snapshots.is_empty()) {
+        snapshots(&qcow2.snapshots, output)?;
+    }
+    let specific = &report["format-specific"]["data"];
+    if specific.as_object().is_some_and(|members| !members.is_empty()) {
+        output.line("Format specific information:")?;
+        properties(specific, 4, output)?;
+    }
+    output.line("Child node '/file':")?;
+    output.line(&format!("    filename: {name}"))?;
+    output.line(&format!("    protocol type: {}", protocol(image)))?;
+    let length = length(image);
+    output.line(&format!("    file length: {} ({length} bytes)", human_size(length)))?;
+    output.line(&format!("    disk size: {taken}"))?;
+    Ok(())
+}

@@ -1,0 +1,142 @@
+//! `qemu-img map`.
+
+use imgfmt::Format;
+use nbd_jobs::image_location::ImageLocation;
+use nbd_jobs::image_map::{MapEntry, map_export, map_image};
+use nbd_jobs::image_report::describe_chain;
+use nbd_jobs::text::printable;
+
+use super::arguments::{Arguments, Opt};
+use super::options::size_argument;
+use super::place::Place;
+use super::refusal::Refusal;
+use crate::async_runtime::runtime;
+use crate::connect::ServerArgs;
+use crate::error::CommandError;
+use crate::output::{Output, ReportFormat};
+use crate::signals;
+
+/// The file of a layer of the chain.
+struct LayerFile {
+    name: String,
+    is_raw: bool,
+}
+
+struct Printer {
+    format: ReportFormat,
+    layers: Vec<LayerFile>,
+    start: u64,
+    end: u64,
+    is_first: bool,
+    output: Output,
+}
+
+pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
+    let format = arguments.output()?;
+    let size = |option, what: &str| {
+        arguments.text(option)?.map(|text| size_argument(what, &text)).transpose()
+    };
+    let start = size(Opt::StartOffset, "start offset")?.unwrap_or(0);
+    let end = size(Opt::MaxLength, "max length")?
+        .and_then(|length| start.checked_add(length))
+        .unwrap_or(u64::MAX);
+    let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::None)?;
+    let (location, options) = place.settled()?;
+    let layers = layers(&place)?;
+    let mut printer = Printer { format, layers, start, end, is_first: true, output: Output::new() };
+    if format == ReportFormat::Text {
+        printer.output.line(&row("Offset", "Length", "Mapped to", "File"))?;
+    }
+    match location {
+        // The server does not know the map of an image inside its export.
+        ImageLocation::Export { uri, .. } if options.format != Some(Format::Qcow2) => {
+            let server = ServerArgs::default();
+            let (connector, cancellation) = (server.connector(uri), signals::cancellation());
+            let add = |_, entry| printer.add(entry);
+            runtime()?.block_on(map_export(connector, &cancellation, add))?;
+        }
+        _ => map_image(&place.open()?, |entry| printer.add(entry))?,
+    }
+    if format == ReportFormat::Json {
+        printer.output.line(if printer.is_first { "[]" } else { "]" })?;
+    }
+    printer.output.finish()?;
+    Ok(0)
+}
+
+fn layers(place: &Place) -> Result<Vec<LayerFile>, Refusal> {
+    let images = describe_chain(place.location.clone(), &place.options, &place.remotes);
+    let images = images.map_err(|error| place.not_opened(&error.to_string()))?;
+    let mut layers = Vec::new();
+    for image in images {
+        let data = image.info.qcow2.as_ref().and_then(|qcow2| qcow2.data_file_name.as_deref());
+        let name = match data {
+            Some(name) => image.location.beside(name)?.name(),
+            None => image.location.name(),
+        };
+        layers.push(LayerFile { name, is_raw: image.info.format == Format::Raw });
+    }
+    Ok(layers)
+}
+
+impl Printer {
+    fn add(&mut self, mut entry: MapEntry) -> Result<(), CommandError> {
+        let is_raw = self.layers.get(entry.depth as usize).is_some_and(|layer| layer.is_raw);
+        match (is_raw && entry.present, entry.zero && entry.offset.is_some()) {
+            // In a raw image a hole has a place too.
+            (true, _) => entry.offset = Some(entry.start),
+            // The image has data there, and its file a hole.
+            (false, true) => entry.data = true,
+            (false, false) => {}
+        }
+        let from = entry.start.max(self.start);
+        let to = (entry.start + entry.length).min(self.end);
+        if from >= to {
+            return Ok(());
+        }
+        entry.offset = entry.offset.map(|offset| offset + (from - entry.start));
+        (entry.start, entry.length) = (from, to - from);
+        match self.format {
+            ReportFormat::Json => self.json(&entry),
+            ReportFormat::Text => self.text(&entry),
+        }
+    }
+
+    fn json(&mut self, entry: &MapEntry) -> Result<(), CommandError> {
+        let before = if std::mem::take(&mut self.is_first) { "[" } else { ",\n" };
+        let offset = entry.offset.map_or_else(String::new, |it| format!(", \"offset\": {it}"));
+        self.output.text(&format!(
+            "{before}{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \
+             \"zero\": {}, \"data\": {}, \"compressed\": {}{offset}}}",
+            entry.start,
+            entry.length,
+            entry.depth,
+            entry.present,
+            entry.zero,
+            entry.data,
+            entry.compressed
+        ))
+    }
+
+    fn text(&mut self, entry: &MapEntry) -> Result<(), CommandError> {
+        if !entry.data || entry.zero {
+            return Ok(());
+        }
+        let Some(offset) = entry.offset else {
+            return Err(CommandError::new(
+                "File contains external, encrypted or compressed clusters.",
+            ));
+        };
+        let hexadecimal = |number: u64| match number {
+            0 => "0".to_owned(),
+            _ => format!("{number:#x}"),
+        };
+        let name = self.layers.get(entry.depth as usize).map_or("", |layer| &layer.name);
+        let [start, length, offset] = [entry.start, entry.length, offset].map(hexadecimal);
+        self.output.line(&row(&start, &length, &offset, &printable(name)))
+    }
+}
+
+fn row(start: &str, length: &str, offset: &str, file: &str) -> String {
+    format!("{start:<16}{length:<16}{offset:<16}{file}")
+}

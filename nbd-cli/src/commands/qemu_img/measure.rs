@@ -1,0 +1,89 @@
+//! `qemu-img measure`.
+
+use imgfmt::jobs::{JobContext, MeasuredDisk, measure};
+use imgfmt::{Format, Preallocation};
+use serde_json::json;
+
+use super::arguments::{Arguments, Opt};
+use super::options::{NewImage, help, size_argument};
+use super::place::{Place, parse_format};
+use super::refusal::Refusal;
+use super::text::json;
+use crate::output::{Output, ReportFormat};
+
+pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
+    let output_format = arguments.output()?;
+    let format = arguments.text(Opt::TargetFormat)?.as_deref().map(parse_format).transpose()?;
+    let format = format.unwrap_or(Format::Raw);
+    let lists = arguments.texts(Opt::Options)?;
+    let mut output = Output::new();
+    if let Some(text) = help(format, &lists) {
+        output.text(&text)?;
+        output.finish()?;
+        return Ok(0);
+    }
+    let size = arguments.text(Opt::Size)?.map(|text| size_argument("image size", &text));
+    let size = size.transpose()?;
+    if !matches!(format, Format::Raw | Format::Qcow2) {
+        return Err(Refusal::new(format!(
+            "Block driver '{format}' does not support size measurement"
+        )));
+    }
+    let create = NewImage::new(format, &lists)?.create;
+    let image = match (&arguments.operands[..], size) {
+        ([], Some(_)) => None,
+        ([operand], None) => {
+            let mut place = Place::new(arguments, operand, Opt::Format, Opt::None)?;
+            place.options.snapshot =
+                arguments.text(Opt::Snapshot)?.map(snapshot_name).transpose()?;
+            Some(place.open()?)
+        }
+        _ => {
+            return Err(Refusal::new("Either --size N or one filename must be specified."));
+        }
+    };
+    let disk = match &image {
+        Some(image) => MeasuredDisk::Image(image),
+        None => MeasuredDisk::Empty(size.unwrap_or(0)),
+    };
+    let mut measured = measure(disk, &create, &JobContext::default())?;
+    if matches!(create.preallocation, Preallocation::Falloc | Preallocation::Full) {
+        measured.required = measured.fully_allocated;
+    }
+    match output_format {
+        ReportFormat::Json => {
+            let mut report = json!({
+                "required": measured.required,
+                "fully-allocated": measured.fully_allocated,
+            });
+            if let Some(bytes) = measured.bitmaps {
+                report["bitmaps"] = bytes.into();
+            }
+            json(&report, &mut output)?;
+        }
+        ReportFormat::Text => {
+            output.line(&format!("required size: {}", measured.required))?;
+            output.line(&format!("fully allocated size: {}", measured.fully_allocated))?;
+            if let Some(bytes) = measured.bitmaps {
+                output.line(&format!("bitmaps size: {bytes}"))?;
+            }
+        }
+    }
+    output.finish()?;
+    Ok(0)
+}
+
+/// The name of an internal snapshot, or its id from `snapshot.id=ID,snapshot.name=NAME`.
+pub(super) fn snapshot_name(text: String) -> Result<String, Refusal> {
+    if !text.starts_with("snapshot.") {
+        return Ok(text);
+    }
+    let options = nbd_jobs::key_values::KeyValues::parse(&text, None);
+    let mut options = options.map_err(Refusal::new)?;
+    let found = options.take("snapshot.id").or_else(|| options.take("snapshot.name"));
+    options.take("snapshot.name");
+    match (found, options.left_over()) {
+        (Some(name), None) => Ok(name),
+        _ => Err(Refusal::new(format!("Invalid snapshot parameter '{text}'"))),
+    }
+}

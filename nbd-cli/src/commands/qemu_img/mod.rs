@@ -1,0 +1,209 @@
+//! `nbd-cli qemu-img`, or the program under the name `qemu-img`: the command line of QEMU's image
+//! tool, for scripts and programs that call it.
+//!
+//! Options, output and exit codes are those of qemu-img; unsupported options are refused by name.
+//! Errors are lines on standard error that begin with `qemu-img: `.
+
+mod arguments;
+mod check;
+mod compare;
+mod convert;
+mod create;
+mod help;
+mod info;
+mod map;
+mod measure;
+mod options;
+mod place;
+mod progress;
+mod refusal;
+mod text;
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+
+use clap::Args;
+use nbd_jobs::getopt::Known;
+use nbd_jobs::text::printable;
+
+use self::arguments::{Arguments, Opt};
+use self::refusal::{Refusal, complain};
+use crate::output::Output;
+use crate::signals;
+
+/// The arguments of qemu-img, which has a separate parser.
+#[derive(Debug, Args)]
+#[command(disable_help_flag = true)]
+pub struct QemuImgArgs {
+    /// A command and its options, as for qemu-img; see `nbd-cli qemu-img --help`.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
+    pub arguments: Vec<OsString>,
+}
+
+/// A command of qemu-img.
+struct Command {
+    name: &'static str,
+    meaning: &'static str,
+    /// The operands, for the help.
+    operands: &'static str,
+    options: &'static [Known<Opt>],
+    /// Whether a signal must not simply kill it.
+    writes: bool,
+    run: fn(&Arguments) -> Result<u8, Refusal>,
+}
+
+const COMMANDS: &[Command] = &[
+    Command {
+        name: "check",
+        meaning: "Check an image for leaks and damage, and repair them",
+        operands: "FILE",
+        options: arguments::CHECK,
+        writes: false,
+        run: check::run,
+    },
+    Command {
+        name: "compare",
+        meaning: "Check whether two images hold the same disk",
+        operands: "FILE1 FILE2",
+        options: arguments::COMPARE,
+        writes: false,
+        run: compare::run,
+    },
+    Command {
+        name: "convert",
+        meaning: "Copy an image to another one",
+        operands: "SOURCE TARGET",
+        options: arguments::CONVERT,
+        writes: true,
+        run: convert::run,
+    },
+    Command {
+        name: "create",
+        meaning: "Create an image",
+        operands: "FILE [SIZE]",
+        options: arguments::CREATE,
+        writes: true,
+        run: create::run,
+    },
+    Command {
+        name: "info",
+        meaning: "Describe an image",
+        operands: "FILE",
+        options: arguments::INFO,
+        writes: false,
+        run: info::run,
+    },
+    Command {
+        name: "map",
+        meaning: "Show where the parts of a disk are stored",
+        operands: "FILE",
+        options: arguments::MAP,
+        writes: false,
+        run: map::run,
+    },
+    Command {
+        name: "measure",
+        meaning: "Compute the size of the file of a new image",
+        operands: "[FILE]",
+        options: arguments::MEASURE,
+        writes: false,
+        run: measure::run,
+    },
+];
+
+/// Returns the arguments for qemu-img, without its name, if the whole command line is one.
+pub(crate) fn arguments_for_qemu_img(arguments: &[OsString]) -> Option<&[OsString]> {
+    let (program, rest) = arguments.split_first()?;
+    if Path::new(program).file_name() == Some(OsStr::new("qemu-img")) {
+        return Some(rest);
+    }
+    match rest.split_first() {
+        Some((command, rest)) if command == "qemu-img" => Some(rest),
+        _ => None,
+    }
+}
+
+/// Runs qemu-img with its arguments (without its name) and returns its exit code.
+pub(crate) fn run(arguments: Vec<OsString>) -> u8 {
+    let mut command = None;
+    carry_out(arguments, &mut command).unwrap_or_else(|refusal| {
+        if let Some(message) = &refusal.message {
+            complain(message);
+        }
+        if refusal.is_usage {
+            let command = command.map_or_else(String::new, |name| format!(" {name}"));
+            eprintln!("Try 'qemu-img{command} --help' for more info");
+        }
+        match signals::caught() {
+            Some(signal) if refusal.code != 0 => signal.exit_status(),
+            _ => refusal.code,
+        }
+    })
+}
+
+fn carry_out(words: Vec<OsString>, found: &mut Option<&'static str>) -> Result<u8, Refusal> {
+    let mut words = words.into_iter();
+    let name = loop {
+        let Some(word) = words.next() else { return Err(Refusal::usage("Not enough arguments")) };
+        match word.to_str() {
+            Some("-h" | "--help" | "help") => return print(&help_of_program()),
+            Some("-V" | "--version") => return print(&help::version()),
+            Some("-T" | "--trace") => drop(words.next()),
+            Some(option) if option.starts_with("--trace=") => {}
+            Some(option) if option.starts_with("-T") => {}
+            Some(option) if option.starts_with('-') => {
+                return Err(Refusal::usage(format!("unrecognized option '{}'", printable(option))));
+            }
+            _ => break word.to_string_lossy().into_owned(),
+        }
+    };
+    let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
+        return Err(match name.as_str() {
+            "bench" => Refusal::new("'bench' is not supported; use 'nbd-cli bench'"),
+            _ => Refusal::usage(format!("Command not found: {}", printable(&name))),
+        });
+    };
+    *found = Some(command.name);
+    let Some(arguments) = Arguments::parse(command.options, words.collect())? else {
+        return print(&help_of(command));
+    };
+    if command.writes {
+        signals::watch()?;
+    }
+    (command.run)(&arguments)
+}
+
+fn print(text: &str) -> Result<u8, Refusal> {
+    let mut output = Output::new();
+    output.text(text)?;
+    output.finish()?;
+    Ok(0)
+}
+
+fn help_of_program() -> String {
+    let commands: Vec<_> = COMMANDS.iter().map(|command| (command.name, command.meaning)).collect();
+    help::program(&commands)
+}
+
+fn help_of(command: &Command) -> String {
+    help::command(command.name, command.meaning, command.operands, command.options)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(words: &[&str]) -> Option<Vec<OsString>> {
+        let words: Vec<OsString> = words.iter().map(OsString::from).collect();
+        arguments_for_qemu_img(&words).map(<[OsString]>::to_vec)
+    }
+
+    #[test]
+    fn the_name_or_the_first_word_says_that_it_is_qemu_img() {
+        let expected = Some(vec![OsString::from("info"), "disk".into()]);
+        assert_eq!(found(&["/usr/bin/qemu-img", "info", "disk"]), expected);
+        assert_eq!(found(&["nbd-cli", "qemu-img", "info", "disk"]), expected);
+        assert_eq!(found(&["nbd-cli", "image", "qemu-img"]), None);
+        assert_eq!(found(&["nbd-cli"]), None);
+    }
+}

@@ -1,0 +1,247 @@
+//! The lists of `-o`: the properties of new images.
+
+use std::fmt::Write as _;
+
+use imgfmt::{
+    CompressionType, CreateOptions, DataFile, Format, L2Entries, LazyRefcounts, Preallocation,
+    Qcow2Version,
+};
+use nbd_jobs::key_values::KeyValues;
+use nbd_jobs::qemu_numbers::parse_size;
+use nbd_jobs::text::printable;
+
+use super::place::{parse_format, trusting};
+use super::refusal::Refusal;
+use crate::connect::ServerArgs;
+use crate::signals;
+
+/// The options of each format, for `-o help`.
+const RAW_OPTIONS: &[(&str, &str)] = &[
+    ("nocow=<bool (on/off)>", "Only off"),
+    ("preallocation=<str>", "Preallocation mode (allowed values: off, falloc, full)"),
+    ("size=<size>", "Virtual disk size"),
+];
+const QCOW2_OPTIONS: &[(&str, &str)] = &[
+    ("backing_file=<str>", "File name of a base image"),
+    ("backing_fmt=<str>", "Image format of the base image"),
+    ("cluster_size=<size>", "Size of a cluster"),
+    ("compat=<str>", "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    ("compression_type=<str>", "Compression of clusters: zlib or zstd"),
+    ("data_file=<str>", "File name of a new external data file"),
+    ("data_file_raw=<bool (on/off)>", "Whether the data file stays a valid raw image"),
+    ("extended_l2=<bool (on/off)>", "Whether clusters have subclusters"),
+    ("lazy_refcounts=<bool (on/off)>", "Whether refcounts may be updated late"),
+    ("nocow=<bool (on/off)>", "Only off"),
+    ("preallocation=<str>", "Preallocation mode (allowed values: off, metadata, falloc, full)"),
+    ("refcount_bits=<num>", "Width of a reference count entry in bits"),
+    ("size=<size>", "Virtual disk size"),
+];
+
+/// The properties of a new image, and the words with which they are reported.
+pub(super) struct NewImage {
+    pub(super) create: CreateOptions,
+    /// The values that were given as texts.
+    compat: Option<String>,
+    preallocation: Option<String>,
+    nocow: bool,
+}
+
+/// Returns the text for `-o help`, if that is wanted.
+pub(super) fn help(format: Format, lists: &[String]) -> Option<String> {
+    let mut words = lists.iter().flat_map(|list| list.split(','));
+    words.find(|word| matches!(*word, "help" | "?"))?;
+    let options = if format == Format::Qcow2 { QCOW2_OPTIONS } else { RAW_OPTIONS };
+    let mut text = "Supported options:\n".to_owned();
+    for (option, meaning) in options {
+        // A String takes everything.
+        let _ = writeln!(text, "  {option:<22} - {meaning}");
+    }
+    Some(text)
+}
+
+impl NewImage {
+    /// Reads the lists of a new image of this format; its size is that of the option `size`, if any.
+    ///
+    /// # Errors
+    ///
+    /// If an option is unknown, malformed or not supported.
+    pub(super) fn new(format: Format, lists: &[String]) -> Result<Self, Refusal> {
+        let mut create = CreateOptions::new(format, 0);
+        (create.size, create.give_up) = (None, || signals::caught().is_some());
+        create.open.policy = trusting(&ServerArgs::default().remotes());
+        let mut new = Self { create, compat: None, preallocation: None, nocow: false };
+        let mut options = KeyValues::parse(&lists.join(","), None).map_err(Refusal::new)?;
+        new.take_common(&mut options)?;
+        if format == Format::Qcow2 {
+            new.take_qcow2(&mut options)?;
+        }
+        match options.left_over() {
+            None => Ok(new),
+            Some(key) if key.starts_with("encrypt") && format == Format::Qcow2 => {
+                Err(Refusal::new(format!(
+                    "'{}' is not supported: encrypted images cannot be made here",
+                    printable(key)
+                )))
+            }
+            Some(key) => Err(Refusal::new(format!("Invalid parameter '{}'", printable(key)))),
+        }
+    }
+
+    fn take_common(&mut self, options: &mut KeyValues) -> Result<(), Refusal> {
+        self.create.size = take_size(options, "size")?;
+        self.preallocation = options.take("preallocation");
+        self.create.preallocation = match self.preallocation.as_deref() {
+            None | Some("off") => Preallocation::Off,
+            Some("metadata") if self.create.format != Format::Raw => Preallocation::Metadata,
+            Some("falloc") => Preallocation::Falloc,
+            Some("full") => Preallocation::Full,
+            Some(other) => return Err(not_accepted("preallocation", other)),
+        };
+        if let Some(nocow) = options.take_switch("nocow").map_err(Refusal::new)? {
+            if nocow {
+                return Err(Refusal::new(
+                    "nocow=on is not supported; set the attribute of the directory with chattr +C",
+                ));
+            }
+            self.nocow = true;
+        }
+        // A hint for file systems.
+        take_size(options, "extent_size_hint").map(drop)
+    }
+
+    fn take_qcow2(&mut self, options: &mut KeyValues) -> Result<(), Refusal> {
+        let create = &mut self.create;
+        self.compat = options.take("compat");
+        create.version = match self.compat.as_deref() {
+            None | Some("1.1" | "v3") => Qcow2Version::V3,
+            Some("0.10" | "v2") => Qcow2Version::V2,
+            Some(other) => return Err(not_accepted("compat", other)),
+        };
+        create.cluster_size = take_size(options, "cluster_size")?.unwrap_or(create.cluster_size);
+        if let Some(bits) = options.take("refcount_bits") {
+            let number = bits.parse().map_err(|_| not_accepted("refcount_bits", &bits))?;
+            create.refcount_bits = number;
+        }
+        create.compression = match options.take("compression_type").as_deref() {
+            None | Some("zlib") => CompressionType::Zlib,
+            Some("zstd") => CompressionType::Zstd,
+            Some(other) => return Err(not_accepted("compression_type", other)),
+        };
+        if options.take_switch("extended_l2").map_err(Refusal::new)? == Some(true) {
+            create.l2_entries = L2Entries::Extended;
+        }
+        if options.take_switch("lazy_refcounts").map_err(Refusal::new)? == Some(true) {
+            create.lazy_refcounts = LazyRefcounts::On;
+        }
+        let is_raw = options.take_switch("data_file_raw").map_err(Refusal::new)?.unwrap_or(false);
+        create.data_file = match (options.take("data_file"), is_raw) {
+            (Some(name), true) => Some((name.into(), DataFile::Raw)),
+            (Some(name), false) => Some((name.into(), DataFile::Plain)),
+            (None, true) => return Err(Refusal::new("data-file-raw requires data-file")),
+            (None, false) => None,
+        };
+        match (options.take("backing_file"), options.take("backing_fmt")) {
+            (Some(name), format) => self.set_backing(name, format),
+            (None, None) => Ok(()),
+            (None, Some(_)) => Err(Refusal::new("backing format needs a backing file")),
+        }
+    }
+
+    /// Sets the backing file.
+    ///
+    /// # Errors
+    ///
+    /// If its format is missing or unknown.
+    pub(super) fn set_backing(
+        &mut self,
+        name: String,
+        format: Option<String>,
+    ) -> Result<(), Refusal> {
+        if self.create.format == Format::Raw {
+            return Err(Refusal::new("Backing file not supported for file format 'raw'"));
+        }
+        let Some(format) = format else {
+            return Err(Refusal::new("Backing file specified without backing format"));
+        };
+        self.create.backing = Some((name.into(), parse_format(&format)?));
+        Ok(())
+    }
+
+    /// The line that reports them.
+    pub(super) fn report(&self, name: &str, size: u64) -> String {
+        let create = &self.create;
+        let mut line = format!("Formatting '{}', fmt={}", printable(name), create.format);
+        let mut add = |key: &str, value: &str| {
+            // As in the lists, a comma in a value is doubled.
+            let _ = write!(line, " {key}={}", printable(value).replace(',', ",,"));
+        };
+        let is_qcow2 = create.format == Format::Qcow2;
+        if is_qcow2 {
+            add("cluster_size", &create.cluster_size.to_string());
+            add("extended_l2", on_off(create.l2_entries == L2Entries::Extended));
+            self.preallocation.iter().for_each(|text| add("preallocation", text));
+            add(
+                "compression_type",
+                match create.compression {
+                    CompressionType::Zlib => "zlib",
+                    CompressionType::Zstd => "zstd",
+                },
+            );
+        }
+        add("size", &size.to_string());
+        if is_qcow2 {
+            self.compat.iter().for_each(|text| add("compat", text));
+            if let Some((name, kind)) = &create.data_file {
+                add("data_file", &name.to_string_lossy());
+                if *kind == DataFile::Raw {
+                    add("data_file_raw", "on");
+                }
+            }
+            if let Some((name, format)) = &create.backing {
+                add("backing_file", &name.to_string_lossy());
+                add("backing_fmt", format.name());
+            }
+            add("lazy_refcounts", on_off(create.lazy_refcounts == LazyRefcounts::On));
+            add("refcount_bits", &create.refcount_bits.to_string());
+        }
+        if self.nocow {
+            add("nocow", "off");
+        }
+        if !is_qcow2 {
+            self.preallocation.iter().for_each(|text| add("preallocation", text));
+        }
+        line
+    }
+}
+
+fn on_off(is_on: bool) -> &'static str {
+    if is_on { "on" } else { "off" }
+}
+
+fn not_accepted(key: &str, value: &str) -> Refusal {
+    let value = printable(value);
+    Refusal::new(format!("Parameter '{key}' does not accept value '{value}'"))
+}
+
+fn take_size(options: &mut KeyValues, key: &str) -> Result<Option<u64>, Refusal> {
+    let Some(text) = options.take(key) else { return Ok(None) };
+    match parse_size(&text).filter(|size| i64::try_from(*size).is_ok()) {
+        Some(size) => Ok(Some(size)),
+        None => Err(Refusal::new(format!(
+            "Parameter '{key}' expects a size below 8E, not '{}'",
+            printable(&text)
+        ))),
+    }
+}
+
+/// Parses a size on the command line.
+///
+/// # Errors
+///
+/// If it is none; `what` names it.
+pub(super) fn size_argument(what: &str, text: &str) -> Result<u64, Refusal> {
+    match parse_size(text).filter(|size| i64::try_from(*size).is_ok()) {
+        Some(size) => Ok(size),
+        None => Err(Refusal::new(format!("Invalid {what} specified: '{}'.", printable(text)))),
+    }
+}

@@ -1,0 +1,128 @@
+//! The images that operands name.
+
+use std::ffi::OsStr;
+
+use imgfmt::{CacheMode, Format, Image, Locking, OpenOptions, OpenPolicy};
+use nbd_jobs::image_location::ImageLocation;
+use nbd_jobs::remote::{Remotes, allow_exports};
+use nbd_jobs::text::printable;
+
+use super::arguments::{Arguments, Opt};
+use super::refusal::Refusal;
+use crate::connect::ServerArgs;
+
+/// An image that a command opens.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) location: ImageLocation,
+    pub(super) options: OpenOptions,
+    pub(super) remotes: Remotes,
+}
+
+impl Place {
+    /// Reads an operand; `format` and `cache` are the options that apply to it.
+    ///
+    /// # Errors
+    ///
+    /// If one of them is malformed.
+    pub(super) fn new(
+        arguments: &Arguments,
+        operand: &OsStr,
+        format: Opt,
+        cache: Opt,
+    ) -> Result<Self, Refusal> {
+        let is_options = arguments.has(Opt::ImageOpts);
+        if is_options && arguments.has(format) {
+            return Err(Refusal::usage("--image-opts and --format are mutually exclusive"));
+        }
+        let mut place = Self::parse(operand, is_options)?;
+        place.options.format = arguments.text(format)?.as_deref().map(parse_format).transpose()?;
+        if let Some(mode) = arguments.text(cache)? {
+            place.options.cache = parse_cache(&mode)?;
+        }
+        if arguments.has(Opt::Share) {
+            place.options.locking = Locking::Shared;
+        }
+        Ok(place)
+    }
+
+    /// Reads a name, or the options of drivers.
+    ///
+    /// # Errors
+    ///
+    /// If it is malformed.
+    pub(super) fn parse(operand: &OsStr, is_options: bool) -> Result<Self, Refusal> {
+        let name = operand.to_string_lossy().into_owned();
+        let location = match is_options {
+            true => ImageLocation::from_options(&name),
+            false => ImageLocation::parse(operand),
+        };
+        let location = location.map_err(|error| could_not_open(&name, &error.to_string()))?;
+        let remotes = ServerArgs::default().remotes();
+        let options = OpenOptions::new().policy(trusting(&remotes));
+        Ok(Self { location, options, remotes })
+    }
+
+    /// Opens it to read it.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be opened.
+    pub(super) fn open(&self) -> Result<Image, Refusal> {
+        self.open_with(&self.options)
+    }
+
+    fn open_with(&self, options: &OpenOptions) -> Result<Image, Refusal> {
+        let image = self.location.open_or_name(options, &self.remotes, "-f raw");
+        image.map_err(|error| self.not_opened(&error.to_string()))
+    }
+
+    /// The error of an image that cannot be opened.
+    pub(super) fn not_opened(&self, why: &str) -> Refusal {
+        could_not_open(&self.location.name(), why)
+    }
+
+    /// The file, for commands that need one.
+    ///
+    /// # Errors
+    ///
+    /// If it is an export of a server.
+    pub(super) fn settled(&self) -> Result<(&ImageLocation, OpenOptions), Refusal> {
+        Ok(self.location.settled(&self.options, &self.remotes)?)
+    }
+}
+
+/// As in QEMU, the names in images are followed, and the formats of backing files detected.
+pub(super) fn trusting(remotes: &Remotes) -> OpenPolicy {
+    allow_exports(OpenPolicy::any_file().allow_format_probe(), remotes)
+}
+
+fn could_not_open(name: &str, why: &str) -> Refusal {
+    Refusal::new(format!("Could not open '{}': {why}", printable(name)))
+}
+
+/// Parses the name of a format.
+///
+/// # Errors
+///
+/// If there is none of that name.
+pub(super) fn parse_format(name: &str) -> Result<Format, Refusal> {
+    match (name, Format::from_name(name)) {
+        (_, Some(format)) => Ok(format),
+        ("file" | "host_device", None) => Ok(Format::Raw),
+        _ => Err(Refusal::new(format!("Unknown driver '{}'", printable(name)))),
+    }
+}
+
+/// Parses the name of a cache mode.
+///
+/// # Errors
+///
+/// If there is none of that name.
+pub(super) fn parse_cache(name: &str) -> Result<CacheMode, Refusal> {
+    match name {
+        "off" => Ok(CacheMode::None),
+        _ => CacheMode::from_name(name)
+            .ok_or_else(|| Refusal::new(format!("Invalid cache option: {}", printable(name)))),
+    }
+}
