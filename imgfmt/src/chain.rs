@@ -251,8 +251,9 @@ fn open_layer(layer: Unopened, files: &mut Files) -> Result<Opened> {
         Format::Qcow2 => open_qcow2(storage, path, &options, files)?,
         _ => {
             let mut open = |name: &OsStr| {
-                refuse_device(path, name, &options)?;
-                open_beside(path, name, &options, files)
+                let target = options.policy.resolve(path, name)?;
+                refuse_device(&target)?;
+                open_beside(target, &options, files)
             };
             let opening = Opening { storage, path, files: Some(&mut open) };
             let foreign = open_foreign(format, opening)?;
@@ -280,31 +281,30 @@ fn open_qcow2(
 ) -> Result<(Driver, Option<Named>)> {
     let mut image = Box::new(Qcow2::open(storage, path, options, Purpose::Use)?);
     if let Some(name) = image.data_file_name() {
-        let data = open_beside(path, &name, options, files)?;
+        let target = options.policy.resolve(path, &name)?;
+        let data = open_beside(target, options, files)?;
         image.attach_data_file(data, options.is_synced);
     }
     let name = image.backing_name().map(Named::from);
     Ok((Driver::Qcow2(image), name))
 }
 
-/// Opens a file with a part of an image's data, which the image at `path` names.
+/// Opens a file with a part of an image's data, which the image names.
 fn open_beside(
-    path: Option<&Path>,
-    name: &OsStr,
+    target: NameTarget,
     options: &OpenOptions,
     files: &mut Files,
 ) -> Result<Arc<dyn Storage>> {
-    let target = options.policy.resolve(path, name)?;
     let opened = open_target(target, options, options.access, &files.layers)?;
     files.note(opened.path.as_deref(), opened.storage.identity());
     Ok(opened.storage)
 }
 
-/// Refuses names that lead to anything but a file: formats that are only read name whole disks of a
-/// host, and whoever made the image does not decide that one is read.
-fn refuse_device(path: Option<&Path>, name: &OsStr, options: &OpenOptions) -> Result<()> {
-    let NameTarget::File(file) = options.policy.resolve(path, name)? else { return Ok(()) };
-    match std::fs::metadata(&file) {
+/// Refuses what is there and no file: formats that are only read name whole disks of a host, and
+/// whoever made the image does not decide that one is read.
+fn refuse_device(target: &NameTarget) -> Result<()> {
+    let NameTarget::File(file) = target else { return Ok(()) };
+    match std::fs::metadata(file) {
         Ok(metadata) if !metadata.is_file() => {
             let detail = "the image names it as a part of its disk, and it is no file";
             Err(Error::new(ErrorKind::PolicyDenied, "open", detail).with_path(file))

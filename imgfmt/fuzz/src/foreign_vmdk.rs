@@ -1,17 +1,35 @@
 //! Images of VMware: the bytes are those of a sparse extent or of a descriptor.
 
-use imgfmt::Format;
+use std::sync::Arc;
+
+use imgfmt::storage::MemoryStorage;
+use imgfmt::{Format, Image, OpenOptions, OpenPolicy, Storage};
 
 use super::foreign::foreign;
+use super::look;
 
 /// The size of a grain, and how many a table has.
 pub(crate) const GRAIN: usize = 4096;
 const ENTRIES: usize = 4;
 const SECTOR: usize = 512;
 
-/// An image of VMware.
+/// An image of VMware: a descriptor, or a sparse extent with a descriptor or one that is named by one.
 pub(crate) fn vmdk(data: &[u8]) {
     foreign(Format::Vmdk, data);
+    if data.len() > 1 << 20 || data.starts_with(b"#") {
+        return;
+    }
+    let storage = Arc::new(MemoryStorage::from_bytes(data));
+    let opener = move |_: &str| Ok(Arc::clone(&storage) as Arc<dyn Storage>);
+    let options = OpenOptions::new()
+        .format(Format::Vmdk)
+        .policy(OpenPolicy::deny().allow_scheme("part", Arc::new(opener)));
+    let descriptor =
+        b"# Disk DescriptorFile\nversion=1\nRW 40 SPARSE \"part:\"\nRW 3 FLAT \"part:\" 0\n";
+    let descriptor = Arc::new(MemoryStorage::from_bytes(descriptor));
+    if let Ok(image) = Image::from_storage(descriptor, &options) {
+        look(&image);
+    }
 }
 
 /// The seeds of the target: sound images.
@@ -34,6 +52,8 @@ pub(crate) fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
             hosted(&Hosted { flags: COMPRESSED, at_end: true, ..Hosted::new(&[0, 0, 2, 3]) }),
         ),
         ("vmdk", "descriptor", descriptor.into()),
+        ("vmdk", "cowd", cowd(&[0, 2, 3, 0, 4])),
+        ("vmdk", "space_efficient", space_efficient(&[0, 2, 1, 3, 4])),
     ]
 }
 
@@ -162,4 +182,59 @@ pub(crate) fn zlib(bytes: &[u8]) -> Vec<u8> {
     });
     stream.extend((b << 16 | a).to_be_bytes());
     stream
+}
+
+/// A `COWD` extent with one table; grains as [`hosted`] has them.
+pub(crate) fn cowd(grains: &[u8]) -> Vec<u8> {
+    let mut image = vec![0; (1 + 4096 * 4 / SECTOR + 1) * SECTOR];
+    image[..4].copy_from_slice(b"COWD");
+    let fields = [1, 3, (grains.len() * GRAIN / SECTOR) as u32, (GRAIN / SECTOR) as u32, 1, 1];
+    for (place, field) in image[4..28].chunks_exact_mut(4).zip(fields) {
+        place.copy_from_slice(&field.to_le_bytes());
+    }
+    image[SECTOR..SECTOR + 4].copy_from_slice(&2u32.to_le_bytes());
+    for (number, value) in grains.iter().enumerate().filter(|(_, value)| **value > 1) {
+        let sector = (image.len() / SECTOR) as u32;
+        image[2 * SECTOR + number * 4..][..4].copy_from_slice(&sector.to_le_bytes());
+        image.extend(grain_of(*value));
+    }
+    image
+}
+
+/// A space-efficient extent with one table, whose number is 1; of its grains the first are as
+/// [`hosted`] has them.
+pub(crate) fn space_efficient(grains: &[u8]) -> Vec<u8> {
+    const TABLE: usize = 4096 * 8;
+    let (volatile, directory, tables) = (SECTOR, 2 * SECTOR, 3 * SECTOR);
+    let start = tables + 2 * TABLE;
+    let mut image = vec![0; start];
+    let mut put = |offset: usize, number: u64| {
+        image[offset..offset + 8].copy_from_slice(&number.to_le_bytes());
+    };
+    put(0, 0xcafe_babe);
+    put(8, 0x2_0000_0001);
+    put(16, (grains.len() * GRAIN / SECTOR) as u64);
+    put(24, 8);
+    put(32, 64);
+    for (field, place) in [(80, volatile), (128, directory), (144, tables), (192, start)] {
+        put(field, (place / SECTOR) as u64);
+        put(field + 8, 1);
+    }
+    put(volatile, 0xcafe_cafe);
+    put(directory, 0x1000_0000 << 32 | 1);
+    let stored = grains.iter().scan(0, |next, value| {
+        let number = *next;
+        *next += u64::from(*value > 1);
+        Some(number)
+    });
+    for (place, (value, number)) in grains.iter().zip(stored).enumerate() {
+        let entry = match value {
+            0 => 0,
+            1 => 2 << 60,
+            _ => 3 << 60 | (number & 0xfff) << 48 | number >> 12,
+        };
+        put(tables + TABLE + place * 8, entry);
+    }
+    image.extend(grains.iter().filter(|value| **value > 1).flat_map(|value| grain_of(*value)));
+    image
 }

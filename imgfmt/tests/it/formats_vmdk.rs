@@ -4,7 +4,10 @@ use std::path::Path;
 
 use imgfmt::{BackingFile, Error, ErrorKind, ExtentKind, Format, Image, OpenOptions, OpenPolicy};
 
-use crate::bodies::foreign_vmdk::{COMPRESSED, GRAIN, Hosted, grain_of, hosted};
+use crate::bodies;
+use crate::bodies::foreign_vmdk::{
+    COMPRESSED, GRAIN, Hosted, cowd, grain_of, hosted, space_efficient,
+};
 use crate::chains_vs_qemu::{Layer, compare_data, compare_maps, compare_parts};
 use crate::common::{Random, all_extents, at, has_tool, qemu, range, run, text};
 
@@ -289,9 +292,69 @@ fn a_part_of_a_disk_is_not_taken_for_a_disk() {
     let path = directory.path().join("disk-s001.vmdk");
     let mut part = hosted(&Hosted::new(&[5]));
     part[28..44].fill(0);
-    std::fs::write(&path, &part).unwrap();
-    let error = open_error(&path);
-    assert!(error.to_string().contains("open the descriptor"), "{error}");
+    for part in [part, cowd(&[5]), space_efficient(&[5])] {
+        std::fs::write(&path, &part).unwrap();
+        let error = open_error(&path);
+        assert!(error.to_string().contains("open the descriptor"), "{error}");
+    }
+}
+
+#[test]
+fn extents_of_esx_show_the_parent_where_they_have_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str| directory.path().join(name);
+    let (base, path) = (file("base.vmdk"), file("disk.vmdk"));
+    std::fs::write(file("base-flat.vmdk"), [9; 5 * GRAIN]).unwrap();
+    describe(&base, "RW 40 VMFS \"base-flat.vmdk\"");
+    let text = std::fs::read_to_string(&base).unwrap();
+    std::fs::write(&base, text.replace("custom", "vmfs")).unwrap();
+    std::fs::write(file("cowd"), cowd(&[0, 2, 0, 3, 4])).unwrap();
+    std::fs::write(file("space"), space_efficient(&[0, 2, 1, 3, 4])).unwrap();
+    for (kind, name, create_type, third) in
+        [("VMFSSPARSE", "cowd", "vmfsSparse", 9), ("SESPARSE", "space", "seSparse", 0)]
+    {
+        describe(&path, &format!("RW 40 {kind} \"{name}\""));
+        let text = std::fs::read_to_string(&path).unwrap();
+        let below = "parentCID=0000000a\r\nparentFileNameHint=\"base.vmdk\"";
+        let text = text.replace("parentCID=ffffffff", below).replace("custom", create_type);
+        std::fs::write(&path, &text).unwrap();
+        let parts = [vec![9; GRAIN], grain_of(2), vec![third; GRAIN], grain_of(3), grain_of(4)];
+        assert!(read(&path) == parts.concat(), "{kind}");
+        let image = Image::open(&path, &options()).unwrap();
+        let depths: Vec<u32> = all_extents(&image, range(0, image.size()))
+            .iter()
+            .flat_map(|extent| vec![extent.depth; extent.range.length() as usize / GRAIN])
+            .collect();
+        assert_eq!(depths, [2, 1, if third == 0 { 1 } else { 2 }, 1, 1], "{kind}");
+        if has_tool("qemu-img") {
+            assert!(qemu::content(&path, "vmdk") == parts.concat(), "{kind}: QEMU");
+        }
+        std::fs::write(&path, text.replace("parentCID=0000000a", "parentCID=0000000b")).unwrap();
+        assert!(open_error(&path).to_string().contains("was changed since"), "{kind}");
+    }
+    let mut dirty = space_efficient(&[2]);
+    dirty[SECTOR + 24] = 1;
+    std::fs::write(file("space"), dirty).unwrap();
+    describe(&path, "RW 8 SESPARSE \"space\"");
+    assert!(open_error(&path).to_string().contains("journal"));
+}
+
+#[test]
+fn damaged_extents_of_esx_are_survived() {
+    for good in [cowd(&[0, 2, 3]), space_efficient(&[0, 2, 1, 3])] {
+        let words = good.chunks(4).enumerate().filter(|(_, word)| **word != [0; 4]);
+        let places = words.map(|(place, _)| place * 4).chain((0..256).step_by(4));
+        for place in places {
+            for value in [0, 1, u32::MAX, 0x8000_0000, 0x7fff_ffff, 0x3000_0000, 0x1000_0000] {
+                let mut bad = good.clone();
+                bad[place..place + 4].copy_from_slice(&value.to_le_bytes());
+                bodies::foreign_vmdk::vmdk(&bad);
+            }
+        }
+        for length in (0..good.len()).step_by(509) {
+            bodies::foreign_vmdk::vmdk(&good[..length]);
+        }
+    }
 }
 
 #[test]

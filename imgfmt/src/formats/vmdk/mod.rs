@@ -5,6 +5,7 @@
 //! file of its own, or lies in the only extent.
 
 mod descriptor;
+mod esx;
 mod grain;
 mod sparse;
 
@@ -26,25 +27,21 @@ use crate::mapping::{Encoded, Lookup, Mapped};
 use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange, span};
 
-/// Sparse extents of ESX, which only a descriptor makes a disk of.
-const ESX_MAGICS: [&[u8]; 2] = [
-    b"COWD",
-    // Space-efficient ones: the magic number and the version 2.1.
-    b"\xbe\xba\xfe\xca\0\0\0\0\x01\0\0\0\x02\0\0\0",
-];
-
 /// Whether a file that begins so is an image.
 pub(super) fn starts(start: &[u8]) -> bool {
-    start.starts_with(&HOSTED_MAGIC)
-        || ESX_MAGICS.iter().any(|magic| start.starts_with(magic))
-        || descriptor::starts(start)
+    start.starts_with(&HOSTED_MAGIC) || is_of_esx(start) || descriptor::starts(start)
+}
+
+/// Whether this is a sparse extent of ESX, which only a descriptor makes a disk of.
+fn is_of_esx(start: &[u8]) -> bool {
+    [esx::COWD_MAGIC, esx::SPACE_EFFICIENT_MAGIC].iter().any(|magic| start.starts_with(magic))
 }
 
 pub(super) fn open(opening: Opening<'_>) -> Result<Box<dyn ForeignImage>> {
     let Opening { storage, path, files } = opening;
     let file = Arc::new(ImageFile::new(storage, path)?);
     let start = file.start()?;
-    if ESX_MAGICS.iter().any(|magic| start.starts_with(magic)) {
+    if is_of_esx(&start) {
         return Err(file.unsupported(PART));
     }
     if !start.starts_with(&HOSTED_MAGIC) {
@@ -175,7 +172,7 @@ impl ExtentOpener<'_, '_> {
             self.flat.insert(name, Arc::clone(&file));
             return Ok(Data::Flat(file, line.offset));
         }
-        let sparse = Sparse::open(file)?;
+        let sparse = open_sparse(file)?;
         if sparse.capacity < line.length {
             let detail = "it is shorter than the descriptor of its disk says";
             return Err(sparse.file.invalid(detail));
@@ -195,6 +192,21 @@ impl ExtentOpener<'_, '_> {
         }
         let nameless = || Error::new(ErrorKind::InvalidFormat, "open", "an extent has no name");
         Err(first_error.unwrap_or_else(nameless))
+    }
+}
+
+/// Opens a sparse extent of the kind that it begins as.
+fn open_sparse(file: Arc<ImageFile>) -> Result<Sparse> {
+    let start = file.start()?;
+    if start.starts_with(&HOSTED_MAGIC) {
+        let header = HostedHeader::read(&file)?;
+        Sparse::hosted(file, &header)
+    } else if start.starts_with(esx::COWD_MAGIC) {
+        esx::cowd(file)
+    } else if start.starts_with(esx::SPACE_EFFICIENT_MAGIC) {
+        esx::space_efficient(file)
+    } else {
+        Err(file.invalid("it has none of the headers that sparse extents have"))
     }
 }
 

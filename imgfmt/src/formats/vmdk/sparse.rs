@@ -54,30 +54,54 @@ pub(super) const MARKER_LENGTH: usize = 12;
 const ABSENT: u32 = 0;
 const ZEROED: u32 = 1;
 
+/// Entries of space-efficient extents, by their upper bits.
+mod upper {
+    /// A directory has the table whose number the lower bits are.
+    pub(super) const TABLE: u64 = 0x1000_0000;
+    /// The guest discarded the grain.
+    pub(super) const UNMAPPED: u64 = 1;
+    pub(super) const ZEROED: u64 = 2;
+    pub(super) const STORED: u64 = 3;
+}
+
 /// An open sparse extent.
 #[derive(Debug)]
 pub(super) struct Sparse {
     pub(super) file: Arc<ImageFile>,
+    /// In bytes, as all sizes and offsets here.
     pub(super) capacity: u64,
-    /// The size of a grain, in bytes.
     pub(super) grain: u64,
     /// How many grains a table covers.
     entries: u64,
-    /// Where the directory is, in bytes.
     directory: u64,
     redundant: Option<u64>,
-    pub(super) kind: Kind,
+    kind: Kind,
+}
+
+/// Sizes and places in sectors, as a header has them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layout {
+    pub(super) capacity: u64,
+    pub(super) grain: u64,
+    pub(super) entries: u64,
+    pub(super) directory: u64,
+    pub(super) redundant: Option<u64>,
 }
 
 /// What the kinds of sparse extents do not share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    Hosted {
+    Plain {
         has_zeroed: bool,
     },
     Compressed {
         /// Before each grain is written which one it is, and how long.
         has_markers: bool,
+    },
+    /// Entries of 8 bytes, which count from here on, in bytes.
+    SpaceEfficient {
+        tables: u64,
+        grains: u64,
     },
 }
 
@@ -122,15 +146,6 @@ impl HostedHeader {
 }
 
 impl Sparse {
-    /// Opens a file that a descriptor names.
-    pub(super) fn open(file: Arc<ImageFile>) -> Result<Self> {
-        if !file.start()?.starts_with(&HOSTED_MAGIC) {
-            return Err(file.invalid("it has none of the headers that sparse extents have"));
-        }
-        let header = HostedHeader::read(&file)?;
-        Self::hosted(file, &header)
-    }
-
     pub(super) fn hosted(file: Arc<ImageFile>, header: &HostedHeader) -> Result<Self> {
         let (version, flags) = (header.u32(4), header.u32(8));
         if !(1..=3).contains(&version) {
@@ -145,7 +160,7 @@ impl Sparse {
             return Err(file.invalid(detail));
         }
         let kind = match u16_le_at(&header.0, 77) {
-            0 => Kind::Hosted { has_zeroed: flag(2) },
+            0 => Kind::Plain { has_zeroed: flag(2) },
             1 => Kind::Compressed { has_markers: flag(17) },
             other => {
                 let detail =
@@ -157,54 +172,40 @@ impl Sparse {
         if entries == 0 || entries > TABLE_MAX {
             return Err(file.invalid(format!("its tables have {entries} entries")));
         }
-        let redundant = if flag(1) { header.u64(48).checked_mul(SECTOR) } else { None };
-        Self {
-            file,
+        let layout = Layout {
             capacity: header.capacity(),
             grain: header.u64(20),
             entries: u64::from(entries),
             directory: header.u64(56),
-            redundant,
-            kind,
-        }
-        .checked()
+            redundant: if flag(1) { Some(header.u64(48)) } else { None },
+        };
+        Self::new(file, layout, kind)
     }
 
-    /// Checks an extent of which sizes and offsets are still sectors.
-    fn checked(self) -> Result<Self> {
+    /// Checks what a header says. A table has up to 4096 entries.
+    pub(super) fn new(file: Arc<ImageFile>, layout: Layout, kind: Kind) -> Result<Self> {
         let in_bytes =
             |sectors: u64| sectors.checked_mul(SECTOR).filter(|bytes| *bytes <= i64::MAX as u64);
-        let grain_max = match self.kind {
-            Kind::Hosted { .. } => GRAIN_MAX,
+        let grain_max = match kind {
             Kind::Compressed { .. } => COMPRESSED_GRAIN_MAX,
+            _ => GRAIN_MAX,
         };
         let grain =
-            in_bytes(self.grain).filter(|grain| *grain <= grain_max && grain.is_power_of_two());
+            in_bytes(layout.grain).filter(|grain| *grain <= grain_max && grain.is_power_of_two());
         let Some(grain) = grain else {
-            return Err(self
-                .file
-                .invalid(format!("its grains of {} sectors cannot be", self.grain)));
+            return Err(file.invalid(format!("its grains of {} sectors cannot be", layout.grain)));
         };
-        let capacity = in_bytes(self.capacity);
-        let Some((capacity, mut directory)) = capacity.zip(in_bytes(self.directory)) else {
-            return Err(self.file.invalid("its size or its directory cannot be"));
+        let Some(capacity) = in_bytes(layout.capacity) else {
+            return Err(file.invalid(format!("its {} sectors cannot be", layout.capacity)));
         };
-        let length = capacity.div_ceil(grain * self.entries) * self.entry_length();
-        let mut redundant = self.redundant;
-        if !self.file.has(directory, length) {
-            // The other directory has the same.
-            match redundant.take() {
-                Some(other) if self.file.has(other, length) => directory = other,
-                _ => return Err(self.file.invalid(CUT_OFF)),
-            }
-        }
-        redundant = redundant.filter(|other| self.file.has(*other, length));
-        Ok(Self { capacity, grain, directory, redundant, ..self })
-    }
-
-    /// The length of an entry of the directory or a table, in bytes.
-    fn entry_length(&self) -> u64 {
-        4
+        let entries = layout.entries;
+        let length = capacity.div_ceil(grain * entries) * kind.entry_length();
+        // Either directory has all.
+        let places = [Some(layout.directory), layout.redundant].into_iter().flatten();
+        let mut places = places.filter_map(in_bytes).filter(|place| file.has(*place, length));
+        let Some(directory) = places.next() else { return Err(file.invalid(CUT_OFF)) };
+        let redundant = places.next();
+        Ok(Self { file, capacity, grain, entries, directory, redundant, kind })
     }
 
     /// What there is from an offset of the extent on, which is `guest` on the disk.
@@ -220,30 +221,54 @@ impl Sparse {
         let absent = Piece { length: coverage - offset % coverage, place: Place::Absent };
         let Some(found) = self.table_entry(lookups, table, entry, guest)? else { return Ok(None) };
         let Some(place) = found else { return Ok(Some(absent)) };
-        let Some(entry) = lookups.tables.u32_le(place, guest)? else { return Ok(None) };
-        let place = match (entry, self.kind) {
+        let place = match self.kind {
+            Kind::SpaceEfficient { grains, .. } => {
+                let entry = lookups.tables.bytes(place, guest)?.map(u64::from_le_bytes);
+                entry.map(|entry| self.space_efficient(entry, grains, inside, guest)).transpose()?
+            }
+            _ => {
+                let entry = lookups.tables.u32_le(place, guest)?;
+                entry.map(|entry| self.place(entry, inside, guest)).transpose()?
+            }
+        };
+        Ok(place.map(|place| Piece { length: self.grain - inside, place }))
+    }
+
+    /// What an entry of 4 bytes means.
+    fn place(&self, entry: u32, inside: u64, guest: u64) -> Result<Place> {
+        let offset = u64::from(entry) * SECTOR;
+        Ok(match (entry, self.kind) {
             (ABSENT, _) => Place::Absent,
-            (ZEROED, Kind::Hosted { has_zeroed: true }) => Place::Zero,
+            (ZEROED, Kind::Plain { has_zeroed: true }) => Place::Zero,
             (ZEROED, _) => {
                 return Err(self.file.corrupt("its table takes the header for a grain", guest));
             }
-            (sector, Kind::Hosted { .. }) => Place::Stored(u64::from(sector) * SECTOR + inside),
-            (sector, Kind::Compressed { .. }) => Place::Encoded(Encoded {
-                offset: HostOffset::new(u64::from(sector) * SECTOR),
-                length: self.encoded_max(),
+            (_, Kind::Compressed { .. }) => Place::Encoded(Encoded {
+                offset: HostOffset::new(offset),
+                length: 2 * self.grain + MARKER_LENGTH as u64,
             }),
-        };
-        Ok(Some(Piece { length: self.grain - inside, place }))
+            _ => Place::Stored(offset + inside),
+        })
+    }
+
+    /// What an entry of 8 bytes means: of the number of a grain the upper 12 bits come last.
+    fn space_efficient(&self, entry: u64, grains: u64, inside: u64, guest: u64) -> Result<Place> {
+        let number = entry >> 48 & 0xfff | (entry & 0xffff_ffff_ffff) << 12;
+        let stored = || number.checked_mul(self.grain)?.checked_add(grains)?.checked_add(inside);
+        match (entry >> 60, stored()) {
+            (0, _) if entry == 0 => Ok(Place::Absent),
+            (upper::UNMAPPED | upper::ZEROED, _) => Ok(Place::Zero),
+            (upper::STORED, Some(place)) => Ok(Place::Stored(place)),
+            _ => {
+                let detail = format!("its table has {entry:#x}, which means nothing");
+                Err(self.file.corrupt(detail, guest))
+            }
+        }
     }
 
     /// Whether before each compressed grain is written which one it is.
     pub(super) fn has_markers(&self) -> bool {
         self.kind == Kind::Compressed { has_markers: true }
-    }
-
-    /// The length that a compressed grain has at most, with its marker.
-    fn encoded_max(&self) -> u64 {
-        2 * self.grain + MARKER_LENGTH as u64
     }
 
     /// Where an entry of a table is, if the table exists; `None` if that would take waiting.
@@ -254,19 +279,42 @@ impl Sparse {
         entry: u64,
         guest: u64,
     ) -> Result<Option<Option<u64>>> {
-        let length = self.entry_length();
+        let length = self.kind.entry_length();
         for directory in [Some(self.directory), self.redundant].into_iter().flatten() {
             let place = directory + table * length;
-            let Some(sector) = lookups.directory.u32_le(place, guest)? else { return Ok(None) };
-            if sector == ABSENT {
-                return Ok(Some(None));
-            }
-            let place = u64::from(sector) * SECTOR + entry * length;
-            if self.file.has(place, length) {
+            let start = match self.kind {
+                Kind::SpaceEfficient { tables, .. } => {
+                    let found = lookups.directory.bytes(place, guest)?.map(u64::from_le_bytes);
+                    let Some(found) = found else { return Ok(None) };
+                    let number = found & 0xffff_ffff;
+                    match found >> 32 {
+                        0 if found == 0 => return Ok(Some(None)),
+                        upper::TABLE => Some(tables.saturating_add(number * self.entries * length)),
+                        _ => None,
+                    }
+                }
+                _ => match lookups.directory.u32_le(place, guest)? {
+                    None => return Ok(None),
+                    Some(ABSENT) => return Ok(Some(None)),
+                    Some(sector) => Some(u64::from(sector) * SECTOR),
+                },
+            };
+            let place = start.map(|start| start.saturating_add(entry * length));
+            if let Some(place) = place.filter(|place| self.file.has(*place, length)) {
                 return Ok(Some(Some(place)));
             }
         }
-        Err(self.file.corrupt("the table of grains lies beyond the end of the file", guest))
+        Err(self.file.corrupt("its directory names a table that cannot be", guest))
+    }
+}
+
+impl Kind {
+    /// The length of an entry of the directory or a table, in bytes.
+    fn entry_length(self) -> u64 {
+        match self {
+            Self::SpaceEfficient { .. } => 8,
+            _ => 4,
+        }
     }
 }
 
