@@ -2,7 +2,7 @@
 //!
 //! `direct`: servers with `--cache none`, beside qemu-nbd's `none` with both kinds of asynchronous
 //! I/O. Nothing of the files is in the page cache. `durable`: writes with FUA, and with a FLUSH after
-//! every 16, beside qemu-nbd with its cache and without. Rows in place go to a file without holes,
+//! every 16, through the page cache and with `--cache none`, beside qemu-nbd with and without it. Rows in place go to a file without holes,
 //! rows that allocate get a fresh image for each block.
 
 use std::fs;
@@ -40,10 +40,11 @@ const PEERS_NONE: [(&str, &[&str]); 2] = [
     ("qemu-nbd-io-uring", &["--cache=none", "--aio=io_uring"]),
     ("qemu-nbd-native", &["--cache=none", "--aio=native"]),
 ];
-const PEERS_DURABLE: [(&str, &[&str]); 3] = [
+const PEERS_DURABLE: [(&str, &[&str]); 4] = [
     ("qemu-nbd", &["--cache=writeback"]),
     ("qemu-nbd-io-uring", &["--cache=writeback", "--aio=io_uring"]),
     ("qemu-nbd-direct", &["--cache=none", "--aio=io_uring"]),
+    ("qemu-nbd-direct-native", &["--cache=none", "--aio=native"]),
 ];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +61,8 @@ struct Work {
     pattern: Pattern,
     depth: u32,
     durable: Durable,
+    /// Our server bypasses the page cache.
+    is_uncached: bool,
 }
 
 fn direct_works() -> impl Iterator<Item = Work> {
@@ -71,18 +74,21 @@ fn direct_works() -> impl Iterator<Item = Work> {
         (Disk::Empty, Pattern::RandomWrite),
     ];
     kinds.into_iter().flat_map(|(disk, pattern)| {
-        let durable = Durable::No;
-        [1, 16, 64].map(|depth| Work { disk, pattern, depth, durable })
+        let (durable, is_uncached) = (Durable::No, true);
+        [1, 16, 64].map(|depth| Work { disk, pattern, depth, durable, is_uncached })
     })
 }
 
 fn durable_works() -> impl Iterator<Item = Work> {
-    [Disk::Raw, Disk::Qcow2, Disk::Empty].into_iter().flat_map(|disk| {
+    let disks = [Disk::Raw, Disk::Qcow2, Disk::Empty];
+    let disks = [false, true].into_iter().flat_map(move |none| disks.map(|disk| (disk, none)));
+    disks.flat_map(|(disk, is_uncached)| {
         [Durable::Fua, Durable::FlushEvery(16)].map(|durable| Work {
             disk,
             pattern: Pattern::RandomWrite,
             depth: 16,
             durable,
+            is_uncached,
         })
     })
 }
@@ -92,7 +98,8 @@ fn direct_contests(_: &Options) -> Vec<Contest> {
 }
 
 fn durable_contests(_: &Options) -> Vec<Contest> {
-    durable_works().map(|work| work.contest(&[], &PEERS_DURABLE)).collect()
+    let ours = |work: Work| if work.is_uncached { OURS_NONE } else { &[] };
+    durable_works().map(|work| work.contest(ours(work), &PEERS_DURABLE)).collect()
 }
 
 fn direct_bars() -> Vec<ContestBar> {
@@ -139,7 +146,8 @@ impl Work {
             Durable::Fua => "-fua".to_owned(),
             Durable::FlushEvery(writes) => format!("-flush{writes}"),
         };
-        format!("{group}-{what}{durable}-4k-qd{}", self.depth)
+        let cache = if self.is_uncached && !self.is_direct() { "-none" } else { "" };
+        format!("{group}{cache}-{what}{durable}-4k-qd{}", self.depth)
     }
 
     fn bar(self, against: Against, least: f64) -> ContestBar {
@@ -236,8 +244,12 @@ mod tests {
     #[test]
     fn rows_say_what_is_done_how_durable_and_at_which_depth() {
         let names: Vec<String> = direct_works().chain(durable_works()).map(Work::name).collect();
-        assert_eq!(names.len(), 21, "{names:?}");
-        for name in ["direct-raw-randwrite-4k-qd64", "durable-qcow2-allocate-flush16-4k-qd16"] {
+        assert_eq!(names.len(), 27, "{names:?}");
+        for name in [
+            "direct-raw-randwrite-4k-qd64",
+            "durable-qcow2-allocate-flush16-4k-qd16",
+            "durable-none-raw-randwrite-fua-4k-qd16",
+        ] {
             assert!(names.iter().any(|other| other == name), "{names:?}");
         }
     }
