@@ -1,7 +1,7 @@
 //! Writes the manual pages of the program from the definitions of its command line:
 //! `cargo xtask man DIR`.
 //!
-//! It is not part of the program, which would grow for pages that packages contain anyway.
+//! It is not part of the program, because packages contain the pages.
 
 use std::fs;
 use std::io;
@@ -37,7 +37,7 @@ pub(crate) fn write_pages(directory: &Path) -> io::Result<()> {
 
 fn write_page(command: &Command, above: Option<&str>, directory: &Path) -> io::Result<()> {
     let page = Man::new(command.clone())
-        // None, so that two builds are the same. The generator drops an empty word.
+        // No date, so that two builds are equal. The generator drops an empty word.
         .date(" ")
         .source(format!("nbd-cli {}", env!("CARGO_PKG_VERSION")))
         .manual("User Commands");
@@ -63,7 +63,7 @@ fn write_page(command: &Command, above: Option<&str>, directory: &Path) -> io::R
     subcommands().try_for_each(|below| write_page(below, Some(name), directory))
 }
 
-/// The text after the help: `Examples:` and `Exit codes:` are sections of their own.
+/// The text after the help: `Examples:` and `Exit codes:` become sections.
 fn sections(after: &str) -> Roff {
     let mut roff = Roff::new();
     let mut in_notes = false;
@@ -92,7 +92,7 @@ fn sections(after: &str) -> Roff {
     roff
 }
 
-/// Indented lines are shown as they are, others are filled.
+/// Indented lines are kept, others are filled.
 fn lines(roff: &mut Roff, text: &str) {
     let mut is_literal = false;
     for line in text.lines() {

@@ -1,4 +1,4 @@
-//! The whole command line: the commands and their common options.
+//! The command line: the commands and their common options.
 
 use clap::{ArgAction, Parser, Subcommand};
 
@@ -37,8 +37,8 @@ Exit codes:
 #[derive(Debug, Parser)]
 #[command(name = "nbd-cli", version, after_help = AFTER_HELP, max_term_width = 100)]
 pub struct Cli {
-    /// Log to standard error; twice for negotiation details and every request served. Without it, the
-    /// environment variable NBD_LOG has the level, or levels of parts (info,nbd_server=debug).
+    /// Log to standard error; twice for negotiation details and every request served. Without it,
+    /// the environment variable NBD_LOG sets the level, or levels of parts (info,nbd_server=debug).
     #[arg(short, long, action = ArgAction::Count, global = true)]
     pub verbose: u8,
 
@@ -83,7 +83,7 @@ pub enum Command {
     Devices(devices::DevicesArgs),
     /// Inspect and control a running server
     Control(control::ControlArgs),
-    /// Show what a running server does, live
+    /// Show the activity of a running server, live
     Top(top::TopArgs),
     /// Create, inspect, convert and change disk images
     Image(image::ImageArgs),
@@ -100,11 +100,11 @@ pub enum Command {
 }
 
 impl Command {
-    /// Returns whether the command creates or changes a disk, so that a signal must not simply kill
-    /// it. `backup` handles signals itself, because of its checkpoint.
+    /// Returns whether the command creates or changes a disk, so that a signal must not kill it.
+    /// `backup` handles signals itself, because of its checkpoint.
     pub(crate) fn writes(&self) -> bool {
         match self {
-            // A load that is interrupted still has a report.
+            // An interrupted load still has a report.
             Self::Copy(_) | Self::Restore(_) | Self::Bench(_) => true,
             Self::Image(args) => args.command.writes(),
             Self::Bitmap(args) => args.command.writes(),

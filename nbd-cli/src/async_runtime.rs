@@ -10,7 +10,7 @@ pub(crate) fn block_on<T>(
     let runtime = runtime()?;
     let result = runtime.block_on(work);
     if signals::caught().is_some() {
-        // A read or write that hangs must not prevent an interrupted command from ending.
+        // A hanging read or write must not prevent an interrupted command from ending.
         runtime.shutdown_background();
     }
     result

@@ -53,7 +53,7 @@ pub struct ServerArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
 
-    /// Time limit for restoring a lost connection, where that does no harm.
+    /// Time limit for restoring a lost connection, for commands that can do so safely.
     #[arg(skip)]
     pub reconnect: Option<Duration>,
 
@@ -78,7 +78,7 @@ impl ServerArgs {
         Remotes::new(move |uri| server.connector(uri)).interrupter(signals::interrupter().clone())
     }
 
-    /// Unused options are a mistake.
+    /// Refuses unused options, which are a mistake.
     pub(crate) fn check<'a>(
         &self,
         uris: impl IntoIterator<Item = &'a NbdUri, IntoIter: Clone>,
@@ -86,7 +86,7 @@ impl ServerArgs {
         let uris = uris.into_iter();
         if self.timeout.is_some() && uris.clone().next().is_none() {
             return Err(CommandError::new(
-                "--timeout is given and no NBD URI: files are not waited for",
+                "--timeout is given without an NBD URI: it has no effect on files",
             ));
         }
         self.tls.check(uris)
@@ -123,7 +123,7 @@ impl ConnectionArgs {
     }
 }
 
-/// The meaning of `--timeout` in all commands.
+/// Applies `--timeout`, in the same way for all commands.
 fn limited(connector: Connector, limit: Option<Duration>) -> Connector {
     match limit {
         Some(limit) => connector.request_timeout(limit).handshake_timeout(limit),
@@ -152,7 +152,7 @@ pub enum OnOff {
 }
 
 impl TlsArgs {
-    /// Unused credentials are a mistake that would leave a connection unprotected.
+    /// Refuses unused credentials, a mistake that would leave a connection unprotected.
     pub(crate) fn check<'a>(
         &self,
         uris: impl IntoIterator<Item = &'a NbdUri>,
@@ -179,8 +179,7 @@ impl TlsArgs {
         settings
     }
 
-    /// Returns the settings of a connection. The user of the program wrote the URI: it may name
-    /// files.
+    /// Returns the settings of a connection. The user wrote the URI, so it may name files.
     pub(crate) fn connector(&self, uri: &NbdUri) -> Connector {
         self.settings().apply(Connector::new(uri.clone()).local_files(LocalFiles::Allowed))
     }
@@ -194,7 +193,7 @@ fn usual_directory() -> Option<PathBuf> {
         .find(|directory| directory.join(CA_CERTIFICATE_FILE).is_file())
 }
 
-/// Connects, unless a signal interrupts that; if the export does not exist, the error lists the
+/// Connects, unless a signal interrupts that. If the export does not exist, the error lists the
 /// existing ones.
 pub(crate) async fn connect(connector: &Connector, uri: &NbdUri) -> Result<Client, CommandError> {
     let cancellation = signals::cancellation();

@@ -11,7 +11,7 @@ use crate::error::CommandError;
 use crate::output::Output;
 use crate::terminal::{self, ColorChoice};
 
-/// The beginning and the end of the first line of our pictures.
+/// The beginning and the end of the first line of this program's pictures.
 const FIRST_LINE: [&[u8]; 2] = [
     b"<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"",
     b" role=\"img\" aria-labelledby=\"map-title map-description\">",
@@ -20,7 +20,7 @@ const FIRST_LINE: [&[u8]; 2] = [
 /// Longest first line, in bytes.
 const MAX_FIRST_LINE_LEN: u64 = 512;
 
-/// How a disk is drawn.
+/// The form of a drawing.
 pub(crate) enum Drawing {
     /// As text.
     Text(ColorChoice),
@@ -28,14 +28,14 @@ pub(crate) enum Drawing {
     Svg(Destination),
 }
 
-/// Where a picture goes.
+/// The destination of a picture.
 pub(crate) enum Destination {
     Stdout,
     File(Box<Path>),
 }
 
 impl Drawing {
-    /// Returns the drawing that the options ask for.
+    /// Returns the drawing that the options request.
     pub(crate) fn requested(is_text: bool, color: ColorChoice, svg: Option<&Path>) -> Option<Self> {
         match svg {
             Some(path) if path.as_os_str() == "-" => Some(Self::Svg(Destination::Stdout)),
@@ -70,7 +70,7 @@ impl Drawing {
     }
 }
 
-/// Writes a picture. What may be a disk is not overwritten.
+/// Writes a picture. A file that may be a disk is not overwritten.
 fn write(path: &Path, svg: &str) -> Result<(), CommandError> {
     let shown = path.display();
     let failed = |error: io::Error| CommandError::new(format!("cannot write '{shown}': {error}"));
@@ -83,13 +83,13 @@ fn write(path: &Path, svg: &str) -> Result<(), CommandError> {
     file.write_all(svg.as_bytes()).map_err(failed)
 }
 
-/// Opens a new file, or what may be replaced. Returns `None` if something would be lost.
+/// Opens a new or a replaceable file. Returns `None` if other data would be lost.
 fn open(path: &Path) -> io::Result<Option<File>> {
     match File::create_new(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         created => return created.map(Some),
     }
-    // Before it is opened: that alone rewinds a tape.
+    // Before it is opened: opening rewinds a tape.
     let found = fs::metadata(path)?;
     if !found.is_file() && !is_sink(&found) {
         return Ok(None);
@@ -101,7 +101,7 @@ fn open(path: &Path) -> io::Result<Option<File>> {
         .write(true)
         .custom_flags(rustix::fs::OFlags::NOCTTY.bits() as i32);
     let mut file = options.open(path)?;
-    // By now there may be something else at this path.
+    // The path may name another file by now.
     let opened = file.metadata()?;
     if !opened.is_file() {
         return Ok(is_sink(&opened).then_some(file));
@@ -114,7 +114,7 @@ fn open(path: &Path) -> io::Result<Option<File>> {
     Ok(Some(file))
 }
 
-/// Returns whether what is written there is passed on or dropped: FIFOs, terminals and `/dev/null`.
+/// Returns whether written data is not stored: FIFOs, terminals and `/dev/null`.
 fn is_sink(metadata: &Metadata) -> bool {
     // Linux's numbers (admin-guide/devices.txt): consoles and serial lines, `/dev/tty`, and pseudo
     // terminals.

@@ -66,8 +66,8 @@ impl CommandError {
         Self { kind, message, could_be_shared: false }
     }
 
-    /// Returns whether a file could not be read because another program writes to it, and could be
-    /// read at the same time.
+    /// Returns whether a file could not be read only because another program has it open for
+    /// writing, so that shared reading would help.
     pub(crate) fn could_be_shared(&self) -> bool {
         self.could_be_shared
     }

@@ -24,7 +24,7 @@ impl TypedValueParser for FilePathParser {
         let why = match value.to_str() {
             _ if path.as_os_str().is_empty() => "it is empty; give the name of a file",
             Some(text) if text.starts_with("json:") => {
-                "a file that is changed is given by its name, and its format by an option"
+                "give a file to be changed by its name, and its format by an option"
             }
             _ => return Ok(path.to_owned()),
         };

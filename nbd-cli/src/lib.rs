@@ -1,8 +1,8 @@
 //! The `nbd-cli` command line: serve, inspect, map and copy disks over the Network Block Device
 //! protocol.
 //!
-//! [`run`] is the whole program. Every sub-command is one file below `commands` that holds its
-//! arguments and what it does with them.
+//! [`run`] is the complete program. Every subcommand is one file below `commands` that contains its
+//! arguments and its work.
 
 pub mod args;
 mod async_runtime;
@@ -39,7 +39,7 @@ use crate::signals::EndSignal;
 /// Runs the program with the given arguments (the first is the program's name) and returns its exit
 /// code: 0 for success, 1 for any error, 2 if the property that `info --can` or `--is` checks is
 /// false, 128 + N if signal N interrupted a command that writes. `serve --run` returns the status
-/// of its command; `image check` and `image compare` have codes of their own.
+/// of its command; `image check` and `image compare` have special exit codes.
 ///
 /// Results go to standard output; errors, warnings and progress to standard error.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -126,7 +126,7 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
 
 /// Help and version are requested output; all other errors of the parser are usage errors.
 fn usage(message: &clap::Error, code: u8) -> ExitCode {
-    // There is no remedy for a closed standard error.
+    // A closed standard error cannot be reported.
     let _ = message.print();
     ExitCode::from(if message.use_stderr() { code } else { 0 })
 }

@@ -18,7 +18,7 @@ pub struct LockArgs {
     pub locking: LockingChoice,
 }
 
-/// When image files are locked.
+/// Whether image files are locked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LockingChoice {
     /// Where the file system supports locks; elsewhere with a warning.
@@ -34,7 +34,7 @@ pub enum LockingChoice {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Args)]
 pub struct ShareArgs {
     /// Read an image while another program writes to it. The result may then be a mix of old and
-    /// new, and seem damaged although it is not.
+    /// new, and an intact image may seem damaged.
     #[arg(short = 'U', long)]
     pub force_share: bool,
 }
@@ -53,7 +53,7 @@ impl LockArgs {
         warning(OpenOptions::new().locking(self.locking()))
     }
 
-    /// Opens a file itself.
+    /// Opens the file, not the image in it.
     pub(crate) fn open_file(self, path: &Path, access: Access) -> imgfmt::Result<FileStorage> {
         open_file(path, access, self.locking(), CacheMode::default())
     }
@@ -102,13 +102,13 @@ pub(crate) fn warn_of_no_locks(path: &Path) {
     }
     known.push(path.to_owned());
     warn(&format!(
-        "the file system of '{}' has no locks, so nothing keeps other programs from writing to it \
+        "the file system of '{}' has no locks, so other programs are not kept from writing to it \
          at the same time; add --locking off if none does",
         printable(&path.to_string_lossy())
     ));
 }
 
-/// Returns the error of a command that only reads, with the option that helps if others write.
+/// Returns the error of a reading command, with the option that helps if another program writes.
 pub(crate) fn advise_sharing(error: impl Into<CommandError>) -> CommandError {
     let error = error.into();
     match error.could_be_shared() {

@@ -15,7 +15,8 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use crate::error::CommandError;
 use crate::output::{warn, warn_in_log};
 
-/// Has the levels if there is no `-v`: a level, or levels of parts of the program.
+/// The environment variable with the levels if there is no `-v`: a level, or levels of parts of the
+/// program.
 const LEVELS: &str = "NBD_LOG";
 
 /// Options of the log.
@@ -34,7 +35,7 @@ pub struct LogArgs {
 /// Forms of log lines.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// Words.
+    /// Text.
     #[default]
     Text,
     /// A JSON object per line.
@@ -51,8 +52,8 @@ struct LogFile {
     file: Mutex<File>,
 }
 
-/// Starts logging: with `-v` information, with more everything; otherwise what NBD_LOG says, by
-/// default warnings.
+/// Starts logging: with `-v` at the level info, with more at debug or trace; otherwise at the
+/// levels in NBD_LOG, by default warnings.
 ///
 /// # Errors
 ///
@@ -63,7 +64,7 @@ pub(crate) fn start(verbosity: u8, args: &LogArgs) -> Result<(), CommandError> {
         Some(path) => {
             let path = std::path::absolute(path).map_err(|error| cannot_open(path, &error))?;
             let file = Mutex::new(open(&path).map_err(|error| cannot_open(&path, &error))?);
-            // There is one at most in a process.
+            // A process has at most one.
             let file = FILE.get_or_init(|| LogFile { path, file });
             (BoxMakeWriter::new(move || Line(file)), false)
         }
@@ -73,8 +74,8 @@ pub(crate) fn start(verbosity: u8, args: &LogArgs) -> Result<(), CommandError> {
         .with_writer(writer)
         .with_ansi(is_terminal)
         .with_target(false)
-        // A line that cannot be written, for instance to a full disk, is lost: reporting it in the
-        // same place would panic, and end the connection that the line was about.
+        // A line that cannot be written, for example to a full disk, is lost: reporting that to the
+        // same place would panic, and end a connection.
         .log_internal_errors(false);
     let subscriber = tracing_subscriber::registry().with(levels);
     FORMAT.get_or_init(|| args.log_format);
@@ -104,8 +105,8 @@ fn levels(verbosity: u8, variable: Option<&str>) -> Result<Targets, CommandError
     Ok(Targets::new().with_default(level))
 }
 
-/// Makes the warnings of a running server lines of a log that is a file or JSON. The standard error of
-/// a server in the background has no reader.
+/// Sends the warnings of a running server to the log if that is a file or JSON. The standard error
+/// of a server in the background has no reader.
 pub(crate) fn include_warnings() {
     if FILE.get().is_some() || FORMAT.get() == Some(&LogFormat::Json) {
         warn_in_log();
@@ -132,7 +133,7 @@ fn cannot_open(path: &Path, error: &io::Error) -> CommandError {
     CommandError::new(format!("cannot open the log file '{}': {error}", path.display()))
 }
 
-/// Writes a line, which comes whole.
+/// Writes a line, which arrives complete.
 struct Line(&'static LogFile);
 
 impl Write for Line {

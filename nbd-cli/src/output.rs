@@ -56,8 +56,8 @@ impl Output {
     }
 }
 
-/// Ends the report of a result that the exit code says as well: it must not become success because
-/// the reader of the report has closed the pipe.
+/// Ends a report whose result is also in the exit code: a closed pipe must not turn that code into
+/// success.
 pub(crate) fn unless_closed(written: Result<(), CommandError>) -> Result<(), CommandError> {
     written.or_else(|error| match error.kind() {
         CommandErrorKind::BrokenPipe => Ok(()),

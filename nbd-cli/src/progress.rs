@@ -15,7 +15,7 @@ use nbd_jobs::size::{ByteSize, rounded};
 use crate::output::ReportFormat;
 use crate::terminal::{character_set, columns_of};
 
-/// When progress is shown.
+/// Whether progress is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Visibility {
     /// If standard error is a terminal.
@@ -57,7 +57,7 @@ impl ProgressArgs {
 /// The option that limits the rate of a command.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct RateArgs {
-    /// Read at most so much per second, such as 50M; zeroes that are known as such are free.
+    /// Read at most this much per second, such as 50M; zeroes that need not be read do not count.
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     pub rate: Option<NonZeroU64>,
 }
@@ -70,9 +70,8 @@ impl RateArgs {
 
 fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
     let rate: ByteSize = text.parse()?;
-    NonZeroU64::new(rate.bytes()).ok_or_else(|| {
-        "nothing can be read at a rate of 0; leave the option out for no limit".into()
-    })
+    NonZeroU64::new(rate.bytes())
+        .ok_or_else(|| "nothing can be read at a rate of 0; omit the option for no limit".into())
 }
 
 /// The options of a command that ends with a summary.
@@ -96,7 +95,7 @@ impl SummaryArgs {
         Visibility::of_flags(self.progress, self.quiet)
     }
 
-    /// Returns the form of the summary, if there is to be one.
+    /// Returns the form of the summary, if one is to be printed.
     pub(crate) fn format(self) -> Option<ReportFormat> {
         (!self.quiet).then(|| ReportFormat::from_json_flag(self.json))
     }
@@ -234,7 +233,7 @@ fn summary(done: u64, holes: u64, took: Duration) -> String {
     format!("{} in {seconds:.1} s, {rate}/s: {data} data, {holes} holes", rounded(done))
 }
 
-/// The fewest columns for all figures, and for rate and time.
+/// The minimum number of columns for all figures, and for rate and time.
 const WIDE: usize = 72;
 const MEDIUM: usize = 44;
 
@@ -272,8 +271,7 @@ impl Lines {
             return;
         }
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        // Bytes added by other tasks in the meantime belong to this line, which is then theirs as
-        // well.
+        // Bytes that other tasks have added in the meantime are part of this line.
         let done = self.done.load(Ordering::Relaxed);
         let step = self.step(done);
         if step <= *written {

@@ -1,4 +1,4 @@
-//! The whole terminal as a display, given back on every exit.
+//! The complete terminal as a display, which is restored on every exit.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -28,7 +28,7 @@ pub(crate) struct Screen {
 }
 
 impl Screen {
-    /// Takes the terminal. A panic gives it back before it prints its message.
+    /// Takes the terminal. A panic restores it before it prints its message.
     ///
     /// # Errors
     ///
@@ -70,13 +70,13 @@ impl Screen {
 
     /// Shows these lines, which contain no control characters but those of colours.
     pub(crate) fn draw(&self, lines: &[String]) -> Result<(), CommandError> {
-        // All at once, so that nothing flickers. What was there is overwritten or cleared.
+        // All at once, so that nothing flickers. Old content is overwritten or cleared.
         let text = lines.join("\x1b[K\r\n");
         write(format!("\x1b[H{text}\x1b[K\x1b[J").as_bytes())
     }
 
-    /// Calls `pressed` with each key from a thread of its own while that returns true, and `gone`
-    /// when there will be no more. Keys that send several bytes are left out.
+    /// Calls `pressed` with each key, from a separate thread, while that returns true, and `gone`
+    /// when the terminal is closed. Keys that send several bytes are ignored.
     pub(crate) fn read_keys(
         &self,
         pressed: impl Fn(u8) -> bool + Send + 'static,
@@ -99,7 +99,7 @@ impl Screen {
         thread.map(drop).map_err(|error| unusable(&error))
     }
 
-    /// Gives the terminal back, stops the process as SIGTSTP does, and takes the terminal again when
+    /// Restores the terminal, stops the process as SIGTSTP does, and takes the terminal again when
     /// it is continued.
     pub(crate) fn stop(&self) -> Result<(), CommandError> {
         restore();
@@ -133,18 +133,18 @@ impl Drop for Screen {
 
 fn restore() {
     if restore_modes() {
-        // A terminal that is gone needs nothing.
+        // A closed terminal needs no restoring.
         let _ = write(LEAVE);
     }
 }
 
-/// Gives the terminal back without waiting for it, even if another thread waits until it shows more
-/// (after Ctrl-S). Then what is shown may remain.
+/// Restores the terminal without waiting for it, even if another thread waits for its output (after
+/// Ctrl-S). The display may then remain visible.
 pub(crate) fn restore_at_once() {
     restore_modes();
     let mut options = OpenOptions::new();
     options.write(true).custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32);
-    // A terminal that takes nothing is left as it is.
+    // A terminal that accepts no output is left unchanged.
     let _ = options.open("/dev/tty").and_then(|mut terminal| terminal.write_all(LEAVE));
 }
 
@@ -152,7 +152,7 @@ pub(crate) fn restore_at_once() {
 fn restore_modes() -> bool {
     let taken = changed().take();
     if let Some((terminal, before)) = &taken {
-        // Keys that were not read are dropped. Neither waits until the output is shown.
+        // Unread keys are dropped. Neither call waits for output.
         let _ = tcflush(terminal, QueueSelector::IFlush);
         let _ = tcsetattr(terminal, OptionalActions::Now, before);
     }

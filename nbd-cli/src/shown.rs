@@ -17,7 +17,7 @@ pub(crate) struct Shown {
 }
 
 impl Shown {
-    /// Shows progress or not; warnings in any case.
+    /// Creates an observer that shows warnings, and progress as `visibility` says.
     pub(crate) fn new(visibility: Visibility) -> Arc<Self> {
         Arc::new(Self { visibility, progress: Mutex::new(None) })
     }

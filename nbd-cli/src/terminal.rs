@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use clap::ValueEnum;
 use nbd_jobs::chart::{CharacterSet, Color};
 
-/// When output is coloured.
+/// Whether output is coloured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum ColorChoice {
     /// If standard output is a terminal and NO_COLOR is not set.

@@ -32,8 +32,8 @@ use crate::serving::{
 };
 use crate::signals::{EndSignals, Hangup};
 
-/// Time to wait for the image of a killed process: the kernel may release it after the process has
-/// ended, when its last requests have.
+/// Time to wait for the image of a killed process: the kernel may release it only when the last
+/// requests of the process have ended.
 const RELEASE: Duration = Duration::from_secs(30);
 
 const AFTER_HELP: &str = "\
@@ -71,13 +71,13 @@ pub struct AttachArgs {
     #[arg(short, long)]
     pub read_only: bool,
 
-    /// Size of the device's logical blocks, a power of two from 512 to 4096 [default: the server's
-    /// minimum].
+    /// Size of the device's logical blocks in bytes, a power of two from 512 to 4096 [default: the
+    /// server's minimum].
     #[arg(long, value_name = "SIZE")]
     pub block_size: Option<ByteSize>,
 
     /// Time after which an unanswered request is sent again over another or a new connection, in
-    /// whole seconds or 2m. By default a slow server has all the time it needs, and requests that a
+    /// whole seconds or 2m. By default there is no limit for a slow server, and requests that a
     /// lost connection left unanswered are sent again after at most 30 seconds.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
@@ -103,7 +103,7 @@ pub struct AttachArgs {
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub tls: TlsArgs,
 
-    /// Set by the program itself.
+    /// The role of this process, which the program sets itself.
     #[arg(skip)]
     pub role: Role,
 
@@ -140,8 +140,8 @@ pub struct ImageArgs {
     pub trust: TrustArgs,
 
     /// The use of the page cache for images, and when writes are durable. Another process can adopt
-    /// the device with writethrough and directsync only: with the others the end of this one may
-    /// lose writes that the kernel takes for written.
+    /// the device only with writethrough and directsync: with the other modes, the end of this
+    /// process may lose writes that the kernel counts as written.
     #[arg(long, value_enum, default_value = "writethrough", value_name = "MODE")]
     pub cache: CacheMode,
 
@@ -161,7 +161,7 @@ async fn attach(args: &AttachArgs) -> Result<Outcome, CommandError> {
     let mut signals = EndSignals::new(Hangup::EndsWithTerminal)?;
     let uri = uri(&args.source)?;
     args.tls.check(uri.as_ref())?;
-    // Without it nothing need be opened, and no server be asked.
+    // Checked before anything is opened or a server is contacted.
     ensure_driver()?;
     let pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
     let options = options(args, uri.as_ref())?;
@@ -206,8 +206,8 @@ fn options(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<AttachOptions, Com
     Ok(options)
 }
 
-/// Returns the text by which the device is recognised when it is adopted. A disk of which something
-/// ends with this process must not be: its text is found once only.
+/// Returns the text by which the device is recognised when it is adopted. A disk whose state ends
+/// with this process must not be adopted, so its text is unique.
 fn identifier(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<String, CommandError> {
     let mut text = match uri {
         Some(uri) => uri.to_string(),
@@ -223,8 +223,8 @@ fn identifier(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<String, Command
     if let Some(snapshot) = &args.image.snapshot {
         text = format!("{text} (snapshot {snapshot})");
     }
-    // Changes of a qcow2 image that were not flushed end with this process, and the kernel does not
-    // learn that: a later flush would succeed without them.
+    // Unflushed changes of a qcow2 image are lost with this process, and the kernel does not
+    // notice: a later flush would succeed without them.
     let cache = imgfmt::CacheMode::from(args.image.cache);
     let loses_changes = uri.is_none() && !args.read_only && !cache.is_writethrough();
     if is_memory(&args.source) || args.image.temporary || loses_changes {
@@ -233,7 +233,7 @@ fn identifier(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<String, Command
     Ok(text)
 }
 
-/// Connects to the source or opens it, and gives it to the kernel.
+/// Connects to the source or opens it, and attaches it.
 async fn connected(
     args: &AttachArgs,
     uri: Option<NbdUri>,
@@ -241,7 +241,7 @@ async fn connected(
 ) -> Result<Attached, CommandError> {
     let mut choices = choices(args);
     if uri.is_some() {
-        // As the kernel takes it, whatever the first bytes of the disk look like.
+        // Raw, like the kernel, regardless of the first bytes of the disk.
         choices.format = choices.format.or(Some(Format::Raw));
     }
     if let Some(uri) = &uri

@@ -52,10 +52,10 @@ pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
     Ok(Outcome::Success)
 }
 
-/// The job that a first signal cancels. A second one ends the process at once.
+/// Returns the cancellation that a first signal triggers. A second signal ends the process at once.
 ///
-/// Signals are caught before there is a checkpoint: if one killed this process, the checkpoint
-/// would stay and continue to cost space and time.
+/// Signals are caught before there is a checkpoint: otherwise a signal would kill the process, and
+/// the checkpoint would remain and cost space and time.
 fn cancelled_by_signal() -> Result<Cancellation, CommandError> {
     let mut signals = EndSignals::new(Hangup::Ends)?;
     let cancellation = Cancellation::new();

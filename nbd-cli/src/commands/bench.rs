@@ -1,4 +1,4 @@
-//! `nbd-cli bench`: measures a server under load, and verifies what it keeps.
+//! `nbd-cli bench`: measures a server under load, and verifies its data.
 
 mod arguments;
 mod load;
@@ -62,7 +62,7 @@ fn conclude(report: &BenchReport) -> Result<Outcome, CommandError> {
             format!(", such as the one at offset {}: found {}", block.offset, block.found)
         });
         return Err(CommandError::new(format!(
-            "{} does not hold what was written to it: {} block(s) are wrong{first}",
+            "{} does not contain the written data: {} block(s) are wrong{first}",
             report.uri, verify.bad_blocks
         )));
     }

@@ -62,9 +62,9 @@ pub enum BitmapCommand {
     Disable(ChangeArgs),
     /// Add the dirty ranges of other bitmaps
     Merge(MergeArgs),
-    /// Make an unreliable bitmap usable again: everything counts as dirty then
+    /// Make an unreliable bitmap usable again by marking everything as dirty
     Repair(ChangeArgs),
-    /// Restore the bits of checkpoints that the end of their server cut off
+    /// Restore the bits of checkpoints that the end of a server interrupted
     Recover(ImageArgs),
 }
 
@@ -229,7 +229,7 @@ fn merge(args: &MergeArgs) -> Result<Outcome, CommandError> {
     carry_out(&args.image, |_| Ok(changes))
 }
 
-/// Opens the image and makes changes in one step.
+/// Opens the image and makes all changes at once.
 fn carry_out(
     args: &ImageArgs,
     changes: impl FnOnce(&Image) -> Result<Vec<BitmapChange>, CommandError>,

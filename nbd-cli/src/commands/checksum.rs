@@ -1,4 +1,4 @@
-//! `nbd-cli checksum`: a digest of what a guest sees of a disk.
+//! `nbd-cli checksum`: the digest of a disk as a guest sees it.
 
 use std::ffi::OsString;
 

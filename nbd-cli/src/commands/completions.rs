@@ -1,8 +1,8 @@
 //! `nbd-cli completions`: shell completion scripts for this command line.
 //!
-//! The scripts complete commands, options and files by themselves. For the names of exports,
-//! bitmaps and snapshots, which servers and images know, they run this command with the words of
-//! the command line.
+//! The scripts complete commands, options and files themselves. For the names of exports, bitmaps
+//! and snapshots, they run this command with the words of the command line; it asks servers and
+//! images.
 
 mod names;
 
@@ -31,12 +31,12 @@ pub struct CompletionsArgs {
     #[arg(value_enum, required_unless_present = "words")]
     pub shell: Option<Shell>,
 
-    /// A command line up to the cursor, whose last word is completed by names. For the scripts.
+    /// A command line up to the cursor, whose last word is completed with names. For the scripts.
     #[arg(last = true, hide = true, allow_hyphen_values = true)]
     pub words: Vec<OsString>,
 }
 
-/// Prints the script, or names, for `program`, the whole command line.
+/// Prints the script, or names, for the command line `program`.
 pub(crate) fn run(args: &CompletionsArgs, program: Command) -> Result<Outcome, CommandError> {
     let mut output = Output::new();
     match args.shell {
@@ -89,7 +89,7 @@ if [[ "${BASH_VERSINFO[0]}" -eq 4 && "${BASH_VERSINFO[1]}" -ge 4 || "${BASH_VERS
 fi
 "#;
 
-/// Fish asks for the values of an option only the lines about this option.
+/// For the values of an option, Fish uses only the lines about this option.
 const FISH: &str = r#"
 function __fish_nbd_cli_names
     set -l words (commandline -opc) (commandline -ct)
@@ -121,7 +121,7 @@ fn with_names_in_zsh(script: &str) -> String {
     const END: &str = "\nif [ \"$funcstack[1]\" = \"_nbd-cli\" ]; then";
     match (script.matches(FUNCTION).count(), script.matches(END).count()) {
         (1, 1) => script.replace(END, ZSH).replacen(FUNCTION, "\n_nbd-cli_static() {", 1),
-        // Another form of the generator's: complete without names.
+        // The generator's output has another form: complete without names.
         _ => script.to_owned(),
     }
 }

@@ -59,7 +59,7 @@ pub(crate) fn run(args: &ControlArgs) -> Result<Outcome, CommandError> {
     Ok(Outcome::Success)
 }
 
-/// Returns the request, with the path of an export's source made absolute.
+/// Returns the request, in which the path of an export's source is absolute.
 fn prepared(mut request: Request) -> Result<Request, CommandError> {
     if let Request::AddExport { source, .. } = &mut request {
         *source = absolute(source)?;
@@ -81,7 +81,7 @@ fn absolute(source: &str) -> Result<String, CommandError> {
 
 fn print(request: &Request, result: Value, output: &mut Output) -> Result<(), CommandError> {
     let unclear = |_: serde_json::Error| {
-        CommandError::new("the server's reply cannot be understood; are both of one version?")
+        CommandError::new("the server's reply cannot be parsed; use the same version on both sides")
     };
     match request {
         Request::List {} => {

@@ -50,7 +50,7 @@ A copy that fails reports the offset and exits with 1, and an interrupted one ex
 signal's number; an incomplete new file is then removed. After kill -9 NAME.partial is left, which
 may be removed.";
 
-/// Largest request; larger ones would only need more memory.
+/// Largest request, in bytes; larger ones would only need more memory.
 const MAX_REQUEST_SIZE: u64 = 32 << 20;
 /// Smallest and largest unit of zero detection.
 const MIN_SPARSE_SIZE: u64 = 512;
@@ -79,7 +79,7 @@ pub struct CopyArgs {
     #[arg(long, value_name = "SIZE", default_value = "256K")]
     pub request_size: ByteSize,
 
-    /// Allocate the whole destination, zeroes included.
+    /// Allocate the complete destination, zeroes included.
     #[arg(long)]
     pub allocated: bool,
 
@@ -99,7 +99,7 @@ pub struct CopyArgs {
     #[arg(short = 'S', long, value_name = "SIZE", default_value = "4K")]
     pub sparse: ByteSize,
 
-    /// Compute a checksum of what is copied, without a second read, and print it on standard
+    /// Compute a checksum of the copied data, without a second read, and print it on standard
     /// output: sha256 unless another one is given.
     #[arg(
         long,
@@ -153,14 +153,14 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
     let request = args.request_size.bytes();
     if !request.is_power_of_two() || !(512..=MAX_REQUEST_SIZE).contains(&request) {
         return Err(CommandError::new(format!(
-            "--request-size {} is not possible; give a power of two from 512 to 32M",
+            "--request-size {} is invalid; give a power of two from 512 to 32M",
             args.request_size
         )));
     }
     let sparse = args.sparse.bytes();
     if sparse != 0 && !(sparse.is_power_of_two() && sparse >= MIN_SPARSE_SIZE) {
         return Err(CommandError::new(format!(
-            "--sparse {} is not possible; give 0 or a power of two of at least 512",
+            "--sparse {} is invalid; give 0 or a power of two of at least 512",
             args.sparse
         )));
     }
@@ -171,7 +171,7 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
     }
     if args.checksum.is_some() && args.destination == Location::Standard {
         return Err(CommandError::new(
-            "--checksum prints on standard output, which is the destination; give another one",
+            "--checksum prints on standard output, which is the destination; give another destination",
         ));
     }
     Ok(())

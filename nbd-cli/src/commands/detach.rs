@@ -22,8 +22,9 @@ pub struct DetachArgs {
     #[arg(value_name = "DEVICE", value_parser = parse_device)]
     pub device: u32,
 
-    /// Detach the device even if it is mounted or its server is gone. Data that was not written is
-    /// lost. A device in use is free when its user has let go of it, which is not waited for.
+    /// Detach the device even if it is mounted or its server cannot be reached. Unwritten data is
+    /// lost. A device in use becomes free when its user closes it; the command does not wait for
+    /// that.
     #[arg(long)]
     pub force: bool,
 }
@@ -32,7 +33,9 @@ pub(crate) fn run(args: &DetachArgs) -> Result<Outcome, CommandError> {
     let mode = if args.force { DetachMode::Force } else { DetachMode::WhenUnused };
     if let Detached::InUse(user) = runtime()?.block_on(detach(args.device, mode))? {
         let device = args.device;
-        warn(&format!("/dev/nbd{device} has lost its source, but {user}: it is free after that"));
+        warn(&format!(
+            "/dev/nbd{device} is detached from its source, but {user}: it becomes free after that"
+        ));
     }
     Ok(Outcome::Success)
 }

@@ -37,7 +37,7 @@ struct JsonDevice<'a> {
     source: Option<&'a str>,
     connections: Option<usize>,
     pid: Option<u32>,
-    /// Why it cannot be detached.
+    /// The reason why it cannot be detached.
     in_use: Option<&'a str>,
 }
 

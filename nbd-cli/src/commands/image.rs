@@ -70,7 +70,7 @@ pub enum ImageCommand {
 
 impl ImageCommand {
     /// Returns whether the command creates or changes an image in steps. An interrupted repair is
-    /// started again.
+    /// simply repeated.
     pub(crate) fn writes(&self) -> bool {
         match self {
             Self::Create(_)

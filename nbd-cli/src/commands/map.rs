@@ -51,11 +51,11 @@ pub struct MapArgs {
     pub chart: bool,
 
     /// Write a picture of the disk (SVG) to a file, or to standard output (-). An existing file is
-    /// replaced only if it is such a picture.
+    /// replaced only if it is a picture of this command.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "totals", "chart"])]
     pub svg: Option<PathBuf>,
 
-    /// When to colour the chart.
+    /// Whether to colour the chart.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
     pub color: ColorChoice,
 
@@ -84,7 +84,8 @@ struct JsonTotal {
     description: Option<String>,
 }
 
-/// Most distinct values that are counted. A context has few; a server may send 2^64.
+/// Maximum number of distinct values that are counted. A context has few, but a server may send
+/// 2^64.
 const MAX_TOTALS: usize = 65_536;
 
 /// Consumes extents. Only totals and the chart are kept: a disk may have millions of extents.
@@ -119,7 +120,7 @@ async fn map(
     let client = connect(&connector, &args.uri).await?;
     if !client.meta_contexts().contains(context) {
         return Err(CommandError::new(format!(
-            "{} does not offer the metadata context '{context}'; see what it offers with \
+            "{} does not offer the metadata context '{context}'; list those that it offers with \
              'nbd-cli list-meta {}'",
             args.uri, args.uri
         )));

@@ -66,7 +66,7 @@ pub struct MountArgs {
     #[arg(long)]
     pub files: bool,
 
-    /// Return when the disks can be used, and go on in the background.
+    /// Return when the disks can be used, and continue in the background.
     #[arg(long)]
     pub fork: bool,
 
@@ -86,7 +86,7 @@ pub struct MountArgs {
     #[arg(skip)]
     pub role: Role,
 
-    /// Whether the log goes on in the background.
+    /// Whether the log continues in the background.
     #[arg(skip)]
     pub keeps_log: bool,
 }
@@ -119,7 +119,7 @@ async fn serve(args: MountArgs) -> Result<Outcome, CommandError> {
     let ended = blocking(move || Ok(mounted.end()?));
     let ended = tokio::select! {
         ended = ended => ended,
-        // The sender of a second signal does not want to wait for a slow disk.
+        // A second signal ends the process without waiting for a slow disk.
         second = signals.insisted() => std::process::exit(second.exit_status().into()),
     };
     ended?;
@@ -127,13 +127,13 @@ async fn serve(args: MountArgs) -> Result<Outcome, CommandError> {
     Ok(Outcome::Success)
 }
 
-/// Runs work that blocks on a thread of its own.
+/// Runs blocking work on a separate thread.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, CommandError> + Send + 'static,
 ) -> Result<T, CommandError> {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| match error.try_into_panic() {
         Ok(panic) => std::panic::resume_unwind(panic),
-        Err(error) => Err(CommandError::new(format!("the mount was given up: {error}"))),
+        Err(error) => Err(CommandError::new(format!("the mount was cancelled: {error}"))),
     })
 }
 

@@ -48,7 +48,7 @@ pub struct RestoreArgs {
     #[arg(value_parser = LocationParser)]
     pub destination: Location,
 
-    /// Format of a new file, or on a device.
+    /// Format of the new file, or of the image on a device.
     #[arg(short = 'O', long, value_name = "FORMAT", default_value = "raw")]
     pub output_format: NewImageFormat,
 
@@ -56,7 +56,7 @@ pub struct RestoreArgs {
     #[arg(long)]
     pub verify: bool,
 
-    /// Restore files that do not hold what the backups recorded.
+    /// Restore files even if their data does not match the recorded checksums.
     #[arg(long)]
     pub no_check: bool,
 
@@ -100,9 +100,9 @@ struct RestoreReport {
     zero: u64,
     /// Bytes compared, if the restore was verified.
     verified: Option<u64>,
-    /// Files of the chain that hold what the backups recorded.
+    /// Number of files of the chain whose data matches the recorded checksums.
     checked: usize,
-    /// Files of the chain about which that is not known.
+    /// Number of files of the chain without a recorded checksum.
     unchecked: usize,
     seconds: f64,
 }

@@ -63,7 +63,7 @@ pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
     runtime()?.block_on(serve(args, &mut guard))
 }
 
-/// Serves. What is in `guard` has to be dropped after everything that is open.
+/// Serves. The value in `guard` has to be dropped after everything that is open.
 async fn serve(args: ServeArgs, guard: &mut Option<UnixStream>) -> Result<Outcome, CommandError> {
     let mut signals = EndSignals::new(Hangup::EndsWithTerminal)?;
     let (args, file) = with_file(args)?;
@@ -75,7 +75,7 @@ async fn serve(args: ServeArgs, guard: &mut Option<UnixStream>) -> Result<Outcom
     if args.check {
         return check(&args, &tls, exports).await;
     }
-    // What is wrong here is found before another server is paused.
+    // Find errors here before another server is paused.
     config(&args, &tls)?;
     let (args, exports) = (Arc::new(args), Arc::new(exports));
     let mut opened = Opened::new(&args, &exports, &mut signals, guard).await?;
@@ -100,16 +100,16 @@ async fn serve(args: ServeArgs, guard: &mut Option<UnixStream>) -> Result<Outcom
     }
 }
 
-/// What a server is to be.
+/// The settings of a server.
 struct Setup {
     args: Arc<ServeArgs>,
     exports: Arc<Vec<ExportSpec>>,
     tls: TlsMode,
-    /// The file that it was read from, as of the last reload.
+    /// The configuration file, as of the last reload.
     file: Option<Arc<Mutex<Config>>>,
 }
 
-/// How serving came to an end.
+/// The way in which serving ended.
 enum Served {
     Ended(Outcome),
     /// Another program takes over.
@@ -117,7 +117,7 @@ enum Served {
 }
 
 impl Setup {
-    /// Serves with what is open, until a signal or until another program takes over.
+    /// Serves the opened exports until a signal, or until another program takes over.
     async fn serve(
         &self,
         opened: Opened,
@@ -198,14 +198,14 @@ async fn serve_until_end(
     Ok(Served::Ended(Outcome::Success))
 }
 
-/// Makes the directory of a socket that is only for a command, if there is one.
+/// Creates the directory of a private socket for a command, if there is one.
 fn private_directory(args: &ServeArgs) -> Result<Option<PrivateDirectory>, CommandError> {
     let is_wanted = args.run.is_some() && args.listen.is_empty() && args.socket.is_empty();
     Ok(is_wanted.then(PrivateDirectory::new).transpose()?)
 }
 
-/// Closes the images. To be called before the lock on the file of the process id is released:
-/// until then other programs must not use them.
+/// Closes the images. Call it before the lock on the process id file is released: until then other
+/// programs must not use them.
 async fn close(
     registry: ExportRegistry,
     monitor: Option<RunningMonitor>,
@@ -221,17 +221,17 @@ async fn close(
     let _ = closing.await;
 }
 
-/// Stops what works beside the server, and may hold its exports.
+/// Stops the helpers of the server, which may hold its exports.
 async fn stop_helpers(monitor: Option<RunningMonitor>, reloading: Option<JoinHandle<()>>) {
     if let Some(reloading) = reloading {
         reloading.abort();
         let _ = reloading.await;
     }
-    // The monitor is waited for, which may block.
+    // Waiting for the monitor may block.
     let _ = tokio::task::spawn_blocking(move || drop(monitor)).await;
 }
 
-/// Returns the options of the file, if there is one, with those of the command line that a file
+/// Returns the options of the file, if there is one, together with command line options that a file
 /// cannot have.
 fn with_file(args: ServeArgs) -> Result<(ServeArgs, Option<Config>), CommandError> {
     let Some(path) = &args.config else { return Ok((args, None)) };
@@ -242,7 +242,7 @@ fn with_file(args: ServeArgs) -> Result<(ServeArgs, Option<Config>), CommandErro
     let file = config.args.clone();
     if run.is_some() && file.control.is_some() {
         return Err(CommandError::new(
-            "--run is not possible with a control socket; leave 'control' out of the file",
+            "--run is not possible with a control socket; remove 'control' from the file",
         ));
     }
     let pid_file = pid_file.or_else(|| file.pid_file.clone());
@@ -281,8 +281,8 @@ async fn check(
     Ok(Outcome::Success)
 }
 
-/// Starts the status page. It holds the exports until it is dropped: their images are closed then,
-/// which has to happen before the file of the process id goes.
+/// Starts the status page. It holds the exports until it is dropped, which closes their images.
+/// That has to happen before the process id file is unlocked.
 fn monitor(args: &ServeArgs, server: &Server) -> Result<Option<RunningMonitor>, CommandError> {
     let Some(address) = &args.metrics else { return Ok(None) };
     let explained = |error: MonitorError| CommandError::new(error.to_string());
@@ -319,7 +319,7 @@ async fn serve_controlled(
         }
     };
     if let Some(successor) = successor {
-        // The other program makes a control socket of its own.
+        // The other program creates its own control socket.
         listening.abort();
         let _ = listening.await;
         let pause = HandOver::pause(server, &controller, successor);
@@ -327,7 +327,7 @@ async fn serve_controlled(
         return Ok(Served::HandsOver(Box::new(hand_over)));
     }
     if let Some(mut signals) = signals.take() {
-        // The sender of a second signal does not want to wait for slow clients.
+        // A second signal ends the process without waiting for slow clients.
         tokio::spawn(async move {
             std::process::exit(signals.insisted().await.exit_status().into());
         });
@@ -386,7 +386,7 @@ fn config(args: &ServeArgs, tls: &TlsMode) -> Result<ServerConfig, CommandError>
     }
     let bytes = |option: &str, size: ByteSize| {
         usize::try_from(size.bytes())
-            .map_err(|_| CommandError::new(format!("{option} {size} is too large here")))
+            .map_err(|_| CommandError::new(format!("{option} {size} is too large for this system")))
     };
     let mut config = ServerConfig::default();
     config.max_connections = args.max_connections;
@@ -406,9 +406,8 @@ fn config(args: &ServeArgs, tls: &TlsMode) -> Result<ServerConfig, CommandError>
     Ok(config)
 }
 
-/// Returns the addresses to listen on: as given, else a private socket for a command, else the
-/// loopback interface. Sockets of a service manager may have been
-/// taken over already.
+/// Returns the addresses to listen on: the given ones, or else a private socket for a command, or
+/// else the loopback interface. Sockets of a service manager may have been taken over already.
 fn addresses(
     args: &ServeArgs,
     private: Option<&PrivateDirectory>,
@@ -438,7 +437,7 @@ fn service_manager_gave_sockets() -> bool {
 }
 
 /// Reports that clients can connect: with the process id file, the printed addresses, and a
-/// notification of a waiting parent. A server that this one takes over from ends first.
+/// notification of a waiting parent. In a takeover, the other server ends first.
 async fn started(
     args: &ServeArgs,
     origin: Origin,

@@ -48,9 +48,9 @@ pub enum TlsCommand {
     Client(issue::ClientArgs),
     /// Add a user to a file of pre-shared keys
     Psk(psk::PskArgs),
-    /// Describe certificates and keys, and report those that end soon
+    /// Describe certificates and keys, and report those that expire soon
     Show(show::ShowArgs),
-    /// Renew the certificates of an authority that end soon
+    /// Renew the certificates of an authority that expire soon
     Renew(renew::RenewArgs),
 }
 

@@ -1,4 +1,4 @@
-//! `nbd-cli top`: what a running server does, live.
+//! `nbd-cli top`: the activity of a running server, live.
 
 use std::io::IsTerminal as _;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError};
@@ -46,7 +46,7 @@ pub struct TopArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Time between two looks at the server, such as 500ms or 5s.
+    /// Time between two updates, such as 500ms or 5s.
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_duration)]
     pub interval: Duration,
 
@@ -54,7 +54,7 @@ pub struct TopArgs {
     #[arg(long, value_name = "VALUE", default_value = "throughput")]
     pub sort: Order,
 
-    /// When to use colours.
+    /// Whether to use colours.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
     pub color: ColorChoice,
 }
@@ -100,13 +100,13 @@ fn print(args: &TopArgs, mut before: Status) -> Result<Outcome, CommandError> {
     }
 }
 
-/// What the display reacts to.
+/// The events for the display.
 enum Event {
     Key(u8),
-    /// The channel of the numbers has some.
+    /// New numbers are in the channel.
     Numbers,
     Signal(TerminalSignal),
-    /// The terminal is gone.
+    /// The terminal was closed.
     NoKeys,
 }
 
@@ -143,13 +143,13 @@ impl<'a> Session<'a> {
         let mut is_ending = false;
         on_terminal_signals(move |signal| {
             if let TerminalSignal::End(end) = signal {
-                // A terminal that shows nothing more stops the other threads.
+                // A terminal that accepts no output stops the other threads.
                 if std::mem::replace(&mut is_ending, true) && end.is_request() {
                     screen::restore_at_once();
                     std::process::exit(end.exit_status().into());
                 }
             }
-            // After the last event nobody listens.
+            // After the last event, there is no receiver.
             let _ = signals.send(Event::Signal(signal));
         })?;
         let screen = Screen::open()?;
@@ -165,7 +165,7 @@ impl<'a> Session<'a> {
                 Ok(event) => event,
                 // The numbers have become older.
                 Err(RecvTimeoutError::Timeout) => continue,
-                // The threads that send hold a sender until they end.
+                // The sending threads hold a sender until they end.
                 Err(RecvTimeoutError::Disconnected) => return Ok(Outcome::Success),
             };
             match event {
@@ -226,7 +226,7 @@ impl<'a> Session<'a> {
 
     fn styled(&self, line: &Line, columns: usize) -> String {
         match line.kind {
-            // Names of any length must not become output of any length.
+            // Long names must not make the output long.
             LineKind::Plain => line.text.chars().take(columns).collect(),
             LineKind::Heads => self.with("\x1b[7m", &format!("{:columns$}", line.text)),
         }
@@ -245,7 +245,7 @@ fn one_line(text: &str, columns: usize) -> String {
     printable(text).chars().take(columns).collect()
 }
 
-/// Starts a thread that looks at the server until nobody wants the numbers any more.
+/// Starts a thread that fetches numbers from the server until the receiver is dropped.
 fn watch(
     args: &TopArgs,
     events: Sender<Event>,
@@ -265,8 +265,8 @@ fn watch(
     thread.map(|_| numbers).map_err(failed)
 }
 
-/// Passes numbers on, or drops them while others wait: a terminal that shows nothing more must not
-/// fill the memory. Returns whether further ones are wanted.
+/// Passes numbers on, or drops them while others wait: a terminal that accepts no output must not
+/// fill the memory. Returns whether there is still a receiver.
 fn offer<T>(numbers: T, sender: &SyncSender<T>, events: &Sender<Event>) -> bool {
     match sender.try_send(numbers) {
         Ok(()) => events.send(Event::Numbers).is_ok(),

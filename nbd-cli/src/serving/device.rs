@@ -7,8 +7,8 @@ use crate::error::CommandError;
 use crate::output::warn;
 use crate::signals::EndSignals;
 
-/// Keeps a device until it is disconnected by another program, or until the first signal: then it
-/// is flushed and detached. A device that is in use stays attached, for another process to adopt. A
+/// Keeps a device until another program disconnects it, or until the first signal: then it is
+/// flushed and detached. A device in use stays attached, so that another process can adopt it. A
 /// second signal ends the process at once.
 ///
 /// # Errors

@@ -24,7 +24,7 @@ impl FilterArgs {
         options
     }
 
-    /// Returns whether the image itself does what is wanted.
+    /// Returns whether nothing is changed.
     pub(crate) fn is_default(self) -> bool {
         self.discard == Discard::default() && self.detect_zeroes == DetectZeroes::default()
     }
@@ -33,10 +33,10 @@ impl FilterArgs {
 /// The treatment of space that a client has discarded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Discard {
-    /// It is given back.
+    /// It is freed.
     #[default]
     Unmap,
-    /// It is kept: discards do nothing.
+    /// It is kept: discards have no effect.
     Ignore,
 }
 
@@ -55,11 +55,11 @@ pub enum CacheMode {
     /// Through the page cache; durable after a flush.
     #[default]
     Writeback,
-    /// Past the page cache (direct I/O); durable after a flush.
+    /// Bypassing the page cache (direct I/O); durable after a flush.
     None,
     /// Through the page cache; every write is durable when it is answered.
     Writethrough,
-    /// Past the page cache (direct I/O); every write is durable when it is answered.
+    /// Bypassing the page cache (direct I/O); every write is durable when it is answered.
     #[value(name = "directsync")]
     DirectSync,
     /// Through the page cache; flushes do nothing, and a power cut can destroy the image.
@@ -84,9 +84,9 @@ pub enum DetectZeroes {
     /// It is written.
     #[default]
     Off,
-    /// The quickest way to make zeroes is taken; space is kept.
+    /// Zeroes are written in the fastest way; their space stays allocated.
     On,
-    /// Space is given back where that makes zeroes.
+    /// Zeroes are written by freeing their space where possible.
     Unmap,
 }
 
@@ -103,7 +103,7 @@ impl From<DetectZeroes> for filters::DetectZeroes {
 /// The way in which reads wait for a disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Aio {
-    /// With io_uring where the system allows it, otherwise with threads.
+    /// With io_uring if the system allows it, otherwise with threads.
     #[default]
     Auto,
     /// With threads.
@@ -111,7 +111,7 @@ pub enum Aio {
 }
 
 impl Aio {
-    /// Whether the server may use io_uring. The variable `NBD_AIO` has tests do without it.
+    /// Whether the server may use io_uring. With the variable `NBD_AIO`, tests disable it.
     pub(crate) fn may_use_io_uring(self) -> bool {
         self == Self::Auto && std::env::var_os("NBD_AIO").is_none_or(|mode| mode != "threads")
     }

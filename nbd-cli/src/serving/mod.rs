@@ -26,7 +26,7 @@ pub(crate) fn temporary_directory() -> Option<PathBuf> {
     std::env::var_os("TMPDIR").map(PathBuf::from)
 }
 
-/// Returns the options of an image as this program opens it, for a read-only or temporary export.
+/// Returns the options for opening an image, for a read-only or temporary export.
 pub(crate) fn serve_options(read_only: bool, temporary: bool) -> ServeOptions {
     let mut options = ServeOptions::default();
     options.context.observer = warnings();
@@ -59,7 +59,7 @@ pub(crate) async fn serve_until_signal(
     tokio::spawn(async move {
         signals.next().await;
         let _ = stop.send(());
-        // The sender of a second signal does not want to wait for slow clients.
+        // A second signal ends the process without waiting for slow clients.
         std::process::exit(signals.insisted().await.exit_status().into());
     });
     let stop = async {

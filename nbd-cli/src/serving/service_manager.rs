@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use sd_notify::NotifyState;
 
-/// Clients can connect. From here on the watchdog of the service manager, if it has one, is told
-/// that the thread which accepts clients works. To be called in a runtime.
+/// Reports that clients can connect. From now on the watchdog of the service manager, if it has
+/// one, is notified while the thread that accepts clients works. Call it in a tokio runtime.
 pub(crate) fn ready() {
     tell(&[NotifyState::Ready]);
     // Twice in each period, as the documentation of the protocol recommends.
@@ -18,33 +18,33 @@ pub(crate) fn ready() {
     });
 }
 
-/// The server reads its files again, until [`reloaded`].
+/// Reports that the server reads its files again, until [`reloaded`].
 pub(crate) fn reloading() {
-    // Without the time, a service of type notify-reload would not take notice.
+    // Without the time, a service of type notify-reload ignores the notification.
     match NotifyState::monotonic_usec_now() {
         Ok(now) => tell(&[NotifyState::Reloading, now]),
         Err(_) => tell(&[NotifyState::Reloading]),
     }
 }
 
-/// The main process of the service is this one from now on.
+/// Reports the main process of the service.
 pub(crate) fn main_process(process: u32) {
     tell(&[NotifyState::MainPid(process)]);
 }
 
-/// It has read them.
+/// Reports the end of [`reloading`].
 pub(crate) fn reloaded() {
     tell(&[NotifyState::Ready]);
 }
 
-/// The server ends: it completes requests and flushes.
+/// Reports that the server ends: it completes requests and flushes.
 pub(crate) fn stopping() {
     tell(&[NotifyState::Stopping]);
 }
 
-/// A missing or unresponsive service manager is not an error.
+/// Sends notifications. A missing or unresponsive service manager is not an error.
 fn tell(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "the service manager cannot be told");
+        tracing::debug!(%error, "cannot notify the service manager");
     }
 }

@@ -25,8 +25,8 @@ pub(crate) fn interrupter() -> &'static Interrupter {
 /// Cancels the jobs of this command.
 static CANCELLATION: LazyLock<Cancellation> = LazyLock::new(Cancellation::new);
 
-/// Starts to watch: from here on the first signal only requests the end of the command, and a
-/// second one ends the process at once.
+/// Starts to watch: from now on the first signal only requests the end of the command, and a second
+/// one ends the process at once.
 ///
 /// # Errors
 ///
@@ -73,7 +73,7 @@ pub(crate) fn remove_if_killed(path: &Path) {
     DISPOSABLE.lock().unwrap_or_else(PoisonError::into_inner).push(path.to_owned());
 }
 
-/// Unregisters a file: it is gone, or complete.
+/// Unregisters a file that was removed or is complete.
 pub(crate) fn keep(path: &Path) {
     DISPOSABLE.lock().unwrap_or_else(PoisonError::into_inner).retain(|other| other != path);
 }

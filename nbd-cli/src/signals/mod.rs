@@ -13,7 +13,7 @@
 //! | SIGALRM, SIGVTALRM, SIGPROF, SIGXCPU, SIGPWR | orderly end; further ones change nothing | as SIGINT; further ones change nothing |
 //! | SIGUSR1, SIGUSR2, SIGIO | nothing | the default: the process is killed; the commands of `qemu-img` that show progress say on SIGUSR1 how far they are |
 //! | SIGXFSZ | the write fails, and its client gets ENOSPC | the write fails, and the command says why |
-//! | SIGPIPE | the write fails: a client has gone | the write fails: the reader has gone |
+//! | SIGPIPE | the write fails: a client has left | the write fails: the reader has left |
 //! | SIGCHLD, SIGURG, SIGWINCH | nothing | nothing |
 //! | SIGTSTP, SIGTTIN, SIGTTOU, SIGSTOP, SIGCONT | job control: stopped, and later continued where it was | the same |
 //!
@@ -23,8 +23,8 @@
 //! none of this: the signals caught here are reset there.
 //!
 //! QEMU's qemu-nbd ends cleanly on SIGHUP, SIGINT and SIGTERM; it continues after SIGUSR1, SIGALRM
-//! and SIGIO; it is killed by SIGQUIT, SIGXFSZ, SIGUSR2, SIGXCPU, SIGVTALRM, SIGPROF and SIGPWR and
-//! leaves its socket behind then.
+//! and SIGIO; SIGQUIT, SIGXFSZ, SIGUSR2, SIGXCPU, SIGVTALRM, SIGPROF and SIGPWR kill it, and its
+//! socket remains.
 
 mod interruption;
 mod server;
@@ -52,8 +52,8 @@ const REQUESTS: [Number; 3] = [Number::INT, Number::TERM, Number::QUIT];
 const NOTICES: [Number; 5] =
     [Number::ALARM, Number::VTALARM, Number::PROF, Number::XCPU, Number::POWER];
 
-/// The exit status of a program that SIGPIPE ended. Here the signal is ignored, and the failed write
-/// ends the command.
+/// The exit status of a program that SIGPIPE ended. This program ignores the signal, and the failed
+/// write ends the command.
 pub(crate) const ENDED_BY_SIGPIPE: u8 = 128 + 13;
 
 /// A signal that has asked the program to end.
@@ -86,7 +86,7 @@ impl EndSignal {
         }
     }
 
-    /// Returns whether a user or program sent it on purpose, so that a repetition is meant as well.
+    /// Returns whether a user or program sent it on purpose, so that a repetition is intended.
     pub(crate) fn is_request(self) -> bool {
         REQUESTS.contains(&self.0)
     }
@@ -138,7 +138,7 @@ static IGNORED_AT_START: OnceLock<u64> = OnceLock::new();
 pub(crate) fn prepare() -> Result<(), CommandError> {
     ignored_at_start();
     let failed = |error| CommandError::new(format!("cannot catch SIGXFSZ: {error}"));
-    // A handler remains when its runtime is gone. It does nothing: its existence is enough.
+    // A handler remains after its runtime has ended. It does nothing: its existence is enough.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
     let runtime = runtime.map_err(failed)?;
     let caught = runtime.block_on(async { signal(SignalKind::from_raw(Number::XFSZ.as_raw())) });

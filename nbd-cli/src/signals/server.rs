@@ -27,7 +27,7 @@ pub(crate) struct EndSignals {
 }
 
 impl EndSignals {
-    /// Starts to catch them; from here on they no longer end the process by themselves.
+    /// Starts to catch them; from now on they no longer end the process themselves.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! The signals of a display on a terminal, which has to be given back before the process ends or
+//! The signals of a display on a terminal, which has to be restored before the process ends or
 //! stops.
 
 use rustix::process::Signal as Number;
@@ -17,8 +17,8 @@ pub(crate) enum TerminalSignal {
     Resized,
 }
 
-/// Calls `act` on every signal, from a thread of its own. None ends or stops the process by itself
-/// any more.
+/// Calls `act` on every signal, from a separate thread. The signals no longer end or stop the
+/// process themselves.
 ///
 /// # Errors
 ///

@@ -177,7 +177,7 @@ fn server_that_drops_delays_or_misplaces_writes_is_found_out() {
         let outcome = verified(lie, &["--range", "0+256K"]);
         let text = outcome.stdout.clone();
         assert!(text.contains("ARE NOT") && text.contains(part), "{lie:?}: {text}");
-        says(outcome, &["does not hold what was written to it", "at offset"]);
+        says(outcome, &["does not contain the written data", "at offset"]);
     }
 }
 
@@ -276,7 +276,7 @@ fn later_run_verifies_and_continues_what_an_earlier_one_wrote() {
     // The disk as it was before the second run: whole, and too old.
     let file = std::fs::File::options().write(true).open(disk.path()).expect("the disk");
     std::os::unix::fs::FileExt::write_all_at(&file, &old, 0).expect("room");
-    says(look(&keep), &["does not hold what was written", "the old generation"]);
+    says(look(&keep), &["does not contain the written data", "the old generation"]);
     // A state that is not there proves nothing.
     says(look(&["--verify-state", &disk.beside("none")]), &["no state of a former run"]);
 }

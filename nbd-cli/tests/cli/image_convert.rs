@@ -216,7 +216,7 @@ fn caches_that_contradict_the_command_are_refused() {
     let uri = "nbd://localhost:1/disk";
     let convert = |arguments: &[&str]| nbd_cli(&[&["image", "convert"], arguments].concat());
     for (arguments, why) in [
-        (["--flush", "-tunsafe", disk.path(), &new], "--cache unsafe forbids it"),
+        (["--flush", "-tunsafe", disk.path(), &new], "--cache unsafe forbids that"),
         (["-q", "-tnone", disk.path(), uri], "--cache is for files"),
         (["-q", "-Tnone", uri, &new], "--source-cache is for files"),
     ] {

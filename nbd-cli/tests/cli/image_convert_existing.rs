@@ -65,7 +65,7 @@ fn options_that_make_no_sense_together_change_nothing() {
         says(nbd_cli(&all), expected);
     };
     convert(&["-n"], &["--no-create needs the format", "--output-format"]);
-    convert(&["-n", "-O", "raw", "--cluster-size", "64K"], &["--cluster-size", "leave"]);
+    convert(&["-n", "-O", "raw", "--cluster-size", "64K"], &["--cluster-size", "omit"]);
     convert(&["-n", "-O", "qcow2"], &["image.img"]);
     convert(&["--destination-is-zero"], &["--no-create"]);
     let same = nbd_cli(&["image", "convert", "-n", "-O", "raw", source, source]);

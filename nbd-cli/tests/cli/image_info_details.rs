@@ -65,7 +65,10 @@ fn a_bitmap_whose_bits_a_checkpoint_has_moved_is_not_listed_as_complete() {
     assert_eq!(bitmaps[0]["frozen"], "daily.checkpoint", "{bitmaps}");
     assert_eq!(bitmaps[1].get("frozen"), None, "{bitmaps}");
     let text = nbd_cli(&["image", "info", &image]).success();
-    assert!(text.contains("(auto), incomplete: 'daily.checkpoint' has bits of it\n"), "{text}");
+    assert!(
+        text.contains("(auto), incomplete: 'daily.checkpoint' contains its frozen bits\n"),
+        "{text}"
+    );
 }
 
 #[test]

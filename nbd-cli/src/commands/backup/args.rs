@@ -74,14 +74,14 @@ pub struct BackupArgs {
     #[arg(short, long, value_name = "FILE", requires = "bitmap", value_parser = FilePathParser)]
     pub base: Option<PathBuf>,
 
-    /// Accept the base where its correctness cannot be determined: it carries no identity (an older
-    /// version made it, or it was converted), was changed since, or the server does not know after
-    /// which backup the bitmap started. A base that is known to be wrong is still refused.
+    /// Accept a base whose correctness cannot be determined: it has no identity (an older version
+    /// made it, or it was converted), it was changed since, or the server does not know after which
+    /// backup the bitmap started. A base that is known to be wrong is still refused.
     #[arg(long, requires = "base")]
     pub trust_base: bool,
 
     /// Create a checkpoint of a disk in use, through the control socket of its server, and copy
-    /// from there.
+    /// from that.
     #[arg(long, value_name = "PATH", requires = "export")]
     pub control: Option<PathBuf>,
 
@@ -97,8 +97,8 @@ pub struct BackupArgs {
     #[arg(long, conflicts_with = "resume")]
     pub restart: bool,
 
-    /// Read both sides again at the end and compare checksums: of the copied data, or of the whole
-    /// disk.
+    /// Read both sides again at the end and compare checksums: of the copied data, or of the
+    /// complete disk.
     #[arg(long, value_enum, value_name = "WHAT", num_args = 0..=1, require_equals = true,
           default_missing_value = "copied")]
     pub verify: Option<Verify>,
@@ -137,6 +137,6 @@ pub struct BackupArgs {
 pub enum Verify {
     /// The data that this backup has copied.
     Copied,
-    /// The whole disk, which also shows whether the base and the bitmap belong together.
+    /// The complete disk, which also shows whether the base and the bitmap belong together.
     All,
 }

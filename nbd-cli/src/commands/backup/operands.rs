@@ -9,7 +9,7 @@ use super::args::BackupArgs;
 use crate::error::CommandError;
 
 impl BackupArgs {
-    /// Separates the disk from the new file.
+    /// Assigns the positional arguments to the disk and the new file.
     pub(super) fn assign_operands(&mut self) -> Result<(), CommandError> {
         let first = std::mem::take(&mut self.first_operand);
         match self.second_operand.take() {

@@ -55,7 +55,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=100))]
     pub read_percent: Option<u8>,
 
-    /// In which order blocks are used.
+    /// The order in which blocks are used.
     #[arg(long, value_enum, default_value_t = PatternChoice::Random)]
     pub pattern: PatternChoice,
 
@@ -118,7 +118,7 @@ pub struct BenchArgs {
     #[arg(long, value_enum, default_value_t = ReplyChoice::Extended)]
     pub replies: ReplyChoice,
 
-    /// Process whose CPU time is the server's.
+    /// Id of the server process whose CPU time is measured.
     #[arg(long, value_name = "PID")]
     pub server_pid: Option<u32>,
 
@@ -128,8 +128,8 @@ pub struct BenchArgs {
 
     /// Write nothing; read what a run with `--verify` has written.
     ///
-    /// Without `--verify-state` its --seed is needed, and each block is checked on its own: blocks
-    /// that are lost are not found then.
+    /// Without `--verify-state` its --seed is needed, and each block is checked individually, so
+    /// lost blocks are not found.
     #[arg(long, conflicts_with_all = ["verify", "workload", "requests", "duration"])]
     pub verify_only: bool,
 
@@ -174,7 +174,7 @@ pub enum WorkloadChoice {
     Trim,
 }
 
-/// In which order blocks are used.
+/// The order in which blocks are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum PatternChoice {
     /// Any block may be next.

@@ -89,7 +89,7 @@ fn block_sizes(args: &BenchArgs) -> Result<Vec<BlockSize>, CommandError> {
     let size = |it: &WeightedSize| {
         let length = u32::try_from(it.size.bytes()).map_err(|_| {
             CommandError::new(format!(
-                "--block-size {} is not possible; give multiples of 512 up to 32M",
+                "--block-size {} is invalid; give multiples of 512 up to 32M",
                 it.size
             ))
         })?;

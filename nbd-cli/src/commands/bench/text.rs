@@ -1,4 +1,4 @@
-//! The report and the live display, for people.
+//! The report and the live display, as text.
 
 use std::time::Duration;
 
@@ -36,7 +36,7 @@ pub(super) fn report(report: &BenchReport) -> Vec<String> {
     }
     let server = match &report.server_cpu {
         Some(cpu) => format!("{:.2} us of the server (process {})", cpu.us_per_request, cpu.pid),
-        None => "the server's is not known".to_owned(),
+        None => "the server's is unknown".to_owned(),
     };
     lines.push(format!(
         "CPU time of a request: {:.2} us of this client, {server}",
@@ -94,7 +94,7 @@ pub(super) fn live(interval: &BenchInterval) -> String {
     )
 }
 
-/// A time in the unit that suits it.
+/// A time in a suitable unit.
 fn time(microseconds: f64) -> String {
     match microseconds {
         it if it < 1000.0 => format!("{it:.1} us"),

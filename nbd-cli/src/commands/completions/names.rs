@@ -13,22 +13,22 @@ use nbd_jobs::known_names::{
     snapshots_in,
 };
 
-/// A shell waits for the names, and a server may not answer.
+/// Time limit: a shell waits for the names, and a server may not answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Returns the words that can take the place of the last one; none if that is not a name, or if the
-/// server or the image does not answer.
+/// Returns the words that can replace the last one; none if that is not a name, or if the server or
+/// the image does not answer.
 pub(super) fn complete(program: Command, words: &[OsString]) -> Vec<String> {
     let words: Option<Vec<String>> = words.iter().map(|word| unquoted(word.to_str()?)).collect();
     let Some(position) = words.and_then(|words| Position::find(program, &words)) else {
         return Vec::new();
     };
     let (sender, receiver) = mpsc::channel();
-    // A thread that still waits ends with the program.
+    // A waiting thread ends with the program.
     std::thread::spawn(move || {
         let names = position.names().unwrap_or_default();
         let fits = |name: &String| {
-            // A name must not end the line or pass for an option.
+            // A name must not end the line or look like an option.
             name.starts_with(&position.word)
                 && !name.is_empty()
                 && !name.starts_with('-')
@@ -153,8 +153,8 @@ impl Position {
     }
 }
 
-/// Returns the exports of `nbd://HOST/`, the beginning of a URI, as URIs. Those whose names would have
-/// to be escaped are left out.
+/// Returns the exports of `nbd://HOST/`, the beginning of a URI, as URIs. Names that need escaping
+/// are omitted.
 fn exports_at(beginning: &str) -> Option<Vec<String>> {
     let (scheme, rest) = beginning.split_once("://")?;
     let (host, _) = rest.split_once('/')?;
@@ -194,7 +194,7 @@ fn short_option<'a>(command: &'a Command, letters: &str) -> Option<&'a Arg> {
     (position + option.get_short()?.len_utf8() == letters.len()).then_some(option)
 }
 
-/// The path as the shell will see it.
+/// The path after the shell's expansion of `~`.
 fn path(text: &str) -> PathBuf {
     match (text.strip_prefix("~/"), std::env::var_os("HOME")) {
         (Some(rest), Some(home)) => Path::new(&home).join(rest),

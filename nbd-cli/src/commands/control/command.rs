@@ -87,7 +87,8 @@ pub(crate) enum ControlCommand {
         from: String,
     },
     /// Freeze a bitmap, restart it empty, and export the disk as of that moment
-    // Read-only, with the frozen bits as the bitmap's. The moment lies between two writes.
+    // The view is read-only and has the frozen bits as the bitmap's. The moment is between two
+    // writes.
     CheckpointStart {
         /// Name of the export.
         export: String,

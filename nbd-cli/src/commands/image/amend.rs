@@ -71,9 +71,9 @@ pub struct AmendArgs {
 /// Yes or no.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnOff {
-    /// It may.
+    /// QEMU may.
     On,
-    /// It may not.
+    /// QEMU may not.
     Off,
 }
 
@@ -158,13 +158,13 @@ fn read_options(text: &str, amendment: &mut Amendment) -> Result<(), CommandErro
 fn advice(key: &str) -> &'static str {
     match key {
         "backing_file" | "backing_fmt" => "use 'nbd-cli image rebase'",
-        "data_file" => "give the data file the name that the image has for it",
+        "data_file" => "rename the data file to the name in the image",
         "data_file_raw" => {
-            "whether the data file is a raw image is decided when the image is made, with 'nbd-cli image \
+            "whether the data file is a raw image is fixed when the image is created, with 'nbd-cli image \
              create --data-file-raw'"
         }
         "preallocation" | "cluster_size" | "compression_type" | "extended_l2" => {
-            "make a new image with 'nbd-cli image convert'"
+            "create a new image with 'nbd-cli image convert'"
         }
         key if key.starts_with("encrypt") => "encrypted images cannot be changed here",
         _ => "there is no such option; use compat, lazy_refcounts, refcount_bits or size",

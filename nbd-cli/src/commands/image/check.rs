@@ -52,7 +52,7 @@ pub struct CheckArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Check an image while another program writes to it. The findings need not be damage then.
+    /// Check an image while another program writes to it. Findings are then not necessarily damage.
     #[arg(short = 'U', long, conflicts_with = "repair")]
     pub force_share: bool,
 

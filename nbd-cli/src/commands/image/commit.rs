@@ -60,8 +60,8 @@ pub struct CommitArgs {
 
 pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
     let shared = options(args.format, &args.trust);
-    // Held until the end. The chain itself is opened without locks, because its read lock on the
-    // backing file would prevent us from writing there.
+    // Held until the end. The chain is opened without locks, because a read lock on the backing
+    // file would prevent writing to it.
     let overlay_lock = args.trust.locks.open_file(&args.path, Access::ReadWrite)?;
     let unlocked = shared.clone().locking(Locking::Off);
     let overlay = Image::open(&args.path, &unlocked);
@@ -77,7 +77,7 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
     committed.map_err(|error| match error.kind() {
         JobErrorKind::DoesNotFit => error.into(),
         _ => CommandError::new(format!(
-            "{error}; the overlay still shows the whole disk: commit it again"
+            "{error}; the overlay still shows the complete disk: commit it again"
         )),
     })?;
     backing.close()?;
@@ -115,7 +115,7 @@ fn backing_of(
             args.path.display()
         )));
     };
-    // The chain could be opened: any other name is one of a raw image.
+    // The chain could be opened, so any other name is one of a raw image.
     let format = format.map(|name| Format::from_name(&name).unwrap_or(Format::Raw));
     Ok((ImageLocation::File(args.path.clone()).beside(&name)?, format))
 }

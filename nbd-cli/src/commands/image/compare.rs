@@ -33,9 +33,10 @@ Exit codes: 0 the same, 1 different, 2 an error, including wrong usage.";
 const DIFFERENT: u8 = 1;
 const ERROR: u8 = 2;
 
-/// Bytes of each disk that a thread compares at a time with a server: its answers take longer.
+/// Bytes of each disk that a thread compares at a time if a server is involved: its answers take
+/// longer.
 const REMOTE_REQUEST_SIZE: NonZeroUsize = NonZeroUsize::new(1 << 20).expect("it is not zero");
-/// Threads with a server: most of them wait.
+/// Number of threads if a server is involved: most of them wait.
 const REMOTE_THREADS: NonZeroUsize = NonZeroUsize::new(8).expect("it is not zero");
 
 /// Arguments of `nbd-cli image compare`.

@@ -88,7 +88,7 @@ pub struct ConvertArgs {
     #[arg(long, conflicts_with = "snapshot")]
     pub bitmaps: bool,
 
-    /// Leave out unreliable bitmaps; without this they are an error.
+    /// Omit unreliable bitmaps; without this they are an error.
     #[arg(long, requires = "bitmaps")]
     pub skip_broken_bitmaps: bool,
 
@@ -221,14 +221,14 @@ fn check_options(
         return refuse("--bitmaps needs a qcow2 image as the result; add --output-format qcow2");
     }
     if args.bitmaps && args.qcow2.compat == Some(Compat::V2) {
-        return refuse("--bitmaps needs version 3 of qcow2; leave out --compat 0.10");
+        return refuse("--bitmaps needs version 3 of qcow2; omit --compat 0.10");
     }
     if args.no_create
         && args.output_format.is_none()
         && matches!(destination, ImageLocation::File(_))
     {
         return refuse(
-            "--no-create needs the format of the image that is there; add --output-format raw or \
+            "--no-create needs the format of the existing image; add --output-format raw or \
              --output-format qcow2",
         );
     }
@@ -236,9 +236,7 @@ fn check_options(
         return refuse("--destination-is-zero is for disks that exist; add --no-create");
     }
     if exists && let Some(option) = args.qcow2.given() {
-        return refuse(&format!(
-            "{option} is for images that are made; leave it out or leave out --no-create"
-        ));
+        return refuse(&format!("{option} is for new images; omit it, or omit --no-create"));
     }
     if args.json && matches!(destination, ImageLocation::Export { .. }) {
         return refuse("--json describes files; for an export use 'nbd-cli info --json'");
@@ -264,7 +262,7 @@ fn check_caches(
     }
     if args.flush && args.cache == Some(CacheMode::Unsafe) {
         return Err(CommandError::new(
-            "--flush makes the result durable, and --cache unsafe forbids it; leave one out",
+            "--flush makes the result durable, and --cache unsafe forbids that; omit one of them",
         ));
     }
     Ok(())

@@ -41,15 +41,15 @@ pub struct CreateArgs {
     #[arg(value_parser = FilePathParser)]
     pub path: PathBuf,
 
-    /// Size of the disk; may be left out with --backing.
+    /// Size of the disk; may be omitted with --backing.
     pub size: Option<ByteSize>,
 
     /// Format of the image.
     #[arg(short, long, default_value = "raw")]
     pub format: NewImageFormat,
 
-    /// Use this file, or this export of a server (an NBD URI), for the contents where the new image
-    /// has none.
+    /// Backing file, or an export of a server (an NBD URI), which provides the contents where the
+    /// new image has none.
     #[arg(short, long, value_name = "FILE", requires = "backing_format")]
     pub backing: Option<OsString>,
 
@@ -57,7 +57,7 @@ pub struct CreateArgs {
     #[arg(short = 'F', long, value_name = "FORMAT", requires = "backing")]
     pub backing_format: Option<ImageFormat>,
 
-    /// Whether to allocate the whole disk now.
+    /// Whether to allocate the complete disk now.
     #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
     pub preallocation: Preallocation,
 
@@ -121,7 +121,7 @@ pub enum Preallocation {
     /// Each part when it is written.
     #[default]
     Off,
-    /// Place in the file now, space when data is written; qcow2 images only.
+    /// Clusters now, as holes of the file, and space when data is written; qcow2 images only.
     Metadata,
     /// Space now, without writing to it.
     Falloc,
@@ -166,7 +166,7 @@ impl Qcow2Args {
     pub(super) fn apply(&self, options: &mut CreateOptions) -> Result<(), CommandError> {
         if let (Format::Raw, Some(option)) = (options.format, self.given()) {
             return Err(CommandError::new(format!(
-                "a raw image has no {option}; leave it out or make a qcow2 image"
+                "a raw image has no {option}; omit it or create a qcow2 image"
             )));
         }
         if let Some(size) = self.cluster_size {
@@ -200,7 +200,7 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     args.qcow2.apply(&mut options)?;
     if args.lazy_refcounts && options.format == Format::Raw {
         return Err(CommandError::new(
-            "a raw image has no --lazy-refcounts; leave it out or make a qcow2 image",
+            "a raw image has no --lazy-refcounts; omit it or create a qcow2 image",
         ));
     }
     options.preallocation = preallocation(args, options.format)?;
@@ -213,7 +213,7 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     let create = |path: &Path| {
         Image::create(path, &options).map_err(|error| match signals::stop_if_interrupted() {
             Err(interrupted) => CommandError::new(format!(
-                "cannot create '{}': {interrupted}; nothing of it is left",
+                "cannot create '{}': {interrupted}; its incomplete files were removed",
                 args.path.display()
             )),
             Ok(()) => error.into(),

@@ -40,7 +40,7 @@ pub struct InfoArgs {
     /// The image: a file, or an export as an NBD URI.
     pub path: OsString,
 
-    /// Describe the whole chain of backing files as well.
+    /// Describe the complete chain of backing files as well.
     #[arg(long)]
     pub backing_chain: bool,
 
@@ -205,7 +205,7 @@ fn qcow2_text(
         let flags = if flags.is_empty() { flags } else { format!(" ({flags})") };
         let granularity = exact(bitmap.granularity);
         let incomplete = bitmap.frozen.as_ref().map_or_else(String::new, |frozen| {
-            format!(", incomplete: '{}' has bits of it", printable(frozen))
+            format!(", incomplete: '{}' contains its frozen bits", printable(frozen))
         });
         let name = printable(&bitmap.name);
         line("bitmap:", &format!("{name}, granularity {granularity}{flags}{incomplete}"))?;

@@ -46,16 +46,16 @@ pub struct MapArgs {
     #[arg(long, conflicts_with = "chart")]
     pub json: bool,
 
-    /// Draw the disk, one line per part of it: what this image has, and what comes from backing files.
+    /// Draw the disk, one line per part: the content of this image, and that of its backing files.
     #[arg(long)]
     pub chart: bool,
 
     /// Write a picture of the disk (SVG) to a file, or to standard output (-). An existing file is
-    /// replaced only if it is such a picture.
+    /// replaced only if it is a picture of this command.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "chart"])]
     pub svg: Option<PathBuf>,
 
-    /// When to colour the chart.
+    /// Whether to colour the chart.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
     pub color: ColorChoice,
 
@@ -89,7 +89,7 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
     let options = args.share.apply(args.open.options_with(&args.server));
     let (location, options) = location.settled(&options, &args.server.remotes())?;
     match location {
-        // The server does not know the map of an image inside its export.
+        // The server cannot map an image inside its export.
         ImageLocation::Export { uri, .. } if options.format != Some(Format::Qcow2) => {
             let (connector, cancellation) = (args.server.connector(uri), signals::cancellation());
             let add = |size, entry| report.add(size, &entry, &mut output);
@@ -105,7 +105,7 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
     Ok(Outcome::Success)
 }
 
-/// Returns how a part is drawn.
+/// Returns the class of a part for the drawing.
 fn class(entry: &MapEntry) -> Class {
     match (entry.present, entry.data && !entry.zero, entry.depth) {
         (true, true, 0) => Class::Local,

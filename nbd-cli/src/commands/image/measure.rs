@@ -128,12 +128,12 @@ fn check_geometry(create: &CreateOptions) -> Result<(), CommandError> {
     let (size, bits) = (create.cluster_size, create.refcount_bits);
     if !size.is_power_of_two() || !(512..=2 << 20).contains(&size) {
         return Err(CommandError::new(format!(
-            "--cluster-size {size} is not possible; choose a power of two from 512 to 2M"
+            "--cluster-size {size} is invalid; choose a power of two from 512 to 2M"
         )));
     }
     if !bits.is_power_of_two() || bits > 64 {
         return Err(CommandError::new(format!(
-            "--refcount-bits {bits} is not possible; choose a power of two from 1 to 64"
+            "--refcount-bits {bits} is invalid; choose a power of two from 1 to 64"
         )));
     }
     Ok(())

@@ -28,7 +28,7 @@ pub struct OpenArgs {
 pub struct TrustArgs {
     /// Trust the image: follow the names of backing and data files in it to any directory and to
     /// servers (nbd://…), and detect the format of a backing file if the image does not record it.
-    /// Without this only files in the image's directory and below are opened.
+    /// Without this, only files in the image's directory and below it are opened.
     #[arg(long)]
     pub trust_image: bool,
 

@@ -25,7 +25,7 @@ Examples:
   nbd-cli image rebase --unsafe --backing moved/base.img --backing-format raw overlay.qcow2
 
 The disk stays the same: the differences between the old and the new backing file are copied into
-the overlay first. With --unsafe only the name is changed and no backing file is looked at: for a
+the overlay first. With --unsafe only the name is changed and no backing file is examined: for a
 backing file that was moved or renamed. A relative name starts at the directory of the overlay. An
 overlay whose backing file is on a server can be opened only with --trust-image.";
 
@@ -82,7 +82,7 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<Outcome, CommandError> {
     Ok(Outcome::Success)
 }
 
-/// Copies into the overlay everything that the new backing file would show differently.
+/// Copies into the overlay the clusters in which the old and the new backing file differ.
 fn keep_content(args: &RebaseArgs, new: Option<(&OsStr, Format)>) -> Result<(), CommandError> {
     // Opened first: a missing file must not change anything.
     let backing = match new {
@@ -101,7 +101,7 @@ fn keep_content(args: &RebaseArgs, new: Option<(&OsStr, Format)>) -> Result<(), 
     rebased.map_err(|error| match error.kind() {
         JobErrorKind::InvalidArgument => error.into(),
         _ => CommandError::new(format!(
-            "{error}; the disk and its backing file are as before: rebase it again"
+            "{error}; the disk and its backing file are unchanged: rebase it again"
         )),
     })?;
     Ok(image.close()?)

@@ -84,7 +84,7 @@ pub(crate) fn run(args: &ResizeArgs) -> Result<Outcome, CommandError> {
     let (name, present) = (args.path.display(), image.size());
     let Some(size) = args.size.apply(present) else {
         return Err(CommandError::new(format!(
-            "cannot resize '{name}': it has {present} bytes, which cannot change by that much"
+            "cannot resize '{name}': it has {present} bytes, and the resulting size would be invalid"
         )));
     };
     if size < present && !args.shrink {

@@ -15,7 +15,7 @@ use super::refusal::Refusal;
 /// The first argument of the background process. Users never pass it: otherwise it is an unknown
 /// option.
 const DAEMON: &str = "--serve-for-parent";
-/// The same, with sockets of a service manager that were passed to the parent.
+/// The same, with sockets that a service manager passed to the parent.
 const DAEMON_WITH_SOCKETS: &str = "--serve-for-parent-with-sockets";
 const THIS_PROGRAM: &str = "/proc/self/exe";
 const READY: &[u8] = b"R";
@@ -105,7 +105,7 @@ pub(super) fn start(arguments: &[OsString]) -> Result<(), Refusal> {
     }
 }
 
-/// Returns whether the environment holds sockets for this process.
+/// Returns whether the environment names sockets for this process.
 pub(super) fn service_manager_gave_sockets() -> bool {
     let own = std::process::id().to_string();
     std::env::var("LISTEN_PID").is_ok_and(|pid| pid.trim() == own)
@@ -120,7 +120,7 @@ pub(super) fn service_manager_gave_sockets() -> bool {
 /// If `/` or `/dev/null` cannot be used.
 pub(super) fn ready(role: Role, options: &Options) -> Result<(), Refusal> {
     let failed = |what: &str, error: std::io::Error| Refusal::new(format!("{what}: {error}"));
-    // Allows unmounting a file system while we serve, if no image is on it.
+    // Allows unmounting of a file system while this process serves, if no image is on it.
     std::env::set_current_dir("/").map_err(|error| failed("cannot change to /", error))?;
     if role == Role::Foreground {
         return Ok(());

@@ -63,7 +63,7 @@ async fn serve(
 
 fn properties(options: &Options, index: u32) -> AttachOptions {
     let file = options.files.first().map_or_else(String::new, |file| file.display().to_string());
-    // A text that no other process has: options such as -o and -l change what the disk holds.
+    // A unique text: options such as -o and -l change the content of the disk.
     let source = format!("{file} (qemu-nbd, process {})", std::process::id());
     let mut properties = AttachOptions::new(source);
     properties.device = Some(index);
@@ -73,7 +73,8 @@ fn properties(options: &Options, index: u32) -> AttachOptions {
     properties
 }
 
-/// `-d DEVICE`. A device that is not connected is not an error: scripts make sure of it this way.
+/// `-d DEVICE`. A device that is not connected is not an error, because scripts disconnect devices
+/// to be sure.
 pub(super) fn disconnect(options: &Options) -> Result<(), Refusal> {
     let device = options.files.first().map_or_else(String::new, |file| file.display().to_string());
     let index = parse_device(&device).map_err(Refusal::new)?;

@@ -64,7 +64,7 @@ fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refus
         Wanted::Help => return print(help::HELP),
         Wanted::Version => return print(&help::version()),
         Wanted::TraceHelp => {
-            complain("there are no single trace events here; any pattern logs what happens");
+            complain("there are no individual trace events here; any pattern enables the log");
             return Ok(());
         }
         Wanted::Work(options) => options,
@@ -74,7 +74,7 @@ fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refus
     if options.disconnect {
         return device::disconnect(&options);
     }
-    // As in QEMU, the daemon of a device stays in the foreground if it is to say something.
+    // As in QEMU, the daemon of a device stays in the foreground if it has output.
     let is_daemon = options.fork || (options.connect.is_some() && !options.verbose);
     if is_daemon && role == Role::Foreground {
         return daemon::start(&arguments);

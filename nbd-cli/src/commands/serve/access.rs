@@ -17,7 +17,7 @@ pub struct AccessArgs {
     #[arg(long, value_name = "[EXPORT=]CLIENTS")]
     pub allow: Vec<ExportRule>,
 
-    /// Let these clients only read, also if --allow names them; 'others' are all clients that no
+    /// Let these clients only read, even if --allow names them; 'others' are all clients that no
     /// rule names. May be repeated.
     #[arg(long, value_name = "[EXPORT=]CLIENTS")]
     pub readonly_for: Vec<ExportRule>,
@@ -51,7 +51,7 @@ pub struct AccessArgs {
 fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
     let size: ByteSize = text.parse()?;
     NonZeroU64::new(size.bytes()).ok_or_else(|| {
-        "a rate is at least one byte per second; leave the option out for no limit".to_owned()
+        "a rate is at least one byte per second; omit the option for no limit".to_owned()
     })
 }
 

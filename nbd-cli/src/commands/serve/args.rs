@@ -60,9 +60,9 @@ pub struct ServeArgs {
     #[arg(required_unless_present_any = ["control", "config"], value_name = "SOURCE")]
     pub sources: Vec<OsString>,
 
-    /// Serve the exports of a TOML file: at its top the options of the server, and in each table of
-    /// 'export' the 'source', the 'name' and the options of an export, named as here. Read again on
-    /// SIGHUP and by `nbd-cli control reload`.
+    /// Serve the exports of a TOML file. At its top are the options of the server; each table
+    /// 'export' has the 'source', the 'name' and the options of an export. Options have the names
+    /// listed here. The file is read again on SIGHUP and by `nbd-cli control reload`.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["sources", "name"])]
     pub config: Option<PathBuf>,
 
@@ -72,7 +72,7 @@ pub struct ServeArgs {
     pub check: bool,
 
     /// Listen on a TCP address; the default port is 10809, and 0 selects a free one. A port alone
-    /// is one of 127.0.0.1. May be repeated. Without --listen, --socket or --run: 127.0.0.1.
+    /// is on 127.0.0.1. May be repeated. Without --listen, --socket or --run: 127.0.0.1.
     #[arg(short, long, value_name = "[ADDR][:PORT]")]
     pub listen: Vec<TcpAddress>,
 
@@ -92,13 +92,13 @@ pub struct ServeArgs {
     #[arg(short, long)]
     pub name: Option<String>,
 
-    /// The way in which images outside the page cache are read.
+    /// The way in which reads wait for a disk.
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     pub aio: Aio,
 
     /// Serve metrics for Prometheus (/metrics), a status page (/) and /healthz over HTTP. A port
-    /// alone is one of 127.0.0.1. There is no password: anyone who can connect sees the names of
-    /// exports, the addresses of clients and where the disks are used, never their content.
+    /// alone is on 127.0.0.1. There is no password: every client sees the names of exports, the
+    /// addresses of clients and where the disks are used, but never their content.
     #[arg(long, value_name = "[HOST:]PORT|unix:PATH")]
     pub metrics: Option<MetricsAddress>,
 
@@ -109,7 +109,7 @@ pub struct ServeArgs {
 
     /// Take over from the running server with this control socket: its listening sockets, its
     /// clients and its images, with the sources and options given here. Clients notice a short
-    /// pause; those with TLS are disconnected. If anything fails that server goes on.
+    /// pause; those with TLS are disconnected. If anything fails, that server continues.
     #[arg(long, value_name = "CONTROL", conflicts_with_all = ["check", "run"])]
     pub takeover: Option<PathBuf>,
 
@@ -153,14 +153,15 @@ pub struct ServeArgs {
           help_heading = "Limits")]
     pub handshake_timeout: Duration,
 
-    /// Time limit for opening the sources of --check, of a reload, which is refused then, and of
-    /// `nbd-cli control add-export`; 0 for no limit. A start has none: it may have to repair images.
+    /// Time limit for opening sources with --check, at a reload (which then fails) and by `nbd-cli
+    /// control add-export`; 0 for no limit. A start has no limit, because it may have to repair
+    /// images.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_limit,
           help_heading = "Limits")]
     pub open_timeout: Duration,
 
-    /// Time after which a client is disconnected that stops in the middle of a request or leaves
-    /// its replies unread; 0 for no limit. Idle and slow clients are never disconnected.
+    /// Time after which a client that stops in the middle of a request, or does not read its
+    /// replies, is disconnected; 0 for no limit. Idle and slow clients are never disconnected.
     #[arg(long, value_name = "TIME", default_value = "0", value_parser = parse_limit,
           help_heading = "Limits")]
     pub stall_timeout: Duration,
@@ -170,7 +171,7 @@ pub struct ServeArgs {
           help_heading = "Limits")]
     pub drain_timeout: Duration,
 
-    /// Most slow requests of one connection that are carried out at a time.
+    /// Most requests of one connection that wait for a disk at a time.
     #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Limits")]
     pub max_requests: usize,
 

@@ -45,8 +45,8 @@ impl Captive {
         Ok(Self { child })
     }
 
-    /// Waits for its end and returns its status like a shell. Signals that ask us to end are
-    /// forwarded to it.
+    /// Waits for its end and returns its status like a shell. Signals that ask this process to end
+    /// are forwarded to it.
     pub(super) async fn wait(&mut self, signals: &mut EndSignals) -> Result<u8, CommandError> {
         loop {
             let process = self.child.id();

@@ -1,8 +1,8 @@
 //! `serve --config`: a server described in a TOML file.
 //!
-//! The keys are the long options of the command line, and their values are read by its parser: an
-//! option has one meaning. Options of the server stand at the top; each `[[export]]` table has those
-//! of one export, its `source` and its `name`.
+//! The keys are the long options of the command line, and the same parser reads their values.
+//! Options of the server are at the top; each `[[export]]` table has those of one export, its
+//! `source` and its `name`.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -23,8 +23,8 @@ use crate::error::CommandError;
 
 /// The key of the tables of exports.
 const EXPORT: &str = "export";
-/// Options of the command line that a file cannot have: they are about the file or the process that
-/// reads it, or are other spellings.
+/// Options of the command line that a file cannot have: they concern the file or the process that
+/// reads it, or are aliases.
 const ONLY_ON_COMMAND_LINE: [&str; 9] =
     ["config", "check", "fork", "run", "name", "port", "poll-max-ns", "help", "takeover"];
 
@@ -38,18 +38,18 @@ pub(super) struct Config {
 /// An export of a file.
 pub(super) type Configured = ConfiguredExport<Arc<ExportArgs>>;
 
-/// Returns what is to be served.
+/// Returns the export to be served.
 pub(super) fn spec(export: &Configured) -> ExportSpec {
     let ConfiguredExport { name, source, options, .. } = export.clone();
     ExportSpec { name, source, options }
 }
 
 impl Config {
-    /// Reads a file and checks all of it that can be checked without opening anything.
+    /// Reads a file and makes all checks that open nothing.
     ///
     /// # Errors
     ///
-    /// Names the file, the line and the key.
+    /// An error that names the file, the line and the key.
     pub(super) fn read(path: &Path) -> Result<Self, CommandError> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             CommandError::new(format!(
@@ -65,15 +65,15 @@ impl Config {
     }
 }
 
-/// Options of the command line that may stand beside `--config`.
+/// Options of the command line that are allowed together with `--config`.
 const BESIDE_FILE: [&str; 9] =
     ["config", "check", "fork", "run", "pid_file", "takeover", "verbose", "log_format", "log_file"];
 
-/// Refuses options of `serve` that the file would have to say.
+/// Refuses options of `serve` that belong into the file.
 ///
 /// # Errors
 ///
-/// Names the option.
+/// An error that names the option.
 pub(crate) fn refuse_options_beside_file(matches: &ArgMatches) -> Result<(), CommandError> {
     let Some(("serve", serve)) = matches.subcommand() else { return Ok(()) };
     let is_given = |id: &str| serve.value_source(id) == Some(ValueSource::CommandLine);
@@ -124,7 +124,7 @@ fn parse(text: &str) -> Result<Config, Problem> {
     })?;
     let table = table.into_inner();
     let of_export = ExportArgs::augment_args(Command::new(EXPORT)).disable_help_flag(true);
-    // The parser wants a source.
+    // The parser requires a source.
     let of_server = ServeArgs::augment_args(Command::new("serve"));
     let mut server = Section::new(text, 1);
     for (key, value) in table.iter().filter(|(key, _)| key.get_ref() != EXPORT) {
@@ -198,7 +198,7 @@ fn export(
     Ok((line, ConfiguredExport { name, source, only_reads, settings, options }))
 }
 
-/// Checks what concerns several options or exports.
+/// Makes the checks that concern several options or exports.
 fn check(
     args: &ServeArgs,
     exports: &[(usize, Configured)],
@@ -271,8 +271,8 @@ impl<'a> Section<'a> {
                     None => text_of(value.get_ref()).map(|value| vec![value]),
                 };
                 let expected = match action {
-                    ArgAction::Append => "a text or number, or a list of them",
-                    _ => "a text or number",
+                    ArgAction::Append => "a string or number, or a list of them",
+                    _ => "a string or number",
                 };
                 let values = values.ok_or_else(|| self.problem(key, is_no(expected, name)))?;
                 values.into_iter().map(|value| format!("--{name}={value}")).collect()
@@ -364,7 +364,7 @@ mod tests {
             (format!("{export}cache = 'no'\n"), 3, &["--cache", "writeback"]),
             (format!("{export}reed-only = true\n"), 3, &["'reed-only'"]),
             (format!("{export}read-only = 'yes'\n"), 3, &["'read-only'", "true or false"]),
-            (format!("{export}cache = ['none']\n"), 3, &["'cache'", "a text or number"]),
+            (format!("{export}cache = ['none']\n"), 3, &["'cache'", "a string or number"]),
             (format!("{export}allow = [1.5]\n"), 3, &["'allow'", "list"]),
             (format!("{export}allow = 'vm=::1'\n"), 1, &["'vm'", "name of an export"]),
             (format!("{export}allow = 'tls:a'\n"), 1, &["--tls-psk"]),

@@ -40,7 +40,7 @@ pub(super) fn controller(
     }
 }
 
-/// Gives an export what the command line says of all exports and of its name.
+/// Applies the options of the command line for all exports, and for this name, to an export.
 fn configured(args: &ServeArgs, name: &str, mut entry: ExportEntry) -> ExportEntry {
     if args.tls.tls_only.iter().any(|only| only == name) {
         entry = entry.tls_required();
@@ -88,7 +88,7 @@ fn log(event: &ControlEvent<'_>) {
             tracing::warn!("too many busy clients of the control socket; closed a new one");
         }
         ControlEvent::ClientLost { error } => {
-            tracing::info!(%error, "a client of the control socket is gone");
+            tracing::info!(%error, "a client of the control socket has left");
         }
         event => tracing::info!(?event, "event of the control socket"),
     }

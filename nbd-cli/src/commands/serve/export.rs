@@ -52,8 +52,8 @@ pub struct ExportArgs {
     pub cache: CacheMode,
 
     /// Memory for the mapping tables of each qcow2 image, backing files included [default: the
-    /// tables of the whole disk, at most 32M]. With clusters of 64 KiB 1M is enough for 8 GiB of
-    /// disk; reads of other parts read a piece of a table first.
+    /// tables of the complete disk, at most 32M]. With clusters of 64 KiB, 1M is enough for 8 GiB
+    /// of disk; a read of another part first reads a piece of a table.
     #[arg(long, value_name = "SIZE")]
     pub metadata_cache: Option<ByteSize>,
 

@@ -1,4 +1,4 @@
-//! A server with a configuration file reads it again, on SIGHUP and on request.
+//! Reads the configuration file of a running server again, on SIGHUP and on request.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -46,7 +46,7 @@ struct Prepared {
     opened: Vec<Source>,
 }
 
-/// A request to read the file again, and where the result goes.
+/// A request to read the file again: the channel for its result.
 type Wish = oneshot::Sender<Result<Value, Failure>>;
 
 /// Asks a running server to read its file again.
@@ -72,11 +72,11 @@ impl ReloadHandle {
 pub(super) struct Reloader {
     path: PathBuf,
     config: Config,
-    /// The current configuration, for a server that goes on after a takeover that failed.
+    /// The current configuration, for a server that continues after a failed takeover.
     kept: Arc<Mutex<Config>>,
     tls: TlsMode,
     server: ServerHandle,
-    /// Of a server with a control socket.
+    /// The controller of a server with a control socket.
     controller: Option<Arc<Controller>>,
 }
 
@@ -85,7 +85,7 @@ fn lock(config: &Mutex<Config>) -> MutexGuard<'_, Config> {
 }
 
 impl Reloader {
-    /// For a server that was started with the configuration in `kept`, which is kept current.
+    /// For a server that was started with the configuration in `kept`, which reloads update.
     pub(super) fn new(
         path: PathBuf,
         kept: &Arc<Mutex<Config>>,
@@ -97,7 +97,7 @@ impl Reloader {
         Self { path, config, kept, tls, server, controller }
     }
 
-    /// Reads the file again on each SIGHUP and on each wish. The task holds the exports.
+    /// Reads the file again on each SIGHUP and on each request. The task holds the exports.
     ///
     /// # Errors
     ///
@@ -125,7 +125,7 @@ impl Reloader {
                 if let Some(wish) = wish {
                     let failed =
                         |error: CommandError| Failure::new(ErrorKind::Failed, error.to_string());
-                    // One that has left does not want to know.
+                    // A client that has left needs no result.
                     let _ = wish.send(result.map_err(failed));
                 }
             }
@@ -133,7 +133,7 @@ impl Reloader {
         Ok(reloading)
     }
 
-    /// Makes the server what the file says now. After an error nothing has changed.
+    /// Applies the file's present content to the server. After an error nothing has changed.
     async fn reload(&mut self) -> Result<Value, CommandError> {
         let (path, reading) = (self.path.clone(), format!("reading '{}'", self.path.display()));
         let read =
@@ -146,7 +146,7 @@ impl Reloader {
         if let Some(credentials) = self.tls.credentials() {
             credentials.reload().map_err(|error| CommandError::new(error.to_string()))?;
         }
-        // From here on nothing fails that was checked before; what does is reported.
+        // Everything was checked, so from here on failures are only reported.
         let removed = self.remove_all(removed, &mut config, &mut left).await;
         let added = self.add_all(added, opened, &mut config, &mut left).await;
         let exports = self.server.exports();
@@ -173,7 +173,7 @@ impl Reloader {
         Ok(json!({ "added": added, "removed": removed, "left": left }))
     }
 
-    /// Finds what changes, and opens what is new. Everything that may hang is done here.
+    /// Finds the changes, and opens new sources. Everything that may hang is done here.
     async fn prepare(&self, mut config: Config) -> Result<Prepared, CommandError> {
         let entries = self.server.exports().entries();
         let served: Vec<_> = entries.into_iter().map(|(name, _)| name).collect();
@@ -199,19 +199,19 @@ impl Reloader {
         prepared.await?
     }
 
-    /// Refuses what a start refuses: exports for TLS only where TLS is not a choice.
+    /// Refuses, like a start, `tls-only` exports on a server where TLS is not optional.
     fn check_tls_only(&self, config: &Config) -> Result<(), CommandError> {
         if config.args.tls.tls_only.is_empty() || matches!(self.tls, TlsMode::Allow(_)) {
             return Ok(());
         }
         Err(CommandError::new(
-            "'tls-only' is for servers where TLS is a choice, and this server was not started with \
-             tls = \"allow\"; leave it out, or restart the server",
+            "'tls-only' is for servers where TLS is optional, and this server was not started with \
+             tls = \"allow\"; remove it, or restart the server",
         ))
     }
 
-    /// Removes exports; returns the names of those that are gone. The others stay in `config`, so
-    /// that the next reload tries again.
+    /// Removes exports; returns the names of removed ones. The others stay in `config`, so that the
+    /// next reload tries again.
     async fn remove_all(
         &self,
         removed: Vec<Configured>,
@@ -245,8 +245,8 @@ impl Reloader {
         names
     }
 
-    /// Adds exports; returns the names of those that are served now. The others leave `config`, so
-    /// that the next reload tries again.
+    /// Adds exports; returns the names of added ones. The others are removed from `config`, so that
+    /// the next reload tries again.
     async fn add_all(
         &self,
         added: Vec<Configured>,

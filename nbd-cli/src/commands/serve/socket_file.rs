@@ -37,7 +37,7 @@ fn parse_mode(text: &str) -> Result<u32, String> {
 }
 
 impl SocketFileArgs {
-    /// Listens on an address. The file of a unix socket has its permissions before anyone can
+    /// Listens on an address. The file of a unix socket has its permissions before clients can
     /// connect.
     ///
     /// # Errors
@@ -55,7 +55,8 @@ impl SocketFileArgs {
         {
             return server.listen(address).await.map_err(serve_error);
         }
-        // Images are open, and nothing else makes files yet: all of it would only be stricter.
+        // Images are open, and nothing else creates files yet: the umask could only make them
+        // stricter.
         let usual = umask(Mode::RWXG | Mode::RWXO);
         let bound = server.listen(address).await;
         umask(usual);

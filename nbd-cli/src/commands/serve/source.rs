@@ -20,7 +20,7 @@ use crate::locking::ShareArgs;
 use crate::output::printable;
 use crate::serving::serve_options;
 
-/// How long an image is waited for that another program was to take over.
+/// Time to wait for an image after a failed takeover.
 const PATIENCE_AFTER_TAKEOVER: Duration = Duration::from_secs(10);
 
 /// Returns the exports of a command line. The first one is the default export.
@@ -33,7 +33,7 @@ pub(super) fn exports(args: &ServeArgs) -> Result<Vec<ExportSpec>, CommandError>
     let unnamed = named.iter().filter(|(name, _)| name.is_none()).count();
     if args.name.is_some() && unnamed != 1 {
         return Err(CommandError::new(
-            "--name needs exactly one source without a name of its own; write NAME=SOURCE instead",
+            "--name needs exactly one source without a name; write NAME=SOURCE instead",
         ));
     }
     if unnamed > 1 {
@@ -72,13 +72,13 @@ pub(super) fn check(export: &ExportSpec, has_tls: bool) -> Result<(), CommandErr
     )?)
 }
 
-/// What is done while the source of an export is opened, for errors.
+/// Describes the opening of an export's source, for errors.
 pub(super) fn opening(export: &ExportSpec) -> String {
     let (name, source) = (printable(&export.name), printable(&export.source.to_string_lossy()));
     format!("opening the source '{source}' of the export '{name}'")
 }
 
-/// Opens the source of an export without writing anything, also while others write it.
+/// Opens the source of an export without writing anything, even while other programs write to it.
 pub(super) fn try_to_open(export: &ExportSpec) -> Result<(), CommandError> {
     let mut choices = choices(&export.options);
     choices.writes = Writes::Refused;
@@ -89,7 +89,7 @@ pub(super) fn try_to_open(export: &ExportSpec) -> Result<(), CommandError> {
 /// An open source.
 pub(super) enum Source {
     Plain(ExportEntry),
-    /// Of a server with a control socket.
+    /// The disk of a server with a control socket.
     Controlled(ServedDisk),
 }
 
@@ -159,11 +159,11 @@ pub(super) async fn open_sources(
     });
     opening.await.unwrap_or_else(|error| match error.try_into_panic() {
         Ok(panic) => std::panic::resume_unwind(panic),
-        Err(error) => Err(CommandError::new(format!("opening the images was given up: {error}"))),
+        Err(error) => Err(CommandError::new(format!("opening the images was cancelled: {error}"))),
     })
 }
 
-/// Gives an export the properties that clients see.
+/// Sets the properties of an export that clients see.
 pub(super) fn entry(
     export: &ExportSpec,
     tls_only: &[String],
@@ -186,7 +186,7 @@ pub(super) fn entry(
 pub(super) fn reopened(disk: ServedDisk, source: OsString, choices: ServeOptions) -> ServedDisk {
     disk.reopened_by(move || {
         let mut choices = choices.clone();
-        // The program that was to take over may be slow to close it.
+        // The program that failed to take over may be slow to close it.
         choices.patience = Some(PATIENCE_AFTER_TAKEOVER);
         let opened = choices
             .open_source(&source)

@@ -1,4 +1,4 @@
-//! `serve --takeover`: another server's clients and images become this one's, and the reverse.
+//! `serve --takeover`: takes over another server's clients and images, and hands over its own.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -17,26 +17,26 @@ use crate::error::CommandError;
 use crate::serving::{serve_error, service_manager};
 use crate::signals::EndSignals;
 
-/// Attempts of a server that goes on, about ten seconds.
+/// Number of attempts of a server that continues: about ten seconds.
 const ATTEMPTS: u32 = 200;
 const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(50);
 
-/// What a server starts with.
+/// The resources with which a server starts.
 pub(super) struct Opened {
     pub(super) registry: ExportRegistry,
-    /// Of a server with a control socket.
+    /// The disks of a server with a control socket.
     pub(super) disks: Option<ServedDisks>,
     pub(super) taken: TakenOver,
     pub(super) origin: Origin,
 }
 
-/// How this server has come to its clients.
+/// The origin of this server's clients.
 pub(super) enum Origin {
-    /// They come from now on.
+    /// None yet: the server was started.
     Started,
-    /// From a server that waits until this one is ready.
+    /// From another server, which waits until this one is ready.
     TakesOver(Predecessor),
-    /// They are its own: another program was to take over, and did not.
+    /// Its own: another program failed to take over.
     GoesOn,
 }
 
@@ -62,11 +62,12 @@ fn connection(predecessor: &Predecessor) -> Result<UnixStream, CommandError> {
     })
 }
 
-/// Tries what a program that was to take over may still prevent for a moment, because it is ending.
+/// Repeats an attempt that an ending program, which failed to take over, may still prevent for a
+/// moment.
 ///
 /// # Errors
 ///
-/// That of the last attempt.
+/// The error of the last attempt.
 pub(super) async fn patiently<T>(
     goes_on: bool,
     attempt: impl AsyncFn() -> Result<T, CommandError>,
@@ -83,13 +84,13 @@ pub(super) async fn patiently<T>(
 }
 
 impl Opened {
-    /// Opens the sources, after another server has closed them if this one takes over. That server
-    /// waits for `guard` to be dropped before it goes on: it has to be dropped after everything that
-    /// is open, and may be when this server serves.
+    /// Opens the sources; in a takeover, after the other server has closed them. If the takeover
+    /// fails, that server waits for `guard` to be dropped before it continues: drop it after
+    /// everything that is open, or when this server serves.
     ///
     /// # Errors
     ///
-    /// If that server goes on, or a source cannot be opened.
+    /// If that server continues, or a source cannot be opened.
     pub(super) async fn new(
         args: &Arc<ServeArgs>,
         exports: &Arc<Vec<ExportSpec>>,
@@ -117,11 +118,11 @@ impl Opened {
 async fn begin(control: &Path) -> Result<(Predecessor, TakenOver), CommandError> {
     let control = control.to_owned();
     let begun = tokio::task::spawn_blocking(move || Predecessor::begin(&control)).await;
-    let begun = begun.map_err(|error| CommandError::new(format!("given up: {error}")))?;
+    let begun = begun.map_err(|error| CommandError::new(format!("cancelled: {error}")))?;
     begun.map_err(|error| CommandError::new(error.to_string()))
 }
 
-/// Refuses to open what is not there any more as the other server had it.
+/// Refuses to open files that are no longer those that the other server had open.
 async fn check_names(taken: TakenOver, names: Vec<String>) -> Result<TakenOver, CommandError> {
     let checked = tokio::task::spawn_blocking(move || {
         taken.check_names(names.iter().map(|name| &**name)).map(|()| taken)
@@ -130,14 +131,14 @@ async fn check_names(taken: TakenOver, names: Vec<String>) -> Result<TakenOver, 
     checked.map_err(|error| CommandError::new(error.to_string()))
 }
 
-/// Everything is open: the other server ends.
+/// Ends the other server, when everything is open.
 ///
 /// # Errors
 ///
-/// If it goes on.
+/// If it continues.
 pub(super) async fn complete(predecessor: Predecessor) -> Result<(), CommandError> {
     let completed = tokio::task::spawn_blocking(move || predecessor.complete()).await;
-    let completed = completed.map_err(|error| CommandError::new(format!("given up: {error}")))?;
+    let completed = completed.map_err(|error| CommandError::new(format!("cancelled: {error}")))?;
     completed.map_err(|error| CommandError::new(error.to_string()))
 }
 
@@ -167,15 +168,15 @@ impl HandOver {
         Ok(Self { successor, paused, registry, disks })
     }
 
-    /// Hands everything over. Returns what this server goes on with if the other program has not
-    /// taken over.
+    /// Hands everything over. Returns the resources with which this server continues if the other
+    /// program has not taken over.
     ///
     /// # Errors
     ///
-    /// If neither of both can serve.
+    /// If neither server can serve.
     pub(super) async fn carry_out(self) -> Result<Option<Opened>, CommandError> {
         let done = tokio::task::spawn_blocking(move || self.carry_out_blocking()).await;
-        done.map_err(|error| CommandError::new(format!("handing over was given up: {error}")))
+        done.map_err(|error| CommandError::new(format!("handing over was cancelled: {error}")))
     }
 
     fn carry_out_blocking(self) -> Option<Opened> {
@@ -226,7 +227,7 @@ impl HandOver {
                 let (disks, failures) = closed.reopen(&registry);
                 for failure in failures {
                     let error = without_error_numbers(failure.to_string());
-                    tracing::error!("an export is lost after a takeover that failed: {error}");
+                    tracing::error!("an export is lost after a failed takeover: {error}");
                 }
                 Some(goes_on(registry, disks, paused))
             }
@@ -254,5 +255,5 @@ fn goes_on(registry: ExportRegistry, disks: ServedDisks, paused: Paused) -> Open
 
 fn log_failure(reason: &str) {
     let reason = without_error_numbers(reason.to_owned());
-    tracing::warn!("the takeover failed, and this server goes on: {reason}");
+    tracing::warn!("the takeover failed, and this server continues: {reason}");
 }

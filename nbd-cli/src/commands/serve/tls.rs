@@ -79,7 +79,7 @@ impl TlsArgs {
         };
         if !self.tls_only.is_empty() && choice != TlsChoice::Allow {
             return Err(CommandError::new(
-                "--tls-only is for servers where TLS is a choice; add --tls=allow",
+                "--tls-only is for servers where TLS is optional; add --tls=allow",
             ));
         }
         let source = match (choice, source) {
@@ -129,7 +129,7 @@ impl TlsArgs {
         };
         if !self.tls_verify_peer && !self.tls_authz.is_empty() {
             return Err(CommandError::new(
-                "--tls-authz looks at the clients' certificates; leave out --tls-verify-peer=off",
+                "--tls-authz checks the clients' certificates; omit --tls-verify-peer=off",
             ));
         }
         Ok(Some(CredentialSource::X509 {
@@ -189,9 +189,9 @@ pub(super) fn exposure(tls: &TlsMode) -> Option<&'static str> {
     };
     match tls {
         TlsMode::Off => Some("there is no encryption and no password"),
-        TlsMode::Allow(_) => Some("--tls=allow lets in clients without TLS"),
+        TlsMode::Allow(_) => Some("--tls=allow admits clients without TLS"),
         TlsMode::Require(credentials) if asks_for_certificate(credentials) => None,
-        TlsMode::Require(_) => Some("--tls-verify-peer=off lets in clients without a certificate"),
+        TlsMode::Require(_) => Some("--tls-verify-peer=off admits clients without a certificate"),
     }
 }
 

@@ -61,11 +61,12 @@ impl UpstreamArgs {
         ServerArgs { timeout: self.source_timeout, reconnect, tls }
     }
 
-    /// Unused options are a mistake. With a control socket, sources can be added later.
+    /// Refuses unused options, which are a mistake. With a control socket, sources can be added
+    /// later.
     ///
     /// # Errors
     ///
-    /// Names the option.
+    /// An error that names the option.
     pub(super) fn check(
         &self,
         sources: &[NbdUri],
@@ -93,7 +94,7 @@ impl UpstreamArgs {
                     && sources.iter().all(|uri| uri.security == Security::Plain) =>
             {
                 Err(CommandError::new(format!(
-                    "{option} is given and no source asks for TLS: write nbds instead of nbd, or \
+                    "{option} is given and no source requests TLS: write nbds instead of nbd, or \
                      add --source-tls require"
                 )))
             }

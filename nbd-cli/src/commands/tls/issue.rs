@@ -76,7 +76,7 @@ pub struct IssueArgs {
     #[arg(long, value_name = "TEXT", value_parser = parse_text)]
     pub organization: Option<String>,
 
-    /// Days for which the certificate is valid; it ends with its authority at the latest.
+    /// Days for which the certificate is valid; it expires with its authority at the latest.
     #[arg(long, value_name = "DAYS", default_value_t = 365,
           value_parser = clap::value_parser!(u32).range(1..=MAX_DAYS))]
     pub days: u32,
@@ -149,7 +149,7 @@ impl IssueArgs {
     }
 }
 
-/// Names the files that were written, one on each line.
+/// Prints the names of the written files, one per line.
 fn report(issued: &Issued) -> Result<Outcome, CommandError> {
     let mut output = Output::new();
     for path in &issued.files {

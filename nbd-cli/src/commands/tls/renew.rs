@@ -1,4 +1,4 @@
-//! `nbd-cli tls renew`: certificates that end soon get a new term.
+//! `nbd-cli tls renew`: renews certificates that expire soon.
 
 use std::path::PathBuf;
 
@@ -30,7 +30,7 @@ pub struct RenewArgs {
     #[arg(default_value = ".")]
     pub directory: PathBuf,
 
-    /// Renew certificates that end within this number of days.
+    /// Renew certificates that expire within this number of days.
     #[arg(long, value_name = "DAYS", default_value_t = 30, conflicts_with = "all",
           value_parser = clap::value_parser!(u32).range(0..=MAX_DAYS))]
     pub within: u32,
@@ -39,8 +39,8 @@ pub struct RenewArgs {
     #[arg(long)]
     pub all: bool,
 
-    /// Days for which servers and clients are valid; by default as many as before. The authority
-    /// keeps its term.
+    /// Days for which the certificates of servers and clients are valid; by default as many as
+    /// before. The authority keeps its period of validity.
     #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=MAX_DAYS))]
     pub days: Option<u32>,
 }

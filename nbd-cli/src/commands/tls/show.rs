@@ -28,7 +28,7 @@ pub struct ShowArgs {
     #[arg(default_value = ".")]
     pub path: PathBuf,
 
-    /// Report certificates that end within this number of days as ending soon.
+    /// Report certificates that expire within this number of days as expiring soon.
     #[arg(long, value_name = "DAYS", default_value_t = 30,
           value_parser = clap::value_parser!(u32).range(0..=MAX_DAYS))]
     pub within: u32,

@@ -51,7 +51,7 @@ fn data_file(location: &ImageLocation, info: &ImageInfo, name: &OsStr) -> GraphN
     }
 }
 
-/// What the file system knows; nothing of exports.
+/// The file's metadata; `None` for exports.
 fn metadata(location: &ImageLocation) -> Option<Metadata> {
     location.uri().is_none().then(|| fs::metadata(location.path()).ok())?
 }
