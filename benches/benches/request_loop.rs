@@ -1,5 +1,5 @@
-//! The request loop of a connection without sockets: parses requests from a buffer, executes them
-//! on a memory disk and gathers the replies in one buffer.
+//! The request loop of a connection without sockets: it parses requests from a buffer, executes
+//! them on a memory disk and collects the replies in one buffer.
 
 mod shared;
 

@@ -13,8 +13,8 @@ use crate::compatibility::target_directory;
 pub(crate) enum Sources {
     /// What the system is set up for.
     Usual,
-    /// A suite of Debian's besides its release, for one installation. The system's own lists stay
-    /// as they are.
+    /// A Debian suite besides the system's release, for one installation. The system's own lists do
+    /// not change.
     Suite { suite: String, directory: PathBuf },
 }
 
@@ -23,7 +23,7 @@ impl Sources {
     ///
     /// # Errors
     ///
-    /// If its lists cannot be got.
+    /// Its lists cannot be fetched.
     pub(crate) fn suite(suite: &str) -> Result<Self> {
         let directory = target_directory().join("apt");
         let release = suite.split('-').next().unwrap_or(suite);
@@ -57,14 +57,14 @@ impl Sources {
 ///
 /// # Errors
 ///
-/// If a package would be removed or replaced by an older version, or apt-get fails.
+/// A package would be removed or replaced by an older version, or apt-get fails.
 pub(crate) fn install(packages: &[&str], sources: &Sources) -> Result<()> {
     let install = ["install", "-y", "--no-install-recommends"];
     let plan = output_of(sources.apt_get().arg("--dry-run").args(install).args(packages))?;
     if let Some(harm) = harm(&plan) {
         bail!("apt-get would not leave the other packages as they are: {harm}");
     }
-    // What the plan did not say, apt-get asks, and the answer is no.
+    // apt-get asks before it does anything outside the plan, and the answer is no.
     let careful = ["--no-remove", "-o", "APT::Get::AllowDowngrades=false"];
     run_step("peers", sources.apt_get().args(careful).args(install).args(packages))?;
     Ok(())

@@ -16,7 +16,7 @@ pub(crate) struct Options {
     arguments: Vec<OsString>,
 }
 
-/// Replaces this process by the benchmark, so that signals reach only that.
+/// Replaces this process with the benchmark, so that signals reach only the benchmark.
 ///
 /// # Errors
 ///

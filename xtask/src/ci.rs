@@ -12,8 +12,8 @@ use crate::{compatibility, dist, peers, soak, tidy};
 
 /// Runs every check and prints its duration.
 ///
-/// The cheap checks come first. The tests come last and write to the terminal in cargo's format,
-/// followed by two minutes of the judges of `cargo xtask soak`.
+/// The cheap checks come first. The tests come late and write to the terminal in cargo's format.
+/// Two minutes of the judges of `cargo xtask soak` follow.
 ///
 /// # Errors
 ///
@@ -35,7 +35,7 @@ pub(crate) fn run() -> Result<()> {
     timed(&mut timings, "fuzz targets", check_fuzz_targets)?;
     timed(&mut timings, "test", || {
         run_step("test", cargo().args(["test", "--workspace", "--locked"])).map(drop)?;
-        // Once more as on systems that forbid io_uring.
+        // Once more without io_uring, which some systems forbid.
         let mut threads = cargo();
         threads.args(["test", "-p", "nbd-server", "--locked", "--test", "server"]);
         run_step("test without io_uring", threads.env("NBD_AIO", "threads")).map(drop)
@@ -85,8 +85,8 @@ fn check_fuzz_targets() -> Result<()> {
         if manifest.with_file_name("Cargo.lock").is_file() {
             command.arg("--locked");
         }
-        // Nothing is linked, so the fuzzer's C++ runtime need not be built: any file stands in for
-        // it, and no C++ compiler is needed.
+        // Nothing is linked, so nobody has to build the fuzzer's C++ runtime: any file can take its
+        // place, and no C++ compiler is needed.
         command.env("CUSTOM_LIBFUZZER_PATH", &manifest);
         run_step("fuzz targets", &mut command)?;
     }

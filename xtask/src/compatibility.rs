@@ -16,8 +16,8 @@ struct Choice {
     needs_openssl: bool,
 }
 
-/// Builds it alone, so that features enabled by another crate do not help. Uses the OpenSSL that
-/// the rest of the workspace has built already, if possible.
+/// Every crate is built alone, so that features enabled by another crate do not help. The OpenSSL
+/// that the rest of the workspace has built already is used where possible.
 const CHOICES: &[Choice] = &[
     alone("nbd-proto", &["--no-default-features"]),
     alone("nbd-proto", &["--all-features"]),
@@ -41,7 +41,7 @@ const fn alone(package: &'static str, arguments: &'static [&'static str]) -> Cho
 ///
 /// # Errors
 ///
-/// The first that does not compile, or has warnings.
+/// A crate does not compile or has warnings.
 pub(crate) fn check_features() -> Result<()> {
     let has_openssl = output_of(Command::new("pkg-config").args(["--exists", "openssl"])).is_ok();
     for choice in CHOICES {
@@ -57,8 +57,8 @@ pub(crate) fn check_features() -> Result<()> {
     Ok(())
 }
 
-/// Compiles everything with the compiler of `rust-version`, if rustup has it installed; without it,
-/// clippy finds newer items of the standard library.
+/// Compiles everything with the compiler of `rust-version`, if rustup has it installed; without
+/// that compiler, clippy finds newer items of the standard library.
 ///
 /// # Errors
 ///

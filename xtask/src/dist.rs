@@ -1,7 +1,8 @@
 //! `cargo xtask dist`: a tarball, and a Debian package where `cargo deb` is installed.
 //!
-//! Both contain the same tree: the program, its names in place of qemu-nbd and qemu-img, manual pages,
-//! completions, unit files and documents. The tree stays in the directory for other packagers.
+//! Both contain the same tree: the program, its names in place of qemu-nbd and qemu-img, manual
+//! pages, completions, unit files and documents. The tree stays in the directory, for packagers of
+//! other systems.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -23,7 +24,7 @@ const QEMU_NAMES: [&str; 2] = ["qemu-img", "qemu-nbd"];
 /// The bound on the shipped program, in bytes.
 const LARGEST_PROGRAM: u64 = 12 << 20;
 
-/// The shells, and where their completions lie below `share`.
+/// The shells, and the paths of their completions below `share`.
 const COMPLETIONS: &[(&str, &str)] = &[
     ("bash", "bash-completion/completions/nbd-cli"),
     ("zsh", "zsh/site-functions/_nbd-cli"),
@@ -34,7 +35,7 @@ const COMPLETIONS: &[(&str, &str)] = &[
 const DOCUMENTS: &[&str] =
     &["README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE-MIT", "LICENSE-APACHE"];
 
-/// Directories of the workspace whose files are shipped, and where.
+/// Directories of the workspace whose files are shipped, and their places in the tree.
 const DIRECTORIES: &[(&str, &str)] =
     &[("docs", "share/doc/nbd-cli/docs"), ("packaging/systemd", "lib/systemd/system")];
 
@@ -53,13 +54,14 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// What continuous integration packs: the program that the tests have built already.
+    /// The options of continuous integration: it packs the program that the tests have built
+    /// already.
     pub(crate) fn continuous_integration() -> Self {
         Self { system_openssl: false, no_deb: !is_installed("cargo-deb"), profile: "dev".into() }
     }
 }
 
-/// Builds the program, gathers its files, and packs them.
+/// Builds the program, collects its files, and packs them.
 ///
 /// # Errors
 ///
@@ -78,7 +80,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     // The directory of the profile `dev` has another name.
     let built = if options.profile == "dev" { "debug" } else { &options.profile };
     let program = target.join(built).join("nbd-cli");
-    // Not in a target directory of the user's choice: the metadata of the Debian package names it.
+    // This ignores a target directory of the user's choice, because the metadata of the Debian
+    // package names the path.
     let packages = workspace_root().join("target/packages");
     let name = format!("nbd-cli-{}-{}", env!("CARGO_PKG_VERSION"), platform());
     let tree = packages.join(&name);
@@ -115,7 +118,7 @@ fn gather(program: &Path, tree: &Path) -> Result<()> {
     let shipped = at("bin/nbd-cli")?;
     let mut strip = Command::new("objcopy");
     run_step("strip", strip.arg("--strip-all").arg(program).arg(&shipped))?;
-    // Not beside it: a package of QEMU has files of these names there.
+    // The names are not beside the program, where a package of QEMU has files of these names.
     for name in QEMU_NAMES {
         symlink("../../bin/nbd-cli", at(&format!("lib/nbd-cli/{name}"))?)?;
     }
@@ -181,7 +184,7 @@ fn pack(packages: &Path, name: &str) -> Result<PathBuf> {
 
 /// Makes the Debian package by the metadata in `nbd-cli/Cargo.toml`, whose paths begin at `tree`.
 fn debian_package(packages: &Path, tree: &Path, profile: &str) -> Result<PathBuf> {
-    // The metadata cannot name the version: it finds the tree under a name without.
+    // The metadata cannot name the version, so it finds the tree by a name without one.
     let link = packages.join("tree");
     if link.symlink_metadata().is_ok() {
         fs::remove_file(&link).with_context(|| format!("cannot remove {}", link.display()))?;

@@ -1,7 +1,7 @@
-//! `cargo xtask install`: the program in the user's directory of programs.
+//! `cargo xtask install`: installs the program in the user's directory of programs.
 //!
 //! Cargo cannot choose a feature by what the system has. This command can: it links the system's
-//! OpenSSL where that is complete, and has it built otherwise.
+//! OpenSSL where that is complete, and builds its own otherwise.
 
 use std::ffi::OsString;
 use std::process::{Command, Stdio};
@@ -54,7 +54,7 @@ pub(crate) fn choose_openssl(command: &mut Command, vendored: bool) {
     }
 }
 
-/// Whether libraries and headers of a maintained OpenSSL are installed, by pkg-config's word.
+/// Whether pkg-config finds the libraries and headers of a maintained OpenSSL.
 ///
 /// The build finds them by pkg-config as well: without it they count as missing.
 fn system_has_openssl() -> bool {

@@ -17,10 +17,10 @@ const TOOLS_PACKAGE: &str = "qemu-utils";
 /// Depends on the newest kernel of the distribution for virtual machines.
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 
-/// Installs the machine if it is missing, and lays a kernel in `target/kernel`.
+/// Installs the machine if it is missing, and puts a kernel in `target/kernel`.
 ///
-/// Without one of them tests are skipped, in continuous integration too: the version that fits the
-/// tools may be in an archive that cannot be reached.
+/// Tests are skipped if one of them is missing, in continuous integration too, because the version
+/// that fits the tools may be in an archive that cannot be reached.
 pub(crate) fn ensure() {
     if !cfg!(target_arch = "x86_64") {
         println!("==> machine: there is one for x86_64 only");
@@ -86,7 +86,7 @@ fn ensure_kernel() -> Result<()> {
     let package = kernel_package()?;
     let directory = target_directory().join("kernel-package");
     fs::create_dir_all(&directory)?;
-    // As root it complains that no other user can write here, and goes on.
+    // As root, apt-get complains that no other user can write here, and continues.
     let mut download = apt_get();
     run_step("machine", download.args(["download", &package]).current_dir(&directory))?;
     let file = package_file(&directory, &package)?;

@@ -1,7 +1,7 @@
 //! Developer commands, run as `cargo xtask COMMAND`.
 //!
-//! One file or directory per command; this one only dispatches. The crate depends on none of the
-//! others, so that it can check them even when they do not compile.
+//! Each command has one file or directory; this file only dispatches. The crate depends on none of
+//! the others, so that it can check them even when they do not compile.
 #![expect(clippy::print_stdout, reason = "developer commands report on standard output")]
 
 mod apt;
@@ -33,7 +33,7 @@ struct Arguments {
 enum DeveloperCommand {
     /// Run every check in the order of continuous integration; stop at the first that fails.
     Ci,
-    /// Install the programs and the kernel that tests use, as far as they are missing.
+    /// Install missing programs that tests use, and a kernel.
     Peers,
     /// Check the project rules that rustfmt and clippy do not check.
     Tidy,

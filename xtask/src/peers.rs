@@ -9,7 +9,7 @@ use crate::apt::{self, Sources, apt_get, can_install};
 use crate::command::{is_installed, run_step};
 use crate::machine;
 
-/// A program that the tests use, and the Debian package that has it.
+/// A program that the tests use, and the Debian package that contains it.
 struct Peer {
     program: &'static str,
     package: &'static str,
@@ -54,7 +54,7 @@ const PEERS: &[Peer] = &[
 ///
 /// # Errors
 ///
-/// A peer is missing still and `CI` is set.
+/// A peer is still missing and `CI` is set.
 pub(crate) fn ensure_installed() -> Result<()> {
     ensure_programs()?;
     machine::ensure();

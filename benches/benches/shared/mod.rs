@@ -14,7 +14,7 @@ pub(crate) const MODES: [(&str, ReplyMode); 3] = [
 /// Size of the disk, in bytes.
 pub(crate) const DISK_SIZE: u64 = 1 << 30;
 
-/// An export that can do everything.
+/// An export with every capability.
 pub(crate) fn export() -> ExportDescription {
     let mut flags = TransmissionFlags::all();
     flags.remove(TransmissionFlags::READ_ONLY);

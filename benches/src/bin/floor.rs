@@ -1,9 +1,9 @@
 //! The floor of the benchmark: a server that answers every read from a constant buffer.
 //!
 //! It implements just enough of the protocol (fixed newstyle, simple replies, read-only) for fio
-//! and nbdcopy, with the least work that any server has to do: one system call for all waiting
-//! requests, one for all their answers. The additional time of another server is its own cost; the
-//! time of this one is the cost of the socket and of the client.
+//! and nbdcopy. It does the least work that any server has to do: one system call for all waiting
+//! requests, and one for all their answers. Its time is the cost of the socket and of the client;
+//! the additional time of another server is that server's own cost.
 //!
 //! `floor --socket PATH --size BYTES` serves until it is killed.
 
@@ -15,7 +15,7 @@ use std::thread;
 
 /// Bytes of requests that one read takes: more than any client here keeps in flight.
 const RECEIVE_BYTES: usize = 256 << 10;
-/// The constant data of every answer. Longer reads get it several times.
+/// The constant data of every answer. Longer reads get it repeatedly.
 const CONSTANT_BYTES: usize = 256 << 10;
 /// The longest read that is answered: what clients assume without a BLOCK_SIZE information.
 const MAXIMUM_READ_BYTES: u32 = 32 << 20;
@@ -133,7 +133,7 @@ fn negotiate(stream: &mut UnixStream, size: u64) -> io::Result<bool> {
                 push_option_reply(&mut answer, option, REPLY_ACK, &[]);
             }
             OPTION_ABORT => push_option_reply(&mut answer, option, REPLY_ACK, &[]),
-            // Structured replies among them: simple ones are shorter.
+            // Structured replies are among them: simple replies are shorter.
             _ => push_option_reply(&mut answer, option, REPLY_UNSUPPORTED, &[]),
         }
         stream.write_all(&answer)?;
@@ -196,7 +196,7 @@ struct Reply {
     payload_length: usize,
 }
 
-/// The reply to the request of 28 bytes, or none for DISC.
+/// The reply to the request of 28 bytes; `None` for DISC.
 fn answer(request: &[u8], size: u64) -> io::Result<Option<Reply>> {
     if number(&request[..4]) != u64::from(REQUEST_MAGIC) {
         return Err(bad("the client sent a wrong request magic"));
@@ -225,7 +225,7 @@ fn number(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
 }
 
-/// Writes all replies gathered.
+/// Writes all replies with gathered writes.
 fn send(stream: &mut UnixStream, replies: &[Reply], constant: &[u8]) -> io::Result<()> {
     let mut pieces = Vec::new();
     for reply in replies {

@@ -13,9 +13,9 @@ pub(super) const BLOCK: u64 = 512;
 /// A write that a block may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Write {
-    /// 0 is zeroes.
+    /// 0 stands for zeroes.
     version: u64,
-    /// The server acknowledged it. A refused write may be there in part.
+    /// Whether the server acknowledged it. A refused write may have changed part of the block.
     is_done: bool,
 }
 
@@ -105,7 +105,7 @@ impl Blocks {
         Ok(Step::Done)
     }
 
-    /// Reads everything and takes the contents as durable.
+    /// Reads everything and treats the contents as durable.
     ///
     /// # Errors
     ///

@@ -21,7 +21,7 @@ impl Judge for Commands {
     }
 
     fn description(&self) -> &'static str {
-        "image commands in random order beside qemu-img's: the same disks come of them"
+        "image commands in random order beside qemu-img's: both produce the same disks"
     }
 
     fn unit(&self) -> &'static str {
@@ -48,7 +48,7 @@ struct Pair<'a> {
     theirs: PathBuf,
     size: u64,
     snapshots: Vec<String>,
-    /// Snapshots of such images do not know the size of their disk, which therefore stays.
+    /// Snapshots of such images do not record the size of their disk, so the size never changes.
     is_version_2: bool,
     /// Overlays above the first image.
     depth: u64,
@@ -91,7 +91,7 @@ impl<'a> Pair<'a> {
         }
     }
 
-    /// Both get the same data, by QEMU.
+    /// Lets QEMU write the same data to both.
     fn write(&self, random: &mut Random) -> Result<String> {
         let mut commands = Vec::new();
         for _ in 0..random.below(12) + 1 {

@@ -23,7 +23,8 @@ const SIZE: u64 = 64 << 20;
 const GOOD_SIZE: u64 = 8 << 20;
 /// Time limit of one attack.
 const ATTACK: Duration = Duration::from_secs(4);
-/// Time limit for one answer to the good client, far above the usual latency: this is not a bench.
+/// Time limit for one answer to the good client, far above the usual latency: this is not a
+/// benchmark.
 const LONGEST_WAIT: Duration = Duration::from_secs(20);
 /// Memory limit of the server, in KiB.
 const MEMORY_KIB: u64 = 600 << 10;
@@ -37,7 +38,7 @@ impl Judge for Flood {
     }
 
     fn description(&self) -> &'static str {
-        "hostile clients beside a good one, which is served, and served right"
+        "hostile clients beside a good one, which gets correct answers in time"
     }
 
     fn unit(&self) -> &'static str {
@@ -197,7 +198,7 @@ fn requests(random: &mut Random) -> Vec<u8> {
     const LONGEST_FLOOD: usize = 32 << 20;
     let chosen = *random.choose(&COMMANDS);
     let is_mixed = random.one_in(3);
-    // Small ones are many at a time, long ones take long.
+    // Many small requests at a time; long requests take long.
     let length = *random.choose(&[4096_u32, 128 << 10, 1 << 20]);
     let mut bytes = Vec::new();
     for cookie in 0..random.below(4000) + 1 {

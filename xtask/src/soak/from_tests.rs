@@ -27,7 +27,7 @@ pub(super) struct FromTests {
     pub(super) package: &'static str,
     /// The test program.
     pub(super) test: &'static str,
-    /// Which of its modules has the tests.
+    /// The module of the test program that has the tests.
     module: &'static str,
     /// The environment variable for the amount of work.
     rounds: (&'static str, &'static str),
@@ -172,7 +172,7 @@ fn tests_of<'a>(listed: &'a str, module: &str) -> Vec<&'a str> {
     names.filter(is_of).collect()
 }
 
-/// Parses the number of judged cases; one for a test that prints none.
+/// Parses the number of judged cases. A test that prints none counts as one case.
 fn judged(text: &str) -> u64 {
     let counts = text.lines().filter_map(|line| line.strip_prefix("judged: "));
     let sum: u64 = counts.filter_map(|count| count.trim().parse::<u64>().ok()).sum();

@@ -26,7 +26,7 @@ impl Judge for FullDisk {
     }
 
     fn description(&self) -> &'static str {
-        "an image that cannot grow: errors for clients, nothing lost, and on with more room"
+        "an image that cannot grow: clients get errors, no data is lost, and writes succeed after space is freed"
     }
 
     fn unit(&self) -> &'static str {
@@ -73,7 +73,7 @@ impl Judge for FullDisk {
 }
 
 fn serve(round: &Round<'_>, limit: Option<u64>, image: &Path, socket: &Path) -> Result<Served> {
-    // A limit of the size of files is the full disk that needs no privileges.
+    // A limit on the size of files acts as a full disk and needs no privileges.
     let mut command = Command::new("prlimit");
     if let Some(limit) = limit {
         command.arg(format!("--fsize={limit}"));

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 
-/// Larger directories are not kept: the seed makes them again.
+/// Larger directories are not kept: the seed reproduces them.
 const LARGEST: u64 = 32 << 20;
 
 /// A failed round.

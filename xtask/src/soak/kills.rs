@@ -30,7 +30,7 @@ impl Judge for Kills {
     }
 
     fn description(&self) -> &'static str {
-        "serve is killed while clients write: flushed data and dirty bits are there afterwards"
+        "serve is killed while clients write: flushed data and dirty bits survive"
     }
 
     fn unit(&self) -> &'static str {
@@ -137,7 +137,7 @@ fn kill_while_written(
     })
 }
 
-/// Writes until the server is gone, which is an error unless it was killed.
+/// Writes until the server has ended, which is an error unless it was killed.
 pub(super) fn write(
     socket: &Path,
     part: &mut Blocks,

@@ -1,8 +1,8 @@
 //! `cargo xtask soak`: all randomised tests, for a chosen time, on all cores.
 //!
 //! A *judge* runs one round from a seed and checks the outcome. The rounds of all judges are
-//! interleaved so that each gets the same time. A failed round is kept as a small file that
-//! explains how to repeat it.
+//! interleaved so that each gets the same time. A failed round leaves a small file that explains
+//! how to repeat it.
 
 mod blocks;
 mod commands;
@@ -37,16 +37,16 @@ use programs::Programs;
 use random::Random;
 use report::Report;
 
-/// Rounds that are under way this long after the last was begun never end.
+/// A round that still runs this long after the last one began is considered hung.
 const LONGEST_ROUND: Duration = Duration::from_secs(1800);
 
-/// What `cargo xtask soak` is asked to do.
+/// The options of `cargo xtask soak`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// How long new rounds are begun, in minutes; those under way then are finished.
+    /// Start new rounds for this many minutes; rounds in progress then still finish.
     #[arg(long, value_name = "N", default_value_t = 10)]
     minutes: u64,
-    /// The seed from which all rounds derive theirs [default: from the clock]
+    /// The seed from which all rounds derive their seeds [default: from the clock]
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
     /// Run only these judges, separated by commas.
@@ -73,8 +73,8 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// What continuous integration runs: two minutes of every judge, with the programs and tests that
-    /// are built already, and always from the same seed.
+    /// The options of continuous integration: two minutes for all judges together, with the
+    /// programs and tests that are built already, and always from the same seed.
     pub(crate) fn continuous_integration() -> Self {
         Self {
             minutes: 2,
@@ -90,7 +90,7 @@ impl Options {
     }
 }
 
-/// Runs the judges and prints figures every minute.
+/// Runs the judges and prints their figures every minute.
 ///
 /// # Errors
 ///
@@ -180,7 +180,7 @@ impl Soak {
                 if Instant::now() >= end + LONGEST_ROUND {
                     let stuck = self.report().running();
                     println!("soak: a round of each of these does not end: {stuck}");
-                    // The threads that wait for them cannot be ended otherwise.
+                    // There is no other way to end the threads that wait for them.
                     std::process::exit(1);
                 }
                 if Instant::now() >= next {

@@ -118,7 +118,7 @@ impl Served {
     ///
     /// # Errors
     ///
-    /// The server is gone.
+    /// The server has ended.
     pub(super) fn peak_memory_kib(&self) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -145,7 +145,8 @@ impl Drop for Served {
 /// Returns the first line of a server's output; `None` if there is none for a long time.
 fn first_line(output: ChildStdout) -> Option<String> {
     let (sender, receiver) = mpsc::channel();
-    // Ends with the server, which is killed at the latest when it is given up.
+    // This thread ends with the server, which is killed at the latest when the caller gives up on
+    // it.
     thread::spawn(move || {
         let mut line = String::new();
         let read = BufReader::new(output).read_line(&mut line);
@@ -191,7 +192,7 @@ impl Ended {
     }
 }
 
-/// Runs a command to its end, or for as long as `patience`.
+/// Runs a command to its end, or kills it after `patience`.
 ///
 /// # Errors
 ///
@@ -242,12 +243,11 @@ pub(super) fn output_if(command: &mut Command, statuses: &[i32]) -> Result<Strin
     }
 }
 
-/// Runs `qemu-img check` on an image after its server has ended: leaks are the worst that is
-/// allowed.
+/// Runs `qemu-img check` on an image after its server has ended. Only leaks are allowed.
 ///
 /// # Errors
 ///
-/// It finds more.
+/// It finds anything worse.
 pub(super) fn check_image(image: &Path) -> Result<()> {
     let mut check = Command::new("qemu-img");
     output_if(check.args(["check", "-q", "-f", "qcow2"]).arg(image), &[0, 3]).map(drop)

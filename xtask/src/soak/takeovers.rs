@@ -1,4 +1,4 @@
-//! Servers take over from each other while clients write, and some are killed as they do.
+//! Servers take over from each other while clients write, and some are killed during the takeover.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -77,7 +77,7 @@ impl Relay<'_> {
         Served::start(&mut self.command(takes_over), directory, socket)
     }
 
-    /// The clients keep their connections over all of them.
+    /// The clients keep their connections across all takeovers.
     fn take_over_under_load(
         &self,
         mut server: Served,
@@ -97,7 +97,7 @@ impl Relay<'_> {
                             bail!("a request is answered with error {error}");
                         }
                     }
-                    // What is read counts as durable from then on.
+                    // Data that was read counts as durable from then on.
                     part.flush(&mut wire)?;
                     part.check(&mut wire)
                 }));
@@ -116,7 +116,8 @@ impl Relay<'_> {
         })
     }
 
-    /// One of both is killed at any moment of a takeover, and the other one soon afterwards.
+    /// Kills one of the two servers at a random moment of a takeover, and the other soon
+    /// afterwards.
     fn kill_one_of_two(
         &self,
         mut server: Served,

@@ -43,7 +43,7 @@ pub(super) fn option(number: u32, data: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The data of INFO and GO that ask for nothing.
+/// The data of INFO and GO without information requests.
 pub(super) fn go(export: &str) -> Vec<u8> {
     let mut data = (export.len() as u32).to_be_bytes().to_vec();
     data.extend(export.as_bytes());
@@ -80,7 +80,7 @@ pub(super) struct Wire {
 }
 
 impl Wire {
-    /// Connects and answers the greeting.
+    /// Connects, and answers the greeting.
     ///
     /// # Errors
     ///
@@ -132,7 +132,7 @@ impl Wire {
         }
     }
 
-    /// Sends bytes as they are.
+    /// Sends bytes unchanged.
     ///
     /// # Errors
     ///

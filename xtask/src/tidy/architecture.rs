@@ -19,7 +19,7 @@ const QUESTIONS: [&str; 6] = [
 /// An answer names files of fewer directories than this.
 const DIRECTORIES_MAX: usize = 10;
 
-/// Finds questions without an answer, and answers that lead through too many directories.
+/// Finds questions without an answer, and answers that name files of too many directories.
 pub(crate) fn check_answers(document: &str, text: &str) -> Vec<String> {
     let mut findings = Vec::new();
     for question in QUESTIONS {

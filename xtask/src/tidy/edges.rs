@@ -20,9 +20,9 @@ const LIBRARIES: &[&str] = &["nbd-proto", "nbd-server", "nbd-client", "imgfmt"];
 
 const TABLE: &[Allowed] = &[
     Allowed { name: "nbd-proto", dependencies: &[], optional: &[], tests: &[] },
-    // Its tests turn on its own feature `test-util`.
+    // Its tests enable its own feature `test-util`.
     Allowed { name: "imgfmt", dependencies: &[], optional: &[], tests: &["imgfmt"] },
-    // Only one of the two network crates may test with the other; otherwise neither could be
+    // Only one of the two network crates may use the other in its tests; otherwise neither could be
     // published.
     Allowed {
         name: "nbd-client",
@@ -40,7 +40,7 @@ const TABLE: &[Allowed] = &[
         name: "nbd-jobs",
         dependencies: &["nbd-proto", "nbd-client", "imgfmt"],
         optional: &["nbd-server"],
-        // Its tests turn on its own feature `server`.
+        // Its tests enable its own feature `server`.
         tests: &["nbd-jobs"],
     },
     Allowed {
@@ -99,7 +99,7 @@ fn check_dependency(allowed: &Allowed, dependency: &Value) -> Option<String> {
         return None;
     }
     let is_optional = dependency["optional"].as_bool() == Some(true);
-    // A crate's tests may use other features of it than its users.
+    // A crate's tests may enable other features of the crate than its users do.
     if allowed.dependencies.contains(&name)
         || (is_for_tests && allowed.name == name)
         || (is_for_tests && allowed.tests.contains(&name))
@@ -120,7 +120,7 @@ pub(crate) fn libraries() -> &'static [&'static str] {
 }
 
 /// Checks the output of `cargo tree --edges normal --prefix none` for a library, with all its
-/// features: what its dependencies depend on counts too.
+/// features: indirect dependencies count too.
 pub(crate) fn check_tree(name: &str, tree: &str) -> Vec<String> {
     let allowed = TABLE.iter().find(|allowed| allowed.name == name);
     let knows_others = allowed.is_some_and(|allowed| !allowed.dependencies.is_empty());

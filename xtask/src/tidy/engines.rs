@@ -24,7 +24,7 @@ pub(crate) fn check(path: &str, source: &Source) -> Vec<String> {
         .collect()
 }
 
-/// Finds list entries that no longer exist, so that a rule does not end unnoticed.
+/// Finds list entries that no longer exist, so that no rule loses its effect unnoticed.
 pub(crate) fn check_lists(exists: impl Fn(&str) -> bool) -> Vec<String> {
     let gone = ENGINES.iter().filter(|path| !exists(path));
     gone.map(|path| {

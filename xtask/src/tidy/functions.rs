@@ -5,7 +5,7 @@ use super::lexer::{Source, is_name_byte, line_at, matching_close, word_offsets};
 /// Most lines of a function, from its `fn` to its closing brace.
 const MAXIMUM_LINES: usize = 70;
 
-/// Finds functions that are too long, tests excepted.
+/// Finds functions that are too long, except in tests.
 pub(crate) fn check(path: &str, source: &Source) -> Vec<String> {
     let is_test = path.contains("/tests/") || path.ends_with("/tests.rs");
     if is_test {

@@ -1,7 +1,7 @@
 //! Splits Rust source into code and comments, so that a word in a string is not mistaken for code.
 
-/// One source file in two halves of equal length: each half has blanks in place of the other, and
-/// both keep line breaks, so offsets and line numbers agree with the file.
+/// One source file as two texts of equal length, code and comments. Each has blanks in place of the
+/// other, and both keep line breaks, so offsets and line numbers agree with the file.
 #[derive(Debug)]
 pub(crate) struct Source {
     /// Code without comments and without the contents of string and character literals.
@@ -116,7 +116,7 @@ impl<'a> Splitter<'a> {
                 let end = self.block_comment_end();
                 self.take_comment(end);
             } else if let Some(end) = self.literal_end() {
-                // The quotes stay as code, so that an expression does not vanish.
+                // The quotes stay in the code, so that an expression does not vanish.
                 self.code[self.at] = b'"';
                 self.code[end - 1] = b'"';
                 self.at = end;

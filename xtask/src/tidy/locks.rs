@@ -2,12 +2,12 @@
 
 use super::lexer::{Source, line_at, word_offsets};
 
-/// Defines the locks with ranks.
+/// The file that defines the locks with ranks.
 const ORDERED: &str = "imgfmt/src/ordered_lock.rs";
-/// Storages for tests, whose locks are taken last.
+/// The storages for tests, whose locks are taken last.
 const TESTING: &str = "imgfmt/src/testing/";
 
-/// Finds locks of `imgfmt` whose order nothing checks, tests excepted.
+/// Finds locks of `imgfmt` whose order nothing checks, except in tests.
 pub(crate) fn check(path: &str, source: &Source) -> Vec<String> {
     let is_test = path.contains("/tests/") || path.ends_with("/tests.rs");
     if !path.starts_with("imgfmt/src/") || path == ORDERED || path.starts_with(TESTING) || is_test {

@@ -1,6 +1,6 @@
 //! Every dependency has its purpose beside it in the manifest.
 
-/// Crates of this workspace explain themselves.
+/// The crates of this workspace need no comment.
 const OWN_CRATES: &[&str] =
     &["nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-jobs", "nbd-cli"];
 

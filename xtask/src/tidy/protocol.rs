@@ -2,7 +2,7 @@
 
 use super::lexer::{Source, is_name_byte, line_at, word_offsets};
 
-/// Paths of the standard library that the crate may not name, with all below them.
+/// Paths of the standard library that the crate may not name, with everything below them.
 const FORBIDDEN_PATHS: &[&str] = &[
     "std::net",
     "std::fs",

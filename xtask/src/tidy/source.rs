@@ -9,7 +9,7 @@ const EXCUSE: &str = "Over 600 lines because";
 /// This directory contains the words that it searches for.
 const OWN_DIRECTORY: &str = "xtask/src/tidy/";
 
-/// Directories of one machine.
+/// Directories that exist on one machine only.
 const MACHINE_DIRECTORIES: &[&str] = &["/work/", "/home/", "/root/", "/Users/"];
 
 /// Rules for every text file: blanks and paths.
@@ -71,7 +71,7 @@ fn names_directory(line: &str, directory: &str) -> bool {
     })
 }
 
-/// A `matches!` whose value is unused tests nothing.
+/// Finds every `matches!` whose value is unused: it tests nothing.
 fn unused_matches(path: &str, code: &str) -> Vec<String> {
     let mut findings = Vec::new();
     for (offset, found) in code.match_indices("matches!(") {

@@ -1,4 +1,4 @@
-//! Third-party crates: the licences and sources of all crates that are compiled.
+//! Third-party crates: checks the licences and sources of all crates that are compiled.
 
 use anyhow::{Context, Result};
 use serde_json::Value;

@@ -2,9 +2,9 @@
 //!
 //! 4 KiB random writes, 16 in flight, into an image all of whose clusters are allocated: without a
 //! bitmap, with one that records changes at each level, and qemu-nbd with an enabled persistent
-//! bitmap, which a crash makes unusable. All write the same file: the kernel's treatment of two
-//! files would differ by more than the measured effect. The disk fits into the hot extents of the
-//! activity log (1200 of 4 MiB), and every block begins with all of them cold.
+//! bitmap, which a crash makes unusable. All write the same file, because the kernel's treatment of
+//! two files would differ by more than the measured effect. The disk fits into the hot extents of
+//! the activity log (1200 of 4 MiB), and every block begins with all of them cold.
 
 use std::fs;
 use std::path::Path;
@@ -107,8 +107,8 @@ fn contender(
     Contender { name, measure: Box::new(measure) }
 }
 
-/// Removes the bitmap in any state that the last server left it in: servers are killed. Then
-/// creates a new one, if the row needs one.
+/// Removes the bitmap, in whatever state the last server left it (servers are killed). Then creates
+/// a new one if the row needs one.
 fn provide(disk: &Path, bitmap: Bitmap) -> Result<()> {
     let change =
         |what| output_of(Command::new("qemu-img").args(["bitmap", what]).arg(disk).arg(BITMAP));

@@ -1,8 +1,8 @@
 //! What the page cache holds of a file, and in which units.
 //!
-//! The same request can cost the kernel ten times as much, depending on whether the page cache has a
-//! file in single pages or in large folios; and the kernel changes that while a program runs: it
-//! reclaims, and it reads ahead.
+//! The same request can cost the kernel ten times as much, depending on whether the page cache has
+//! a file in single pages or in large folios. The kernel changes that while a program runs, because
+//! it reclaims and reads ahead.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 use super::data::data_extents;
 use super::sys::MappedFile;
 
-/// How many pages are asked for their units.
+/// How many pages are examined for their units.
 const SAMPLES: usize = 256;
-/// Differences up to these are none: of the share in the page cache, and of the share in large
+/// Differences up to these are ignored: of the share in the page cache, and of the share in large
 /// folios.
 const CACHED_TOLERANCE: f64 = 0.02;
 const LARGE_TOLERANCE: f64 = 0.1;
@@ -27,8 +27,8 @@ const LARGE_TOLERANCE: f64 = 0.1;
 pub(crate) struct CacheState {
     /// The share of the pages of the file, from 0 to 1. Holes have none.
     pub(crate) cached: f64,
-    /// The share of those that are in folios of several pages; unknown where the system tells only
-    /// the administrator.
+    /// The share of those that are in folios of several pages; `None` if the system tells only the
+    /// administrator.
     pub(crate) large: Option<f64>,
 }
 
@@ -37,7 +37,7 @@ impl CacheState {
     ///
     /// # Errors
     ///
-    /// The file cannot be opened, or the system does not say.
+    /// The file cannot be opened, or the system does not report its pages.
     pub(crate) fn of(path: &Path) -> Result<Self> {
         let file = File::open(path).with_context(|| path.display().to_string())?;
         Self::of_file(&file).with_context(|| format!("the page cache of {}", path.display()))
@@ -90,13 +90,14 @@ fn most(a: Option<f64>, b: Option<f64>) -> Option<f64> {
     }
 }
 
-/// The share of `pages`, which are in the page cache, that belong to folios of several. Each is given
-/// by its offset in a mapping. `None` if there are none, or if the system does not tell.
+/// The share of `pages`, all of them in the page cache, that belong to folios of several pages.
+/// Each page is given by its offset in a mapping. `None` if there are no pages, or if the system
+/// does not report folios.
 fn share_in_large_folios<'a>(
     pages: impl Iterator<Item = &'a (Rc<MappedFile>, usize)>,
     page_size: usize,
 ) -> Option<f64> {
-    /// A page of a folio of several (`KPF_COMPOUND_HEAD` and `KPF_COMPOUND_TAIL`).
+    /// A page of a folio of several pages (`KPF_COMPOUND_HEAD` and `KPF_COMPOUND_TAIL`).
     const COMPOUND: u64 = 1 << 15 | 1 << 16;
     /// In an entry of pagemap: the page is in memory; and the bits of its number.
     const PRESENT: u64 = 1 << 63;

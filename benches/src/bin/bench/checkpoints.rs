@@ -1,11 +1,11 @@
 //! Checkpoints, and their cost for concurrent writes.
 //!
-//! The time until one has started on a disk of 1 TiB, empty and with all its clusters mapped; and 4
-//! KiB random writes, 16 in flight, into an image all of whose clusters are allocated: without a
-//! checkpoint, right after the start of one, when nearly every write is the first to its place, and
-//! while its view is read. Beside each row that reads the view, another row reads the disk itself,
-//! so that the cost of reading is not attributed to the checkpoint; the read rate is limited so
-//! that a machine of two processors has capacity left for the writes.
+//! The time until a checkpoint has started on a disk of 1 TiB, empty and with all its clusters
+//! mapped. Then 4 KiB random writes, 16 in flight, into an image all of whose clusters are
+//! allocated: without a checkpoint, right after the start of one, when nearly every write is the
+//! first to its place, and while its view is read. Beside each row that reads the view, another row
+//! reads the disk itself, so that the cost of reading is not attributed to the checkpoint. The read
+//! rate is limited so that a machine with two processors has capacity left for the writes.
 //!
 //! An alternative, an internal snapshot, is `ours-snapshot`. QEMU's is a backup job in
 //! qemu-storage-daemon that copies only overwritten data.
@@ -226,7 +226,8 @@ fn write(maker: Maker, lab: &Lab<'_>, beside: Beside) -> Result<Sample> {
     Ok(sample)
 }
 
-/// The writes copy the clusters that belong to the snapshot. Afterwards the image is as it was.
+/// The writes copy the clusters that belong to the snapshot. Afterwards the image is in its former
+/// state.
 fn write_after_snapshot(lab: &Lab<'_>) -> Result<Sample> {
     lab.settle_before_change(DISK)?;
     process::run_to_end(&mut snapshot(lab, "create", DISK))?;
@@ -274,7 +275,7 @@ impl Reader {
         Ok(Self { child: command.spawn().context("cannot start fio")? })
     }
 
-    /// Fails if it could not read all the time.
+    /// Fails if the reader ended early.
     fn finish(mut self) -> Result<()> {
         match self.child.try_wait()? {
             None => Ok(()),
@@ -285,7 +286,7 @@ impl Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        // It may have ended, and was waited for.
+        // It may have ended, and may have been waited for.
         drop(self.child.kill());
         drop(self.child.wait());
     }

@@ -13,7 +13,8 @@ use super::page_caches::PageCaches;
 use super::sample::Sample;
 use super::statistics::median_sample;
 
-/// Our contender; other contenders of ours have this prefix and `-`, and are not peers.
+/// The main contender of this workspace. Its other contenders have this prefix and `-`, and are not
+/// peers.
 pub(crate) const OURS: &str = "ours";
 
 /// One row.
@@ -52,15 +53,15 @@ pub(crate) enum Against {
     Nothing,
     /// The fastest contender of a peer.
     BestPeer,
-    /// The contender of a peer with the least CPU time for the same work; the ratio is one of CPU
-    /// times, not of throughput.
+    /// The contender of a peer with the least CPU time for the same work. The ratio compares CPU
+    /// times, not throughput.
     BestPeerPerCore,
     /// The contender of this name in the same row.
     Contender(&'static str),
     /// Our throughput in the row of this name.
     OursInRow(String),
-    /// Our CPU time for the same work in the row of this name; the ratio is one of CPU times, not
-    /// of throughput.
+    /// Our CPU time for the same work in the row of this name. The ratio compares CPU times, not
+    /// throughput.
     OursInRowPerCore(String),
 }
 

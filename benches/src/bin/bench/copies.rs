@@ -31,7 +31,7 @@ const KEYS: &str = "keys.psk";
 const TARGET: &str = "target.img";
 /// The sparse disk is larger than the full one by this factor.
 const LARGER: u64 = 10;
-/// One MiB in so many of the sparse disk has data.
+/// One of this many MiB of the sparse disk has data.
 const SPARSENESS: u64 = 100;
 /// Our throughput and our work per CPU time, relative to the best peer.
 const BARS: [(Against, f64); 2] = [(Against::BestPeer, 1.5), (Against::BestPeerPerCore, 1.43)];
@@ -195,11 +195,11 @@ impl Copy {
                 let size = size.to_string();
                 servers.push(self.serve(lab, socket, &["memory".as_ref(), size.as_ref()])?);
             }
-            // Only qemu-img needs it beforehand: other clients replace it.
+            // Only qemu-img needs the file beforehand. Other clients replace it.
             None if tool == Tool::QemuImg => File::create(&target)?.set_len(size)?,
             None => {}
         }
-        // The servers are children of this process as well: their CPU time is in it.
+        // The servers are children of this process as well, so the result contains their CPU time.
         let result = run_to_end(&mut self.command(lab, tool, &sockets));
         drop(fs::remove_file(&target));
         let (elapsed, usage) = result?;

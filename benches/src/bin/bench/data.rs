@@ -44,8 +44,9 @@ impl DataFile {
         &self.path
     }
 
-    /// Makes the initial state of every block: no dirty pages, and all data in the page cache, always in the same units. What it had is dropped: the kernel reclaims and reads ahead
-    /// while servers run.
+    /// Establishes the initial state of every block: no dirty pages, and all data in the page
+    /// cache, always in the same units. It first drops what the page cache has, because the kernel
+    /// reclaims and reads ahead while servers run.
     ///
     /// # Errors
     ///
@@ -54,7 +55,7 @@ impl DataFile {
         self.settle_and_warm_from(0)
     }
 
-    /// As [`settle_and_warm`](Self::settle_and_warm), from a place of the file on.
+    /// As [`settle_and_warm`](Self::settle_and_warm), from this offset in bytes on.
     ///
     /// # Errors
     ///
@@ -82,8 +83,9 @@ impl DataFile {
         fadvise(&file, 0, None, Advice::DontNeed)?;
         if self.page_cache == PageCache::Pages {
             // Without readahead the kernel caches single pages. Readahead would cache folios of up
-            // to 2 MiB, of which ext4 walks every block at each write of 4 KiB: 70 us on the
-            // machine where this was found, instead of 4 us, which hides the cost of the servers.
+            // to 2 MiB, and ext4 walks every block of such a folio at each write of 4 KiB. That
+            // took 70 us instead of 4 us on the machine where this was found, and hides the cost of
+            // the servers.
             fadvise(&file, 0, None, Advice::Random)?;
         }
         let mut buffer = vec![0; CHUNK_BYTES];
@@ -107,18 +109,18 @@ impl DataFile {
             file.write_all(&buffer)?;
         }
         file.sync_all()?;
-        // From here on the way in which it was written does not affect caching.
+        // From here on, the way in which the file was written does not affect caching.
         fadvise(&file, 0, None, Advice::DontNeed)?;
         Ok(())
     }
 }
 
-/// The parts of a file that are no holes, in bytes. To read a hole would fill the page cache with
+/// The parts of a file that are not holes, in bytes. Reading a hole would fill the page cache with
 /// zeroes.
 ///
 /// # Errors
 ///
-/// The file system does not say.
+/// The file system does not report holes.
 pub(crate) fn data_extents(file: &File) -> std::io::Result<Vec<Range<u64>>> {
     let (mut extents, mut at) = (Vec::new(), 0);
     loop {

@@ -31,7 +31,8 @@ const RAW: &str = "full.img";
 const FULL: &str = "full.qcow2";
 const FRESH: &str = "fresh.qcow2";
 const EMPTY_BYTES: u64 = 64 << 30;
-/// Writes of one block into the empty image: few, as they may go to the disk one by one.
+/// Number of writes of one block into the empty image. They are few because they may go to the disk
+/// one by one.
 const EMPTY_WRITES: u64 = 4096;
 
 /// Our server's options and the peers'.
@@ -216,7 +217,7 @@ impl Work {
         };
         match self.is_direct() {
             true => lab.settle_uncached(name)?,
-            // Of peers that bypass the page cache it loses what is written.
+            // Peers that bypass the page cache make it lose what they write.
             false => lab.settle_before_change(name)?,
         }
         Ok(lab.file(name))

@@ -6,8 +6,8 @@ use std::thread;
 /// Set when a signal has arrived.
 static IS_ENDING: AtomicBool = AtomicBool::new(false);
 
-/// Does not return after a signal: the other thread cleans up and ends the program. Called before
-/// an action or output that a signal makes pointless.
+/// Does not return after a signal: the other thread cleans up and ends the program. Callers call it
+/// before an action or output that a signal makes pointless.
 pub(crate) fn stop_if_ending() {
     while IS_ENDING.load(Ordering::Acquire) {
         thread::park();

@@ -101,7 +101,7 @@ impl Fleecing {
     ///
     /// # Errors
     ///
-    /// The server refuses. QEMU's is not asked: it takes a transaction of five parts.
+    /// The server refuses, or it is QEMU's, which would need a transaction of five parts.
     pub(crate) fn begin_with_bitmap(&self, bitmap: &str) -> Result<()> {
         match self.maker {
             Maker::Ours => self.say(&["checkpoint-start", "", "--view", VIEW, "--bitmap", bitmap]),

@@ -1,7 +1,7 @@
 //! The groups of rows, from which `--only` selects.
 //!
 //! The group `raw` has its own tables ([`super::rows`], [`super::servers`], [`super::bars`]). Every
-//! other group is a file that defines its rows and bars for [`super::contest`], and one entry in
+//! other group has one file that defines its rows and bars for [`super::contest`], and one entry in
 //! [`GROUPS`].
 
 use anyhow::{Result, bail};

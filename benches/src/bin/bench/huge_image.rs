@@ -1,7 +1,7 @@
 //! A qcow2 image of 16 TiB with every cluster mapped, in less than 3 GiB.
 //!
-//! Its tables are written directly. Many clusters of the disk share one of the file, as snapshots
-//! would have it, and the refcounts say so: the image is valid. Neighbours on the disk are not
+//! Its tables are written directly. Many clusters of the disk share one cluster of the file, as
+//! after many snapshots. The refcounts match, so the image is valid. Neighbours on the disk are not
 //! neighbours in the file.
 
 use std::fs::File;
@@ -12,7 +12,7 @@ use super::data::XorShift;
 
 /// Size of the disk.
 pub(crate) const DISK_BYTES: u64 = 16 << 40;
-/// Where the data begins in the file; the tables lie before it.
+/// Where the data begins in the file; the tables precede it.
 pub(crate) const DATA_START: u64 = DATA_CLUSTER * CLUSTER;
 
 const CLUSTER_BITS: u32 = 16;
@@ -28,8 +28,9 @@ const L1_CLUSTERS: u64 = (L2_TABLES * 8).div_ceil(CLUSTER);
 const REFCOUNTS: u64 = CLUSTER / 2;
 
 /// The file, in order: header, refcount table, first refcount block, L1 table, L2 tables and, among
-/// them, the second refcount block, data. Each block lies in the clusters that it counts, as servers
-/// put it: anywhere else one may look for overlaps, at length.
+/// them, the second refcount block, data. Each refcount block is in one of the clusters that it
+/// counts, where servers put it too. A server may search long for overlaps if a block is anywhere
+/// else.
 const REFCOUNT_TABLE_CLUSTER: u64 = 1;
 const REFCOUNT_BLOCK_CLUSTERS: [u64; 2] = [2, REFCOUNTS];
 const L1_CLUSTER: u64 = 3;
@@ -39,7 +40,7 @@ const END_CLUSTER: u64 = DATA_CLUSTER + DATA_CLUSTERS;
 const _: () = assert!(L2_CLUSTER < REFCOUNTS && REFCOUNTS < DATA_CLUSTER);
 const _: () = assert!(END_CLUSTER <= 2 * REFCOUNTS);
 
-/// How many clusters of the disk share one of the file.
+/// How many clusters of the disk share one cluster of the file.
 const SHARERS: u16 = (DISK_BYTES / CLUSTER / DATA_CLUSTERS) as u16;
 /// In an L1 entry: the table's refcount is 1. Data clusters have more references.
 const COPIED: u64 = 1 << 63;
@@ -118,7 +119,8 @@ fn refcount(cluster: u64) -> u16 {
     }
 }
 
-/// Where the data of a cluster of the disk lies. An odd factor permutes the clusters of the file.
+/// The offset in the file of the data of a cluster of the disk. An odd factor permutes the clusters
+/// of the file.
 fn host_offset(cluster: u64) -> u64 {
     const FACTOR: u64 = 0x9E37_79B9_7F4A_7C15;
     (DATA_CLUSTER + cluster.wrapping_mul(FACTOR) % DATA_CLUSTERS) * CLUSTER

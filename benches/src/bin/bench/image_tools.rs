@@ -29,7 +29,7 @@ const CHECKED: &str = "mapped.qcow2";
 const TARGET: &str = "target.img";
 const LARGE: Disk = Disk { raw: "large.img", qcow2: "large.qcow2" };
 const SMALL: Disk = Disk { raw: "small.img", qcow2: "small.qcow2" };
-/// Compressed rows take a smaller disk by this factor: they are that much slower.
+/// Compressed rows use a disk that is smaller by this factor, because they are that much slower.
 const SMALLER: u64 = 8;
 /// The disks repeat random bytes, text and a hole, each of this many bytes.
 const STRETCH_BYTES: usize = 1 << 20;

@@ -40,7 +40,7 @@ fn wait_for_signal(ready: &mpsc::Sender<io::Result<()>>) -> io::Result<i32> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut hangup = signal(SignalKind::hangup())?;
-        // Whoever asked waits for this.
+        // The caller waits for this message.
         drop(ready.send(Ok(())));
         let kind = tokio::select! {
             _ = interrupt.recv() => SignalKind::interrupt(),
@@ -54,7 +54,7 @@ fn wait_for_signal(ready: &mpsc::Sender<io::Result<()>>) -> io::Result<i32> {
 /// Ends all descendants and the daemons that left their process ids in the directory, then removes
 /// it.
 fn clean_up(directory: &Path) {
-    // The other thread may have been about to start one more.
+    // The other thread may have started one more in the meantime.
     let mut started = daemons(directory);
     for _ in 0..2 {
         started.extend(process::descendants(std::process::id()));

@@ -17,10 +17,10 @@ use super::workload::ClientResult;
 #[derive(Debug)]
 pub(crate) struct Lab<'a> {
     pub(crate) options: &'a Options,
-    /// A directory of the group's own, removed at the end.
+    /// The group's own directory, removed at the end.
     pub(crate) directory: &'a Path,
     pub(crate) target_directory: &'a Path,
-    /// Those of the present block.
+    /// The files of the present block.
     pub(crate) files: Files,
 }
 
@@ -54,7 +54,7 @@ impl Lab<'_> {
         self.serve_and_run_after(server, |_| Ok(()), client)
     }
 
-    /// As [`Lab::serve_and_run`]; what the server does for `before` is not measured.
+    /// As [`Lab::serve_and_run`], but does not measure what the server does for `before`.
     ///
     /// # Errors
     ///
@@ -72,8 +72,8 @@ impl Lab<'_> {
         Ok(Sample::new(result, watch.finish()?))
     }
 
-    /// Makes the state of the page cache in which a block begins: no dirty pages, so that no block
-    /// pays for another, and the whole file cached.
+    /// Establishes the state of the page cache in which a block begins: no dirty pages, so that no
+    /// block pays for another, and the whole file cached.
     ///
     /// # Errors
     ///
@@ -84,8 +84,8 @@ impl Lab<'_> {
         self.files.expect_whole(file.path(), Kept::Yes)
     }
 
-    /// Makes the state in which nothing of a file is in the page cache. The block may change it:
-    /// tables may be read through the page cache.
+    /// Establishes the state in which nothing of a file is in the page cache. The block may change
+    /// it, because a server may read tables through the page cache.
     ///
     /// # Errors
     ///
@@ -98,7 +98,8 @@ impl Lab<'_> {
         Ok(())
     }
 
-    /// As [`Lab::settle`], for a block that changes how the file is cached: it makes it longer, say.
+    /// As [`Lab::settle`], for a block that changes how the file is cached, for example by
+    /// extending it.
     ///
     /// # Errors
     ///

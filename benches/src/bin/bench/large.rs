@@ -1,13 +1,13 @@
 //! Disks whose tables are larger than a server's cache, and long backing chains.
 //!
 //! Random reads of a qcow2 disk of 16 TiB, whose tables take up 2 GiB: once while the page cache
-//! has the tables, and once after they were dropped, so that each read begins with one of a table
+//! has the tables, and once after they were dropped, so that each read first has to read a table
 //! from the disk. The data is in the page cache in both rows. Peers have their default cache for
 //! tables, and the settings that qemu-nbd offers for such a disk.
 //!
 //! The rows of chains compare reads of one image with reads of the same image on top of 49 others:
-//! of data, which the top has, and of ranges that no layer has. The disk is read once before: the
-//! depth may cost one look-up for each part.
+//! of data, which the top has, and of ranges that no layer has. The client reads the disk once
+//! before, because the depth may cost one look-up for each part.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,8 +41,8 @@ const CLUSTER: u64 = 64 << 10;
 const TABLE_COVERAGE: u64 = 512 << 20;
 
 /// qemu-nbd's options for its cache of tables, all with io_uring, its fastest mode here. In the
-/// largest cache, a miss compares the offset with those of all tables in it: smaller tables would
-/// make it slower still.
+/// largest cache, a miss compares the offset with those of all tables in the cache, so smaller
+/// tables would make it slower still.
 const QEMU_CACHES: [(&str, &str); 4] = [
     ("qemu-nbd", ""),
     ("qemu-nbd-4k-entries", ",l2-cache-entry-size=4096"),
@@ -84,7 +84,7 @@ fn bars() -> Vec<ContestBar> {
         bar(COLD, Against::BestPeer, 1.0),
     ];
     for row in chain_rows().filter(|row| row.layers > 1) {
-        // At most 1.3 times the time of a chain of one.
+        // At most 1.3 times the time of a chain of one image.
         let one = ChainRow { layers: 1, ..row }.name();
         bars.push(bar(&row.name(), Against::OursInRow(one.clone()), 0.77));
         bars.push(bar(&row.name(), Against::OursInRowPerCore(one), 0.77));
@@ -132,7 +132,7 @@ fn contest(name: &str, contenders: Vec<Contender>) -> Contest {
     Contest { name: name.to_owned(), throughput_unit, work_name: "request", contenders }
 }
 
-/// Reads the data, and the tables or not.
+/// Reads the data, and the tables if the row wants them cached.
 fn warm_huge(lab: &Lab<'_>, tables: Tables) -> Result<()> {
     if tables == Tables::Cached {
         return lab.settle(HUGE);
@@ -169,7 +169,8 @@ impl ChainRow {
         contest(&self.name(), vec![contender(OURS, ours), peer])
     }
 
-    /// The top of the chain. Rows with data have the same file, which alone decides how it is cached.
+    /// The top of the chain. Rows with data use the same file, so that it is cached in the same way
+    /// for all.
     fn image(self, lab: &Lab<'_>) -> Result<PathBuf> {
         let name = if self.data { FULL.to_owned() } else { layer_name(self.layers - 1) };
         if self.data {
@@ -228,8 +229,7 @@ fn reads(lab: &Lab<'_>, depth: u32) -> Job {
     }
 }
 
-/// One pass over the disk, after which a server knows of each part which layer has it, if it
-/// remembers that.
+/// One pass over the disk. A server that remembers which layer has each part knows it afterwards.
 fn read_through(size: u64) -> Job {
     const BLOCK: u64 = 256 << 10;
     Job {

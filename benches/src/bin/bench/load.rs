@@ -1,4 +1,5 @@
-//! `nbd-cli bench` as a client: the cheapest for each request, so that it is the server that is measured.
+//! `nbd-cli bench` as a client. It needs the least CPU time for each request, so that the results
+//! show the server.
 
 use std::process::Command;
 
@@ -20,10 +21,10 @@ pub(crate) fn run(job: &Job, uri: &str, size: u64, program: Command) -> Result<C
     run_durable(job, Durable::No, uri, size, program)
 }
 
-/// When writes are on the disk.
+/// When writes are durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Durable {
-    /// Sometime.
+    /// At no certain time.
     No,
     /// When they are answered.
     Fua,

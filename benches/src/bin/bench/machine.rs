@@ -50,7 +50,7 @@ fn value_of(text: &str, key: &str) -> Option<String> {
 
 fn version(program: &str, flag: &str) -> Option<String> {
     let output = Command::new(program).arg(flag).output().ok()?;
-    // nbd-server says it on standard error.
+    // nbd-server writes its version to standard error.
     let said = if output.stdout.is_empty() { output.stderr } else { output.stdout };
     String::from_utf8_lossy(&said).lines().next().map(str::to_owned)
 }

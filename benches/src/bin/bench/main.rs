@@ -7,15 +7,15 @@
 //!
 //! Rows are in groups, from which `--only` selects; see [`groups`].
 //!
-//! Every block has a fresh server process: qemu-nbd locks the file it serves, so two servers
-//! cannot share it, and the peak memory then belongs to one row.
+//! Every block has a fresh server process. qemu-nbd locks the file that it serves, so two servers
+//! cannot share it; and the peak memory then belongs to one row.
 #![expect(clippy::print_stdout, reason = "the table goes to standard output")]
 
 mod bars;
 mod bitmaps;
 mod cache_state;
 mod checkpoints;
-// Programs are started, and cargo is called, as the other developer commands do it.
+// Starts programs and calls cargo in the way of the other developer commands.
 #[path = "../../../../xtask/src/command.rs"]
 mod command;
 mod contest;
@@ -129,7 +129,7 @@ fn measure_and_report(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Measures the rows that serve a raw file; the file is gone afterwards.
+/// Measures the rows that serve a raw file, and removes the file.
 fn run_raw(
     options: &Options,
     directory: &Path,

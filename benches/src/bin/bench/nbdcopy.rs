@@ -12,7 +12,7 @@ const MEBIBYTE: f64 = 1_048_576.0;
 
 /// Copies the disk of `size` bytes at `uri` to `null:`, repeatedly for `seconds` seconds.
 ///
-/// One copy can be shorter than the resolution of the server's CPU time allows.
+/// One copy can be too short for the resolution of the server's CPU time.
 ///
 /// # Errors
 ///

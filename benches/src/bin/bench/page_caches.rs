@@ -12,7 +12,7 @@ use anyhow::{Result, bail};
 use super::cache_state::CacheState;
 use super::sample::Sample;
 
-/// The smallest share of a file in the page cache that passes for the whole.
+/// The smallest share of a file in the page cache that counts as the whole file.
 const WHOLE: f64 = 0.99;
 
 /// The files of a block, with their states at its beginning.
@@ -24,7 +24,8 @@ pub(crate) struct Files(RefCell<Vec<(PathBuf, CacheState, Kept)>>);
 pub(crate) enum Kept {
     /// Nothing.
     Yes,
-    /// The block changes it: reads of what is not cached, new parts, writes that bypass it.
+    /// The block changes what is cached: by reads of uncached data, new parts, or writes that
+    /// bypass the page cache.
     No,
 }
 
@@ -38,7 +39,7 @@ impl Files {
     ///
     /// # Errors
     ///
-    /// It is not, or the system does not say.
+    /// It is not, or the system does not report it.
     pub(crate) fn expect_whole(&self, path: &Path, kept: Kept) -> Result<()> {
         let state = self.add(path, kept)?;
         if state.cached < WHOLE {
@@ -51,7 +52,7 @@ impl Files {
     ///
     /// # Errors
     ///
-    /// The system does not say what it has.
+    /// The system does not report its pages.
     pub(crate) fn add(&self, path: &Path, kept: Kept) -> Result<CacheState> {
         let state = CacheState::of(path)?;
         self.0.borrow_mut().push((path.to_owned(), state, kept));
@@ -63,7 +64,7 @@ impl Files {
         self.0.borrow().iter().map(|(_, state, _)| *state).reduce(CacheState::and)
     }
 
-    /// Fails if a file that was to stay in the page cache is there in another way.
+    /// Fails if a file that had to stay in the page cache is cached in another way.
     fn check(&self) -> Result<()> {
         for (path, before, kept) in self.0.borrow().iter() {
             let after = CacheState::of(path)?;

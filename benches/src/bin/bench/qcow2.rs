@@ -32,10 +32,10 @@ const WHOLE_CLUSTERS: &str = "extended_l2=off";
 const SUBCLUSTERS: &str = "extended_l2=on";
 const SMALL_BYTES: u64 = 4 << 10;
 const LARGE_BYTES: u64 = 256 << 10;
-/// Disk size of the empty image: most writes meet an unallocated cluster.
+/// Disk size of the empty image: large, so that most writes go to an unallocated cluster.
 const EMPTY_BYTES: u64 = 64 << 30;
-/// Writes of one block into the empty image, and into an overlay of a disk of 2 GiB, of which they
-/// meet a fifth of the clusters.
+/// Number of writes of one block into the empty image, and into an overlay of a disk of 2 GiB, a
+/// fifth of whose clusters they touch.
 const EMPTY_WRITES: u64 = 32_768;
 const OVERLAY_WRITES: u64 = 8192;
 
@@ -144,7 +144,7 @@ fn convert(lab: &Lab<'_>, format: &str, source: &str, target: &str) -> Result<()
 }
 
 impl Work {
-    /// Whether the row shows our raw export, too.
+    /// Whether the row also shows our raw export.
     fn has_raw_beside(&self) -> bool {
         self.disk == Disk::Full && self.pattern == Pattern::RandomRead && self.connections == 1
     }

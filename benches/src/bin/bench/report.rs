@@ -41,13 +41,13 @@ pub(crate) struct RowReport {
     /// The unit of work for CPU time.
     pub(crate) work_name: String,
     pub(crate) servers: Vec<ServerReport>,
-    /// Our throughput by that of the fastest peer.
+    /// Our throughput divided by that of the fastest peer.
     pub(crate) throughput_to_peer: Option<f64>,
-    /// Our throughput by that of the floor.
+    /// Our throughput divided by that of the floor.
     pub(crate) throughput_to_floor: Option<f64>,
-    /// Our CPU time by that of the cheapest peer.
+    /// Our CPU time divided by that of the cheapest peer.
     pub(crate) cpu_to_peer: Option<f64>,
-    /// Our 99th percentile by that of the peer with the lowest.
+    /// Our 99th percentile divided by that of the peer with the lowest.
     pub(crate) p99_to_peer: Option<f64>,
 }
 

@@ -94,8 +94,8 @@ impl Row {
         }
     }
 
-    /// What its server CPU time is counted per: a request, or a MiB where the client chooses the
-    /// requests.
+    /// The unit of work by which server CPU time is divided: a request, or a MiB where the client
+    /// chooses the requests.
     pub(crate) fn work_name(&self) -> &'static str {
         match self.workload {
             Workload::Requests { .. } => "request",

@@ -1,4 +1,4 @@
-//! A server as a child process: started, found ready, and ended.
+//! A server as a child process: starts it, waits until it is ready, and ends it.
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
@@ -28,7 +28,7 @@ pub(crate) struct RunningServer {
 
 impl RunningServer {
     /// Starts `command`, which listens on `socket` and calls its disk `export`, and waits until it
-    /// accepts a connection. The server is another process than the child if it writes its id to
+    /// accepts a connection. The server is not the child itself if it writes its process id to
     /// `daemon_file`.
     ///
     /// # Errors

@@ -72,12 +72,12 @@ impl Server {
         matches!(self, Self::Ours | Self::Floor)
     }
 
-    /// Returns whether ours is compared with it.
+    /// Returns whether it is compared with ours.
     pub(crate) fn is_peer(self) -> bool {
         !self.is_built()
     }
 
-    /// Whether its writes drop what the page cache has of the file.
+    /// Whether its writes make the page cache lose what it has of the file.
     pub(crate) fn bypasses_page_cache(self) -> bool {
         self == Self::QemuNbdDirect
     }
@@ -103,7 +103,7 @@ impl<'a> Launcher<'a> {
     ///
     /// # Errors
     ///
-    /// The file is gone.
+    /// The file no longer exists.
     pub(crate) fn new(
         file: &'a DataFile,
         directory: &'a Path,

@@ -3,7 +3,7 @@
 use super::cache_state::CacheState;
 use super::sample::Sample;
 
-/// The middle value, or the mean of the two in the middle; nothing for no values.
+/// The middle value, or the mean of the two in the middle; `None` for no values.
 pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);
@@ -15,7 +15,7 @@ pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     Some(f64::midpoint(values[middle - 1], upper))
 }
 
-/// The medians of every number on its own; nothing for no samples.
+/// The separate medians of all numbers; `None` for no samples.
 pub(crate) fn median_sample(samples: &[Sample]) -> Option<Sample> {
     Some(Sample {
         throughput: median(samples.iter().map(|sample| sample.throughput))?,

@@ -14,8 +14,8 @@ pub(crate) struct MappedFile {
 }
 
 impl MappedFile {
-    /// Maps `length` bytes of a file, not none, from `offset` on, which is a multiple of the page
-    /// size. None of them is read.
+    /// Maps `length` bytes of a file, at least one, from `offset` on, which is a multiple of the
+    /// page size. Reads none of them.
     ///
     /// # Errors
     ///
@@ -43,7 +43,7 @@ impl MappedFile {
     ///
     /// # Errors
     ///
-    /// The system does not say.
+    /// The system does not report it.
     pub(crate) fn cached_pages(&self, page_size: usize) -> Result<Vec<bool>> {
         let mut pages = vec![0_u8; self.length.div_ceil(page_size)];
         // SAFETY: the range is the mapping, and there is a byte for each of its pages.

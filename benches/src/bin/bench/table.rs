@@ -28,10 +28,10 @@ pub(crate) fn render(report: &Report) -> String {
         lines.extend(report.rows.iter().map(row_cells));
         text.push_str(&align(&lines));
         text.push_str(
-            "\nCPU: the server's time per request, per MiB for nbdcopy. The best peer is taken\n",
+            "\nCPU: the server's time per request, per MiB for nbdcopy. The best peer is chosen\n",
         );
         text.push_str(
-            "for each measure on its own. Memory: peak of all processes of the server. Client: the\n",
+            "separately for each measure. Memory: peak of all processes of the server. Client: the\n",
         );
         text.push_str(
             "share of a core that it uses; near 100 % a faster server can add little or nothing.\n",

@@ -1,8 +1,8 @@
 //! The group `tls`: the raw file over TLS, with certificates and with pre-shared keys.
 //!
 //! fio accepts no credentials, so nbdcopy reads sequentially and qemu-io at distant places. Both
-//! use GnuTLS, whose settings are replaced so that every server is offered the same single cipher,
-//! and only the servers differ.
+//! use GnuTLS. This group replaces its settings so that every server is offered the same single
+//! cipher, and only the servers differ.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -217,7 +217,7 @@ fn uri(lab: &Lab<'_>, kind: Kind) -> String {
     }
 }
 
-/// qemu-io, repeatedly until the time is over.
+/// Runs qemu-io repeatedly until the time is over.
 fn random_read(lab: &Lab<'_>, kind: Kind) -> Result<ClientResult> {
     let (object, hostname) = match kind {
         Kind::X509 => ("tls-creds-x509", ",file.tls-hostname=localhost"),
@@ -232,7 +232,7 @@ fn random_read(lab: &Lab<'_>, kind: Kind) -> Result<ClientResult> {
     let start = Instant::now();
     let mut requests = 0;
     while requests == 0 || start.elapsed() < Duration::from_secs(lab.options.seconds) {
-        // It takes its requests from standard input.
+        // qemu-io takes its requests from standard input.
         let mut command = Command::new("sh");
         command.env("GNUTLS_SYSTEM_PRIORITY_FILE", lab.file(CLIENT_SETTINGS));
         command.args(["-c", "exec qemu-io \"$@\" < \"$0\""]).arg(lab.file(REQUESTS));
@@ -246,7 +246,7 @@ fn random_read(lab: &Lab<'_>, kind: Kind) -> Result<ClientResult> {
     Ok(ClientResult::timed(requests as f64, start.elapsed()))
 }
 
-/// Reads for qemu-io, of which its NBD client keeps 16 in flight.
+/// Read requests for qemu-io. Its NBD client keeps 16 of them in flight.
 fn requests(size: u64) -> String {
     let places = (0..SMALL_REQUESTS).map(|number| number * STRIDE % size);
     let mut text: String =

@@ -45,7 +45,7 @@ pub(crate) struct Job {
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Length {
     Seconds(u64),
-    /// After so many requests, over all connections.
+    /// After this many requests, over all connections.
     Requests(u64),
 }
 

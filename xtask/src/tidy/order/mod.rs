@@ -83,7 +83,7 @@ fn check_names(package: &str, tree: &Tree, order: &Order) -> Vec<String> {
     findings
 }
 
-/// Checks that every use points down, or is an exception, and that every exception is needed.
+/// Checks that every use points down or is an exception, and that every exception is needed.
 fn check_uses(root: &Path, package: &str, tree: &Tree, order: &Order) -> Vec<String> {
     let mut findings = Vec::new();
     let exceptions = order.exceptions.iter().filter(|exception| exception.package == package);
