@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::{Args, ValueEnum};
-use imgfmt::storage::FileStorage;
-use imgfmt::{Access, CacheMode, Locking, OpenOptions};
+use imgfmt::{Locking, OpenOptions};
 
 use crate::error::CommandError;
 use crate::output::{printable, warn};
@@ -52,11 +51,6 @@ impl LockArgs {
     pub(crate) fn options(self) -> OpenOptions {
         warning(OpenOptions::new().locking(self.locking()))
     }
-
-    /// Opens the file, not the image in it.
-    pub(crate) fn open_file(self, path: &Path, access: Access) -> imgfmt::Result<FileStorage> {
-        open_file(path, access, self.locking(), CacheMode::default())
-    }
 }
 
 impl ShareArgs {
@@ -77,20 +71,6 @@ impl ShareArgs {
 /// Returns the options, with a warning where there are no locks.
 pub(crate) fn warning(options: OpenOptions) -> OpenOptions {
     options.on_unlocked(Arc::new(warn_of_no_locks))
-}
-
-/// Opens a file, with a warning if it has no locks.
-pub(crate) fn open_file(
-    path: &Path,
-    access: Access,
-    locking: Locking,
-    cache: CacheMode,
-) -> imgfmt::Result<FileStorage> {
-    let storage = FileStorage::open_cached(path, access, locking, cache)?;
-    if storage.lacks_locks() {
-        warn_of_no_locks(path);
-    }
-    Ok(storage)
 }
 
 /// Warns once for each file: commands open some of them more than once.

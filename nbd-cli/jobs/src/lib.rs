@@ -80,6 +80,7 @@ pub mod mount;
 mod observer;
 #[cfg(feature = "server")]
 pub mod opening;
+pub mod overlay;
 pub mod qemu_name;
 #[cfg(feature = "server")]
 pub mod qemu_nbd;

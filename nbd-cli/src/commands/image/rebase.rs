@@ -4,9 +4,8 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
-use imgfmt::jobs::{JobErrorKind, rebase};
-use imgfmt::{Access, Format, Image};
-use nbd_jobs::image_location::ImageLocation;
+use imgfmt::{Format, Image};
+use nbd_jobs::overlay::copy_what_differs;
 
 use super::info::print_json;
 use super::open::{OpenArgs, explained};
@@ -84,25 +83,11 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<Outcome, CommandError> {
 
 /// Copies into the overlay the clusters in which the old and the new backing file differ.
 fn keep_content(args: &RebaseArgs, new: Option<(&OsStr, Format)>) -> Result<(), CommandError> {
-    // Opened first: a missing file must not change anything.
-    let backing = match new {
-        None => None,
-        Some((name, format)) => {
-            let options = args.open.trust.options().format(format);
-            let location = ImageLocation::File(args.path.clone()).beside(name)?;
-            Some(location.open(&options, &ServerArgs::default().remotes())?)
-        }
-    };
-    let options = args.open.options().access(Access::ReadWrite);
-    let image = Image::open(&args.path, &options).map_err(explained)?;
     let shown = Shown::new(args.progress.visibility());
-    let rebased = rebase(&image, backing.as_ref(), &shown.context().for_images());
+    let (overlay, backing) = (args.open.options(), args.open.trust.options());
+    let remotes = ServerArgs::default().remotes();
+    let context = shown.context();
+    let copied = copy_what_differs(&args.path, &overlay, new, &backing, &remotes, &context);
     shown.clear();
-    rebased.map_err(|error| match error.kind() {
-        JobErrorKind::InvalidArgument => error.into(),
-        _ => CommandError::new(format!(
-            "{error}; the disk and its backing file are unchanged: rebase it again"
-        )),
-    })?;
-    Ok(image.close()?)
+    Ok(copied?)
 }

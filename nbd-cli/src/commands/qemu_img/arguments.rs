@@ -1,169 +1,14 @@
-//! The options of the commands.
+//! The options and operands of a command line.
 
 use std::ffi::{OsStr, OsString};
 
-use nbd_jobs::getopt::{Getopt, Known, Takes};
+use nbd_jobs::getopt::{Getopt, Known};
 use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::text::printable;
 
+use super::known::Opt;
 use super::refusal::Refusal;
 use crate::output::ReportFormat;
-
-/// An option; one name in all commands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Opt {
-    Help,
-    Quiet,
-    Progress,
-    Format,
-    SecondFormat,
-    ImageOpts,
-    TargetImageOpts,
-    TargetFormat,
-    Options,
-    Object,
-    Output,
-    Share,
-    Cache,
-    SourceCache,
-    Backing,
-    BackingFormat,
-    Unsafe,
-    BackingChain,
-    Repair,
-    StartOffset,
-    MaxLength,
-    Strict,
-    Size,
-    Snapshot,
-    Compress,
-    NoCreate,
-    TargetIsZero,
-    SparseSize,
-    Bitmaps,
-    SkipBroken,
-    Rate,
-    Parallel,
-    CopyRange,
-    Salvage,
-    OutOfOrder,
-    /// An option that a command does not have.
-    None,
-}
-
-const fn flag(short: u8, long: &'static str, means: Opt) -> Known<Opt> {
-    known(short, long, Takes::Nothing, means)
-}
-
-const fn value(short: u8, long: &'static str, means: Opt) -> Known<Opt> {
-    known(short, long, Takes::Value, means)
-}
-
-const fn known(short: u8, long: &'static str, takes: Takes, means: Opt) -> Known<Opt> {
-    let short = if short == 0 { None } else { Some(short) };
-    Known { short, long, takes, means }
-}
-
-pub(super) const CREATE: &[Known<Opt>] = &[
-    flag(b'h', "help", Opt::Help),
-    flag(b'q', "quiet", Opt::Quiet),
-    value(b'f', "format", Opt::Format),
-    value(b'o', "options", Opt::Options),
-    value(b'b', "backing", Opt::Backing),
-    value(b'F', "backing-format", Opt::BackingFormat),
-    flag(b'u', "backing-unsafe", Opt::Unsafe),
-    value(0, "object", Opt::Object),
-];
-
-pub(super) const INFO: &[Known<Opt>] = &[
-    flag(b'h', "help", Opt::Help),
-    value(b'f', "format", Opt::Format),
-    flag(0, "image-opts", Opt::ImageOpts),
-    flag(b'b', "backing-chain", Opt::BackingChain),
-    flag(b'U', "force-share", Opt::Share),
-    value(0, "object", Opt::Object),
-    value(0, "output", Opt::Output),
-];
-
-pub(super) const CHECK: &[Known<Opt>] = &[
-    flag(b'h', "help", Opt::Help),
-    flag(b'q', "quiet", Opt::Quiet),
-    value(b'f', "format", Opt::Format),
-    flag(0, "image-opts", Opt::ImageOpts),
-    value(b'T', "cache", Opt::SourceCache),
-    flag(b'U', "force-share", Opt::Share),
-    value(0, "output", Opt::Output),
-    value(b'r', "repair", Opt::Repair),
-    value(0, "object", Opt::Object),
-];
-
-pub(super) const MAP: &[Known<Opt>] = &[
-    flag(b'h', "help", Opt::Help),
-    value(b'f', "format", Opt::Format),
-    flag(0, "image-opts", Opt::ImageOpts),
-    value(b's', "start-offset", Opt::StartOffset),
-    value(b'l', "max-length", Opt::MaxLength),
-    value(0, "output", Opt::Output),
-    flag(b'U', "force-share", Opt::Share),
-    value(0, "object", Opt::Object),
-];
-
-pub(super) const COMPARE: &[Known<Opt>] = &[
-    flag(b'h', "help", Opt::Help),
-    flag(b'q', "quiet", Opt::Quiet),
-    flag(b'p', "progress", Opt::Progress),
-    value(b'f', "a-format", Opt::Format),
-    value(b'F', "b-format", Opt::SecondFormat),
-    flag(0, "image-opts", Opt::ImageOpts),
-    flag(b's', "strict", Opt::Strict),
-    value(b'T', "cache", Opt::SourceCache),
-    flag(b'U', "force-share", Opt::Share),
-    value(0, "object", Opt::Object),
-];
-
-pub(super) const MEASURE: &[Known<Opt>] = &[
-    flag(b'h', "help", Opt::Help),
-    value(b'O', "target-format", Opt::TargetFormat),
-    value(b's', "size", Opt::Size),
-    value(b'f', "format", Opt::Format),
-    flag(0, "image-opts", Opt::ImageOpts),
-    value(b'l', "snapshot", Opt::Snapshot),
-    value(b'o', "options", Opt::Options),
-    value(0, "output", Opt::Output),
-    flag(b'U', "force-share", Opt::Share),
-    value(0, "object", Opt::Object),
-];
-
-pub(super) const CONVERT: &[Known<Opt>] = &[
-    flag(b'h', "help", Opt::Help),
-    flag(b'q', "quiet", Opt::Quiet),
-    flag(b'p', "progress", Opt::Progress),
-    value(b'f', "source-format", Opt::Format),
-    flag(0, "source-image-opts", Opt::ImageOpts),
-    flag(0, "image-opts", Opt::ImageOpts),
-    value(b'l', "source-snapshot", Opt::Snapshot),
-    value(0, "snapshot", Opt::Snapshot),
-    value(b'T', "source-cache", Opt::SourceCache),
-    value(b'O', "target-format", Opt::TargetFormat),
-    flag(0, "target-image-opts", Opt::TargetImageOpts),
-    value(b'o', "target-options", Opt::Options),
-    flag(b'c', "compress", Opt::Compress),
-    value(b't', "target-cache", Opt::Cache),
-    value(b'B', "backing", Opt::Backing),
-    value(b'F', "backing-format", Opt::BackingFormat),
-    flag(b'n', "no-create", Opt::NoCreate),
-    flag(0, "target-is-zero", Opt::TargetIsZero),
-    value(b'S', "sparse-size", Opt::SparseSize),
-    flag(0, "bitmaps", Opt::Bitmaps),
-    flag(0, "skip-broken-bitmaps", Opt::SkipBroken),
-    flag(b'U', "force-share", Opt::Share),
-    value(b'r', "rate", Opt::Rate),
-    value(b'm', "parallel", Opt::Parallel),
-    flag(b'C', "copy-range-offloading", Opt::CopyRange),
-    flag(0, "salvage", Opt::Salvage),
-    flag(b'W', "oob-writes", Opt::OutOfOrder),
-    value(0, "object", Opt::Object),
-];
 
 /// The options and operands of one command.
 #[derive(Debug)]
@@ -229,6 +74,17 @@ impl Arguments {
     pub(super) fn texts(&self, option: Opt) -> Result<Vec<String>, Refusal> {
         let all = self.given.iter().filter(|(given, _)| *given == option);
         all.map(|(_, value)| as_text(value)).collect()
+    }
+
+    /// Returns how many of these options are given.
+    pub(super) fn count(&self, options: &[Opt]) -> usize {
+        self.in_order(options).count()
+    }
+
+    /// Returns those of these options that are given, with their values, in order.
+    pub(super) fn in_order(&self, options: &[Opt]) -> impl Iterator<Item = (Opt, &OsStr)> {
+        let given = self.given.iter().map(|(given, value)| (*given, value.as_os_str()));
+        given.filter(|(given, _)| options.contains(given))
     }
 
     /// Returns the form of the output.

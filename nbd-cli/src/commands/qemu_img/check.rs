@@ -4,7 +4,8 @@ use imgfmt::{CheckReport, Repair};
 use nbd_jobs::image_check::{CheckSummary, Checked, EXIT_CODE_UNSUPPORTED, Verdict, check};
 use nbd_jobs::text::printable;
 
-use super::arguments::{Arguments, Opt};
+use super::arguments::Arguments;
+use super::known::Opt;
 use super::place::Place;
 use super::refusal::{Refusal, complain};
 use super::text::json;
@@ -24,6 +25,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     };
     let format = arguments.output()?;
     let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::SourceCache)?;
+    if repair != Repair::None {
+        place.refuse_to_share()?;
+    }
     let checked = check(&place.location, &place.options, repair, &place.remotes);
     let report = match checked.map_err(|error| place.not_opened(&error.to_string()))? {
         Checked::Examined(report) => report,

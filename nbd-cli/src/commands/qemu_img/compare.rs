@@ -4,7 +4,8 @@ use std::ffi::OsStr;
 
 use imgfmt::jobs::{CompareOptions, compare};
 
-use super::arguments::{Arguments, Opt};
+use super::arguments::Arguments;
+use super::known::Opt;
 use super::place::Place;
 use super::progress::Percentage;
 use super::refusal::Refusal;

@@ -7,7 +7,8 @@ use imgfmt::{Access, Format, Locking, Preallocation};
 use nbd_jobs::convert::{ConvertOptions, CopiedBitmaps, Destination, convert};
 use nbd_jobs::{Durable, JobContext};
 
-use super::arguments::{Arguments, Opt};
+use super::arguments::Arguments;
+use super::known::Opt;
 use super::measure::snapshot_name;
 use super::options::{NewImage, help, size_argument};
 use super::place::{Place, parse_cache, parse_format};
@@ -164,7 +165,12 @@ fn parallel(arguments: &Arguments) -> Result<Option<NonZeroUsize>, Refusal> {
     }
 }
 
-fn rate(arguments: &Arguments) -> Result<Option<RateLimit>, Refusal> {
+/// The limit of `-r`.
+///
+/// # Errors
+///
+/// If it is no size.
+pub(super) fn rate(arguments: &Arguments) -> Result<Option<RateLimit>, Refusal> {
     let Some(text) = arguments.text(Opt::Rate)? else { return Ok(None) };
     let rate = size_argument("rate limit", &text)?;
     let rate = NonZeroU64::new(rate).ok_or_else(|| Refusal::new("the rate limit cannot be 0"))?;

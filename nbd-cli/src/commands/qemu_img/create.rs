@@ -3,11 +3,13 @@
 use std::ffi::OsStr;
 use std::path::Path;
 
-use imgfmt::{BackingFile, CreateOptions, DataFile, Format, Image, Locking};
+use imgfmt::storage::FileStorage;
+use imgfmt::{Access, BackingFile, CreateOptions, DataFile, Format, Image, Locking, Storage as _};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 
-use super::arguments::{Arguments, Opt};
+use super::arguments::Arguments;
+use super::known::Opt;
 use super::options::{NewImage, help, size_argument};
 use super::place::{Place, parse_format};
 use super::progress::Percentage;
@@ -137,7 +139,7 @@ fn make(path: &Path, create: &CreateOptions) -> Result<(), Refusal> {
         })
     };
     match target::look(path)? {
-        Existing::BlockDevice if create.format == Format::Raw => Ok(()),
+        Existing::BlockDevice if create.format == Format::Raw => check_device(path, create),
         Existing::BlockDevice => {
             let new = device::begin_image(path, create, &*observer)?;
             Ok(device::complete_image(path, new)?)
@@ -147,5 +149,17 @@ fn make(path: &Path, create: &CreateOptions) -> Result<(), Refusal> {
             drop(image);
             Ok(new.complete(Durable::Later)?)
         }
+    }
+}
+
+/// A raw image on a device is the device itself, if it is large enough.
+fn check_device(path: &Path, create: &CreateOptions) -> Result<(), Refusal> {
+    let device = FileStorage::open(path, Access::ReadWrite, Locking::Auto)?;
+    let length = device.len().map_err(|error| Refusal::new(error.to_string()))?;
+    match create.size {
+        Some(size) if size > length => Err(Refusal::new(format!(
+            "Device is too small: it has {length} bytes, and the disk would have {size}"
+        ))),
+        _ => Ok(()),
     }
 }

@@ -2,7 +2,7 @@
 
 use nbd_jobs::getopt::{Known, Takes};
 
-use super::arguments::Opt;
+use super::known::Opt;
 
 /// The version of QEMU whose command line this is; programs that detect features read it.
 const COMPATIBLE_VERSION: &str = "10.0.2";

@@ -3,7 +3,8 @@
 use nbd_jobs::image_report::{DescribedImage, describe, describe_chain};
 use serde_json::{Value, json};
 
-use super::arguments::{Arguments, Opt};
+use super::arguments::Arguments;
+use super::known::Opt;
 use super::place::Place;
 use super::refusal::Refusal;
 use super::text::{human_size, json, properties, snapshots};

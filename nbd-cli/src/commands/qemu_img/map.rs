@@ -6,7 +6,8 @@ use nbd_jobs::image_map::{MapEntry, map_export, map_image};
 use nbd_jobs::image_report::describe_chain;
 use nbd_jobs::text::printable;
 
-use super::arguments::{Arguments, Opt};
+use super::arguments::Arguments;
+use super::known::Opt;
 use super::options::size_argument;
 use super::place::Place;
 use super::refusal::Refusal;

@@ -4,7 +4,8 @@ use imgfmt::jobs::{JobContext, MeasuredDisk, measure};
 use imgfmt::{Format, Preallocation};
 use serde_json::json;
 
-use super::arguments::{Arguments, Opt};
+use super::arguments::Arguments;
+use super::known::Opt;
 use super::options::{NewImage, help, size_argument};
 use super::place::{Place, parse_format};
 use super::refusal::Refusal;

@@ -4,19 +4,26 @@
 //! Options, output and exit codes are those of qemu-img; unsupported options are refused by name.
 //! Errors are lines on standard error that begin with `qemu-img: `.
 
+mod amend;
 mod arguments;
+mod bitmap;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
 mod help;
 mod info;
+mod known;
 mod map;
 mod measure;
 mod options;
 mod place;
 mod progress;
+mod rebase;
 mod refusal;
+mod resize;
+mod snapshot;
 mod text;
 
 use std::ffi::{OsStr, OsString};
@@ -26,7 +33,8 @@ use clap::Args;
 use nbd_jobs::getopt::Known;
 use nbd_jobs::text::printable;
 
-use self::arguments::{Arguments, Opt};
+use self::arguments::Arguments;
+use self::known::Opt;
 use self::refusal::{Refusal, complain};
 use crate::output::Output;
 use crate::signals;
@@ -54,18 +62,42 @@ struct Command {
 
 const COMMANDS: &[Command] = &[
     Command {
+        name: "amend",
+        meaning: "Change the version or a feature of a qcow2 image",
+        operands: "FILE",
+        options: known::AMEND,
+        writes: false,
+        run: amend::run,
+    },
+    Command {
+        name: "bitmap",
+        meaning: "Change a dirty bitmap of an image",
+        operands: "FILE BITMAP",
+        options: known::BITMAP,
+        writes: true,
+        run: bitmap::run,
+    },
+    Command {
         name: "check",
         meaning: "Check an image for leaks and damage, and repair them",
         operands: "FILE",
-        options: arguments::CHECK,
+        options: known::CHECK,
         writes: false,
         run: check::run,
+    },
+    Command {
+        name: "commit",
+        meaning: "Write an overlay into its backing file",
+        operands: "FILE",
+        options: known::COMMIT,
+        writes: true,
+        run: commit::run,
     },
     Command {
         name: "compare",
         meaning: "Check whether two images hold the same disk",
         operands: "FILE1 FILE2",
-        options: arguments::COMPARE,
+        options: known::COMPARE,
         writes: false,
         run: compare::run,
     },
@@ -73,7 +105,7 @@ const COMMANDS: &[Command] = &[
         name: "convert",
         meaning: "Copy an image to another one",
         operands: "SOURCE TARGET",
-        options: arguments::CONVERT,
+        options: known::CONVERT,
         writes: true,
         run: convert::run,
     },
@@ -81,7 +113,7 @@ const COMMANDS: &[Command] = &[
         name: "create",
         meaning: "Create an image",
         operands: "FILE [SIZE]",
-        options: arguments::CREATE,
+        options: known::CREATE,
         writes: true,
         run: create::run,
     },
@@ -89,7 +121,7 @@ const COMMANDS: &[Command] = &[
         name: "info",
         meaning: "Describe an image",
         operands: "FILE",
-        options: arguments::INFO,
+        options: known::INFO,
         writes: false,
         run: info::run,
     },
@@ -97,7 +129,7 @@ const COMMANDS: &[Command] = &[
         name: "map",
         meaning: "Show where the parts of a disk are stored",
         operands: "FILE",
-        options: arguments::MAP,
+        options: known::MAP,
         writes: false,
         run: map::run,
     },
@@ -105,9 +137,33 @@ const COMMANDS: &[Command] = &[
         name: "measure",
         meaning: "Compute the size of the file of a new image",
         operands: "[FILE]",
-        options: arguments::MEASURE,
+        options: known::MEASURE,
         writes: false,
         run: measure::run,
+    },
+    Command {
+        name: "rebase",
+        meaning: "Change the backing file of an overlay",
+        operands: "FILE",
+        options: known::REBASE,
+        writes: true,
+        run: rebase::run,
+    },
+    Command {
+        name: "resize",
+        meaning: "Change the size of a disk",
+        operands: "FILE [+-]SIZE",
+        options: known::RESIZE,
+        writes: true,
+        run: resize::run,
+    },
+    Command {
+        name: "snapshot",
+        meaning: "List, create, apply and delete internal snapshots",
+        operands: "FILE",
+        options: known::SNAPSHOT,
+        writes: true,
+        run: snapshot::run,
     },
 ];
 
@@ -160,11 +216,16 @@ fn carry_out(words: Vec<OsString>, found: &mut Option<&'static str>) -> Result<u
     let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
         return Err(match name.as_str() {
             "bench" => Refusal::new("'bench' is not supported; use 'nbd-cli bench'"),
+            "dd" => Refusal::new("'dd' is not supported; use 'convert', or 'nbd-cli copy'"),
             _ => Refusal::usage(format!("Command not found: {}", printable(&name))),
         });
     };
     *found = Some(command.name);
-    let Some(arguments) = Arguments::parse(command.options, words.collect())? else {
+    let mut words: Vec<_> = words.collect();
+    if command.name == "resize" {
+        words = resize::with_size_as_operand(words);
+    }
+    let Some(arguments) = Arguments::parse(command.options, words)? else {
         return print(&help_of(command));
     };
     if command.writes {

@@ -223,7 +223,12 @@ fn not_accepted(key: &str, value: &str) -> Refusal {
     Refusal::new(format!("Parameter '{key}' does not accept value '{value}'"))
 }
 
-fn take_size(options: &mut KeyValues, key: &str) -> Result<Option<u64>, Refusal> {
+/// Removes a size from a list.
+///
+/// # Errors
+///
+/// If it is none.
+pub(super) fn take_size(options: &mut KeyValues, key: &str) -> Result<Option<u64>, Refusal> {
     let Some(text) = options.take(key) else { return Ok(None) };
     match parse_size(&text).filter(|size| i64::try_from(*size).is_ok()) {
         Some(size) => Ok(Some(size)),

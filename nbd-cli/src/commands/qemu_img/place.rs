@@ -1,13 +1,15 @@
 //! The images that operands name.
 
 use std::ffi::OsStr;
+use std::path::Path;
 
-use imgfmt::{CacheMode, Format, Image, Locking, OpenOptions, OpenPolicy};
+use imgfmt::{Access, CacheMode, Format, Image, Locking, OpenOptions, OpenPolicy};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::remote::{Remotes, allow_exports};
 use nbd_jobs::text::printable;
 
-use super::arguments::{Arguments, Opt};
+use super::arguments::Arguments;
+use super::known::Opt;
 use super::refusal::Refusal;
 use crate::connect::ServerArgs;
 
@@ -72,6 +74,30 @@ impl Place {
         self.open_with(&self.options)
     }
 
+    /// Opens it to change it.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be opened.
+    pub(super) fn open_to_change(&self) -> Result<Image, Refusal> {
+        self.refuse_to_share()?;
+        self.open_with(&self.options.clone().access(Access::ReadWrite))
+    }
+
+    /// Refuses `-U` for an image that is changed: nothing would keep others from using it meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// If it is given.
+    pub(super) fn refuse_to_share(&self) -> Result<(), Refusal> {
+        match self.options.locking {
+            Locking::Shared => {
+                Err(self.not_opened("force-share=on can only be used with read-only images"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn open_with(&self, options: &OpenOptions) -> Result<Image, Refusal> {
         let image = self.location.open_or_name(options, &self.remotes, "-f raw");
         image.map_err(|error| self.not_opened(&error.to_string()))
@@ -82,11 +108,26 @@ impl Place {
         could_not_open(&self.location.name(), why)
     }
 
-    /// The file, for commands that need one.
+    /// The file, for commands that change it and work on files only, and how it is opened.
     ///
     /// # Errors
     ///
-    /// If it is an export of a server.
+    /// If it is an export of a server, or the options contradict its name.
+    pub(super) fn file(&self) -> Result<(&Path, OpenOptions), Refusal> {
+        self.refuse_to_share()?;
+        match self.settled()? {
+            (ImageLocation::File(path), options) => Ok((path, options)),
+            (other, _) => {
+                Err(Refusal::new(format!("{other} is not a file; this is done where its file is")))
+            }
+        }
+    }
+
+    /// The file or export, and how it is opened.
+    ///
+    /// # Errors
+    ///
+    /// If the options contradict its name.
     pub(super) fn settled(&self) -> Result<(&ImageLocation, OpenOptions), Refusal> {
         Ok(self.location.settled(&self.options, &self.remotes)?)
     }

@@ -8,6 +8,7 @@ pub(crate) mod loop_device;
 pub(crate) mod machine;
 #[cfg(feature = "mount")]
 pub(crate) mod mount;
+pub(crate) mod qemu_img;
 pub(crate) mod qemu_nbd;
 mod server;
 pub(crate) mod service_manager;

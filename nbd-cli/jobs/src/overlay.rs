@@ -1,0 +1,160 @@
+//! Commits overlays into their backing files, and gives them other ones.
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+use imgfmt::jobs::{self, JobErrorKind as Kind};
+use imgfmt::storage::FileStorage;
+use imgfmt::{Access, Format, Image, Locking, OpenOptions};
+
+use crate::error::{JobError, JobErrorKind};
+use crate::image_location::ImageLocation;
+use crate::observer::JobContext;
+use crate::remote::Remotes;
+
+/// What an overlay has after a commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Committed {
+    /// Nothing: everything comes from its backing file.
+    Emptied,
+    /// What it had before; for one that will be deleted.
+    Kept,
+}
+
+/// Writes the contents of the overlay at `path` into its backing file. Other overlays of that file are
+/// corrupted. After an interruption the overlay still shows the whole disk. `options` open the
+/// overlay; all but the format apply to its backing file too. Blocks, and must not be called by
+/// asynchronous tasks.
+///
+/// # Errors
+///
+/// If it has no backing file, one of the two is in use or cannot be opened or written.
+pub fn commit_overlay(
+    path: &Path,
+    options: &OpenOptions,
+    committed: Committed,
+    remotes: &Remotes,
+    context: &JobContext,
+) -> Result<(), JobError> {
+    // Held until the end. The chain is opened without locks, because a read lock on the backing
+    // file would prevent writing to it.
+    let lock = FileStorage::open(path, Access::ReadWrite, options.locking);
+    let lock = lock.map_err(|error| JobError::image(JobErrorKind::Destination, error))?;
+    if lock.lacks_locks() {
+        context.observer.unlocked(path);
+    }
+    let unlocked = options.clone().locking(Locking::Off);
+    let overlay = Image::open(path, &unlocked).map_err(opening)?;
+    let (location, format) = backing_of(path, &overlay)?;
+    let mut for_backing = options.clone().access(Access::ReadWrite);
+    for_backing.format = format;
+    let mut backing = location.open(&for_backing, remotes)?;
+    jobs::commit(&overlay, &mut backing, &context.for_images()).map_err(|error| {
+        match error.kind() {
+            Kind::DoesNotFit => error.into(),
+            _ => JobError::destination(format!(
+                "{error}; the overlay still shows the complete disk: commit it again"
+            )),
+        }
+    })?;
+    backing.close().map_err(|error| JobError::image(JobErrorKind::Destination, error))?;
+    drop(overlay);
+    if committed == Committed::Emptied {
+        empty(path, &unlocked.access(Access::ReadWrite)).map_err(|error| {
+            let name = path.display();
+            JobError::destination(format!("'{name}' is committed, but cannot be emptied: {error}"))
+        })?;
+    }
+    Ok(())
+}
+
+fn empty(path: &Path, options: &OpenOptions) -> imgfmt::Result<()> {
+    let mut overlay = Image::open(path, options)?;
+    overlay.clear_committed()?;
+    overlay.close()
+}
+
+/// Returns the file or export to write into. The overlay could be opened, so the policy allows it.
+fn backing_of(path: &Path, overlay: &Image) -> Result<(ImageLocation, Option<Format>), JobError> {
+    let info = overlay.info().map_err(|error| JobError::image(JobErrorKind::Source, error))?;
+    let Some((name, format)) =
+        info.qcow2.and_then(|info| info.backing_name.zip(Some(info.backing_format)))
+    else {
+        let name = path.display();
+        return Err(JobError::source(format!("cannot commit '{name}': it has no backing file")));
+    };
+    // The chain could be opened, so any other name is one of a raw image.
+    let format = format.map(|name| Format::from_name(&name).unwrap_or(Format::Raw));
+    Ok((ImageLocation::File(path.to_owned()).beside(&name)?, format))
+}
+
+/// Copies into the overlay at `path` everything that the backing file `new` would show differently;
+/// `None` is no backing file. The disk does not change, and the header neither: see
+/// [`Image::change_backing_file`]. `options` open the overlay, `for_backing` the new backing file.
+/// Blocks, and must not be called by asynchronous tasks.
+///
+/// # Errors
+///
+/// If an image cannot be opened, or the overlay cannot be written.
+pub fn copy_what_differs(
+    path: &Path,
+    options: &OpenOptions,
+    new: Option<(&OsStr, Format)>,
+    for_backing: &OpenOptions,
+    remotes: &Remotes,
+    context: &JobContext,
+) -> Result<(), JobError> {
+    // Opened first: a missing file must not change anything.
+    let backing = match new {
+        None => None,
+        Some((name, format)) => {
+            let location = ImageLocation::File(path.to_owned()).beside(name)?;
+            Some(location.open(&for_backing.clone().format(format), remotes)?)
+        }
+    };
+    let image = Image::open(path, &options.clone().access(Access::ReadWrite)).map_err(opening)?;
+    jobs::rebase(&image, backing.as_ref(), &context.for_images()).map_err(|error| {
+        match error.kind() {
+            Kind::InvalidArgument => error.into(),
+            _ => JobError::destination(format!(
+                "{error}; the disk and its backing file are unchanged: rebase it again"
+            )),
+        }
+    })?;
+    image.close().map_err(|error| JobError::image(JobErrorKind::Destination, error))
+}
+
+fn opening(error: imgfmt::Error) -> JobError {
+    JobError::opening(JobErrorKind::Source, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use imgfmt::{CreateOptions, Durability, GuestOffset};
+
+    use super::*;
+
+    #[test]
+    fn a_disk_stays_the_same_when_it_is_rebased_and_committed() {
+        let directory = tempfile::tempdir().unwrap();
+        let [base, other, top] = ["base", "other", "top"].map(|name| directory.path().join(name));
+        std::fs::write(&base, vec![1; 1 << 20]).unwrap();
+        std::fs::write(&other, vec![2; 1 << 20]).unwrap();
+        let image = Image::create(&top, &CreateOptions::overlay("base", Format::Raw)).unwrap();
+        image.write_at(GuestOffset::new(0), &[3; 65536], Durability::Cached).unwrap();
+        image.close().unwrap();
+        let (options, remotes, context) =
+            (OpenOptions::new(), Remotes::default(), JobContext::default());
+        let new = Some((OsStr::new("other"), Format::Raw));
+        copy_what_differs(&top, &options, new, &options, &remotes, &context).unwrap();
+        Image::change_backing_file(&top, &options, new).unwrap();
+        for committed in [Committed::Kept, Committed::Emptied] {
+            commit_overlay(&top, &options, committed, &remotes, &context).unwrap();
+            let mut content = vec![1; 1 << 20];
+            content[..65536].fill(3);
+            assert_eq!(std::fs::read(&other).unwrap(), content, "{committed:?}");
+        }
+        assert_eq!(std::fs::read(&base).unwrap(), vec![1; 1 << 20]);
+        assert!(commit_overlay(&base, &options, Committed::Kept, &remotes, &context).is_err());
+    }
+}

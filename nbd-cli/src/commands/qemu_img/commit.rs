@@ -1,0 +1,58 @@
+//! `qemu-img commit`.
+
+use imgfmt::Image;
+use nbd_jobs::JobContext;
+use nbd_jobs::image_location::ImageLocation;
+use nbd_jobs::overlay::{Committed, commit_overlay};
+
+use super::arguments::Arguments;
+use super::convert::rate;
+use super::known::Opt;
+use super::place::Place;
+use super::progress::Percentage;
+use super::refusal::Refusal;
+use crate::output::{Output, unless_closed};
+
+pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
+    let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?;
+    let (path, options) = place.file()?;
+    let info = Image::inspect_file(path, &options);
+    let info = info.map_err(|error| place.not_opened(&error.to_string()))?;
+    let Some(backing) = info.qcow2.and_then(|qcow2| qcow2.backing_name) else {
+        return Err(Refusal::new("Image does not have a backing file"));
+    };
+    // With a base, as in QEMU, the overlay stays as it is.
+    let mut committed = Committed::Emptied;
+    if let Some(base) = arguments.value(Opt::Base) {
+        let below = ImageLocation::File(path.to_owned()).beside(&backing)?;
+        let is_below =
+            base == backing
+                || ImageLocation::parse(base)?.path().canonicalize().ok().is_some_and(|base| {
+                    below.path().canonicalize().is_ok_and(|below| below == base)
+                });
+        if !is_below {
+            return Err(Refusal::new(format!(
+                "-b {} is not the backing file of the image; commit the images between them first",
+                base.display()
+            )));
+        }
+        committed = Committed::Kept;
+    }
+    if arguments.has(Opt::Drop) {
+        committed = Committed::Kept;
+    }
+    let progress = Percentage::begin(arguments.wants_progress())?;
+    let context = JobContext { rate_limit: rate(arguments)?, ..progress.context() };
+    let result = commit_overlay(path, &options, committed, &place.remotes, &context);
+    if result.is_ok() {
+        progress.complete();
+    }
+    progress.end();
+    result?;
+    if !arguments.has(Opt::Quiet) {
+        let mut output = Output::new();
+        let written = output.line("Image committed.").and_then(|()| output.finish());
+        unless_closed(written)?;
+    }
+    Ok(0)
+}

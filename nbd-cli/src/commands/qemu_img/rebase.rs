@@ -1,0 +1,65 @@
+//! `qemu-img rebase`.
+
+use imgfmt::{CacheMode, Format, Image};
+use nbd_jobs::overlay::copy_what_differs;
+
+use super::arguments::Arguments;
+use super::known::Opt;
+use super::place::{Place, parse_cache, parse_format};
+use super::progress::Percentage;
+use super::refusal::Refusal;
+
+pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
+    let is_unsafe = arguments.has(Opt::Unsafe);
+    let backing = arguments.value(Opt::Backing);
+    if backing.is_none() && !is_unsafe {
+        return Err(Refusal::usage("Must specify backing file (-b) or use unsafe mode (-u)"));
+    }
+    if arguments.has(Opt::Compress) {
+        return Err(Refusal::new(
+            "-c is not supported: what is copied into the overlay is not compressed",
+        ));
+    }
+    let mut place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?;
+    // For the new backing file only: the overlay is changed.
+    let locking = std::mem::take(&mut place.options.locking);
+    let (path, options) = place.file()?;
+    let format = arguments.text(Opt::BackingFormat)?.as_deref().map(parse_format).transpose()?;
+    let new = match (backing.filter(|name| !name.is_empty()), format) {
+        (None, _) => None,
+        (Some(name), Some(format)) => Some((name, format)),
+        (Some(name), None) => {
+            return Err(Refusal::new(format!(
+                "Could not change the backing file to '{}': backing format must be specified (-F)",
+                name.display()
+            )));
+        }
+    };
+    let mut for_backing = place.options.clone();
+    for_backing.locking = locking;
+    (for_backing.format, for_backing.cache) = (None, CacheMode::default());
+    if let Some(mode) = arguments.text(Opt::SourceCache)? {
+        for_backing.cache = parse_cache(&mode)?;
+    }
+    let info = Image::inspect_file(path, &options);
+    if info.map_err(|error| place.not_opened(&error.to_string()))?.format == Format::Raw {
+        return Err(Refusal::new("a raw image cannot have a backing file"));
+    }
+    if let Some(new) = new {
+        // Before anything is copied.
+        Image::check_chain_length(path, &options, new)?;
+    }
+    let progress = Percentage::begin(arguments.wants_progress())?;
+    let mut rebased = Ok(());
+    if !is_unsafe {
+        let context = progress.context();
+        rebased = copy_what_differs(path, &options, new, &for_backing, &place.remotes, &context)
+            .map_err(Refusal::from);
+    }
+    let rebased = rebased.and_then(|()| Ok(Image::change_backing_file(path, &options, new)?));
+    if rebased.is_ok() {
+        progress.complete();
+    }
+    progress.end();
+    rebased.map(|()| 0)
+}
