@@ -95,7 +95,11 @@ impl Flusher<'_> {
     /// Whether all metadata is on disk, that which others wrote before the image was opened included, and no
     /// failed sync is to be reported. Changes that can be seen when this is called are taken into account.
     pub(in crate::qcow2) fn is_all_durable(self) -> bool {
-        self.commits.has_flushed() && !self.has_changes() && !self.metadata.owes_report()
+        // A flush without changes syncs a data file only.
+        !self.data.is_external()
+            && self.commits.has_flushed()
+            && !self.has_changes()
+            && !self.metadata.owes_report()
     }
 
     fn flush_changes(self) -> Result<()> {
