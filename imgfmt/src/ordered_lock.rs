@@ -95,6 +95,8 @@ pub(crate) mod rank {
         /// Held while a page of the tables of an image that is only read is looked for or replaced,
         /// and not while it is read.
         FOREIGN_PAGE,
+        /// Held while decompressed blocks of an image that is only read are looked for or kept.
+        FOREIGN_DECODED,
         /// Held while the first sector of a raw image that was found by probing is checked and
         /// changed.
         FIRST_SECTOR,

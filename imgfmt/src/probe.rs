@@ -7,8 +7,8 @@
 //! sector of a raw image *found by probing* that would make it look like anything else.
 //!
 //! A header at the end of a file counts only if its checksum or its position is right: guest data
-//! does not match by accident. A guest gains nothing by writing such a header, because those
-//! formats are only refused.
+//! does not match by accident. A guest gains nothing by writing such a header, because such a file is
+//! refused, or is opened as a fixed VHD: for reading, and without any name in it.
 
 use std::io;
 
@@ -23,12 +23,8 @@ pub(crate) const PROBE_LENGTH: usize = 512;
 const QCOW_MAGIC: &[u8] = b"QFI\xfb";
 
 /// Formats whose first bytes never differ, besides those that are read.
-const MAGICS: [(&[u8], Format); 8] = [
-    (b"QED\0", Format::Qed),
+const MAGICS: [(&[u8], Format); 4] = [
     (b"vhdxfile", Format::Vhdx),
-    (b"conectix", Format::Vpc),
-    (b"WithoutFreeSpace", Format::Parallels),
-    (b"WithouFreSpacExt", Format::Parallels),
     (b"LUKS\xba\xbe\0\x01", Format::Luks),
     (b"LUKS\xba\xbe\0\x02", Format::Luks),
     (b"Bochs Virtual HD Image", Format::Bochs),
@@ -36,11 +32,9 @@ const MAGICS: [(&[u8], Format); 8] = [
 
 /// Looks at the first bytes of a file, which may be fewer than [`PROBE_LENGTH`].
 pub(crate) fn probe(start: &[u8]) -> Format {
-    if start.starts_with(QCOW_MAGIC) {
-        return match start.get(4..8) {
-            Some([0, 0, 0, 1]) => Format::Qcow,
-            _ => Format::Qcow2,
-        };
+    // The first version is another format.
+    if start.starts_with(QCOW_MAGIC) && start.get(4..8) != Some(&[0, 0, 0, 1]) {
+        return Format::Qcow2;
     }
     if let Some((_, format)) = MAGICS.iter().find(|(magic, _)| start.starts_with(magic)) {
         return *format;
@@ -86,8 +80,6 @@ fn probe_end(storage: &dyn Storage) -> io::Result<Format> {
         Format::Raw
     } else if let Some(entry) = TABLE.iter().find(|entry| (entry.ends)(&end)) {
         entry.format
-    } else if is_vhd_footer(&end) || is_vhd_footer(&end[1..]) {
-        Format::Vpc
     } else if is_dmg_trailer(&end, offset) {
         Format::Dmg
     } else {
@@ -97,18 +89,6 @@ fn probe_end(storage: &dyn Storage) -> io::Result<Format> {
 
 /// The length of the footer of a VHD and of the trailer of a DMG, in bytes.
 const TRAILER_LENGTH: usize = 512;
-
-/// Whether this is the footer of a VHD, of which old versions of Virtual PC wrote 511 bytes.
-fn is_vhd_footer(footer: &[u8]) -> bool {
-    const CHECKSUM: std::ops::Range<usize> = 64..68;
-    if !footer.starts_with(b"conectix") {
-        return false;
-    }
-    // The one's complement of the sum of all other bytes.
-    let other = footer.iter().enumerate().filter(|(place, _)| !CHECKSUM.contains(place));
-    let sum: u32 = other.map(|(_, byte)| u32::from(*byte)).sum();
-    footer.get(CHECKSUM) == Some(&(!sum).to_be_bytes())
-}
 
 /// Whether this is the trailer of a DMG at that offset: its data and its list of properties then
 /// lie before it.

@@ -9,6 +9,8 @@ pub(crate) mod bitmaps;
 pub(crate) mod damaged;
 #[path = "foreign.rs"]
 pub(crate) mod foreign;
+#[path = "foreign_images.rs"]
+pub(crate) mod foreign_images;
 #[path = "foreign_vmdk.rs"]
 pub(crate) mod foreign_vmdk;
 #[path = "handmade.rs"]
@@ -28,7 +30,7 @@ use imgfmt::{
 type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub(crate) const TARGETS: [Target; 10] = [
+pub(crate) const TARGETS: [Target; 14] = [
     ("header", header),
     ("l2_walk", l2_walk),
     ("refcounts", refcounts),
@@ -39,6 +41,10 @@ pub(crate) const TARGETS: [Target; 10] = [
     ("damaged", damaged::damaged),
     ("vdi", foreign::vdi),
     ("vmdk", foreign_vmdk::vmdk),
+    ("vpc", foreign::vpc),
+    ("qed", foreign::qed),
+    ("qcow", foreign::qcow),
+    ("parallels", foreign::parallels),
 ];
 
 /// No more of a disk than this is looked at.

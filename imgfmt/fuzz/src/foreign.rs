@@ -5,7 +5,7 @@ use std::sync::Arc;
 use imgfmt::storage::MemoryStorage;
 use imgfmt::{BackingFile, Format, Image, OpenOptions, OpenPolicy};
 
-use super::{foreign_vmdk, look};
+use super::{foreign_images, foreign_vmdk, look};
 
 /// Longer files are not looked at.
 const LENGTH_MAX: usize = 1 << 20;
@@ -29,48 +29,67 @@ pub(crate) fn vdi(data: &[u8]) {
     foreign(Format::Vdi, data);
 }
 
+/// An image of Virtual PC or Hyper-V.
+pub(crate) fn vpc(data: &[u8]) {
+    foreign(Format::Vpc, data);
+}
+
+/// A QEMU enhanced disk.
+pub(crate) fn qed(data: &[u8]) {
+    foreign(Format::Qed, data);
+}
+
+/// An image of the first version of qcow.
+pub(crate) fn qcow(data: &[u8]) {
+    foreign(Format::Qcow, data);
+}
+
+/// An image of Parallels.
+pub(crate) fn parallels(data: &[u8]) {
+    foreign(Format::Parallels, data);
+}
+
 /// The seeds of the targets: sound images.
 pub(crate) fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
+    let free = u32::MAX;
     let mut seeds = vec![
-        ("vdi", "dynamic", vdi_image(1, 10 * 4096 - 512, &[u32::MAX, 0, 2, 1, u32::MAX - 1, 3])),
-        ("vdi", "fixed", vdi_image(2, 4 * 4096, &[0, 1, 2, 3])),
+        ("vdi", "dynamic", foreign_images::vdi(1, 10 * 4096 - 512, &[free, 0, 2, 1, free - 1, 3])),
+        ("vdi", "fixed", foreign_images::vdi(2, 4 * 4096, &[0, 1, 2, 3])),
+        ("vpc", "fixed", foreign_images::vpc_fixed(5 * 4096)),
+        (
+            "vpc",
+            "dynamic",
+            foreign_images::Vhd::new(3, 9 * 4096).block(1, &[0xf0]).block(4, &[0xff]).bytes(),
+        ),
+        (
+            "vpc",
+            "differencing",
+            foreign_images::Vhd::new(4, 9 * 4096).over("base.vhd").block(2, &[0x3c]).bytes(),
+        ),
+        (
+            "qed",
+            "plain",
+            foreign_images::qed(9 * 4096, &[0, 8192 + 3 * 4096, 1, 8192 + 4 * 4096], None),
+        ),
+        ("qed", "overlay", foreign_images::qed(3 * 4096, &[8192 + 3 * 4096], Some("base"))),
+        ("qcow", "plain", foreign_images::qcow(9 * 512, &[0, 1536, 2048], None)),
+        ("qcow", "overlay", foreign_images::qcow(9 * 512, &[1536], Some("base"))),
+        (
+            "qcow",
+            "compressed",
+            foreign_images::qcow(9 * 512, &[1536, 1 << 63 | 12 << 54 | 2048], None),
+        ),
+        (
+            "parallels",
+            "old",
+            foreign_images::parallels(b"WithoutFreeSpace", 6 * 4096, &[0, 8, 24, 16]),
+        ),
+        (
+            "parallels",
+            "extended",
+            foreign_images::parallels(b"WithouFreSpacExt", 6 * 4096, &[1, 0, 2, 3]),
+        ),
     ];
     seeds.extend(foreign_vmdk::seeds());
     seeds
-}
-
-/// An image with blocks of 4 KiB: its type, the size of the disk, and the start of its table. The
-/// first byte of a block is its number in the file, plus one.
-pub(crate) fn vdi_image(kind: u32, size: u64, table: &[u32]) -> Vec<u8> {
-    const BLOCK: usize = 4096;
-    let blocks = size.div_ceil(BLOCK as u64) as usize;
-    let stored = table.iter().filter(|entry| **entry < u32::MAX - 1).count();
-    let mut image = vec![0; 1024 + stored * BLOCK];
-    let mut put = |offset: usize, bytes: &[u8]| {
-        image[offset..offset + bytes.len()].copy_from_slice(bytes);
-    };
-    put(0, b"<<< a disk >>>\n");
-    for (offset, field) in [
-        (64, 0xbeda_107f),
-        (68, 0x0001_0001),
-        (72, 400),
-        (76, kind),
-        (340, 512),
-        (344, 1024),
-        (360, 512),
-        (376, BLOCK as u32),
-        (384, blocks as u32),
-        (388, stored as u32),
-    ] {
-        put(offset, &u32::to_le_bytes(field));
-    }
-    put(368, &size.to_le_bytes());
-    for block in 0..blocks {
-        let entry = table.get(block).copied().unwrap_or(u32::MAX);
-        put(512 + block * 4, &entry.to_le_bytes());
-    }
-    for block in 0..stored {
-        put(1024 + block * BLOCK, &[block as u8 + 1]);
-    }
-    image
 }

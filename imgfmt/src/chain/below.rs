@@ -34,6 +34,8 @@ pub(super) struct Named {
 /// What an image says of the format of the layer below it.
 enum RecordedFormat {
     Missing,
+    /// Images of its own format never say it.
+    NeverSaid,
     /// In a word that may mean nothing.
     Word(String),
     Certain(Format),
@@ -48,7 +50,7 @@ impl From<(OsString, Option<String>)> for Named {
 
 impl From<&Parent> for Named {
     fn from(parent: &Parent) -> Self {
-        let format = parent.format.map_or(RecordedFormat::Missing, RecordedFormat::Certain);
+        let format = parent.format.map_or(RecordedFormat::NeverSaid, RecordedFormat::Certain);
         Self { names: parent.names.clone(), format }
     }
 }
@@ -158,11 +160,16 @@ fn format_below(
             Some(format) => Err(unreadable_backing(shown, format)),
             None => Err(unknown_backing(shown, name)),
         },
-        (RecordedFormat::Missing, MissingFormat::Probe) => Ok(None),
-        (RecordedFormat::Missing, MissingFormat::Refuse) => {
+        (_, MissingFormat::Probe) => Ok(None),
+        (missing, MissingFormat::Refuse) => {
+            let advice = match missing {
+                RecordedFormat::NeverSaid => "allow probing",
+                _ => {
+                    "set it with 'nbd-cli image rebase --unsafe -b FILE -F FORMAT', or allow probing"
+                }
+            };
             let detail = format!(
-                "it does not say which format its backing file '{}' has; set it with \
-                 'nbd-cli image rebase --unsafe -b FILE -F FORMAT', or allow probing",
+                "it does not say which format its backing file '{}' has; {advice}",
                 shown.to_string_lossy().escape_debug()
             );
             Err(Error::new(ErrorKind::PolicyDenied, "open", detail))

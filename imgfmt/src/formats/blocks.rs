@@ -36,7 +36,8 @@ pub(super) trait Blocks: Send + Sync + fmt::Debug {
         1
     }
 
-    /// Whether space may have been set aside for blocks that were never written.
+    /// Whether space may have been set aside for blocks that were never written, so that holes of the
+    /// file are zeroes.
     fn is_preallocated(&self) -> bool {
         false
     }
@@ -90,7 +91,7 @@ pub(super) struct Source<'s> {
     pub(super) layer: &'s dyn Layer,
     pub(super) file: &'s ImageFile,
     pub(super) backing: Option<&'s Backing>,
-    /// Whether holes of the file are holes of the disk.
+    /// As in [`Blocks`].
     pub(super) is_preallocated: bool,
 }
 

@@ -88,6 +88,25 @@ impl ImageFile {
         }
     }
 
+    /// Checks that something of which `length` bytes are needed lies in the file, at a multiple of
+    /// `unit`, as an entry for `guest` says.
+    pub(super) fn check_place(
+        &self,
+        offset: u64,
+        unit: u64,
+        length: u64,
+        guest: u64,
+    ) -> Result<()> {
+        if offset.is_multiple_of(unit) && self.has(offset, length) {
+            return Ok(());
+        }
+        let detail = format!(
+            "the tables lead to offset {offset} of the file, where nothing can be: they are damaged, or \
+             the file was cut off"
+        );
+        Err(self.corrupt(detail, guest))
+    }
+
     /// Whether a table or a part of the data lies within the file.
     pub(super) fn has(&self, offset: u64, length: u64) -> bool {
         let Some(end) = offset.checked_add(length) else { return false };
@@ -154,17 +173,18 @@ impl ImageFile {
     }
 }
 
-/// Reads entries of tables that lie near each other.
+/// Reads entries of tables that lie near each other, in two tables at once.
 #[derive(Debug)]
 pub(super) struct Cursor<'f> {
     file: &'f ImageFile,
     lookup: Lookup,
-    held: Option<Page>,
+    /// The pages that were used last.
+    held: [Option<Page>; 2],
 }
 
 impl<'f> Cursor<'f> {
     pub(super) fn new(file: &'f ImageFile, lookup: Lookup) -> Self {
-        Self { file, lookup, held: None }
+        Self { file, lookup, held: [None, None] }
     }
 
     /// The bytes at an offset of the file, in the metadata for `guest`; `None` if that would take
@@ -194,14 +214,30 @@ impl<'f> Cursor<'f> {
         Ok(self.bytes(offset, guest)?.map(u32::from_le_bytes))
     }
 
+    pub(super) fn u64_le(&mut self, offset: u64, guest: u64) -> Result<Option<u64>> {
+        Ok(self.bytes(offset, guest)?.map(u64::from_le_bytes))
+    }
+
+    pub(super) fn u32_be(&mut self, offset: u64, guest: u64) -> Result<Option<u32>> {
+        Ok(self.bytes(offset, guest)?.map(u32::from_be_bytes))
+    }
+
+    pub(super) fn u64_be(&mut self, offset: u64, guest: u64) -> Result<Option<u64>> {
+        Ok(self.bytes(offset, guest)?.map(u64::from_be_bytes))
+    }
+
     fn page(&mut self, number: u64, guest: u64) -> Result<Option<&[u8]>> {
-        if self.held.as_ref().is_none_or(|(held, _)| *held != number) {
+        let is_it = |page: &Option<Page>| page.as_ref().is_some_and(|(held, _)| *held == number);
+        if !is_it(&self.held[0]) {
+            self.held.swap(0, 1);
+        }
+        if !is_it(&self.held[0]) {
             let page = self.file.page(number, self.lookup);
             let page = page.map_err(|error| self.file.io("read the tables of", error, guest))?;
             let Some(page) = page else { return Ok(None) };
-            self.held = Some((number, page));
+            self.held[0] = Some((number, page));
         }
-        Ok(self.held.as_ref().map(|(_, page)| &**page))
+        Ok(self.held[0].as_ref().map(|(_, page)| &**page))
     }
 
     fn cut_off(&self, guest: u64) -> Error {

@@ -6,10 +6,15 @@
 //! checked where it is used.
 
 mod blocks;
+mod decoded;
 mod file;
 mod foreign;
+mod parallels;
+mod qcow;
+mod qed;
 mod vdi;
 mod vmdk;
+mod vpc;
 
 pub(crate) use self::foreign::{ForeignImage, Identity, Opening, Parent};
 use crate::error::Result;
@@ -29,6 +34,15 @@ pub(crate) struct Entry {
 pub(crate) const TABLE: &[Entry] = &[
     Entry { format: Format::Vdi, starts: vdi::starts, ends: never, open: vdi::open },
     Entry { format: Format::Vmdk, starts: vmdk::starts, ends: never, open: vmdk::open },
+    Entry { format: Format::Vpc, starts: vpc::starts, ends: vpc::ends, open: vpc::open },
+    Entry { format: Format::Qed, starts: qed::starts, ends: never, open: qed::open },
+    Entry { format: Format::Qcow, starts: qcow::starts, ends: never, open: qcow::open },
+    Entry {
+        format: Format::Parallels,
+        starts: parallels::starts,
+        ends: never,
+        open: parallels::open,
+    },
 ];
 
 /// The header is always at the start.

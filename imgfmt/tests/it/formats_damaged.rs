@@ -22,7 +22,7 @@ const VALUES: [fn(u32) -> u32; 8] = [
 ];
 
 /// No more of a disk than this is looked at.
-const LOOK_MAX: u64 = 1 << 18;
+const LOOK_MAX: u64 = 1 << 16;
 
 fn look(bytes: &[u8], format: Format) {
     let options =
@@ -42,11 +42,13 @@ fn look(bytes: &[u8], format: Format) {
     let _ = image.extents(range(0, image.size())).bounded(2, 1000).count();
 }
 
-/// The words of an image that are metadata: those that are not zero, and some of the others.
+/// The words of an image that are metadata: those that differ from the one before, as data here does
+/// not, and those of headers.
 fn places(bytes: &[u8]) -> impl Iterator<Item = usize> + use<'_> {
-    let is_near = |place: usize| place < 4096 || place + 1024 > bytes.len();
+    let is_header = |place: usize| place < 512 || place + 512 > bytes.len();
+    let differs = |place: usize| bytes[place..place + 4] != bytes[place - 4..place];
     let words = (0..bytes.len().saturating_sub(3)).step_by(4);
-    words.filter(move |place| is_near(*place) || bytes[*place..*place + 4] != [0; 4])
+    words.filter(move |place| is_header(*place) || differs(*place))
 }
 
 #[test]

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use imgfmt::{Access, ErrorKind, Format, Image, OpenOptions};
+use imgfmt::{Access, Content, ErrorKind, Format, Image, OpenOptions, OpenPolicy};
 
 use crate::chains_vs_qemu::{Layer, compare_data, compare_maps, compare_parts};
 use crate::common::{self, Random, qemu, run, text};
@@ -22,6 +22,14 @@ pub(crate) const KINDS: &[(&str, &str)] = &[
     ("vmdk", "subformat=monolithicFlat"),
     ("vmdk", "subformat=twoGbMaxExtentSparse"),
     ("vmdk", "subformat=twoGbMaxExtentFlat"),
+    ("vpc", ""),
+    ("vpc", "force_size=on"),
+    ("vpc", "subformat=fixed,force_size=on"),
+    ("qed", ""),
+    ("qed", "cluster_size=4096,table_size=2"),
+    ("qcow", ""),
+    ("parallels", ""),
+    ("parallels", "cluster_size=4096"),
 ];
 
 fn has_tools() -> bool {
@@ -42,6 +50,8 @@ pub(crate) fn make(
     }
     arguments.extend([text(path), &size_text]);
     run("qemu-img", &arguments);
+    // One that is compressed, where the format can.
+    let compressed = (format == "qcow" && size >= 4096).then(|| "write -c -P 99 0 4096".to_owned());
     let commands = (0..12).map(|_| {
         // Blocks of 1 MiB and more are to stay free, too.
         let offset = random.below(size / SECTOR) * SECTOR;
@@ -51,7 +61,12 @@ pub(crate) fn make(
             _ => format!("write -P {} {offset} {length}", random.below(255) + 1),
         }
     });
-    qemu::io(path, format, &commands.collect::<Vec<_>>());
+    qemu::io(path, format, &compressed.into_iter().chain(commands).collect::<Vec<_>>());
+    // Some sizes are rounded up. The last one in the text is the image's, not its file's.
+    let info = run("qemu-img", &["info", "--output=json", "-f", format, text(path)]);
+    let (_, rest) = info.rsplit_once("\"virtual-size\": ").unwrap();
+    let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+    let size = digits.parse().unwrap();
     Layer { path: path.to_owned(), format, size, how: format!("{format} {options} {size}") }
 }
 
@@ -71,12 +86,12 @@ fn random_images_are_read_and_mapped_as_qemu_does() {
             let format = Format::from_name(layer.format).unwrap();
             let options = OpenOptions::new().format(format);
             let image = Image::open(&layer.path, &options).unwrap();
-            assert_eq!((image.format(), image.size()), (format, size), "{what}");
+            assert_eq!((image.format(), image.size()), (format, layer.size), "{what}");
             compare_data(&image, &layer, &mut random, &what);
             compare_parts(&image, &mut random, &what);
             compare_maps(&image, &layer, &what);
             let info = Image::inspect_file(&layer.path, &OpenOptions::new()).unwrap();
-            assert_eq!((info.format, info.size), (format, size), "{what}: found by probing");
+            assert_eq!((info.format, info.size), (format, layer.size), "{what}: probed");
         }
     }
 }
@@ -105,9 +120,10 @@ fn an_image_that_qemu_img_converts_comes_back() {
         arguments.extend([text(&raw), text(&path)]);
         run("qemu-img", &arguments);
         let image = Image::open(&path, &OpenOptions::new()).unwrap();
-        let mut found = vec![0xee; content.len()];
+        let mut found = vec![0xee; image.size() as usize];
         image.read_at(common::at(0), &mut found).unwrap();
-        assert!(found == content, "{format} {options}");
+        let (found, rest) = found.split_at(content.len());
+        assert!(found == content && rest.iter().all(|byte| *byte == 0), "{format} {options}");
     }
 }
 
@@ -126,5 +142,66 @@ fn an_image_that_is_only_read_is_not_opened_for_writing() {
         assert_eq!(error.kind(), ErrorKind::ReadOnly, "{error}");
         assert!(error.to_string().contains("image convert -O qcow2"), "{error}");
         assert!(std::fs::read(&path).unwrap() == before, "it was changed");
+    }
+}
+
+#[test]
+fn an_overlay_of_any_format_shows_its_backing_file() {
+    if !has_tools() {
+        return;
+    }
+    let mut random = Random::new("overlays");
+    for top in ["qed", "qcow"] {
+        for below in [("raw", ""), ("qcow2", ""), ("vdi", ""), ("qed", "")] {
+            let directory = tempfile::tempdir().unwrap();
+            let (base, path) = (directory.path().join("base"), directory.path().join("top"));
+            make(&base, below, 5 << 20, &mut random);
+            let backing = ["-b", "base", "-F", below.0];
+            let create = [&["create", "-q", "-f", top][..], &backing, &[text(&path), "6M"]];
+            run("qemu-img", &create.concat());
+            qemu::io(&path, top, &qemu::random_commands(&mut random, 6 << 20, 6));
+            let layer =
+                Layer { path, format: top, size: 6 << 20, how: format!("{top} over {below:?}") };
+            // Neither format says the format below it, unless that is raw.
+            let options = OpenOptions::new().policy(OpenPolicy::new().allow_format_probe());
+            let image = Image::open(&layer.path, &options).unwrap();
+            assert_eq!(image.layer_sizes(), [6 << 20, 5 << 20]);
+            compare_data(&image, &layer, &mut random, &layer.how);
+            compare_parts(&image, &mut random, &layer.how);
+            compare_maps(&image, &layer, &layer.how);
+            let result = Image::open(&layer.path, &OpenOptions::new());
+            match below.0 == "raw" && top == "qed" {
+                true => assert!(result.is_ok(), "{result:?}"),
+                false => assert_eq!(result.unwrap_err().kind(), ErrorKind::PolicyDenied),
+            }
+        }
+    }
+}
+
+#[test]
+fn compressed_clusters_of_any_format_are_read() {
+    if !has_tools() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    for (format, cluster) in [("qcow", 4096)] {
+        let path = directory.path().join(format);
+        run("qemu-img", &["create", "-q", "-f", format, text(&path), "1M"]);
+        let write =
+            |number: u64| format!("write -c -P {} {} {cluster}", number + 1, number * cluster);
+        qemu::io(&path, format, &(0..9).map(write).collect::<Vec<_>>());
+        let image = Image::open(&path, &OpenOptions::new()).unwrap();
+        let map = image.map_read(common::range(0, 9 * cluster)).unwrap();
+        for mapping in map.mappings() {
+            assert!(matches!(mapping.content, Content::Encoded(_)), "{mapping:?}");
+        }
+        for number in 0..9 {
+            let mut found = vec![0; cluster as usize - 100];
+            image.read_at(common::at(number * cluster + 50), &mut found).unwrap();
+            assert!(found.iter().all(|byte| *byte == number as u8 + 1), "{format}: {number}");
+        }
+        let mut whole = vec![0; 1 << 20];
+        image.read_at(common::at(0), &mut whole).unwrap();
+        assert!(whole == qemu::content(&path, format), "{format}");
     }
 }

@@ -49,6 +49,7 @@ mod entries_that_alias;
 mod errors_at_every_call;
 mod examples;
 mod extents;
+mod formats_by_hand;
 mod formats_damaged;
 mod formats_vmdk;
 mod formats_vs_qemu;
