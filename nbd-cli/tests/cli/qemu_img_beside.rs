@@ -348,6 +348,20 @@ fn images_are_changed_alike() {
         rebase -b raw.img -F raw empty.img
         rebase top.qcow2
         rebase -b raw.img -F raw nosuch.img
+        dd if=disk.qcow2 of=new.img => new.img
+        dd -f raw bs=64k if=raw.img of=new.img => new.img
+        dd -O qcow2 bs=1M count=1 if=top.qcow2 of=new.qcow2 => new.qcow2
+        dd bs=64k count=8 skip=2 if=raw.img of=new.img => new.img
+        dd bs=64k skip=14 if=raw.img of=new.img => new.img
+        dd -U --image-opts if=driver=qcow2,file.filename=disk.qcow2 of=new.img => new.img
+        dd skip=9 bs=1M if=raw.img of=new.img
+        dd count=0 if=raw.img of=new.img
+        dd bs=0 if=raw.img of=new.img
+        dd bs=x if=raw.img of=new.img
+        dd if=raw.img
+        dd nosuch=1 if=raw.img of=new.img
+        dd if=nosuch.img of=new.img
+        dd
         commit top.qcow2 => top.qcow2 disk.qcow2
         commit -p -t writeback top.qcow2 => top.qcow2 disk.qcow2
         commit -q -d top.qcow2 => top.qcow2 disk.qcow2
@@ -382,7 +396,6 @@ fn what_is_not_supported_is_refused_by_name_and_changes_nothing() {
         ("info --object tls-creds-x509,id=a,dir=b old.img", "tls-creds-x509"),
         ("info --image-opts driver=rbd,pool=a", "rbd"),
         ("bench old.img", "bench"),
-        ("dd if=old.img of=new.img", "dd"),
         ("resize -f raw --preallocation=full old.img 1M", "--preallocation"),
         ("rebase -c -b x -F raw old.img", "-c"),
     ] {

@@ -6,6 +6,7 @@ use imgfmt::jobs::{CompareOptions, compare};
 
 use super::arguments::Arguments;
 use super::known::Opt;
+use super::options::SECTOR;
 use super::place::Place;
 use super::progress::Percentage;
 use super::refusal::Refusal;
@@ -14,8 +15,6 @@ use crate::output::{Output, unless_closed};
 /// The exit code if the disks are different, and that of an error.
 const DIFFERENT: u8 = 1;
 const ERROR: u8 = 2;
-/// Differences are reported by their sector.
-const SECTOR: u64 = 512;
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let [first, second] = &arguments.operands[..] else {
@@ -53,6 +52,7 @@ fn compare_both(arguments: &Arguments, first: &OsStr, second: &OsStr) -> Result<
     }
     let code = match compared?.first_difference {
         Some(offset) => {
+            // As in QEMU.
             let sector = offset - offset % SECTOR;
             say(&format!("Content mismatch at offset {sector}!"))?;
             DIFFERENT

@@ -10,7 +10,7 @@ use nbd_jobs::{Durable, JobContext};
 use super::arguments::Arguments;
 use super::known::Opt;
 use super::measure::snapshot_name;
-use super::options::{NewImage, help, size_argument};
+use super::options::{NewImage, SECTOR, help, size_argument};
 use super::place::{Place, parse_cache, parse_format};
 use super::progress::Percentage;
 use super::refusal::Refusal;
@@ -18,8 +18,6 @@ use crate::output::Output;
 
 /// Most threads that `-m` may ask for.
 const PARALLEL_MAX: usize = 16;
-/// The unit of `-S` in bytes.
-const SECTOR: u64 = 512;
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let format = arguments.text(Opt::TargetFormat)?.as_deref().map(parse_format).transpose()?;

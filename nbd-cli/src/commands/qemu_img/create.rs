@@ -10,15 +10,12 @@ use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 
 use super::arguments::Arguments;
 use super::known::Opt;
-use super::options::{NewImage, help, size_argument};
+use super::options::{NewImage, SECTOR, help, size_argument};
 use super::place::{Place, parse_format};
 use super::progress::Percentage;
 use super::refusal::Refusal;
 use crate::output::Output;
 use crate::signals;
-
-/// QEMU's disks consist of these, in bytes.
-const SECTOR: u64 = 512;
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let format = arguments.text(Opt::Format)?.as_deref().map(parse_format).transpose()?;

@@ -255,3 +255,12 @@ pub(super) const COMMIT: &[Known<Opt>] = &[
     value(b'r', "rate", Opt::Rate),
     value(0, "object", Opt::Object),
 ];
+
+pub(super) const DD: &[Known<Opt>] = &[
+    flag(b'h', "help", Opt::Help),
+    value(b'f', "format", Opt::Format),
+    flag(0, "image-opts", Opt::ImageOpts),
+    value(b'O', "output-format", Opt::TargetFormat),
+    flag(b'U', "force-share", Opt::Share),
+    value(0, "object", Opt::Object),
+];

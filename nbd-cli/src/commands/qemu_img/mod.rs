@@ -12,6 +12,7 @@ mod commit;
 mod compare;
 mod convert;
 mod create;
+mod dd;
 mod help;
 mod info;
 mod known;
@@ -118,6 +119,14 @@ const COMMANDS: &[Command] = &[
         run: create::run,
     },
     Command {
+        name: "dd",
+        meaning: "Copy a part of a disk into a new image",
+        operands: "[bs=BLOCK_SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT",
+        options: known::DD,
+        writes: true,
+        run: dd::run,
+    },
+    Command {
         name: "info",
         meaning: "Describe an image",
         operands: "FILE",
@@ -216,7 +225,6 @@ fn carry_out(words: Vec<OsString>, found: &mut Option<&'static str>) -> Result<u
     let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
         return Err(match name.as_str() {
             "bench" => Refusal::new("'bench' is not supported; use 'nbd-cli bench'"),
-            "dd" => Refusal::new("'dd' is not supported; use 'convert', or 'nbd-cli copy'"),
             _ => Refusal::usage(format!("Command not found: {}", printable(&name))),
         });
     };

@@ -15,6 +15,9 @@ use super::refusal::Refusal;
 use crate::connect::ServerArgs;
 use crate::signals;
 
+/// QEMU's disks consist of these, in bytes.
+pub(super) const SECTOR: u64 = 512;
+
 /// The options of each format, for `-o help`.
 const RAW_OPTIONS: &[(&str, &str)] = &[
     ("nocow=<bool (on/off)>", "Only off"),
