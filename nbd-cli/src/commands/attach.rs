@@ -1,6 +1,6 @@
 //! `nbd-cli attach`: give a disk a kernel device (`/dev/nbdX`).
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io::Write as _;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use nbd_jobs::devices::{
     AttachOptions, Attached, Backend, ensure_driver, parse_device, waits_for_adoption,
 };
 use nbd_jobs::qemu_name;
-use nbd_jobs::serving::{ServeOptions, Writes, is_memory};
+use nbd_jobs::serving::{ServeOptions, Writes, is_memory, source_uri};
 use nbd_jobs::size::{ByteSize, parse_duration};
 use nbd_proto::NbdUri;
 use nbd_server::ServerConfig;
@@ -159,7 +159,7 @@ pub(crate) fn run(args: &AttachArgs) -> Result<Outcome, CommandError> {
 
 async fn attach(args: &AttachArgs) -> Result<Outcome, CommandError> {
     let mut signals = EndSignals::new(Hangup::EndsWithTerminal)?;
-    let uri = uri(&args.source)?;
+    let uri = source_uri(&args.source).transpose()?;
     args.tls.check(uri.as_ref())?;
     // Checked before anything is opened or a server is contacted.
     ensure_driver()?;
@@ -184,15 +184,6 @@ fn announce(attached: &Attached) {
     tracing::info!(device = %device.display(), connections, is_adopted, "attached");
     let mut stdout = std::io::stdout().lock();
     let _ = writeln!(stdout, "{}", device.display()).and_then(|()| stdout.flush());
-}
-
-/// Returns the export of another server that the source names, if it does.
-fn uri(source: &OsStr) -> Result<Option<NbdUri>, CommandError> {
-    let Some(text) = source.to_str().filter(|text| qemu_name::is_name_of_server(text)) else {
-        return Ok(None);
-    };
-    let uri = qemu_name::from_name(text);
-    uri.map(Some).map_err(|error| CommandError::new(format!("cannot attach '{text}': {error}")))
 }
 
 fn options(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<AttachOptions, CommandError> {

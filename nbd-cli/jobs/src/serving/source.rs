@@ -67,7 +67,8 @@ impl OpenedExport {
 /// If the name is malformed.
 pub fn source_uri(source: &OsStr) -> Option<Result<NbdUri, JobError>> {
     let text = source.to_str().filter(|text| qemu_name::is_name_of_server(text))?;
-    Some(qemu_name::from_name(text).map_err(|error| cannot_export(source, error)))
+    let uri = qemu_name::from_name(text);
+    Some(uri.map_err(|error| JobError::source(format!("cannot use the source '{text}': {error}"))))
 }
 
 /// Splits `NAME=SOURCE`; without a name all of it is the source. The text before the `=` is not a name if it is a path or a URI.
@@ -193,7 +194,7 @@ mod tests {
         for (source, why) in [
             ("", "a source is empty"),
             ("memory:1Q", "cannot export 'memory:1Q': '1Q' has the unknown size suffix 'Q'"),
-            ("nbd:", "cannot export 'nbd:': "),
+            ("nbd:", "cannot use the source 'nbd:': "),
         ] {
             let refused = options.open_source(source.as_ref()).map(|_| ()).unwrap_err();
             assert!(refused.to_string().starts_with(why), "{source}: {refused}");
