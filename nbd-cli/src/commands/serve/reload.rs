@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 
 use super::config::{Config, Configured, spec};
 use super::export::ExportArgs;
-use super::source::{self, Source};
+use super::source::{self, OpenedExport};
 use crate::error::CommandError;
 use crate::serving::service_manager;
 
@@ -43,7 +43,7 @@ const LIVE: LiveSettings<'static> = LiveSettings {
 struct Prepared {
     config: Config,
     changes: Changes<Arc<ExportArgs>>,
-    opened: Vec<Source>,
+    opened: Vec<OpenedExport>,
 }
 
 /// A request to read the file again: the channel for its result.
@@ -250,7 +250,7 @@ impl Reloader {
     async fn add_all(
         &self,
         added: Vec<Configured>,
-        opened: Vec<Source>,
+        opened: Vec<OpenedExport>,
         config: &mut Config,
         left: &mut Vec<String>,
     ) -> Vec<String> {
@@ -268,9 +268,9 @@ impl Reloader {
         names
     }
 
-    async fn add(&self, name: &str, source: Source) -> Result<(), String> {
+    async fn add(&self, name: &str, source: OpenedExport) -> Result<(), String> {
         match (source, &self.controller) {
-            (Source::Controlled(disk), Some(controller)) => {
+            (OpenedExport::Controlled(disk), Some(controller)) => {
                 let added = controller.add_export(name, disk).await;
                 added.map(drop).map_err(|failure| failure.to_string())
             }

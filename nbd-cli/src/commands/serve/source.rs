@@ -86,14 +86,14 @@ pub(super) fn try_to_open(export: &ExportSpec) -> Result<(), CommandError> {
     Ok(choices.open_source(&export.source).map(drop)?)
 }
 
-/// An open source.
-pub(super) enum Source {
+/// An export whose source is open.
+pub(super) enum OpenedExport {
     Plain(ExportEntry),
     /// The disk of a server with a control socket.
     Controlled(ServedDisk),
 }
 
-impl Source {
+impl OpenedExport {
     pub(super) fn entry(&self) -> ExportEntry {
         match self {
             Self::Plain(entry) => entry.clone(),
@@ -107,17 +107,17 @@ pub(super) fn open_export(
     export: &ExportSpec,
     tls_only: &[String],
     is_controlled: bool,
-) -> Result<Source, CommandError> {
+) -> Result<OpenedExport, CommandError> {
     let ExportSpec { source, options, .. } = export;
     let opened = choices(options).open_source(source)?;
     if !is_controlled {
-        return Ok(Source::Plain(entry(export, tls_only, ExportEntry::new(opened.export))));
+        return Ok(OpenedExport::Plain(entry(export, tls_only, ExportEntry::new(opened.export))));
     }
     let disk = opened.into_disk(source.to_string_lossy());
     let disk = disk.configured(|plain| entry(export, tls_only, plain));
     let is_lost = is_memory(source) || options.temporary;
     let (source, choices) = (source.clone(), choices(options));
-    Ok(Source::Controlled(if is_lost { disk } else { reopened(disk, source, choices) }))
+    Ok(OpenedExport::Controlled(if is_lost { disk } else { reopened(disk, source, choices) }))
 }
 
 /// Opens every source and registers it.
@@ -134,7 +134,7 @@ pub(super) fn add_all(
             let source = export.source.display();
             CommandError::new(format!("cannot export '{source}': {error}"))
         })?;
-        if let (Source::Controlled(disk), Some(disks)) = (source, &mut controlled) {
+        if let (OpenedExport::Controlled(disk), Some(disks)) = (source, &mut controlled) {
             disks.insert(&*export.name, disk);
         }
     }
