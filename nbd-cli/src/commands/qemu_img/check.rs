@@ -51,7 +51,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
             lines(&report).iter().try_for_each(|line| output.line(line)).map_err(Refusal::from)
         }
     };
-    printed?;
+    // The exit code tells the result as well: a reader that has gone must not change it.
+    if let Err(error) = printed
+        && error.message.is_some()
+    {
+        return Err(error);
+    }
     unless_closed(output.finish())?;
     Ok(Verdict::of(&report).exit_code())
 }

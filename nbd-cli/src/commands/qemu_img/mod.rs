@@ -28,6 +28,7 @@ mod snapshot;
 mod text;
 
 use std::ffi::{OsStr, OsString};
+use std::io::{Write as _, stderr};
 use std::path::Path;
 
 use clap::Args;
@@ -197,7 +198,8 @@ pub(crate) fn run(arguments: Vec<OsString>) -> u8 {
         }
         if refusal.is_usage {
             let command = command.map_or_else(String::new, |name| format!(" {name}"));
-            eprintln!("Try 'qemu-img{command} --help' for more info");
+            // There is no remedy for a closed standard error.
+            let _ = writeln!(stderr(), "Try 'qemu-img{command} --help' for more info");
         }
         match signals::caught() {
             Some(signal) if refusal.code != 0 => signal.exit_status(),
