@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::io::Write as _;
 use std::num::NonZeroUsize;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -205,10 +206,16 @@ fn identifier(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<String, Command
         None if is_memory(&args.source) => args.source.to_string_lossy().into_owned(),
         None => {
             let path = qemu_name::path_in(&args.source);
-            let path = std::fs::canonicalize(path).map_err(|error| {
+            let found = std::fs::canonicalize(path).and_then(|path| {
+                let metadata = std::fs::metadata(&path)?;
+                Ok((path, metadata))
+            });
+            let (path, metadata) = found.map_err(|error| {
                 CommandError::new(format!("cannot open '{}': {error}", path.display()))
             })?;
-            path.to_string_lossy().into_owned()
+            // Another file under this name, a copy of the same size, must not adopt the device.
+            let (device, inode) = (metadata.dev(), metadata.ino());
+            format!("{} (file {device}:{inode})", path.display())
         }
     };
     if let Some(snapshot) = &args.image.snapshot {

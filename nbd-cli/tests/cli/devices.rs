@@ -81,9 +81,15 @@ kill $keeper
 timeout 30 sh -c \"while test -e /proc/$keeper; do sleep 0.1; done\"
 test -e /sys/block/nbd3/pid
 refused nbd-cli attach memory:24M /dev/nbd3
-grep -F \"'/tmp/disk.qcow2' is attached to it\" /tmp/refused
+grep -F \"'/tmp/disk.qcow2 (file \" /tmp/refused
 refused nbd-cli attach --read-only /tmp/disk.qcow2 /dev/nbd3
 grep -F 'writable, and its source is not' /tmp/refused
+# A copy in its place is another disk.
+mv /tmp/disk.qcow2 /tmp/elsewhere
+cp /tmp/elsewhere /tmp/disk.qcow2
+refused nbd-cli attach --timeout 2 /tmp/disk.qcow2 /dev/nbd3
+grep -F 'is attached to it' /tmp/refused
+mv /tmp/elsewhere /tmp/disk.qcow2
 nbd-cli attach --timeout 2 /tmp/disk.qcow2 /dev/nbd3
 refused nbd-cli attach /tmp/disk.qcow2 /dev/nbd3
 umount /mnt
