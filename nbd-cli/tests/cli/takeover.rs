@@ -364,7 +364,7 @@ fn a_service_manager_learns_of_the_successor_and_its_socket_is_used_on() {
     manager.set_read_timeout(Some(Duration::from_secs(30))).expect("a limit");
     let activated = place.text("activated");
     let mut command = started_by_service_manager(&python3, &activated, "serve");
-    command.env("NOTIFY_SOCKET", place.path("notify"));
+    command.env("NOTIFY_SOCKET", place.path("notify")).env("WATCHDOG_USEC", "300000");
     command.arg("--control").arg(place.path("control")).args(["--format", "raw", &place.disk]);
     let mut server = Server::start(&mut command, place.path("activated"));
     let mut command = Command::new(PROGRAM);
@@ -381,6 +381,13 @@ fn a_service_manager_learns_of_the_successor_and_its_socket_is_used_on() {
         if String::from_utf8_lossy(&buffer[..length]).contains(&expected) {
             break;
         }
+    }
+    // The watchdog would kill it otherwise: it does not have the environment of the first one.
+    let mut signs = 0;
+    while signs < 3 {
+        let length = manager.recv(&mut buffer).expect("a sign of life");
+        let is_sign = String::from_utf8_lossy(&buffer[..length]).contains("WATCHDOG=1");
+        signs += usize::from(is_sign);
     }
     next.end();
     assert!(place.path("activated").exists(), "the service manager owns it");

@@ -3,7 +3,7 @@
 //! ```text
 //!   successor                                     predecessor
 //!   {"command":"takeover"}     ---------------->  control socket; pauses, closes its images
-//!                              <----------------  {"result":{}}, disks, listeners, connections, COMPLETE
+//!                              <----------------  {"result":{}}, manager, disks, listeners, connections, COMPLETE
 //!   opens images, adopts; READY --------------->
 //!                              <----------------  GO
 //!   SERVING                    ---------------->  exits
@@ -18,11 +18,32 @@ mod predecessor;
 mod successor;
 mod wire;
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io;
+use std::time::Duration;
 
 pub use self::predecessor::Successor;
 pub use self::successor::{Predecessor, TakenOver};
+
+/// The service manager that has started a server, and wants to hear from its successor: a program that
+/// it has not started as the main process of a service has no such environment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ServiceManager {
+    /// Where it is notified: a path, or an abstract name after `@`, as in `NOTIFY_SOCKET`.
+    pub notify_socket: OsString,
+    /// The longest time between two notifications, if it watches.
+    pub watchdog: Option<Duration>,
+}
+
+impl ServiceManager {
+    /// A manager with this `NOTIFY_SOCKET`, which watches if it has a limit.
+    #[must_use]
+    pub const fn new(notify_socket: OsString, watchdog: Option<Duration>) -> Self {
+        Self { notify_socket, watchdog }
+    }
+}
 
 /// The reason why a takeover did not come about.
 #[derive(Debug)]

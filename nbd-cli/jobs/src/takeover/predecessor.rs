@@ -8,8 +8,8 @@ use std::time::Duration;
 use nbd_server::Paused;
 use rustix::net::sockopt;
 
-use super::TakeoverError;
-use super::wire::{Kind, encode_disk, encode_origin, receive, send};
+use super::wire::{Kind, encode_disk, encode_manager, encode_origin, receive, send};
+use super::{ServiceManager, TakeoverError};
 use crate::control::server::ClosedDisks;
 
 /// Time for the successor to open everything. Clients wait meanwhile.
@@ -50,7 +50,15 @@ impl Successor {
     /// # Errors
     ///
     /// [`TakeoverError`]: then [`abandon`](Self::abandon) it.
-    pub fn hand_over(&self, paused: &Paused, closed: &ClosedDisks) -> Result<(), TakeoverError> {
+    pub fn hand_over(
+        &self,
+        paused: &Paused,
+        closed: &ClosedDisks,
+        manager: Option<&ServiceManager>,
+    ) -> Result<(), TakeoverError> {
+        if let Some(manager) = manager {
+            send(&self.stream, Kind::Manager, &encode_manager(manager), None)?;
+        }
         for (name, files) in closed.files() {
             send(&self.stream, Kind::Disk, &encode_disk(name, files), None)?;
         }

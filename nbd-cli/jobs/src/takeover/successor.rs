@@ -9,8 +9,8 @@ use nbd_server::{PausedConnection, PausedListener};
 use rustix::net::sockopt;
 use rustix::process::{Uid, geteuid};
 
-use super::TakeoverError;
-use super::wire::{Kind, Message, decode_disk, decode_origin, receive, send};
+use super::wire::{Kind, Message, decode_disk, decode_manager, decode_origin, receive, send};
+use super::{ServiceManager, TakeoverError};
 use crate::control::server::{DiskFiles, ServedDisks};
 use crate::control::{Conversation, Failure, Request};
 use crate::text::{printable, without_error_numbers};
@@ -26,6 +26,8 @@ pub struct TakenOver {
     pub connections: Vec<PausedConnection>,
     /// The files of the disks of the other server, by the names of their exports.
     pub disks: BTreeMap<String, DiskFiles>,
+    /// The service manager of the other server, if it has one.
+    pub manager: Option<ServiceManager>,
 }
 
 impl TakenOver {
@@ -111,6 +113,10 @@ impl Predecessor {
                                        limit of open files (ulimit -n)",
                     );
                 }
+                (Kind::Manager, _) => match decode_manager(&payload) {
+                    Some(manager) => taken.manager = Some(manager),
+                    None => return unexpected("a service manager of another version"),
+                },
                 (Kind::Disk, _) => match decode_disk(&payload) {
                     Some((name, files)) => drop(taken.disks.insert(name, files)),
                     None => return unexpected("a disk of another version"),

@@ -6,12 +6,14 @@
 //!
 //! A descriptor comes with the first byte of its message.
 
+use std::ffi::OsString;
 use std::io::{self, IoSlice, IoSliceMut, Read as _, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use imgfmt::storage::FileIdentity;
 use nbd_proto::codec::Reader;
@@ -22,7 +24,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-use super::TakeoverError;
+use super::{ServiceManager, TakeoverError};
 use crate::control::server::{DiskFile, DiskFiles};
 
 const MAGIC: u32 = 0x4e42_544f;
@@ -51,9 +53,11 @@ pub(super) enum Kind {
     Abandoned = 7,
     /// The files of a disk, which the successor has to find.
     Disk = 8,
+    /// The service manager of the predecessor.
+    Manager = 9,
 }
 
-const KINDS: [Kind; 8] = [
+const KINDS: [Kind; 9] = [
     Kind::Listener,
     Kind::Connection,
     Kind::Complete,
@@ -62,6 +66,7 @@ const KINDS: [Kind; 8] = [
     Kind::Serving,
     Kind::Abandoned,
     Kind::Disk,
+    Kind::Manager,
 ];
 
 /// A received message.
@@ -164,7 +169,7 @@ pub(super) fn decode_origin(bytes: &[u8]) -> Option<ListenerOrigin> {
         2 => {
             let identity = (reader.u64()?, reader.u64()?);
             let path = reader.bytes(reader.rest().len())?.to_vec();
-            let path = PathBuf::from(std::ffi::OsString::from_vec(path));
+            let path = PathBuf::from(OsString::from_vec(path));
             let is_plain = path.is_absolute() && path.as_os_str().len() <= MAX_PATH_LEN;
             return is_plain.then_some(ListenerOrigin::UnixFile { path, identity });
         }
@@ -192,10 +197,27 @@ pub(super) fn decode_disk(bytes: &[u8]) -> Option<(String, DiskFiles)> {
     let mut files = Vec::new();
     while !reader.is_empty() {
         let identity = FileIdentity { device: reader.u64()?, inode: reader.u64()? };
-        let path = std::ffi::OsString::from_vec(take_text(&mut reader)?.to_vec());
+        let path = OsString::from_vec(take_text(&mut reader)?.to_vec());
         files.push(DiskFile::new(path.into(), identity));
     }
     Some((name, files.into()))
+}
+
+/// A service manager as bytes.
+pub(super) fn encode_manager(manager: &ServiceManager) -> Vec<u8> {
+    let watchdog = manager.watchdog.map_or(0, |limit| limit.as_micros());
+    let mut bytes = u64::try_from(watchdog).unwrap_or(u64::MAX).to_be_bytes().to_vec();
+    bytes.extend_from_slice(manager.notify_socket.as_bytes());
+    bytes
+}
+
+/// A service manager from bytes.
+pub(super) fn decode_manager(bytes: &[u8]) -> Option<ServiceManager> {
+    let mut reader = Reader::new(bytes);
+    let watchdog = Some(reader.u64()?).filter(|limit| *limit > 0).map(Duration::from_micros);
+    let notify_socket = OsString::from_vec(reader.bytes(reader.rest().len())?.to_vec());
+    let is_plain = !notify_socket.is_empty() && notify_socket.len() <= MAX_PATH_LEN;
+    is_plain.then_some(ServiceManager { notify_socket, watchdog })
 }
 
 fn put_text(bytes: &mut Vec<u8>, text: &[u8]) {
@@ -248,6 +270,16 @@ mod tests {
             drop(ours);
             assert!(receive(&theirs).is_err(), "{bytes:?}");
         }
+    }
+
+    #[test]
+    fn a_service_manager_comes_back_as_it_was() {
+        for watchdog in [None, Some(Duration::from_secs(30))] {
+            let manager = ServiceManager { notify_socket: "@notify".into(), watchdog };
+            assert_eq!(decode_manager(&encode_manager(&manager)), Some(manager));
+        }
+        assert_eq!(decode_manager(&[0; 8]), None, "without a socket");
+        assert_eq!(decode_manager(&[0; 7]), None);
     }
 
     #[test]

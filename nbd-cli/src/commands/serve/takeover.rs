@@ -102,6 +102,9 @@ impl Opened {
             let predecessor;
             (predecessor, taken) = signals.meanwhile(begin(control)).await?;
             *guard = Some(connection(&predecessor)?);
+            if let Some(manager) = taken.manager.take() {
+                service_manager::adopt(manager);
+            }
             origin = Origin::TakesOver(predecessor);
         }
         let registry = ExportRegistry::new();
@@ -207,7 +210,10 @@ impl HandOver {
             }
         };
         tracing::debug!(connections = paused.connections.len(), "images closed, handing over");
-        let handed_over = successor.hand_over(&paused, &closed).and_then(|()| successor.confirm());
+        let manager = service_manager::current();
+        let handed_over = successor
+            .hand_over(&paused, &closed, manager.as_ref())
+            .and_then(|()| successor.confirm());
         match handed_over {
             Ok(()) => {
                 let process = successor.process_id();
