@@ -42,6 +42,11 @@ pub fn is_name_of_server(text: &str) -> bool {
     scheme.is_some_and(|scheme| SCHEMES.contains(&scheme))
 }
 
+/// Returns the JSON object of a name that has the options of a driver.
+pub fn json_in(name: &str) -> Option<&str> {
+    name.strip_prefix("json:")
+}
+
 /// Returns whether a name in an image addresses a QEMU driver or a server rather than a plain path.
 pub fn has_scheme(name: &str) -> bool {
     let scheme = name.split_once(':').map(|(scheme, _)| scheme);

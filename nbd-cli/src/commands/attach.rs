@@ -275,7 +275,7 @@ async fn opened(
         if device.is_some_and(waits_for_adoption) {
             choices.patience = Some(RELEASE);
         }
-        Ok(choices.open_source(&source)?)
+        Ok(nbd_jobs::blockdev::open_source(&choices, &source)?)
     });
     let opened = opening.await.unwrap_or_else(|error| {
         Err(CommandError::new(format!("opening the image was given up: {error}")))

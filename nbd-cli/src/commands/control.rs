@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use clap::Args;
-use nbd_jobs::qemu_name::{is_name_of_server, path_in};
+use nbd_jobs::qemu_name::{is_name_of_server, json_in, path_in};
 use nbd_jobs::size::{exact, rounded};
 use serde_json::Value;
 
@@ -69,7 +69,9 @@ fn prepared(mut request: Request) -> Result<Request, CommandError> {
 
 /// The server may have another working directory.
 fn absolute(source: &str) -> Result<String, CommandError> {
-    if source.starts_with("memory:") || is_name_of_server(source) {
+    // What a description names is relative to the server's directory.
+    let is_described = json_in(source).is_some();
+    if source.starts_with("memory:") || is_described || is_name_of_server(source) {
         return Ok(source.to_owned());
     }
     let path = std::path::absolute(path_in(OsStr::new(source)))

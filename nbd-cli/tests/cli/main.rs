@@ -104,6 +104,7 @@ mod serve_nbdsh;
 mod serve_qcow2;
 mod serve_qemu_img;
 mod serve_qemu_io;
+mod serve_qemu_names;
 mod serve_read_only;
 mod serve_run;
 mod serve_service;

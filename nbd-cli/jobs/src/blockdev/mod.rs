@@ -25,8 +25,10 @@
 mod description;
 mod open;
 mod options;
+mod source;
 
 pub use self::description::{DescribedBacking, DiskDescription, DiskSource};
 pub use self::open::{OpenedDisk, SnapshotName};
 pub(crate) use self::options::image_format;
+pub use self::source::{open_source, source_uri};
 pub use crate::qemu_name::{CacheSwitches, DriverSettings};

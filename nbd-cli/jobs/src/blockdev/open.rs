@@ -174,7 +174,7 @@ fn open_source(options: &ServeOptions, source: &DiskSource) -> Result<OpenSource
 }
 
 /// Opens what the options of a backing file describe.
-fn backing_file(
+pub(super) fn backing_file(
     options: &ServeOptions,
     backing: &DescribedBacking,
 ) -> Result<BackingFile, OpenError> {

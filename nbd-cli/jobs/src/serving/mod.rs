@@ -30,4 +30,5 @@ pub use self::error::OpenError;
 pub use self::options::{OfferedBitmaps, OpenedExport, ServeOptions, Writes};
 pub use self::private_directory::PrivateDirectory;
 pub use self::reload::{Changes, Configuration, ConfiguredExport, LiveSettings, Settings};
+pub(crate) use self::source::explained;
 pub use self::source::{is_memory, same_source, source_uri, split_name};

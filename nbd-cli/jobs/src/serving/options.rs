@@ -232,7 +232,7 @@ impl ServeOptions {
         Ok(self.exported(image)?.export)
     }
 
-    pub(super) fn exported(&self, image: Image) -> Result<OpenedExport, JobError> {
+    pub(crate) fn exported(&self, image: Image) -> Result<OpenedExport, JobError> {
         self.exported_through(image, |export| export)
     }
 

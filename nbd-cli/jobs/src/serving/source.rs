@@ -13,7 +13,7 @@ use super::error::OpenError;
 use super::options::{OpenedExport, ServeOptions, Writes};
 use crate::control::server::ServedDisk;
 use crate::error::{JobError, JobErrorKind};
-use crate::qemu_name;
+use crate::qemu_name::{self, NameInImage, NamedImage};
 use crate::size::ByteSize;
 
 impl ServeOptions {
@@ -73,7 +73,8 @@ pub fn source_uri(source: &OsStr) -> Option<Result<NbdUri, JobError>> {
 
 /// Splits `NAME=SOURCE`; without a name all of it is the source. The text before the `=` is not a name if it is a path or a URI.
 pub fn split_name(source: &OsStr) -> (Option<&str>, &OsStr) {
-    if source.to_str().is_some_and(qemu_name::is_name_of_server) {
+    let is_name = |text| qemu_name::is_name_of_server(text) || qemu_name::json_in(text).is_some();
+    if source.to_str().is_some_and(is_name) {
         return (None, source);
     }
     let bytes = source.as_bytes();
@@ -97,7 +98,16 @@ pub fn same_source(one: &OsStr, other: &OsStr) -> bool {
     if is_memory(one) {
         return false;
     }
-    let file = |source| std::fs::canonicalize(qemu_name::path_in(source)).ok();
+    let file = |source: &OsStr| {
+        let described = source.to_str().and_then(qemu_name::json_in);
+        match described.map(qemu_name::from_json) {
+            None => std::fs::canonicalize(qemu_name::path_in(source)).ok(),
+            Some(Ok(NamedImage { name: NameInImage::File(path), .. })) => {
+                std::fs::canonicalize(path).ok()
+            }
+            Some(_) => None,
+        }
+    };
     one == other || file(one).is_some_and(|one| file(other) == Some(one))
 }
 
@@ -109,7 +119,8 @@ fn memory_size(source: &OsStr) -> Option<&str> {
     source.to_str()?.strip_prefix("memory:")
 }
 
-fn explained(error: OpenError, choices: &ServeOptions) -> JobError {
+/// Returns the error with the options of `nbd-cli serve` that would help.
+pub(crate) fn explained(error: OpenError, choices: &ServeOptions) -> JobError {
     if error.may_be_readable() && choices.writes != Writes::Refused {
         return JobError::source(format!("{error}; to serve it without writing, add --read-only"));
     }
@@ -165,7 +176,11 @@ mod tests {
         assert_eq!(split_name("./a=b.img"), (None, "./a=b.img"));
         assert_eq!(split_name("/srv/a=b.img"), (None, "/srv/a=b.img"));
         assert_eq!(split_name("=x"), (None, "=x"));
-        for server in ["nbd+unix:///?socket=/run/s", "nbd:host:10809:exportname=disk"] {
+        for server in [
+            "nbd+unix:///?socket=/run/s",
+            "nbd:host:10809:exportname=disk",
+            r#"json:{"driver":"file","filename":"a=b"}"#,
+        ] {
             assert_eq!(split_name(server), (None, server));
         }
     }
@@ -184,6 +199,8 @@ mod tests {
         std::fs::write(&file, "").unwrap();
         std::os::unix::fs::symlink("disk", &link).unwrap();
         assert!(super::same_source(file.as_ref(), link.as_ref()));
+        let named = format!(r#"json:{{"driver":"file","filename":"{}"}}"#, link.display());
+        assert!(super::same_source(file.as_ref(), named.as_ref()));
         assert!(!super::same_source(file.as_ref(), "nowhere".as_ref()));
         assert!(!super::same_source("memory:1M".as_ref(), "memory:1M".as_ref()));
     }

@@ -22,6 +22,8 @@ Sources:
   memory:1G        a disk in memory that is lost when the server ends
   nbd://host/name  an export of another server (any NBD URI, nbd:HOST:PORT, nbd:unix:PATH); of a raw
                    one, --allocation-depth and --bitmap offer that server's contexts
+  json:OBJECT      a disk described by the options of QEMU's block drivers, such as
+                   json:{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"a.qcow2\"}}
   NAME=SOURCE      any of these under an export name (write ./a=b for a file whose name has a '=')
   The first source is the default export: clients that request no name get it.
 

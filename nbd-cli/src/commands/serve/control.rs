@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::sync::Arc;
 
 use imgfmt::Locking;
+use nbd_jobs::blockdev::open_source;
 use nbd_jobs::control::server::{ControlEvent, Controller, RequestedSource, ServedDisks};
 use nbd_jobs::control::{ErrorKind, Failure};
 use nbd_jobs::serving::{ServeOptions, Writes, is_memory};
@@ -25,8 +26,7 @@ pub(super) fn controller(
     let controller = Controller::new(server, disks).observer(log).open_timeout(args.open_timeout);
     let controller = controller.open_sources(move |requested| {
         let choices = choices_for(&choices, requested);
-        let opened = choices
-            .open_source(requested.source.as_ref())
+        let opened = open_source(&choices, requested.source.as_ref())
             .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))?;
         let disk = opened.into_disk(requested.source.clone());
         let disk = disk.configured(|entry| configured(&args, &requested.name, entry));

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use imgfmt::Format;
+use nbd_jobs::blockdev::{open_source, source_uri};
 use nbd_jobs::control::server::{ServedDisk, ServedDisks};
 use nbd_jobs::control::{ErrorKind, Failure};
-use nbd_jobs::serving::{OfferedBitmaps, ServeOptions, Writes, is_memory, source_uri, split_name};
+use nbd_jobs::serving::{OfferedBitmaps, ServeOptions, Writes, is_memory, split_name};
 use nbd_jobs::size::ByteSize;
 use nbd_server::ExportRegistry;
 use nbd_server::export::ExportEntry;
@@ -83,7 +84,7 @@ pub(super) fn try_to_open(export: &ExportSpec) -> Result<(), CommandError> {
     let mut choices = choices(&export.options);
     choices.writes = Writes::Refused;
     choices.locking = ShareArgs { force_share: true }.locking(export.options.trust.locks);
-    Ok(choices.open_source(&export.source).map(drop)?)
+    Ok(open_source(&choices, &export.source).map(drop)?)
 }
 
 /// An export whose source is open.
@@ -109,7 +110,7 @@ pub(super) fn open_export(
     is_controlled: bool,
 ) -> Result<OpenedExport, CommandError> {
     let ExportSpec { source, options, .. } = export;
-    let opened = choices(options).open_source(source)?;
+    let opened = open_source(&choices(options), source)?;
     if !is_controlled {
         return Ok(OpenedExport::Plain(entry(export, tls_only, ExportEntry::new(opened.export))));
     }
@@ -188,8 +189,7 @@ pub(super) fn reopened(disk: ServedDisk, source: OsString, choices: ServeOptions
         let mut choices = choices.clone();
         // The program that failed to take over may be slow to close it.
         choices.patience = Some(PATIENCE_AFTER_TAKEOVER);
-        let opened = choices
-            .open_source(&source)
+        let opened = open_source(&choices, &source)
             .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))?;
         let disk = opened.into_disk(source.to_string_lossy());
         Ok(reopened(disk, source.clone(), choices))
