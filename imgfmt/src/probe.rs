@@ -23,8 +23,7 @@ pub(crate) const PROBE_LENGTH: usize = 512;
 const QCOW_MAGIC: &[u8] = b"QFI\xfb";
 
 /// Formats whose first bytes never differ, besides those that are read.
-const MAGICS: [(&[u8], Format); 4] = [
-    (b"vhdxfile", Format::Vhdx),
+const MAGICS: [(&[u8], Format); 3] = [
     (b"LUKS\xba\xbe\0\x01", Format::Luks),
     (b"LUKS\xba\xbe\0\x02", Format::Luks),
     (b"Bochs Virtual HD Image", Format::Bochs),

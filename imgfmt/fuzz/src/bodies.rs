@@ -11,6 +11,8 @@ pub(crate) mod damaged;
 pub(crate) mod foreign;
 #[path = "foreign_images.rs"]
 pub(crate) mod foreign_images;
+#[path = "foreign_vhdx.rs"]
+pub(crate) mod foreign_vhdx;
 #[path = "foreign_vmdk.rs"]
 pub(crate) mod foreign_vmdk;
 #[path = "handmade.rs"]
@@ -30,7 +32,7 @@ use imgfmt::{
 type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub(crate) const TARGETS: [Target; 14] = [
+pub(crate) const TARGETS: [Target; 15] = [
     ("header", header),
     ("l2_walk", l2_walk),
     ("refcounts", refcounts),
@@ -41,6 +43,7 @@ pub(crate) const TARGETS: [Target; 14] = [
     ("damaged", damaged::damaged),
     ("vdi", foreign::vdi),
     ("vmdk", foreign_vmdk::vmdk),
+    ("vhdx", foreign_vhdx::vhdx),
     ("vpc", foreign::vpc),
     ("qed", foreign::qed),
     ("qcow", foreign::qcow),

@@ -13,6 +13,7 @@ mod parallels;
 mod qcow;
 mod qed;
 mod vdi;
+mod vhdx;
 mod vmdk;
 mod vpc;
 
@@ -33,6 +34,7 @@ pub(crate) struct Entry {
 /// All formats that are read besides raw and qcow2.
 pub(crate) const TABLE: &[Entry] = &[
     Entry { format: Format::Vdi, starts: vdi::starts, ends: never, open: vdi::open },
+    Entry { format: Format::Vhdx, starts: vhdx::starts, ends: never, open: vhdx::open },
     Entry { format: Format::Vmdk, starts: vmdk::starts, ends: never, open: vmdk::open },
     Entry { format: Format::Vpc, starts: vpc::starts, ends: vpc::ends, open: vpc::open },
     Entry { format: Format::Qed, starts: qed::starts, ends: never, open: qed::open },

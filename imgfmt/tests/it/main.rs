@@ -51,6 +51,7 @@ mod examples;
 mod extents;
 mod formats_by_hand;
 mod formats_damaged;
+mod formats_vhdx;
 mod formats_vmdk;
 mod formats_vs_qemu;
 mod full_disk;

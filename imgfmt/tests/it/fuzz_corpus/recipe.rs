@@ -1,8 +1,8 @@
 //! The seeds of the corpus.
 
 use super::bodies::bitmaps::entry;
-use super::bodies::foreign;
 use super::bodies::handmade::{COMPRESSED, COPIED, Handmade, field};
+use super::bodies::{foreign, foreign_vhdx};
 
 type Seed = (&'static str, &'static str, Vec<u8>);
 
@@ -16,6 +16,7 @@ pub(super) fn seeds() -> Vec<Seed> {
     seeds.extend(sidecars());
     seeds.extend(damaged());
     seeds.extend(foreign::seeds());
+    seeds.extend(foreign_vhdx::seeds());
     seeds
 }
 
