@@ -27,6 +27,7 @@ mod bad_paths;
 mod bitmap_commands_vs_qemu;
 mod bitmaps_began_after;
 mod bitmaps_frozen;
+mod bitmaps_frozen_beside_qemu;
 mod bitmaps_resized;
 mod bitmaps_survive;
 mod bitmaps_survive_restart;

@@ -2,6 +2,7 @@
 //! back into their bitmap, or the bitmap is refused.
 
 use std::path::Path;
+use std::process::Command;
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -78,6 +79,54 @@ fn the_bits_of_a_checkpoint_that_was_cut_off_are_served_again() {
     is_clean(&qemu_img, &disk);
     let info = peer(&qemu_img, &["info", &disk]);
     assert!(!info.contains("daily.checkpoint") && !info.contains("in-use"), "{info}");
+}
+
+#[test]
+fn qemu_serves_all_bits_of_a_server_killed_right_after_a_checkpoint_began() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd", nbdinfo = "nbdinfo");
+    let directory = Disk::sparse();
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "8M"]);
+    peer(&qemu_img, &["bitmap", "--add", &disk, "daily"]);
+    let mut server = Server::ours(&["--control", &control, &disk]);
+    peer(&qemu_io, &["-f", "raw", "-c", "write -P 7 1M 64k", server.uri()]);
+    nbd_cli(&["control", &control, "checkpoint-start", "", "-B", "daily"]).success();
+    server.signal(Signal::KILL);
+    server.wait();
+
+    let serve = ["-r", "-t", "-f", "qcow2", "-B", "daily", &disk];
+    let judge = Foreground::start(Command::new(qemu_nbd), &serve);
+    assert_eq!(dirty_places(&nbdinfo, &judge.uri("")), ["1048576"]);
+    drop(judge);
+    assert_eq!(change(&["recover", &disk]), [("daily".to_owned(), Some(64 << 10))]);
+    // A kill may leave clusters that are counted but free.
+    peer(&qemu_img, &["check", "-q", "-r", "leaks", &disk]);
+    is_clean(&qemu_img, &disk);
+}
+
+#[test]
+fn qemu_refuses_a_bitmap_that_lacks_the_writes_since_a_checkpoint_that_was_cut_off() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let directory = Disk::sparse();
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "8M"]);
+    peer(&qemu_img, &["bitmap", "--add", &disk, "daily"]);
+    let mut server = Server::ours(&["--control", &control, &disk]);
+    let write = |server: &Server, place: &str| {
+        peer(&qemu_io, &["-f", "raw", "-c", &format!("write -P 7 {place} 64k"), server.uri()]);
+    };
+    write(&server, "1M");
+    nbd_cli(&["control", &control, "checkpoint-start", "", "-B", "daily"]).success();
+    write(&server, "5M");
+    server.signal(Signal::KILL);
+    server.wait();
+    let info = peer(&qemu_img, &["info", "--output=json", &disk]);
+    let info: Value = serde_json::from_str(&info).expect("JSON");
+    let bitmaps = info["format-specific"]["data"]["bitmaps"].as_array().expect("bitmaps");
+    let daily = bitmaps.iter().find(|it| it["name"] == "daily").expect("the bitmap");
+    assert!(daily["flags"].as_array().expect("flags").contains(&"in-use".into()), "{daily}");
+    assert_eq!(change(&["recover", &disk]), [("daily".to_owned(), Some(128 << 10))]);
+    is_clean(&qemu_img, &disk);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Acquire;
 
 use super::directory::{self, Entry, Table};
 use super::error::{CHANGE, not_reliable};
-use super::freeze::{plan_drop_frozen, refuse_to_lose};
+use super::freeze::refuse_to_lose;
 use super::plan::{Planned, at, position};
 use super::store::{Bitmaps, ImageServices};
 use crate::bitmap::{
@@ -76,7 +76,7 @@ impl Bitmaps {
             BitmapChange::MarkAll { name } => self.plan_content(at(plan, name)?, Bits::set_all)?,
             BitmapChange::Freeze { name, .. } => self.plan_freeze(plan, name)?,
             BitmapChange::Thaw { name } => self.plan_thaw(plan, name)?,
-            BitmapChange::DropFrozen { name } => plan_drop_frozen(plan, name)?,
+            BitmapChange::DropFrozen { name } => self.plan_drop_frozen(plan, name)?,
             BitmapChange::Enable { name } => {
                 refuse_to_lose(plan, name)?;
                 let planned = at(plan, name)?;

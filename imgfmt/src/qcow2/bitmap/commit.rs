@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering::Acquire;
 
 use super::directory::{self, DirectoryLocation, Entry, Table, flag};
 use super::error::CHANGE;
+use super::freeze::PlannedByName;
 use super::plan::Planned;
 use super::store::{Bitmaps, ImageServices, StoredBitmaps};
 use crate::bitmap::{Bitmap, Condition, ExclusiveState, Recording};
@@ -91,6 +92,8 @@ impl Bitmaps {
         reserved: &mut Vec<Reserved>,
     ) -> Result<(Vec<Entry>, Option<DirectoryLocation>)> {
         let mut entries = Vec::new();
+        let all: PlannedByName<'_> =
+            plan.iter().rev().map(|planned| (planned.bitmap.name.as_str(), planned)).collect();
         for planned in plan {
             let bitmap = &planned.bitmap;
             let mut entry = bitmap.stored.clone();
@@ -99,7 +102,8 @@ impl Bitmaps {
                 entry.flags |= flag::AUTO;
             }
             if planned.must_store {
-                entry.table = self.store_bits(image, &*self.planned_bits(planned)?, reserved)?;
+                entry.table =
+                    self.store_bits(image, &*self.bits_to_store(&all, planned)?, reserved)?;
             } else if bitmap.in_use.load(Acquire) {
                 entry.flags |= flag::IN_USE;
             }

@@ -1,6 +1,7 @@
 //! Freezing and thawing the bits of a bitmap, for checkpoints. See [`frozen`](super::frozen).
 
 use std::cmp::Reverse;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::directory::Entry;
@@ -8,7 +9,7 @@ use super::error::CHANGE;
 use super::frozen::{ByName, by_name, frozen_bitmap_name, frozen_bits, is_frozen_part, owner};
 use super::plan::{Planned, at, position};
 use super::store::{Bitmaps, ImageServices, unusable_detail};
-use crate::bitmap::{Bitmap, Recording};
+use crate::bitmap::{Bitmap, Bits, Recording};
 use crate::error::{Error, ErrorKind, Result};
 
 /// More bitmaps with frozen bits than this are a sign of a hostile image.
@@ -41,13 +42,6 @@ pub(super) fn refuse_to_lose(plan: &[Planned], name: &str) -> Result<()> {
     Err(Error::new(ErrorKind::InvalidInput, CHANGE, detail))
 }
 
-/// Drops the frozen bits of a bitmap.
-pub(super) fn plan_drop_frozen(plan: &mut Vec<Planned>, name: &str) -> Result<()> {
-    let index = frozen_position(plan, name)?;
-    plan.remove(index);
-    Ok(())
-}
-
 /// The index of the bitmap with the frozen bits in the plan.
 fn frozen_position(plan: &[Planned], name: &str) -> Result<usize> {
     let bitmap = &plan[position(plan, name)?].bitmap;
@@ -61,6 +55,9 @@ fn frozen_position(plan: &[Planned], name: &str) -> Result<usize> {
 fn planned_by_name(plan: &[Planned]) -> ByName<'_> {
     by_name(plan.iter().map(|planned| &planned.bitmap))
 }
+
+/// Planned bitmaps by name.
+pub(super) type PlannedByName<'a> = HashMap<&'a str, &'a Planned>;
 
 impl Bitmaps {
     /// The name of the bitmap with frozen bits of `bitmap`, and why those are unreliable, if they
@@ -114,6 +111,40 @@ impl Bitmaps {
         added.content = Some(Arc::new(bits.resized(bits.size())));
         plan.push(added);
         self.plan_content(at(plan, name)?, |_| ())
+    }
+
+    /// Drops the frozen bits of a bitmap.
+    pub(super) fn plan_drop_frozen(&self, plan: &mut Vec<Planned>, name: &str) -> Result<()> {
+        let index = frozen_position(plan, name)?;
+        plan.remove(index);
+        let planned = at(plan, name)?;
+        // Its stored bits contain them.
+        planned.must_store |= self.planned_bits(planned).is_ok();
+        Ok(())
+    }
+
+    /// The bits of a planned bitmap as they are stored: with the frozen ones, so that programs that
+    /// do not know frozen bits do not miss them. Everything is dirty if those are unreliable.
+    pub(super) fn bits_to_store(
+        &self,
+        all: &PlannedByName<'_>,
+        planned: &Planned,
+    ) -> Result<Arc<Bits>> {
+        let mut bits = self.planned_bits(planned)?;
+        let mut owner = planned;
+        // The frozen bits may have frozen bits. Each name is longer, so this ends.
+        while let Some(frozen) = all.get(frozen_bitmap_name(&owner.bitmap.name).as_str())
+            && is_frozen_part(&frozen.bitmap, &owner.bitmap)
+        {
+            let whole = bits.resized(bits.size());
+            match self.planned_bits(frozen) {
+                Ok(frozen) => whole.merge(&frozen),
+                Err(_) => whole.set_all(),
+            }
+            bits = Arc::new(whole);
+            owner = frozen;
+        }
+        Ok(bits)
     }
 
     /// Merges the frozen bits of a bitmap back. If that is not possible, the plan is unchanged.

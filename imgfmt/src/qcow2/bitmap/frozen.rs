@@ -4,7 +4,8 @@
 //! is disabled and has the same granularity, and NAME restarts empty. When the marked changes are
 //! backed up, the frozen bits are dropped; otherwise they are *thawed*, that is, merged back. Until
 //! then NAME alone lacks changes. Therefore every writable open thaws before anything else, and
-//! until then reading NAME is refused.
+//! until then reading NAME is refused. In the image NAME is stored together with its frozen bits,
+//! because other programs do not look for them.
 //!
 //! Such a bitmap is recognised only by its name and its granularity, and because it is disabled. A
 //! bitmap that a user created in that form is therefore merged into NAME as well. That costs a
