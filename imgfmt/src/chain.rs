@@ -119,7 +119,7 @@ pub(crate) fn named_size(path: &Path, name: &OsStr, options: &OpenOptions) -> Re
     let options = OpenOptions { backing, ..options.clone() };
     let layer = Unopened { storage, path: below, shown: shown.clone(), options };
     // The new image is a layer too.
-    let mut files = Files { layers: vec![None], named: Vec::new() };
+    let mut files = Files { layers: vec![None], ..Files::default() };
     let opened = open_layers(layer, &mut files);
     let chain = opened.map_err(|error| named(error, shown.as_deref()))?;
     Ok(chain.top.layer().size())
@@ -140,12 +140,16 @@ struct Files {
     layers: Vec<Option<FileIdentity>>,
     /// Those that have names, also data files.
     named: Vec<NamedFile>,
+    /// Whether there are others.
+    has_nameless: bool,
 }
 
 impl Files {
     fn note(&mut self, path: Option<&Path>, identity: Option<FileIdentity>) {
         if let (Some(path), Some(identity)) = (path, identity) {
             self.named.push(NamedFile { path: path.to_owned(), identity });
+        } else {
+            self.has_nameless = true;
         }
     }
 }
@@ -180,7 +184,8 @@ fn open_layers(mut layer: Unopened, files: &mut Files) -> Result<Chain> {
         below.insert(0, backing);
         top = image;
     }
-    Ok(Chain { top, below, files: std::mem::take(&mut files.named) })
+    let (files, has_nameless) = (std::mem::take(&mut files.named), files.has_nameless);
+    Ok(Chain { top, below, files, has_nameless })
 }
 
 /// Refuses a backing file whose chain would be too long with the image at `path` above it. Other

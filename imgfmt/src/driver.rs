@@ -44,6 +44,8 @@ pub(crate) struct Chain {
     pub(crate) below: Vec<BackingLayer>,
     /// Those of all layers that were opened by a name.
     pub(crate) files: Vec<NamedFile>,
+    /// Whether other files or storages were opened.
+    pub(crate) has_nameless: bool,
 }
 
 /// A file that was opened by a name.

@@ -162,6 +162,12 @@ impl Image {
         self.chain.files.iter().map(|file| (&*file.path, file.identity))
     }
 
+    /// Returns whether the image consists of something else than named files, too: a storage that
+    /// the caller has opened, or what is on a server.
+    pub fn has_nameless_layers(&self) -> bool {
+        self.chain.has_nameless
+    }
+
     /// Returns the path of the first of the image's files that was renamed, removed or replaced
     /// since it was opened. Examines the image, its data file and all layers below. Blocks.
     pub fn displaced_file(&self) -> Option<&Path> {

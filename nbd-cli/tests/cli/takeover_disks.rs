@@ -57,6 +57,68 @@ fn clients_of_the_default_export_keep_their_disk_if_another_one_is_the_default()
     assert!(is_empty(&other), "the clients went over to another disk");
 }
 
+#[test]
+fn clients_of_an_export_without_a_name_keep_their_disk_when_it_gets_a_name_or_their_server() {
+    let (mut place, other) = two_disks();
+    let server = place.serve();
+    let mut load = place.load(&["--duration", "2s"]);
+    let disk = std::mem::replace(&mut place.disk, format!("vm={other}"));
+    refused(&place, "would be another disk");
+    patiently(|| (!is_empty(&disk)).then_some(()));
+    place.disk = format!("vm={disk}");
+    let server = place.take_over(server);
+    assert!(!load.has_ended(), "the load has ended before the takeover");
+    load.assert_verified();
+    server.end();
+    assert!(is_empty(&other), "the clients went over to another disk");
+}
+
+#[track_caller]
+fn refused(place: &Place, why: &str) {
+    let outcome = run(&mut place.taking_over());
+    assert!(outcome.code == Some(1) && outcome.stderr.contains(why), "{outcome:?}");
+}
+
+#[test]
+fn a_disk_on_another_server_is_not_taken_over_as_that_of_a_third_one() {
+    let mut place = Place::new("unused", &[]);
+    let [one, other] = ["one", "other"].map(|name| {
+        let socket = place.text(name);
+        let mut command = Command::new(PROGRAM);
+        command.args(["serve", "memory:1M", "--socket", &socket]);
+        (Server::start(&mut command, place.path(name)), format!("nbd+unix:///?socket={socket}"))
+    });
+    place.disk = format!("vm={}", one.1);
+    let server = place.serve();
+    place.disk = format!("vm={}", other.1);
+    refused(&place, "would be another disk");
+    place.disk = "vm=memory:1M".to_owned();
+    refused(&place, "would be another disk");
+    place.disk = format!("vm={}", one.1);
+    place.take_over(server).end();
+    one.0.end();
+    other.0.end();
+}
+
+#[test]
+fn another_state_or_format_of_the_same_file_is_another_disk() {
+    let mut place = Place::new("disk.qcow2", &["--snapshot", "one"]);
+    nbd_cli(&["image", "create", "-f", "qcow2", &place.disk, SIZE]).success();
+    for name in ["one", "two"] {
+        nbd_cli(&["image", "snapshot", "create", &place.disk, name]).success();
+    }
+    let server = place.serve();
+    let other_options: [&[&str]; 4] =
+        [&["--snapshot", "two"], &[], &["--format", "raw"], &["--temporary"]];
+    for options in other_options {
+        let options = options.iter().map(|&option| option.to_owned()).collect();
+        let more = std::mem::replace(&mut place.more, options);
+        refused(&place, "would be another disk");
+        place.more = more;
+    }
+    place.take_over(server).end();
+}
+
 /// Asks to take over, and waits until the server has closed its images.
 fn until_images_are_closed(control: &str) -> UnixStream {
     let mut successor = UnixStream::connect(control).expect("the control socket");

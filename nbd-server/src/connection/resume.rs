@@ -27,8 +27,13 @@ pub(super) fn resume(
             if matches!(shared.config.tls, TlsMode::Require(_)) {
                 return refuse("this server requires TLS");
             }
+            let name = &negotiated.export_name;
+            if shared.exports.find(name).is_some_and(|(found, _)| found != *name) {
+                // The default export of this server may be another disk.
+                return refuse("its export is not offered any more");
+            }
             let catalog = Catalog::for_client(&socket, shared)?;
-            catalog.grant(&negotiated.export_name)
+            catalog.grant(name)
         }
         Terms::AsBefore(unregistered) => {
             Catalog::for_known_client(&socket, shared).grant_again(&negotiated, unregistered)

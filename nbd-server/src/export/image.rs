@@ -3,7 +3,7 @@
 mod fast;
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 use imgfmt::{Access, ErrorKind, ExtentKind, GuestOffset, GuestRange, Image};
 use nbd_proto::limits::MAX_PAYLOAD;
@@ -30,6 +30,8 @@ pub struct ImageExport {
     info: ExportInfo,
     /// The contexts of bitmaps, in order. Held while one is examined.
     bitmaps: RwLock<Vec<MetaContextName>>,
+    /// The last field: it is dropped when the image is closed.
+    open: Arc<()>,
 }
 
 /// The layers that `qemu:allocation-depth` counts.
@@ -64,7 +66,8 @@ impl ImageExport {
     pub fn new(image: Image) -> Self {
         let file = raw_file(&image);
         let info = describe(&image);
-        Self { image, depth: None, file, info, bitmaps: RwLock::default() }
+        let (bitmaps, open) = (RwLock::default(), Arc::default());
+        Self { image, depth: None, file, info, bitmaps, open }
     }
 
     /// Offers the context `qemu:allocation-depth` as well.
@@ -145,6 +148,13 @@ impl ImageExport {
             }
         }
         Ok(status.into_vec())
+    }
+
+    /// Returns what is [alive](Weak::strong_count) until the image is closed, which is later than the
+    /// end of the last use of the export: closing may take long.
+    #[must_use]
+    pub fn open(&self) -> Weak<()> {
+        Arc::downgrade(&self.open)
     }
 
     /// Returns the exported image.

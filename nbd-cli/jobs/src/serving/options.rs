@@ -105,12 +105,14 @@ pub struct OpenedExport {
     pub export: Arc<dyn Export>,
     /// The underlying image, if there is one.
     pub image: Option<Arc<ImageExport>>,
+    /// What is served of the source: format, snapshot, part.
+    pub(crate) view: String,
 }
 
 impl OpenedExport {
     /// Returns an export without an image.
     pub fn without_image(export: Arc<dyn Export>) -> Self {
-        Self { export, image: None }
+        Self { export, image: None, view: String::new() }
     }
 }
 
@@ -243,6 +245,7 @@ impl ServeOptions {
         through: impl FnOnce(Arc<dyn Export>) -> Arc<dyn Export>,
     ) -> Result<OpenedExport, JobError> {
         let names = self.bitmaps.names(&image, &*self.context.observer)?;
+        let view = self.view(&image);
         let mut export = ImageExport::new(image);
         if self.allocation_depth {
             export = export.with_allocation_depth_of(self.counted_layers);
@@ -254,7 +257,22 @@ impl ServeOptions {
         let part = self.window.apply(through(image.clone()));
         let part = part.map_err(|error| JobError::invalid(error.to_string()))?;
         let export = self.filter.apply(part);
-        Ok(OpenedExport { export, image: Some(image) })
+        Ok(OpenedExport { export, image: Some(image), view })
+    }
+
+    /// What is served of the source, in words.
+    fn view(&self, image: &Image) -> String {
+        let mut view = match (&self.snapshot, self.writes) {
+            (None, Writes::ToTemporaryFile) => "a temporary copy".to_owned(),
+            (None, _) => format!("the disk in format {}", image.format()),
+            (Some(snapshot), _) => format!("the snapshot '{snapshot}'"),
+        };
+        let Window { offset, size } = self.window;
+        if offset > 0 || size.is_some() {
+            let size = size.map_or_else(|| "all".to_owned(), |size| format!("{size} bytes"));
+            view.push_str(&format!(" from offset {offset} on, {size}"));
+        }
+        view
     }
 }
 

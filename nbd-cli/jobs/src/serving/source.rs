@@ -52,7 +52,10 @@ impl OpenedExport {
     /// Returns the disk for a server with a control socket; `source` is what it calls the disk.
     #[must_use]
     pub fn into_disk(self, source: impl Into<String>) -> ServedDisk {
-        let disk = ServedDisk::new(source, self.export);
+        let source = source.into();
+        let uri = source_uri(source.as_ref()).and_then(Result::ok);
+        let identity = uri.map_or_else(|| source.clone(), |uri| uri.to_string());
+        let disk = ServedDisk::new(source, self.export).identified_by(identity, self.view);
         match self.image {
             Some(image) => disk.with_image(image),
             None => disk,

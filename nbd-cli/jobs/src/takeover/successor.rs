@@ -12,7 +12,7 @@ use rustix::process::{Uid, geteuid};
 use super::wire::{Kind, Message, decode_disk, decode_manager, decode_origin, receive, send};
 use super::{ServiceManager, TakeoverError};
 use crate::control::server::{DiskFiles, ServedDisks};
-use crate::control::{Conversation, Failure, Request};
+use crate::control::{Conversation, ErrorKind, Failure, Request};
 use crate::text::{printable, without_error_numbers};
 use crate::{JobError, JobErrorKind};
 
@@ -31,6 +31,37 @@ pub struct TakenOver {
 }
 
 impl TakenOver {
+    /// Gives the clients of an export without a name the default export of this server, if that has
+    /// a name. Whether it is their disk is found out by the other checks, to be called later.
+    ///
+    /// # Errors
+    ///
+    /// If the other server has another disk of that name, or does not tell which disk a client uses.
+    pub fn name_default(&mut self, exports: &[String]) -> Result<(), JobError> {
+        let name_of = |it: &PausedConnection| it.state.negotiated.export_name.clone();
+        let mut names = self.connections.iter().map(name_of);
+        if let Some(unknown) = names.find(|name| !self.disks.contains_key(name)) {
+            let message = format!("it does not tell which disk the export '{unknown}' is");
+            return Err(not_the_same(Failure::new(ErrorKind::Failed, message)));
+        }
+        let Some(default) = exports.first() else { return Ok(()) };
+        if exports.iter().any(String::is_empty) {
+            return Ok(());
+        }
+        let Some(unnamed) = self.disks.remove("") else { return Ok(()) };
+        if let Some(named) = self.disks.get(default) {
+            unnamed.check_same("", named).map_err(not_the_same)?;
+        }
+        self.disks.insert(default.clone(), unnamed);
+        for connection in &mut self.connections {
+            let name = &mut connection.state.negotiated.export_name;
+            if name.is_empty() {
+                name.clone_from(default);
+            }
+        }
+        Ok(())
+    }
+
     /// Refuses files of these exports that have been renamed, removed or replaced since the other
     /// server closed them. To be called before anything is opened. Blocks.
     ///

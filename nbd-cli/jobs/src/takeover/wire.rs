@@ -51,10 +51,10 @@ pub(super) enum Kind {
     Serving = 6,
     /// The predecessor goes on, for a reason in words.
     Abandoned = 7,
-    /// The files of a disk, which the successor has to find.
-    Disk = 8,
     /// The service manager of the predecessor.
     Manager = 9,
+    /// What a disk consists of, which the successor has to find. An earlier one, 8, told less.
+    Disk = 10,
 }
 
 const KINDS: [Kind; 9] = [
@@ -178,11 +178,14 @@ pub(super) fn decode_origin(bytes: &[u8]) -> Option<ListenerOrigin> {
     reader.is_empty().then_some(origin)
 }
 
-/// The files of a disk and the name of its export as bytes.
-pub(super) fn encode_disk(name: &str, files: &DiskFiles) -> Vec<u8> {
+/// What a disk consists of and the name of its export as bytes.
+pub(super) fn encode_disk(name: &str, disk: &DiskFiles) -> Vec<u8> {
     let mut bytes = Vec::new();
-    put_text(&mut bytes, name.as_bytes());
-    for DiskFile { path, identity: FileIdentity { device, inode }, .. } in files.as_slice() {
+    for text in [name, &disk.source, &disk.view] {
+        put_text(&mut bytes, text.as_bytes());
+    }
+    bytes.extend_from_slice(&u64::from(disk.is_all).to_be_bytes());
+    for DiskFile { path, identity: FileIdentity { device, inode }, .. } in disk.as_slice() {
         bytes.extend_from_slice(&device.to_be_bytes());
         bytes.extend_from_slice(&inode.to_be_bytes());
         put_text(&mut bytes, path.as_os_str().as_bytes());
@@ -190,17 +193,23 @@ pub(super) fn encode_disk(name: &str, files: &DiskFiles) -> Vec<u8> {
     bytes
 }
 
-/// The files of a disk and the name of its export from bytes.
+/// What a disk consists of and the name of its export from bytes.
 pub(super) fn decode_disk(bytes: &[u8]) -> Option<(String, DiskFiles)> {
     let mut reader = Reader::new(bytes);
-    let name = String::from_utf8(take_text(&mut reader)?.to_vec()).ok()?;
+    let mut text = || String::from_utf8(take_text(&mut reader)?.to_vec()).ok();
+    let [name, source, view] = [text()?, text()?, text()?];
+    let is_all = match reader.u64()? {
+        0 => false,
+        1 => true,
+        _ => return None,
+    };
     let mut files = Vec::new();
     while !reader.is_empty() {
         let identity = FileIdentity { device: reader.u64()?, inode: reader.u64()? };
         let path = OsString::from_vec(take_text(&mut reader)?.to_vec());
         files.push(DiskFile::new(path.into(), identity));
     }
-    Some((name, files.into()))
+    Some((name, DiskFiles { files, is_all, source, view }))
 }
 
 /// A service manager as bytes.
@@ -287,7 +296,8 @@ mod tests {
         let file =
             |path: &str, inode| DiskFile::new(path.into(), FileIdentity { device: 1 << 40, inode });
         for files in [vec![], vec![file("/srv/vm", 1)], vec![file("/a", 2), file("/b", u64::MAX)]] {
-            let files = DiskFiles::from(files);
+            let [source, view] = ["nbd://host/vm", "raw"].map(str::to_owned);
+            let files = DiskFiles { files, is_all: true, source, view };
             let bytes = encode_disk("vm", &files);
             assert_eq!(decode_disk(&bytes), Some(("vm".to_owned(), files)));
             assert_eq!(decode_disk(&bytes[..bytes.len() - 1]), None);

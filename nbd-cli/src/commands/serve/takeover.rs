@@ -109,6 +109,7 @@ impl Opened {
         }
         let registry = ExportRegistry::new();
         let names: Vec<_> = exports.iter().map(|export| export.name.clone()).collect();
+        taken.name_default(&names).map_err(|error| CommandError::new(error.to_string()))?;
         taken = signals.meanwhile(check_names(taken, names)).await?;
         let disks = signals.meanwhile(open_sources(args, exports, &registry)).await?;
         if let Some(disks) = &disks {

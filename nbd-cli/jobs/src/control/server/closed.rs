@@ -14,8 +14,8 @@ use super::files::DiskFiles;
 use crate::control::{ErrorKind, Failure};
 
 /// Time for requests of connections that were cut, which threads may still carry out.
-const TIME_TO_CLOSE: Duration = Duration::from_secs(10);
-const LOOK: Duration = Duration::from_millis(1);
+pub(super) const TIME_TO_CLOSE: Duration = Duration::from_secs(10);
+pub(super) const LOOK: Duration = Duration::from_millis(1);
 
 /// Disks whose images are closed, with what is needed to open them again.
 pub struct ClosedDisks {
@@ -53,7 +53,7 @@ impl ServedDisks {
         }
         let deadline = Instant::now() + TIME_TO_CLOSE;
         // Their clients were cut, but threads may still carry out their last requests.
-        while let Err(failure) = refuse_removed(registry) {
+        while let Err(failure) = refuse_removed(registry).and_then(|()| self.refuse_closing()) {
             if Instant::now() >= deadline {
                 return Err(Box::new(NotClosed { disks: self, reason: failure.message }));
             }
@@ -169,5 +169,75 @@ impl ClosedDisks {
 impl std::fmt::Debug for ClosedDisks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_set().entries(self.disks.keys()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::mpsc;
+
+    use imgfmt::storage::MemoryStorage;
+    use imgfmt::{Durability, Format, HostOffset, Image, OpenOptions, Storage};
+
+    use super::*;
+
+    /// A storage that is closed when it may be.
+    #[derive(Debug)]
+    struct Slow {
+        inner: MemoryStorage,
+        begins: mpsc::SyncSender<()>,
+        may_end: std::sync::Mutex<mpsc::Receiver<()>>,
+    }
+
+    impl Drop for Slow {
+        fn drop(&mut self) {
+            let _ = self.begins.send(());
+            let _ = self.may_end.lock().map(|may_end| may_end.recv());
+        }
+    }
+
+    impl Storage for Slow {
+        fn len(&self) -> io::Result<u64> {
+            self.inner.len()
+        }
+        fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize> {
+            self.inner.read_at(offset, buffer)
+        }
+        fn write_at(&self, at: HostOffset, data: &[u8], durable: Durability) -> io::Result<()> {
+            self.inner.write_at(at, data, durable)
+        }
+        fn set_len(&self, length: u64) -> io::Result<()> {
+            self.inner.set_len(length)
+        }
+        fn punch_hole(&self, offset: HostOffset, length: u64) -> io::Result<()> {
+            self.inner.punch_hole(offset, length)
+        }
+        fn sync(&self) -> io::Result<()> {
+            self.inner.sync()
+        }
+    }
+
+    #[test]
+    fn a_takeover_waits_until_the_image_of_a_removed_disk_is_closed() {
+        let ((begins, has_begun), (end, may_end)) = (mpsc::sync_channel(1), mpsc::channel());
+        let (inner, may_end) = (MemoryStorage::new(1 << 20), std::sync::Mutex::new(may_end));
+        let options = OpenOptions::new().format(Format::Raw);
+        let image = Image::from_storage(Arc::new(Slow { inner, begins, may_end }), &options);
+        let image = Arc::new(ImageExport::new(image.unwrap()));
+        let (mut disks, registry) = (ServedDisks::default(), ExportRegistry::new());
+        let disk = ServedDisk::of_image("vm", image);
+        registry.add("vm", disk.entry()).unwrap();
+        disks.insert("vm", disk);
+        let removed = (registry.remove("vm"), disks.remove("vm"));
+        let closing = std::thread::spawn(move || drop(removed));
+        has_begun.recv().unwrap();
+        // Nobody uses it any more, but its storage is still open.
+        refuse_removed(&registry).unwrap();
+        let refused = disks.take().refuse_closing().unwrap_err();
+        assert!(refused.message.contains("is still being closed"), "{refused}");
+        end.send(()).unwrap();
+        closing.join().unwrap();
+        disks.close(&registry).unwrap();
     }
 }

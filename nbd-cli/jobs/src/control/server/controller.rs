@@ -5,14 +5,14 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use imgfmt::Format;
 use nbd_server::ServerHandle;
 use serde_json::Value;
 use tokio::sync::{Mutex, Notify};
 
-use super::closed::refuse_removed;
+use super::closed::{LOOK, TIME_TO_CLOSE, refuse_removed};
 use super::disks::{ConnectionId, RunningCheckpoint, ServedDisk, ServedDisks};
 use super::event::{ControlEvent, ControlObserver, ignore};
 use crate::control::{ErrorKind, Failure};
@@ -168,12 +168,24 @@ impl Controller {
 
     /// Refuses further requests, if the server can be taken over.
     pub(super) async fn suspend(&self) -> Result<(), Failure> {
-        let mut disks = self.disks.lock().await;
-        disks.refuse_if_suspended()?;
-        disks.check_takeover()?;
-        refuse_removed(self.server.exports())?;
-        disks.is_suspended = true;
-        Ok(())
+        let deadline = Instant::now() + TIME_TO_CLOSE;
+        loop {
+            let mut disks = self.disks.lock().await;
+            disks.refuse_if_suspended()?;
+            disks.check_takeover()?;
+            refuse_removed(self.server.exports())?;
+            match disks.refuse_closing() {
+                Ok(()) => {
+                    disks.is_suspended = true;
+                    return Ok(());
+                }
+                // The last client may have left just now.
+                Err(_) if Instant::now() < deadline => {}
+                Err(failure) => return Err(failure),
+            }
+            drop(disks);
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// Carries out requests again: the takeover does not come about.
@@ -191,7 +203,7 @@ impl Controller {
     /// controller.
     pub async fn take_disks(&self) -> ServedDisks {
         let mut disks = self.disks.lock().await;
-        let taken = ServedDisks { disks: std::mem::take(&mut disks.disks), is_suspended: false };
+        let taken = disks.take();
         disks.is_suspended = true;
         taken
     }

@@ -1,7 +1,7 @@
 //! The disks that a control socket manages.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use nbd_server::export::{Checkpointed, Export, ExportEntry, ImageExport};
 use serde_json::{Value, json};
@@ -16,6 +16,8 @@ pub(super) struct ConnectionId(pub(super) u64);
 /// A disk that is exported with checkpoints.
 pub struct ServedDisk {
     pub(super) source: String,
+    /// The source in one notation, and what is served of it.
+    pub(super) identity: (String, String),
     pub(super) export: Arc<Checkpointed>,
     /// The image, if it is one.
     pub(super) image: Option<Arc<ImageExport>>,
@@ -69,7 +71,8 @@ impl ServedDisk {
         let export = Arc::new(Checkpointed::new(export));
         let entry = ExportEntry::new(export.clone());
         let (source, reopen) = (source.into(), None);
-        Self { source, export, image: None, checkpoint: None, entry, reopen }
+        let identity = (source.clone(), String::new());
+        Self { source, identity, export, image: None, checkpoint: None, entry, reopen }
     }
 
     /// An image, with its bitmaps.
@@ -83,6 +86,14 @@ impl ServedDisk {
     #[must_use]
     pub fn with_image(mut self, image: Arc<ImageExport>) -> Self {
         self.image = Some(image);
+        self
+    }
+
+    /// Sets the notation of the source by which it is compared with that of another program, and what
+    /// is served of it, such as a part or a snapshot, in words.
+    #[must_use]
+    pub fn identified_by(mut self, source: impl Into<String>, view: impl Into<String>) -> Self {
+        self.identity = (source.into(), view.into());
         self
     }
 
@@ -118,9 +129,11 @@ impl ServedDisk {
         })
     }
 
-    /// Returns the files of the image, if it is one.
+    /// Returns what the disk consists of.
     pub(super) fn files(&self) -> DiskFiles {
-        self.image.as_ref().map(|image| DiskFiles::of(image.image())).unwrap_or_default()
+        let files = self.image.as_ref().map(|image| DiskFiles::of(image.image()));
+        let (source, view) = self.identity.clone();
+        DiskFiles { source, view, ..files.unwrap_or_default() }
     }
 
     /// Returns the UUID of the disk, if it has one.
@@ -151,6 +164,9 @@ impl std::fmt::Debug for ServedDisk {
 #[derive(Debug, Default)]
 pub struct ServedDisks {
     pub(super) disks: BTreeMap<String, ServedDisk>,
+    /// What is alive until the images of disks that are not among these any more are closed, by the
+    /// names of their exports.
+    closing: Vec<(String, Weak<()>)>,
     /// The server is being taken over: no request is carried out.
     pub(super) is_suspended: bool,
 }
@@ -159,7 +175,36 @@ impl ServedDisks {
     /// Adds a disk under the name under which its [entry](ServedDisk::entry) is registered. It
     /// replaces a disk of that name.
     pub fn insert(&mut self, name: impl Into<String>, disk: ServedDisk) {
-        self.disks.insert(name.into(), disk);
+        let name = name.into();
+        if let Some(replaced) = self.disks.insert(name.clone(), disk) {
+            self.note_closing(&name, &replaced);
+        }
+    }
+
+    /// Remembers a disk that is closed elsewhere, or when its last client leaves: until then no other
+    /// program must open it.
+    pub(super) fn note_closing(&mut self, name: &str, disk: &ServedDisk) {
+        self.closing.retain(|(_, open)| open.strong_count() > 0);
+        self.closing.extend(disk.image.as_ref().map(|image| (name.to_owned(), image.open())));
+    }
+
+    /// Refuses a takeover while an image of a removed disk is not closed yet.
+    pub(super) fn refuse_closing(&self) -> Result<(), Failure> {
+        let mut closing = self.closing.iter();
+        let Some((name, _)) = closing.find(|(_, open)| open.strong_count() > 0) else {
+            return Ok(());
+        };
+        let message = format!(
+            "the image of the export '{name}', which was removed or not added, is still being closed; \
+             wait until it is"
+        );
+        Err(Failure::new(ErrorKind::InUse, message))
+    }
+
+    /// Takes the disks; those that are being closed are remembered by both.
+    pub(super) fn take(&mut self) -> Self {
+        let (disks, closing) = (std::mem::take(&mut self.disks), self.closing.clone());
+        Self { disks, closing, is_suspended: false }
     }
 
     /// Refuses disks that are not those of another server, by the names of their exports. Names that
@@ -181,7 +226,9 @@ impl ServedDisks {
     }
 
     pub(super) fn remove(&mut self, name: &str) -> Option<ServedDisk> {
-        self.disks.remove(name)
+        let removed = self.disks.remove(name)?;
+        self.note_closing(name, &removed);
+        Some(removed)
     }
 
     /// Refuses a takeover that would lose something.

@@ -26,15 +26,17 @@ impl DiskFile {
     }
 }
 
-/// The files of an open image: its own, its data file and everything below. A disk that is none has
-/// no files.
+/// What a disk consists of: the files of its image, which are its own, its data file and everything
+/// below, and what the source tells where that is not enough.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct DiskFiles(Vec<DiskFile>);
-
-impl From<Vec<DiskFile>> for DiskFiles {
-    fn from(files: Vec<DiskFile>) -> Self {
-        Self(files)
-    }
+pub struct DiskFiles {
+    pub(crate) files: Vec<DiskFile>,
+    /// Whether nothing but these files is served.
+    pub(crate) is_all: bool,
+    /// The source, in one notation.
+    pub(crate) source: String,
+    /// What is served of them, in words.
+    pub(crate) view: String,
 }
 
 impl DiskFiles {
@@ -43,13 +45,15 @@ impl DiskFiles {
     pub fn of(image: &Image) -> Self {
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         let files = image.files().map(|(path, identity)| DiskFile::new(absolute(path), identity));
-        Self(files.collect())
+        let files: Vec<_> = files.collect();
+        let is_all = !files.is_empty() && !image.has_nameless_layers();
+        Self { files, is_all, ..Self::default() }
     }
 
     /// Returns the files.
     #[must_use]
     pub fn as_slice(&self) -> &[DiskFile] {
-        &self.0
+        &self.files
     }
 
     /// Refuses names that lead to other files by now, or to none: the file was renamed, removed or
@@ -60,7 +64,7 @@ impl DiskFiles {
     /// If there is such a name; `export` is the disk's.
     pub fn check_names(&self, export: &str) -> Result<(), Failure> {
         let is_displaced = |file: &&DiskFile| FileIdentity::of(&file.path) != Some(file.identity);
-        let Some(file) = self.0.iter().find(is_displaced) else { return Ok(()) };
+        let Some(file) = self.files.iter().find(is_displaced) else { return Ok(()) };
         let message = format!(
             "'{}' of the export '{export}' is not the file any more that is served: it was renamed, \
              removed or replaced; move it back, or stop the server",
@@ -69,18 +73,33 @@ impl DiskFiles {
         Err(Failure::new(ErrorKind::InUse, message))
     }
 
-    /// Refuses other files than these, whatever the names.
+    /// Refuses other files than these, whatever the names, and another source if there are not only
+    /// files. Refuses another part, snapshot or format, too.
     ///
     /// # Errors
     ///
     /// If the image is another one; `export` is the disk's.
     pub fn check_same(&self, export: &str, opened: &Self) -> Result<(), Failure> {
         let is_in = |files: &Self, file: &DiskFile| {
-            files.0.iter().any(|other| other.identity == file.identity)
+            files.files.iter().any(|other| other.identity == file.identity)
         };
-        let other = opened.0.iter().find(|file| !is_in(self, file));
-        let missing = self.0.iter().find(|file| !is_in(opened, file));
+        let other = opened.files.iter().find(|file| !is_in(self, file));
+        let missing = self.files.iter().find(|file| !is_in(opened, file));
         let message = match (other, missing) {
+            (None, None) if !(self.is_all && opened.is_all) && self.source != opened.source => {
+                format!(
+                    "the export '{export}' would be another disk: its source was '{}', and is '{}'; \
+                     give another disk another name, or stop the server before",
+                    printable(&self.source),
+                    printable(&opened.source)
+                )
+            }
+            (None, None) if self.view != opened.view => format!(
+                "the export '{export}' would be another disk: of its source {} was served, and {} \
+                 would be; stop the server before such a change",
+                printable(&self.view),
+                printable(&opened.view)
+            ),
             (None, None) => return Ok(()),
             (Some(file), _) => format!(
                 "the export '{export}' would be another disk: '{}' is not a file that was served \

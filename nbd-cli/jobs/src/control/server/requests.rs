@@ -8,6 +8,7 @@ use nbd_server::export::ExportEntry;
 use nbd_server::{ClientStatistics, InUse, RemoveError};
 use serde::Serialize;
 use serde_json::{Value, json};
+use tokio::sync::MutexGuard;
 
 use super::bitmaps;
 use super::checkpoint::CheckpointRequest;
@@ -47,7 +48,7 @@ impl Controller {
         disks.refuse_if_suspended()?;
         match request {
             Request::List {} => encoded(self.list(&disks).await?),
-            Request::RemoveExport { name, on_use } => self.remove(&mut disks, &name, on_use).await,
+            Request::RemoveExport { name, on_use } => self.remove(disks, &name, on_use).await,
             Request::CheckpointStart {
                 export,
                 bitmap,
@@ -115,8 +116,8 @@ impl Controller {
     ///
     /// Not safe: the export may be removed while its disk remains open.
     pub async fn remove_export(&self, name: &str, on_use: OnUse) -> Result<(), Failure> {
-        let mut disks = self.disks.lock().await;
-        self.remove(&mut disks, name, on_use).await.map(drop)
+        let disks = self.disks.lock().await;
+        self.remove(disks, name, on_use).await.map(drop)
     }
 
     /// Removes an export for new clients; those that use it keep it until they leave, and its disk
@@ -201,7 +202,9 @@ impl Controller {
         let mut disks = self.disks.lock().await;
         // Both may have changed meanwhile.
         if let Err(refused) = disks.refuse_if_suspended().and_then(|()| self.refuse_taken(&name)) {
-            // The last one to drop an image closes it, which may block.
+            disks.note_closing(&name, &disk);
+            // The last one to drop an image closes it, which may hang, and other requests must not.
+            drop(disks);
             let _ = blocking(move || drop(disk)).await;
             return Err(refused);
         }
@@ -235,7 +238,7 @@ impl Controller {
 
     async fn remove(
         &self,
-        disks: &mut ServedDisks,
+        mut disks: MutexGuard<'_, ServedDisks>,
         name: &str,
         on_use: OnUse,
     ) -> Result<Value, Failure> {
@@ -256,6 +259,8 @@ impl Controller {
         })?;
         let disk = disks.remove(name);
         self.observe(&ControlEvent::ExportRemoved { export: name });
+        // Its flush may hang, and other requests must not.
+        drop(disks);
         blocking(move || close(Some(entry), disk)).await??;
         Ok(json!({}))
     }
