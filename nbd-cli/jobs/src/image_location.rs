@@ -163,7 +163,7 @@ impl ImageLocation {
         match location {
             Self::Export { uri, files } => {
                 let storage = connect_to(uri, *files, remotes)?;
-                Image::inspect_storage(Arc::new(storage), &raw_unless_told(&options))
+                Image::inspect_storage(Arc::new(storage), &remotes.for_export(&options))
                     .map_err(|error| self.named(JobErrorKind::Source, error))
             }
             file => Image::inspect_file(file.path(), &options).map_err(opening),
@@ -186,15 +186,15 @@ impl ImageLocation {
         match location {
             Self::Export { uri, files } => {
                 let storage = connect_to(uri, *files, remotes)?;
-                Image::inspect_storage_chain(Arc::new(storage), &raw_unless_told(&options))
+                Image::inspect_storage_chain(Arc::new(storage), &remotes.for_export(&options))
                     .map_err(|error| opening(error.with_path(uri.to_string())))
             }
             file => Image::inspect_chain(file.path(), &options).map_err(opening),
         }
     }
 
-    /// Opens the image. An export is a raw image unless the options specify a format. Blocks, and must
-    /// not be called by asynchronous tasks.
+    /// Opens the image. If no format is specified, `remotes` say what an export is. Blocks, and must not
+    /// be called by asynchronous tasks.
     ///
     /// # Errors
     ///
@@ -218,7 +218,7 @@ impl ImageLocation {
             return Ok((location.open(&options, remotes)?, None));
         };
         let storage = Arc::new(connect_to(uri, *files, remotes)?);
-        let image = Image::from_storage(storage.clone(), &raw_unless_told(&options));
+        let image = Image::from_storage(storage.clone(), &remotes.for_export(&options));
         let image = image.map_err(|error| opening(error.with_path(uri.to_string())))?;
         let is_raw = image.format() == Format::Raw;
         Ok((image, is_raw.then_some(storage)))
@@ -244,7 +244,7 @@ impl ImageLocation {
                         "cannot write to {uri}: the server exports this disk read-only"
                     )));
                 }
-                Image::from_storage(Arc::new(storage), &raw_unless_told(&options))
+                Image::from_storage(Arc::new(storage), &remotes.for_export(&options))
                     .map_err(|error| opening(error.with_path(uri.to_string())))
             }
             file => Image::open(file.path(), &options)
@@ -396,13 +396,6 @@ fn beside(image: &Path, name: &OsStr) -> PathBuf {
         Some(directory) => directory.join(name),
         None => PathBuf::from(name),
     }
-}
-
-/// The options for an export: its bytes are the disk, regardless of their contents.
-fn raw_unless_told(options: &OpenOptions) -> OpenOptions {
-    let mut options = options.clone();
-    options.format = options.format.or(Some(Format::Raw));
-    options
 }
 
 impl fmt::Display for ImageLocation {

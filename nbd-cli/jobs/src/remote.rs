@@ -4,7 +4,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use imgfmt::{BackingFile, BackingOptions, NameTarget, OpenPolicy};
+use imgfmt::{BackingFile, BackingOptions, Format, NameTarget, OpenOptions, OpenPolicy};
 use nbd_client::blocking::Interrupter;
 use nbd_client::{Connector, ExportStorage, LocalFiles};
 use nbd_proto::NbdUri;
@@ -24,13 +24,29 @@ type ConnectorOf = dyn Fn(&NbdUri) -> Connector + Send + Sync;
 pub struct Remotes {
     connector: Arc<ConnectorOf>,
     interrupter: Interrupter,
+    unknown: UnknownExport,
+}
+
+/// What an export is for which no format is given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UnknownExport {
+    /// A raw image: its bytes are the disk, whatever they are.
+    #[default]
+    Raw,
+    /// An image of the format that its first bytes show. Whoever writes to a raw disk chooses these
+    /// bytes.
+    Detected,
 }
 
 impl Remotes {
     /// Connects with these settings for a URI.
     #[must_use]
     pub fn new(connector: impl Fn(&NbdUri) -> Connector + Send + Sync + 'static) -> Self {
-        Self { connector: Arc::new(connector), interrupter: Interrupter::new() }
+        Self {
+            connector: Arc::new(connector),
+            interrupter: Interrupter::new(),
+            unknown: UnknownExport::default(),
+        }
     }
 
     /// Interrupts connecting, and all later requests to the exports.
@@ -38,6 +54,22 @@ impl Remotes {
     pub fn interrupter(mut self, interrupter: Interrupter) -> Self {
         self.interrupter = interrupter;
         self
+    }
+
+    /// Sets what an export is for which no format is given. By default it is a raw image.
+    #[must_use]
+    pub fn exports(mut self, unknown: UnknownExport) -> Self {
+        self.unknown = unknown;
+        self
+    }
+
+    /// Returns the options for opening an export.
+    pub(crate) fn for_export(&self, options: &OpenOptions) -> OpenOptions {
+        let mut options = options.clone();
+        if self.unknown == UnknownExport::Raw {
+            options.format = options.format.or(Some(Format::Raw));
+        }
+        options
     }
 
     /// Returns the settings of a connection.

@@ -136,6 +136,8 @@ fn disks_are_compared_and_measured_alike() {
         measure -O qcow2 -o preallocation=metadata --size 1G
         measure -O qcow2 -o preallocation=full --size 1G
         measure -O qcow2 -l first snap.qcow2
+        measure -O qcow2 -l snapshot.id=1,snapshot.name=2 crossed.qcow2
+        measure -O qcow2 -l snapshot.id=1,snapshot.name=1 crossed.qcow2
         measure --output=json -O qcow2 raw.img
         measure --output=json -O qcow2 bitmaps.qcow2
         measure --output=json --size 1G
@@ -177,6 +179,14 @@ fn images_are_created_and_converted_alike() {
         create -f qcow2 -b odd.img -F raw new.qcow2 => new.qcow2
         create -f qcow2 -o backing_file=raw.img,backing_fmt=raw new.qcow2 => new.qcow2
         create -f qcow2 -b ../raw.img -F raw sub/new.qcow2 => sub/new.qcow2
+        create -f qcow2 -o backing_file=disk.qcow2,backing_fmt=raw -F qcow2 new.qcow2 => new.qcow2
+        create -f qcow2 -b disk.qcow2 -o backing_fmt=qcow2 new.qcow2 => new.qcow2
+        create -f qcow2 -o backing_file=disk.qcow2 -F qcow2 new.qcow2 => new.qcow2
+        create -f qcow2 -o backing_file=nosuch,backing_fmt=raw -b disk.qcow2 -F qcow2 new.qcow2 => new.qcow2
+        create -f qcow2 -o backing_fmt=raw new.qcow2 1M
+        create -f qcow2 -F raw new.qcow2 1M
+        create -f qcow2 -b '' -F raw new.qcow2 1M
+        create -f raw -F raw new.img 1M
         create -u -f qcow2 -b nosuch.img -F raw new.qcow2 1M ; info --output=json new.qcow2 =>
         create -f qcow2 disk.qcow2 2M => disk.qcow2
         create -f raw disk.qcow2 2M => disk.qcow2
@@ -230,6 +240,12 @@ fn images_are_created_and_converted_alike() {
         convert -l first -O raw snap.qcow2 new.img => new.img
         convert -l snapshot.name=second -O qcow2 snap.qcow2 new.qcow2 => new.qcow2
         convert -l snapshot.id=1 -O raw snap.qcow2 new.img => new.img
+        convert -l 1 -O raw crossed.qcow2 new.img => new.img
+        convert -l snapshot.name=1 -O raw crossed.qcow2 new.img => new.img
+        convert -l snapshot.id=1 -O raw crossed.qcow2 new.img => new.img
+        convert -l snapshot.id=1,snapshot.name=2 -O raw crossed.qcow2 new.img => new.img
+        convert -l snapshot.id=1,snapshot.name=1 -O raw crossed.qcow2 new.img
+        convert -l snapshot.nosuch=1 -O raw crossed.qcow2 new.img
         convert --bitmaps -O qcow2 bitmaps.qcow2 new.qcow2 => new.qcow2
         convert -O qcow2 raw.img disk.qcow2 => disk.qcow2
         convert -O raw top.qcow2 raw.img => raw.img
@@ -284,6 +300,10 @@ fn images_are_changed_alike() {
         resize top.qcow2 3M => top.qcow2
         resize disk.qcow2 512k
         resize disk.qcow2 -2M
+        resize --shrink -f raw raw.img 0 => raw.img
+        resize --shrink disk.qcow2 0 => disk.qcow2
+        resize --shrink -f raw raw.img -1M => raw.img
+        resize --shrink disk.qcow2 -1M => disk.qcow2
         resize disk.qcow2 x
         resize disk.qcow2
         resize --preallocation=nosuch disk.qcow2 2M
@@ -296,6 +316,10 @@ fn images_are_changed_alike() {
         snapshot -a first snap.qcow2 => snap.qcow2
         snapshot -q -a 1 snap.qcow2 => snap.qcow2
         snapshot -d first snap.qcow2 ; snapshot snap.qcow2 => snap.qcow2
+        snapshot -d 1 crossed.qcow2 ; snapshot crossed.qcow2 => crossed.qcow2
+        snapshot -a 1 crossed.qcow2 => crossed.qcow2
+        snapshot -d 1 snap.qcow2 => snap.qcow2
+        snapshot -d nosuch raw.img
         snapshot -d nosuch snap.qcow2
         snapshot -a nosuch snap.qcow2
         snapshot -c new raw.img

@@ -90,7 +90,7 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
     let (location, options) = location.settled(&options, &args.server.remotes())?;
     match location {
         // The server cannot map an image inside its export.
-        ImageLocation::Export { uri, .. } if options.format != Some(Format::Qcow2) => {
+        ImageLocation::Export { uri, .. } if matches!(options.format, None | Some(Format::Raw)) => {
             let (connector, cancellation) = (args.server.connector(uri), signals::cancellation());
             let add = |size, entry| report.add(size, &entry, &mut output);
             runtime()?.block_on(map_export(connector, &cancellation, add))?;

@@ -9,11 +9,11 @@ use nbd_jobs::{Durable, JobContext};
 
 use super::arguments::Arguments;
 use super::known::Opt;
-use super::measure::snapshot_name;
 use super::options::{NewImage, SECTOR, help, size_argument};
 use super::place::{Place, parse_cache, parse_format};
 use super::progress::Percentage;
 use super::refusal::Refusal;
+use super::snapshot;
 use crate::output::Output;
 
 /// Most threads that `-m` may ask for.
@@ -98,10 +98,9 @@ fn options(
     format: Format,
     lists: &[String],
 ) -> Result<ConvertOptions, Refusal> {
-    let mut create = NewImage::new(format, lists)?.create;
-    if create.backing.is_some() {
-        return Err(Refusal::new("backing_file is not supported for conversions"));
-    }
+    let new = NewImage::new(format, lists)?;
+    new.refuse_backing()?;
+    let mut create = new.create;
     if let Some(text) = arguments.text(Opt::SparseSize)? {
         let size = size_argument("buffer size for sparse output", &text)?;
         if !size.is_multiple_of(SECTOR) {
@@ -122,7 +121,7 @@ fn options(
     let mut options = ConvertOptions::new(create);
     options.create.open.locking = Locking::Auto;
     options.read = from.options.clone();
-    options.read.snapshot = arguments.text(Opt::Snapshot)?.map(snapshot_name).transpose()?;
+    options.read.snapshot = snapshot::to_read(arguments, from)?;
     options.write = from.options.clone();
     (options.write.format, options.write.access) = (Some(format), Access::ReadWrite);
     options.write.locking = Locking::Auto;

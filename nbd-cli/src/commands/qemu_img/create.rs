@@ -11,7 +11,7 @@ use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 use super::arguments::Arguments;
 use super::known::Opt;
 use super::options::{NewImage, SECTOR, help, size_argument};
-use super::place::{Place, parse_format};
+use super::place::{Place, parse_format, remotes};
 use super::progress::Percentage;
 use super::refusal::Refusal;
 use crate::output::Output;
@@ -62,14 +62,7 @@ fn described(
     size: Option<u64>,
 ) -> Result<NewImage, Refusal> {
     let mut new = NewImage::new(format, lists)?;
-    let backing_format = arguments.text(Opt::BackingFormat)?;
-    match arguments.text(Opt::Backing)? {
-        Some(backing) => new.set_backing(backing, backing_format)?,
-        None if backing_format.is_some() && new.create.backing.is_none() => {
-            return Err(Refusal::new("backing format needs a backing file"));
-        }
-        None => {}
-    }
+    new.set_backing(arguments.text(Opt::Backing)?, arguments.text(Opt::BackingFormat)?)?;
     if size.is_some() && new.create.size.is_some() {
         return Err(Refusal::new("The image size must be specified only once"));
     }
@@ -118,11 +111,8 @@ fn size_of(create: &CreateOptions, path: &Path) -> Result<u64, Refusal> {
         return Err(Refusal::new("Image creation needs a size parameter"));
     };
     let location = ImageLocation::File(path.to_owned()).beside(OsStr::new(name))?;
-    let place = Place {
-        location,
-        options: create.open.clone().format(*format),
-        remotes: crate::connect::ServerArgs::default().remotes(),
-    };
+    let place =
+        Place { location, options: create.open.clone().format(*format), remotes: remotes() };
     Ok(place.open()?.size())
 }
 

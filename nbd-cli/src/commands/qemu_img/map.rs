@@ -42,15 +42,16 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         .and_then(|length| start.checked_add(length))
         .unwrap_or(u64::MAX);
     let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::None)?;
-    let (location, options) = place.settled()?;
+    let (location, _) = place.settled()?;
     let layers = layers(&place)?;
+    let is_raw = layers.first().is_some_and(|layer| layer.is_raw);
     let mut printer = Printer { format, layers, start, end, is_first: true, output: Output::new() };
     if format == ReportFormat::Text {
         printer.output.line(&row("Offset", "Length", "Mapped to", "File"))?;
     }
     match location {
         // The server does not know the map of an image inside its export.
-        ImageLocation::Export { uri, .. } if options.format != Some(Format::Qcow2) => {
+        ImageLocation::Export { uri, .. } if is_raw => {
             let server = ServerArgs::default();
             let (connector, cancellation) = (server.connector(uri), signals::cancellation());
             let add = |_, entry| printer.add(entry);

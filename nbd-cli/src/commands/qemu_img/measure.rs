@@ -9,6 +9,7 @@ use super::known::Opt;
 use super::options::{NewImage, help, size_argument};
 use super::place::{Place, parse_format};
 use super::refusal::Refusal;
+use super::snapshot;
 use super::text::json;
 use crate::output::{Output, ReportFormat};
 
@@ -30,13 +31,14 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
             "Block driver '{format}' does not support size measurement"
         )));
     }
-    let create = NewImage::new(format, &lists)?.create;
+    let new = NewImage::new(format, &lists)?;
+    new.refuse_backing()?;
+    let create = new.create;
     let image = match (&arguments.operands[..], size) {
         ([], Some(_)) => None,
         ([operand], None) => {
             let mut place = Place::new(arguments, operand, Opt::Format, Opt::None)?;
-            place.options.snapshot =
-                arguments.text(Opt::Snapshot)?.map(snapshot_name).transpose()?;
+            place.options.snapshot = snapshot::to_read(arguments, &place)?;
             Some(place.open()?)
         }
         _ => {
@@ -72,19 +74,4 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     output.finish()?;
     Ok(0)
-}
-
-/// The name of an internal snapshot, or its id from `snapshot.id=ID,snapshot.name=NAME`.
-pub(super) fn snapshot_name(text: String) -> Result<String, Refusal> {
-    if !text.starts_with("snapshot.") {
-        return Ok(text);
-    }
-    let options = nbd_jobs::key_values::KeyValues::parse(&text, None);
-    let mut options = options.map_err(Refusal::new)?;
-    let found = options.take("snapshot.id").or_else(|| options.take("snapshot.name"));
-    options.take("snapshot.name");
-    match (found, options.left_over()) {
-        (Some(name), None) => Ok(name),
-        _ => Err(Refusal::new(format!("Invalid snapshot parameter '{text}'"))),
-    }
 }

@@ -10,9 +10,8 @@ use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::qemu_numbers::parse_size;
 use nbd_jobs::text::printable;
 
-use super::place::{parse_format, trusting};
+use super::place::{parse_format, remotes, trusting};
 use super::refusal::Refusal;
-use crate::connect::ServerArgs;
 use crate::signals;
 
 /// QEMU's disks consist of these, in bytes.
@@ -47,6 +46,8 @@ pub(super) struct NewImage {
     compat: Option<String>,
     preallocation: Option<String>,
     nocow: bool,
+    /// `backing_file` and `backing_fmt`, which other options may override.
+    backing: (Option<String>, Option<String>),
 }
 
 /// Returns the text for `-o help`, if that is wanted.
@@ -71,8 +72,9 @@ impl NewImage {
     pub(super) fn new(format: Format, lists: &[String]) -> Result<Self, Refusal> {
         let mut create = CreateOptions::new(format, 0);
         (create.size, create.give_up) = (None, || signals::caught().is_some());
-        create.open.policy = trusting(&ServerArgs::default().remotes());
-        let mut new = Self { create, compat: None, preallocation: None, nocow: false };
+        create.open.policy = trusting(&remotes());
+        let mut new =
+            Self { create, compat: None, preallocation: None, nocow: false, backing: (None, None) };
         let mut options = KeyValues::parse(&lists.join(","), None).map_err(Refusal::new)?;
         new.take_common(&mut options)?;
         if format == Format::Qcow2 {
@@ -143,31 +145,51 @@ impl NewImage {
             (None, true) => return Err(Refusal::new("data-file-raw requires data-file")),
             (None, false) => None,
         };
-        match (options.take("backing_file"), options.take("backing_fmt")) {
-            (Some(name), format) => self.set_backing(name, format),
-            (None, None) => Ok(()),
-            (None, Some(_)) => Err(Refusal::new("backing format needs a backing file")),
-        }
+        self.backing = (options.take("backing_file"), options.take("backing_fmt"));
+        Ok(())
     }
 
-    /// Sets the backing file.
+    /// Sets the backing file: these options come before those in the lists.
     ///
     /// # Errors
     ///
-    /// If its format is missing or unknown.
+    /// If its format is missing or unknown, or it is not supported.
     pub(super) fn set_backing(
         &mut self,
-        name: String,
+        name: Option<String>,
         format: Option<String>,
     ) -> Result<(), Refusal> {
+        let (listed_name, listed_format) = std::mem::take(&mut self.backing);
+        let (name, format) = match (name.or(listed_name), format.or(listed_format)) {
+            (None, None) => return Ok(()),
+            given => given,
+        };
         if self.create.format == Format::Raw {
             return Err(Refusal::new("Backing file not supported for file format 'raw'"));
+        }
+        let Some(name) = name else {
+            return Err(Refusal::new("Backing format cannot be used without backing file"));
+        };
+        if name.is_empty() {
+            return Err(Refusal::new("Expected backing file name, got empty string"));
         }
         let Some(format) = format else {
             return Err(Refusal::new("Backing file specified without backing format"));
         };
         self.create.backing = Some((name.into(), parse_format(&format)?));
         Ok(())
+    }
+
+    /// Refuses a backing file, for commands that make none.
+    ///
+    /// # Errors
+    ///
+    /// If there is one.
+    pub(super) fn refuse_backing(&self) -> Result<(), Refusal> {
+        match &self.backing {
+            (None, None) => Ok(()),
+            _ => Err(Refusal::new("backing_file and backing_fmt are not supported here")),
+        }
     }
 
     /// The line that reports them.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use imgfmt::{Access, CacheMode, Format, Image, Locking, OpenOptions, OpenPolicy};
 use nbd_jobs::image_location::ImageLocation;
-use nbd_jobs::remote::{Remotes, allow_exports};
+use nbd_jobs::remote::{Remotes, UnknownExport, allow_exports};
 use nbd_jobs::text::printable;
 
 use super::arguments::Arguments;
@@ -60,7 +60,7 @@ impl Place {
             false => ImageLocation::parse(operand),
         };
         let location = location.map_err(|error| could_not_open(&name, &error.to_string()))?;
-        let remotes = ServerArgs::default().remotes();
+        let remotes = remotes();
         let options = OpenOptions::new().policy(trusting(&remotes));
         Ok(Self { location, options, remotes })
     }
@@ -131,6 +131,11 @@ impl Place {
     pub(super) fn settled(&self) -> Result<(&ImageLocation, OpenOptions), Refusal> {
         Ok(self.location.settled(&self.options, &self.remotes)?)
     }
+}
+
+/// Connects to servers. As in QEMU, the format of an export is detected unless it is given.
+pub(super) fn remotes() -> Remotes {
+    ServerArgs::default().remotes().exports(UnknownExport::Detected)
 }
 
 /// As in QEMU, the names in images are followed, and the formats of backing files detected.

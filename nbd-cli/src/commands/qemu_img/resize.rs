@@ -68,6 +68,6 @@ fn new_size(text: &str, present: u64) -> Result<u64, Refusal> {
         (_, Some(less)) => present.checked_sub(size(less)?),
         (None, None) => Some(size(text)?),
     };
-    let possible = size.filter(|size| i64::try_from(*size).is_ok());
+    let possible = size.filter(|size| *size > 0 && i64::try_from(*size).is_ok());
     possible.ok_or_else(|| Refusal::new("New image size must be positive"))
 }
