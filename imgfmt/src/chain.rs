@@ -32,7 +32,7 @@ pub(crate) fn open(
     options: &OpenOptions,
 ) -> Result<Chain> {
     let path = path.map(Path::to_owned);
-    let top = Unopened { storage, shown: path.clone(), path, options: options.clone() };
+    let top = Unopened { storage, name: None, shown: path.clone(), path, options: options.clone() };
     open_layers(top, &mut Files::default())
 }
 
@@ -117,7 +117,7 @@ pub(crate) fn named_size(path: &Path, name: &OsStr, options: &OpenOptions) -> Re
     let OpenTarget { storage, path: below, backing } = opened;
     let shown = Some(below.clone().unwrap_or_else(|| name.into()));
     let options = OpenOptions { backing, ..options.clone() };
-    let layer = Unopened { storage, path: below, shown: shown.clone(), options };
+    let layer = Unopened { storage, path: below, name: None, shown: shown.clone(), options };
     // The new image is a layer too.
     let mut files = Files { layers: vec![None], ..Files::default() };
     let opened = open_layers(layer, &mut files);

@@ -1,11 +1,12 @@
 //! The formats that can be opened, and access to the functions that only one of them has.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::Result;
 use crate::format::Format;
-use crate::formats::{ForeignImage, Identity};
+use crate::formats::{ForeignImage, Identity, Parent};
 use crate::layer::{Layer, WritableLayer};
 use crate::qcow2::Qcow2;
 use crate::raw::Raw;
@@ -101,6 +102,17 @@ impl Driver {
         match self {
             Self::Raw(_) | Self::Qcow2(_) => None,
             Self::Foreign(foreign) => foreign.image.parent()?.identity,
+        }
+    }
+
+    /// The name and the format that the image records of the layer below it.
+    pub(crate) fn recorded_backing(&self) -> (Option<OsString>, Option<String>) {
+        match self {
+            Self::Raw(_) => (None, None),
+            Self::Qcow2(qcow2) => {
+                qcow2.backing_name().map_or((None, None), |(name, format)| (Some(name), format))
+            }
+            Self::Foreign(foreign) => foreign.image.parent().map_or((None, None), Parent::recorded),
         }
     }
 

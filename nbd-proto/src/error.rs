@@ -57,12 +57,22 @@ pub enum ProtocolError {
         /// The unknown bits.
         bits: u32,
     },
+    /// There is more of something than [`crate::limits`] allows.
+    #[error("peer sent {count} {what}, the limit is {limit}")]
+    TooMany {
+        /// The things that are counted.
+        what: &'static str,
+        /// Their number so far.
+        count: u64,
+        /// The largest accepted number.
+        limit: u64,
+    },
     /// A length exceeds [`crate::limits`] or the layout of its message.
     #[error("peer announced {length} bytes of {what}, the limit is {limit}")]
     TooLong {
         /// The field or message that the length describes.
         what: &'static str,
-        /// The announced length, in bytes or elements.
+        /// The announced length, in bytes.
         length: u64,
         /// The largest accepted value.
         limit: u64,

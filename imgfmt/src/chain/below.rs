@@ -19,6 +19,8 @@ use crate::storage::{FileIdentity, FileStorage, Storage};
 pub(super) struct Unopened {
     pub(super) storage: Arc<dyn Storage>,
     pub(super) path: Option<PathBuf>,
+    /// The name by which the layer above has led to this one.
+    pub(super) name: Option<OsString>,
     /// The path or the name of the layer, for errors.
     pub(super) shown: Option<PathBuf>,
     pub(super) options: OpenOptions,
@@ -70,15 +72,19 @@ pub(super) fn layer_below(
         BackingFile::AsNamed => BackingOptions::default(),
         BackingFile::Given(given) => BackingOptions::clone(given),
     };
-    let (target, shown) = match (given.target, names.first()) {
-        (Some(target), _) => (target, PathBuf::from("the given backing file")),
-        (None, Some(_)) => first_that_exists(&names, path, options)?,
+    let (target, name) = match (given.target, names.first()) {
+        (Some(target), _) => (target, None),
+        (None, Some(_)) => {
+            let (target, name) = first_that_exists(&names, path, options)?;
+            (target, Some(name))
+        }
         (None, None) if matches!(options.backing, BackingFile::AsNamed) => return Ok(None),
         (None, None) => {
             let detail = "options are given for its backing file, but no file, and it names none";
             return Err(Error::new(ErrorKind::InvalidInput, "open", detail));
         }
     };
+    let shown = name.clone().map_or_else(|| "the given backing file".into(), PathBuf::from);
     let format = match given.format {
         Some(format) => Some(format),
         None => format_below(&recorded, &shown, options, purpose)?,
@@ -100,7 +106,7 @@ pub(super) fn layer_below(
         options.backing = backing;
     }
     let shown = Some(path.clone().unwrap_or(shown));
-    Ok(Some(Unopened { storage, path, shown, options }))
+    Ok(Some(Unopened { storage, path, name, shown, options }))
 }
 
 /// What the first name leads to that there is something for; if there is none, the error of the first.
@@ -108,7 +114,7 @@ fn first_that_exists(
     names: &[OsString],
     path: Option<&Path>,
     options: &OpenOptions,
-) -> Result<(NameTarget, PathBuf)> {
+) -> Result<(NameTarget, OsString)> {
     let mut first_error = None;
     for name in names {
         let found = options.policy.resolve(path, name).and_then(|target| match &target {
@@ -120,7 +126,7 @@ fn first_that_exists(
             _ => Ok(target),
         });
         match found {
-            Ok(target) => return Ok((target, name.into())),
+            Ok(target) => return Ok((target, name.clone())),
             Err(error) => first_error = first_error.or(Some(error)),
         }
     }

@@ -26,7 +26,8 @@ pub(crate) fn inspect(
     options: &OpenOptions,
 ) -> Result<ImageInfo> {
     let path = path.map(Path::to_owned);
-    let layer = Unopened { storage, shown: path.clone(), path, options: options.clone() };
+    let layer =
+        Unopened { storage, name: None, shown: path.clone(), path, options: options.clone() };
     Ok(describe(&layer)?.0)
 }
 
@@ -37,7 +38,8 @@ pub(crate) fn inspect_chain(
     options: &OpenOptions,
 ) -> Result<Vec<ImageInfo>> {
     let path = path.map(Path::to_owned);
-    let mut layer = Unopened { storage, shown: path.clone(), path, options: options.clone() };
+    let mut layer =
+        Unopened { storage, name: None, shown: path.clone(), path, options: options.clone() };
     let mut files = Files::default();
     let (mut found, mut overlay) = (Vec::new(), None);
     loop {
@@ -51,6 +53,9 @@ pub(crate) fn inspect_chain(
         let Some(below) = below else { return Ok(found) };
         if files.layers.len() >= CHAIN_DEPTH_MAX {
             return Err(too_long());
+        }
+        if let Some((name, info)) = below.name.clone().zip(found.last_mut()) {
+            info.backing_name = Some(name);
         }
         overlay = Some(layer.shown.take());
         layer = below;
@@ -78,19 +83,27 @@ fn describe(layer: &Unopened) -> Result<(ImageInfo, Option<BelowIt>)> {
     let storage = Arc::clone(storage);
     if format == Format::Raw {
         let raw = Raw::new(storage, FirstSector::Free)?;
-        return Ok((ImageInfo { format, size: raw.size(), encryption: None, qcow2: None }, None));
+        return Ok((ImageInfo::new(format, raw.size()), None));
     }
     if format != Format::Qcow2 {
         let opening = Opening { storage, path: path.as_deref(), files: None };
         let image = open_foreign(format, opening)?.image;
-        let info = ImageInfo { format, size: image.size(), encryption: None, qcow2: None };
-        return Ok((info, image.parent().map(|parent| BelowIt(Some(Named::from(parent))))));
+        let mut info = ImageInfo::new(format, image.size());
+        let Some(parent) = image.parent() else { return Ok((info, None)) };
+        (info.backing_name, info.backing_format) = parent.recorded();
+        return Ok((info, Some(BelowIt(Some(Named::from(parent))))));
     }
     let options = OpenOptions { access: Access::ReadOnly, ..options.clone() };
     let image = Qcow2::open(storage, path.as_deref(), &options, Purpose::Describe)?;
-    let (size, encryption) = (image.size(), image.encryption()?);
-    let info = ImageInfo { format, size, encryption, qcow2: Some(image.info()?) };
-    Ok((info, Some(BelowIt(image.backing_name().map(Named::from)))))
+    let recorded = image.backing_name();
+    let info = ImageInfo {
+        encryption: image.encryption()?,
+        backing_name: recorded.as_ref().map(|(name, _)| name.clone()),
+        backing_format: recorded.as_ref().and_then(|(_, format)| format.clone()),
+        qcow2: Some(image.info()?),
+        ..ImageInfo::new(format, image.size())
+    };
+    Ok((info, Some(BelowIt(recorded.map(Named::from)))))
 }
 
 /// Information about a LUKS container, which cannot be opened.
@@ -104,5 +117,5 @@ fn luks_container(storage: &dyn Storage, options: &OpenOptions) -> Result<ImageI
     let payload = luks.as_ref().and_then(|luks| luks.payload_offset).unwrap_or(0);
     let size = storage.len().map_err(error)?.saturating_sub(payload);
     let encryption = Some(Encryption::Luks(luks));
-    Ok(ImageInfo { format: Format::Luks, size, encryption, qcow2: None })
+    Ok(ImageInfo { encryption, ..ImageInfo::new(Format::Luks, size) })
 }

@@ -38,6 +38,13 @@ pub(crate) struct Parent {
     pub(crate) identity: Option<Identity>,
 }
 
+impl Parent {
+    /// The most likely name, and the name of the format.
+    pub(crate) fn recorded(&self) -> (Option<OsString>, Option<String>) {
+        (self.names.first().cloned(), self.format.map(|format| format.name().to_owned()))
+    }
+}
+
 /// A number that an image and its children record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Identity(pub(crate) [u8; 16]);

@@ -229,7 +229,10 @@ impl Image {
     pub fn info(&self) -> Result<ImageInfo> {
         let qcow2 = self.qcow2().map(Qcow2::info).transpose();
         let qcow2 = qcow2.map_err(|error| self.name(error))?;
-        Ok(ImageInfo { format: self.format(), size: self.size(), encryption: None, qcow2 })
+        let mut info = ImageInfo::new(self.format(), self.size());
+        (info.backing_name, info.backing_format) = self.chain.top.recorded_backing();
+        info.qcow2 = qcow2;
+        Ok(info)
     }
 
     /// Checks the qcow2 image in a file and, if `repair` says so, repairs it. No other process may

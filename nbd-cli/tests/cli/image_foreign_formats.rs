@@ -242,3 +242,50 @@ fn copying_an_image_file_says_that_its_container_is_copied() {
     let outcome = nbd_cli(&["copy", disk.path(), &disk.beside("new")]);
     assert_eq!(outcome.stderr, "");
 }
+
+#[test]
+fn a_chain_is_described_through_layers_of_other_formats() {
+    tools!(qemu_img = "qemu-img");
+    for format in ["qed", "qcow", "vmdk"] {
+        let disk = Disk::sparse();
+        let [base, middle, top] =
+            [format!("base.{format}"), format!("middle.{format}"), "top.qcow2".into()];
+        let directory = disk.beside("");
+        let directory = Path::new(&directory);
+        let within = |arguments: &[&str]| {
+            let mut command = Command::new(&qemu_img);
+            run(command.current_dir(directory).args(arguments)).success()
+        };
+        within(&["create", "-q", "-f", format, &base, "8M"]);
+        within(&["create", "-q", "-f", format, "-b", &base, "-F", format, &middle]);
+        within(&["create", "-q", "-f", "qcow2", "-b", &middle, "-F", format, &top]);
+        let chain = ["info", "--backing-chain", "--output", "json", &top];
+        let theirs: serde_json::Value = serde_json::from_str(&within(&chain)).expect("JSON");
+        let ours = |arguments: &[&str]| {
+            run(Command::new(PROGRAM).current_dir(directory).args(arguments)).success()
+        };
+        let trusted = ours(&["image", "info", "--trust-image", "--backing-chain", "--json", &top]);
+        let of_qemu_img = match format {
+            // The first two record no format for the layer below.
+            "vmdk" => ours(&[&["qemu-img"][..], &chain].concat()),
+            _ => trusted.clone(),
+        };
+        for report in [trusted, of_qemu_img] {
+            let report: serde_json::Value = serde_json::from_str(&report).expect("JSON");
+            let layers = report.as_array().expect("an array");
+            assert_eq!(layers.len(), 3, "{report}");
+            for (ours, theirs) in layers.iter().zip(theirs.as_array().expect("an array")) {
+                let ends = |name: &serde_json::Value| {
+                    let name = name.as_str().expect("a name");
+                    name.rsplit('/').next().map(str::to_owned)
+                };
+                assert_eq!(ends(&ours["filename"]), ends(&theirs["filename"]));
+                for key in ["format", "backing-filename", "backing-filename-format"] {
+                    assert_eq!(ours[key], theirs[key], "{key} of {report}");
+                }
+            }
+        }
+        let drawn = ours(&["image", "info", "--trust-image", "--graph", &top]);
+        assert!(drawn.contains(&base), "{drawn}");
+    }
+}

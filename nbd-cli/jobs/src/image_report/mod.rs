@@ -162,8 +162,7 @@ pub fn describe_chain(
     let mut next = Some(location.clone());
     for info in location.inspect_chain(options, remotes)? {
         let Some(location) = next else { break };
-        let recorded = info.qcow2.as_ref().and_then(|qcow2| qcow2.backing_name.as_deref());
-        next = location.backing(recorded)?;
+        next = location.backing(info.backing_name.as_deref())?;
         let server = match (layers.is_empty(), location.uri()) {
             (true, Some(uri)) => Some(server(uri, location.local_files(), remotes)?),
             _ => None,
@@ -211,7 +210,7 @@ impl DescribedImage {
     #[must_use]
     pub fn report(&self) -> ImageReport {
         let qcow2 = self.info.qcow2.as_ref();
-        let backing = qcow2.and_then(|qcow2| qcow2.backing_name.as_deref());
+        let backing = self.info.backing_name.as_deref();
         ImageReport {
             filename: self.location.name(),
             format: self.info.format.name(),
@@ -222,7 +221,7 @@ impl DescribedImage {
             dirty_flag: qcow2.is_some_and(|qcow2| qcow2.is_dirty),
             backing_filename: backing.map(|name| name.to_string_lossy().into_owned()),
             full_backing_filename: backing.map(|name| self.full_name(name)),
-            backing_filename_format: qcow2.and_then(|qcow2| qcow2.backing_format.clone()),
+            backing_filename_format: self.info.backing_format.clone(),
             snapshots: qcow2
                 .map(|qcow2| qcow2.snapshots.iter().map(SnapshotReport::from).collect())
                 .unwrap_or_default(),

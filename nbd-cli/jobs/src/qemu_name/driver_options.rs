@@ -195,8 +195,8 @@ fn refuse_part(options: &KeyValues) -> Result<(), String> {
     match ["offset", "size"].into_iter().find(|key| options.has_key(key)) {
         None => Ok(()),
         Some(key) => Err(format!(
-            "the option '{key}' selects a part of the file; export that part with 'nbd-cli serve \
-             --offset' or 'nbd-cli qemu-nbd', and name the export"
+            "the option '{key}' selects a part of the file; export that part with 'nbd-cli qemu-nbd \
+             --offset', and name the export"
         )),
     }
 }

@@ -155,6 +155,11 @@ fn text(found: &DescribedImage, output: &mut Output) -> Result<(), CommandError>
     if let Some(encryption) = &info.encryption {
         line("encryption:", &printable(&encryption_text(encryption)))?;
     }
+    if let Some(name) = &info.backing_name {
+        line("backing file:", &printable(&name.to_string_lossy()))?;
+        let format = info.backing_format.as_deref().unwrap_or("not said");
+        line("backing format:", &printable(format))?;
+    }
     match &info.qcow2 {
         Some(qcow2) => qcow2_text(qcow2, &found.report(), output),
         None => Ok(()),
@@ -188,11 +193,6 @@ fn qcow2_text(
     let flags: Vec<_> = flags.iter().filter(|(_, is_set)| *is_set).map(|(name, _)| *name).collect();
     if !flags.is_empty() {
         line("flags:", &flags.join(", "))?;
-    }
-    if let Some(name) = &qcow2.backing_name {
-        line("backing file:", &printable(&name.to_string_lossy()))?;
-        let format = qcow2.backing_format.as_deref().unwrap_or("not said");
-        line("backing format:", &printable(format))?;
     }
     if let Some(name) = &qcow2.data_file_name {
         line("data file:", &printable(&name.to_string_lossy()))?;

@@ -157,9 +157,9 @@ impl Answer for List {
 
 fn check_count(what: &'static str, count: usize, limit: usize) -> Result<(), ProtocolError> {
     if count >= limit {
-        return Err(ProtocolError::TooLong {
+        return Err(ProtocolError::TooMany {
             what,
-            length: (count as u64).saturating_add(1),
+            count: (count as u64).saturating_add(1),
             limit: limit as u64,
         });
     }
