@@ -80,7 +80,7 @@ impl Catalog {
             self.report(&found.name, used_up.event());
             (RefusalReason::Policy, used_up.answer())
         })?;
-        Ok((found.describe(), Granted { entry: found.entry, admission }))
+        Ok((found.describe(), Granted::new(found.entry, admission)))
     }
 
     /// Gives a client of this process what it used before, whatever the rules are by now: the export
@@ -96,7 +96,7 @@ impl Catalog {
         let admission = entry.quotas().admit_again(&self.client);
         // What was read-only for the client remains so by what was negotiated.
         let description = entry.describe(name, Permission::Full);
-        Ok((description, Granted { entry, admission }))
+        Ok((description, Granted::new(entry, admission)))
     }
 
     /// Logs the refusal of an export. A client can ask repeatedly, so only the first time is a
@@ -130,6 +130,17 @@ impl Found {
 pub(super) struct Granted {
     pub(super) entry: ExportEntry,
     pub(super) admission: Admission,
+    /// The number of failed flushes before the client received the export.
+    pub(super) failures: u64,
+}
+
+impl Granted {
+    /// The failures are counted before the client is answered: from the answer on, a FLUSH of this
+    /// connection covers what the client writes on its others.
+    fn new(entry: ExportEntry, admission: Admission) -> Self {
+        let failures = entry.failures().count();
+        Self { entry, admission, failures }
+    }
 }
 
 fn client_info(socket: &Socket) -> ClientInfo {

@@ -23,9 +23,7 @@ use super::socket::Socket;
 use super::turn::{BARREN_COST, REQUEST_COST, Thread};
 use crate::ServerConfig;
 use crate::budget::Permit;
-use crate::export::ExportEntry;
 use crate::queue::GroupId;
-use crate::quota::Admission;
 #[cfg(feature = "tls")]
 use crate::tls::TlsMode;
 
@@ -50,9 +48,8 @@ const LONG_OPTION_TIME: u64 = 1_000_000;
 pub(super) struct Established {
     pub(super) socket: Socket,
     pub(super) negotiated: Negotiated,
-    pub(super) entry: ExportEntry,
-    /// Its place among the clients of the export.
-    pub(super) admission: Admission,
+    /// The export, and the client's place among the clients of it.
+    pub(super) granted: Granted,
     /// The bytes after the client's last option: its first requests.
     pub(super) received: BytesMut,
     /// The number of bytes at the start that are the payload of a refused request.
@@ -63,14 +60,8 @@ pub(super) struct Established {
 
 impl Established {
     /// A client whose first request comes next.
-    fn new(
-        socket: Socket,
-        negotiated: Negotiated,
-        Granted { entry, admission }: Granted,
-        received: BytesMut,
-    ) -> Self {
-        let (discard, owes_failure) = (0, false);
-        Self { socket, negotiated, entry, admission, received, discard, owes_failure }
+    fn new(socket: Socket, negotiated: Negotiated, granted: Granted, received: BytesMut) -> Self {
+        Self { socket, negotiated, granted, received, discard: 0, owes_failure: false }
     }
 }
 

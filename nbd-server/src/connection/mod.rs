@@ -83,22 +83,22 @@ pub(crate) async fn serve(
     let Some(established) = established else { return };
     let name = established.negotiated.export_name.clone();
     tracing::Span::current().record("export", tracing::field::debug(&name));
-    shared.access.note_use(&name, established.entry.export());
-    let tally = Tally::new(established.entry.record(), established.negotiated.size);
+    shared.access.note_use(&name, established.granted.entry.export());
+    let tally = Tally::new(established.granted.entry.record(), established.negotiated.size);
     let present = shared.clients.enter(Arrival {
         peer,
         address,
         name: &name,
-        export: established.entry.export(),
+        export: established.granted.entry.export(),
         counters: tally.counters(),
     });
-    let export = established.entry.export();
+    let export = established.granted.entry.export();
     if is_withdrawn(export, &shared) {
         // The removal may have disconnected clients before this one was counted.
         return tracing::info!("the export was removed while a client chose it");
     }
     tracing::info!("client connected");
-    let entry = established.entry.clone();
+    let entry = established.granted.entry.clone();
     let agreed = &established.negotiated;
     let contexts: Vec<_> = agreed.meta_contexts.iter().map(|(_, name)| name.as_str()).collect();
     tracing::debug!(size = agreed.size, mode = ?agreed.reply_mode, ?contexts, "negotiated");

@@ -3,7 +3,7 @@
 use bytes::BytesMut;
 use nbd_proto::transmission::SavedConnection;
 
-use super::catalog::{Catalog, Granted};
+use super::catalog::Catalog;
 use super::error::ConnectionError;
 use super::handshake::Established;
 use super::shared::Shared;
@@ -39,14 +39,14 @@ pub(super) fn resume(
             Catalog::for_known_client(&socket, shared).grant_again(&negotiated, unregistered)
         }
     };
-    let (description, Granted { entry, admission }) = match granted {
+    let (description, granted) = match granted {
         Ok(granted) => granted,
         Err((_, why)) => return refuse(why),
     };
     if let Err(why) = negotiated.check_kept_by(&description) {
         return refuse(why);
     }
-    let owes_failure = owes_failure || entry.failures().are_more_since_pause();
+    let owes_failure = owes_failure || granted.entry.failures().are_more_since_pause();
     let received = BytesMut::from(&received[..]);
-    Ok(Established { socket, negotiated, entry, admission, received, discard, owes_failure })
+    Ok(Established { socket, negotiated, granted, received, discard, owes_failure })
 }

@@ -78,7 +78,7 @@ impl Session {
             disk_wait: DiskWait::new(shared.disk_slots.clone(), thread.connections.clone()),
             watch: Watch::new(shared.config.stall_timeout),
             turn: Turn::new(thread),
-            throttle: Throttle::new(established.admission),
+            throttle: Throttle::new(established.granted.admission),
             target,
             tally,
             socket: established.socket,

@@ -23,11 +23,11 @@ pub(super) struct WritebackErrors {
 }
 
 impl WritebackErrors {
-    /// On a new connection nothing was written yet, so earlier failures do not matter. On a
-    /// connection that another server has begun, the client may still have to be told of one
+    /// On a new connection nothing was written yet, so the `known` failures before it do not matter.
+    /// On a connection that another server has begun, the client may still have to be told of one
     /// (`owes_failure`).
-    pub(super) fn new(failures: DurabilityFailures, owes_failure: bool) -> Self {
-        let known = AtomicU64::new(failures.count());
+    pub(super) fn new(failures: DurabilityFailures, known: u64, owes_failure: bool) -> Self {
+        let known = AtomicU64::new(known);
         Self { failures, known, is_owed: AtomicBool::new(owes_failure) }
     }
 

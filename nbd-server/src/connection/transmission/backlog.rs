@@ -55,8 +55,13 @@ pub(super) struct Backlog {
 impl Backlog {
     pub(super) fn new(established: &Established, shared: &Shared, ring: &RingHandle) -> Self {
         let (answers, max_requests) = (shared.answers.clone(), shared.config.max_requests);
-        let pool =
-            Pool::new(&shared.scheduler, established.entry.clone(), answers, max_requests, ring);
+        let pool = Pool::new(
+            &shared.scheduler,
+            established.granted.entry.clone(),
+            answers,
+            max_requests,
+            ring,
+        );
         Self {
             waiting: None,
             unfinished: VecDeque::new(),

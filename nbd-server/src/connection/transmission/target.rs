@@ -24,12 +24,14 @@ pub(super) struct Target {
 
 impl Target {
     pub(super) fn new(established: &Established) -> Self {
-        let (entry, negotiated) = (&established.entry, &established.negotiated);
+        let Established { granted, negotiated, .. } = established;
+        let entry = &granted.entry;
         Self {
             entry: entry.clone(),
             export: Arc::clone(entry.export()),
             writeback: Arc::new(WritebackErrors::new(
                 entry.failures().clone(),
+                granted.failures,
                 established.owes_failure,
             )),
             contexts: negotiated.meta_contexts.clone().into(),
