@@ -308,7 +308,14 @@ fn open_beside(
 /// Refuses what is there and no file: formats that are only read name whole disks of a host, and
 /// whoever made the image does not decide that one is read.
 fn refuse_device(target: &NameTarget) -> Result<()> {
-    let NameTarget::File(file) = target else { return Ok(()) };
+    let file = match target {
+        NameTarget::File(file) => file,
+        NameTarget::WithBacking(..) => {
+            let detail = "the image names an image with another one below it as a part of its disk";
+            return Err(Error::new(ErrorKind::PolicyDenied, "open", detail));
+        }
+        NameTarget::Storage(_) | NameTarget::Denied => return Ok(()),
+    };
     match std::fs::metadata(file) {
         Ok(metadata) if !metadata.is_file() => {
             let detail = "the image names it as a part of its disk, and it is no file";

@@ -77,7 +77,7 @@ fn probe_end(storage: &dyn Storage) -> io::Result<Format> {
     let read = storage.read_at(HostOffset::new(offset), &mut end)?;
     Ok(if read < end.len() {
         Format::Raw
-    } else if let Some(entry) = TABLE.iter().find(|entry| (entry.ends)(&end)) {
+    } else if let Some(entry) = TABLE.iter().find(|entry| (entry.ends)(&end, length)) {
         entry.format
     } else if is_dmg_trailer(&end, offset) {
         Format::Dmg

@@ -2,7 +2,7 @@
 //! it.
 //!
 //! A table may be as large as the disk makes it, so none is read as a whole: 4 KiB pages are kept, and
-//! at most [`PAGES_MAX`] of them. No lock is held while one is read.
+//! at most [`PAGES_MAX`] of them, or one for each file of an image if it has more files. No lock is held while one is read.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -19,9 +19,6 @@ const PAGE: u64 = 4096;
 
 /// Most pages that are kept: 4 MiB.
 const PAGES_MAX: u64 = 1024;
-
-/// As many pages each of several files may keep.
-const PAGES_MIN: u64 = 4;
 
 /// A page and its number.
 type Page = (u64, Arc<[u8]>);
@@ -41,15 +38,17 @@ impl ImageFile {
         Self::sharing(storage, path, 1)
     }
 
-    /// The same for one of `count` files, which together may keep as many pages as one.
+    /// The same for one of `count` files, which together may keep as many pages as one, but each at least
+    /// one page.
     pub(super) fn sharing(
         storage: Arc<dyn Storage>,
         path: Option<&Path>,
         count: usize,
     ) -> Result<Self> {
         let length = storage.len().map_err(|error| Error::from_io("find the size of", error))?;
-        let pages_max = (PAGES_MAX / count.max(1) as u64).max(PAGES_MIN);
-        let count = length.div_ceil(PAGE).clamp(1, pages_max).next_power_of_two();
+        // A power of two, and not more than the share.
+        let share = 1 << (PAGES_MAX / count.max(1) as u64).max(1).ilog2();
+        let count = length.div_ceil(PAGE).clamp(1, share).next_power_of_two();
         let pages = (0..count).map(|_| OrderedRwLock::new(None)).collect();
         Ok(Self { storage, path: path.map(Path::to_owned), length, pages })
     }

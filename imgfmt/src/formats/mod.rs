@@ -26,8 +26,8 @@ pub(crate) struct Entry {
     pub(crate) format: Format,
     /// Whether a file is one that begins with these bytes, 512 unless it is shorter.
     pub(crate) starts: fn(&[u8]) -> bool,
-    /// The same of its last 512 bytes, for formats whose header may be at the end.
-    pub(crate) ends: fn(&[u8; 512]) -> bool,
+    /// The same of its last 512 bytes and its length, for formats whose header may be at the end.
+    pub(crate) ends: fn(&[u8; 512], u64) -> bool,
     pub(crate) open: fn(Opening<'_>) -> Result<Box<dyn ForeignImage>>,
 }
 
@@ -48,7 +48,7 @@ pub(crate) const TABLE: &[Entry] = &[
 ];
 
 /// The header is always at the start.
-fn never(_: &[u8; 512]) -> bool {
+fn never(_: &[u8; 512], _: u64) -> bool {
     false
 }
 

@@ -19,6 +19,8 @@ fn vhd_footer(length: usize) -> Vec<u8> {
     footer[..8].copy_from_slice(b"conectix");
     footer[8..16].copy_from_slice(&[0, 0, 0, 2, 0, 1, 0, 0]);
     footer[16..24].fill(0xff);
+    // Of the files that end with it here.
+    footer[48..56].copy_from_slice(&(4096 - length as u64).to_be_bytes());
     footer[60..64].copy_from_slice(&2_u32.to_be_bytes());
     let sum: u32 = footer.iter().map(|byte| u32::from(*byte)).sum();
     footer[64..68].copy_from_slice(&(!sum).to_be_bytes());
@@ -85,6 +87,8 @@ fn a_disk_is_not_taken_for_an_image_because_its_last_sector_begins_like_one() {
     let mut outside = dmg_trailer();
     outside[32..40].copy_from_slice(&4096_u64.to_be_bytes());
     assert_eq!(probe_bytes(&ending_with(&outside)), Format::Raw);
+    // One that does not say the length of the file.
+    assert_eq!(probe_bytes(&ending_with(&vhd_footer(512))[512..]), Format::Raw);
     // The footer in the middle of a disk is the guest's.
     let mut middle = ending_with(&vhd_footer(512));
     middle.extend_from_slice(&[0; 512]);

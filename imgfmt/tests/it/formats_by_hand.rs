@@ -5,8 +5,8 @@ use std::path::Path;
 
 use imgfmt::{ErrorKind, Format, Image, OpenOptions, OpenPolicy};
 
-use crate::bodies::foreign_images::{Vhd, vpc_fixed};
-use crate::common::{all_extents, at, range};
+use crate::bodies::foreign_images::{Vhd, parallels, vpc_fixed};
+use crate::common::{all_extents, at, has_tool, qemu, range};
 
 const BLOCK: u64 = 4096;
 const SIZE: u64 = 9 * BLOCK;
@@ -106,4 +106,52 @@ fn a_raw_disk_whose_guest_wrote_the_footer_of_a_vhd_with_a_parent_is_not_opened_
     std::fs::write(&path, disk).unwrap();
     let error = Image::open(&path, &OpenOptions::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidFormat, "{error}");
+}
+
+#[test]
+fn a_raw_disk_in_which_the_footer_of_a_fixed_vhd_lies_is_not_cut_short() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.raw");
+    let as_vhd = OpenOptions::new().format(Format::Vpc);
+    for (size, is_short) in [(512, false), (512, true), (1024, false), (1 << 16, false)] {
+        let footer = vpc_fixed(size).split_off(size as usize);
+        let footer = if is_short { &footer[..511] } else { &footer[..] };
+        let disk = [&vec![3; (1 << 16) - footer.len()], footer].concat();
+        std::fs::write(&path, &disk).unwrap();
+        let image = Image::open(&path, &OpenOptions::new()).unwrap();
+        assert_eq!((image.format(), image.size()), (Format::Raw, 1 << 16), "{size}");
+        assert!(content(&path).unwrap() == disk, "{size}");
+        let error = Image::open(&path, &as_vhd).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidFormat, "{size}: {error}");
+    }
+    // At the start it is taken for an image, and refused.
+    for size in [512, (1 << 16) - 512] {
+        let mut disk = vpc_fixed(size).split_off(size as usize);
+        disk.resize(1 << 16, 3);
+        std::fs::write(&path, &disk).unwrap();
+        let error = Image::open(&path, &OpenOptions::new()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidFormat, "{size}: {error}");
+    }
+    // Old programs wrote a byte less.
+    let mut short = vpc_fixed(SIZE);
+    short.pop();
+    std::fs::write(&path, &short).unwrap();
+    assert!(content(&path).unwrap() == vec![5; SIZE as usize]);
+}
+
+#[test]
+fn a_parallels_image_that_calls_itself_empty_shows_what_its_table_has() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.hds");
+    for magic in [b"WithoutFreeSpace", b"WithouFreSpacExt"] {
+        let unit = if magic.ends_with(b"Ext") { 1 } else { 8 };
+        let mut image = parallels(magic, 3 * BLOCK, &[unit, 0, 2 * unit]);
+        image[52] |= 1;
+        std::fs::write(&path, image).unwrap();
+        let expected = sectors(&[(8, 1), (8, 0), (8, 3)]);
+        assert!(content(&path).unwrap() == expected);
+        if has_tool("qemu-img") {
+            assert!(qemu::content(&path, "parallels") == expected, "QEMU");
+        }
+    }
 }

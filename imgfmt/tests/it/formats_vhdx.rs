@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use imgfmt::{Error, ErrorKind, ExtentKind, Format, Image, OpenOptions};
+use imgfmt::{BackingFile, Error, ErrorKind, ExtentKind, Format, Image, OpenOptions};
 
 use crate::bodies::foreign_vhdx::{
     BAT, DATA, MIB, PARTIAL, PRESENT, Parts, ZERO, block, seal, seeds, vhdx,
@@ -291,6 +291,31 @@ fn what_must_be_known_and_is_not_is_refused() {
     ] {
         let error = with(change);
         assert!(error.to_string().contains(what), "{what}: {error}");
+    }
+}
+
+#[test]
+fn a_block_that_lies_past_all_offsets_is_damage() {
+    for state in [PRESENT, PARTIAL] {
+        let mut states = [0; 17];
+        (states[0], states[16]) = (u64::MAX << 20 | state, block(6 * MIB, PRESENT));
+        let pairs = [
+            ("parent_linkage", "{5A5A5A5A-5a5a-5a5a-5a5a-5a5a5a5a5a5a}"),
+            ("relative_path", "base.vhdx"),
+        ];
+        let mut parts = Parts::new(512 << 20, 512, &states).over(&pairs, &[0xff; 64]);
+        // Blocks of 256 MiB.
+        parts.items[..4].copy_from_slice(&(256u32 << 20).to_le_bytes());
+        let mut image = parts.image();
+        image[6 * MIB..7 * MIB].fill(0xff);
+        let directory = tempfile::tempdir().unwrap();
+        let path = write(directory.path(), "disk.vhdx", &image);
+        let image = Image::open(path, &options().backing(BackingFile::Ignored)).unwrap();
+        for offset in [0, MIB as u64, (256 << 20) - 512] {
+            let error = image.read_at(at(offset), &mut [0; 512]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        }
+        vhdx(&parts.bytes());
     }
 }
 

@@ -1,8 +1,11 @@
 //! VMDK: what only it has. Several files, descriptors, parents, compressed grains.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use imgfmt::{BackingFile, Error, ErrorKind, ExtentKind, Format, Image, OpenOptions, OpenPolicy};
+use imgfmt::{
+    BackingFile, Error, ErrorKind, ExtentKind, Format, Image, NameTarget, OpenOptions, OpenPolicy,
+};
 
 use crate::bodies;
 use crate::bodies::foreign_vmdk::{
@@ -90,6 +93,7 @@ fn grains_are_stored_zeroed_absent_and_compressed() {
         (COMPRESSED, false, &plain),
         (COMPRESSED, true, &plain),
         (COMPRESSED & !(1 << 17), false, &plain),
+        (COMPRESSED | 0b100, false, &grains),
     ] {
         let mut image = hosted(&Hosted { flags, at_end, ..Hosted::new(grains) });
         if flags & (0b11 << 16) == 1 << 16 {
@@ -278,6 +282,15 @@ fn extents_are_files_that_the_policy_allows() {
     let trusting = options().policy(OpenPolicy::any_file());
     let error = Image::open(&path, &trusting).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::PolicyDenied, "{error}");
+    // Nor does a name that says what is below it.
+    let reader = |name: &str| {
+        let file = NameTarget::File(name["json:".len()..].into());
+        Ok(NameTarget::WithBacking(Box::new(file), BackingFile::Ignored))
+    };
+    let reading = options().policy(OpenPolicy::any_file().read_scheme("json", Arc::new(reader)));
+    describe(&path, "RW 1 FLAT \"json:/dev/zero\" 0");
+    let error = Image::open(&path, &reading).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::PolicyDenied, "{error}");
     describe(&path, "RW 1 FLAT \"../outer\" 0");
     Image::open(&path, &trusting).unwrap();
     // It is described without opening them.
@@ -297,6 +310,45 @@ fn a_part_of_a_disk_is_not_taken_for_a_disk() {
         let error = open_error(&path);
         assert!(error.to_string().contains("open the descriptor"), "{error}");
     }
+}
+
+#[test]
+fn a_descriptor_in_an_extent_is_as_long_as_the_header_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.vmdk");
+    let with_length = |capacity: u64, sectors: u64, text: &[u8]| {
+        let mut image = hosted(&Hosted::new(&[5]));
+        image[12..20].copy_from_slice(&capacity.to_le_bytes());
+        image[36..44].copy_from_slice(&sectors.to_le_bytes());
+        image.resize(3 << 20, 0);
+        image[SECTOR..SECTOR + text.len()].copy_from_slice(text);
+        std::fs::write(&path, image).unwrap();
+    };
+    let mut text = b"# Disk DescriptorFile\nversion=1\nRW 3 ZERO\n".to_vec();
+    text.resize(SECTOR, b'\n');
+    text.extend(b"RW 4 ZERO\n");
+    with_length(0, 1, &text);
+    assert_eq!(Image::open(&path, &options()).unwrap().size(), 3 * SECTOR as u64);
+    with_length(0, 2, &text);
+    assert_eq!(Image::open(&path, &options()).unwrap().size(), 7 * SECTOR as u64);
+    // None of it is left out.
+    for capacity in [0, 8] {
+        for sectors in [2049, 1 << 20, u64::MAX >> 9] {
+            with_length(
+                capacity,
+                sectors,
+                b"# Disk DescriptorFile\nversion=1\nRW 8 SPARSE \"x\"\n",
+            );
+            let error = open_error(&path);
+            assert_eq!(error.kind(), ErrorKind::InvalidFormat, "{error}");
+            assert!(error.to_string().contains("longer than 1 MiB"), "{error}");
+        }
+    }
+    with_length(0, 2, b"");
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, [&bytes[..SECTOR], b"# Disk DescriptorFile\nRW 3 ZERO\n"].concat())
+        .unwrap();
+    assert!(open_error(&path).to_string().contains("cut off"));
 }
 
 #[test]

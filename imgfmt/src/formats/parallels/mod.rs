@@ -8,8 +8,9 @@
 //! | 28 | 4 | sectors of a cluster |
 //! | 32 | 4 | entries of the table |
 //! | 36 | 8 | sectors of the disk; 4 bytes in the old form |
-//! | 52 | 4 | flags; bit 0: the disk is empty |
 //! | 64 | | the table: 4 bytes for each cluster, its offset, or 0 |
+//!
+//! The flag at 52 that says that the disk is empty is not trusted: programs leave it behind.
 
 use super::blocks::{BlockImage, Blocks, Piece, Place};
 use super::file::{Cursor, ImageFile};
@@ -21,7 +22,6 @@ const OLD: &[u8] = b"WithoutFreeSpace";
 const EXTENDED: &[u8] = b"WithouFreSpacExt";
 const SECTOR: u64 = 512;
 const HEADER_LENGTH: usize = 64;
-const EMPTY: u32 = 1;
 
 /// Most sectors of a cluster: 1 GiB.
 const CLUSTER_SECTORS_MAX: u32 = 1 << 21;
@@ -44,7 +44,6 @@ struct Parallels {
     cluster: u64,
     /// What an entry counts, in bytes.
     unit: u64,
-    is_empty: bool,
 }
 
 impl Parallels {
@@ -77,8 +76,7 @@ impl Parallels {
             return Err(file.invalid("its table lies beyond the end of the file"));
         }
         let unit = if is_extended { cluster } else { SECTOR };
-        let is_empty = u32_le_at(&header, 52) & EMPTY != 0;
-        Ok(Self { file, size, cluster, unit, is_empty })
+        Ok(Self { file, size, cluster, unit })
     }
 }
 
@@ -92,9 +90,6 @@ impl Blocks for Parallels {
     }
 
     fn find(&self, cursor: &mut Cursor<'_>, guest: u64) -> Result<Option<Piece>> {
-        if self.is_empty {
-            return Ok(Some(Piece { length: self.size - guest, place: Place::Absent }));
-        }
         let (number, within) = (guest / self.cluster, guest % self.cluster);
         let entry = cursor.u32_le(HEADER_LENGTH as u64 + number * 4, guest)?;
         let place = match entry {

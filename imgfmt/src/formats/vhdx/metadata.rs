@@ -21,6 +21,9 @@ const ENTRY: usize = 32;
 /// The longest item, in bytes: a locator of a parent has a few paths.
 const ITEM_MAX: u32 = 1 << 20;
 
+/// Most pairs in the locator of a parent; five are known.
+const PAIRS_MAX: usize = 64;
+
 /// The largest disk, in bytes.
 const SIZE_MAX: u64 = 64 << 40;
 
@@ -135,25 +138,26 @@ fn parent(locator: &[u8], file: &ImageFile) -> Result<Parent> {
         return Err(file.unsupported(detail));
     }
     let count = usize::from(u16_le_at(locator, 18));
-    let text = |offset: u32, length: u16| -> Option<String> {
-        let bytes = locator.get(offset as usize..)?.get(..usize::from(length))?;
-        let units = bytes.chunks_exact(2).map(|unit| u16::from_le_bytes([unit[0], unit[1]]));
-        char::decode_utf16(units).collect::<Result<_, _>>().ok()
-    };
-    let mut pairs = Vec::new();
-    for entry in locator.get(20..).unwrap_or_default().chunks_exact(12).take(count) {
-        let key = text(u32_le_at(entry, 0), u16_le_at(entry, 8));
-        let value = text(u32_le_at(entry, 4), u16_le_at(entry, 10));
-        let Some(pair) = key.zip(value) else {
-            return Err(file.invalid("the locator of its parent is damaged"));
-        };
-        pairs.push(pair);
+    if count > PAIRS_MAX {
+        return Err(file.invalid(format!("the locator of its parent has {count} pairs")));
     }
-    let value = |wanted: &str| {
-        let pair = pairs.iter().find(|(key, _)| key == wanted);
-        pair.map(|(_, value)| value.as_str()).filter(|value| !value.is_empty())
+    let pairs = locator.get(20..).unwrap_or_default().chunks_exact(12).take(count);
+    let bytes = |offset: u32, length: u16| -> Option<&[u8]> {
+        locator.get(offset as usize..)?.get(..usize::from(length))
     };
-    let Some(linkage) = value("parent_linkage").and_then(guid_from) else {
+    // Pairs may overlap, so only the values that are wanted are decoded.
+    let value = |wanted: &str| -> Option<String> {
+        let is_wanted = |pair: &&[u8]| {
+            let key = bytes(u32_le_at(pair, 0), u16_le_at(pair, 8));
+            key.is_some_and(|key| key.iter().copied().eq(wanted.bytes().flat_map(|byte| [byte, 0])))
+        };
+        let pair = pairs.clone().find(is_wanted)?;
+        let value = bytes(u32_le_at(pair, 4), u16_le_at(pair, 10))?;
+        let units = value.chunks_exact(2).map(|unit| u16::from_le_bytes([unit[0], unit[1]]));
+        let value: String = char::decode_utf16(units).collect::<Result<_, _>>().ok()?;
+        (!value.is_empty()).then_some(value)
+    };
+    let Some(linkage) = value("parent_linkage").and_then(|text| guid_from(&text)) else {
         return Err(file.invalid("it does not say which image its parent is"));
     };
     let mut names: Vec<OsString> = Vec::new();
@@ -167,7 +171,8 @@ fn parent(locator: &[u8], file: &ImageFile) -> Result<Parent> {
     }
     // Paths of the machine that made the image; the parent is known by its identity.
     for key in ["relative_path", "volume_path", "absolute_win32_path"] {
-        add(value(key).and_then(|path| path.rsplit(['\\', '/']).next()).unwrap_or_default());
+        let path = value(key).unwrap_or_default();
+        add(path.rsplit(['\\', '/']).next().unwrap_or_default());
     }
     if names.is_empty() {
         return Err(file.invalid(NAMELESS));
@@ -196,7 +201,46 @@ const NAMELESS: &str = "it has only what changed since another image, which it d
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::error::ErrorKind;
+    use crate::storage::MemoryStorage;
+
+    #[test]
+    fn pairs_of_a_locator_that_overlap_are_not_all_decoded() {
+        let file = ImageFile::new(Arc::new(MemoryStorage::from_bytes(&[0; 512])), None).unwrap();
+        let units = |text: &str| text.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<_>>();
+        let locator = |filler: usize| {
+            let mut bytes = VHDX_PARENT.to_vec();
+            bytes.extend([0, 0]);
+            bytes.extend((filler as u16 + 2).to_le_bytes());
+            let mut texts = Vec::new();
+            let start = (20 + (filler + 2) * 12) as u32;
+            for _ in 0..filler {
+                // Both are most of what follows, and no text.
+                bytes.extend([start.to_le_bytes(), start.to_le_bytes()].concat());
+                bytes.extend([0xff; 4]);
+            }
+            let guid = "{83ED0EC3-24C8-49A6-A959-5E4BF1288BFB}";
+            for (key, value) in [("parent_linkage", guid), ("relative_path", ".\\base.vhdx")] {
+                let (key, value) = (units(key), units(value));
+                bytes.extend((start + texts.len() as u32).to_le_bytes());
+                bytes.extend((start + (texts.len() + key.len()) as u32).to_le_bytes());
+                bytes.extend((key.len() as u16).to_le_bytes());
+                bytes.extend((value.len() as u16).to_le_bytes());
+                texts.extend([key, value].concat());
+            }
+            texts.resize(1 << 17, 0xd8);
+            [bytes, texts].concat()
+        };
+        let found = parent(&locator(PAIRS_MAX - 2), &file).unwrap();
+        assert_eq!(found.names, ["./base.vhdx", "base.vhdx"]);
+        for filler in [PAIRS_MAX - 1, 65_533] {
+            let error = parent(&locator(filler), &file).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidFormat, "{error}");
+        }
+    }
 
     #[test]
     fn a_guid_is_read_as_it_is_shown() {

@@ -134,7 +134,7 @@ impl Vhdx {
         }
         let length = (count * sector - guest % sector).min(block_size - guest % block_size);
         let place = match is_present {
-            Some(true) => Place::Stored(place + guest % block_size),
+            Some(true) => Place::Stored(place.saturating_add(guest % block_size)),
             _ => Place::Absent,
         };
         Ok(Some(Piece { length, place }))

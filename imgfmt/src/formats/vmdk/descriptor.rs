@@ -24,7 +24,7 @@ use crate::formats::foreign::{Identity, Parent};
 pub(super) const SECTOR: u64 = 512;
 
 /// The longest descriptor, in bytes. 4096 lines take a quarter of that.
-pub(super) const LENGTH_MAX: u64 = 1 << 20;
+const LENGTH_MAX: u64 = 1 << 20;
 
 /// Most extents of one disk: each is an open file.
 const EXTENTS_MAX: usize = 4096;
@@ -64,8 +64,21 @@ pub(super) enum ExtentKind {
 }
 
 impl Descriptor {
+    /// Reads all of a text of this length at an offset of `file`: a line that is left out may be one of
+    /// an extent, or the one that names the parent.
+    pub(super) fn read((offset, length): (u64, u64), file: &ImageFile) -> Result<Self> {
+        if length > LENGTH_MAX {
+            return Err(file.invalid("its descriptor is longer than 1 MiB"));
+        }
+        let text = file.read_up_to(offset, length)?;
+        if text.len() as u64 != length {
+            return Err(file.invalid("its descriptor is cut off"));
+        }
+        Self::parse(&text, file)
+    }
+
     /// Reads a text, which errors say to be in `file`.
-    pub(super) fn parse(text: &[u8], file: &ImageFile) -> Result<Self> {
+    fn parse(text: &[u8], file: &ImageFile) -> Result<Self> {
         // The space that is set aside for a text in a sparse extent is filled up with zeroes.
         let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
         let lines = || {

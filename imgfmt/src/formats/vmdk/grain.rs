@@ -15,19 +15,22 @@ use crate::error::Result;
 use crate::mapping::Encoded;
 use crate::ordered_lock::{OrderedRwLock, rank};
 
-/// How many grains are kept.
-const KEPT: usize = 16;
+/// How many bytes of grains are kept, and most grains.
+const BYTES_MAX: u64 = 4 << 20;
+const KEPT_MAX: u64 = 16;
 
 /// A grain and its offset on the disk.
 type Grain = (u64, Arc<[u8]>);
 
 /// Grains that were read lately.
 #[derive(Debug)]
-pub(super) struct Grains([OrderedRwLock<{ rank::FOREIGN_PAGE }, Option<Grain>>; KEPT]);
+pub(super) struct Grains(Box<[OrderedRwLock<{ rank::FOREIGN_PAGE }, Option<Grain>>]>);
 
 impl Grains {
-    pub(super) fn new() -> Self {
-        Self(std::array::from_fn(|_| OrderedRwLock::new(None)))
+    /// For grains of up to `largest` bytes.
+    pub(super) fn new(largest: u64) -> Self {
+        let count = (BYTES_MAX / largest.max(1)).clamp(1, KEPT_MAX);
+        Self((0..count).map(|_| OrderedRwLock::new(None)).collect())
     }
 
     /// Fills a buffer with a part of a grain: from `offset` of its extent on, which is `guest` on the
@@ -41,7 +44,7 @@ impl Grains {
     ) -> Result<()> {
         let inside = offset % sparse.grain;
         let (first, first_guest) = (offset - inside, guest - inside);
-        let slot = &self.0[(offset / sparse.grain % KEPT as u64) as usize];
+        let slot = &self.0[(offset / sparse.grain % self.0.len() as u64) as usize];
         let kept = match &*slot.read() {
             Some((kept, grain)) if *kept == first_guest => Some(Arc::clone(grain)),
             _ => None,

@@ -45,17 +45,17 @@ pub(super) fn open(opening: Opening<'_>) -> Result<Box<dyn ForeignImage>> {
         return Err(file.unsupported(PART));
     }
     if !start.starts_with(&HOSTED_MAGIC) {
-        return Ok(Box::new(Vmdk::described(file, 0, path, files)?));
+        let length = file.len();
+        return Ok(Box::new(Vmdk::described(file, (0, length), path, files)?));
     }
     let header = HostedHeader::read(&file)?;
-    let Some((offset, length)) = header.descriptor() else {
+    let Some(place) = header.descriptor() else {
         return Err(file.unsupported(PART));
     };
     if header.capacity() == 0 {
-        return Ok(Box::new(Vmdk::described(file, offset, path, files)?));
+        return Ok(Box::new(Vmdk::described(file, place, path, files)?));
     }
-    let text = file.read_up_to(offset, length.min(descriptor::LENGTH_MAX))?;
-    let descriptor = Descriptor::parse(&text, &file)?;
+    let descriptor = Descriptor::read(place, &file)?;
     if descriptor.extents.len() > 1 {
         return Err(file.unsupported("it names several extents, but lies in one of them"));
     }
@@ -98,21 +98,20 @@ enum Data {
 impl Vmdk {
     fn new(file: Arc<ImageFile>, descriptor: Descriptor, extents: Vec<Extent>) -> Self {
         let Descriptor { identity, parent, .. } = descriptor;
-        Self { file, identity, parent, backing: None, extents, grains: Grains::new() }
+        let grains = extents.iter().filter_map(Extent::compressed_grain).max();
+        let grains = Grains::new(grains.unwrap_or(1));
+        Self { file, identity, parent, backing: None, extents, grains }
     }
 
-    /// Opens a disk by the descriptor at an offset of a file, with the extents that it names.
+    /// Opens a disk by the descriptor at a place of a file, an offset and a length, with the extents
+    /// that it names.
     fn described(
         file: Arc<ImageFile>,
-        offset: u64,
+        place: (u64, u64),
         path: Option<&Path>,
         files: Option<&mut OpenFile<'_>>,
     ) -> Result<Self> {
-        let text = file.read_up_to(offset, descriptor::LENGTH_MAX + 1)?;
-        if text.len() as u64 > descriptor::LENGTH_MAX && offset == 0 {
-            return Err(file.invalid("its descriptor is longer than 1 MiB"));
-        }
-        let descriptor = Descriptor::parse(&text, &file)?;
+        let descriptor = Descriptor::read(place, &file)?;
         let mut opener = files.map(|open| ExtentOpener {
             open,
             directory: path.and_then(Path::parent),
@@ -217,6 +216,14 @@ impl Extent {
             Data::Zero | Data::Barred(_) => None,
             Data::Flat(file, _) => Some(file),
             Data::Sparse(sparse) => Some(&sparse.file),
+        }
+    }
+
+    /// The size of its grains in bytes, if they are compressed.
+    fn compressed_grain(&self) -> Option<u64> {
+        match &self.data {
+            Data::Sparse(sparse) if sparse.is_compressed() => Some(sparse.grain),
+            _ => None,
         }
     }
 

@@ -95,6 +95,7 @@ pub(super) enum Kind {
         has_zeroed: bool,
     },
     Compressed {
+        has_zeroed: bool,
         /// Before each grain is written which one it is, and how long.
         has_markers: bool,
     },
@@ -161,7 +162,7 @@ impl Sparse {
         }
         let kind = match u16_le_at(&header.0, 77) {
             0 => Kind::Plain { has_zeroed: flag(2) },
-            1 => Kind::Compressed { has_markers: flag(17) },
+            1 => Kind::Compressed { has_zeroed: flag(2), has_markers: flag(17) },
             other => {
                 let detail =
                     format!("its grains are compressed in a way that is not known, {other}");
@@ -239,7 +240,10 @@ impl Sparse {
         let offset = u64::from(entry) * SECTOR;
         Ok(match (entry, self.kind) {
             (ABSENT, _) => Place::Absent,
-            (ZEROED, Kind::Plain { has_zeroed: true }) => Place::Zero,
+            (
+                ZEROED,
+                Kind::Plain { has_zeroed: true } | Kind::Compressed { has_zeroed: true, .. },
+            ) => Place::Zero,
             (ZEROED, _) => {
                 return Err(self.file.corrupt("its table takes the header for a grain", guest));
             }
@@ -266,9 +270,13 @@ impl Sparse {
         }
     }
 
+    pub(super) fn is_compressed(&self) -> bool {
+        matches!(self.kind, Kind::Compressed { .. })
+    }
+
     /// Whether before each compressed grain is written which one it is.
     pub(super) fn has_markers(&self) -> bool {
-        self.kind == Kind::Compressed { has_markers: true }
+        matches!(self.kind, Kind::Compressed { has_markers: true, .. })
     }
 
     /// Where an entry of a table is, if the table exists; `None` if that would take waiting.

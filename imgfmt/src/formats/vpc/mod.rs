@@ -41,9 +41,9 @@ use crate::error::Result;
 
 const SECTOR: u64 = 512;
 const FOOTER_LENGTH: usize = 512;
-/// Old versions of Virtual PC wrote a byte less.
-const SHORT_FOOTER_LENGTH: u64 = 511;
 const VERSION: u32 = 0x0001_0000;
+/// Of the disk, in the footer.
+const SIZE: usize = 48;
 const FOOTER_CHECKSUM: usize = 64;
 const HEADER_CHECKSUM: usize = 36;
 
@@ -59,6 +59,7 @@ const GEOMETRY_MAX: u64 = 65535 * 16 * 255 * SECTOR;
 /// How many bits of a block's bitmap are looked at for one piece.
 const SECTORS_MAX: u64 = 1 << 14;
 
+const FIXED: u32 = 2;
 const DYNAMIC: u32 = 3;
 const DIFFERENCING: u32 = 4;
 
@@ -67,10 +68,17 @@ pub(super) fn starts(start: &[u8]) -> bool {
     start.starts_with(b"conectix")
 }
 
-/// Whether a file that ends so is one. Guests can write what is at the end of a raw disk, but do not
-/// gain anything: without a copy at the start only a fixed image is opened, which names no file.
-pub(super) fn ends(end: &[u8; FOOTER_LENGTH]) -> bool {
-    is_footer(end) || is_footer(&end[1..])
+/// Whether a file of that length that ends so is one. Guests can write what is at the end of a raw
+/// disk, but do not gain anything: without a copy at the start only a fixed image is opened, which
+/// names no file, and only if nothing of the file but the footer is missing from its disk.
+pub(super) fn ends(end: &[u8; FOOTER_LENGTH], length: u64) -> bool {
+    let footer = if is_footer(end) { &end[..] } else { &end[1..] };
+    is_footer(footer) && (u32_at(footer, 60) != FIXED || is_whole(footer, length))
+}
+
+/// Whether a fixed image with this footer at its end has this length.
+fn is_whole(footer: &[u8], length: u64) -> bool {
+    u64_at(footer, SIZE).checked_add(footer.len() as u64) == Some(length)
 }
 
 fn is_footer(footer: &[u8]) -> bool {
@@ -123,9 +131,6 @@ impl Vpc {
                 (Some(table), parent)
             }
         };
-        if table.is_none() && !file.has(0, size.saturating_add(SHORT_FOOTER_LENGTH)) {
-            return Err(file.invalid(format!("the file is too short for its disk of {size} bytes")));
-        }
         Ok(Self { file, size, identity: footer.identity, table, parent })
     }
 
@@ -220,16 +225,17 @@ enum Kind {
 }
 
 impl Footer {
-    /// Reads the copy at the start, or else the footer at the end.
+    /// Reads the copy at the start, which fixed images do not have, or else the footer at the end.
     fn read(file: &ImageFile) -> Result<Self> {
         let start: [u8; FOOTER_LENGTH] = file.read(0)?;
-        if is_footer(&start) {
+        if is_footer(&start) && u32_at(&start, 60) != FIXED {
             return Self::parse(file, &start, true);
         }
         let end: [u8; FOOTER_LENGTH] = match file.len().checked_sub(FOOTER_LENGTH as u64) {
             Some(offset) => file.read(offset)?,
             None => start,
         };
+        // Old versions of Virtual PC wrote a byte less.
         let footer = if is_footer(&end) { &end[..] } else { &end[1..] };
         match is_footer(footer) {
             true => Self::parse(file, footer, starts(&start)),
@@ -247,7 +253,15 @@ impl Footer {
             return Err(file.unsupported(format!("its format is VHD {}, not 1", version >> 16)));
         }
         let kind = match u32_at(footer, 60) {
-            2 => Kind::Fixed,
+            FIXED if is_whole(footer, file.len()) => Kind::Fixed,
+            FIXED => {
+                let detail = format!(
+                    "its footer says that the disk has {} bytes, which the length of the file \
+                     contradicts",
+                    u64_at(footer, SIZE)
+                );
+                return Err(file.invalid(detail));
+            }
             kind @ (DYNAMIC | DIFFERENCING) if has_copy => {
                 Kind::Sparse { header: u64_at(footer, 16), is_differencing: kind == DIFFERENCING }
             }
@@ -263,7 +277,7 @@ impl Footer {
         identity.copy_from_slice(&footer[68..84]);
         Ok(Self {
             kind,
-            size: u64_at(footer, 48) / SECTOR * SECTOR,
+            size: u64_at(footer, SIZE) / SECTOR * SECTOR,
             geometry: goes_by_geometry.then_some(sectors * SECTOR),
             identity: Identity(identity),
         })
