@@ -81,7 +81,7 @@ fn malformed_uris_are_refused() {
     {
         let outcome = nbd_cli(&["info", uri]);
         assert_eq!(outcome.code, Some(1), "{uri}: {outcome:?}");
-        assert!(outcome.stderr.contains("<URI>"), "{uri}: {outcome:?}");
+        assert!(outcome.stderr.contains("[URI]"), "{uri}: {outcome:?}");
     }
     let outcome = nbd_cli(&["copy", "nbd+unix:///x", "null:"]);
     assert_eq!(outcome.code, Some(1));
