@@ -91,7 +91,9 @@ fn submit_nine(disk: &Scripted, client: &mut Client) {
     client.submit(7 * 4096, 512, &Command::Trim(Durability::Fua), &[]);
     let zeroes = Command::WriteZeroes(ZeroMode::MayUnmap, Speed::Any, Durability::Fua);
     client.submit(8 * 4096, 512, &zeroes, &[]);
-    wait_until("all are written", || count(&disk.writes) == 7 && disk.gate.arrived() == 2);
+    wait_until("all are carried out", || {
+        count(&disk.writes) == 7 && count(&disk.discards) == 2 && disk.gate.arrived() == 2
+    });
 }
 
 #[test]

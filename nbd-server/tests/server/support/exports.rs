@@ -88,6 +88,8 @@ pub struct Scripted {
     pub bytes_read: AtomicUsize,
     pub writes: AtomicUsize,
     pub quick_writes: AtomicUsize,
+    /// TRIM and WRITE_ZEROES that were carried out.
+    pub discards: AtomicUsize,
     pub durable_writes: AtomicUsize,
     pub flushes: AtomicUsize,
     /// How many of the next flushes fail.
@@ -107,6 +109,7 @@ impl Scripted {
             bytes_read: AtomicUsize::new(0),
             writes: AtomicUsize::new(0),
             quick_writes: AtomicUsize::new(0),
+            discards: AtomicUsize::new(0),
             durable_writes: AtomicUsize::new(0),
             flushes: AtomicUsize::new(0),
             bad_flushes: AtomicUsize::new(0),
@@ -184,7 +187,9 @@ impl Export for Scripted {
         if durable == Durability::Fua {
             count(&self.durable_writes);
         }
-        self.disk.trim(offset, length, durable)
+        self.disk.trim(offset, length, durable)?;
+        count(&self.discards);
+        Ok(())
     }
 
     fn write_zeroes(
@@ -204,7 +209,9 @@ impl Export for Scripted {
         if durable == Durability::Fua {
             count(&self.durable_writes);
         }
-        self.disk.write_zeroes(offset, length, mode, speed, durable)
+        self.disk.write_zeroes(offset, length, mode, speed, durable)?;
+        count(&self.discards);
+        Ok(())
     }
 
     fn cache(&self, offset: u64, length: u64) -> Result<(), ExportError> {

@@ -137,7 +137,8 @@ fn what_is_changed_on_the_way_ends_the_connection() {
     let mut forged = vec![0x17, 3, 3, 0, 64];
     forged.extend([0; 64]);
     stream.get_mut().write_all(&forged).unwrap();
-    stream.get_mut().write_all(&option(EXPORT_NAME, &[])).unwrap();
+    // The server may have closed the connection already.
+    let _ = stream.get_mut().write_all(&option(EXPORT_NAME, &[]));
     let answer = rest(stream.get_mut());
     assert!(answer.len() < 64, "no more than an alert: {} bytes", answer.len());
 }
