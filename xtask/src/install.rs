@@ -57,7 +57,7 @@ pub(crate) fn choose_openssl(command: &mut Command, vendored: bool) {
 /// Whether pkg-config finds the libraries and headers of a maintained OpenSSL.
 ///
 /// The build finds them by pkg-config as well: without it they count as missing.
-fn system_has_openssl() -> bool {
+pub(crate) fn system_has_openssl() -> bool {
     let mut command = Command::new("pkg-config");
     command.arg(format!("--atleast-version={OLDEST_OPENSSL}")).arg("openssl");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
