@@ -46,8 +46,9 @@ impl Image {
     /// Finds where `length` bytes at `offset` are stored, so that the caller can write them itself,
     /// bypassing the page cache, to one range of one file. Does not block. `None` if
     /// [`write_at`](Self::write_at) has to write them: they are in several places, need new
-    /// clusters, or the lookup would block. In all cache modes, such a write is durable only after
-    /// a [`flush`](Self::flush).
+    /// clusters, or the lookup would block. In all cache modes, such a write is durable after a
+    /// [`flush`](Self::flush), and if [`WriteMap::is_durable_alone`] says so, once its own bytes are
+    /// on stable storage.
     ///
     /// # Errors
     ///

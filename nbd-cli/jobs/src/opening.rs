@@ -1,11 +1,35 @@
 //! Opens sources on threads of their own, so that one that hangs holds nothing else up.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 use crate::error::JobError;
+
+/// Maximum number of threads that open something: each that hangs holds files and their locks.
+const OPENING_MAX: usize = 16;
+static OPENING: Places = Places(AtomicUsize::new(0));
+
+/// Counts threads.
+struct Places(AtomicUsize);
+
+/// The place of a thread, until it ends.
+struct Place<'a>(&'a Places);
+
+impl Places {
+    fn take(&self) -> Option<Place<'_>> {
+        let next = |count| (count < OPENING_MAX).then_some(count + 1);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).ok().map(|_| Place(self))
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// What is being done, for an error that says so.
 #[derive(Clone, Debug)]
@@ -40,30 +64,35 @@ impl Step {
 ///
 /// # Errors
 ///
-/// If it takes longer, or the system has no thread left. The thread is left to itself then: nothing
+/// If it takes longer, if `open` panics, if the system has no thread left, or if too many threads are
+/// still opening something. After a time limit the thread is left to itself then: nothing
 /// waits for it, not even the end of the runtime, and it closes what it opens later.
 ///
 /// # Cancel safety
 ///
 /// Safe; the thread is left to itself, as after an error.
-///
-/// # Panics
-///
-/// If `open` does.
 pub async fn open_within<T: Send + 'static>(
     limit: Duration,
     first: impl Into<String>,
     open: impl FnOnce(&Step) -> T + Send + 'static,
 ) -> Result<T, JobError> {
     let step = Step(Arc::new(Mutex::new(first.into())));
+    let Some(place) = OPENING.take() else {
+        return Err(JobError::source(format!(
+            "{} was not begun: {OPENING_MAX} sources are still being opened, and their servers or \
+             file systems may hang; mend them, or restart this server",
+            step.name()
+        )));
+    };
     let (sender, opened) = oneshot::channel();
     let own = step.clone();
     let thread = std::thread::Builder::new().name("open".to_owned());
     let thread = thread.spawn(move || {
         // If it is waited for no longer, what is open is closed here.
         let _ = sender.send(open(&own));
+        drop(place);
     });
-    let thread = thread.map_err(|error| {
+    thread.map_err(|error| {
         JobError::source(format!("cannot start a thread for {}: {error}", step.name()))
     })?;
     let opened = match limit.is_zero() {
@@ -73,10 +102,10 @@ pub async fn open_within<T: Send + 'static>(
     match opened {
         Ok(opened) => Ok(opened),
         // Only a panic ends the thread without a result.
-        Err(_) => match thread.join() {
-            Err(panic) => std::panic::resume_unwind(panic),
-            Ok(()) => Err(JobError::source(format!("{} was abandoned", step.name()))),
-        },
+        Err(_) => Err(JobError::source(format!(
+            "{} failed because of a mistake in this program; please report it",
+            step.name()
+        ))),
     }
 }
 
@@ -132,8 +161,18 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "mistake")]
-    fn a_panic_is_handed_on() {
-        let _ = run(open_within(Duration::ZERO, "opening", |_| panic!("mistake")));
+    fn a_panic_is_an_error_that_names_the_step() {
+        let outcome = run(open_within::<()>(Duration::ZERO, "opening 'a'", |_| panic!("mistake")));
+        let error = outcome.expect_err("it failed").to_string();
+        assert!(error.starts_with("opening 'a' failed because of a mistake"), "{error}");
+    }
+
+    #[test]
+    fn only_so_many_sources_are_opened_at_a_time() {
+        let places = Places(AtomicUsize::new(0));
+        let mut taken: Vec<_> = (0..OPENING_MAX).filter_map(|_| places.take()).collect();
+        assert!(taken.len() == OPENING_MAX && places.take().is_none());
+        taken.pop();
+        assert!(places.take().is_some());
     }
 }

@@ -135,9 +135,18 @@ fn lost(error: &io::Error) -> ExportError {
     }
 }
 
-/// Whether the system says with an error that it has not begun to write.
+/// Whether the system says with an error that it has not begun to write. Not so `EINTR` and `ENOMEM`:
+/// a sync may report them for data that was lost before, and only once.
 fn is_refusal(error: &io::Error) -> bool {
-    let refusals = [libc::EINVAL, libc::EOPNOTSUPP, libc::ENOSYS, libc::EBADF, libc::EAGAIN];
+    let refusals = [
+        libc::EINVAL,
+        libc::EOPNOTSUPP,
+        libc::ENOSYS,
+        libc::EBADF,
+        libc::EAGAIN,
+        // The ring itself says so of what it has not started.
+        libc::ECANCELED,
+    ];
     error.raw_os_error().is_some_and(|code| refusals.contains(&code))
 }
 

@@ -46,6 +46,43 @@ struct Prepared {
     opened: Vec<OpenedExport>,
 }
 
+/// Sources that a thread opens. If nobody waits for it any more, those that it has opened are closed:
+/// the next one may hang for ever.
+struct Opening(Arc<Mutex<Option<Vec<OpenedExport>>>>);
+
+impl Opening {
+    fn begin() -> Self {
+        Self(Arc::new(Mutex::new(Some(Vec::new()))))
+    }
+
+    /// Adds a source, unless nobody waits for it: it is closed then.
+    fn add(opened: &Mutex<Option<Vec<OpenedExport>>>, source: OpenedExport) {
+        let mut all = lock(opened);
+        match &mut *all {
+            Some(all) => all.push(source),
+            None => {
+                // Closing it may take long.
+                drop(all);
+                drop(source);
+            }
+        }
+    }
+
+    fn take(&self) -> Vec<OpenedExport> {
+        lock(&self.0).take().unwrap_or_default()
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        let opened = self.take();
+        if !opened.is_empty() {
+            // Closing an image may block. Without a thread it is closed here.
+            let _ = std::thread::Builder::new().name("close".to_owned()).spawn(|| drop(opened));
+        }
+    }
+}
+
 /// A request to read the file again: the channel for its result.
 type Wish = oneshot::Sender<Result<Value, Failure>>;
 
@@ -80,8 +117,8 @@ pub(super) struct Reloader {
     controller: Option<Arc<Controller>>,
 }
 
-fn lock(config: &Mutex<Config>) -> MutexGuard<'_, Config> {
-    config.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Reloader {
@@ -168,6 +205,9 @@ impl Reloader {
             let what = without_error_numbers(what.clone());
             tracing::warn!("not changed while the server runs: {what}");
         }
+        if let Some(controller) = &self.controller {
+            controller.set_open_timeout(config.args.open_timeout);
+        }
         lock(&self.kept).clone_from(&config);
         self.config = config;
         Ok(json!({ "added": added, "removed": removed, "left": left }))
@@ -180,6 +220,8 @@ impl Reloader {
         let (old, is_controlled) = (self.config.clone(), self.controller.is_some());
         let limit = config.args.open_timeout;
         let comparing = "comparing the sources of new exports with those that are served";
+        let opening = Opening::begin();
+        let opened = Arc::clone(&opening.0);
         let prepared = open_within(limit, comparing, move |step| {
             let changes = old.configuration.changes_to(&mut config.configuration, LIVE, &served)?;
             if changes.keeps_server {
@@ -188,15 +230,16 @@ impl Reloader {
                 args.open_timeout = limit;
                 config.args = args;
             }
-            let open = |export| {
+            for export in &changes.added {
                 let export = spec(export);
                 step.begin(source::opening(&export));
-                source::open_export(&export, &config.args.tls.tls_only, is_controlled)
-            };
-            let opened = changes.added.iter().map(open).collect::<Result<Vec<_>, _>>()?;
-            Ok(Prepared { config, changes, opened })
+                let tls_only = &config.args.tls.tls_only;
+                Opening::add(&opened, source::open_export(&export, tls_only, is_controlled)?);
+            }
+            Ok::<_, CommandError>((config, changes))
         });
-        prepared.await?
+        let (config, changes) = prepared.await??;
+        Ok(Prepared { config, changes, opened: opening.take() })
     }
 
     /// Refuses, like a start, `tls-only` exports on a server where TLS is not optional.
@@ -227,16 +270,22 @@ impl Reloader {
                 true => Ok(removal.await),
                 false => tokio::time::timeout(limit, removal).await,
             };
+            let is_served =
+                self.server.exports().entries().iter().any(|(served, _)| *served == name);
+            let seconds = limit.as_secs_f64();
             match removed {
                 Ok(Ok(())) => {}
                 Ok(Err(why)) => left.push(format!("{name}: {why}")),
+                Err(_) if is_served => left.push(format!(
+                    "{name}: it is still served: after {seconds} s a request of the control socket is \
+                     still being carried out"
+                )),
                 Err(_) => {
-                    let seconds = limit.as_secs_f64();
                     let why = "flushing it goes on in the background";
                     left.push(format!("{name}: it is removed, but after {seconds} s {why}"));
                 }
             }
-            if self.server.exports().entries().iter().any(|(served, _)| *served == name) {
+            if is_served {
                 config.configuration.exports.push(export);
             } else {
                 names.push(name);

@@ -1,6 +1,7 @@
 //! The disks of a server that is being taken over, while another program has their images.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -25,6 +26,8 @@ pub struct ClosedDisks {
 struct ClosedDisk {
     reopen: Arc<Reopen>,
     files: DiskFiles,
+    /// Keep the inode numbers of the files, by which they are recognised.
+    pins: Vec<OwnedFd>,
     /// The properties of the export, which may have changed since it was opened first.
     entry: ExportEntry,
     /// The bitmaps that it offered.
@@ -63,13 +66,14 @@ impl ServedDisks {
         for (name, disk) in &mut self.disks {
             let Some(reopen) = disk.reopen.clone() else { continue };
             let files = disk.files();
+            let pins = files.pins();
             let entry = registry.remove(name).unwrap_or_else(|| disk.entry());
             let contexts = disk.export.info().meta_contexts;
             // Only the disk itself holds its export now.
             // It may come back: requests that are still carried out count their failures there.
             let entry = entry.same_disk(Arc::new(MemoryExport::new(0)));
             disk.entry = entry.clone();
-            closed.insert(name.clone(), ClosedDisk { reopen, files, entry, contexts });
+            closed.insert(name.clone(), ClosedDisk { reopen, files, pins, entry, contexts });
         }
         while !self.disks.values().all(ServedDisk::is_unused) {
             if Instant::now() >= deadline {
@@ -136,8 +140,10 @@ impl ClosedDisks {
     #[must_use]
     pub fn reopen(self, registry: &ExportRegistry) -> (ServedDisks, Vec<Failure>) {
         let (mut disks, mut failures) = (ServedDisks::default(), Vec::new());
-        for (name, ClosedDisk { reopen, files, entry, contexts }) in self.disks {
-            let mut disk = match reopen_same(&name, &files, &*reopen) {
+        for (name, ClosedDisk { reopen, files, pins, entry, contexts }) in self.disks {
+            let reopened = reopen_same(&name, &files, &*reopen);
+            drop(pins);
+            let mut disk = match reopened {
                 Ok(disk) => disk,
                 Err(failure) => {
                     failures.push(failure);

@@ -47,7 +47,7 @@ pub struct Controller {
     pub(super) disks: Mutex<ServedDisks>,
     pub(super) open: Arc<OpenSource>,
     /// Zero for no limit.
-    pub(super) open_timeout: Duration,
+    open_timeout: std::sync::Mutex<Duration>,
     pub(super) uris: Box<UrisOf>,
     pub(super) reload: Box<Reload>,
     pub(super) observer: Arc<ControlObserver>,
@@ -71,7 +71,7 @@ impl Controller {
                 let message = "this server does not open further sources";
                 Err(Failure::new(ErrorKind::InvalidRequest, message))
             }),
-            open_timeout: Duration::ZERO,
+            open_timeout: std::sync::Mutex::default(),
             uris: Box::new(|_| Vec::new()),
             reload: Box::new(|| {
                 let message = "this server has no configuration file; start it with --config";
@@ -100,9 +100,18 @@ impl Controller {
     /// Sets the time limit for opening such a source; zero, as by default, for no limit. A request
     /// that takes longer fails, and its thread is left to itself.
     #[must_use]
-    pub fn open_timeout(mut self, limit: Duration) -> Self {
-        self.open_timeout = limit;
+    pub fn open_timeout(self, limit: Duration) -> Self {
+        self.set_open_timeout(limit);
         self
+    }
+
+    /// Sets the same time limit for requests from now on.
+    pub fn set_open_timeout(&self, limit: Duration) {
+        *self.open_timeout.lock().unwrap_or_else(PoisonError::into_inner) = limit;
+    }
+
+    pub(super) fn current_open_timeout(&self) -> Duration {
+        *self.open_timeout.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sets the function that returns the URIs of an export by its name; clients receive them for new

@@ -1,9 +1,11 @@
 //! The files of a disk, by which it is recognised when it is opened again.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use imgfmt::Image;
 use imgfmt::storage::FileIdentity;
+use rustix::fs::{Mode, OFlags};
 
 use crate::control::{ErrorKind, Failure};
 use crate::text::printable;
@@ -54,6 +56,14 @@ impl DiskFiles {
     #[must_use]
     pub fn as_slice(&self) -> &[DiskFile] {
         &self.files
+    }
+
+    /// Holds the files, without opening or locking them: until this is dropped, no new file gets the
+    /// inode number of one that is removed.
+    pub(super) fn pins(&self) -> Vec<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let pin = |file: &DiskFile| rustix::fs::open(&file.path, flags, Mode::empty()).ok();
+        self.files.iter().filter_map(pin).collect()
     }
 
     /// Refuses names that lead to other files by now, or to none: the file was renamed, removed or

@@ -193,7 +193,7 @@ impl Controller {
         let name = source.name.clone();
         let open = self.open.clone();
         let step = format!("opening the source '{}'", printable(&source.source));
-        let mut disk = open_within(self.open_timeout, step, move |_| open(&source))
+        let mut disk = open_within(self.current_open_timeout(), step, move |_| open(&source))
             .await
             .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))??;
         if let Some(text) = description {
