@@ -2,8 +2,9 @@
 
 use std::process::Command;
 
-use crate::support::PROGRAM;
 use crate::support::qemu_img::{compare_all, ours, words};
+use crate::support::{PROGRAM, Server, run};
+use crate::tools;
 
 #[test]
 fn images_are_described_alike() {
@@ -72,6 +73,17 @@ fn images_are_described_alike() {
         map --start-offset=100k --max-length=10k raw.img
         map --output=json -s 0x10000 disk.qcow2
         map --output=json --image-opts driver=qcow2,file.filename=disk.qcow2
+        map --output=json -s 2M disk.qcow2
+        map --output=json -l 0 disk.qcow2
+        map -s 2M disk.qcow2
+        map sparse.vmdk
+        map --output=json sparse.vmdk
+        info a.luks
+        info locked.qcow2
+        info --output=json a.luks
+        info --output=json locked.qcow2
+        check a.luks
+        check locked.qcow2
         map -s x disk.qcow2
         map nosuch.img
         map
@@ -115,6 +127,8 @@ fn disks_are_compared_and_measured_alike() {
         compare raw.img longer.qcow2
         compare longer.qcow2 raw.img
         compare disk.qcow2 top.qcow2
+        compare disk.qcow2 big.img
+        compare raw.img big.img
         compare -f raw -F raw empty.img big.img
         compare -f raw -F qcow2 raw.img top.qcow2
         compare -U -T none disk.qcow2 disk.qcow2
@@ -146,6 +160,9 @@ fn disks_are_compared_and_measured_alike() {
         measure -O vmdk --size 1M
         measure
         measure --size 1M raw.img
+        measure --size 1M -l first
+        measure --size 1M -f raw
+        measure --size 1M --image-opts
         measure --size x
         measure -O qcow2 -o nosuch=1 --size 1M
         measure -O qcow2 -o cluster_size=1000 --size 1M
@@ -258,6 +275,10 @@ fn images_are_created_and_converted_alike() {
         convert -n -O raw big.img raw.img
         convert -n -O raw disk.qcow2 odd.img
         convert --target-is-zero -O raw disk.qcow2 raw.img
+        convert -n --target-image-opts -O raw disk.qcow2 driver=raw,file.filename=raw.img
+        convert -n --target-image-opts -c disk.qcow2 driver=raw,file.filename=raw.img
+        convert -n --target-image-opts --bitmaps bitmaps.qcow2 driver=raw,file.filename=raw.img
+        convert -n --target-image-opts raw.img driver=qcow2,file.filename=disk.qcow2 => disk.qcow2
         convert --target-image-opts disk.qcow2 driver=raw,file.filename=raw.img
         convert -c -O raw disk.qcow2 new.img
         convert --bitmaps -O raw bitmaps.qcow2 new.img
@@ -380,6 +401,9 @@ fn images_are_changed_alike() {
         dd -U --image-opts if=driver=qcow2,file.filename=disk.qcow2 of=new.img => new.img
         dd skip=9 bs=1M if=raw.img of=new.img
         dd count=0 if=raw.img of=new.img
+        dd count=1M if=raw.img of=new.img
+        dd skip=1k if=raw.img of=new.img
+        dd bs=1k count=0x2 skip=0x1 if=raw.img of=new.img => new.img
         dd bs=0 if=raw.img of=new.img
         dd bs=x if=raw.img of=new.img
         dd if=raw.img
@@ -408,10 +432,11 @@ fn what_is_not_supported_is_refused_by_name_and_changes_nothing() {
     std::fs::write(here.join("old.img"), [7; 4096]).unwrap();
     std::fs::hard_link(here.join("old.img"), here.join("second-name.img")).unwrap();
     for (line, part) in [
-        ("create -f vmdk new.img 1M", "VMDK"),
+        ("create -f vmdk new.img 1M", "vmdk"),
         ("create -f qcow2 -o encrypt.format=luks new.img 1M", "encrypt"),
         ("create -f qcow2 -o nocow=on new.img 1M", "nocow"),
         ("create -f qcow2 -o data_file=x sub/new.img 1M", "data_file"),
+        ("convert -O qcow2 -o data_file=x old.img sub/new.img", "data_file"),
         ("create old.img 1M", "several names"),
         ("convert -B base.img -F raw -O qcow2 old.img new.img", "-B"),
         ("convert --salvage old.img new.img", "--salvage"),
@@ -429,6 +454,77 @@ fn what_is_not_supported_is_refused_by_name_and_changes_nothing() {
         assert!(is_named && outcome.stderr.lines().count() == 1, "{line}: {outcome:?}");
         assert_eq!(std::fs::read_dir(here).unwrap().count(), 2, "{line}");
         assert_eq!(std::fs::read(here.join("old.img")).unwrap(), [7; 4096], "{line}");
+    }
+}
+
+#[test]
+fn the_format_of_an_export_is_detected_unless_it_is_given() {
+    tools!(_qemu_img = "qemu-img", _qemu_io = "qemu-io");
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    let image = here.join("disk.qcow2").display().to_string();
+    for line in
+        ["qemu-img create -q -f qcow2 disk.qcow2 1M", "qemu-io -c write_-P_7_64k_64k disk.qcow2"]
+    {
+        let words = words(line);
+        run(Command::new(&words[0]).args(&words[1..]).current_dir(here)).success();
+    }
+    let server = Server::ours(&["--read-only", "--format", "raw", &image]);
+    let length = std::fs::metadata(&image).unwrap().len();
+    for (format, detected, size, place) in
+        [("", "qcow2", 1 << 20, 327_680), ("-f raw", "raw", length, 0)]
+    {
+        let ours = |line: &str| ours(here, &words(&line.replace("URI", server.uri())));
+        let info = ours(&format!("info {format} --output=json URI")).success();
+        let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+        assert_eq!((&info["format"], &info["virtual-size"]), (&detected.into(), &size.into()));
+        ours(&format!("convert {format} -O raw URI {detected}.copy")).success();
+        let copy = here.join(format!("{detected}.copy"));
+        assert_eq!(std::fs::metadata(&copy).unwrap().len(), size, "{detected}");
+        ours(&format!("compare {format} -F raw URI {detected}.copy")).success();
+        let map = ours(&format!("map {format} --output=json URI")).success();
+        assert!(map.contains(&format!("\"offset\": {place}}}")), "{map}");
+        assert!(ours(&format!("measure {format} URI")).success().contains(&size.to_string()));
+    }
+    let checked = ours(here, &words(&format!("check {}", server.uri())));
+    assert_eq!(checked.code, Some(0), "{checked:?}");
+}
+
+#[test]
+fn a_comparison_tells_unreadable_metadata_from_unreadable_data() {
+    tools!(_qemu_img = "qemu-img", _qemu_io = "qemu-io");
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    for line in [
+        "qemu-img create -q -f qcow2 whole.qcow2 1M",
+        "qemu-io -c write_-P_7_0_64k whole.qcow2",
+        "qemu-img convert -q -c -O qcow2 whole.qcow2 data.qcow2",
+        "qemu-img convert -q -O qcow2 whole.qcow2 metadata.qcow2",
+    ] {
+        let words = words(line);
+        run(Command::new(&words[0]).args(&words[1..]).current_dir(here)).success();
+    }
+    let number = |bytes: &[u8], at: usize| {
+        (u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) & 0x00ff_ffff_ffff_fe00) as usize
+    };
+    for (name, code) in [("metadata.qcow2", 3), ("data.qcow2", 4)] {
+        let mut bytes = std::fs::read(here.join(name)).unwrap();
+        let table = number(&bytes, number(&bytes, 40));
+        let entry = u64::from_be_bytes(bytes[table..table + 8].try_into().unwrap());
+        match code {
+            // An L2 entry into the middle of a cluster.
+            3 => bytes[table..table + 8].copy_from_slice(&(entry | 0x200).to_be_bytes()),
+            // The 54 low bits of the entry are the place of a small compressed cluster.
+            _ => {
+                let place = (entry & ((1 << 54) - 1)) as usize;
+                bytes[place..place + 16].fill(0xff);
+            }
+        }
+        std::fs::write(here.join(name), bytes).unwrap();
+        let both = ["compare".to_owned(), name.to_owned(), "whole.qcow2".to_owned()];
+        let theirs = run(Command::new("qemu-img").args(&both).current_dir(here));
+        let ours = ours(here, &both);
+        assert_eq!((theirs.code, ours.code), (Some(code), Some(code)), "{theirs:?} {ours:?}");
     }
 }
 

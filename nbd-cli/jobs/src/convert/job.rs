@@ -53,10 +53,14 @@ impl Conversion<'_> {
         create.open = self.for_filling();
         let make = |path: &Path| Image::create(path, &create).map_err(in_destination);
         let (observer, locking) = (&self.context.observer, self.options.create.open.locking);
-        let (new, image) = match self.options.destination {
+        let (mut new, image) = match self.options.destination {
             Destination::Replaced => NewFile::begin_or_replace(path, locking, observer, make),
             _ => NewFile::begin(path, observer, make),
         }?;
+        if let Some((name, _)) = &create.data_file {
+            // It was created too: one that exists is an error.
+            new.add_companion(new.path().with_file_name(name));
+        }
         let filled = self.fill(image, new.path());
         filled.map_err(|error| left(&error, &new.left_behind()))?;
         new.complete(self.options.durable)

@@ -99,6 +99,8 @@ pub struct NewFile {
     name: PathBuf,
     partial: PathBuf,
     replaces: Option<Box<Replaced>>,
+    /// Files that are useless without it.
+    companions: Vec<PathBuf>,
     is_kept: bool,
     observer: Arc<dyn Observer>,
 }
@@ -225,12 +227,19 @@ impl NewFile {
         let made = make(&partial)?;
         observer.temporary_file(&partial, TemporaryFile::Made);
         let observer = observer.clone();
-        Ok((Self { name, partial, replaces: None, is_kept: false, observer }, made))
+        let companions = Vec::new();
+        Ok((Self { name, partial, replaces: None, companions, is_kept: false, observer }, made))
     }
 
     /// Returns the temporary name.
     pub fn path(&self) -> &Path {
         &self.partial
+    }
+
+    /// Adds a file that was created with this one, such as its data file: it is removed with it.
+    pub fn add_companion(&mut self, path: PathBuf) {
+        self.observer.temporary_file(&path, TemporaryFile::Made);
+        self.companions.push(path);
     }
 
     /// Describes the state after a failed command, in words that follow a semicolon.
@@ -280,11 +289,13 @@ impl NewFile {
 
 impl Drop for NewFile {
     fn drop(&mut self) {
-        if !self.is_kept {
-            // A part of a disk is useless; the error that led here is reported.
-            let _ = fs::remove_file(&self.partial);
+        for path in std::iter::once(&self.partial).chain(&self.companions) {
+            if !self.is_kept {
+                // A part of a disk is useless; the error that led here is reported.
+                let _ = fs::remove_file(path);
+            }
+            self.observer.temporary_file(path, TemporaryFile::Gone);
         }
-        self.observer.temporary_file(&self.partial, TemporaryFile::Gone);
     }
 }
 
@@ -370,6 +381,26 @@ mod tests {
         fs::hard_link(&name, directory.path().join("other name")).unwrap();
         assert!(begin().is_err());
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2, "nothing is left behind");
+    }
+
+    #[test]
+    fn a_companion_is_removed_with_its_file_and_kept_with_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let [name, data] = ["disk", "disk.data"].map(|name| directory.path().join(name));
+        let observer = crate::JobContext::default().observer;
+        let begin = || {
+            let make = |path: &Path| {
+                let made = fs::write(path, "image").and_then(|()| fs::write(&data, "data"));
+                made.map_err(|error| JobError::destination(error.to_string()))
+            };
+            let (mut new, ()) = NewFile::begin(&name, &observer, make).unwrap();
+            new.add_companion(data.clone());
+            new
+        };
+        drop(begin());
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+        begin().complete(Durable::Later).unwrap();
+        assert!(name.exists() && data.exists());
     }
 
     #[test]

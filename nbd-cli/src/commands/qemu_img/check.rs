@@ -31,6 +31,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let checked = check(&place.location, &place.options, repair, &place.remotes);
     let report = match checked.map_err(|error| place.not_opened(&error.to_string()))? {
         Checked::Examined(report) => report,
+        // QEMU cannot open it without its key.
+        Checked::Unsupported(why) if is_encrypted(&place) => {
+            return Err(place.not_opened(&why.to_string()));
+        }
         Checked::Unsupported(why) => {
             complain(&format!("This image format does not support checks: {why}"));
             return Ok(EXIT_CODE_UNSUPPORTED);
@@ -59,6 +63,11 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     unless_closed(output.finish())?;
     Ok(Verdict::of(&report).exit_code())
+}
+
+fn is_encrypted(place: &Place) -> bool {
+    let info = place.location.inspect(&place.options, &place.remotes);
+    info.is_ok_and(|info| info.encryption.is_some())
 }
 
 fn lines(report: &CheckReport) -> Vec<String> {

@@ -2,7 +2,8 @@
 
 use std::ffi::OsStr;
 
-use imgfmt::jobs::{CompareOptions, compare};
+use imgfmt::jobs::{CompareOptions, JobError, JobErrorKind, compare};
+use imgfmt::{GuestOffset, GuestRange, Image};
 
 use super::arguments::Arguments;
 use super::known::Opt;
@@ -12,15 +13,21 @@ use super::progress::Percentage;
 use super::refusal::Refusal;
 use crate::output::{Output, unless_closed};
 
-/// The exit code if the disks are different, and that of an error.
+/// The exit code if the disks are different, those of metadata and of data that cannot be read, and
+/// that of any other error.
 const DIFFERENT: u8 = 1;
+const METADATA: u8 = 3;
+const DATA: u8 = 4;
 const ERROR: u8 = 2;
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let [first, second] = &arguments.operands[..] else {
         return Err(Refusal::usage("Expecting two image file names"));
     };
-    compare_both(arguments, first, second).map_err(|error| error.with_code(ERROR))
+    compare_both(arguments, first, second).map_err(|error| match error.code {
+        code @ (METADATA | DATA) => error.with_code(code),
+        _ => error.with_code(ERROR),
+    })
 }
 
 fn compare_both(arguments: &Arguments, first: &OsStr, second: &OsStr) -> Result<u8, Refusal> {
@@ -42,15 +49,22 @@ fn compare_both(arguments: &Arguments, first: &OsStr, second: &OsStr) -> Result<
         progress.end();
         return Ok(DIFFERENT);
     }
-    if sizes_differ {
-        say("Warning: Image size mismatch!")?;
-    }
     let options = CompareOptions::default();
     let compared = compare(&first, &second, &options, &progress.context().for_images());
     if compared.is_err() {
         progress.end();
     }
-    let code = match compared?.first_difference {
+    let compared = compared.map_err(|error| {
+        let code = code_of(&error, [&first, &second]);
+        Refusal::from(error).with_code(code)
+    })?;
+    let difference = compared.first_difference;
+    // As in QEMU, a difference before the end of the shorter one is all that is reported.
+    let common = first.size().min(second.size());
+    if sizes_differ && difference.is_none_or(|offset| offset >= common) {
+        say("Warning: Image size mismatch!")?;
+    }
+    let code = match difference {
         Some(offset) => {
             // As in QEMU.
             let sector = offset - offset % SECTOR;
@@ -65,4 +79,17 @@ fn compare_both(arguments: &Arguments, first: &OsStr, second: &OsStr) -> Result<
     };
     progress.end();
     Ok(code)
+}
+
+/// Returns the exit code for an error of the comparison.
+fn code_of(error: &JobError, images: [&Image; 2]) -> u8 {
+    if error.kind() != JobErrorKind::Source || error.image_error().is_none() {
+        return ERROR;
+    }
+    // Where all metadata can be read, data cannot.
+    let whole = |image: &Image| {
+        let disk = GuestRange::between(GuestOffset::new(0), GuestOffset::new(image.size()));
+        image.extents(disk.unwrap_or_default()).all(|extent| extent.is_ok())
+    };
+    if images.into_iter().all(whole) { DATA } else { METADATA }
 }

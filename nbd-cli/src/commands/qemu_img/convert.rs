@@ -5,9 +5,12 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use imgfmt::jobs::{Background, Clusters, RateLimit};
 use imgfmt::{Access, Format, Locking, Preallocation};
 use nbd_jobs::convert::{ConvertOptions, CopiedBitmaps, Destination, convert};
+use nbd_jobs::image_location::ImageLocation;
+use nbd_jobs::qemu_name::{BackingInName, DriverSettings};
 use nbd_jobs::{Durable, JobContext};
 
 use super::arguments::Arguments;
+use super::create::refuse_impossible;
 use super::known::Opt;
 use super::options::{NewImage, SECTOR, help, size_argument};
 use super::place::{Place, parse_cache, parse_format};
@@ -38,13 +41,16 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
             ));
         }
     };
-    check_options(arguments, format)?;
     let from = Place::new(arguments, from, Opt::Format, Opt::SourceCache)?;
     let to = Place::parse(to, arguments.has(Opt::TargetImageOpts))?;
-    // The name of a target says no more than its format and its file.
-    let (to, said) = to.settled()?;
-    format = said.format.unwrap_or(format);
+    let (to, said) = target_of(arguments, &to)?;
+    format = said.unwrap_or(format);
+    check_options(arguments, format)?;
     let options = options(arguments, &from, format, &lists)?;
+    if let (ImageLocation::File(path), false) = (to, arguments.has(Opt::NoCreate)) {
+        refuse_impossible(path, &options.create)
+            .map_err(|error| error.about(&path.to_string_lossy()))?;
+    }
     let progress = Percentage::begin(arguments.wants_progress())?;
     let context = JobContext { rate_limit: rate(arguments)?, ..progress.context() };
     let result = convert(&from.location, to, &options, &context);
@@ -54,6 +60,27 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     progress.end();
     result?;
     Ok(0)
+}
+
+/// Returns the target, and the format that its name says: it may say nothing else.
+fn target_of<'a>(
+    arguments: &Arguments,
+    to: &'a Place,
+) -> Result<(&'a ImageLocation, Option<Format>), Refusal> {
+    if arguments.has(Opt::TargetImageOpts) && arguments.has(Opt::TargetFormat) {
+        return Err(Refusal::new("--target-image-opts and -O are mutually exclusive"));
+    }
+    if let ImageLocation::Described { backing, settings, .. } = &to.location
+        && (!matches!(backing, BackingInName::AsNamed) || *settings != DriverSettings::default())
+    {
+        return Err(Refusal::new(format!(
+            "the name of {} says how it is used or what its backing file is, which is not supported \
+             for a target; leave all but its driver and its file out, and give the cache with -t",
+            to.location
+        )));
+    }
+    let (location, said) = to.settled()?;
+    Ok((location, said.format))
 }
 
 /// Refuses options that contradict each other or are not supported.

@@ -36,6 +36,11 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         }
     };
     let shown = name.to_string_lossy();
+    if !matches!(format, Format::Raw | Format::Qcow2) {
+        return Err(Refusal::new(format!(
+            "{shown}: new images of the format '{format}' are not supported; make a raw or qcow2 image"
+        )));
+    }
     let place = Place::parse(name, false)?;
     let ImageLocation::File(path) = &place.location else {
         return Err(Refusal::new(format!("{shown}: only files and devices can be created")));
@@ -78,7 +83,11 @@ fn described(
 }
 
 /// Refuses what would destroy a file that is needed, or be found elsewhere later.
-fn refuse_impossible(path: &Path, create: &CreateOptions) -> Result<(), Refusal> {
+///
+/// # Errors
+///
+/// If there is such a file.
+pub(super) fn refuse_impossible(path: &Path, create: &CreateOptions) -> Result<(), Refusal> {
     let directory = path.parent().unwrap_or(Path::new(""));
     if let Some((name, _)) = &create.backing {
         let backing = directory.join(name);

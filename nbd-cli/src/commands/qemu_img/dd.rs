@@ -41,13 +41,23 @@ impl Operands {
             let at = word.as_bytes().iter().position(|byte| *byte == b'=');
             let (key, value) = word.as_bytes().split_at(at.unwrap_or(word.len()));
             let value = OsStr::from_bytes(value.strip_prefix(b"=").unwrap_or_default());
-            let number = |what| size_argument(what, &value.to_string_lossy());
+            let number = |what: &str| size_argument(what, &value.to_string_lossy());
+            // As in QEMU, a number of blocks has no suffix.
+            let is_number = value.as_bytes().last().is_some_and(u8::is_ascii_digit)
+                || value.as_bytes().starts_with(b"0x");
+            let blocks = |what: &str| match is_number {
+                true => number(what),
+                false => {
+                    let value = value.display();
+                    Err(Refusal::new(format!("Invalid {what} specified: '{value}'.")))
+                }
+            };
             match (key, at) {
                 (b"if", Some(_)) => operands.from = Some(value.to_owned()),
                 (b"of", Some(_)) => operands.to = Some(value.to_owned()),
                 (b"bs", Some(_)) => operands.block = Some(number("bs")?),
-                (b"count", Some(_)) => operands.count = Some(number("count")?),
-                (b"skip", Some(_)) => operands.skip = number("skip")?,
+                (b"count", Some(_)) => operands.count = Some(blocks("count")?),
+                (b"skip", Some(_)) => operands.skip = blocks("skip")?,
                 _ => {
                     let word = word.display();
                     return Err(Refusal::new(format!("unrecognized operand {word}")));

@@ -33,7 +33,11 @@ Commands:
     for (name, meaning) in commands {
         text.push_str(&format!("  {name:<10} {meaning}\n"));
     }
-    text.push_str("\nSupported formats: qcow2 raw\n");
+    text.push_str(
+        "\nSupported formats: qcow2 raw\n\n\
+         As in QEMU, the names in images are followed, and formats that are not given are detected:\n\
+         use 'nbd-cli image' for images from untrusted sources.\n",
+    );
     text
 }
 

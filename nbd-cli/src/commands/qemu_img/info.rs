@@ -57,6 +57,14 @@ fn report(image: &DescribedImage) -> Result<Value, Refusal> {
         for bitmap in bitmaps.into_iter().flatten().filter_map(Value::as_object_mut) {
             bitmap.remove("frozen");
         }
+        let encryption = match image.info.qcow2 {
+            None => "/data",
+            Some(_) => "/data/encrypt",
+        };
+        let luks = members.get_mut("format-specific").and_then(|it| it.pointer_mut(encryption));
+        if let Some(Value::Object(luks)) = luks {
+            luks.remove("version");
+        }
         let data = members.get_mut("format-specific").and_then(|it| it.get_mut("data"));
         if let Some(Value::Object(data)) = data
             && data.get("compat").is_some_and(|compat| compat == "0.10")

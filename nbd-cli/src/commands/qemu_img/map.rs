@@ -21,6 +21,8 @@ use crate::signals;
 struct LayerFile {
     name: String,
     is_raw: bool,
+    /// Whether its data may lie in other files than that, where an offset would mislead.
+    is_scattered: bool,
 }
 
 struct Printer {
@@ -57,10 +59,21 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
             let add = |_, entry| printer.add(entry);
             runtime()?.block_on(map_export(connector, &cancellation, add))?;
         }
-        _ => map_image(&place.open()?, |entry| printer.add(entry))?,
+        _ => {
+            let image = place.open()?;
+            let paths: Vec<_> = image.files().map(|(path, _)| path.to_path_buf()).collect();
+            for layer in printer.layers.iter_mut().filter(|layer| layer.is_scattered) {
+                // The file itself, and no other that might belong to it.
+                layer.is_scattered = paths.len() > 1;
+            }
+            map_image(&image, |entry| printer.add(entry))?;
+        }
     }
     if format == ReportFormat::Json {
-        printer.output.line(if printer.is_first { "[]" } else { "]" })?;
+        if printer.is_first {
+            printer.nothing()?;
+        }
+        printer.output.line("]")?;
     }
     printer.output.finish()?;
     Ok(0)
@@ -76,14 +89,20 @@ fn layers(place: &Place) -> Result<Vec<LayerFile>, Refusal> {
             Some(name) => image.location.beside(name)?.name(),
             None => image.location.name(),
         };
-        layers.push(LayerFile { name, is_raw: image.info.format == Format::Raw });
+        let format = image.info.format;
+        let is_scattered = !matches!(format, Format::Raw | Format::Qcow2);
+        layers.push(LayerFile { name, is_raw: format == Format::Raw, is_scattered });
     }
     Ok(layers)
 }
 
 impl Printer {
     fn add(&mut self, mut entry: MapEntry) -> Result<(), CommandError> {
-        let is_raw = self.layers.get(entry.depth as usize).is_some_and(|layer| layer.is_raw);
+        let layer = self.layers.get(entry.depth as usize);
+        let is_raw = layer.is_some_and(|layer| layer.is_raw);
+        if layer.is_some_and(|layer| layer.is_scattered) {
+            entry.offset = None;
+        }
         match (is_raw && entry.present, entry.zero && entry.offset.is_some()) {
             // In a raw image a hole has a place too.
             (true, _) => entry.offset = Some(entry.start),
@@ -102,6 +121,16 @@ impl Printer {
             ReportFormat::Json => self.json(&entry),
             ReportFormat::Text => self.text(&entry),
         }
+    }
+
+    /// Reports an empty part, as QEMU does if there is no other.
+    fn nothing(&mut self) -> Result<(), CommandError> {
+        let start = self.start;
+        self.is_first = false;
+        self.output.text(&format!(
+            "[{{ \"start\": {start}, \"length\": 0, \"depth\": 0, \"present\": false, \
+             \"zero\": false, \"data\": false, \"compressed\": false}}"
+        ))
     }
 
     fn json(&mut self, entry: &MapEntry) -> Result<(), CommandError> {

@@ -35,6 +35,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     new.refuse_backing()?;
     let create = new.create;
     let image = match (&arguments.operands[..], size) {
+        ([], Some(_)) if arguments.count(&[Opt::Snapshot, Opt::Format, Opt::ImageOpts]) > 0 => {
+            return Err(Refusal::new("--image-opts, -f, and -l require a filename argument."));
+        }
         ([], Some(_)) => None,
         ([operand], None) => {
             let mut place = Place::new(arguments, operand, Opt::Format, Opt::None)?;

@@ -10,7 +10,7 @@ use nbd_jobs::text::printable;
 
 use super::arguments::Arguments;
 use super::known::Opt;
-use super::refusal::Refusal;
+use super::refusal::{Refusal, complain};
 use crate::connect::ServerArgs;
 
 /// An image that a command opens.
@@ -81,7 +81,15 @@ impl Place {
     /// If it cannot be opened.
     pub(super) fn open_to_change(&self) -> Result<Image, Refusal> {
         self.refuse_to_share()?;
-        self.open_with(&self.options.clone().access(Access::ReadWrite))
+        let image = self.open_with(&self.options.clone().access(Access::ReadWrite))?;
+        if image.format() == Format::Raw && self.settled()?.1.format.is_none() {
+            complain(&format!(
+                "warning: {} seems to be a raw disk, and no format was given: writes that would make \
+                 it look like an image of another format are refused; give -f raw to allow them",
+                self.location
+            ));
+        }
+        Ok(image)
     }
 
     /// Refuses `-U` for an image that is changed: nothing would keep others from using it meanwhile.

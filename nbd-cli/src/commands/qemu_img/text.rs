@@ -77,7 +77,7 @@ pub(super) fn json(value: &impl Serialize, output: &mut Output) -> Result<(), Re
 }
 
 /// The order in which the properties of a format are printed; others follow.
-const ORDER: [&str; 13] = [
+const ORDER: [&str; 22] = [
     "flags",
     "name",
     "compat",
@@ -87,10 +87,19 @@ const ORDER: [&str; 13] = [
     "refcount-bits",
     "data-file",
     "data-file-raw",
-    "corrupt",
     "encrypt",
+    "corrupt",
     "extended-l2",
     "granularity",
+    "ivgen-alg",
+    "detached-header",
+    "hash-alg",
+    "cipher-alg",
+    "uuid",
+    "format",
+    "cipher-mode",
+    "slots",
+    "payload-offset",
 ];
 
 /// Writes the members of an object, one per line; those of members are indented further.

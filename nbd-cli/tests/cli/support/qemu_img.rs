@@ -48,6 +48,10 @@ const FILES: &[&str] = &[
     "qemu-img convert -q -c -O qcow2 disk.qcow2 packed.qcow2",
     "qemu-img create -q -f qcow2 -o extended_l2=on,compression_type=zstd,refcount_bits=8 sub.qcow2 1M",
     "qemu-img create -q -f qcow2 -u -b nosuch.img -F raw orphan.qcow2 1M",
+    "qemu-img create -q --object secret,id=s,data=x -f luks -o key-secret=s,iter-time=10 a.luks 1M",
+    "qemu-img create -q --object secret,id=s,data=x -f qcow2 \
+     -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 locked.qcow2 1M",
+    "qemu-img create -q -f vmdk sparse.vmdk 1M",
     "mkdir sub",
     "qemu-img create -q -f qcow2 -b ../raw.img -F raw sub/up.qcow2",
 ];
