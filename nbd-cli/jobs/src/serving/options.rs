@@ -149,10 +149,8 @@ impl ServeOptions {
         let options = self.options();
         match self.writes {
             Writes::ToTemporaryFile => {
-                let policy =
-                    self.policy.clone().unwrap_or_else(|| allow_json_files(OpenPolicy::any_file()));
                 let directory = self.temporary_directory();
-                when_free(self.patience, || temporary(path, &options, policy.clone(), directory))
+                when_free(self.patience, || temporary(path, &options, directory))
             }
             // A snapshot never changes.
             Writes::ToImage if self.snapshot.is_none() => {

@@ -1,11 +1,12 @@
 //! Temporary overlays: an image is read, and clients' writes go to a file that is removed
 //! afterwards.
 
+use std::collections::HashSet;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use imgfmt::storage::StorageExtent;
+use imgfmt::storage::{FileIdentity, StorageExtent};
 use imgfmt::{
     Access, BackingFile, BackingOptions, CacheMode, CreateOptions, Durability, Format, GuestOffset,
     GuestRange, Holes, HostOffset, Image, L2Entries, Lookup, Mapped, Mapping, OpenOptions,
@@ -19,18 +20,17 @@ use crate::error::{JobError, JobErrorKind};
 /// The backing file's name in an overlay over storage without a file name.
 const SCHEME: &str = "served";
 
-/// Opens a temporary overlay of an image. Its file has no name any more on return. `policy` applies
-/// to the overlay and the files below it; `directory` is where the file is.
+/// Opens a temporary overlay of an image. Its file has no name any more on return. The policy of the
+/// options applies to the files below it, too; `directory` is where the file is.
 pub(super) fn temporary(
     source: &Path,
     options: &OpenOptions,
-    policy: OpenPolicy,
     directory: &Path,
 ) -> Result<Image, OpenError> {
-    // Checks that all files below may be opened, and keeps them unchanged until the overlay, which
-    // is in another directory and must be allowed to name any file, has opened them again.
+    // Keeps the files unchanged until the overlay has opened them again.
     let base = Image::open(source, options)?;
-    let path = source.canonicalize().map_err(|error| {
+    // Links are not resolved: names in the image start at the directory of the link.
+    let path = std::path::absolute(source).map_err(|error| {
         JobError::new(
             JobErrorKind::Destination,
             format!("cannot put an overlay over '{}': {error}", source.display()),
@@ -39,7 +39,7 @@ pub(super) fn temporary(
     if options.snapshot.is_some() {
         return temporary_over(base, directory);
     }
-    in_private_directory(directory, |overlay| over_file(overlay, &path, &base, policy, options))
+    in_private_directory(directory, |overlay| over_file(overlay, &path, &base, options))
 }
 
 /// Opens a temporary overlay of an open image, which appears as one layer.
@@ -88,7 +88,6 @@ fn over_file(
     overlay: &Path,
     path: &Path,
     base: &Image,
-    policy: OpenPolicy,
     below: &OpenOptions,
 ) -> imgfmt::Result<Image> {
     // In two steps, because the backing file may be somewhere where only the policy finds it.
@@ -99,7 +98,24 @@ fn over_file(
     layer.cache = Some(below.cache);
     let mut options = options().backing(BackingFile::Given(Box::new(layer)));
     options.metadata_cache_bytes = below.metadata_cache_bytes;
-    Image::open(overlay, &options.policy(policy).locking(below.locking))
+    // The overlay is in another directory than what it names. All below it is opened as before.
+    let policy = below.policy.clone().allow_file(path);
+    let image = Image::open(overlay, &options.policy(policy).locking(below.locking))?;
+    refuse_others(&image, overlay, base)?;
+    Ok(image)
+}
+
+/// Refuses files below an overlay that are not those of the image it was made over.
+fn refuse_others(image: &Image, overlay: &Path, base: &Image) -> imgfmt::Result<()> {
+    let known: HashSet<FileIdentity> = base.files().map(|(_, identity)| identity).collect();
+    let mut files = image.files().filter(|(path, _)| *path != overlay);
+    match files.find(|(_, identity)| !known.contains(identity)) {
+        Some((path, _)) => {
+            let error = io::Error::other("another file took its place while it was opened");
+            Err(imgfmt::Error::from_io("open", error).with_path(path))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Creates an overlay over the contents of an open image: a snapshot has no name that an overlay
@@ -175,5 +191,49 @@ impl Storage for ImageStorage {
         let is_data = |mapping: Mapping<'_>| !mapping.content.is_zero();
         let found = self.0.map(range, Holes::Told, Lookup::CachedOnly, is_data);
         found.is_ok_and(|mapped| mapped == Mapped::Complete)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStrExt as _;
+
+    use super::super::options::{ServeOptions, Writes};
+    use super::*;
+
+    /// The first byte of a disk with a temporary overlay.
+    fn first_byte(image: &Path, directory: &Path) -> u8 {
+        let mut options = ServeOptions::default();
+        options.writes = Writes::ToTemporaryFile;
+        options.temporary_directory = Some(directory.to_owned());
+        let image = options.open_image(image).unwrap();
+        let mut byte = [0xee];
+        image.read_at(GuestOffset::new(0), &mut byte).unwrap();
+        byte[0]
+    }
+
+    #[test]
+    fn an_overlay_is_over_the_files_that_were_allowed() {
+        let directory = tempfile::tempdir().unwrap();
+        let (inner, outer) = (directory.path().join("inner"), directory.path().join("outer"));
+        for (directory, content) in [(&inner, 1), (&outer, 2)] {
+            std::fs::create_dir(directory).unwrap();
+            std::fs::write(directory.join("flat"), [content; 512]).unwrap();
+        }
+        let text = b"# Disk DescriptorFile\nversion=1\nencoding=\"windows-1252\"\nRW 1 FLAT ";
+        let with_name = |name: &[u8]| [&text[..], b"\"", name, b"\" 0\n"].concat();
+        // Of the names that this one may have only the second leads to a file in the directory.
+        let image = inner.join("disk.vmdk");
+        std::os::unix::fs::symlink(&outer, inner.join("\u{e9}")).unwrap();
+        let decoy = std::ffi::OsStr::from_bytes(b"\xe9");
+        std::os::unix::fs::symlink(&inner, inner.join(decoy)).unwrap();
+        std::fs::write(&image, with_name(b"\xe9/flat")).unwrap();
+        assert_eq!(first_byte(&image, directory.path()), 1);
+        // Names start at the directory of the link.
+        let (image, link) = (outer.join("disk.vmdk"), inner.join("link.vmdk"));
+        std::fs::write(&image, with_name(b"flat")).unwrap();
+        std::os::unix::fs::symlink(&image, &link).unwrap();
+        assert_eq!(first_byte(&image, directory.path()), 2);
+        assert_eq!(first_byte(&link, directory.path()), 1);
     }
 }
