@@ -3,11 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use imgfmt::{
-    Access, CacheMode, CreateOptions, Durability, ErrorKind, Format, GuestRange, Image, OpenOptions,
+    Access, CacheMode, CreateOptions, Durability, ErrorKind, Format, GuestRange, Image,
+    OpenOptions, OpenPolicy,
 };
 use tempfile::TempDir;
 
-use crate::common::{all_extents, at};
+use crate::bodies::foreign_images::{Vhd, qed};
+use crate::bodies::foreign_vmdk::{GRAIN, Hosted, hosted};
+use crate::common::{all_extents, at, range};
 
 const SIZE: u64 = 16 << 20;
 const CLUSTER: u64 = 64 << 10;
@@ -178,4 +181,59 @@ fn a_loop_is_found_far_down() {
     let error = Image::open(layer(directory.path(), 199), &OpenOptions::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidFormat);
     assert!(error.to_string().contains("leads back to itself"), "{error}");
+}
+
+/// A layer of a format that is only read, over another one; the first has something in its first 4 KiB.
+type Made = fn(Option<&str>) -> Vec<u8>;
+
+#[test]
+fn the_longest_chain_of_a_format_that_is_only_read_is_read_and_closed() {
+    const SIZE: u64 = GRAIN as u64;
+    let formats: [(Made, u8); 3] = [
+        (
+            |below| {
+                let mut image = qed(SIZE, &[if below.is_some() { 0 } else { 16_384 }], below);
+                // Its base may have any format.
+                image[16] &= 1;
+                image
+            },
+            7,
+        ),
+        (
+            |below| match below {
+                Some(below) => Vhd::new(4, SIZE).uuid(1).over(below).bytes(),
+                None => Vhd::new(3, SIZE).uuid(1).block(0, &[0xff]).bytes(),
+            },
+            0x40,
+        ),
+        (
+            |below| {
+                let (id, name) = below.map_or(("ffffffff", ""), |below| ("0000000a", below));
+                let descriptor = format!(
+                    "# Disk DescriptorFile\nversion=1\nCID=0000000a\nparentCID={id}\n\
+                     parentFileNameHint=\"{name}\"\nRW 8 SPARSE \"disk\"\n"
+                );
+                let grain = if below.is_some() { 0 } else { 9 };
+                hosted(&Hosted { descriptor, ..Hosted::new(&[grain]) })
+            },
+            9,
+        ),
+    ];
+    for (make, content) in formats {
+        let directory = tempfile::tempdir().unwrap();
+        for number in 0..LAYERS_MAX {
+            let below = number.checked_sub(1).map(name);
+            std::fs::write(layer(directory.path(), number), make(below.as_deref())).unwrap();
+        }
+        let top = layer(directory.path(), LAYERS_MAX - 1);
+        let options = OpenOptions::new().policy(OpenPolicy::new().allow_format_probe());
+        let image = Image::open(&top, &options).unwrap();
+        let mut byte = [0];
+        image.read_at(at(0), &mut byte).unwrap();
+        assert_eq!(byte[0], content);
+        let extents = all_extents(&image, range(0, SIZE));
+        assert_eq!(extents[0].depth as usize, LAYERS_MAX);
+        assert!(image.map_read(range(0, SIZE)).unwrap().mappings().len() > 0);
+        image.try_read_at(at(0), &mut byte).unwrap();
+    }
 }

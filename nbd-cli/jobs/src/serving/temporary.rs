@@ -203,9 +203,11 @@ mod tests {
 
     /// The first byte of a disk with a temporary overlay.
     fn first_byte(image: &Path, directory: &Path) -> u8 {
-        let mut options = ServeOptions::default();
-        options.writes = Writes::ToTemporaryFile;
-        options.temporary_directory = Some(directory.to_owned());
+        let options = ServeOptions {
+            writes: Writes::ToTemporaryFile,
+            temporary_directory: Some(directory.to_owned()),
+            ..ServeOptions::default()
+        };
         let image = options.open_image(image).unwrap();
         let mut byte = [0xee];
         image.read_at(GuestOffset::new(0), &mut byte).unwrap();
