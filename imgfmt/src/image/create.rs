@@ -121,10 +121,14 @@ fn plan(path: &Path, options: &CreateOptions) -> Result<(u64, Parts)> {
             return Err(named(invalid("a size is needed where no backing file has one")));
         }
     };
-    if let (Some(_), Some((name, format))) = (options.size, &options.backing)
-        && !matches!(options.open.backing, BackingFile::Ignored)
-    {
-        backing_size(path, name, *format, options).map_err(named)?;
+    if let (Some(_), Some((name, format))) = (options.size, &options.backing) {
+        if matches!(options.open.backing, BackingFile::Ignored) {
+            // It need not exist; but where it does, the new image must not be one too many.
+            let open = options.open.clone().backing(BackingFile::AsNamed);
+            chain::check_depth(path, &open, name, *format).map_err(named)?;
+        } else {
+            backing_size(path, name, *format, options).map_err(named)?;
+        }
     }
     let content = match options.format {
         Format::Raw if options.backing.is_some() => {

@@ -55,6 +55,10 @@ fn a_layer_that_could_not_be_read_is_not_made() {
         |backing| nbd_cli(&["image", "create", "-f", "qcow2", "-b", backing, "-F", "qcow2", &new]);
     says(create("0500"), &["0500", "more than 500 layers"]);
     assert!(!std::path::Path::new(&new).exists());
+    let unsafely =
+        ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", "0500", "-F", "qcow2", &new, "8M"];
+    assert!(nbd_cli(&unsafely).stderr.contains("more than 500 layers"));
+    assert!(!std::path::Path::new(&new).exists());
     create("0499").success();
     nbd_cli(&["image", "map", &new]).success();
     for rebase in [&["rebase", "-u"][..], &["rebase"]] {
