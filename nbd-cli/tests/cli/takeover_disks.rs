@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::Duration;
 
+use crate::support::qemu_nbd::wait_until;
 use crate::support::{PROGRAM, Server, nbd_cli, run};
 use crate::takeover::{Place, SIZE, patiently};
 
@@ -77,6 +78,9 @@ fn clients_of_an_export_without_a_name_keep_their_disk_when_it_gets_a_name_or_th
 fn refused(place: &Place, why: &str) {
     let outcome = run(&mut place.taking_over());
     assert!(outcome.code == Some(1) && outcome.stderr.contains(why), "{outcome:?}");
+    // The server opens its control socket again when it goes on.
+    let control = place.path("control");
+    wait_until("the server goes on", || UnixStream::connect(&control).is_ok());
 }
 
 #[test]
