@@ -362,10 +362,11 @@ fn a_write_that_is_durable_alone_needs_no_flush_unless_one_has_failed_meanwhile(
             client.submit(place * 4096, 512, &Command::Write(durability), &[1; 512]);
         }
         let succeeded = (0..16).filter(|_| client.next_finished().1.result.is_ok()).count();
-        assert_eq!((succeeded, disk.flushes.load(SeqCst)), (16, 0));
+        assert_eq!(succeeded, 16);
         if !has_ring(&disk) {
             return;
         }
+        assert_eq!(disk.flushes.load(SeqCst), 0);
         disk.fails_to_flush.store(true, SeqCst);
         let mut other = Client::connect(&server, MODES[1]);
         other.request(0, 0, &Command::Flush).result.unwrap_err();
