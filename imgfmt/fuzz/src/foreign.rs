@@ -5,7 +5,7 @@ use std::sync::Arc;
 use imgfmt::storage::MemoryStorage;
 use imgfmt::{BackingFile, Format, Image, OpenOptions, OpenPolicy};
 
-use super::{foreign_images, foreign_vmdk, look};
+use super::{foreign_images, look};
 
 /// Longer files are not looked at.
 const LENGTH_MAX: usize = 1 << 20;
@@ -52,7 +52,7 @@ pub(crate) fn parallels(data: &[u8]) {
 /// The seeds of the targets: sound images.
 pub(crate) fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let free = u32::MAX;
-    let mut seeds = vec![
+    vec![
         ("vdi", "dynamic", foreign_images::vdi(1, 10 * 4096 - 512, &[free, 0, 2, 1, free - 1, 3])),
         ("vdi", "fixed", foreign_images::vdi(2, 4 * 4096, &[0, 1, 2, 3])),
         ("vpc", "fixed", foreign_images::vpc_fixed(5 * 4096)),
@@ -89,7 +89,5 @@ pub(crate) fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
             "extended",
             foreign_images::parallels(b"WithouFreSpacExt", 6 * 4096, &[1, 0, 2, 3]),
         ),
-    ];
-    seeds.extend(foreign_vmdk::seeds());
-    seeds
+    ]
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use imgfmt::storage::MemoryStorage;
 use imgfmt::{BackingFile, Format, Image, OpenOptions, OpenPolicy};
 
-use crate::bodies::foreign::seeds;
+use crate::bodies::{foreign, foreign_vmdk};
 use crate::common::{Random, at, range};
 
 /// What a word is replaced by.
@@ -53,7 +53,7 @@ fn places(bytes: &[u8]) -> impl Iterator<Item = usize> + use<'_> {
 
 #[test]
 fn every_damaged_word_is_survived() {
-    for (format, name, good) in seeds() {
+    for (format, name, good) in foreign::seeds().into_iter().chain(foreign_vmdk::seeds()) {
         let format = Format::from_name(format).unwrap();
         println!("{format} {name}: {} bytes", good.len());
         for place in places(&good) {
@@ -71,7 +71,7 @@ fn every_damaged_word_is_survived() {
 
 #[test]
 fn every_cut_is_survived() {
-    for (format, _, good) in seeds() {
+    for (format, _, good) in foreign::seeds().into_iter().chain(foreign_vmdk::seeds()) {
         let format = Format::from_name(format).unwrap();
         for length in (0..good.len()).step_by(61).chain([512, 1024, good.len() - 1]) {
             look(&good[..length.min(good.len())], format);
@@ -82,7 +82,7 @@ fn every_cut_is_survived() {
 #[test]
 fn random_damage_is_survived() {
     let mut random = Random::new("damage of formats");
-    for (format, _, good) in seeds() {
+    for (format, _, good) in foreign::seeds().into_iter().chain(foreign_vmdk::seeds()) {
         let format = Format::from_name(format).unwrap();
         let places: Vec<usize> = places(&good).collect();
         for _ in 0..300 {

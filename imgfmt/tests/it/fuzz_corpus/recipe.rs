@@ -2,7 +2,7 @@
 
 use super::bodies::bitmaps::entry;
 use super::bodies::handmade::{COMPRESSED, COPIED, Handmade, field};
-use super::bodies::{foreign, foreign_vhdx};
+use super::bodies::{foreign, foreign_vhdx, foreign_vmdk};
 
 type Seed = (&'static str, &'static str, Vec<u8>);
 
@@ -16,6 +16,7 @@ pub(super) fn seeds() -> Vec<Seed> {
     seeds.extend(sidecars());
     seeds.extend(damaged());
     seeds.extend(foreign::seeds());
+    seeds.extend(foreign_vmdk::seeds());
     seeds.extend(foreign_vhdx::seeds());
     seeds
 }
