@@ -305,8 +305,8 @@ fn open_beside(
     Ok(opened.storage)
 }
 
-/// Refuses what is there and no file: formats that are only read name whole disks of a host, and
-/// whoever made the image does not decide that one is read.
+/// Refuses a target that exists and is not a regular file: an image of a format that is only read can
+/// name a complete disk of the host, and its author does not decide that the disk is read.
 fn refuse_device(target: &NameTarget) -> Result<()> {
     let file = match target {
         NameTarget::File(file) => file,
@@ -318,7 +318,7 @@ fn refuse_device(target: &NameTarget) -> Result<()> {
     };
     match std::fs::metadata(file) {
         Ok(metadata) if !metadata.is_file() => {
-            let detail = "the image names it as a part of its disk, and it is no file";
+            let detail = "the image names it as a part of its disk, but it is not a regular file";
             Err(Error::new(ErrorKind::PolicyDenied, "open", detail).with_path(file))
         }
         // Opening says what is wrong.

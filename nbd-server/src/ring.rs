@@ -239,7 +239,7 @@ impl State {
     }
 
     /// Notes that the ring has failed, and returns all work but the writes that the kernel knows of: these
-    /// may still reach the disk, and so nobody else may write there until they have ended. The buffers of
+    /// may still reach the disk, and so nothing else may be written there until they have ended. The buffers of
     /// what was submitted stay until then as well.
     fn give_up(&mut self, error: &std::io::Error) -> Vec<Outcome> {
         if !std::mem::replace(&mut self.is_broken, true) {
@@ -274,7 +274,7 @@ impl State {
 
 impl Drop for State {
     fn drop(&mut self) {
-        // The kernel may still carry these writes out: their places are nobody else's, ever.
+        // The kernel may still carry these writes out: their places are never given away.
         for (_, _, flight) in self.flights.drain(..).flatten() {
             if matches!(flight, Flight::Write { .. }) {
                 std::mem::forget(flight);

@@ -147,7 +147,7 @@ impl SidecarPlace {
         } else if mode & 0o022 != 0 {
             format!(
                 "others may write the file with the bits, '{path}' (mode {mode:o}), so it is not \
-                 trusted; if nobody has, use 'chmod 600' before the image is opened for writing"
+                 trusted; if they have not, use 'chmod 600' before the image is opened for writing"
             )
         } else {
             return Ok(());

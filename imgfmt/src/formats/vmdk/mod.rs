@@ -318,4 +318,4 @@ impl ForeignImage for Vmdk {
 const PART: &str = "it holds a part of a disk, or what changed since another one: open the descriptor \
                     that names it, a text file whose name ends with .vmdk";
 
-const NO_ACCESS: &str = "the descriptor of the disk says that nobody has access to this part of it";
+const NO_ACCESS: &str = "the descriptor of the disk allows no access to this part of it";

@@ -127,7 +127,7 @@ impl Qcow2 {
         if self.mapping.format.has_data_file {
             return Err(unfit("an image with a data file cannot be emptied"));
         }
-        self.require_nobody()?;
+        self.require_no_leases()?;
         let old = self.mapping.l1_words();
         if old.is_empty() {
             return Ok(());
@@ -162,11 +162,11 @@ impl Qcow2 {
         if self.geometry().refcount_max() < 2 {
             return Err(unfit("its 1-bit refcounts cannot count a cluster that a snapshot shares"));
         }
-        self.require_nobody()
+        self.require_no_leases()
     }
 
     /// Checks that no lease is held, and makes refcounts equal the number of references.
-    fn require_nobody(&self) -> Result<()> {
+    fn require_no_leases(&self) -> Result<()> {
         self.metadata.refuse_if_corrupt()?;
         self.flusher().flush()?;
         // With the quarantine empty and no lease left, refcounts equal the references.

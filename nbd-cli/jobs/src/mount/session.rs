@@ -106,7 +106,7 @@ impl Mounted {
         let thread = std::thread::Builder::new().name("mount".into());
         thread
             .spawn(move || {
-                // Without a receiver nobody waits.
+                // Without a receiver, no thread waits.
                 let _ = sender.send(session.run());
             })
             .map_err(|error| failed(&error))?;

@@ -12,7 +12,7 @@
 //! Descriptors travel over the same unix socket. Only one of both has the images open. Until
 //! SERVING the predecessor can go on: it says ABANDONED, waits until the successor has closed the
 //! connection, and opens its images again. A successor that is READY and loses the predecessor
-//! serves, because nobody else does.
+//! serves, because no other program does.
 
 mod predecessor;
 mod successor;

@@ -193,7 +193,7 @@ fn parallel(arguments: &Arguments) -> Result<Option<NonZeroUsize>, Refusal> {
 ///
 /// # Errors
 ///
-/// If it is no size.
+/// If it is not a size.
 pub(super) fn rate(arguments: &Arguments) -> Result<Option<RateLimit>, Refusal> {
     let Some(text) = arguments.text(Opt::Rate)? else { return Ok(None) };
     let rate = size_argument("rate limit", &text)?;

@@ -46,8 +46,8 @@ struct Prepared {
     opened: Vec<OpenedExport>,
 }
 
-/// Sources that a thread opens. If nobody waits for it any more, those that it has opened are closed:
-/// the next one may hang for ever.
+/// Sources that a thread opens. If the reload no longer waits for the thread, those that it has
+/// opened are closed: the next one may hang for ever.
 struct Opening(Arc<Mutex<Option<Vec<OpenedExport>>>>);
 
 impl Opening {
@@ -55,7 +55,7 @@ impl Opening {
         Self(Arc::new(Mutex::new(Some(Vec::new()))))
     }
 
-    /// Adds a source, unless nobody waits for it: it is closed then.
+    /// Adds a source, or closes it if the reload no longer waits for it.
     fn add(opened: &Mutex<Option<Vec<OpenedExport>>>, source: OpenedExport) {
         let mut all = lock(opened);
         match &mut *all {

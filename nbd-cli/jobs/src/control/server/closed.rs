@@ -109,8 +109,8 @@ impl ServedDisk {
     }
 }
 
-/// Refuses a takeover while clients use images under which no export is registered: nobody would
-/// open them again.
+/// Refuses a takeover while clients use images under which no export is registered: no
+/// program would open them again.
 pub(super) fn refuse_removed(registry: &ExportRegistry) -> Result<(), Failure> {
     let Some(name) = registry.removed_in_use().into_iter().next() else { return Ok(()) };
     let message = format!(
