@@ -41,8 +41,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     if arguments.has(Opt::Drop) {
         committed = Committed::Kept;
     }
+    let rate_limit = rate(arguments)?;
     let progress = Percentage::begin(arguments.wants_progress())?;
-    let context = JobContext { rate_limit: rate(arguments)?, ..progress.context() };
+    let context = JobContext { rate_limit, ..progress.context() };
     let result = commit_overlay(path, &options, committed, &place.remotes, &context);
     if result.is_ok() {
         progress.complete();

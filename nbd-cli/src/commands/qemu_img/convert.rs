@@ -51,8 +51,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         refuse_impossible(path, &options.create)
             .map_err(|error| error.about(&path.to_string_lossy()))?;
     }
+    let rate_limit = rate(arguments)?;
     let progress = Percentage::begin(arguments.wants_progress())?;
-    let context = JobContext { rate_limit: rate(arguments)?, ..progress.context() };
+    let context = JobContext { rate_limit, ..progress.context() };
     let result = convert(&from.location, to, &options, &context);
     if result.is_ok() {
         progress.complete();
