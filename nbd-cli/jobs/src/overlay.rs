@@ -77,6 +77,12 @@ fn empty(path: &Path, options: &OpenOptions) -> imgfmt::Result<()> {
 /// Returns the file or export to write into. The overlay could be opened, so the policy allows it.
 fn backing_of(path: &Path, overlay: &Image) -> Result<(ImageLocation, Option<Format>), JobError> {
     let info = overlay.info().map_err(|error| JobError::image(JobErrorKind::Source, error))?;
+    if info.qcow2.is_none() && info.backing_name.is_some() {
+        let (name, format) = (path.display(), info.format);
+        return Err(JobError::source(format!(
+            "cannot commit '{name}': it is a {format} image, and only qcow2 images can be committed"
+        )));
+    }
     let Some((name, format)) =
         info.qcow2.and_then(|info| info.backing_name.zip(Some(info.backing_format)))
     else {

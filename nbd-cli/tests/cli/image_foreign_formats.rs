@@ -244,6 +244,21 @@ fn copying_an_image_file_says_that_its_container_is_copied() {
 }
 
 #[test]
+fn an_overlay_of_another_format_is_not_committed() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let (base, overlay) = (disk.beside("base.vmdk"), disk.beside("overlay.vmdk"));
+    peer(&qemu_img, &["create", "-q", "-f", "vmdk", &base, "8M"]);
+    peer(&qemu_img, &["create", "-q", "-f", "vmdk", "-b", &base, "-F", "vmdk", &overlay]);
+    let before = std::fs::read(&base).unwrap();
+    for commit in ["image", "qemu-img"] {
+        let outcome = nbd_cli(&[commit, "commit", &overlay]);
+        assert!(outcome.stderr.contains("only qcow2 images"), "{outcome:?}");
+    }
+    assert!(std::fs::read(&base).unwrap() == before);
+}
+
+#[test]
 fn a_chain_is_described_through_layers_of_other_formats() {
     tools!(qemu_img = "qemu-img");
     for format in ["qed", "qcow", "vmdk"] {

@@ -18,6 +18,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let (path, options) = place.file()?;
     let info = Image::inspect_file(path, &options);
     let info = info.map_err(|error| place.not_opened(&error.to_string()))?;
+    if info.qcow2.is_none() && info.backing_name.is_some() {
+        let format = info.format;
+        return Err(Refusal::new(format!("only qcow2 images can be committed, not '{format}'")));
+    }
     let Some(backing) = info.qcow2.and_then(|qcow2| qcow2.backing_name) else {
         return Err(Refusal::new("Image does not have a backing file"));
     };
