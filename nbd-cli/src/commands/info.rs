@@ -109,7 +109,7 @@ pub struct InfoArgs {
 pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
     match (&args.graph, &args.uri) {
         (Some(Some(_)), Some(_)) => {
-            Err(CommandError::new("--graph draws one image; leave out one of the two"))
+            Err(CommandError::new("--graph draws one image; omit one of the two"))
         }
         (Some(Some(image)), None) => draw_chain(image, args.trust_image, &args.server),
         (Some(None), Some(uri)) => {

@@ -59,9 +59,9 @@ pub struct TopArgs {
     pub color: ColorChoice,
 }
 
-/// Numbers that are not renewed for so long, beside the interval, are called old.
+/// Time beyond two intervals after which numbers that were not renewed are called old.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How often the age of numbers is looked at.
+/// Time between two updates of the displayed age.
 const AGE_UNIT: Duration = Duration::from_secs(1);
 
 pub(crate) fn run(args: &TopArgs) -> Result<Outcome, CommandError> {

@@ -6,11 +6,10 @@ use nbd_jobs::text::printable;
 
 use super::arguments::Arguments;
 use super::known::Opt;
-use super::options::take_size;
+use super::options::{not_accepted, take_size};
 use super::place::Place;
 use super::progress::Percentage;
 use super::refusal::Refusal;
-use crate::output::Output;
 
 const HELP: &str = "\
 Amend options for 'qcow2':
@@ -21,15 +20,12 @@ Amend options for 'qcow2':
 ";
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
-    let lists = arguments.texts(Opt::Options)?;
+    let lists = arguments.lists()?;
     if lists.is_empty() {
         return Err(Refusal::usage("Must specify options (-o)"));
     }
     if lists.iter().flat_map(|list| list.split(',')).any(|word| matches!(word, "help" | "?")) {
-        let mut output = Output::new();
-        output.text(HELP)?;
-        output.finish()?;
-        return Ok(0);
+        return super::print(HELP);
     }
     let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?;
     let (path, options) = place.file()?;
@@ -45,10 +41,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     let progress = Percentage::begin(arguments.wants_progress())?;
     let amended = Image::amend(path, &options, &amendment);
-    if amended.is_ok() {
-        progress.complete();
-    }
-    progress.end();
+    progress.end_with(&amended);
     amended?;
     Ok(0)
 }
@@ -68,9 +61,7 @@ fn amendment(lists: &[String]) -> Result<Amendment, Refusal> {
     amendment.lazy_refcounts =
         lazy.map(|is_on| if is_on { LazyRefcounts::On } else { LazyRefcounts::Off });
     if let Some(bits) = options.take("refcount_bits") {
-        let number = bits.parse().map_err(|_| {
-            Refusal::new(format!("Parameter 'refcount_bits' expects a number, not '{bits}'"))
-        })?;
+        let number = bits.parse().map_err(|_| not_accepted("refcount_bits", &bits))?;
         amendment.refcount_bits = Some(number);
     }
     amendment.size = take_size(&mut options, "size")?;

@@ -2,11 +2,13 @@
 
 use std::ffi::{OsStr, OsString};
 
+use imgfmt::Format;
 use nbd_jobs::getopt::{Getopt, Known};
 use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::text::printable;
 
 use super::known::Opt;
+use super::place::parse_format;
 use super::refusal::Refusal;
 use crate::output::ReportFormat;
 
@@ -66,13 +68,22 @@ impl Arguments {
         self.value(option).map(as_text).transpose()
     }
 
+    /// Returns the format that an option names.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such format.
+    pub(super) fn format(&self, option: Opt) -> Result<Option<Format>, Refusal> {
+        self.text(option)?.as_deref().map(parse_format).transpose()
+    }
+
     /// Returns the lists of all `-o`, in order.
     ///
     /// # Errors
     ///
     /// If one is not valid UTF-8.
-    pub(super) fn texts(&self, option: Opt) -> Result<Vec<String>, Refusal> {
-        let all = self.given.iter().filter(|(given, _)| *given == option);
+    pub(super) fn lists(&self) -> Result<Vec<String>, Refusal> {
+        let all = self.given.iter().filter(|(given, _)| *given == Opt::Options);
         all.map(|(_, value)| as_text(value)).collect()
     }
 

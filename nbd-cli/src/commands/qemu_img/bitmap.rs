@@ -6,7 +6,7 @@ use nbd_jobs::bitmaps::{change_bitmaps, granularity_default, merges_from};
 use super::arguments::Arguments;
 use super::known::Opt;
 use super::options::size_argument;
-use super::place::{Place, parse_format};
+use super::place::Place;
 use super::progress::Percentage;
 use super::refusal::Refusal;
 
@@ -49,8 +49,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
 fn source(arguments: &Arguments) -> Result<Option<Image>, Refusal> {
     let Some(file) = arguments.value(Opt::SourceFile) else { return Ok(None) };
     let mut place = Place::parse(file, false)?;
-    place.options.format =
-        arguments.text(Opt::SourceFormat)?.as_deref().map(parse_format).transpose()?;
+    place.options.format = arguments.format(Opt::SourceFormat)?;
     place.open().map(Some)
 }
 

@@ -11,7 +11,6 @@ use super::known::Opt;
 use super::place::Place;
 use super::progress::Percentage;
 use super::refusal::Refusal;
-use crate::output::{Output, unless_closed};
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?;
@@ -49,15 +48,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let progress = Percentage::begin(arguments.wants_progress())?;
     let context = JobContext { rate_limit, ..progress.context() };
     let result = commit_overlay(path, &options, committed, &place.remotes, &context);
-    if result.is_ok() {
-        progress.complete();
-    }
-    progress.end();
+    progress.end_with(&result);
     result?;
     if !arguments.has(Opt::Quiet) {
-        let mut output = Output::new();
-        let written = output.line("Image committed.").and_then(|()| output.finish());
-        unless_closed(written)?;
+        super::print("Image committed.\n")?;
     }
     Ok(0)
 }

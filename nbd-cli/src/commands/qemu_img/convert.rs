@@ -13,24 +13,20 @@ use super::arguments::Arguments;
 use super::create::refuse_impossible;
 use super::known::Opt;
 use super::options::{NewImage, SECTOR, help, size_argument};
-use super::place::{Place, parse_cache, parse_format};
+use super::place::{Place, parse_cache};
 use super::progress::Percentage;
 use super::refusal::Refusal;
 use super::snapshot;
-use crate::output::Output;
 
 /// Most threads that `-m` may ask for.
 const PARALLEL_MAX: usize = 16;
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
-    let format = arguments.text(Opt::TargetFormat)?.as_deref().map(parse_format).transpose()?;
+    let format = arguments.format(Opt::TargetFormat)?;
     let mut format = format.unwrap_or(Format::Raw);
-    let lists = arguments.texts(Opt::Options)?;
+    let lists = arguments.lists()?;
     if let Some(text) = help(format, &lists) {
-        let mut output = Output::new();
-        output.text(&text)?;
-        output.finish()?;
-        return Ok(0);
+        return super::print(&text);
     }
     let (from, to) = match &arguments.operands[..] {
         [from, to] => (from, to),
@@ -55,10 +51,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let progress = Percentage::begin(arguments.wants_progress())?;
     let context = JobContext { rate_limit, ..progress.context() };
     let result = convert(&from.location, to, &options, &context);
-    if result.is_ok() {
-        progress.complete();
-    }
-    progress.end();
+    progress.end_with(&result);
     result?;
     Ok(0)
 }

@@ -11,21 +11,17 @@ use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 use super::arguments::Arguments;
 use super::known::Opt;
 use super::options::{NewImage, SECTOR, help, size_argument};
-use super::place::{Place, parse_format, remotes};
+use super::place::{Place, remotes};
 use super::progress::Percentage;
 use super::refusal::Refusal;
-use crate::output::Output;
 use crate::signals;
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
-    let format = arguments.text(Opt::Format)?.as_deref().map(parse_format).transpose()?;
+    let format = arguments.format(Opt::Format)?;
     let format = format.unwrap_or(Format::Raw);
-    let lists = arguments.texts(Opt::Options)?;
-    let mut output = Output::new();
+    let lists = arguments.lists()?;
     if let Some(text) = help(format, &lists) {
-        output.text(&text)?;
-        output.finish()?;
-        return Ok(0);
+        return super::print(&text);
     }
     let (name, size) = match &arguments.operands[..] {
         [] => return Err(Refusal::usage("Expecting image file name")),
@@ -49,10 +45,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     refuse_impossible(path, &new.create).map_err(|error| error.about(&shown))?;
     let size = size_of(&new.create, path).map_err(|error| error.about(&shown))?;
     if !arguments.has(Opt::Quiet) {
-        // Before it is made, as callers wait for it.
-        output.line(&new.report(&shown, size))?;
+        // Before the image is created: callers wait for this line.
+        super::print(&format!("{}\n", new.report(&shown, size)))?;
     }
-    output.finish()?;
     let mut create = new.create;
     create.size = Some(size.next_multiple_of(SECTOR));
     make(path, &create).map_err(|error| error.about(&shown))?;
@@ -130,7 +125,9 @@ fn make(path: &Path, create: &CreateOptions) -> Result<(), Refusal> {
     let observer = Percentage::begin(false)?.context().observer;
     let make = |path: &Path| {
         Image::create(path, create).map_err(|error| match signals::stop_if_interrupted() {
-            Err(interrupted) => Refusal::new(format!("{interrupted}; nothing of it is left")),
+            Err(interrupted) => {
+                Refusal::new(format!("{interrupted}; its incomplete files were removed"))
+            }
             Ok(()) => error.into(),
         })
     };

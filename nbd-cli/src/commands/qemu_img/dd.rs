@@ -12,7 +12,7 @@ use nbd_jobs::target::{self, Existing, NewFile};
 use super::arguments::Arguments;
 use super::known::Opt;
 use super::options::{SECTOR, size_argument};
-use super::place::{Place, parse_format};
+use super::place::Place;
 use super::progress::Percentage;
 use super::refusal::{Refusal, complain};
 use crate::signals;
@@ -78,7 +78,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         let range = format!("between 1 and {BLOCK_MAX}");
         return Err(Refusal::new(format!("Invalid bs specified. Must be {range}.")));
     }
-    let format = arguments.text(Opt::TargetFormat)?.as_deref().map(parse_format).transpose()?;
+    let format = arguments.format(Opt::TargetFormat)?;
     let source = Place::new(arguments, from, Opt::Format, Opt::None)?;
     let image = source.open()?;
     // As in QEMU, `count` counts what is skipped.

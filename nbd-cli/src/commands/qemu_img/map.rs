@@ -61,10 +61,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         }
         _ => {
             let image = place.open()?;
-            let paths: Vec<_> = image.files().map(|(path, _)| path.to_path_buf()).collect();
-            for layer in printer.layers.iter_mut().filter(|layer| layer.is_scattered) {
-                // The file itself, and no other that might belong to it.
-                layer.is_scattered = paths.len() > 1;
+            // With one file only, no data can be in another one.
+            let has_other_files = image.files().count() > 1;
+            for layer in &mut printer.layers {
+                layer.is_scattered &= has_other_files;
             }
             map_image(&image, |entry| printer.add(entry))?;
         }

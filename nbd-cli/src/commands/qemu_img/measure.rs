@@ -7,7 +7,7 @@ use serde_json::json;
 use super::arguments::Arguments;
 use super::known::Opt;
 use super::options::{NewImage, help, size_argument};
-use super::place::{Place, parse_format};
+use super::place::Place;
 use super::refusal::Refusal;
 use super::snapshot;
 use super::text::json;
@@ -15,14 +15,11 @@ use crate::output::{Output, ReportFormat};
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let output_format = arguments.output()?;
-    let format = arguments.text(Opt::TargetFormat)?.as_deref().map(parse_format).transpose()?;
+    let format = arguments.format(Opt::TargetFormat)?;
     let format = format.unwrap_or(Format::Raw);
-    let lists = arguments.texts(Opt::Options)?;
-    let mut output = Output::new();
+    let lists = arguments.lists()?;
     if let Some(text) = help(format, &lists) {
-        output.text(&text)?;
-        output.finish()?;
-        return Ok(0);
+        return super::print(&text);
     }
     let size = arguments.text(Opt::Size)?.map(|text| size_argument("image size", &text));
     let size = size.transpose()?;
@@ -56,6 +53,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     if matches!(create.preallocation, Preallocation::Falloc | Preallocation::Full) {
         measured.required = measured.fully_allocated;
     }
+    let mut output = Output::new();
     match output_format {
         ReportFormat::Json => {
             let mut report = json!({

@@ -243,7 +243,7 @@ fn on_off(is_on: bool) -> &'static str {
     if is_on { "on" } else { "off" }
 }
 
-fn not_accepted(key: &str, value: &str) -> Refusal {
+pub(super) fn not_accepted(key: &str, value: &str) -> Refusal {
     let value = printable(value);
     Refusal::new(format!("Parameter '{key}' does not accept value '{value}'"))
 }
@@ -252,7 +252,7 @@ fn not_accepted(key: &str, value: &str) -> Refusal {
 ///
 /// # Errors
 ///
-/// If it is none.
+/// If it is not a size.
 pub(super) fn take_size(options: &mut KeyValues, key: &str) -> Result<Option<u64>, Refusal> {
     let Some(text) = options.take(key) else { return Ok(None) };
     match parse_size(&text).filter(|size| i64::try_from(*size).is_ok()) {
@@ -268,7 +268,7 @@ pub(super) fn take_size(options: &mut KeyValues, key: &str) -> Result<Option<u64
 ///
 /// # Errors
 ///
-/// If it is none; `what` names it.
+/// If it is not a size; `what` names it.
 pub(super) fn size_argument(what: &str, text: &str) -> Result<u64, Refusal> {
     match parse_size(text).filter(|size| i64::try_from(*size).is_ok()) {
         Some(size) => Ok(size),

@@ -38,7 +38,7 @@ impl Place {
             return Err(Refusal::usage("--image-opts and --format are mutually exclusive"));
         }
         let mut place = Self::parse(operand, is_options)?;
-        place.options.format = arguments.text(format)?.as_deref().map(parse_format).transpose()?;
+        place.options.format = arguments.format(format)?;
         if let Some(mode) = arguments.text(cache)? {
             place.options.cache = parse_cache(&mode)?;
         }

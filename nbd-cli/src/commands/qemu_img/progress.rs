@@ -39,14 +39,22 @@ impl Percentage {
         }
     }
 
-    /// Ends at 100 %.
+    /// Ends the line, at 100 % if the job has succeeded.
+    pub(super) fn end_with<T, E>(&self, result: &Result<T, E>) {
+        if result.is_ok() {
+            self.complete();
+        }
+        self.end();
+    }
+
+    /// Shows 100 %.
     pub(super) fn complete(&self) {
         if self.is_shown {
             print("    (100.00/100%)\r");
         }
     }
 
-    /// Ends the line, whether the job has succeeded or not.
+    /// Ends the line.
     pub(super) fn end(&self) {
         if self.is_shown {
             print("\n");

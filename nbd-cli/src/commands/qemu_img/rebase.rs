@@ -5,7 +5,7 @@ use nbd_jobs::overlay::copy_what_differs;
 
 use super::arguments::Arguments;
 use super::known::Opt;
-use super::place::{Place, parse_cache, parse_format};
+use super::place::{Place, parse_cache};
 use super::progress::Percentage;
 use super::refusal::Refusal;
 
@@ -24,7 +24,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     // For the new backing file only: the overlay is changed.
     let locking = std::mem::take(&mut place.options.locking);
     let (path, options) = place.file()?;
-    let format = arguments.text(Opt::BackingFormat)?.as_deref().map(parse_format).transpose()?;
+    let format = arguments.format(Opt::BackingFormat)?;
     let new = match (backing.filter(|name| !name.is_empty()), format) {
         (None, _) => None,
         (Some(name), Some(format)) => Some((name, format)),
@@ -57,9 +57,6 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
             .map_err(Refusal::from);
     }
     let rebased = rebased.and_then(|()| Ok(Image::change_backing_file(path, &options, new)?));
-    if rebased.is_ok() {
-        progress.complete();
-    }
-    progress.end();
+    progress.end_with(&rebased);
     rebased.map(|()| 0)
 }

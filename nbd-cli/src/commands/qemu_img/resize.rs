@@ -10,7 +10,6 @@ use super::known::Opt;
 use super::options::size_argument;
 use super::place::Place;
 use super::refusal::Refusal;
-use crate::output::Output;
 
 /// A negative size, which stands last, is not an option.
 pub(super) fn with_size_as_operand(mut words: Vec<OsString>) -> Vec<OsString> {
@@ -54,9 +53,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     image.resize(size, shrink)?;
     image.close()?;
     if !arguments.has(Opt::Quiet) {
-        let mut output = Output::new();
-        output.line("Image resized.")?;
-        output.finish()?;
+        super::print("Image resized.\n")?;
     }
     Ok(0)
 }
