@@ -1,4 +1,4 @@
-//! Checkpoints: while bits of a bitmap are frozen nobody takes it for complete, and whatever
+//! Checkpoints: while bits of a bitmap are frozen it is not taken for complete, and whatever
 //! happens meanwhile they are back when the image is next opened for writing.
 
 use std::os::unix::fs::FileExt as _;
@@ -14,10 +14,10 @@ use crate::common::bitmaps::dirty;
 use crate::common::{Random, at, qemu, range};
 use crate::judge::subjects::{OnTrial, Start, Subject, Tolerance, options, qemu_check, rounds};
 
-const SIZE: u64 = 4 << 20;
-const PART: u64 = 64 << 10;
+pub(crate) const SIZE: u64 = 4 << 20;
+pub(crate) const PART: u64 = 64 << 10;
 
-fn disk(directory: &Path) -> PathBuf {
+pub(crate) fn disk(directory: &Path) -> PathBuf {
     let path = directory.join("disk.qcow2");
     Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
     let image = writable(&path);
@@ -26,7 +26,7 @@ fn disk(directory: &Path) -> PathBuf {
     path
 }
 
-fn writable(path: &Path) -> Image {
+pub(crate) fn writable(path: &Path) -> Image {
     Image::open(path, &OpenOptions::new().access(Access::ReadWrite)).unwrap()
 }
 
@@ -34,7 +34,7 @@ fn read_only(path: &Path) -> Image {
     Image::open(path, &OpenOptions::new()).unwrap()
 }
 
-fn write(image: &Image, part: u64) {
+pub(crate) fn write(image: &Image, part: u64) {
     image.write_at(at(part * PART), &[7; 512], Durability::Cached).unwrap();
 }
 
@@ -57,7 +57,7 @@ fn incomplete() -> BitmapState {
     BitmapState::Incomplete { frozen: frozen_bitmap_name("daily"), problem: None }
 }
 
-fn parts(parts: &[u64]) -> Vec<(u64, u64)> {
+pub(crate) fn parts(parts: &[u64]) -> Vec<(u64, u64)> {
     parts.iter().map(|part| (part * PART, PART)).collect()
 }
 

@@ -5,33 +5,14 @@ use std::path::{Path, PathBuf};
 
 use imgfmt::testing::Loss;
 use imgfmt::{
-    Access, BitmapChange, BitmapDurability, BitmapState, CreateOptions, Durability, Format, Image,
-    OpenOptions, Recording, Shrink, frozen_bitmap_name,
+    Access, BitmapChange, BitmapDurability, BitmapState, Image, OpenOptions, Recording, Shrink,
+    frozen_bitmap_name,
 };
 
+use crate::bitmaps_frozen::{PART, SIZE, disk, parts, writable, write};
 use crate::common::bitmaps::dirty;
-use crate::common::{Random, at, qemu, run, text};
+use crate::common::{Random, qemu, run, text};
 use crate::judge::subjects::{OnTrial, Start, Subject, Tolerance, qemu_check};
-
-const SIZE: u64 = 4 << 20;
-const PART: u64 = 64 << 10;
-
-fn disk(directory: &Path) -> PathBuf {
-    let path = directory.join("disk.qcow2");
-    Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
-    let image = writable(&path);
-    image.add_bitmap("daily", PART, Recording::Enabled).unwrap();
-    image.close().unwrap();
-    path
-}
-
-fn writable(path: &Path) -> Image {
-    Image::open(path, &OpenOptions::new().access(Access::ReadWrite)).unwrap()
-}
-
-fn write(image: &Image, part: u64) {
-    image.write_at(at(part * PART), &[7; 512], Durability::Cached).unwrap();
-}
 
 fn change(image: &Image, change: BitmapChange) {
     image.bitmap_transaction(&[change]).unwrap();
@@ -39,10 +20,6 @@ fn change(image: &Image, change: BitmapChange) {
 
 fn freeze(image: &Image) {
     change(image, BitmapChange::Freeze { name: "daily".into(), backup: None });
-}
-
-fn parts(parts: &[u64]) -> Vec<(u64, u64)> {
-    parts.iter().map(|part| (part * PART, PART)).collect()
 }
 
 /// A copy of the image as a process that is killed now leaves it, without a file beside it.
