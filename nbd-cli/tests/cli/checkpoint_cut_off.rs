@@ -33,7 +33,30 @@ fn left_over(disk: &Disk, qemu_img: &Path, qemu_io: &Path) -> String {
     image
 }
 
-/// Marks a bitmap as one that somebody left in use.
+/// An image whose server is killed during a checkpoint: 1M is written before it, `later` after its begin.
+fn cut_off(
+    disk: &Disk,
+    (qemu_img, qemu_io): (&Path, &Path),
+    checkpoint: &[&str],
+    later: &[&str],
+) -> String {
+    let (image, control) = (disk.beside("disk.qcow2"), disk.beside("control"));
+    peer(qemu_img, &["create", "-q", "-f", "qcow2", &image, "64M"]);
+    peer(qemu_img, &["bitmap", "--add", &image, "daily"]);
+    let mut server = Server::ours(&["--control", &control, &image]);
+    let write = |place: &str| {
+        peer(qemu_io, &["-f", "raw", "-c", &format!("write -P 7 {place} 64k"), server.uri()]);
+    };
+    write("1M");
+    let start = ["control", &control, "checkpoint-start", "", "-B", "daily"];
+    nbd_cli(&[&start, checkpoint].concat()).success();
+    later.iter().for_each(|place| write(place));
+    server.signal(Signal::KILL);
+    server.wait();
+    image
+}
+
+/// Marks a bitmap as in use.
 fn mark_in_use(image: &str, name: &str) {
     let mut bytes = std::fs::read(image).expect("the image");
     let name = name.as_bytes();
@@ -59,19 +82,7 @@ fn dirty_places(nbdinfo: &Path, uri: &str) -> Vec<String> {
 fn the_bits_of_a_checkpoint_that_was_cut_off_are_served_again() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", nbdinfo = "nbdinfo");
     let directory = Disk::sparse();
-    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
-    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "64M"]);
-    peer(&qemu_img, &["bitmap", "--add", &disk, "daily"]);
-    let mut server = Server::ours(&["--control", &control, &disk]);
-    let write = |server: &Server, place: &str| {
-        peer(&qemu_io, &["-f", "raw", "-c", &format!("write -P 7 {place} 64k"), server.uri()]);
-    };
-    write(&server, "1M");
-    nbd_cli(&["control", &control, "checkpoint-start", "", "--view", "view", "-B", "daily"])
-        .success();
-    write(&server, "5M");
-    server.signal(Signal::KILL);
-    server.wait();
+    let disk = cut_off(&directory, (&qemu_img, &qemu_io), &["--view", "view"], &["5M"]);
 
     let server = Server::ours(&["--bitmap", "daily", &disk]);
     assert_eq!(dirty_places(&nbdinfo, server.uri()), ["1048576", "5242880"]);
@@ -85,14 +96,7 @@ fn the_bits_of_a_checkpoint_that_was_cut_off_are_served_again() {
 fn qemu_serves_all_bits_of_a_server_killed_right_after_a_checkpoint_began() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd", nbdinfo = "nbdinfo");
     let directory = Disk::sparse();
-    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
-    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "8M"]);
-    peer(&qemu_img, &["bitmap", "--add", &disk, "daily"]);
-    let mut server = Server::ours(&["--control", &control, &disk]);
-    peer(&qemu_io, &["-f", "raw", "-c", "write -P 7 1M 64k", server.uri()]);
-    nbd_cli(&["control", &control, "checkpoint-start", "", "-B", "daily"]).success();
-    server.signal(Signal::KILL);
-    server.wait();
+    let disk = cut_off(&directory, (&qemu_img, &qemu_io), &[], &[]);
 
     let serve = ["-r", "-t", "-f", "qcow2", "-B", "daily", &disk];
     let judge = Foreground::start(Command::new(qemu_nbd), &serve);
@@ -108,18 +112,7 @@ fn qemu_serves_all_bits_of_a_server_killed_right_after_a_checkpoint_began() {
 fn qemu_refuses_a_bitmap_that_lacks_the_writes_since_a_checkpoint_that_was_cut_off() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
     let directory = Disk::sparse();
-    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
-    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "8M"]);
-    peer(&qemu_img, &["bitmap", "--add", &disk, "daily"]);
-    let mut server = Server::ours(&["--control", &control, &disk]);
-    let write = |server: &Server, place: &str| {
-        peer(&qemu_io, &["-f", "raw", "-c", &format!("write -P 7 {place} 64k"), server.uri()]);
-    };
-    write(&server, "1M");
-    nbd_cli(&["control", &control, "checkpoint-start", "", "-B", "daily"]).success();
-    write(&server, "5M");
-    server.signal(Signal::KILL);
-    server.wait();
+    let disk = cut_off(&directory, (&qemu_img, &qemu_io), &[], &["5M"]);
     let info = peer(&qemu_img, &["info", "--output=json", &disk]);
     let info: Value = serde_json::from_str(&info).expect("JSON");
     let bitmaps = info["format-specific"]["data"]["bitmaps"].as_array().expect("bitmaps");
@@ -133,18 +126,7 @@ fn qemu_refuses_a_bitmap_that_lacks_the_writes_since_a_checkpoint_that_was_cut_o
 fn every_reader_of_bitmaps_knows_that_a_killed_checkpoint_left_them_incomplete() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
     let directory = Disk::sparse();
-    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
-    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "64M"]);
-    peer(&qemu_img, &["bitmap", "--add", &disk, "daily"]);
-    let mut server = Server::ours(&["--control", &control, &disk]);
-    let write = |server: &Server, place: &str| {
-        peer(&qemu_io, &["-f", "raw", "-c", &format!("write -P 7 {place} 64k"), server.uri()]);
-    };
-    write(&server, "1M");
-    nbd_cli(&["control", &control, "checkpoint-start", "", "-B", "daily"]).success();
-    write(&server, "5M");
-    server.signal(Signal::KILL);
-    server.wait();
+    let disk = cut_off(&directory, (&qemu_img, &qemu_io), &[], &["5M"]);
 
     let list = nbd_cli(&["bitmap", "list", &disk]).success();
     assert!(list.contains("daily  incomplete: a checkpoint has moved bits of it"), "{list}");
