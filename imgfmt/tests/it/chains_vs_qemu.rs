@@ -96,7 +96,7 @@ fn make_overlay(below: &Layer, number: u64, random: &mut Random) -> Layer {
 }
 
 /// What a context would show, joined where it does not change.
-fn joined(extents: &[Extent], value: impl Fn(&Extent) -> u32) -> Vec<(u64, u64, u32)> {
+pub(crate) fn joined(extents: &[Extent], value: impl Fn(&Extent) -> u32) -> Vec<(u64, u64, u32)> {
     let mut list: Vec<(u64, u64, u32)> = Vec::new();
     for extent in extents {
         let value = value(extent);
@@ -109,7 +109,7 @@ fn joined(extents: &[Extent], value: impl Fn(&Extent) -> u32) -> Vec<(u64, u64, 
 }
 
 /// The flags of `base:allocation`: 1 hole, 2 zero.
-fn allocation(extent: &Extent) -> u32 {
+pub(crate) fn allocation(extent: &Extent) -> u32 {
     match extent.kind {
         ExtentKind::Data => 0,
         ExtentKind::Zero => 2,

@@ -3,22 +3,17 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use imgfmt::{
-    BackingFile, Error, ErrorKind, ExtentKind, Format, Image, NameTarget, OpenOptions, OpenPolicy,
-};
+use imgfmt::{BackingFile, Error, ErrorKind, Format, Image, NameTarget, OpenOptions, OpenPolicy};
 
 use crate::bodies;
 use crate::bodies::foreign_vmdk::{
     COMPRESSED, GRAIN, Hosted, cowd, grain_of, hosted, space_efficient,
 };
-use crate::chains_vs_qemu::{Layer, compare_data, compare_maps, compare_parts};
+use crate::chains_vs_qemu::{Layer, allocation, compare_data, compare_maps, compare_parts, joined};
 use crate::common::{Random, all_extents, at, has_tool, qemu, range, run, text};
+use crate::formats_vs_qemu::has_tools;
 
 const SECTOR: usize = 512;
-
-fn has_tools() -> bool {
-    ["qemu-img", "qemu-io", "qemu-nbd", "nbdinfo"].into_iter().all(has_tool)
-}
 
 fn options() -> OpenOptions {
     OpenOptions::new().format(Format::Vmdk)
@@ -173,21 +168,8 @@ fn a_disk_in_several_files_is_read_across_their_borders() {
         let image = Image::open(&path, &options()).unwrap();
         assert_eq!(image.size(), size);
         let peer = qemu::Nbd::serve(&path, "vmdk");
-        let mine: Vec<(u64, u64, bool)> = all_extents(&image, range(0, size))
-            .iter()
-            .filter(|extent| extent.kind == ExtentKind::Data)
-            .map(|extent| (extent.range.offset().bytes(), extent.range.length(), true))
-            .collect();
-        let mut joined: Vec<(u64, u64)> = Vec::new();
-        for (offset, length, _) in mine {
-            match joined.last_mut() {
-                Some(last) if last.0 + last.1 == offset => last.1 += length,
-                _ => joined.push((offset, length)),
-            }
-        }
-        let data = peer.map("base:allocation").into_iter().filter(|(_, _, flags)| *flags == 0);
-        let data: Vec<(u64, u64)> = data.map(|(offset, length, _)| (offset, length)).collect();
-        assert_eq!(joined, data, "{subformat}");
+        let extents = all_extents(&image, range(0, size));
+        assert_eq!(joined(&extents, allocation), peer.map("base:allocation"), "{subformat}");
         drop(peer);
         for offset in [border - 102_400, 2 * border - 1_024_000, size - 1_024_000] {
             let mut part = vec![0xee; 1_024_000];

@@ -32,7 +32,7 @@ pub(crate) const KINDS: &[(&str, &str)] = &[
     ("parallels", "cluster_size=4096"),
 ];
 
-fn has_tools() -> bool {
+pub(crate) fn has_tools() -> bool {
     ["qemu-img", "qemu-io", "qemu-nbd", "nbdinfo"].into_iter().all(common::has_tool)
 }
 
