@@ -212,7 +212,7 @@ fn a_descriptor_names_parts_of_every_kind() {
 }
 
 #[test]
-fn what_nobody_has_access_to_is_an_error_there_alone() {
+fn an_extent_without_access_is_an_error_there_alone() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk.vmdk");
     std::fs::write(directory.path().join("flat"), [9; 2 * SECTOR]).unwrap();
