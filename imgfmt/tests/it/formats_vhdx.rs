@@ -255,7 +255,10 @@ fn the_newer_header_counts_and_either_copy_will_do() {
     seal(&mut newer[second..second + 4096]);
     assert_eq!(blocks(&write(directory.path(), "a", &newer))[0], 4, "the newer one has no log");
     newer[second + 9] ^= 1;
-    assert!(open_error(&newer).to_string().contains("log"), "the only sound one has");
+    assert!(
+        open_error(&newer).to_string().contains("its log is damaged"),
+        "the only sound one has"
+    );
     let mut copy = good.clone();
     copy.copy_within(table..table + (64 << 10), table + (64 << 10));
     copy[table + 100] ^= 1;
