@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
+use crate::support::qemu_nbd::wait_until;
 use crate::support::{Outcome, PROGRAM, Server, nbd_cli, says};
 
 struct Place {
@@ -65,14 +66,16 @@ impl Place {
         command.stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("a process");
         self.hanging.set_nonblocking(true).expect("a socket");
-        loop {
-            if let Ok((connection, _)) = self.hanging.accept() {
-                return (child, connection);
-            }
+        let mut accepted = None;
+        wait_until("the source is connected to", || {
+            accepted = self.hanging.accept().ok();
             let ended = child.try_wait().expect("a process");
-            assert!(ended.is_none(), "{words:?} ended without a connection: {ended:?}");
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
+            let is_waiting = accepted.is_some() || ended.is_none();
+            assert!(is_waiting, "{words:?} ended without a connection: {ended:?}");
+            accepted.is_some()
+        });
+        let (connection, _) = accepted.expect("a connection");
+        (child, connection)
     }
 
     /// That clients and the control socket are served, and that nothing has been added.
@@ -118,9 +121,7 @@ fn a_reload_and_a_request_end_in_time_and_name_the_source_that_hangs() {
     place.is_served(&server);
     server.signal(Signal::HUP);
     let log = || std::fs::read_to_string(place.path("log")).expect("text");
-    while log().matches("nothing was changed").count() < 2 {
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+    wait_until("both reloads are given up", || log().matches("nothing was changed").count() >= 2);
     place.is_served(&server);
     place.write("1s", "");
     place.control(&["reload"]).success();
