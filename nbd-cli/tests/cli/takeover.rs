@@ -9,6 +9,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use tempfile::TempDir;
 
+use crate::support::qemu_nbd::wait_until;
 use crate::support::service_manager::started_by_service_manager;
 use crate::support::{PROGRAM, Server, nbd_cli, run};
 use crate::tools;
@@ -270,25 +271,20 @@ fn a_program_that_asks_to_take_over_and_leaves_does_not_lock_the_control_socket(
     let control = place.text("control");
     for _ in 0..10 {
         // The socket has no listener for a moment while the server pauses.
-        let mut asking = patiently(|| UnixStream::connect(&control).ok());
+        let mut asking = None;
+        wait_until("the control socket listens", || {
+            asking = UnixStream::connect(&control).ok();
+            asking.is_some()
+        });
+        let mut asking = asking.expect("a connection");
         let _ = asking.write_all(b"{\"command\":\"takeover\"}\n");
         drop(asking);
-        patiently(|| (nbd_cli(&["control", &control, "list"]).code == Some(0)).then_some(()));
+        wait_until("the control socket answers", || {
+            nbd_cli(&["control", &control, "list"]).code == Some(0)
+        });
     }
     nbd_cli(&["info", server.uri()]).success();
     place.take_over(server).end();
-}
-
-/// Attempts something until it succeeds.
-#[track_caller]
-pub(crate) fn patiently<T>(attempt: impl Fn() -> Option<T>) -> T {
-    for _ in 0..1200 {
-        match attempt() {
-            Some(done) => return done,
-            None => std::thread::sleep(Duration::from_millis(50)),
-        }
-    }
-    panic!("it has not succeeded within a minute");
 }
 
 #[test]
@@ -297,7 +293,7 @@ fn a_successor_killed_at_any_moment_ends_nothing() {
     let server = place.serve();
     let empty = length(&place);
     let load = place.load(&["--duration", "4s"]);
-    patiently(|| (length(&place) > empty).then_some(()));
+    wait_until("the image grows", || length(&place) > empty);
     for round in 0..12_u64 {
         let mut command = place.taking_over();
         let mut successor = command.stdout(Stdio::null()).spawn().expect("a successor");

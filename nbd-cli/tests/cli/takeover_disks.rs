@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::support::qemu_nbd::wait_until;
 use crate::support::{PROGRAM, Server, nbd_cli, run};
-use crate::takeover::{Place, SIZE, patiently};
+use crate::takeover::{Place, SIZE};
 
 /// A place with a second disk of the same size.
 fn two_disks() -> (Place, String) {
@@ -28,9 +28,7 @@ fn a_disk_that_would_be_another_one_is_not_taken_over() {
     let server = place.serve();
     let load = place.load(&["--duration", "1s"]);
     let disk = std::mem::replace(&mut place.disk, other.clone());
-    let outcome = run(&mut place.taking_over());
-    let is_said = outcome.stderr.contains("would be another disk");
-    assert!(outcome.code == Some(1) && is_said, "{outcome:?}");
+    refused(&place, "would be another disk");
     load.assert_verified();
     assert!(is_empty(&other), "it was written");
     // Under another name it is no matter of the clients'.
@@ -47,7 +45,7 @@ fn clients_of_the_default_export_keep_their_disk_if_another_one_is_the_default()
     place.disk = format!("second={other}");
     let server = place.serve();
     let mut load = place.load(&["--duration", "2s"]);
-    patiently(|| (!is_empty(&disk)).then_some(()));
+    wait_until("the load writes", || !is_empty(&disk));
     place.more.pop();
     place.more.push(format!("second={other}"));
     place.disk = format!("first={disk}");
@@ -65,7 +63,7 @@ fn clients_of_an_export_without_a_name_keep_their_disk_when_it_gets_a_name_or_th
     let mut load = place.load(&["--duration", "2s"]);
     let disk = std::mem::replace(&mut place.disk, format!("vm={other}"));
     refused(&place, "would be another disk");
-    patiently(|| (!is_empty(&disk)).then_some(()));
+    wait_until("the load writes", || !is_empty(&disk));
     place.disk = format!("vm={disk}");
     let server = place.take_over(server);
     assert!(!load.has_ended(), "the load has ended before the takeover");
@@ -151,7 +149,7 @@ fn a_file_that_was_renamed_while_it_was_closed_is_not_opened_again_nor_what_is_i
     fs::copy(&elsewhere, &copy).expect("another file");
     drop(successor);
     let uri = |name: &str| format!("nbd+unix:///{name}?socket={}", place.text("socket"));
-    patiently(|| (nbd_cli(&["info", &uri("kept")]).code == Some(0)).then_some(()));
+    wait_until("the server goes on", || nbd_cli(&["info", &uri("kept")]).code == Some(0));
     let listed = nbd_cli(&["info", "--list", &uri("")]).success();
     assert_eq!(listed.matches("export=").count(), 1, "{listed}");
     server.end();
@@ -174,13 +172,13 @@ fn a_takeover_that_fails_keeps_clients_that_came_before_a_rule_was_tightened() {
     let mut command = Command::new(PROGRAM);
     let server = Server::start(command.args(["serve", "--config", &config]), place.path("socket"));
     let mut load = place.load(&["--duration", "2s", "--reconnect", "0"]);
-    patiently(|| (!is_empty(&place.disk)).then_some(()));
+    wait_until("the load writes", || !is_empty(&place.disk));
     write("allow = [\"user:4294967294\"]\n");
     nbd_cli(&["control", &control, "reload"]).success();
     let uri = format!("nbd+unix:///vm?socket={socket}");
     assert_eq!(nbd_cli(&["info", &uri]).code, Some(1), "it is not let in any more");
     drop(until_images_are_closed(&control));
-    patiently(|| (nbd_cli(&["control", &control, "list"]).code == Some(0)).then_some(()));
+    wait_until("the server goes on", || nbd_cli(&["control", &control, "list"]).code == Some(0));
     assert!(!load.has_ended(), "the load has ended before the takeover");
     load.assert_verified();
     assert_eq!(nbd_cli(&["info", &uri]).code, Some(1), "the rule is still there");

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use super::{Outcome, PROGRAM, run};
 
 /// How long anything may take. Only a hang takes that long.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Our program with qemu-nbd's command line.
 pub(crate) fn ours() -> Command {
