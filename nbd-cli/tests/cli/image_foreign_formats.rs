@@ -231,11 +231,11 @@ fn a_backing_file_of_another_format_is_named_and_refused() {
 fn copying_an_image_file_says_that_its_container_is_copied() {
     let Some(qemu_img) = tool("qemu-img") else { return };
     let disk = Disk::sparse();
-    for (format, advice) in [("qcow2", "nbd-cli image convert"), ("vdi", "nbd-cli image convert")] {
+    for format in ["qcow2", "vdi"] {
         let (image, new) = (disk.beside(format), disk.beside("new"));
         peer(&qemu_img, &["convert", "-O", format, disk.path(), &image]);
         let outcome = nbd_cli(&["copy", &image, &new]);
-        assert!(outcome.stderr.contains(advice), "{outcome:?}");
+        assert!(outcome.stderr.contains("nbd-cli image convert"), "{outcome:?}");
         outcome.success();
         assert!(std::fs::read(&image).unwrap() == std::fs::read(&new).unwrap(), "{format}");
     }
