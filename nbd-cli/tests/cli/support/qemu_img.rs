@@ -195,7 +195,7 @@ fn differences(files: &Path, case: &str) -> Vec<String> {
     found
 }
 
-/// Runs the cases, a line each; empty lines and those that begin with # are none.
+/// Runs the cases, a line each; empty lines are none.
 #[track_caller]
 pub(crate) fn compare_all(cases: &str) {
     static MADE: OnceLock<tempfile::TempDir> = OnceLock::new();
@@ -205,8 +205,7 @@ pub(crate) fn compare_all(cases: &str) {
         make_files(files.path());
         files
     });
-    let cases: Vec<_> =
-        cases.lines().map(str::trim).filter(|it| !it.is_empty() && !it.starts_with('#')).collect();
+    let cases: Vec<_> = cases.lines().map(str::trim).filter(|it| !it.is_empty()).collect();
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
         for _ in 0..4 {
