@@ -71,6 +71,19 @@ impl Relay {
         self.server = Some(running);
     }
 
+    /// A server of these exports goes on with what it had itself before its pause, if anything.
+    fn go_on(&mut self, exports: ExportRegistry, paused: Option<Paused>) {
+        let mut server = Server::new(self.config.clone(), exports);
+        let address = ListenAddress::Unix(self.path());
+        self.server = Some(self.runtime.block_on(async move {
+            if let Some(Paused { listeners, connections, .. }) = paused {
+                server.go_on(listeners, connections).unwrap();
+            }
+            server.listen(&address).await.unwrap();
+            server.start()
+        }));
+    }
+
     fn pause(&mut self) -> Paused {
         let paused = self.runtime.block_on(self.server.take().unwrap().pause()).unwrap();
         assert!(paused.flushed.is_ok());
@@ -235,14 +248,8 @@ fn goes_on_after(change: impl FnOnce(&ExportRegistry)) -> (Relay, ExportRegistry
     let mut client = relay.connect(ReplyMode::Extended);
     assert_eq!(client.write(0, b"before"), Ok(()));
     change(&exports);
-    let Paused { listeners, connections, .. } = relay.pause();
-    let (mut server, path) =
-        (Server::new(relay.config.clone(), exports.clone()), ListenAddress::Unix(relay.path()));
-    relay.server = Some(relay.runtime.block_on(async move {
-        server.go_on(listeners, connections).unwrap();
-        server.listen(&path).await.unwrap();
-        server.start()
-    }));
+    let paused = relay.pause();
+    relay.go_on(exports.clone(), Some(paused));
     assert_eq!(client.read(0, 6), b"before");
     assert_eq!(client.write(0, b"after "), Ok(()));
     assert_eq!(client.request(0, 0, &Command::Flush).result, Ok(()));
@@ -307,18 +314,7 @@ fn a_failed_flush_at_the_pause_is_not_told_to_the_clients_of_other_disks() {
     exports.add("good", ExportEntry::new(memory())).unwrap();
     let mut relay = Relay::start(memory());
     drop(relay.pause());
-    let start = |relay: &Relay, paused: Option<Paused>| {
-        let mut server = Server::new(relay.config.clone(), exports.clone());
-        let path = ListenAddress::Unix(relay.path());
-        relay.runtime.block_on(async move {
-            if let Some(Paused { listeners, connections, .. }) = paused {
-                server.go_on(listeners, connections).unwrap();
-            }
-            server.listen(&path).await.unwrap();
-            server.start()
-        })
-    };
-    relay.server = Some(start(&relay, None));
+    relay.go_on(exports.clone(), None);
     let mut clients = ["bad", "shared", "good"].map(|name| {
         let stream = UnixStream::connect(relay.path()).unwrap();
         Client::on(stream, ReplyMode::Extended, name).unwrap()
@@ -329,7 +325,7 @@ fn a_failed_flush_at_the_pause_is_not_told_to_the_clients_of_other_disks() {
     bad.bad_flushes.store(1, Ordering::SeqCst);
     let paused = relay.runtime.block_on(relay.server.take().unwrap().pause()).unwrap();
     assert!(paused.flushed.is_err());
-    relay.server = Some(start(&relay, Some(paused)));
+    relay.go_on(exports, Some(paused));
     let [bad, shared, good] = &mut clients;
     for told in [bad, shared] {
         assert!(told.request(0, 0, &Command::Flush).result.is_err());
