@@ -383,7 +383,7 @@ fn write_one(client: &mut Client, durability: Durability) -> Result<(), Errno> {
 
 #[test]
 fn a_durable_write_that_fails_in_the_ring_is_not_repeated_and_all_clients_are_told() {
-    // Nobody reads from it: every write fails after it has begun, as one does whose data was lost.
+    // The pipe has no reader: every write fails after it has begun, as one does whose data was lost.
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let offset = |_| u64::MAX;
