@@ -40,6 +40,9 @@ use report::Report;
 /// A round that still runs this long after the last one began is considered hung.
 const LONGEST_ROUND: Duration = Duration::from_secs(1800);
 
+/// How many takeovers a round has unless another number is asked for.
+const TAKEOVERS: u64 = 20;
+
 /// The options of `cargo xtask soak`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -59,7 +62,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
     /// How many takeovers a round of the judges of takeovers has.
-    #[arg(long, value_name = "N", default_value_t = 20)]
+    #[arg(long, value_name = "N", default_value_t = TAKEOVERS)]
     takeovers: u64,
     /// Where failing rounds are kept [default: target/soak]
     #[arg(long, value_name = "DIRECTORY")]
@@ -82,7 +85,7 @@ impl Options {
             only: Vec::new(),
             repeat: None,
             jobs: None,
-            takeovers: 20,
+            takeovers: TAKEOVERS,
             keep: None,
             list: false,
             profile: "dev".to_owned(),
