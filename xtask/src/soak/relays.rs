@@ -221,6 +221,7 @@ impl<'a> Relay<'a> {
             outcome.map(|()| server)
         })
     }
+
     fn take_over(&self, server: &mut Served) -> Result<Served> {
         let next = self.start(true)?;
         server.ended()?;
@@ -228,8 +229,8 @@ impl<'a> Relay<'a> {
         Ok(next)
     }
 
-    /// One of both is killed at any moment of a takeover. Returns the server that serves then, unless
-    /// it is the old one.
+    /// Kills one of the two servers at a random moment of a takeover. Returns the server that then
+    /// serves, or None if the old one goes on.
     fn kill_one(&self, server: &mut Served, random: &mut Random) -> Result<Option<Served>> {
         let mut successor = Served::spawn(&mut self.command(true), self.round.directory)?;
         thread::sleep(Duration::from_micros(random.below(250_000)));
