@@ -199,7 +199,7 @@ impl<'a> Relay<'a> {
                 let random = random.fork();
                 threads.push(scope.spawn(move || clients::write(self, disk, part, random)));
             }
-            let outcome = (0..self.round.takeovers).try_for_each(|_| {
+            let outcome: Result<()> = (0..self.round.takeovers).try_for_each(|_| {
                 thread::sleep(Duration::from_micros(random.below(50_000)));
                 if self.has_failed.load(Ordering::SeqCst) {
                     return Ok(());
@@ -214,11 +214,13 @@ impl<'a> Relay<'a> {
                 Ok(())
             });
             self.is_over.store(true, Ordering::SeqCst);
+            // First: after a failed takeover there may be no server, and then the clients fail too.
+            outcome?;
             for thread in threads {
                 let ended = thread.join().map_err(|_| anyhow::anyhow!("a client panicked"))?;
                 ended.context("below takeovers")?;
             }
-            outcome.map(|()| server)
+            Ok(server)
         })
     }
 

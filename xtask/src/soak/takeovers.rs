@@ -102,17 +102,19 @@ impl Relay<'_> {
                     part.check(&mut wire)
                 }));
             }
-            let relayed = (0..self.disk.round.takeovers).try_for_each(|_| {
+            let relayed: Result<()> = (0..self.disk.round.takeovers).try_for_each(|_| {
                 thread::sleep(Duration::from_micros(random.below(50_000)));
                 let next = self.start(true)?;
                 std::mem::replace(&mut server, next).ended()
             });
             is_over.store(true, Ordering::SeqCst);
+            // First: after a failed takeover there may be no server, and then the clients fail too.
+            relayed?;
             for client in clients {
                 let ended = client.join().map_err(|_| anyhow::anyhow!("a client panicked"))?;
                 ended.context("below takeovers")?;
             }
-            relayed.map(|()| server)
+            Ok(server)
         })
     }
 
