@@ -59,8 +59,11 @@ impl Client {
                 relay.tally.runs.fetch_add(1, Ordering::SeqCst);
                 continue;
             }
-            // bench connects again by itself, but for the first time; the others end when they are cut.
-            let is_persistent = self.kind == Kind::Bench && !ended.said.contains("connect");
+            // bench makes lost connections again, but fails if it cannot make its first one. The
+            // other clients end when they are cut.
+            let gave_up = ended.said.contains("could not be made again");
+            let is_persistent =
+                self.kind == Kind::Bench && (gave_up || !ended.said.contains("connect"));
             let is_excused = !is_persistent && ended.status.is_some() && !has_wrong_data;
             if !(is_excused && relay.were_cut_since(cuts)) {
                 let Ended { status, said } = ended;
