@@ -84,14 +84,15 @@ impl Catalog {
     }
 
     /// Gives a client of this process what it used before, whatever the rules are by now: the export
-    /// that is `unregistered`, or else that of the name.
+    /// that is `unregistered`, or else that of the name. The default export may be another disk.
     pub(super) fn grant_again(
         &self,
         negotiated: &Negotiated,
         unregistered: Option<ExportEntry>,
     ) -> Result<(ExportDescription, Granted), Rejection> {
         let name = &negotiated.export_name;
-        let entry = unregistered.or_else(|| Some(self.exports.find(name)?.1));
+        let named = || self.exports.find(name).filter(|(found, _)| found == name);
+        let entry = unregistered.or_else(|| named().map(|(_, entry)| entry));
         let entry = entry.ok_or((RefusalReason::UnknownExport, UNKNOWN))?;
         let admission = entry.quotas().admit_again(&self.client);
         // What was read-only for the client remains so by what was negotiated.

@@ -444,3 +444,24 @@ fn a_failure_is_told_to_the_clients_of_the_same_disk_when_its_export_comes_back(
     assert!(client.request(0, 0, &Command::Flush).result.is_err(), "it was not told yet");
     assert_eq!(client.request(0, 0, &Command::Flush).result, Ok(()));
 }
+
+#[test]
+fn a_client_of_an_export_that_is_removed_during_a_pause_does_not_go_on_with_the_default_one() {
+    let mut relay = Relay::start(memory());
+    let exports = relay.server.as_ref().unwrap().handle().exports().clone();
+    exports.add("other", ExportEntry::new(memory())).unwrap();
+    exports.set_default("other");
+    let mut client = relay.connect(ReplyMode::Simple);
+    assert_eq!(client.write(0, b"before"), Ok(()));
+    let Paused { listeners, connections, .. } = relay.pause();
+    exports.remove("").unwrap();
+    let mut server = Server::new(relay.config.clone(), exports);
+    let address = ListenAddress::Unix(relay.path());
+    relay.server = Some(relay.runtime.block_on(async move {
+        server.go_on(listeners, connections).unwrap();
+        server.listen(&address).await.unwrap();
+        server.start()
+    }));
+    client.expect_end();
+    assert_eq!(relay.connect(ReplyMode::Simple).read(0, 6), [0; 6], "it is another disk");
+}
