@@ -50,11 +50,10 @@ impl WritebackErrors {
     }
 
     /// Returns the error of a write to stable storage for its client. The error may be that of other
-    /// clients' data, so they are told as well.
+    /// clients' data, so they are told as well: lost data is reported as `ENOSPC`, too, where its
+    /// place on the disk is chosen late.
     pub(super) fn has_lost(&self, error: ExportError) -> ExportError {
-        if error.errno == Errno::EIO {
-            self.is_told(self.failures.add());
-        }
+        self.is_told(self.failures.add());
         error
     }
 

@@ -407,6 +407,23 @@ fn a_durable_write_that_fails_in_the_ring_is_not_repeated_and_all_clients_are_to
 }
 
 #[test]
+fn a_durable_write_that_finds_no_space_in_the_ring_is_told_to_all_clients() {
+    // Data whose place on the disk is chosen late is lost with this error as well.
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let disk = Arc::new(Placing { is_durable_alone: true, ..Placing::new(full) });
+    let server = TestServer::with(ServerConfig::default(), disk.clone());
+    let [mut client, mut other] = [(); 2].map(|()| Client::connect(&server, MODES[1]));
+    let result = write_one(&mut client, Durability::Fua);
+    if disk.lost.load(SeqCst) == 0 {
+        return skip_without_ring();
+    }
+    assert_eq!(result, Err(Errno::ENOSPC));
+    let flush = |client: &mut Client| client.request(0, 0, &Command::Flush).result.is_ok();
+    assert!(!flush(&mut other), "its data may have been lost");
+    assert!(flush(&mut other) && flush(&mut client), "both were told");
+}
+
+#[test]
 fn a_write_keeps_its_place_until_the_system_is_done_with_it_even_if_its_client_leaves() {
     let (mut reader, writer) = std::io::pipe().unwrap();
     // Nothing fits into it any more: a write to it waits.
