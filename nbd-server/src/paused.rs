@@ -169,8 +169,9 @@ impl Resting {
     }
 }
 
-/// The name under which an export is registered that was requested by the name `requested`.
+/// A name under which the export of `entry` is registered: the requested one, if possible.
 fn name_of(entry: &ExportEntry, requested: &str, exports: &ExportRegistry) -> Option<String> {
-    let mut all = exports.find(requested).into_iter().chain(exports.entries());
-    all.find(|(_, found)| Arc::ptr_eq(found.export(), entry.export())).map(|(name, _)| name)
+    let is_same = |(_, found): &(String, ExportEntry)| Arc::ptr_eq(found.export(), entry.export());
+    let found = exports.find(requested).filter(is_same);
+    found.or_else(|| exports.entries().into_iter().find(is_same)).map(|(name, _)| name)
 }
