@@ -72,8 +72,7 @@ pub struct PausedConnection {
     pub socket: OwnedFd,
     /// The negotiated values, and the received bytes.
     pub state: SavedConnection,
-    /// The export that this process served on it, if it is not registered under the name that the
-    /// client requested.
+    /// The export that this process served on it, if it is not registered under any name.
     pub(crate) unregistered: Option<ExportEntry>,
 }
 

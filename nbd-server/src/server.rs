@@ -172,10 +172,10 @@ impl Server {
         self.adopt_listeners(listeners)
     }
 
-    /// Goes on as a server of this process that was paused, with the same registry:
-    /// [`adopt`](Self::adopt), but that clients keep what they had. They go on with exports that were
-    /// removed from the registry meanwhile, and under rules and quotas of connections that would
-    /// not let them in again.
+    /// Continues a paused server of this process, with the same registry. Unlike after
+    /// [`adopt`](Self::adopt), clients keep what they had. They go on with exports that were removed
+    /// from the registry before the pause, and under rules and quotas of connections that would not
+    /// let them in again.
     ///
     /// # Errors
     ///

@@ -41,7 +41,7 @@ pub(crate) struct RingWrite {
     pub(crate) durability: Durability,
 }
 
-/// Who waits for a write.
+/// The receiver of the result of a write.
 pub(crate) trait Writer: Send {
     /// Whether the write is not wanted any more, unless it has begun.
     fn is_abandoned(&self) -> bool;
@@ -53,8 +53,8 @@ pub(crate) trait Writer: Send {
     fn failed(self: Box<Self>, payload: Vec<u8>);
 }
 
-/// Work that has not begun. What it is about comes first: it is dropped before who waits for it, and with
-/// that the export.
+/// Work that has not begun. The place is the first field, so that it is dropped before the receiver,
+/// which holds the export.
 pub(super) enum Work {
     Read(RingRead, Box<dyn Reader>),
     Write(RingWrite, Box<dyn Writer>),
