@@ -167,10 +167,9 @@ pub(super) enum Flight {
 impl Flight {
     /// It has ended, with so many bytes moved, or was never begun.
     pub(super) fn end(self, buffer: Vec<u8>, result: Option<io::Result<usize>>) -> Outcome {
-        let (moved, error) = match result {
-            Some(Ok(moved)) => (Some(moved), None),
-            Some(Err(error)) => (None, Some(error)),
-            None => (None, None),
+        let (moved, error) = match result.transpose() {
+            Ok(moved) => (moved, None),
+            Err(error) => (None, Some(error)),
         };
         match self {
             Self::Read { placed, layout, reader } => {
