@@ -357,8 +357,7 @@ impl Serving {
             self.trigger.announce(Phase::Aborting);
             let _ = ended.await;
         }
-        let mut failed = Vec::new();
-        let flushed = flush_all(&self.exports, &self.access, unregistered, &mut failed).await;
+        let (failed, flushed) = flush_all(&self.exports, &self.access, unregistered).await;
         match ending {
             Ending::Shutdown => flushed.map(|()| None),
             Ending::Pause => {
@@ -449,14 +448,13 @@ fn unregistered(exports: &ExportRegistry, access: &Access) -> Vec<Named> {
     exports.removed().into_iter().chain(access.resolved()).collect()
 }
 
-/// Flushes the registered exports, those that were `unregistered` before, and those that are now. Those
-/// that fail are added to `failed`.
+/// Flushes the registered exports, those that were `unregistered` before, and those that are now.
+/// Returns those that have failed, and the first error.
 async fn flush_all(
     exports: &ExportRegistry,
     access: &Access,
     before: Vec<Named>,
-    failed: &mut Vec<Arc<dyn Export>>,
-) -> Result<(), ServeError> {
+) -> (Vec<Arc<dyn Export>>, Result<(), ServeError>) {
     let registered = exports.entries();
     let mut all: Vec<Named> =
         registered.into_iter().map(|(name, entry)| (name, Arc::clone(entry.export()))).collect();
@@ -484,14 +482,8 @@ async fn flush_all(
         }
         (failed, first.map_or(Ok(()), Err))
     });
-    match flushed.await {
-        Ok((exports, flushed)) => {
-            *failed = exports;
-            flushed
-        }
-        Err(error) => {
-            failed.extend(all.into_iter().map(|(_, export)| export));
-            Err(ServeError::Flush { export: "?".to_owned(), message: error.to_string() })
-        }
-    }
+    flushed.await.unwrap_or_else(|error| {
+        let all = all.into_iter().map(|(_, export)| export).collect();
+        (all, Err(ServeError::Flush { export: "?".to_owned(), message: error.to_string() }))
+    })
 }
