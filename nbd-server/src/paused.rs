@@ -153,7 +153,7 @@ impl Resting {
             entry.failures().pause();
         }
         let settle = |Rested { socket, mut state, entry, owes_failure }| {
-            state.owes_failure |= owes_failure();
+            state.owes_failure = owes_failure();
             // By the name of the disk: another server may have another default export.
             let name = name_of(&entry, &state.negotiated.export_name, exports);
             let unregistered = if let Some(name) = name {

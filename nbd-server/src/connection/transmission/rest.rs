@@ -15,7 +15,7 @@ use crate::statistics::Outcome;
 /// A connection between two requests.
 pub(in crate::connection) struct Rest {
     pub(in crate::connection) socket: Socket,
-    /// The state, except for failed flushes of other clients that may still come.
+    /// The state, except for `owes_failure`: flushes of other clients may still fail.
     pub(in crate::connection) state: SavedConnection,
     pub(in crate::connection) writeback: Arc<WritebackErrors>,
 }
@@ -49,7 +49,7 @@ impl Session {
             negotiated: self.negotiated.clone(),
             received,
             discard,
-            owes_failure: self.target.writeback().owes_failure(),
+            owes_failure: false,
         }
     }
 
