@@ -130,21 +130,22 @@ impl Bitmaps {
         all: &PlannedByName<'_>,
         planned: &Planned,
     ) -> Result<Arc<Bits>> {
-        let mut bits = self.planned_bits(planned)?;
+        let bits = self.planned_bits(planned)?;
+        // One copy, however many names there are.
+        let mut whole: Option<Bits> = None;
         let mut owner = planned;
         // The frozen bits may have frozen bits. Each name is longer, so this ends.
         while let Some(frozen) = all.get(frozen_bitmap_name(&owner.bitmap.name).as_str())
             && is_frozen_part(&frozen.bitmap, &owner.bitmap)
         {
-            let whole = bits.resized(bits.size());
+            let whole = whole.get_or_insert_with(|| bits.resized(bits.size()));
             match self.planned_bits(frozen) {
                 Ok(frozen) => whole.merge(&frozen),
                 Err(_) => whole.set_all(),
             }
-            bits = Arc::new(whole);
             owner = frozen;
         }
-        Ok(bits)
+        Ok(whole.map_or(bits, Arc::new))
     }
 
     /// Merges the frozen bits of a bitmap back. If that is not possible, the plan is unchanged.
