@@ -92,6 +92,7 @@ impl Bitmaps {
         reserved: &mut Vec<Reserved>,
     ) -> Result<(Vec<Entry>, Option<DirectoryLocation>)> {
         let mut entries = Vec::new();
+        // Reversed: of several that have the same name, the first stays, as in `by_name`.
         let all: PlannedByName<'_> =
             plan.iter().rev().map(|planned| (planned.bitmap.name.as_str(), planned)).collect();
         for planned in plan {

@@ -32,7 +32,7 @@ fn incomplete(name: &str, frozen: &str, problem: Option<String>) -> Error {
 /// Refuses a change after which a bitmap would look complete although some of its bits were lost
 /// with the bitmap `name`.
 pub(super) fn refuse_to_lose(plan: &[Planned], name: &str) -> Result<()> {
-    let all = planned_by_name(plan);
+    let all = bitmaps_by_name(plan);
     let Some(owner) = owner(&all, name) else { return Ok(()) };
     let (name, owner) = (name.escape_debug(), owner.name.escape_debug());
     let detail = format!(
@@ -52,7 +52,7 @@ fn frozen_position(plan: &[Planned], name: &str) -> Result<usize> {
     })
 }
 
-fn planned_by_name(plan: &[Planned]) -> ByName<'_> {
+fn bitmaps_by_name(plan: &[Planned]) -> ByName<'_> {
     by_name(plan.iter().map(|planned| &planned.bitmap))
 }
 
