@@ -18,14 +18,14 @@ pub use self::on_device::NewOnDevice;
 use crate::access::Access;
 use crate::cache_mode::CacheMode;
 use crate::chain;
-use crate::driver::{BackingLayer, Chain, NamedFile};
+use crate::driver::{BackingLayer, Chain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::info::ImageInfo;
 use crate::layer::{Layer, WritableLayer};
 use crate::options::OpenOptions;
 use crate::qcow2::{CheckReport, Qcow2, Repair};
-use crate::storage::{Capabilities, DirectAlignment, FileIdentity, FileStorage, Storage};
+use crate::storage::{Capabilities, DirectAlignment, FileIdentity, Storage};
 use crate::units::{GuestOffset, GuestRange};
 
 /// Whether a disk may become smaller, which loses what is at its end.
@@ -166,14 +166,6 @@ impl Image {
     /// the caller has opened, or what is on a server.
     pub fn has_nameless_layers(&self) -> bool {
         self.chain.has_nameless
-    }
-
-    /// Returns the path of the first of the image's files that was renamed, removed or replaced
-    /// since it was opened. Examines the image, its data file and all layers below. Blocks.
-    pub fn displaced_file(&self) -> Option<&Path> {
-        let is_displaced =
-            |file: &&NamedFile| FileStorage::identity_of(&file.path) != Some(file.identity);
-        self.chain.files.iter().find(is_displaced).map(|file| &*file.path)
     }
 
     /// Returns the capabilities of the image, and the sizes of requests that suit it.
