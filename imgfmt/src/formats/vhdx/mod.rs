@@ -47,7 +47,7 @@ pub(super) fn starts(start: &[u8]) -> bool {
 }
 
 pub(super) fn open(opening: Opening<'_>) -> Result<Box<dyn ForeignImage>> {
-    let file = ImageFile::new(Arc::clone(&opening.storage), opening.path)?;
+    let file = ImageFile::new(opening.storage, opening.path)?;
     if !starts(&file.start()?) {
         return Err(file.invalid("it does not begin as a VHDX image"));
     }
@@ -95,7 +95,7 @@ impl Vhdx {
         number: u64,
         guest: u64,
     ) -> Result<Option<(u64, u64)>> {
-        let entry = cursor.bytes(self.bat + number * 8, guest)?.map(u64::from_le_bytes);
+        let entry = cursor.u64_le(self.bat + number * 8, guest)?;
         // 44 bits of MiB fit into 64.
         Ok(entry.map(|entry| (entry & 7, (entry >> 20) * MIB)))
     }
@@ -121,8 +121,7 @@ impl Vhdx {
         let mut is_present = None;
         let mut count = 0;
         'words: for word in (first / 64..CHUNK_SECTORS / 64).take(WORDS_MAX as usize) {
-            let bits = cursor.bytes(bitmap + word * 8, guest)?.map(u64::from_le_bytes);
-            let Some(bits) = bits else { return Ok(None) };
+            let Some(bits) = cursor.u64_le(bitmap + word * 8, guest)? else { return Ok(None) };
             for bit in if count == 0 { first % 64 } else { 0 }..64 {
                 let is_set = bits >> bit & 1 == 1;
                 if is_present.is_some_and(|present| present != is_set) {

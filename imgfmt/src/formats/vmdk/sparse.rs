@@ -224,7 +224,7 @@ impl Sparse {
         let Some(place) = found else { return Ok(Some(absent)) };
         let place = match self.kind {
             Kind::SpaceEfficient { grains, .. } => {
-                let entry = lookups.tables.bytes(place, guest)?.map(u64::from_le_bytes);
+                let entry = lookups.tables.u64_le(place, guest)?;
                 entry.map(|entry| self.space_efficient(entry, grains, inside, guest)).transpose()?
             }
             _ => {
@@ -292,8 +292,9 @@ impl Sparse {
             let place = directory + table * length;
             let start = match self.kind {
                 Kind::SpaceEfficient { tables, .. } => {
-                    let found = lookups.directory.bytes(place, guest)?.map(u64::from_le_bytes);
-                    let Some(found) = found else { return Ok(None) };
+                    let Some(found) = lookups.directory.u64_le(place, guest)? else {
+                        return Ok(None);
+                    };
                     let number = found & 0xffff_ffff;
                     match found >> 32 {
                         0 if found == 0 => return Ok(Some(None)),
