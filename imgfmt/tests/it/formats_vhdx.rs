@@ -243,6 +243,42 @@ fn sectors_are_those_of_the_image_or_of_its_parent() {
 }
 
 #[test]
+fn runs_of_sectors_end_within_words_of_the_bitmap_and_between_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let size = MIB as u64;
+    let base = Parts::new(size, 512, &[block(DATA + MIB, PRESENT)]);
+    write(directory.path(), "base.vhdx", &base.image());
+    let guid = "{5A5A5A5A-5a5a-5a5a-5a5a-5a5a5a5a5a5a}";
+    let pairs = [("parent_linkage", guid), ("relative_path", ".\\base.vhdx")];
+    // A word has 64 bits, and the bitmap 512.
+    let runs = [3, 61, 64, 128, 1, 62, 2, 63, 1, 31, 2, 30, 63];
+    for is_first_own in [true, false] {
+        let owners = runs.iter().enumerate().flat_map(|(number, length)| {
+            std::iter::repeat_n((number % 2 == 0) == is_first_own, *length)
+        });
+        let mut owners: Vec<bool> = owners.collect();
+        let mut bitmap = [0; 64];
+        for (sector, is_own) in owners.iter().enumerate() {
+            bitmap[sector / 8] |= u8::from(*is_own) << (sector % 8);
+        }
+        owners.resize(600, false);
+        let child = Parts::new(size, 512, &[block(DATA, PARTIAL)]).over(&pairs, &bitmap);
+        let image =
+            Image::open(write(directory.path(), "disk.vhdx", &child.image()), &options()).unwrap();
+        for (sector, is_own) in owners.iter().enumerate() {
+            let mut byte = [0xee];
+            let offset = sector as u64 * 512;
+            image.read_at(at(offset), &mut byte).unwrap();
+            assert_eq!(byte, [if *is_own { 4 } else { 5 }], "{is_first_own}: {sector}");
+            let length = owners[sector..].iter().take_while(|other| *other == is_own).count();
+            let extent = &all_extents(&image, range(offset, 600 * 512 - offset))[0];
+            let found = (extent.range.length(), extent.depth == 1);
+            assert_eq!(found, (length as u64 * 512, *is_own), "{is_first_own}: {sector}");
+        }
+    }
+}
+
+#[test]
 fn the_newer_header_counts_and_either_copy_will_do() {
     let directory = tempfile::tempdir().unwrap();
     let good = plain().image();

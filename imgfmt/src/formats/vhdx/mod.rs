@@ -26,7 +26,7 @@ const CHUNK_SECTORS: u64 = 1 << 23;
 const BITMAP_LENGTH: u64 = CHUNK_SECTORS / 8;
 
 /// Most words of a bitmap that are looked at for one piece.
-const WORDS_MAX: u64 = 64;
+const WORDS_MAX: usize = 64;
 
 /// The states of a block.
 mod state {
@@ -120,15 +120,17 @@ impl Vhdx {
         let first = guest / sector % CHUNK_SECTORS;
         let mut is_present = None;
         let mut count = 0;
-        'words: for word in (first / 64..CHUNK_SECTORS / 64).take(WORDS_MAX as usize) {
+        for word in (first / 64..CHUNK_SECTORS / 64).take(WORDS_MAX) {
             let Some(bits) = cursor.u64_le(bitmap + word * 8, guest)? else { return Ok(None) };
-            for bit in if count == 0 { first % 64 } else { 0 }..64 {
-                let is_set = bits >> bit & 1 == 1;
-                if is_present.is_some_and(|present| present != is_set) {
-                    break 'words;
-                }
-                is_present = Some(is_set);
-                count += 1;
+            let skipped = if count == 0 { first % 64 } else { 0 };
+            let bits = bits >> skipped;
+            let is_set = *is_present.get_or_insert(bits & 1 == 1);
+            let same = if is_set { bits.trailing_ones() } else { bits.trailing_zeros() };
+            // Zeroes were shifted in above.
+            let same = u64::from(same).min(64 - skipped);
+            count += same;
+            if skipped + same < 64 {
+                break;
             }
         }
         let length = (count * sector - guest % sector).min(block_size - guest % block_size);
