@@ -4,7 +4,9 @@
 //! A table may be as large as the disk makes it, so none is read as a whole: 4 KiB pages are kept, and
 //! at most [`PAGES_MAX`] of them, or one for each file of an image if it has more files. No lock is held while one is read.
 
+use std::ffi::OsString;
 use std::io;
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,6 +21,9 @@ const PAGE: u64 = 4096;
 
 /// Most pages that are kept: 4 MiB.
 const PAGES_MAX: u64 = 1024;
+
+/// Longest name of a backing file in bytes.
+const BACKING_NAME_MAX: u32 = 1023;
 
 /// A page and its number.
 type Page = (u64, Arc<[u8]>);
@@ -85,6 +90,14 @@ impl ImageFile {
             Ok(_) => Err(self.invalid("its header is cut off").at(offset)),
             Err(error) => Err(self.name(Error::from_io("read the header of", error).at(offset))),
         }
+    }
+
+    /// Reads the name of the image's backing file, which has 1 to 1023 bytes.
+    pub(super) fn backing_name(&self, offset: u64, length: u32) -> Result<OsString> {
+        if !(1..=BACKING_NAME_MAX).contains(&length) || !self.has(offset, length.into()) {
+            return Err(self.invalid("the name of its backing file is empty, too long or cut off"));
+        }
+        Ok(OsString::from_vec(self.read_up_to(offset, length.into())?))
     }
 
     /// Checks that something of which `length` bytes are needed lies in the file, at a multiple of

@@ -15,9 +15,7 @@
 //! Entries of both tables are offsets of 8 bytes, and 0 is nothing. Those of compressed clusters have bit
 //! 63 set and, below it, as many bits for the length as clusters have.
 
-use std::ffi::OsString;
 use std::io::Read as _;
-use std::os::unix::ffi::OsStringExt as _;
 use std::sync::Arc;
 
 use super::blocks::{BlockImage, Blocks, Piece, Place};
@@ -30,9 +28,6 @@ use crate::mapping::Encoded;
 use crate::units::HostOffset;
 
 const HEADER_LENGTH: usize = 48;
-
-/// Longest name of a backing file in bytes.
-const NAME_MAX: usize = 1023;
 
 /// The cluster is compressed.
 const COMPRESSED: u64 = 1 << 63;
@@ -110,14 +105,11 @@ impl Qcow {
 }
 
 fn parent(file: &ImageFile, header: &[u8; HEADER_LENGTH]) -> Result<Option<Parent>> {
-    let (offset, length) = (u64_at(header, 8), u32_at(header, 16) as usize);
+    let (offset, length) = (u64_at(header, 8), u32_at(header, 16));
     if offset == 0 {
         return Ok(None);
     }
-    if length == 0 || length > NAME_MAX || !file.has(offset, length as u64) {
-        return Err(file.invalid("the name of its backing file is empty, too long or cut off"));
-    }
-    let name = OsString::from_vec(file.read_up_to(offset, length as u64)?);
+    let name = file.backing_name(offset, length)?;
     Ok(Some(Parent { names: vec![name], format: None, identity: None }))
 }
 

@@ -13,9 +13,6 @@
 //!
 //! Entries of both tables are offsets of 8 bytes. 0 is nothing; 1 in an L2 table is a cluster of zeroes.
 
-use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt as _;
-
 use super::blocks::{BlockImage, Blocks, Piece, Place};
 use super::file::{Cursor, ImageFile};
 use super::foreign::{ForeignImage, Opening, Parent};
@@ -32,9 +29,6 @@ mod feature {
     pub(super) const NEED_CHECK: u64 = 2;
     pub(super) const BACKING_IS_RAW: u64 = 4;
 }
-
-/// Longest name of a backing file in bytes.
-const NAME_MAX: usize = 1023;
 
 /// A cluster of zeroes.
 const ZERO_CLUSTER: u64 = 1;
@@ -105,11 +99,7 @@ impl Qed {
 }
 
 fn parent(file: &ImageFile, header: &[u8; HEADER_LENGTH], features: u64) -> Result<Parent> {
-    let (offset, length) = (u32_le_at(header, 56), u32_le_at(header, 60) as usize);
-    if length == 0 || length > NAME_MAX || !file.has(u64::from(offset), length as u64) {
-        return Err(file.invalid("the name of its backing file is empty, too long or cut off"));
-    }
-    let name = OsString::from_vec(file.read_up_to(u64::from(offset), length as u64)?);
+    let name = file.backing_name(u32_le_at(header, 56).into(), u32_le_at(header, 60))?;
     let format = (features & feature::BACKING_IS_RAW != 0).then_some(Format::Raw);
     Ok(Parent { names: vec![name], format, identity: None })
 }
