@@ -359,7 +359,11 @@ fn refuse_options(format: Format, options: &OpenOptions) -> Result<()> {
 
 /// The format of an image, given by the options or detected: one that can be opened.
 fn format_of(storage: &dyn Storage, options: &OpenOptions) -> Result<Format> {
-    let format = said_or_seen(storage, options)?;
+    supported(said_or_seen(storage, options)?, options)
+}
+
+/// A format that was given by the options or detected, if images of it can be opened.
+fn supported(format: Format, options: &OpenOptions) -> Result<Format> {
     match format.is_supported() {
         true => Ok(format),
         false => Err(Error::unsupported_format(format, options.format.is_none())),

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::below::{Named, Unopened, layer_below, refuse_loop};
-use super::{Files, format_of, named, of_layer, open_foreign, said_or_seen, too_long};
+use super::{Files, named, of_layer, open_foreign, said_or_seen, supported, too_long};
 use crate::access::Access;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
@@ -76,10 +76,11 @@ struct BelowIt(Option<Named>);
 /// Information about a layer, and about the one below it if there can be one.
 fn describe(layer: &Unopened) -> Result<(ImageInfo, Option<BelowIt>)> {
     let Unopened { storage, path, options, .. } = layer;
-    if said_or_seen(&**storage, options)? == Format::Luks {
+    let format = said_or_seen(&**storage, options)?;
+    if format == Format::Luks {
         return Ok((luks_container(&**storage, options)?, None));
     }
-    let format = format_of(&**storage, options)?;
+    let format = supported(format, options)?;
     let storage = Arc::clone(storage);
     if format == Format::Raw {
         let raw = Raw::new(storage, FirstSector::Free)?;
