@@ -6,10 +6,7 @@ use std::sync::Arc;
 use crate::mapping::Encoded;
 use crate::ordered_lock::{OrderedMutex, rank};
 
-/// How many bytes of them are kept for the reads that follow.
-const BYTES_MAX: usize = 8 << 20;
-
-/// How many blocks are kept.
+/// How many blocks are kept for the reads that follow: at most 1 MiB, with clusters of up to 64 KiB.
 const BLOCKS_MAX: usize = 16;
 
 /// Decompressed blocks, by the place of their compressed bytes, which never change.
@@ -24,9 +21,8 @@ impl Decoded {
     }
 
     pub(super) fn keep(&self, encoded: Encoded, block: &Arc<[u8]>) {
-        let count = (BYTES_MAX / block.len().max(1)).clamp(1, BLOCKS_MAX);
         let mut kept = self.0.lock();
-        kept.truncate(count - 1);
+        kept.truncate(BLOCKS_MAX - 1);
         kept.push_front((encoded, Arc::clone(block)));
     }
 }
