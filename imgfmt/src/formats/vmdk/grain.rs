@@ -24,7 +24,7 @@ type Grain = (u64, Arc<[u8]>);
 
 /// Grains that were read lately.
 #[derive(Debug)]
-pub(super) struct Grains(Box<[OrderedRwLock<{ rank::FOREIGN_PAGE }, Option<Grain>>]>);
+pub(super) struct Grains(Box<[OrderedRwLock<{ rank::FOREIGN_DECODED }, Option<Grain>>]>);
 
 impl Grains {
     /// For grains of up to `largest` bytes.
