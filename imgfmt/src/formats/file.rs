@@ -50,7 +50,9 @@ impl ImageFile {
         path: Option<&Path>,
         count: usize,
     ) -> Result<Self> {
-        let length = storage.len().map_err(|error| Error::from_io("find the size of", error))?;
+        let length = storage.len();
+        let length =
+            length.map_err(|error| named(Error::from_io("find the size of", error), path))?;
         // A power of two, and not more than the share.
         let share = 1 << (PAGES_MAX / count.max(1) as u64).max(1).ilog2();
         let count = length.div_ceil(PAGE).clamp(1, share).next_power_of_two();
@@ -147,10 +149,7 @@ impl ImageFile {
     }
 
     fn name(&self, error: Error) -> Error {
-        match &self.path {
-            Some(path) => error.with_path(path),
-            None => error,
-        }
+        named(error, self.path.as_deref())
     }
 
     /// A page, if it exists; `None` if that would take waiting, and `lookup` forbids it. The last one
@@ -182,6 +181,13 @@ impl ImageFile {
         let page: Arc<[u8]> = bytes.into();
         *place.write() = Some((number, Arc::clone(&page)));
         Ok(Some(page))
+    }
+}
+
+fn named(error: Error, path: Option<&Path>) -> Error {
+    match path {
+        Some(path) => error.with_path(path),
+        None => error,
     }
 }
 
@@ -260,10 +266,48 @@ impl<'f> Cursor<'f> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::MemoryStorage;
+    use crate::storage::{Durability, MemoryStorage};
 
     fn file(bytes: &[u8]) -> ImageFile {
         ImageFile::new(Arc::new(MemoryStorage::from_bytes(bytes)), None).unwrap()
+    }
+
+    /// A storage of which everything fails.
+    #[derive(Debug)]
+    struct Failing;
+
+    impl Storage for Failing {
+        fn len(&self) -> io::Result<u64> {
+            Err(io::ErrorKind::Other.into())
+        }
+
+        fn read_at(&self, _: HostOffset, _: &mut [u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::Other.into())
+        }
+
+        fn write_at(&self, _: HostOffset, _: &[u8], _: Durability) -> io::Result<()> {
+            Err(io::ErrorKind::Other.into())
+        }
+
+        fn set_len(&self, _: u64) -> io::Result<()> {
+            Err(io::ErrorKind::Other.into())
+        }
+
+        fn punch_hole(&self, _: HostOffset, _: u64) -> io::Result<()> {
+            Err(io::ErrorKind::Other.into())
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            Err(io::ErrorKind::Other.into())
+        }
+    }
+
+    #[test]
+    fn a_file_whose_size_cannot_be_found_is_named() {
+        let path = Path::new("extent.vmdk");
+        let error = ImageFile::sharing(Arc::new(Failing), Some(path), 2).unwrap_err();
+        // Whoever opens it may know the disk only.
+        assert_eq!(error.with_path("disk.vmdk").path(), Some(path));
     }
 
     #[test]
