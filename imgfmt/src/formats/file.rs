@@ -2,7 +2,8 @@
 //! it.
 //!
 //! A table may be as large as the disk makes it, so none is read as a whole: 4 KiB pages are kept, and
-//! at most [`PAGES_MAX`] of them, or one for each file of an image if it has more files. No lock is held while one is read.
+//! at most [`PAGES_MAX`] of them, or one for each file of an image if it has more files. No lock is
+//! held while one is read.
 
 use std::ffi::OsString;
 use std::io;

@@ -100,8 +100,10 @@ impl Descriptor {
             let Some(value) = value(key) else { return Ok(None) };
             let number = std::str::from_utf8(value).ok();
             let number = number.and_then(|text| u32::from_str_radix(text, 16).ok());
-            let damaged =
-                || file.invalid(format!("its {key} '{}' is no number", value.escape_ascii()));
+            let damaged = || {
+                let value = value.escape_ascii();
+                file.invalid(format!("its {key} '{value}' is not a hexadecimal number"))
+            };
             number.map(Some).ok_or_else(damaged)
         };
         let extents: Vec<&[u8]> = lines().filter(|line| is_extent(line)).collect();

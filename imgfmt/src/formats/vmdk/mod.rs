@@ -91,7 +91,7 @@ enum Data {
     /// The bytes are those of a file, from an offset on.
     Flat(Arc<ImageFile>, u64),
     Sparse(Box<Sparse>),
-    /// Nobody may read it, and why.
+    /// It cannot be read, for this reason.
     Barred(&'static str),
 }
 
