@@ -8,12 +8,16 @@ use imgfmt::{BackingFile, Format, Image, OpenOptions, OpenPolicy};
 use super::{foreign_images, look};
 
 /// Longer files are not looked at.
-const LENGTH_MAX: usize = 1 << 20;
+pub(super) const LENGTH_MAX: usize = 1 << 20;
 
 pub(super) fn foreign(format: Format, data: &[u8]) {
-    if data.len() > LENGTH_MAX {
-        return;
+    if data.len() <= LENGTH_MAX {
+        open(format, data);
     }
+}
+
+/// Opens an image of any length and looks at it.
+pub(super) fn open(format: Format, data: &[u8]) {
     let storage = Arc::new(MemoryStorage::from_bytes(data));
     let options =
         OpenOptions::new().format(format).policy(OpenPolicy::deny()).backing(BackingFile::Ignored);

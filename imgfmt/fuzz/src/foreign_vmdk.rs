@@ -5,7 +5,7 @@ use std::sync::Arc;
 use imgfmt::storage::MemoryStorage;
 use imgfmt::{Format, Image, OpenOptions, OpenPolicy, Storage};
 
-use super::foreign::foreign;
+use super::foreign::{LENGTH_MAX, foreign};
 use super::look;
 
 /// The size of a grain, and how many a table has.
@@ -16,7 +16,7 @@ const SECTOR: usize = 512;
 /// An image of VMware: a descriptor, or a sparse extent with a descriptor or one that is named by one.
 pub(crate) fn vmdk(data: &[u8]) {
     foreign(Format::Vmdk, data);
-    if data.len() > 1 << 20 || data.starts_with(b"#") {
+    if data.len() > LENGTH_MAX || data.starts_with(b"#") {
         return;
     }
     let storage = Arc::new(MemoryStorage::from_bytes(data));
