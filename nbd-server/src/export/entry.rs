@@ -131,8 +131,8 @@ impl ExportEntry {
         Self { export, failures, flushes, quotas, record, ..self.clone() }
     }
 
-    /// Like [`with_export`](Self::with_export), for an export of the same open disk: if a flush
-    /// fails through either of them, the clients of both are told.
+    /// Like [`with_export`](Self::with_export), for an export of the same disk, open or opened
+    /// again: if a flush fails through either of them, the clients of both are told.
     #[must_use]
     pub fn same_disk(&self, export: Arc<dyn Export>) -> Self {
         let (failures, flushes) = (self.failures.clone(), self.flushes.clone());

@@ -157,7 +157,7 @@ impl ClosedDisks {
                     let _ = image.offer_bitmap(bitmap);
                 }
             }
-            disk.entry = entry.with_export(disk.export.clone());
+            disk.entry = entry.same_disk(disk.export.clone());
             match registry.add(name.clone(), disk.entry()) {
                 Ok(()) => disks.insert(name, disk),
                 Err(error) => {
@@ -181,10 +181,15 @@ impl std::fmt::Debug for ClosedDisks {
 #[cfg(test)]
 mod tests {
     use std::io;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::mpsc;
 
     use imgfmt::storage::MemoryStorage;
     use imgfmt::{Durability, Format, HostOffset, Image, OpenOptions, Storage};
+    use nbd_client::Connector;
+    use nbd_proto::wire::Errno;
+    use nbd_server::export::{ExportError, ExportInfo};
+    use nbd_server::{ListenAddress, Server, ServerConfig};
 
     use super::*;
 
@@ -245,5 +250,68 @@ mod tests {
         end.send(()).unwrap();
         closing.join().unwrap();
         disks.close(&registry).unwrap();
+    }
+
+    /// A disk that fails to flush once it is told to.
+    struct Unflushed(MemoryExport, Arc<AtomicBool>);
+
+    impl Export for Unflushed {
+        fn info(&self) -> ExportInfo {
+            self.0.info()
+        }
+        fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+            self.0.read_at(offset, buffer)
+        }
+        fn flush(&self) -> Result<(), ExportError> {
+            match self.1.swap(false, Ordering::SeqCst) {
+                true => Err(ExportError::new(Errno::EIO, "the disk is broken")),
+                false => Ok(()),
+            }
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn clients_of_a_disk_that_is_open_again_are_told_of_a_flush_that_failed_after_the_pause()
+    {
+        let directory = tempfile::tempdir().unwrap();
+        let fails = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&fails);
+        let open = move || {
+            let disk = Unflushed(MemoryExport::new(1 << 20), Arc::clone(&flag));
+            ServedDisk::new("vm", Arc::new(disk))
+        };
+        let disk = open().reopened_by(move || Ok(open()));
+        let serve = async |name: &str, exports: &ExportRegistry| {
+            let mut server = Server::new(ServerConfig::default(), exports.clone());
+            let socket = ListenAddress::Unix(directory.path().join(name));
+            let uri = server.listen(&socket).await.unwrap().remove(0).uri("vm").to_string();
+            let server = server.start();
+            let client = Connector::new(uri.parse().unwrap()).connect().await.unwrap();
+            (server, client)
+        };
+        let (mut disks, registry, beside) =
+            (ServedDisks::default(), ExportRegistry::new(), ExportRegistry::new());
+        registry.add("vm", disk.entry()).unwrap();
+        beside.add("vm", disk.entry()).unwrap();
+        disks.insert("vm", disk);
+        let (server, client) = serve("one", &registry).await;
+        let paused = server.pause().await.unwrap();
+        // As a request does that a thread still carries out: of a second server of the same disk.
+        let (mut server, other) = serve("other", &beside).await;
+        fails.store(true, Ordering::SeqCst);
+        other.flush().await.unwrap_err();
+        server.shutdown();
+        server.wait().await.unwrap();
+        drop((beside, server));
+        let exports = registry.clone();
+        let reopened =
+            tokio::task::spawn_blocking(move || disks.close(&exports).unwrap().reopen(&exports));
+        let (_disks, failures) = reopened.await.unwrap();
+        assert!(failures.is_empty(), "{failures:?}");
+        let mut server = Server::new(ServerConfig::default(), registry);
+        server.go_on(paused.listeners, paused.connections).unwrap();
+        let _server = server.start();
+        client.flush().await.unwrap_err();
+        client.flush().await.expect("it was told");
     }
 }
