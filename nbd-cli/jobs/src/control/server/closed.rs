@@ -192,6 +192,7 @@ mod tests {
     use nbd_server::{ListenAddress, Server, ServerConfig};
 
     use super::*;
+    use crate::control::server::Controller;
 
     /// A storage that is closed when it may be.
     #[derive(Debug)]
@@ -229,15 +230,20 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_takeover_waits_until_the_image_of_a_removed_disk_is_closed() {
+    /// A disk whose image is closed slowly: it tells when that begins, and waits until it may end.
+    fn slow_disk() -> (ServedDisk, mpsc::Receiver<()>, mpsc::Sender<()>) {
         let ((begins, has_begun), (end, may_end)) = (mpsc::sync_channel(1), mpsc::channel());
         let (inner, may_end) = (MemoryStorage::new(1 << 20), std::sync::Mutex::new(may_end));
         let options = OpenOptions::new().format(Format::Raw);
         let image = Image::from_storage(Arc::new(Slow { inner, begins, may_end }), &options);
         let image = Arc::new(ImageExport::new(image.unwrap()));
+        (ServedDisk::of_image("vm", image), has_begun, end)
+    }
+
+    #[test]
+    fn a_takeover_waits_until_the_image_of_a_removed_disk_is_closed() {
+        let (disk, has_begun, end) = slow_disk();
         let (mut disks, registry) = (ServedDisks::default(), ExportRegistry::new());
-        let disk = ServedDisk::of_image("vm", image);
         registry.add("vm", disk.entry()).unwrap();
         disks.insert("vm", disk);
         let removed = (registry.remove("vm"), disks.remove("vm"));
@@ -250,6 +256,30 @@ mod tests {
         end.send(()).unwrap();
         closing.join().unwrap();
         disks.close(&registry).unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn requests_are_carried_out_while_a_disk_that_was_not_added_is_closed() {
+        let server = Server::new(ServerConfig::default(), ExportRegistry::new()).start();
+        let controller = Controller::new(server.handle().clone(), ServedDisks::default());
+        let controller = Arc::new(controller);
+        let memory = || ServedDisk::new("memory:1M", Arc::new(MemoryExport::new(1 << 20)));
+        controller.add_export("taken", memory()).await.unwrap();
+        let too_long = "x".repeat(5000);
+        for (name, kind) in
+            [("taken", ErrorKind::AlreadyExists), (&too_long, ErrorKind::InvalidRequest)]
+        {
+            let (disk, has_begun, end) = slow_disk();
+            let (adding, name) = (Arc::clone(&controller), name.to_owned());
+            let added = tokio::spawn(async move { adding.add_export(name, disk).await });
+            tokio::task::spawn_blocking(move || has_begun.recv().unwrap()).await.unwrap();
+            // Others have the lock, and a takeover waits.
+            let closing = controller.disks.try_lock().map(|disks| disks.refuse_closing().is_err());
+            end.send(()).unwrap();
+            assert_eq!(closing.ok(), Some(true), "{kind:?}");
+            assert_eq!(added.await.unwrap().unwrap_err().kind, kind);
+        }
+        assert!(controller.disks.lock().await.refuse_closing().is_ok());
     }
 
     /// A disk that fails to flush once it is told to.

@@ -87,11 +87,12 @@ impl Controller {
     ///
     /// # Errors
     ///
-    /// If there is an export of that name, or the name is too long.
+    /// If there is an export of that name, the name is too long, or another program takes the server
+    /// over. The disk is closed then.
     ///
     /// # Cancel safety
     ///
-    /// Safe: the disk is exported or not.
+    /// Safe: the disk is exported or closed.
     pub async fn add_export(
         &self,
         name: impl Into<String>,
@@ -99,9 +100,18 @@ impl Controller {
     ) -> Result<Vec<String>, Failure> {
         let name = name.into();
         let mut disks = self.disks.lock().await;
-        disks.refuse_if_suspended()?;
-        self.refuse_taken(&name)?;
-        self.add(&mut disks, name, disk)
+        let refused = disks.refuse_if_suspended().and_then(|()| self.register(&name, &disk));
+        if let Err(refused) = refused {
+            disks.note_closing(&name, &disk);
+            // The last one to drop an image closes it, which may hang, and other requests must not.
+            drop(disks);
+            let _ = blocking(move || drop(disk)).await;
+            return Err(refused);
+        }
+        let uris = (self.uris)(&name);
+        self.observe(&ControlEvent::ExportAdded { export: &name });
+        disks.insert(name, disk);
+        Ok(uris)
     }
 
     /// Removes an export and closes its disk.
@@ -199,16 +209,7 @@ impl Controller {
         if let Some(text) = description {
             disk = disk.configured(|entry| entry.description(text));
         }
-        let mut disks = self.disks.lock().await;
-        // Both may have changed meanwhile.
-        if let Err(refused) = disks.refuse_if_suspended().and_then(|()| self.refuse_taken(&name)) {
-            disks.note_closing(&name, &disk);
-            // The last one to drop an image closes it, which may hang, and other requests must not.
-            drop(disks);
-            let _ = blocking(move || drop(disk)).await;
-            return Err(refused);
-        }
-        let uris = self.add(&mut disks, name, disk)?;
+        let uris = self.add_export(name, disk).await?;
         Ok(json!({ "uris": uris }))
     }
 
@@ -220,20 +221,10 @@ impl Controller {
         Ok(())
     }
 
-    fn add(
-        &self,
-        disks: &mut ServedDisks,
-        name: String,
-        disk: ServedDisk,
-    ) -> Result<Vec<String>, Failure> {
-        self.server
-            .exports()
-            .add(name.clone(), disk.entry())
-            .map_err(|error| Failure::new(ErrorKind::InvalidRequest, error.to_string()))?;
-        let uris = (self.uris)(&name);
-        self.observe(&ControlEvent::ExportAdded { export: &name });
-        disks.insert(name, disk);
-        Ok(uris)
+    fn register(&self, name: &str, disk: &ServedDisk) -> Result<(), Failure> {
+        self.refuse_taken(name)?;
+        let added = self.server.exports().add(name, disk.entry());
+        added.map_err(|error| Failure::new(ErrorKind::InvalidRequest, error.to_string()))
     }
 
     async fn remove(
