@@ -11,7 +11,7 @@ use nbd_server::ExportRegistry;
 use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 
 use super::disks::{Reopen, ServedDisk, ServedDisks};
-use super::files::DiskFiles;
+use super::files::{DiskFiles, check_names};
 use crate::control::{ErrorKind, Failure};
 
 /// Time for requests of connections that were cut, which threads may still carry out.
@@ -51,7 +51,7 @@ impl ServedDisks {
     ///
     /// If a disk cannot be opened again, or a thread still uses one. Nothing has changed then.
     pub fn close(mut self, registry: &ExportRegistry) -> Result<ClosedDisks, Box<NotClosed>> {
-        if let Err(failure) = self.check_takeover() {
+        if let Err(failure) = self.check_takeover().and_then(|()| check_names(&self.files())) {
             return Err(Box::new(NotClosed { disks: self, reason: failure.message }));
         }
         let deadline = Instant::now() + TIME_TO_CLOSE;

@@ -15,6 +15,7 @@ use tokio::sync::{Mutex, Notify};
 use super::closed::{LOOK, TIME_TO_CLOSE, refuse_removed};
 use super::disks::{ConnectionId, RunningCheckpoint, ServedDisk, ServedDisks};
 use super::event::{ControlEvent, ControlObserver, ignore};
+use super::files::check_names;
 use crate::control::{ErrorKind, Failure};
 
 /// The directory of files for data that is overwritten during a checkpoint: not one in memory.
@@ -177,6 +178,14 @@ impl Controller {
 
     /// Refuses further requests, if the server can be taken over.
     pub(super) async fn suspend(&self) -> Result<(), Failure> {
+        let files = {
+            let disks = self.disks.lock().await;
+            disks.refuse_if_suspended()?;
+            disks.check_takeover()?;
+            disks.files()
+        };
+        // A file system may hang, and other requests must not.
+        blocking(move || check_names(&files)).await??;
         let deadline = Instant::now() + TIME_TO_CLOSE;
         loop {
             let mut disks = self.disks.lock().await;

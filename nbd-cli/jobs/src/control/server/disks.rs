@@ -231,6 +231,11 @@ impl ServedDisks {
         Some(removed)
     }
 
+    /// Returns the files of each disk, by the name of its export.
+    pub(super) fn files(&self) -> Vec<(String, DiskFiles)> {
+        self.disks.iter().map(|(name, disk)| (name.clone(), disk.files())).collect()
+    }
+
     /// Refuses a takeover that would lose something.
     pub(super) fn check_takeover(&self) -> Result<(), Failure> {
         for (name, disk) in &self.disks {
@@ -247,7 +252,6 @@ impl ServedDisks {
                 );
                 return Err(Failure::new(ErrorKind::InUse, message));
             }
-            disk.files().check_names(name)?;
         }
         Ok(())
     }

@@ -125,3 +125,8 @@ impl DiskFiles {
         Err(Failure::new(ErrorKind::InUse, message))
     }
 }
+
+/// Refuses such names of any of these disks. Blocks.
+pub(super) fn check_names(disks: &[(String, DiskFiles)]) -> Result<(), Failure> {
+    disks.iter().try_for_each(|(export, files)| files.check_names(export))
+}
