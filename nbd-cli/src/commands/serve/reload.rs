@@ -43,7 +43,7 @@ const LIVE: LiveSettings<'static> = LiveSettings {
 struct Prepared {
     config: Config,
     changes: Changes<Arc<ExportArgs>>,
-    opened: Vec<OpenedExport>,
+    opened: Opening,
 }
 
 /// Sources that a thread opens. If the reload no longer waits for the thread, those that it has
@@ -185,7 +185,7 @@ impl Reloader {
         }
         // Everything was checked, so from here on failures are only reported.
         let removed = self.remove_all(removed, &mut config, &mut left).await;
-        let added = self.add_all(added, opened, &mut config, &mut left).await;
+        let added = self.add_all(added, opened.take(), &mut config, &mut left).await;
         let exports = self.server.exports();
         for (name, entry) in exports.entries() {
             let Some(export) =
@@ -239,7 +239,7 @@ impl Reloader {
             Ok::<_, CommandError>((config, changes))
         });
         let (config, changes) = prepared.await??;
-        Ok(Prepared { config, changes, opened: opening.take() })
+        Ok(Prepared { config, changes, opened: opening })
     }
 
     /// Refuses, like a start, `tls-only` exports on a server where TLS is not optional.
