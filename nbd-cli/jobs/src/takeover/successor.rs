@@ -25,7 +25,7 @@ pub struct TakenOver {
     /// The connections.
     pub connections: Vec<PausedConnection>,
     /// The files of the disks of the other server, by the names of their exports.
-    pub disks: BTreeMap<String, DiskFiles>,
+    pub(crate) disks: BTreeMap<String, DiskFiles>,
     /// The service manager of the other server, if it has one.
     pub manager: Option<ServiceManager>,
 }

@@ -185,7 +185,7 @@ pub(super) fn encode_disk(name: &str, disk: &DiskFiles) -> Vec<u8> {
         put_text(&mut bytes, text.as_bytes());
     }
     bytes.extend_from_slice(&u64::from(disk.is_all).to_be_bytes());
-    for DiskFile { path, identity: FileIdentity { device, inode }, .. } in disk.as_slice() {
+    for DiskFile { path, identity: FileIdentity { device, inode } } in &disk.files {
         bytes.extend_from_slice(&device.to_be_bytes());
         bytes.extend_from_slice(&inode.to_be_bytes());
         put_text(&mut bytes, path.as_os_str().as_bytes());

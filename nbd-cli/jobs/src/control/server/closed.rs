@@ -131,7 +131,7 @@ fn reopen_same(name: &str, files: &DiskFiles, reopen: &Reopen) -> Result<ServedD
 
 impl ClosedDisks {
     /// Returns the files of each disk, by the name of its export.
-    pub fn files(&self) -> impl Iterator<Item = (&str, &DiskFiles)> {
+    pub(crate) fn files(&self) -> impl Iterator<Item = (&str, &DiskFiles)> {
         self.disks.iter().map(|(name, disk)| (&**name, &disk.files))
     }
 

@@ -213,7 +213,7 @@ impl ServedDisks {
     /// # Errors
     ///
     /// If a disk is another one.
-    pub fn check_same<'a>(
+    pub(crate) fn check_same<'a>(
         &self,
         others: impl IntoIterator<Item = (&'a str, &'a DiskFiles)>,
     ) -> Result<(), Failure> {

@@ -12,18 +12,16 @@ use crate::text::printable;
 
 /// A file that was opened by a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct DiskFile {
+pub(crate) struct DiskFile {
     /// The name, an absolute path.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// What was there.
-    pub identity: FileIdentity,
+    pub(crate) identity: FileIdentity,
 }
 
 impl DiskFile {
     /// A file at an absolute path.
-    #[must_use]
-    pub const fn new(path: PathBuf, identity: FileIdentity) -> Self {
+    pub(crate) const fn new(path: PathBuf, identity: FileIdentity) -> Self {
         Self { path, identity }
     }
 }
@@ -31,7 +29,7 @@ impl DiskFile {
 /// What a disk consists of: the files of its image, which are its own, its data file and everything
 /// below, and what the source tells where that is not enough.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct DiskFiles {
+pub(crate) struct DiskFiles {
     pub(crate) files: Vec<DiskFile>,
     /// Whether nothing but these files is served.
     pub(crate) is_all: bool,
@@ -43,19 +41,12 @@ pub struct DiskFiles {
 
 impl DiskFiles {
     /// Those of an image. Relative names begin in the current directory.
-    #[must_use]
-    pub fn of(image: &Image) -> Self {
+    pub(crate) fn of(image: &Image) -> Self {
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         let files = image.files().map(|(path, identity)| DiskFile::new(absolute(path), identity));
         let files: Vec<_> = files.collect();
         let is_all = !files.is_empty() && !image.has_nameless_layers();
         Self { files, is_all, ..Self::default() }
-    }
-
-    /// Returns the files.
-    #[must_use]
-    pub fn as_slice(&self) -> &[DiskFile] {
-        &self.files
     }
 
     /// Holds the files, without opening or locking them: until this is dropped, no new file gets the
@@ -72,7 +63,7 @@ impl DiskFiles {
     /// # Errors
     ///
     /// If there is such a name; `export` is the disk's.
-    pub fn check_names(&self, export: &str) -> Result<(), Failure> {
+    pub(crate) fn check_names(&self, export: &str) -> Result<(), Failure> {
         let is_displaced = |file: &&DiskFile| FileIdentity::of(&file.path) != Some(file.identity);
         let Some(file) = self.files.iter().find(is_displaced) else { return Ok(()) };
         let message = format!(
@@ -89,7 +80,7 @@ impl DiskFiles {
     /// # Errors
     ///
     /// If the image is another one; `export` is the disk's.
-    pub fn check_same(&self, export: &str, opened: &Self) -> Result<(), Failure> {
+    pub(crate) fn check_same(&self, export: &str, opened: &Self) -> Result<(), Failure> {
         let is_in = |files: &Self, file: &DiskFile| {
             files.files.iter().any(|other| other.identity == file.identity)
         };

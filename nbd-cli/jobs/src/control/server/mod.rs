@@ -41,5 +41,5 @@ pub use self::closed::{ClosedDisks, NotClosed};
 pub use self::controller::{Controller, Reloading, RequestedSource};
 pub use self::disks::{Reopen, ServedDisk, ServedDisks};
 pub use self::event::{ControlEvent, ControlObserver};
-pub use self::files::{DiskFile, DiskFiles};
+pub(crate) use self::files::{DiskFile, DiskFiles};
 pub use self::socket::{ControlSocket, ControlSocketError};
