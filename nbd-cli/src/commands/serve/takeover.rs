@@ -5,9 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nbd_jobs::control::server::{Controller, NotClosed, ServedDisks};
+use nbd_jobs::control::server::{Controller, NotClosed, ServedDisks, refuse_removed};
 use nbd_jobs::takeover::{Predecessor, Successor, TakenOver, TakeoverError};
-use nbd_jobs::text::{printable, without_error_numbers};
+use nbd_jobs::text::without_error_numbers;
 use nbd_server::{BoundAddress, ExportRegistry, Paused, RunningServer, Server};
 
 use super::args::ServeArgs;
@@ -195,13 +195,8 @@ impl HandOver {
         if let Err(error) = &paused.flushed {
             return Some(give_up(successor, &error.to_string(), registry, disks, paused));
         }
-        let unregistered = paused.unregistered().next().map(printable);
-        if let Some(name) = unregistered {
-            let reason = format!(
-                "clients still use the export '{name}', which was removed or replaced; wait until \
-                 they have disconnected"
-            );
-            return Some(give_up(successor, &reason, registry, disks, paused));
+        if let Err(failure) = refuse_removed(paused.unregistered()) {
+            return Some(give_up(successor, &failure.message, registry, disks, paused));
         }
         let closed = match disks.close(&registry) {
             Ok(closed) => closed,

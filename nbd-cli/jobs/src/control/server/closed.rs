@@ -13,6 +13,7 @@ use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 use super::disks::{Reopen, ServedDisk, ServedDisks};
 use super::files::{DiskFiles, check_names};
 use crate::control::{ErrorKind, Failure};
+use crate::text::printable;
 
 /// Time for requests of connections that were cut, which threads may still carry out.
 pub(super) const TIME_TO_CLOSE: Duration = Duration::from_secs(10);
@@ -56,7 +57,8 @@ impl ServedDisks {
         }
         let deadline = Instant::now() + TIME_TO_CLOSE;
         // Their clients were cut, but threads may still carry out their last requests.
-        while let Err(failure) = refuse_removed(registry).and_then(|()| self.refuse_closing()) {
+        let refuse = || refuse_removed(registry.removed_in_use());
+        while let Err(failure) = refuse().and_then(|()| self.refuse_closing()) {
             if Instant::now() >= deadline {
                 return Err(Box::new(NotClosed { disks: self, reason: failure.message }));
             }
@@ -109,13 +111,18 @@ impl ServedDisk {
     }
 }
 
-/// Refuses a takeover while clients use images under which no export is registered: no
-/// program would open them again.
-pub(super) fn refuse_removed(registry: &ExportRegistry) -> Result<(), Failure> {
-    let Some(name) = registry.removed_in_use().into_iter().next() else { return Ok(()) };
+/// Refuses a takeover while clients use exports of these names under which no export is registered:
+/// no program would open them again.
+///
+/// # Errors
+///
+/// If there is such a name.
+pub fn refuse_removed(names: impl IntoIterator<Item: AsRef<str>>) -> Result<(), Failure> {
+    let Some(name) = names.into_iter().next() else { return Ok(()) };
     let message = format!(
-        "clients still use the export '{name}', which was removed or replaced; wait until they have \
-         disconnected"
+        "clients still use the export '{}', which was removed or replaced; wait until they have \
+         disconnected",
+        printable(name.as_ref())
     );
     Err(Failure::new(ErrorKind::InUse, message))
 }
@@ -250,7 +257,7 @@ mod tests {
         let closing = std::thread::spawn(move || drop(removed));
         has_begun.recv().unwrap();
         // Nobody uses it any more, but its storage is still open.
-        refuse_removed(&registry).unwrap();
+        refuse_removed(registry.removed_in_use()).unwrap();
         let refused = disks.take().refuse_closing().unwrap_err();
         assert!(refused.message.contains("is still being closed"), "{refused}");
         end.send(()).unwrap();

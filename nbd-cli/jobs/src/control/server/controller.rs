@@ -191,7 +191,7 @@ impl Controller {
             let mut disks = self.disks.lock().await;
             disks.refuse_if_suspended()?;
             disks.check_takeover()?;
-            refuse_removed(self.server.exports())?;
+            refuse_removed(self.server.exports().removed_in_use())?;
             match disks.refuse_closing() {
                 Ok(()) => {
                     disks.is_suspended = true;

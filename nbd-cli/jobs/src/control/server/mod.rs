@@ -37,7 +37,7 @@ mod requests;
 mod slots;
 mod socket;
 
-pub use self::closed::{ClosedDisks, NotClosed};
+pub use self::closed::{ClosedDisks, NotClosed, refuse_removed};
 pub use self::controller::{Controller, Reloading, RequestedSource};
 pub use self::disks::{Reopen, ServedDisk, ServedDisks};
 pub use self::event::{ControlEvent, ControlObserver};
