@@ -76,8 +76,16 @@ pub async fn open_within<T: Send + 'static>(
     first: impl Into<String>,
     open: impl FnOnce(&Step) -> T + Send + 'static,
 ) -> Result<T, JobError> {
-    let step = Step(Arc::new(Mutex::new(first.into())));
-    let Some(place) = OPENING.take() else {
+    open_in_place(&OPENING, limit, Step(Arc::new(Mutex::new(first.into()))), open).await
+}
+
+async fn open_in_place<T: Send + 'static>(
+    places: &'static Places,
+    limit: Duration,
+    step: Step,
+    open: impl FnOnce(&Step) -> T + Send + 'static,
+) -> Result<T, JobError> {
+    let Some(place) = places.take() else {
         return Err(JobError::source(format!(
             "{} was not begun: {OPENING_MAX} sources are still being opened, and their servers or \
              file systems may hang; mend them, or restart this server",
@@ -169,10 +177,15 @@ mod tests {
 
     #[test]
     fn only_so_many_sources_are_opened_at_a_time() {
-        let places = Places(AtomicUsize::new(0));
-        let mut taken: Vec<_> = (0..OPENING_MAX).filter_map(|_| places.take()).collect();
-        assert!(taken.len() == OPENING_MAX && places.take().is_none());
+        static PLACES: Places = Places(AtomicUsize::new(0));
+        let open = || {
+            let step = Step(Arc::new(Mutex::new("opening 'a'".to_owned())));
+            run(open_in_place(&PLACES, Duration::ZERO, step, |_| PLACES.take().is_some()))
+        };
+        let mut taken: Vec<_> = (0..OPENING_MAX).filter_map(|_| PLACES.take()).collect();
+        let error = open().expect_err("all places are taken").to_string();
+        assert!(error.contains("was not begun: 16 sources are still being opened"), "{error}");
         taken.pop();
-        assert!(places.take().is_some());
+        assert!(!open().expect("there is a place"), "it took the last place");
     }
 }
