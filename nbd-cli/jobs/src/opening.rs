@@ -103,17 +103,26 @@ async fn open_in_place<T: Send + 'static>(
     thread.map_err(|error| {
         JobError::source(format!("cannot start a thread for {}: {error}", step.name()))
     })?;
-    let opened = match limit.is_zero() {
-        true => opened.await,
-        false => tokio::time::timeout(limit, opened).await.map_err(|_| too_slow(&step, limit))?,
-    };
-    match opened {
+    match within(limit, opened).await.ok_or_else(|| too_slow(&step, limit))? {
         Ok(opened) => Ok(opened),
         // Only a panic ends the thread without a result.
         Err(_) => Err(JobError::source(format!(
             "{} failed because of a mistake in this program; please report it",
             step.name()
         ))),
+    }
+}
+
+/// Waits for `work` at most for `limit`, or without an end if that is zero. Returns `None`, and drops
+/// `work`, if it takes longer.
+///
+/// # Cancel safety
+///
+/// That of `work`.
+pub async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+    match limit.is_zero() {
+        true => Some(work.await),
+        false => tokio::time::timeout(limit, work).await.ok(),
     }
 }
 

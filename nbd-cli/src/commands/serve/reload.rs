@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nbd_jobs::control::server::Controller;
 use nbd_jobs::control::{ErrorKind, Failure};
-use nbd_jobs::opening::open_within;
+use nbd_jobs::opening::{open_within, within};
 use nbd_jobs::serving::{Changes, LiveSettings};
 use nbd_jobs::text::without_error_numbers;
 use nbd_server::ServerHandle;
@@ -265,22 +265,18 @@ impl Reloader {
         for export in removed {
             let name = export.name.clone();
             let limit = config.args.open_timeout;
-            let removal = self.remove(&name);
-            let removed = match limit.is_zero() {
-                true => Ok(removal.await),
-                false => tokio::time::timeout(limit, removal).await,
-            };
+            let removed = within(limit, self.remove(&name)).await;
             let is_served =
                 self.server.exports().entries().iter().any(|(served, _)| *served == name);
             let seconds = limit.as_secs_f64();
             match removed {
-                Ok(Ok(())) => {}
-                Ok(Err(why)) => left.push(format!("{name}: {why}")),
-                Err(_) if is_served => left.push(format!(
+                Some(Ok(())) => {}
+                Some(Err(why)) => left.push(format!("{name}: {why}")),
+                None if is_served => left.push(format!(
                     "{name}: it is still served: after {seconds} s a request of the control socket is \
                      still being carried out"
                 )),
-                Err(_) => {
+                None => {
                     let why = "flushing it goes on in the background";
                     left.push(format!("{name}: it is removed, but after {seconds} s {why}"));
                 }
