@@ -156,8 +156,8 @@ pub struct ServeArgs {
     pub handshake_timeout: Duration,
 
     /// Time limit for opening sources with --check, at a reload (which then fails) and by `nbd-cli
-    /// control add-export`; 0 for no limit. A start has no limit, because it may have to repair
-    /// images.
+    /// control add-export`; 0 for no limit. At a reload it also limits reading the file and
+    /// removing each export. A start has no limit, because it may have to repair images.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_limit,
           help_heading = "Limits")]
     pub open_timeout: Duration,
