@@ -95,7 +95,7 @@ impl JobError {
 
     /// A task panicked or was cancelled.
     pub fn given_up(what: &str, error: &tokio::task::JoinError) -> Self {
-        Self::new(JobErrorKind::Internal, format!("a {what} was given up: {error}"))
+        Self::new(JobErrorKind::Internal, format!("a {what} was cancelled: {error}"))
     }
 
     /// Replaces the sentence of the error.

@@ -278,7 +278,7 @@ async fn opened(
         Ok(nbd_jobs::blockdev::open_source(&choices, &source)?)
     });
     let opened = opening.await.unwrap_or_else(|error| {
-        Err(CommandError::new(format!("opening the image was given up: {error}")))
+        Err(CommandError::new(format!("opening the image was cancelled: {error}")))
     });
     opened.map(|opened| opened.export)
 }

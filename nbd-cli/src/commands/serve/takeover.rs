@@ -131,7 +131,8 @@ async fn check_names(taken: TakenOver, names: Vec<String>) -> Result<TakenOver, 
     let checked = tokio::task::spawn_blocking(move || {
         taken.check_names(names.iter().map(|name| &**name)).map(|()| taken)
     });
-    let checked = checked.await.map_err(|error| CommandError::new(format!("given up: {error}")))?;
+    let checked =
+        checked.await.map_err(|error| CommandError::new(format!("cancelled: {error}")))?;
     checked.map_err(|error| CommandError::new(error.to_string()))
 }
 
