@@ -65,7 +65,7 @@ impl Step {
 /// # Errors
 ///
 /// If it takes longer, if `open` panics, if the system has no thread left, or if too many threads are
-/// still opening something. After a time limit the thread is left to itself then: nothing
+/// still opening something. After the time limit the thread is left to itself: nothing
 /// waits for it, not even the end of the runtime, and it closes what it opens later.
 ///
 /// # Cancel safety

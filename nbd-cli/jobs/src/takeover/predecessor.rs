@@ -94,7 +94,7 @@ impl Successor {
     pub fn abandon(self, reason: &str) {
         // One that is gone needs not be told.
         let _ = send(&self.stream, Kind::Abandoned, reason.as_bytes(), None);
-        // Otherwise a wait that is not reported, and no less right.
+        // If this fails, the wait is only not reported.
         let _ = self.stream.set_read_timeout(Some(BETWEEN_REPORTS));
         let mut ignored = [0; 4096];
         loop {

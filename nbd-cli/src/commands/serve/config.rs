@@ -69,7 +69,7 @@ impl Config {
 const BESIDE_FILE: [&str; 9] =
     ["config", "check", "fork", "run", "pid_file", "takeover", "verbose", "log_format", "log_file"];
 
-/// Refuses options of `serve` that belong into the file.
+/// Refuses options of `serve` that belong in the file.
 ///
 /// # Errors
 ///

@@ -277,7 +277,7 @@ impl Reloader {
                      still being carried out"
                 )),
                 None => {
-                    let why = "flushing it goes on in the background";
+                    let why = "flushing it continues in the background";
                     left.push(format!("{name}: it is removed, but after {seconds} s {why}"));
                 }
             }

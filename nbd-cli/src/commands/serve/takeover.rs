@@ -24,7 +24,7 @@ const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(50);
 /// The resources with which a server starts.
 pub(super) struct Opened {
     pub(super) registry: ExportRegistry,
-    /// The disks of a server with a control socket.
+    /// The disks of a server with a control socket, or of one that takes over.
     pub(super) disks: Option<ServedDisks>,
     pub(super) taken: TakenOver,
     pub(super) origin: Origin,

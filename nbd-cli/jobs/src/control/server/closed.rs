@@ -256,7 +256,7 @@ mod tests {
         let removed = (registry.remove("vm"), disks.remove("vm"));
         let closing = std::thread::spawn(move || drop(removed));
         has_begun.recv().unwrap();
-        // Nobody uses it any more, but its storage is still open.
+        // No client uses it any more, but its storage is still open.
         refuse_removed(registry.removed_in_use()).unwrap();
         let refused = disks.take().refuse_closing().unwrap_err();
         assert!(refused.message.contains("is still being closed"), "{refused}");
