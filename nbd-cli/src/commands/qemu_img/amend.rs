@@ -10,6 +10,7 @@ use super::options::{not_accepted, take_size};
 use super::place::Place;
 use super::progress::Percentage;
 use super::refusal::Refusal;
+use super::text;
 
 const HELP: &str = "\
 Amend options for 'qcow2':
@@ -25,7 +26,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         return Err(Refusal::usage("Must specify options (-o)"));
     }
     if lists.iter().flat_map(|list| list.split(',')).any(|word| matches!(word, "help" | "?")) {
-        return super::print(HELP);
+        return text::print(HELP);
     }
     let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?;
     let (path, options) = place.file()?;

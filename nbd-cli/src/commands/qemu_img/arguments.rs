@@ -8,7 +8,6 @@ use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::text::printable;
 
 use super::known::Opt;
-use super::place::parse_format;
 use super::refusal::Refusal;
 use crate::output::ReportFormat;
 
@@ -148,5 +147,18 @@ fn check_object(text: &str) -> Result<(), Refusal> {
              parameters name the credentials",
             printable(kind)
         ))),
+    }
+}
+
+/// Parses the name of a format.
+///
+/// # Errors
+///
+/// If there is none of that name.
+pub(super) fn parse_format(name: &str) -> Result<Format, Refusal> {
+    match (name, Format::from_name(name)) {
+        (_, Some(format)) => Ok(format),
+        ("file" | "host_device", None) => Ok(Format::Raw),
+        _ => Err(Refusal::new(format!("Unknown driver '{}'", printable(name)))),
     }
 }

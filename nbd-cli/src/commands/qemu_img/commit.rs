@@ -11,6 +11,7 @@ use super::known::Opt;
 use super::place::Place;
 use super::progress::Percentage;
 use super::refusal::Refusal;
+use super::text;
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?;
@@ -51,7 +52,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     progress.end_with(&result);
     result?;
     if !arguments.has(Opt::Quiet) {
-        super::print("Image committed.\n")?;
+        text::print("Image committed.\n")?;
     }
     Ok(0)
 }

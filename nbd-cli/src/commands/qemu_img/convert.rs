@@ -17,6 +17,7 @@ use super::place::{Place, parse_cache};
 use super::progress::Percentage;
 use super::refusal::Refusal;
 use super::snapshot;
+use super::text;
 
 /// Most threads that `-m` may ask for.
 const PARALLEL_MAX: usize = 16;
@@ -26,7 +27,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let mut format = format.unwrap_or(Format::Raw);
     let lists = arguments.lists()?;
     if let Some(text) = help(format, &lists) {
-        return super::print(&text);
+        return text::print(&text);
     }
     let (from, to) = match &arguments.operands[..] {
         [from, to] => (from, to),

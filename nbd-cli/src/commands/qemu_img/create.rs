@@ -14,6 +14,7 @@ use super::options::{NewImage, SECTOR, help, size_argument};
 use super::place::{Place, remotes};
 use super::progress::Percentage;
 use super::refusal::Refusal;
+use super::text;
 use crate::signals;
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
@@ -21,7 +22,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let format = format.unwrap_or(Format::Raw);
     let lists = arguments.lists()?;
     if let Some(text) = help(format, &lists) {
-        return super::print(&text);
+        return text::print(&text);
     }
     let (name, size) = match &arguments.operands[..] {
         [] => return Err(Refusal::usage("Expecting image file name")),
@@ -46,7 +47,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let size = size_of(&new.create, path).map_err(|error| error.about(&shown))?;
     if !arguments.has(Opt::Quiet) {
         // Before the image is created: callers wait for this line.
-        super::print(&format!("{}\n", new.report(&shown, size)))?;
+        text::print(&format!("{}\n", new.report(&shown, size)))?;
     }
     let mut create = new.create;
     create.size = Some(size.next_multiple_of(SECTOR));

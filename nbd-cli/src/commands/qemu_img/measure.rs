@@ -10,7 +10,7 @@ use super::options::{NewImage, help, size_argument};
 use super::place::Place;
 use super::refusal::Refusal;
 use super::snapshot;
-use super::text::json;
+use super::text::{self, json};
 use crate::output::{Output, ReportFormat};
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
@@ -19,7 +19,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let format = format.unwrap_or(Format::Raw);
     let lists = arguments.lists()?;
     if let Some(text) = help(format, &lists) {
-        return super::print(&text);
+        return text::print(&text);
     }
     let size = arguments.text(Opt::Size)?.map(|text| size_argument("image size", &text));
     let size = size.transpose()?;

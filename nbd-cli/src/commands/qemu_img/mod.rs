@@ -38,7 +38,6 @@ use nbd_jobs::text::printable;
 use self::arguments::Arguments;
 use self::known::Opt;
 use self::refusal::{Refusal, complain};
-use crate::output::Output;
 use crate::signals;
 
 /// The arguments of qemu-img, which has a separate parser.
@@ -213,8 +212,8 @@ fn carry_out(words: Vec<OsString>, found: &mut Option<&'static str>) -> Result<u
     let name = loop {
         let Some(word) = words.next() else { return Err(Refusal::usage("Not enough arguments")) };
         match word.to_str() {
-            Some("-h" | "--help" | "help") => return print(&help_of_program()),
-            Some("-V" | "--version") => return print(&help::version()),
+            Some("-h" | "--help" | "help") => return text::print(&help_of_program()),
+            Some("-V" | "--version") => return text::print(&help::version()),
             Some("-T" | "--trace") => drop(words.next()),
             Some(option) if option.starts_with("--trace=") => {}
             Some(option) if option.starts_with("-T") => {}
@@ -236,19 +235,12 @@ fn carry_out(words: Vec<OsString>, found: &mut Option<&'static str>) -> Result<u
         words = resize::with_size_as_operand(words);
     }
     let Some(arguments) = Arguments::parse(command.options, words)? else {
-        return print(&help_of(command));
+        return text::print(&help_of(command));
     };
     if command.writes {
         signals::watch()?;
     }
     (command.run)(&arguments)
-}
-
-fn print(text: &str) -> Result<u8, Refusal> {
-    let mut output = Output::new();
-    output.text(text)?;
-    output.finish()?;
-    Ok(0)
 }
 
 fn help_of_program() -> String {

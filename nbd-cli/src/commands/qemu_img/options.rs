@@ -10,7 +10,8 @@ use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::qemu_numbers::parse_size;
 use nbd_jobs::text::printable;
 
-use super::place::{parse_format, remotes, trusting};
+use super::arguments::parse_format;
+use super::place::{remotes, trusting};
 use super::refusal::Refusal;
 use crate::signals;
 

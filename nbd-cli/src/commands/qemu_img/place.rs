@@ -155,19 +155,6 @@ fn could_not_open(name: &str, why: &str) -> Refusal {
     Refusal::new(format!("Could not open '{}': {why}", printable(name)))
 }
 
-/// Parses the name of a format.
-///
-/// # Errors
-///
-/// If there is none of that name.
-pub(super) fn parse_format(name: &str) -> Result<Format, Refusal> {
-    match (name, Format::from_name(name)) {
-        (_, Some(format)) => Ok(format),
-        ("file" | "host_device", None) => Ok(Format::Raw),
-        _ => Err(Refusal::new(format!("Unknown driver '{}'", printable(name)))),
-    }
-}
-
 /// Parses the name of a cache mode.
 ///
 /// # Errors

@@ -10,6 +10,7 @@ use super::known::Opt;
 use super::options::size_argument;
 use super::place::Place;
 use super::refusal::Refusal;
+use super::text;
 
 /// A negative size, which stands last, is not an option.
 pub(super) fn with_size_as_operand(mut words: Vec<OsString>) -> Vec<OsString> {
@@ -53,7 +54,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     image.resize(size, shrink)?;
     image.close()?;
     if !arguments.has(Opt::Quiet) {
-        super::print("Image resized.\n")?;
+        text::print("Image resized.\n")?;
     }
     Ok(0)
 }

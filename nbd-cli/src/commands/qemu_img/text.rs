@@ -11,6 +11,18 @@ use super::refusal::Refusal;
 use crate::error::CommandError;
 use crate::output::Output;
 
+/// Prints a text on standard output.
+///
+/// # Errors
+///
+/// If it cannot be written.
+pub(super) fn print(text: &str) -> Result<u8, Refusal> {
+    let mut output = Output::new();
+    output.text(text)?;
+    output.finish()?;
+    Ok(0)
+}
+
 /// Three digits of a size and its unit, which changes before there are four: `0.977 KiB`.
 pub(super) fn human_size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
