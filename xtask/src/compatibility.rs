@@ -29,6 +29,8 @@ const CHOICES: &[Choice] = &[
     alone("nbd-server", &["--all-features", "--features", "openssl/vendored"]),
     Choice { package: "nbd-jobs", arguments: &["--no-default-features"], needs_openssl: true },
     Choice { package: "nbd-jobs", arguments: &["--all-features"], needs_openssl: true },
+    Choice { package: "nbd-objects", arguments: &["--no-default-features"], needs_openssl: true },
+    Choice { package: "nbd-objects", arguments: &["--all-features"], needs_openssl: true },
     Choice { package: "nbd-cli", arguments: &["--no-default-features"], needs_openssl: true },
     alone("nbd-cli", &["--all-features"]),
 ];
@@ -149,7 +151,15 @@ mod tests {
 
     #[test]
     fn every_library_and_the_program_are_compiled_both_ways() {
-        for package in ["nbd-proto", "imgfmt", "nbd-client", "nbd-server", "nbd-jobs", "nbd-cli"] {
+        for package in [
+            "nbd-proto",
+            "imgfmt",
+            "nbd-client",
+            "nbd-server",
+            "nbd-jobs",
+            "nbd-objects",
+            "nbd-cli",
+        ] {
             for features in ["--no-default-features", "--all-features"] {
                 let is_there = CHOICES.iter().any(|choice| {
                     choice.package == package && choice.arguments.contains(&features)

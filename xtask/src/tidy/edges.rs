@@ -39,14 +39,15 @@ const TABLE: &[Allowed] = &[
     Allowed {
         name: "nbd-jobs",
         dependencies: &["nbd-proto", "nbd-client", "imgfmt"],
-        optional: &["nbd-server"],
+        optional: &["nbd-server", "nbd-objects"],
         // Its tests enable its own feature `server`.
         tests: &["nbd-jobs"],
     },
+    Allowed { name: "nbd-objects", dependencies: &["imgfmt"], optional: &[], tests: &[] },
     Allowed {
         name: "nbd-cli",
         dependencies: &["nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-jobs"],
-        optional: &[],
+        optional: &["nbd-objects"],
         tests: &[],
     },
     Allowed { name: "benches", dependencies: LIBRARIES, optional: &[], tests: &[] },
@@ -58,7 +59,8 @@ const FOR_PROGRAMS: &[&str] =
     &["clap", "clap_complete", "indicatif", "tracing-subscriber", "anyhow"];
 
 /// The library crates.
-const QUIET: &[&str] = &["nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-jobs"];
+const QUIET: &[&str] =
+    &["nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-jobs", "nbd-objects"];
 
 /// The sources of each network crate, and its one file that may use images.
 const IMAGE_ADAPTERS: [(&str, &str); 2] = [

@@ -3,7 +3,7 @@
 use super::lexer::{Source, line_at, word_offsets};
 
 /// Directories (with a slash at the end) and files of the engines.
-const ENGINES: &[&str] = &["nbd-cli/jobs/src/", "imgfmt/src/jobs/"];
+const ENGINES: &[&str] = &["nbd-cli/jobs/src/", "nbd-cli/objects/src/", "imgfmt/src/jobs/"];
 
 /// Finds engines that name clap.
 pub(crate) fn check(path: &str, source: &Source) -> Vec<String> {

@@ -2,7 +2,7 @@
 
 /// The crates of this workspace need no comment.
 const OWN_CRATES: &[&str] =
-    &["nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-jobs", "nbd-cli"];
+    &["nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-jobs", "nbd-objects", "nbd-cli"];
 
 /// Finds dependencies without a comment on their own line or on the one above.
 pub(crate) fn check(path: &str, text: &str) -> Vec<String> {

@@ -162,6 +162,7 @@ fn exists(root: &Path, path: &str) -> bool {
         "imgfmt",
         "nbd-cli",
         "nbd-cli/jobs",
+        "nbd-cli/objects",
         "benches",
         "xtask",
     ];

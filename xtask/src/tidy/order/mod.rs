@@ -24,6 +24,7 @@ pub(crate) const CRATES: &[(&str, &str)] = &[
     ("nbd-server", "nbd-server/src"),
     ("imgfmt", "imgfmt/src"),
     ("nbd-jobs", "nbd-cli/jobs/src"),
+    ("nbd-objects", "nbd-cli/objects/src"),
     ("nbd-cli", "nbd-cli/src"),
     ("benches", "benches/src/bin/bench"),
     ("xtask", "xtask/src"),

@@ -1,0 +1,30 @@
+//! The runtime of the requests.
+
+use std::io;
+use std::sync::{Mutex, PoisonError};
+
+use tokio::runtime::{Builder, Handle, Runtime};
+
+/// Threads that drive requests. TLS and signatures are their only work.
+const THREADS: usize = 2;
+
+static RUNTIME: Mutex<Option<Runtime>> = Mutex::new(None);
+
+/// Returns the runtime on which all requests of this process run, and starts its threads at the
+/// first call.
+///
+/// Callers without a runtime, such as the methods of a storage, hand their requests to it; its
+/// threads never run their code.
+///
+/// # Errors
+///
+/// If threads cannot be started.
+pub fn runtime() -> io::Result<Handle> {
+    let mut runtime = RUNTIME.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(runtime) = &*runtime {
+        return Ok(runtime.handle().clone());
+    }
+    let mut builder = Builder::new_multi_thread();
+    let started = builder.worker_threads(THREADS).thread_name("objects").enable_all().build()?;
+    Ok(runtime.insert(started).handle().clone())
+}
