@@ -146,6 +146,7 @@ impl ImageLocation {
         }
         settings
             .apply_to(&mut options)
+            .and_then(|()| backing.check(options.cache))
             .map_err(|why| JobError::invalid(format!("cannot open {location}: {why}")))?;
         let files = location.local_files();
         let target = |name| Self::of(name, files).target(remotes);

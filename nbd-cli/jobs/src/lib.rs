@@ -109,7 +109,7 @@ pub use self::cancellation::Cancellation;
 pub use self::connect::{ConnectOptions, TlsSettings};
 pub use self::copy::{Copied, CopyOptions, Knowledge, Zeroes, copy};
 pub use self::error::{JobError, JobErrorKind};
-pub use self::location::Location;
+pub use self::location::{DescribedLocation, Location};
 pub use self::observer::{JobContext, Observer, Phase, Progress, TemporaryFile};
 pub use self::restore::{Check as RestoreCheck, RestoreOptions, Restored, Verify, restore};
 pub use self::target::Durable;

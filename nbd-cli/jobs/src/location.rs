@@ -4,10 +4,13 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use imgfmt::{Format, Locking};
+use imgfmt::{Access, CacheMode, Format, Locking};
 use nbd_proto::NbdUri;
 
-use crate::qemu_name::{BackingInName, FILE_PREFIX, NameInImage, from_json, from_name};
+use crate::JobError;
+use crate::qemu_name::{
+    BackingInName, DriverSettings, FILE_PREFIX, NameInImage, from_json, from_name, json_in,
+};
 
 /// A source or destination of a copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +25,16 @@ pub enum Location {
     Null,
 }
 
+/// A source or destination, and how its name (`json:OBJECT`) says that it is used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DescribedLocation {
+    /// The source or destination.
+    pub location: Location,
+    /// How it is used.
+    pub settings: DriverSettings,
+}
+
 impl Location {
     /// The URI of a server.
     pub fn uri(&self) -> Option<&NbdUri> {
@@ -32,6 +45,50 @@ impl Location {
     }
 }
 
+impl From<Location> for DescribedLocation {
+    fn from(location: Location) -> Self {
+        Self { location, settings: DriverSettings::default() }
+    }
+}
+
+impl FromStr for DescribedLocation {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Some(object) = json_in(text) else { return text.parse().map(Location::into) };
+        let image = from_json(object)?;
+        let is_inside = image.format.known().is_some_and(|format| format != Format::Raw);
+        if is_inside || image.backing != BackingInName::AsNamed {
+            return Err("the disk in an image is copied with 'nbd-cli image convert'".into());
+        }
+        let location = match image.name {
+            NameInImage::Export(uri) => Location::Nbd(*uri),
+            NameInImage::File(path) => Location::File(path),
+        };
+        Ok(Self { location, settings: image.settings })
+    }
+}
+
+impl DescribedLocation {
+    /// Returns the locking of its file; `given` is what the user asks for otherwise, which is stronger
+    /// unless it is automatic.
+    ///
+    /// # Errors
+    ///
+    /// If its name forbids this access, or an option in it does not work for a copy.
+    pub fn locking(&self, access: Access, given: Locking) -> Result<Locking, JobError> {
+        let verb = match access {
+            Access::ReadOnly => "read",
+            Access::ReadWrite => "write to",
+        };
+        let checked = self.settings.check(access, CacheMode::default());
+        checked
+            .map_err(|why| JobError::invalid(format!("cannot {verb} {}: {why}", self.location)))?;
+        Ok(self.settings.locking_or(given))
+    }
+}
+
+/// Parses a name without the settings that [`DescribedLocation`] keeps: it refuses them.
 impl FromStr for Location {
     type Err = String;
 
@@ -52,23 +109,12 @@ impl FromStr for Location {
         if is_nbd {
             return from_name(text).map(Self::Nbd);
         }
-        if let Some(object) = text.strip_prefix("json:") {
-            let image = from_json(object)?;
-            let is_inside = image.format.known().is_some_and(|format| format != Format::Raw);
-            if is_inside || image.backing != BackingInName::AsNamed {
-                return Err("the disk in an image is copied with 'nbd-cli image convert'".into());
+        if json_in(text).is_some() {
+            let DescribedLocation { location, settings } = text.parse()?;
+            if settings.read_only || settings.locking_or(Locking::Auto) != Locking::Auto {
+                return Err("leave read-only, locking and force-share out of this name".into());
             }
-            if image.settings.read_only || image.settings.locking != Locking::Auto {
-                return Err(
-                    "leave read-only, locking and force-share out of a name for a copy, and \
-                            give --locking or --force-share"
-                        .into(),
-                );
-            }
-            return Ok(match image.name {
-                NameInImage::Export(uri) => Self::Nbd(*uri),
-                NameInImage::File(path) => Self::File(path),
-            });
+            return Ok(location);
         }
         if text.contains("://") && !scheme.contains('/') {
             return Err(format!(
@@ -110,6 +156,40 @@ mod tests {
             r#"json:{"driver":"nbd","path":"/run/s"}"#,
         ] {
             assert!(matches!(text.parse(), Ok(Location::Nbd(_))), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_settings_in_a_name_count_for_its_use() {
+        let named = |more: &str| {
+            let name = format!(r#"json:{{"driver":"file","filename":"a"{more}}}"#);
+            name.parse::<DescribedLocation>().unwrap()
+        };
+        let (read, write) = (Access::ReadOnly, Access::ReadWrite);
+        for (more, access, given, expected) in [
+            ("", write, Locking::Auto, Locking::Auto),
+            (r#","locking":"off""#, write, Locking::Auto, Locking::Off),
+            (r#","locking":"on""#, read, Locking::Auto, Locking::On),
+            (r#","locking":"on""#, read, Locking::Off, Locking::Off),
+            (r#","read-only":true"#, read, Locking::Auto, Locking::Auto),
+            (r#","force-share":true"#, read, Locking::Auto, Locking::Shared),
+            (r#","aio":"native","cache":{"direct":true}"#, read, Locking::On, Locking::On),
+        ] {
+            let found = named(more).locking(access, given).unwrap();
+            assert_eq!(found, expected, "{more}");
+        }
+        for (more, access, part) in [
+            (r#","read-only":true"#, write, "read-only=on"),
+            (r#","force-share":true"#, write, "force-share=on"),
+            (r#","aio":"native""#, read, "cache.direct=on"),
+        ] {
+            let error = named(more).locking(access, Locking::Auto).unwrap_err().to_string();
+            assert!(error.contains(part), "{more}: {error}");
+        }
+        // Where they would be lost they are refused.
+        for more in [r#","read-only":true"#, r#","locking":"on""#, r#","force-share":true"#] {
+            let name = format!(r#"json:{{"driver":"file","filename":"a"{more}}}"#);
+            assert!(name.parse::<Location>().unwrap_err().contains("force-share"), "{more}");
         }
     }
 

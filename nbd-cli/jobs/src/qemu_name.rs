@@ -18,7 +18,9 @@ pub use self::driver_options::{
     from_key_values, from_options, take_backing,
 };
 use self::driver_options::{tcp, uri};
-pub use self::settings::{CacheSwitches, DriverSettings};
+#[cfg(feature = "server")]
+pub(crate) use self::settings::check_aio;
+pub use self::settings::{AioMode, CacheSwitches, DriverSettings};
 #[cfg(feature = "server")]
 pub(crate) use self::values::{parse_detect_zeroes, parse_discard, take_size, take_window};
 

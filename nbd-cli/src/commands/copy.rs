@@ -3,10 +3,12 @@
 use std::num::NonZeroUsize;
 
 use clap::Args;
+use imgfmt::Access;
 use nbd_jobs::checksum::ChecksumAlgorithm;
 use nbd_jobs::size::ByteSize;
 use nbd_jobs::{
-    Copied, CopyOptions, Durable, JobContext, JobErrorKind, Knowledge, Location, Zeroes,
+    Copied, CopyOptions, DescribedLocation, Durable, JobContext, JobErrorKind, Knowledge, Location,
+    Zeroes,
 };
 
 use super::checksum::Algorithm;
@@ -61,11 +63,11 @@ const MIN_SPARSE_SIZE: u64 = 512;
 pub struct CopyArgs {
     /// The source.
     #[arg(value_parser = LocationParser)]
-    pub source: Location,
+    pub source: DescribedLocation,
 
     /// The destination.
     #[arg(value_parser = LocationParser)]
-    pub destination: Location,
+    pub destination: DescribedLocation,
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
@@ -142,14 +144,15 @@ pub(crate) fn run(args: CopyArgs) -> Result<Outcome, CommandError> {
     let copied = block_on(copy(&args, &options))?;
     if let Some(checksum) = copied.checksum {
         let mut output = Output::new();
-        output.line(&format!("{checksum}  {}", shown_name(&args.source)))?;
+        output.line(&format!("{checksum}  {}", shown_name(&args.source.location)))?;
         output.finish()?;
     }
     Ok(Outcome::Success)
 }
 
 fn check(args: &CopyArgs) -> Result<(), CommandError> {
-    args.tls.check([&args.source, &args.destination].into_iter().filter_map(Location::uri))?;
+    let ends = [&args.source.location, &args.destination.location];
+    args.tls.check(ends.into_iter().filter_map(Location::uri))?;
     let request = args.request_size.bytes();
     if !request.is_power_of_two() || !(512..=MAX_REQUEST_SIZE).contains(&request) {
         return Err(CommandError::new(format!(
@@ -169,7 +172,7 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
             "--requests is limited to 4096 and --connections to 256; give smaller numbers",
         ));
     }
-    if args.checksum.is_some() && args.destination == Location::Standard {
+    if args.checksum.is_some() && args.destination.location == Location::Standard {
         return Err(CommandError::new(
             "--checksum prints on standard output, which is the destination; give another destination",
         ));
@@ -180,7 +183,8 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
 async fn copy(args: &CopyArgs, options: &CopyOptions) -> Result<Copied, CommandError> {
     let shown = Shown::new(args.progress.visibility());
     let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
-    let result = nbd_jobs::copy(&args.source, &args.destination, options, &context).await;
+    let (from, to) = (&args.source.location, &args.destination.location);
+    let result = nbd_jobs::copy(from, to, options, &context).await;
     match &result {
         Ok(_) => shown.finish(),
         Err(_) => shown.clear(),
@@ -214,8 +218,9 @@ fn options(args: &CopyArgs) -> Result<CopyOptions, CommandError> {
     options.knowledge = if args.no_extents { Knowledge::Nothing } else { Knowledge::Holes };
     options.sparse = Some(args.sparse.bytes()).filter(|sparse| *sparse != 0);
     options.durability = if args.flush { Durable::Now } else { Durable::Later };
-    options.source_locking = args.share.locking(args.locks);
-    options.destination_locking = args.locks.locking();
+    let (reading, writing) = (args.share.locking(args.locks), args.locks.locking());
+    options.source_locking = args.source.locking(Access::ReadOnly, reading)?;
+    options.destination_locking = args.destination.locking(Access::ReadWrite, writing)?;
     options.checksum = args.checksum.map(ChecksumAlgorithm::from);
     if let (Some(algorithm), Some(expected)) = (options.checksum, &args.expect) {
         options.expected = Some(algorithm.parse(expected)?);

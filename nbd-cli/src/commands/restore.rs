@@ -5,8 +5,12 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
+use imgfmt::Access;
 use nbd_jobs::size::rounded;
-use nbd_jobs::{JobContext, JobErrorKind, Location, RestoreCheck as Check, RestoreOptions, Verify};
+use nbd_jobs::{
+    DescribedLocation, JobContext, JobErrorKind, Location, RestoreCheck as Check, RestoreOptions,
+    Verify,
+};
 use serde::Serialize;
 
 use super::image::open::OpenArgs;
@@ -46,7 +50,7 @@ pub struct RestoreArgs {
 
     /// A new file, a block device or an NBD URI; null: only reads and checks the image.
     #[arg(value_parser = LocationParser)]
-    pub destination: Location,
+    pub destination: DescribedLocation,
 
     /// Format of the new file, or of the image on a device.
     #[arg(short = 'O', long, value_name = "FORMAT", default_value = "raw")]
@@ -113,8 +117,8 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<Outcome, CommandError> {
             "--requests is limited to 4096 and --connections to 256; give smaller numbers",
         ));
     }
-    args.tls.check(args.destination.uri())?;
-    if let Location::File(path) = &args.destination
+    args.tls.check(args.destination.location.uri())?;
+    if let Location::File(path) = &args.destination.location
         && let Some(why) =
             name_of_another_format(path, args.output_format.into(), "--output-format")
     {
@@ -130,9 +134,9 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<Outcome, CommandError> {
 async fn restore(args: &RestoreArgs) -> Result<RestoreReport, CommandError> {
     let started = Instant::now();
     let shown = Shown::new(args.summary.visibility());
-    let (from, to) = (&args.image, &args.destination);
+    let (from, to) = (&args.image, &args.destination.location);
     let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
-    let result = nbd_jobs::restore(from, to, &options(args), &context).await;
+    let result = nbd_jobs::restore(from, to, &options(args)?, &context).await;
     shown.clear();
     let restored = result.map_err(|error| match error.kind() {
         JobErrorKind::Source => advise_sharing(error),
@@ -140,7 +144,7 @@ async fn restore(args: &RestoreArgs) -> Result<RestoreReport, CommandError> {
     })?;
     Ok(RestoreReport {
         image: args.image.display().to_string(),
-        destination: match &args.destination {
+        destination: match &args.destination.location {
             Location::File(path) => path.display().to_string(),
             other => other.to_string(),
         },
@@ -155,16 +159,17 @@ async fn restore(args: &RestoreArgs) -> Result<RestoreReport, CommandError> {
 }
 
 /// Returns the options of the job.
-fn options(args: &RestoreArgs) -> RestoreOptions {
+fn options(args: &RestoreArgs) -> Result<RestoreOptions, CommandError> {
     let mut options = RestoreOptions::default();
     options.connect = args.connection.options(&args.tls);
     options.requests = args.requests;
     options.image = args.share.apply(args.open.options());
     options.format = args.output_format.into();
-    options.destination_locking = args.open.trust.locks.locking();
+    let locking = args.open.trust.locks.locking();
+    options.destination_locking = args.destination.locking(Access::ReadWrite, locking)?;
     options.verify = if args.verify { Verify::All } else { Verify::Nothing };
     options.check = if args.no_check { Check::Off } else { Check::Recorded };
-    options
+    Ok(options)
 }
 
 impl RestoreReport {

@@ -194,6 +194,7 @@ fn every_reader_of_names_accepts_the_same_options_of_drivers() {
         r#","cache":{"direct":false,"no-flush":false}"#,
         r#","read-only":true"#,
         r#","read-only":true,"force-share":true"#,
+        r#","force-share":true"#,
         r#","discard":"unmap","detect-zeroes":"off""#,
     ] {
         for name in [named(option, ""), named("", option)] {
@@ -207,6 +208,7 @@ fn every_reader_of_names_accepts_the_same_options_of_drivers() {
         named(r#","pass-discard-request":true,"cache-clean-interval":0"#, ""),
         named("", r#","locking":"auto","aio":"threads""#),
         named("", r#","locking":"off","drop-cache":true"#),
+        named("", r#","locking":"on","aio":"io_uring""#),
         format!(
             r#"json:{{"driver":"qcow2","file":{{"driver":"raw","file":{{"driver":"file","filename":"{image}"}}}}}}"#
         ),
@@ -227,9 +229,82 @@ fn every_reader_of_names_accepts_the_same_options_of_drivers() {
         }
     }
     // The settings count.
-    let writer = r#"json:{"driver":"qcow2","read-only":true,"file":{"driver":"file","filename":""#;
-    let refused = nbd_cli(&["image", "check", "-r", "all", &format!("{writer}{image}\"}}}}")]);
-    assert!(refused.stderr.contains("read-only=on"), "{refused:?}");
+    for (option, part) in
+        [("read-only", "read-only=on"), ("force-share", "force-share=on, which is for images")]
+    {
+        let name = named(&format!(r#","{option}":true"#), "");
+        let refused = nbd_cli(&["image", "check", "-r", "all", &name]);
+        assert!(refused.stderr.contains(part), "{refused:?}");
+    }
+    let native = r#","aio":"native""#;
+    let direct = r#","cache":{"direct":true}"#;
+    for (name, is_right) in [
+        (named("", native), false),
+        (named(direct, native), true),
+        (named("", &format!("{native}{direct}")), true),
+        (named(direct, &format!(r#"{native},"cache":{{"direct":false}}"#)), false),
+    ] {
+        for peer in [
+            run(Command::new(&qemu_img).args(["info", &name])),
+            nbd_cli(&["qemu-img", "info", &name]),
+            nbd_cli(&["image", "info", &name]),
+            nbd_cli(&["image", "compare", &name, disk.path()]),
+            nbd_cli(&["serve", "--read-only", "--run", "true", &name]),
+        ] {
+            assert_eq!(peer.code == Some(0), is_right, "{name}: {peer:?}");
+            assert_eq!(peer.stderr.contains("cache.direct=on"), !is_right, "{name}: {peer:?}");
+        }
+    }
+}
+
+#[test]
+fn a_copy_uses_a_file_as_its_name_says() {
+    let disk = Disk::sparse();
+    let (socket, new) = (disk.beside("socket"), disk.beside("new"));
+    let named = |path: &str, more: &str| {
+        let file = format!(r#"{{"driver":"file","filename":"{path}"{more}}}"#);
+        format!(r#"json:{{"driver":"raw","file":{file}}}"#)
+    };
+    let copied = |source: &str, more: &[&str]| {
+        let outcome = nbd_cli(&[&["copy"], more, &[source, &new]].concat());
+        if outcome.code == Some(0) {
+            disk.assert_equals(&new);
+            std::fs::remove_file(&new).expect("the copy");
+        }
+        outcome
+    };
+    let mut command = Command::new(PROGRAM);
+    command.args(["serve", "--format", "raw", "--socket", &socket, disk.path()]);
+    let server = Server::start(&mut command, (&socket).into());
+    // Somebody writes to it.
+    for more in ["", r#","locking":"auto""#, r#","locking":"on""#, r#","read-only":true"#] {
+        says(copied(&named(disk.path(), more), &[]), &["--force-share"]);
+    }
+    for more in [r#","locking":"off""#, r#","force-share":true"#] {
+        copied(&named(disk.path(), more), &[]).success();
+    }
+    copied(&named(disk.path(), r#","locking":"on""#), &["-U"]).success();
+    let remote = |more: &str| format!(r#"json:{{"driver":"nbd","path":"{socket}"{more}}}"#);
+    copied(&remote(r#","read-only":true,"force-share":true"#), &[]).success();
+    assert!(copied(&remote(r#","locking":"off""#), &[]).stderr.contains("the option 'locking'"));
+    says(copied(&named(disk.path(), r#","aio":"native""#), &["-U"]), &["cache.direct=on"]);
+
+    // The name of the target forbids to write to it, before anything is written.
+    let before = std::fs::read(disk.path()).expect("the disk");
+    let read_only = remote(r#","read-only":true"#);
+    says(nbd_cli(&["copy", "null:", &read_only]), &["read-only=on", "cannot write to"]);
+    for (more, part) in
+        [(r#","read-only":true"#, "read-only=on"), (r#","force-share":true"#, "force-share=on")]
+    {
+        let target = named(&new, more);
+        says(nbd_cli(&["copy", &remote(""), &target]), &[part, "cannot write to"]);
+        says(nbd_cli(&["restore", &socket, &target]), &[part, "cannot write to"]);
+        assert!(!Path::new(&new).exists());
+    }
+    assert!(std::fs::read(disk.path()).expect("the disk") == before);
+    nbd_cli(&["copy", &remote(""), &named(&new, r#","locking":"off""#)]).success();
+    disk.assert_equals(&new);
+    server.end();
 }
 
 #[test]

@@ -74,6 +74,12 @@ fn what_a_description_says_of_writing_and_locking_is_honoured() {
     let server = Server::start(&mut command, socket.into());
     says(size(&writable, &[]), &["raw.img"]);
     assert_eq!(size(&described(r#","locking":"off""#), &[]).success(), "1048576\n");
+    let shared = described(r#","force-share":true"#);
+    says(size(&shared, &[]), &["force-share=on", "only read"]);
+    for more in ["--read-only", "--temporary"] {
+        assert_eq!(size(&shared, &[more]).success(), "1048576\n");
+        assert_eq!(size(&writable, &["--force-share", more]).success(), "1048576\n");
+    }
     let shared = described(r#","read-only":true,"force-share":true"#);
     assert_eq!(size(&shared, &[]).success(), "1048576\n");
     nbd_cli(&["control", &control, "add-export", "again", &shared]).success();

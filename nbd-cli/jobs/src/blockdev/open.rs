@@ -101,8 +101,9 @@ impl DiskDescription {
         wanted: &SnapshotName,
         remotes: &Remotes,
     ) -> Result<String, JobError> {
-        let mut options =
-            OpenOptions::new().access(Access::ReadOnly).locking(self.settings.locking);
+        let mut options = OpenOptions::new()
+            .access(Access::ReadOnly)
+            .locking(self.settings.locking_or(Locking::Auto));
         options.format = self.format;
         let info = match (&self.source, self.storage_window == Window::default()) {
             (DiskSource::File(path), true) => Image::inspect_file(path, &options),
@@ -189,7 +190,9 @@ pub(super) fn backing_file(
         _ => disk.storage_window,
     };
     let whole = Window::default();
+    disk.settings.check(Access::ReadOnly, options.cache).map_err(JobError::invalid)?;
     let cache = disk.settings.cache.applied_to(options.cache);
+    let locking = disk.settings.locking_or(Locking::Auto);
     let mut opened = BackingOptions::default();
     opened.target = match &disk.source {
         DiskSource::NamedAbove if window == whole => None,
@@ -199,19 +202,15 @@ pub(super) fn backing_file(
         }
         DiskSource::File(path) if window == whole => Some(NameTarget::File(path.clone())),
         source => {
-            let reading = ServeOptions {
-                writes: Writes::Refused,
-                locking: disk.settings.locking,
-                cache,
-                ..options.clone()
-            };
+            let reading =
+                ServeOptions { writes: Writes::Refused, locking, cache, ..options.clone() };
             let (storage, _) = open_source(&reading, source)?;
             let storage = in_whole_blocks(storage, SECTOR).map_err(at_source)?;
             Some(NameTarget::Storage(window_of(storage, window)?))
         }
     };
     opened.format = disk.format;
-    opened.locking = Some(disk.settings.locking).filter(|locking| *locking != Locking::Auto);
+    opened.locking = Some(locking).filter(|locking| *locking != Locking::Auto);
     opened.cache = Some(cache);
     opened.metadata_cache_bytes = disk.settings.metadata_cache;
     opened.backing = backing_file(options, &disk.backing)?;

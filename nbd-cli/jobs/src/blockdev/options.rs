@@ -294,7 +294,8 @@ mod tests {
             ("driver=qcow2,file.filename=d,backing=node", "node"),
             ("driver=qcow2,file.filename=d,encrypt.key-secret=s", "encrypt"),
             ("driver=raw,file.filename=d,read-only=maybe", "maybe"),
-            ("driver=raw,file.filename=d,force-share=on", "force-share"),
+            ("driver=raw,file.filename=d,force-share=maybe", "maybe"),
+            ("driver=raw,file.filename=d,file.aio=maybe", "maybe"),
             ("driver=raw,file=node", "node"),
             (
                 "driver=raw,offset=4k,file.driver=raw,file.size=2k,file.file.filename=d",
@@ -326,6 +327,8 @@ mod tests {
             r#","x-check-cache-dropped":true,"locking":"on""#,
             r#","locking":"off""#,
             r#","locking":"maybe""#,
+            r#","aio":"io_uring""#,
+            r#","aio":"maybe""#,
             r#","node-name":"n","auto-read-only":true,"read-only":true,"force-share":true"#,
             r#","force-share":true"#,
             r#","cache":{"direct":true,"no-flush":true},"discard":"unmap""#,

@@ -2,7 +2,6 @@
 
 use std::ffi::OsStr;
 
-use imgfmt::Locking;
 use nbd_proto::NbdUri;
 use nbd_server::export::filters::{Blocking, Window};
 
@@ -103,10 +102,10 @@ fn adapted(
     if settings.read_only && options.writes == Writes::ToImage {
         options.writes = Writes::Refused;
     }
-    options.locking = match options.locking {
-        Locking::Auto => settings.locking,
-        given => given,
-    };
+    settings
+        .check(options.writes.access(), options.cache)
+        .map_err(|why| JobError::invalid(format!("cannot export '{}': {why}", source.display())))?;
+    options.locking = settings.locking_or(options.locking);
     options.cache = settings.cache.applied_to(options.cache);
     options.metadata_cache = settings.metadata_cache.or(options.metadata_cache);
     if let Some(discard) = settings.discard {

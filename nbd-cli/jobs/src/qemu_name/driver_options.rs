@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use imgfmt::Format;
+use imgfmt::{Access, CacheMode, Format};
 use nbd_proto::limits::DEFAULT_PORT;
 use nbd_proto::uri::{NbdUri, Transport};
 
@@ -50,6 +50,19 @@ pub enum BackingInName {
     Ignored,
     /// This one.
     Given(Box<GivenInName>),
+}
+
+impl BackingInName {
+    /// Checks how the backing files are used; `cache` is the mode of the image above.
+    ///
+    /// # Errors
+    ///
+    /// A sentence that names the option.
+    pub fn check(&self, cache: CacheMode) -> Result<(), String> {
+        let Self::Given(given) = self else { return Ok(()) };
+        given.settings.check(Access::ReadOnly, cache)?;
+        given.backing.check(given.settings.cache.applied_to(cache))
+    }
 }
 
 /// The options of a backing file.

@@ -21,8 +21,32 @@ const QCOW2_TUNING: [&str; 6] = [
 ];
 
 /// Options of the file driver without an effect that clients see.
-const FILE_TUNING: [&str; 5] =
-    ["aio", "aio-max-batch", "pr-manager", "drop-cache", "x-check-cache-dropped"];
+const FILE_TUNING: [&str; 4] =
+    ["aio-max-batch", "pr-manager", "drop-cache", "x-check-cache-dropped"];
+
+/// The system's interface for reading and writing a file: QEMU's option `aio`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AioMode {
+    /// Threads, without io_uring.
+    Threads,
+    /// Linux's own asynchronous I/O, for which the page cache must be bypassed. Here it is io_uring
+    /// where the system allows it.
+    Native,
+    /// io_uring where the system allows it.
+    IoUring,
+}
+
+impl AioMode {
+    /// Parses QEMU's name of a mode; `None` if there is none of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "threads" => Some(Self::Threads),
+            "native" => Some(Self::Native),
+            "io_uring" => Some(Self::IoUring),
+            _ => None,
+        }
+    }
+}
 
 /// The settings of a disk and the drivers below it. Those of a driver further up take precedence,
 /// except for the cache.
@@ -31,8 +55,12 @@ const FILE_TUNING: [&str; 5] =
 pub struct DriverSettings {
     /// Whether it must not be written to.
     pub read_only: bool,
-    /// The locking of its file.
+    /// The locking of its file, unless it is shared.
     pub locking: Locking,
+    /// Whether other programs may write to it meanwhile; only for images that are not written to.
+    pub force_share: bool,
+    /// The interface for its file; `None`: not given.
+    pub aio: Option<AioMode>,
     /// The use of the page cache.
     pub cache: CacheSwitches,
     /// Memory for L2 tables, in bytes; `None`: the default.
@@ -69,18 +97,46 @@ impl CacheSwitches {
 }
 
 impl DriverSettings {
+    /// Returns the locking of the file; `given` is what the user asks for otherwise, which is stronger
+    /// unless it is automatic.
+    pub fn locking_or(&self, given: Locking) -> Locking {
+        match (given, self.force_share) {
+            (Locking::Auto, true) => Locking::Shared,
+            (Locking::Auto, false) => self.locking,
+            (given, _) => given,
+        }
+    }
+
+    /// Checks the settings that depend on the use of the disk; `cache` is the mode that the settings
+    /// override.
+    ///
+    /// # Errors
+    ///
+    /// A sentence that names the option.
+    pub fn check(&self, access: Access, cache: CacheMode) -> Result<(), String> {
+        if access == Access::ReadWrite {
+            if self.read_only {
+                return Err("its name says read-only=on, and this command writes to it".to_owned());
+            }
+            if self.force_share {
+                return Err(
+                    "its name says force-share=on, which is for images that are only read, \
+                            and this command writes to it"
+                        .to_owned(),
+                );
+            }
+        }
+        check_aio(self.aio, self.cache.applied_to(cache))
+    }
+
     /// Changes the options for opening the image. A locking that the user gives otherwise is stronger.
     ///
     /// # Errors
     ///
-    /// A sentence if the image is to be written to and must not be.
+    /// As [`check`](Self::check).
     pub fn apply_to(&self, options: &mut OpenOptions) -> Result<(), String> {
-        if self.read_only && options.access == Access::ReadWrite {
-            return Err("its name says read-only=on, and this command writes to it".to_owned());
-        }
-        if options.locking == Locking::Auto {
-            options.locking = self.locking;
-        }
+        self.check(options.access, options.cache)?;
+        options.locking = self.locking_or(options.locking);
         options.cache = self.cache.applied_to(options.cache);
         options.metadata_cache_bytes = self.metadata_cache.or(options.metadata_cache_bytes);
         Ok(())
@@ -88,7 +144,8 @@ impl DriverSettings {
 
     /// Changes the options for opening the image as a backing file.
     pub fn apply_to_backing(&self, options: &mut BackingOptions) {
-        options.locking = Some(self.locking).filter(|locking| *locking != Locking::Auto);
+        let locking = self.locking_or(Locking::Auto);
+        options.locking = Some(locking).filter(|locking| *locking != Locking::Auto);
         if self.cache != CacheSwitches::default() {
             options.cache = Some(self.cache.applied_to(CacheMode::default()));
         }
@@ -108,12 +165,7 @@ impl DriverSettings {
         self.cache.direct = options.take_switch("cache.direct")?.or(self.cache.direct);
         self.cache.no_flush = options.take_switch("cache.no-flush")?.or(self.cache.no_flush);
         self.read_only |= options.take_switch("read-only")?.unwrap_or(false);
-        if options.take_switch("force-share")? == Some(true) {
-            if !self.read_only {
-                return Err("force-share=on can only be used with read-only images".to_owned());
-            }
-            self.locking = Locking::Shared;
-        }
+        self.force_share |= options.take_switch("force-share")?.unwrap_or(false);
         self.take_filters(&mut options)?;
         match options.left_over() {
             None => Ok(()),
@@ -154,15 +206,15 @@ impl DriverSettings {
     ///
     /// A sentence that names the option.
     pub fn take_file(&mut self, options: &mut KeyValues) -> Result<(), String> {
-        let locking = match options.take("locking").as_deref() {
+        self.locking = match options.take("locking").as_deref() {
             None | Some("auto") => Locking::Auto,
             Some("on") => Locking::On,
             Some("off") => Locking::Off,
             Some(other) => return Err(format!("Invalid value '{other}' for 'locking'")),
         };
-        // A setting of a driver further up applies here.
-        if self.locking != Locking::Shared {
-            self.locking = locking;
+        if let Some(text) = options.take("aio") {
+            let aio = AioMode::from_name(&text);
+            self.aio = Some(aio.ok_or_else(|| format!("Invalid value '{text}' for 'aio'"))?);
         }
         for key in FILE_TUNING {
             options.take(key);
@@ -192,5 +244,21 @@ impl DriverSettings {
             }
         }
         Ok(())
+    }
+}
+
+/// Refuses an interface for a cache mode with which it does not work.
+///
+/// # Errors
+///
+/// A sentence that names the options.
+pub(crate) fn check_aio(aio: Option<AioMode>, cache: CacheMode) -> Result<(), String> {
+    match aio {
+        Some(AioMode::Native) if !cache.is_direct() => {
+            Err("aio=native only works past the page cache; add cache.direct=on (the cache mode \
+                 none or directsync), or choose aio=io_uring"
+                .to_owned())
+        }
+        _ => Ok(()),
     }
 }

@@ -31,5 +31,6 @@ mod tls;
 
 pub use self::check::Activation;
 pub use self::error::CommandLineError;
-pub use self::options::{AioMode, Options, Wanted, parse};
+pub use self::options::{Options, Wanted, parse};
 pub use self::source::OpenedSource;
+pub use crate::qemu_name::AioMode;

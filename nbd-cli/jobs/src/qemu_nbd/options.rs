@@ -13,7 +13,7 @@ use super::objects::Objects;
 use crate::blockdev::SnapshotName;
 use crate::getopt::{Getopt, Known, Takes};
 use crate::key_values::KeyValues;
-use crate::qemu_name::{parse_detect_zeroes, parse_discard};
+use crate::qemu_name::{AioMode, parse_detect_zeroes, parse_discard};
 use crate::qemu_numbers::parse_integer;
 
 /// The port without `-p`.
@@ -99,17 +99,6 @@ pub struct Options {
     pub traces: bool,
     /// The operands.
     pub files: Vec<OsString>,
-}
-
-/// How requests wait for a disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AioMode {
-    /// In threads.
-    Threads,
-    /// In the kernel's older interface; only past the page cache.
-    Native,
-    /// In an io_uring.
-    IoUring,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -363,12 +352,8 @@ impl Options {
         if self.aio.is_some() {
             return Err(CommandLineError::new("--aio can only be specified once"));
         }
-        self.aio = Some(match text {
-            "threads" => AioMode::Threads,
-            "native" => AioMode::Native,
-            "io_uring" => AioMode::IoUring,
-            _ => return Err(CommandLineError::new(format!("Invalid aio mode '{text}'"))),
-        });
+        let invalid = || CommandLineError::new(format!("Invalid aio mode '{text}'"));
+        self.aio = Some(AioMode::from_name(text).ok_or_else(invalid)?);
         Ok(())
     }
 

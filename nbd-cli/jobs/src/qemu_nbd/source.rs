@@ -4,18 +4,18 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use imgfmt::{BackingFile, CacheMode, Format, OpenPolicy};
+use imgfmt::{BackingFile, CacheMode, Format, Locking, OpenPolicy};
 use nbd_server::export::filters::{
     AdvisedMinimum, Blocking, Discard, FilterOptions, MultiConn, PreferredSize, Window, ZeroUnit,
 };
 use nbd_server::export::{CountedLayers, Export};
 
 use super::error::CommandLineError;
-use super::options::{AioMode, Options};
+use super::options::Options;
 use crate::blockdev::{DiskDescription, DiskSource, OpenedDisk, image_format};
 use crate::key_values::KeyValues;
 use crate::observer::JobContext;
-use crate::qemu_name::path_in;
+use crate::qemu_name::{check_aio, path_in};
 use crate::remote::{Remotes, allow_exports};
 use crate::serving::{OfferedBitmaps, OpenError, ServeOptions, Writes};
 
@@ -55,7 +55,6 @@ impl Options {
         let shown = file.display();
         let failed =
             |why: String| CommandLineError::new(format!("Failed to open '{shown}': {why}"));
-        check_aio(self).map_err(failed)?;
         let disk = describe(self, file).map_err(failed)?;
         let mut choices = choices(self, &disk, context, remotes).map_err(failed)?;
         choices.temporary_directory = temporary_directory;
@@ -96,16 +95,6 @@ fn explained(error: &OpenError) -> String {
     }
 }
 
-fn check_aio(options: &Options) -> Result<(), String> {
-    let direct = options.cache.is_some_and(CacheMode::is_direct);
-    match options.aio {
-        Some(AioMode::Native) if !direct => {
-            Err("aio=native requires cache=none or cache=directsync".to_owned())
-        }
-        _ => Ok(()),
-    }
-}
-
 fn choices(
     options: &Options,
     disk: &DiskDescription,
@@ -114,12 +103,17 @@ fn choices(
 ) -> Result<ServeOptions, String> {
     let window = Window { offset: options.offset, size: None }.within(disk.window);
     let window = window.map_err(|error| error.to_string())?;
-    let writes = match (options.read_only || disk.settings.read_only, options.temporary) {
+    let writes = match (options.read_only, options.temporary) {
         (true, _) => Writes::Refused,
         (false, true) => Writes::ToTemporaryFile,
         (false, false) => Writes::ToImage,
     };
-    let cache = disk.settings.cache.applied_to(options.cache.unwrap_or_default());
+    let given = options.cache.unwrap_or_default();
+    disk.settings.check(writes.access(), given)?;
+    let cache = disk.settings.cache.applied_to(given);
+    if let DiskSource::File(_) = disk.source {
+        check_aio(disk.settings.aio.or(options.aio), cache)?;
+    }
     let policy = allow_exports(OpenPolicy::any_file().allow_format_probe(), remotes);
     Ok(ServeOptions {
         context: context.clone(),
@@ -131,7 +125,7 @@ fn choices(
         },
         writes,
         policy: Some(policy),
-        locking: disk.settings.locking,
+        locking: disk.settings.locking_or(Locking::Auto),
         patience: None,
         cache,
         metadata_cache: disk.settings.metadata_cache,

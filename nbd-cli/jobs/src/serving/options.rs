@@ -53,6 +53,16 @@ pub enum Writes {
     ToTemporaryFile,
 }
 
+impl Writes {
+    /// Returns the access to the image.
+    pub(crate) fn access(self) -> Access {
+        match self {
+            Self::ToImage => Access::ReadWrite,
+            Self::Refused | Self::ToTemporaryFile => Access::ReadOnly,
+        }
+    }
+}
+
 /// Options for opening and exporting an image; created by `default`, changed field by field.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
@@ -197,10 +207,7 @@ impl ServeOptions {
     ///
     /// [`OpenError`] if it cannot be opened.
     pub fn open_file(&self, path: &Path) -> Result<FileStorage, OpenError> {
-        let access = match self.writes {
-            Writes::ToImage => Access::ReadWrite,
-            Writes::Refused | Writes::ToTemporaryFile => Access::ReadOnly,
-        };
+        let access = self.writes.access();
         let observer = &*self.context.observer;
         when_free(self.patience, || {
             Ok(open_cached(path, access, self.locking, self.cache, observer)?)

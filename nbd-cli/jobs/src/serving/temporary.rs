@@ -9,7 +9,7 @@ use std::sync::Arc;
 use imgfmt::storage::{FileIdentity, StorageExtent};
 use imgfmt::{
     Access, BackingFile, BackingOptions, CacheMode, CreateOptions, Durability, Format, GuestOffset,
-    GuestRange, Holes, HostOffset, Image, L2Entries, Lookup, Mapped, Mapping, OpenOptions,
+    GuestRange, Holes, HostOffset, Image, L2Entries, Locking, Lookup, Mapped, Mapping, OpenOptions,
     OpenPolicy, Storage, TryRead,
 };
 
@@ -96,11 +96,13 @@ fn over_file(
     let mut layer = BackingOptions::default();
     layer.backing = below.backing.clone();
     layer.cache = Some(below.cache);
+    layer.locking = Some(below.locking);
     let mut options = options().backing(BackingFile::Given(Box::new(layer)));
     options.metadata_cache_bytes = below.metadata_cache_bytes;
     // The overlay is in another directory than what it names. All below it is opened as before.
     let policy = below.policy.clone().allow_file(path);
-    let image = Image::open(overlay, &options.policy(policy).locking(below.locking))?;
+    // Only this process knows the overlay.
+    let image = Image::open(overlay, &options.policy(policy).locking(Locking::Off))?;
     refuse_others(&image, overlay, base)?;
     Ok(image)
 }
