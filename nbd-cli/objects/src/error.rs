@@ -1,0 +1,159 @@
+//! Errors of requests to object stores.
+
+use std::error::Error;
+use std::fmt;
+use std::io;
+
+/// The side at fault, and what may help.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StoreErrorKind {
+    /// The object or the bucket does not exist.
+    NotFound,
+    /// The store refuses the credentials, or there are none.
+    Denied,
+    /// The object is not the one that was opened: another one has its name now.
+    Replaced,
+    /// An object of this name exists already.
+    Exists,
+    /// The store cannot be used for this: it ignores ranges, for example.
+    Unsuitable,
+    /// The store cannot be reached, fails, or answers nonsense.
+    Unavailable,
+    /// The caller's settings or addresses are wrong.
+    InvalidArgument,
+    /// A file of this machine cannot be read or written.
+    Local,
+    /// The caller has interrupted the request.
+    Interrupted,
+}
+
+/// The failure of a request: one sentence that names the object, the cause and the remedy.
+///
+/// Its text never has keys, signatures or the query of a URL.
+#[derive(Clone, Debug)]
+pub struct StoreError {
+    kind: StoreErrorKind,
+    message: String,
+}
+
+/// The result of a request.
+pub type Result<T, E = StoreError> = std::result::Result<T, E>;
+
+impl StoreError {
+    /// Creates an error; `message` is the whole sentence.
+    pub fn new(kind: StoreErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+
+    /// Creates an error about the caller's settings or addresses.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(StoreErrorKind::InvalidArgument, message)
+    }
+
+    /// Converts the failure of an operation, such as "read", on an object or a prefix.
+    ///
+    /// ```
+    /// use nbd_objects::StoreError;
+    ///
+    /// let found = object_store::Error::NotFound { path: "a".into(), source: "404".into() };
+    /// let error = StoreError::of("read", "s3://bucket/a", &found);
+    /// assert_eq!(error.to_string(), "cannot read s3://bucket/a: it does not exist in the store");
+    /// ```
+    pub fn of(operation: &str, object: &str, error: &object_store::Error) -> Self {
+        use object_store::Error as E;
+        let why = deepest(error);
+        let (kind, why) = match error {
+            E::NotFound { .. } if !why.contains("NoSuchBucket") => {
+                (StoreErrorKind::NotFound, "it does not exist in the store".to_owned())
+            }
+            E::NotFound { .. } => (StoreErrorKind::NotFound, why),
+            E::PermissionDenied { .. } | E::Unauthenticated { .. } => (
+                StoreErrorKind::Denied,
+                format!("{why}; check the credentials, their profile and the region"),
+            ),
+            E::Precondition { .. } => (
+                StoreErrorKind::Replaced,
+                "the object was replaced by another one while it was in use; open it again".into(),
+            ),
+            E::AlreadyExists { .. } => (StoreErrorKind::Exists, "it exists already".to_owned()),
+            E::NotSupported { .. } | E::NotImplemented { .. } => (StoreErrorKind::Unsuitable, why),
+            _ => (StoreErrorKind::Unavailable, why),
+        };
+        Self { kind, message: format!("cannot {operation} {object}: {why}") }
+    }
+
+    /// Returns the side at fault.
+    #[must_use]
+    pub const fn kind(&self) -> StoreErrorKind {
+        self.kind
+    }
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Error for StoreError {}
+
+impl From<StoreError> for io::Error {
+    fn from(error: StoreError) -> Self {
+        Self::other(error)
+    }
+}
+
+/// The innermost cause. Those around it repeat the URL, with its query, and count retries.
+fn deepest(error: &dyn Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    let text = cause.to_string();
+    match text.strip_prefix("Server returned non-2xx status code: ") {
+        Some(status) => format!("the store answered {}", status.trim_end_matches([' ', ':'])),
+        None if text.starts_with("Received redirect without LOCATION") => {
+            "the store answered a redirect without an address; check the region".to_owned()
+        }
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Outer(Inner);
+    #[derive(Debug)]
+    struct Inner;
+
+    impl fmt::Display for Outer {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("Error performing GET http://host/a?X-Amz-Signature=secret")
+        }
+    }
+    impl fmt::Display for Inner {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("Server returned non-2xx status code: 503 Service Unavailable: SlowDown")
+        }
+    }
+    impl Error for Outer {
+        fn source(&self) -> Option<&(dyn Error + 'static)> {
+            Some(&self.0)
+        }
+    }
+    impl Error for Inner {}
+
+    #[test]
+    fn text_has_the_cause_and_no_query_of_the_address() {
+        let error = object_store::Error::Generic { store: "S3", source: Box::new(Outer(Inner)) };
+        let error = StoreError::of("read", "http://host/a", &error);
+        assert_eq!(
+            error.to_string(),
+            "cannot read http://host/a: the store answered 503 Service Unavailable: SlowDown"
+        );
+        assert_eq!(error.kind(), StoreErrorKind::Unavailable);
+    }
+}

@@ -1,0 +1,158 @@
+//! The body of a reply: with time limits, and never longer than what was asked for.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::Method;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::header::{HeaderMap, RANGE};
+use object_store::client::{HttpError, HttpErrorKind};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::connection::{Connection, broken};
+use super::failure::failed;
+
+/// Longest reply to requests that are not for an object: lists and results, in bytes.
+const LIST_MAX: u64 = 64 << 20;
+
+/// What a body may do.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BodyLimits {
+    /// Time without a byte.
+    pub(super) idle: Duration,
+    /// The end of the request.
+    pub(super) deadline: Instant,
+    /// Longest body, in bytes.
+    pub(super) length: Option<u64>,
+}
+
+impl BodyLimits {
+    /// Adds the limit of length that follows from a request.
+    pub(super) fn of(self, method: &Method, headers: &HeaderMap) -> Self {
+        let length = match headers.get(RANGE).map(|range| range.to_str()) {
+            Some(Ok(range)) => range_len(range),
+            _ if method == Method::GET => None,
+            _ => Some(LIST_MAX),
+        };
+        Self { length, ..self }
+    }
+
+    fn wait(&self) -> Instant {
+        (Instant::now() + self.idle).min(self.deadline)
+    }
+}
+
+/// The length of a range with both ends.
+fn range_len(range: &str) -> Option<u64> {
+    let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
+    let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+    last.checked_sub(first)?.checked_add(1)
+}
+
+/// Takes a connection back when the body has been read.
+type Back = Box<dyn FnOnce(Connection) + Send + Sync>;
+
+/// The body of a reply.
+pub(super) struct ReplyBody {
+    body: Incoming,
+    /// Until the end of the body.
+    connection: Option<(Connection, Back)>,
+    limits: BodyLimits,
+    received: u64,
+    patience: Pin<Box<Sleep>>,
+}
+
+impl ReplyBody {
+    pub(super) fn new(
+        body: Incoming,
+        connection: Connection,
+        limits: BodyLimits,
+        back: Back,
+    ) -> Self {
+        let patience = Box::pin(sleep_until(limits.wait()));
+        let connection = Some((connection, back));
+        let mut reply = Self { body, connection, limits, received: 0, patience };
+        reply.finish_if_ended();
+        reply
+    }
+
+    fn finish_if_ended(&mut self) {
+        if self.body.is_end_stream()
+            && let Some((connection, back)) = self.connection.take()
+        {
+            back(connection);
+        }
+    }
+
+    fn poll_data(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, HttpError>>> {
+        if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(context) {
+            return Poll::Ready(frame.map(|frame| frame.map_err(broken)));
+        }
+        ready!(self.patience.as_mut().poll(context));
+        let why = match Instant::now() < self.limits.deadline {
+            true => format!("the store has sent nothing for {} s", self.limits.idle.as_secs_f32()),
+            false => "the reply has taken longer than a request may".to_owned(),
+        };
+        Poll::Ready(Some(Err(failed(HttpErrorKind::Timeout, why))))
+    }
+}
+
+impl Body for ReplyBody {
+    type Data = Bytes;
+    type Error = HttpError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, HttpError>>> {
+        let frame = ready!(self.poll_data(context));
+        match &frame {
+            None => {
+                if let Some((connection, back)) = self.connection.take() {
+                    back(connection);
+                }
+            }
+            Some(Err(_)) => drop(self.connection.take()),
+            Some(Ok(frame)) => {
+                self.received += frame.data_ref().map_or(0, |data| data.len() as u64);
+                if self.limits.length.is_some_and(|length| self.received > length) {
+                    drop(self.connection.take());
+                    let why = "the store sends more than it was asked for";
+                    return Poll::Ready(Some(Err(failed(HttpErrorKind::Decode, why))));
+                }
+                let next = self.limits.wait();
+                self.patience.as_mut().reset(next);
+                self.finish_if_ended();
+            }
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn length_of_a_range_is_known_if_both_ends_are() {
+        assert_eq!(range_len("bytes=0-4095"), Some(4096));
+        assert_eq!(range_len("bytes=5-5"), Some(1));
+        assert_eq!(range_len("bytes=5-"), None);
+        assert_eq!(range_len("bytes=-5"), None);
+        assert_eq!(range_len("bytes=5-4"), None);
+        assert_eq!(range_len("bytes=0-18446744073709551615"), None);
+    }
+}

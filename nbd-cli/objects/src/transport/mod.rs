@@ -1,0 +1,233 @@
+//! HTTP/1 requests by hyper, over TLS by OpenSSL.
+//!
+//! Proxies are not used: the variables `HTTPS_PROXY` and so on have no effect, and the error of a
+//! failed connection says so.
+
+mod body;
+mod connection;
+mod failure;
+mod limiter;
+mod log;
+mod pool;
+mod refusal;
+mod trust;
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use hyper::header::{HOST, HeaderValue, LOCATION};
+use hyper::{Method, StatusCode, Uri};
+use object_store::ClientOptions;
+use object_store::client::{
+    HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse,
+};
+use tokio::time::{Instant, timeout_at};
+
+use crate::error::Result;
+use crate::settings::{StoreSettings, Timeouts};
+
+use body::{BodyLimits, ReplyBody};
+use connection::{Connection, Dialer, Origin};
+use failure::failed;
+use limiter::Limiter;
+use log::RequestLine;
+use pool::Pool;
+
+/// Addresses that a reply may lead to before the object itself.
+const REDIRECTS_MAX: usize = 5;
+
+/// The transport of a store: connections, time limits and the limit of requests.
+///
+/// Clones share connections and limits.
+#[derive(Clone, Debug)]
+pub(crate) struct Transport {
+    shared: Arc<Shared>,
+    redirects: Redirects,
+}
+
+/// Whether redirects of GET and HEAD are followed. Signed requests are valid for one host only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Redirects {
+    Followed,
+    Returned,
+}
+
+#[derive(Debug)]
+struct Shared {
+    dialer: Dialer,
+    pool: Pool,
+    limiter: Limiter,
+    timeouts: Timeouts,
+}
+
+impl Transport {
+    /// Prepares TLS; connects to nothing.
+    ///
+    /// # Errors
+    ///
+    /// The file of authorities cannot be read.
+    pub(crate) fn new(settings: &StoreSettings, redirects: Redirects) -> Result<Self> {
+        let dialer = Dialer::new(settings)?;
+        let limit = settings.requests_per_second.map(NonZeroU32::get);
+        let limiter = Limiter::new(limit);
+        let shared = Shared { dialer, pool: Pool::default(), limiter, timeouts: settings.timeouts };
+        Ok(Self { shared: Arc::new(shared), redirects })
+    }
+}
+
+impl HttpConnector for Transport {
+    fn connect(&self, _options: &ClientOptions) -> object_store::Result<HttpClient> {
+        Ok(HttpClient::new(self.clone()))
+    }
+}
+
+#[async_trait]
+impl object_store::client::HttpService for Transport {
+    async fn call(&self, mut request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        let mut redirects = 0;
+        loop {
+            let follows = self.redirects == Redirects::Followed && is_safe(request.method());
+            let next = follows.then(|| request.clone());
+            let reply = self.request(request).await?;
+            let Some(mut next) = next.filter(|_| is_redirect(reply.status())) else {
+                return Ok(reply);
+            };
+            redirects += 1;
+            if redirects > REDIRECTS_MAX {
+                return Err(failed(HttpErrorKind::Decode, "the server redirects without an end"));
+            }
+            *next.uri_mut() = redirected(next.uri(), reply.headers().get(LOCATION))?;
+            next.headers_mut().remove(HOST);
+            request = next;
+        }
+    }
+}
+
+impl Transport {
+    /// Makes one request, and logs it.
+    async fn request(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        self.shared.limiter.wait().await;
+        let line = RequestLine::of(&request);
+        let deadline = Instant::now() + self.shared.timeouts.request;
+        let reply = timeout_at(deadline, self.exchange(request, deadline)).await;
+        let reply = reply.unwrap_or_else(|_| Err(too_slow(self.shared.timeouts.request)));
+        line.log(&reply);
+        reply
+    }
+
+    async fn exchange(
+        &self,
+        mut request: HttpRequest,
+        deadline: Instant,
+    ) -> Result<HttpResponse, HttpError> {
+        let shared = &self.shared;
+        let origin = Origin::of(request.uri())?;
+        let limits = BodyLimits { idle: shared.timeouts.idle, deadline, length: None }
+            .of(request.method(), request.headers());
+        prepare(&mut request)?;
+        loop {
+            let (mut connection, is_used) = match shared.pool.take(&origin) {
+                Some(connection) => (connection, true),
+                None => (shared.dialer.dial(&origin, shared.timeouts).await?, false),
+            };
+            // The server may have closed a connection that was used before.
+            let again = (is_used && is_safe(request.method())).then(|| request.clone());
+            match connection.send(request, shared.timeouts.idle).await {
+                Ok(reply) => return self.receive(reply, connection, origin, limits).await,
+                Err(refused) => match (refused.unsent.map(|unsent| *unsent).or(again), is_used) {
+                    (Some(unsent), true) => request = unsent,
+                    _ => return Err(refused.error),
+                },
+            }
+        }
+    }
+
+    async fn receive(
+        &self,
+        reply: hyper::Response<hyper::body::Incoming>,
+        connection: Connection,
+        origin: Origin,
+        limits: BodyLimits,
+    ) -> Result<HttpResponse, HttpError> {
+        let (parts, incoming) = reply.into_parts();
+        let shared = Arc::clone(&self.shared);
+        let back = Box::new(move |connection| shared.pool.put(origin, connection));
+        let is_refusal = parts.status.is_client_error() || parts.status.is_server_error();
+        let body = ReplyBody::new(incoming, connection, limits, back);
+        let body = match is_refusal {
+            // What it says of signatures and keys stays here.
+            true => refusal::summarised(body).await.into(),
+            false => object_store::client::HttpResponseBody::new(body),
+        };
+        Ok(HttpResponse::from_parts(parts, body))
+    }
+}
+
+/// Completes the headers, and reduces the address to its path and query (RFC 9112, section 3.2.1).
+fn prepare(request: &mut HttpRequest) -> Result<(), HttpError> {
+    if !request.headers().contains_key(HOST) {
+        let host = request.uri().authority().map_or("", |authority| authority.as_str());
+        let host = HeaderValue::from_str(host)
+            .map_err(|_| failed(HttpErrorKind::Unknown, "the name of the host is malformed"))?;
+        request.headers_mut().insert(HOST, host);
+    }
+    let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
+    let path = path.parse::<Uri>();
+    *request.uri_mut() =
+        path.map_err(|_| failed(HttpErrorKind::Unknown, "the path of the address is malformed"))?;
+    Ok(())
+}
+
+fn is_safe(method: &Method) -> bool {
+    method == Method::GET || method == Method::HEAD
+}
+
+fn is_redirect(status: StatusCode) -> bool {
+    [301, 302, 303, 307, 308].contains(&status.as_u16())
+}
+
+/// The address that a redirect names. From HTTPS it does not lead to HTTP.
+fn redirected(from: &Uri, location: Option<&HeaderValue>) -> Result<Uri, HttpError> {
+    let nonsense = || failed(HttpErrorKind::Decode, "the server redirects to a malformed address");
+    let location = location.and_then(|value| value.to_str().ok()).ok_or_else(nonsense)?;
+    let to: Uri = location.parse().map_err(|_| nonsense())?;
+    if to.authority().is_none() {
+        let mut parts = from.clone().into_parts();
+        parts.path_and_query = to.path_and_query().cloned();
+        let is_absolute = location.starts_with('/');
+        return Uri::from_parts(parts).ok().filter(|_| is_absolute).ok_or_else(nonsense);
+    }
+    if from.scheme_str() == Some("https") && to.scheme_str() != Some("https") {
+        let why = "the server redirects from https to an address without TLS";
+        return Err(failed(HttpErrorKind::Decode, why));
+    }
+    Ok(to)
+}
+
+fn too_slow(limit: Duration) -> HttpError {
+    let why = format!("the store has not answered completely within {} s", limit.as_secs_f32());
+    failed(HttpErrorKind::Timeout, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn redirects_lead_to_other_hosts_but_never_out_of_tls() {
+        let to = |from: &'static str, location: &'static str| {
+            let from = Uri::from_static(from);
+            redirected(&from, Some(&HeaderValue::from_static(location)))
+                .map(|uri| uri.to_string())
+                .map_err(|error| error.to_string())
+        };
+        assert_eq!(to("https://a/x", "https://b/y?z"), Ok("https://b/y?z".to_owned()));
+        assert_eq!(to("https://a/x", "/y"), Ok("https://a/y".to_owned()));
+        assert_eq!(to("http://a/x", "https://a/x"), Ok("https://a/x".to_owned()));
+        assert!(to("https://a/x", "http://a/x").unwrap_err().contains("without TLS"));
+        assert!(to("https://a/x", "y").is_err());
+        assert!(redirected(&Uri::from_static("http://a/"), None).is_err());
+    }
+}

@@ -1,0 +1,80 @@
+//! The authorities that certificates of stores come from.
+
+use std::path::Path;
+
+use openssl::ssl::{SslConnector, SslConnectorBuilder, SslMethod, SslRef, SslVersion};
+use openssl::x509::X509VerifyResult;
+
+use crate::error::{Result, StoreError};
+use crate::settings::StoreSettings;
+
+/// Where distributions keep the authorities. An OpenSSL that the program brings along does not know.
+const BUNDLES: [&str; 5] = [
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+];
+
+/// Returns the settings of TLS: version 1.2 or 1.3, certificates and names are verified.
+///
+/// # Errors
+///
+/// The file of authorities cannot be read.
+pub(super) fn connector(settings: &StoreSettings) -> Result<SslConnector> {
+    let failed = |error: openssl::error::ErrorStack| {
+        StoreError::invalid(format!("cannot prepare TLS: {error}"))
+    };
+    let mut builder = SslConnector::builder(SslMethod::tls_client()).map_err(failed)?;
+    builder.set_min_proto_version(Some(SslVersion::TLS1_2)).map_err(failed)?;
+    let environment = &settings.environment;
+    let given = settings.authorities.as_deref();
+    let named = || environment.get("AWS_CA_BUNDLE").map(Path::new);
+    if let Some(file) = given.or_else(named) {
+        let mut store = openssl::x509::store::X509StoreBuilder::new().map_err(failed)?;
+        let pem = std::fs::read(file).map_err(|error| unreadable(file, &error.to_string()))?;
+        let certificates = openssl::x509::X509::stack_from_pem(&pem)
+            .map_err(|_| unreadable(file, "it has no certificates in the form PEM"))?;
+        if certificates.is_empty() {
+            return Err(unreadable(file, "it has no certificates in the form PEM"));
+        }
+        for certificate in certificates {
+            store.add_cert(certificate).map_err(failed)?;
+        }
+        builder.set_cert_store(store.build());
+    } else {
+        trust_this_machine(&mut builder, environment.get("SSL_CERT_FILE"));
+    }
+    Ok(builder.build())
+}
+
+/// Trusts what this machine trusts. If that cannot be found, no certificate is valid.
+fn trust_this_machine(builder: &mut SslConnectorBuilder, named: Option<&str>) {
+    // The builder has the paths of OpenSSL, and its variables, already.
+    let bundles = named.into_iter().chain(BUNDLES);
+    for bundle in bundles {
+        if Path::new(bundle).is_file() && builder.set_ca_file(bundle).is_ok() {
+            return;
+        }
+    }
+}
+
+fn unreadable(file: &Path, why: &str) -> StoreError {
+    let why = why.split(" (os error").next().unwrap_or_default();
+    StoreError::invalid(format!("cannot use the authorities in '{}': {why}", file.display()))
+}
+
+/// Describes a failed handshake.
+pub(super) fn explain(error: &openssl::ssl::Error, ssl: &SslRef) -> String {
+    match ssl.verify_result() {
+        X509VerifyResult::OK => match error.io_error() {
+            Some(_) => "it has closed the connection in the handshake of TLS".to_owned(),
+            None => "the handshake of TLS failed; is it a server with TLS?".to_owned(),
+        },
+        result => format!(
+            "its certificate is not valid: {}; name its authority if you trust it",
+            result.error_string()
+        ),
+    }
+}
