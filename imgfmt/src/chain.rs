@@ -140,16 +140,17 @@ struct Files {
     layers: Vec<Option<FileIdentity>>,
     /// Those that have names, also data files.
     named: Vec<NamedFile>,
-    /// Whether there are others.
-    has_nameless: bool,
+    /// The others, as they are called where they are named.
+    others: Vec<PathBuf>,
 }
 
 impl Files {
-    fn note(&mut self, path: Option<&Path>, identity: Option<FileIdentity>) {
+    /// `shown` is what a file without a path is called.
+    fn note(&mut self, path: Option<&Path>, identity: Option<FileIdentity>, shown: &Path) {
         if let (Some(path), Some(identity)) = (path, identity) {
             self.named.push(NamedFile { path: path.to_owned(), identity });
         } else {
-            self.has_nameless = true;
+            self.others.push(path.unwrap_or(shown).to_owned());
         }
     }
 }
@@ -184,8 +185,8 @@ fn open_layers(mut layer: Unopened, files: &mut Files) -> Result<Chain> {
         below.insert(0, backing);
         top = image;
     }
-    let (files, has_nameless) = (std::mem::take(&mut files.named), files.has_nameless);
-    Ok(Chain { top, below, files, has_nameless })
+    let (files, others) = (std::mem::take(&mut files.named), std::mem::take(&mut files.others));
+    Ok(Chain { top, below, files, others })
 }
 
 /// Refuses a backing file whose chain would be too long with the image at `path` above it. Other
@@ -237,9 +238,9 @@ fn named(error: Error, shown: Option<&Path>) -> Error {
 }
 
 fn open_layer(layer: Unopened, files: &mut Files) -> Result<Opened> {
-    let Unopened { storage, path, options, .. } = layer;
+    let Unopened { storage, path, options, shown, .. } = layer;
     let identity = storage.identity();
-    files.note(path.as_deref(), identity);
+    files.note(path.as_deref(), identity, shown.as_deref().unwrap_or(Path::new("")));
     let format = format_of(&*storage, &options)?;
     refuse_options(format, &options)?;
     if format == Format::Raw {
@@ -258,7 +259,7 @@ fn open_layer(layer: Unopened, files: &mut Files) -> Result<Opened> {
             let mut open = |name: &OsStr| {
                 let target = options.policy.resolve(path, name)?;
                 refuse_device(&target)?;
-                open_beside(target, &options, files)
+                open_beside(target, Path::new(name), &options, files)
             };
             let opening = Opening { storage, path, files: Some(&mut open) };
             let foreign = open_foreign(format, opening)?;
@@ -287,7 +288,7 @@ fn open_qcow2(
     let mut image = Box::new(Qcow2::open(storage, path, options, Purpose::Use)?);
     if let Some(name) = image.data_file_name() {
         let target = options.policy.resolve(path, &name)?;
-        let data = open_beside(target, options, files)?;
+        let data = open_beside(target, Path::new(&name), options, files)?;
         image.attach_data_file(data, options.is_synced);
     }
     let name = image.backing_name().map(Named::from);
@@ -297,11 +298,12 @@ fn open_qcow2(
 /// Opens a file with a part of an image's data, which the image names.
 fn open_beside(
     target: NameTarget,
+    name: &Path,
     options: &OpenOptions,
     files: &mut Files,
 ) -> Result<Arc<dyn Storage>> {
     let opened = open_target(target, options, options.access, &files.layers)?;
-    files.note(opened.path.as_deref(), opened.storage.identity());
+    files.note(opened.path.as_deref(), opened.storage.identity(), name);
     Ok(opened.storage)
 }
 

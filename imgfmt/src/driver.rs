@@ -45,8 +45,8 @@ pub(crate) struct Chain {
     pub(crate) below: Vec<BackingLayer>,
     /// Those of all layers that were opened by a name.
     pub(crate) files: Vec<NamedFile>,
-    /// Whether other files or storages were opened.
-    pub(crate) has_nameless: bool,
+    /// Other files and storages that were opened, as they are called where they are named.
+    pub(crate) others: Vec<PathBuf>,
 }
 
 /// A file that was opened by a name.

@@ -10,7 +10,7 @@ mod read;
 mod snapshots;
 mod write;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use self::extents::Extents;
@@ -162,10 +162,11 @@ impl Image {
         self.chain.files.iter().map(|file| (&*file.path, file.identity))
     }
 
-    /// Returns whether the image consists of something else than named files, too: a storage that
-    /// the caller has opened, or what is on a server.
-    pub fn has_nameless_layers(&self) -> bool {
-        self.chain.has_nameless
+    /// Returns what else than named files the image consists of, from the top to the bottom, as it is
+    /// called in the image above: the URI of a layer on a server. A storage that the caller has opened
+    /// has the path that it was given with, or an empty one.
+    pub fn other_layers(&self) -> impl Iterator<Item = &Path> {
+        self.chain.others.iter().map(PathBuf::as_path)
     }
 
     /// Returns the capabilities of the image, and the sizes of requests that suit it.

@@ -30,7 +30,8 @@ pub(crate) async fn run(mut arguments: impl Iterator<Item = String>) -> Result<(
         .uris(move |name| vec![address.uri(name).to_string()]);
     let controller = Arc::new(controller);
     controller.add_export("disk", ServedDisk::of_image(path, image)).await?;
-    let clients = tokio::spawn(ControlSocket::open(&control).await?.serve(controller.clone()));
+    let (socket, served) = (ControlSocket::open(&control).await?, controller.clone());
+    let clients = tokio::spawn(async move { socket.serve(served).await });
 
     controller.shutdown_requested().await;
     clients.abort();

@@ -4,12 +4,16 @@
 //! or the image does not answer, for whatever reason; a server may take its time. Nothing is locked.
 
 use std::path::Path;
+use std::time::Duration;
 
 use imgfmt::{Image, ImageInfo, Locking, OpenOptions};
 use nbd_client::{Connector, blocking};
 use nbd_proto::wire::MetaContextName;
 
 use crate::control::{self, Listing, Request};
+
+/// Time limit for a control socket.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 const BITMAP_CONTEXT: &str = "qemu:dirty-bitmap:";
 
@@ -27,7 +31,7 @@ pub fn controlled_bitmaps(socket: &Path, export: &str) -> Option<Vec<String>> {
 }
 
 fn listing(socket: &Path) -> Option<Listing> {
-    let listing = control::call(socket, &Request::List {}).ok()?;
+    let listing = control::call(socket, &Request::List {}, PATIENCE).ok()?;
     serde_json::from_value(listing).ok()
 }
 

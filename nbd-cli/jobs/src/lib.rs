@@ -72,6 +72,7 @@ pub mod key_values;
 pub mod known_names;
 mod lanes;
 mod layers;
+mod limited;
 mod location;
 #[cfg(feature = "monitor")]
 pub mod monitor;

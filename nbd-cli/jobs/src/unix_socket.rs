@@ -10,25 +10,47 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
 };
 
-/// The file of a listening socket. Removed on drop.
+/// The file of a listening socket. Removed on drop, if it is owned.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
     /// Device and inode number: another file in its place is left alone.
     identity: (u64, u64),
+    is_owned: bool,
 }
 
 impl SocketFile {
+    /// The file of a socket of another program, not owned yet.
+    pub(crate) const fn adopted(path: PathBuf, identity: (u64, u64)) -> Self {
+        Self { path, identity, is_owned: false }
+    }
+
     /// Returns its absolute path.
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Removes it on drop.
+    pub(crate) const fn own(&mut self) {
+        self.is_owned = true;
+    }
+
+    /// Leaves it to another program. Returns its absolute path, and its device and inode number.
+    pub(crate) fn disown(mut self) -> (PathBuf, (u64, u64)) {
+        self.is_owned = false;
+        (std::mem::take(&mut self.path), self.identity)
+    }
+
+    /// Whether it is there still.
+    pub(crate) fn is_there(&self) -> bool {
+        let found = std::fs::symlink_metadata(&self.path);
+        found.is_ok_and(|found| (found.dev(), found.ino()) == self.identity)
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let found = std::fs::symlink_metadata(&self.path);
-        if found.is_ok_and(|found| (found.dev(), found.ino()) == self.identity) {
+        if self.is_owned && self.is_there() {
             // There is no remedy for a directory that does not allow it any more.
             let _ = std::fs::remove_file(&self.path);
         }
@@ -52,6 +74,6 @@ pub(crate) fn listen_privately(
     listen(&socket, backlog)?;
     let metadata = std::fs::symlink_metadata(path)?;
     let identity = (metadata.dev(), metadata.ino());
-    let file = SocketFile { path: std::path::absolute(path)?, identity };
+    let file = SocketFile { path: std::path::absolute(path)?, identity, is_owned: true };
     Ok((UnixListener::from(socket), file))
 }

@@ -4,11 +4,11 @@ mod command;
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use clap::Args;
 use nbd_jobs::qemu_name::{is_name_of_server, json_in, path_in};
-use nbd_jobs::size::{exact, rounded};
+use nbd_jobs::size::{exact, parse_limit, rounded};
 use serde_json::Value;
 
 use self::command::ControlCommand;
@@ -45,11 +45,16 @@ pub struct ControlArgs {
     /// Print the result as JSON.
     #[arg(long, global = true)]
     pub json: bool,
+
+    /// Time limit for the answer: seconds, or 500ms, 10m; 0 for none. The server may carry out the
+    /// request even if its answer comes too late.
+    #[arg(long, global = true, value_name = "TIME", default_value = "5m", value_parser = parse_limit)]
+    pub timeout: Duration,
 }
 
 pub(crate) fn run(args: &ControlArgs) -> Result<Outcome, CommandError> {
     let request = prepared(args.command.clone().into())?;
-    let result = control::call(&args.socket, &request)?;
+    let result = control::call(&args.socket, &request, args.timeout)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json => output.json(&result)?,

@@ -38,7 +38,7 @@ pub use self::export::ExportArgs;
 use self::export::ExportSpec;
 use self::reload::{ReloadHandle, Reloader};
 pub use self::socket_file::SocketFileArgs;
-use self::takeover::{HandOver, Opened, Origin};
+use self::takeover::{ControlSockets, HandOver, Opened, Origin};
 pub use self::tls::{TlsArgs, TlsChoice};
 pub use self::upstream::UpstreamArgs;
 use crate::error::{CommandError, Outcome};
@@ -125,11 +125,12 @@ impl Setup {
         guard: &mut Option<UnixStream>,
     ) -> Result<Served, CommandError> {
         let Self { args, exports, tls, file } = self;
-        let Opened { origin, taken, disks, registry } = opened;
+        let Opened { origin, mut taken, disks, registry } = opened;
         let names: Vec<_> = exports.iter().map(|export| export.name.clone()).collect();
         let private = private_directory(args)?;
         // Declared after the directory, so that its socket is always removed first.
         let mut server = Server::new(config(args, tls)?, registry.clone());
+        let taken_control = taken.control.take();
         let mut bound = origin.adopt(&mut server, taken)?;
         for address in addresses(args, private.as_ref(), !bound.is_empty()) {
             bound.extend(args.sockets.listen(&mut server, &address).await?);
@@ -140,28 +141,23 @@ impl Setup {
             warn_of_exposure(&bound, tls, if are_read_only { "" } else { " and change" });
         }
         let (reload, wishes) = ReloadHandle::new();
-        let control = match (&args.control, disks) {
-            (Some(path), Some(disks)) => {
-                let socket = takeover::patiently(goes_on, async || {
-                    let socket = ControlSocket::open(path).await;
-                    socket.map_err(|error| CommandError::new(error.to_string()))
-                });
-                let socket = socket.await?;
+        let sockets = ControlSockets::open(args.control.as_deref(), taken_control, goes_on).await?;
+        let controller = match (&sockets.own, disks) {
+            (Some(_), Some(disks)) => {
                 let (bound, tls) = (bound.clone(), tls.clone());
                 let mut controller = control::controller(server.handle(), disks, args)
                     .uris(move |name| uris(&bound, name, &tls));
                 if file.is_some() {
                     controller = controller.reload(move || Box::pin(reload.clone().reload()));
                 }
-                Some((socket, Arc::new(controller)))
+                Some(Arc::new(controller))
             }
             _ => None,
         };
-        let controller = control.as_ref().map(|(_, controller)| Arc::clone(controller));
         let reloading = match (file, args.config.clone()) {
             (Some(config), Some(path)) => {
                 let (tls, server) = (tls.clone(), server.handle());
-                Some(Reloader::new(path, config, tls, server, controller).start(wishes)?)
+                Some(Reloader::new(path, config, tls, server, controller.clone()).start(wishes)?)
             }
             _ => None,
         };
@@ -174,9 +170,11 @@ impl Setup {
         let pid_file = started(args, origin, || announce(&bound, &names, tls)).await?;
         *guard = None;
         logging::include_warnings();
-        let served = match control {
-            Some(control) => serve_controlled(server, signals, control).await,
-            None => serve_until_end(server, signals).await,
+        let served = match (sockets.own(), controller) {
+            (Some(socket), Some(controller)) => {
+                serve_controlled(server, signals, (socket, controller)).await
+            }
+            _ => serve_until_end(server, signals).await,
         };
         if let Ok(Served::HandsOver(_)) = &served {
             stop_helpers(monitor, reloading).await;
@@ -306,7 +304,9 @@ async fn serve_controlled(
     (socket, controller): (ControlSocket, Arc<Controller>),
 ) -> Result<Served, CommandError> {
     let Some(signal) = signals else { return Ok(Served::Ended(Outcome::Success)) };
-    let listening = tokio::spawn(socket.serve(Arc::clone(&controller)));
+    let socket = Arc::new(socket);
+    let (accepting, served) = (Arc::clone(&socket), Arc::clone(&controller));
+    let listening = tokio::spawn(async move { accepting.serve(served).await });
     let mut server = server.start();
     let mut failed = None;
     let successor = tokio::select! {
@@ -319,10 +319,11 @@ async fn serve_controlled(
         }
     };
     if let Some(successor) = successor {
-        // The other program creates its own control socket.
+        // Clients that connect from now on are served by the program that goes on.
         listening.abort();
         let _ = listening.await;
-        let pause = HandOver::pause(server, &controller, successor);
+        let control = (Arc::into_inner(socket), &*controller);
+        let pause = HandOver::pause(server, control, successor);
         let hand_over = signal.meanwhile(pause).await?;
         return Ok(Served::HandsOver(Box::new(hand_over)));
     }
@@ -341,6 +342,7 @@ async fn serve_controlled(
     // The socket's file is removed before the disks are reported closed.
     listening.abort();
     let _ = listening.await;
+    drop(socket);
     controller.end_checkpoints().await;
     // A client of the control socket that stays connected holds the controller.
     controller.release_disks().await;

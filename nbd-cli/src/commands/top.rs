@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use nbd_jobs::JobError;
 use nbd_jobs::chart::Color;
-use nbd_jobs::size::parse_duration;
+use nbd_jobs::size::{parse_duration, parse_limit};
 use nbd_jobs::status::Status;
 use nbd_jobs::watch::{Activity, Line, LineKind, Order, WatchSource, table};
 
@@ -54,6 +54,10 @@ pub struct TopArgs {
     #[arg(long, value_name = "VALUE", default_value = "throughput")]
     pub sort: Order,
 
+    /// Time limit for the server's answer: seconds, or 500ms, 2m; 0 for none.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_limit)]
+    pub timeout: Duration,
+
     /// Whether to use colours.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
     pub color: ColorChoice,
@@ -65,7 +69,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const AGE_UNIT: Duration = Duration::from_secs(1);
 
 pub(crate) fn run(args: &TopArgs) -> Result<Outcome, CommandError> {
-    let before = args.source.fetch()?;
+    let before = args.source.fetch(args.timeout)?;
     if args.once || args.json {
         return print(args, before);
     }
@@ -81,7 +85,7 @@ pub(crate) fn run(args: &TopArgs) -> Result<Outcome, CommandError> {
 fn print(args: &TopArgs, mut before: Status) -> Result<Outcome, CommandError> {
     loop {
         std::thread::sleep(args.interval);
-        let now = args.source.fetch()?;
+        let now = args.source.fetch(args.timeout)?;
         let mut activity = Activity::between(&before, &now);
         args.sort.apply(&mut activity);
         let mut output = Output::new();
@@ -250,13 +254,13 @@ fn watch(
     args: &TopArgs,
     events: Sender<Event>,
 ) -> Result<Receiver<Result<Status, JobError>>, CommandError> {
-    let (source, interval) = (args.source.clone(), args.interval);
+    let (source, interval, limit) = (args.source.clone(), args.interval, args.timeout);
     let (sender, numbers) = mpsc::sync_channel(1);
     let thread = std::thread::Builder::new().name("watch".to_owned());
     let thread = thread.spawn(move || {
         loop {
             std::thread::sleep(interval);
-            if !offer(source.fetch(), &sender, &events) {
+            if !offer(source.fetch(limit), &sender, &events) {
                 return;
             }
         }

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::support::qemu_nbd::wait_until;
-use crate::support::{Outcome, PROGRAM, Server, nbd_cli, says};
+use crate::support::{Outcome, PROGRAM, Server, nbd_cli, run, says};
 
 struct Place {
     directory: TempDir,
@@ -141,4 +141,26 @@ fn a_check_ends_in_time_and_names_the_source_that_hangs() {
     says(check, &["export 'far' was given up after 0.5 s", "--open-timeout"]);
     place.write("500ms", "");
     nbd_cli(&["serve", "--check", "--config", &place.path("config")]).success();
+}
+
+#[test]
+fn a_server_is_not_taken_over_while_a_source_that_was_given_up_is_still_being_opened() {
+    let place = Place::new();
+    let disk = place.path("disk");
+    nbd_cli(&["image", "create", "-f", "raw", &disk, "1M"]).success();
+    let (socket, control) = (place.path("socket"), place.path("control"));
+    let mut command = Command::new(PROGRAM);
+    command.args(["serve", "--control", &control, "--socket", &socket, "--format", "raw"]);
+    command.args(["--open-timeout", "200ms", &disk]);
+    let mut server = Server::start(&mut command, PathBuf::from(&socket));
+    place.control(&["remove-export", ""]).success();
+    let (add, far) = place.hang(&["add-export", "far", &place.source()]);
+    assert!(!add.wait_with_output().expect("its end").status.success(), "it was given up");
+    command.args(["--takeover", &control]);
+    says(run(&mut command), &["still being opened", "given up"]);
+    // As soon as the other server leaves, it is closed.
+    drop(far);
+    let next = Server::start(&mut command, PathBuf::from(&socket));
+    assert_eq!(server.wait().code(), Some(0));
+    next.end();
 }

@@ -270,13 +270,7 @@ fn a_program_that_asks_to_take_over_and_leaves_does_not_lock_the_control_socket(
     let server = place.serve();
     let control = place.text("control");
     for _ in 0..10 {
-        // The socket has no listener for a moment while the server pauses.
-        let mut asking = None;
-        wait_until("the control socket listens", || {
-            asking = UnixStream::connect(&control).ok();
-            asking.is_some()
-        });
-        let mut asking = asking.expect("a connection");
+        let mut asking = UnixStream::connect(&control).expect("a connection at every moment");
         let _ = asking.write_all(b"{\"command\":\"takeover\"}\n");
         drop(asking);
         wait_until("the control socket answers", || {
@@ -285,6 +279,25 @@ fn a_program_that_asks_to_take_over_and_leaves_does_not_lock_the_control_socket(
     }
     nbd_cli(&["info", server.uri()]).success();
     place.take_over(server).end();
+}
+
+#[test]
+fn the_control_socket_moves_with_the_server_to_another_path_and_back() {
+    let place = Place::raw();
+    let mut server = place.serve();
+    let paths = [place.text("control"), place.text("moved")];
+    for (from, to) in [(&paths[0], &paths[1]), (&paths[1], &paths[0]), (&paths[0], &paths[0])] {
+        let mut command = Command::new(PROGRAM);
+        command.args(["serve", "--takeover", from, "--control", to, "--format", "raw"]);
+        command.arg("--socket").arg(place.path("socket")).arg(&place.disk);
+        let next = Server::start(&mut command, place.path("socket"));
+        assert_eq!(server.wait().code(), Some(0));
+        nbd_cli(&["control", to, "list"]).success();
+        assert!(from == to || !PathBuf::from(from).exists(), "{from} is left");
+        server = next;
+    }
+    server.end();
+    assert!(paths.iter().all(|path| !PathBuf::from(path).exists()), "a socket is left");
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::support::qemu_nbd::wait_until;
@@ -72,13 +73,28 @@ fn clients_of_an_export_without_a_name_keep_their_disk_when_it_gets_a_name_or_th
     assert!(is_empty(&other), "the clients went over to another disk");
 }
 
+/// Another server does not take over, and the control socket is there at every moment.
 #[track_caller]
 fn refused(place: &Place, why: &str) {
-    let outcome = run(&mut place.taking_over());
+    let (control, ended) = (place.path("control"), AtomicBool::new(false));
+    let outcome = std::thread::scope(|scope| {
+        let connecting = scope.spawn(|| {
+            let mut count = 0;
+            while !ended.load(Ordering::SeqCst) || count == 0 {
+                UnixStream::connect(&control).map_err(|error| (error, count))?;
+                count += 1;
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Ok::<_, (std::io::Error, u32)>(())
+        });
+        let outcome = run(&mut place.taking_over());
+        ended.store(true, Ordering::SeqCst);
+        connecting.join().expect("no panic").expect("the control socket is there");
+        outcome
+    });
     assert!(outcome.code == Some(1) && outcome.stderr.contains(why), "{outcome:?}");
-    // The server opens its control socket again when it goes on.
-    let control = place.path("control");
-    wait_until("the server goes on", || UnixStream::connect(&control).is_ok());
+    // The next request is carried out by the server that goes on.
+    nbd_cli(&["control", &place.text("control"), "list"]).success();
 }
 
 #[test]
@@ -97,6 +113,35 @@ fn a_disk_on_another_server_is_not_taken_over_as_that_of_a_third_one() {
     place.disk = "vm=memory:1M".to_owned();
     refused(&place, "would be another disk");
     place.disk = format!("vm={}", one.1);
+    place.take_over(server).end();
+    one.0.end();
+    other.0.end();
+}
+
+#[test]
+fn a_layer_on_another_server_is_not_taken_over_as_that_of_a_third_one() {
+    let place = Place::new("overlay.qcow2", &["--trust-image"]);
+    let [one, other] = ["one", "other"].map(|name| {
+        let socket = place.text(name);
+        let mut command = Command::new(PROGRAM);
+        command.args(["serve", "memory:1M", "--socket", &socket]);
+        (Server::start(&mut command, place.path(name)), format!("nbd+unix:///?socket={socket}"))
+    });
+    let create = ["image", "create", "-f", "qcow2", "-F", "raw", "-b", &one.1, &place.disk];
+    nbd_cli(&create).success();
+    let server = place.serve();
+    // As a program that ignores locks can do at any moment.
+    let pointed_at = |uri: &str| {
+        let rebase = ["image", "rebase", "-u", "-F", "raw", "-b", uri, &place.text("copy")];
+        fs::copy(&place.disk, place.path("copy")).expect("a copy");
+        nbd_cli(&rebase).success();
+        // In place, so that it is the same file.
+        let bytes = fs::read(place.path("copy")).expect("a file");
+        fs::write(&place.disk, bytes).expect("the same file");
+    };
+    pointed_at(&other.1);
+    refused(&place, "would be another disk: its source was");
+    pointed_at(&one.1);
     place.take_over(server).end();
     one.0.end();
     other.0.end();

@@ -89,3 +89,30 @@ fn a_limit_that_concerns_nothing_is_refused() {
     let disk = Disk::sparse();
     says(nbd_cli(&["image", "map", "--timeout", "1s", disk.path()]), &["--timeout", "URI"]);
 }
+
+#[test]
+fn a_control_socket_that_says_nothing_ends_every_client_in_words() {
+    let disk = Disk::sparse();
+    let silent = disk.beside("control");
+    let _listener = UnixListener::bind(&silent).expect("a socket");
+    let target = disk.beside("target");
+    for command in [
+        &["control", &silent, "list"][..],
+        &["control", &silent, "bitmap-add", "vm", "daily"],
+        &["control", &silent, "checkpoint-start", "vm"],
+        &["top", "--once", &silent],
+        &["top", "--json", &silent],
+        &["backup", "--control", &silent, "--export", "vm", &target],
+    ] {
+        let said = nbd_cli(&[command, &["--timeout", "200ms"]].concat());
+        says(said, &[&silent, "has not answered for 0.2 s"]);
+    }
+    let address = format!("unix:{silent}");
+    let said = nbd_cli(&["top", "--once", "--timeout", "200ms", &address]);
+    says(said, &[&silent, "has not answered for 0.2 s"]);
+    assert!(!std::fs::exists(&target).expect("a directory"), "no backup has begun");
+    // A shell does not wait for long, and completes nothing.
+    let words = ["nbd-cli", "control", &silent, "remove-export", ""];
+    let completed = nbd_cli(&[&["completions", "--"], &words[..]].concat());
+    assert_eq!(completed.success(), "");
+}

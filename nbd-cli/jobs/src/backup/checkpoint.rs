@@ -1,6 +1,7 @@
 //! Backups of a disk in use: a checkpoint is started, copied and ended through the control socket.
 
 use std::path::Path;
+use std::time::Duration;
 
 use imgfmt::Uuid;
 use nbd_proto::NbdUri;
@@ -17,6 +18,9 @@ use crate::control::{
 use crate::observer::JobContext;
 use crate::text::printable;
 use crate::{JobError, JobErrorKind};
+
+/// Time limit of each request of the control socket, which may wait for those of others.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The control socket, the export of the disk, and the address of the server.
 #[derive(Clone, Copy)]
@@ -50,7 +54,8 @@ pub(super) async fn backup(
         // If this process is killed, no other process ends the checkpoint.
         lifetime: Lifetime::Connection,
     };
-    let mut socket = Socket::open(server.socket).await?;
+    let limit = options.connect.timeout.unwrap_or(PATIENCE);
+    let mut socket = Socket::open(server.socket, limit).await?;
     // Checked before the bitmap restarts.
     if let Some(base) = base {
         refuse_wrong(work, base, &export, &mut socket).await?;
@@ -100,9 +105,9 @@ async fn unless_cancelled(
 struct Socket(Option<Conversation>);
 
 impl Socket {
-    async fn open(path: &Path) -> Result<Self, JobError> {
+    async fn open(path: &Path, limit: Duration) -> Result<Self, JobError> {
         let path = path.to_owned();
-        let opened = tokio::task::spawn_blocking(move || Conversation::begin(&path)).await;
+        let opened = tokio::task::spawn_blocking(move || Conversation::begin(&path, limit)).await;
         opened.map_err(|error| JobError::given_up("request", &error))?.map(|it| Self(Some(it)))
     }
 

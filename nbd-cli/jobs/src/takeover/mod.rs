@@ -3,13 +3,14 @@
 //! ```text
 //!   successor                                     predecessor
 //!   {"command":"takeover"}     ---------------->  control socket; pauses, closes its images
-//!                              <----------------  {"result":{}}, manager, disks, listeners, connections, COMPLETE
+//!                              <----------------  {"result":{}}, manager, disks, sockets, connections, COMPLETE
 //!   opens images, adopts; READY --------------->
 //!                              <----------------  GO
 //!   SERVING                    ---------------->  exits
 //! ```
 //!
-//! Descriptors travel over the same unix socket. Only one of both has the images open. Until
+//! Descriptors travel over the same unix socket. The control socket is among them, so that it is there
+//! at every moment: who connects to it meanwhile is served by the one that goes on. Only one of both has the images open. Until
 //! SERVING the predecessor can go on: it says ABANDONED, waits until the successor has closed the
 //! connection, and opens its images again. A successor that is READY and loses the predecessor
 //! serves, because no other program does.

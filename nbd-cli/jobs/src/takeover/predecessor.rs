@@ -5,7 +5,7 @@ use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use nbd_server::Paused;
+use nbd_server::{Paused, PausedListener};
 use rustix::net::sockopt;
 
 use super::wire::{Kind, encode_disk, encode_manager, encode_origin, receive, send};
@@ -44,8 +44,8 @@ impl Successor {
         u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()
     }
 
-    /// Hands everything over, and waits until the successor has opened its images. Those of this
-    /// process are `closed` by now.
+    /// Hands everything over, also the listening socket `control`, and waits until the successor has
+    /// opened its images. Those of this process are `closed` by now.
     ///
     /// # Errors
     ///
@@ -55,6 +55,7 @@ impl Successor {
         paused: &Paused,
         closed: &ClosedDisks,
         manager: Option<&ServiceManager>,
+        control: Option<&PausedListener>,
     ) -> Result<(), TakeoverError> {
         if let Some(manager) = manager {
             send(&self.stream, Kind::Manager, &encode_manager(manager), None)?;
@@ -62,9 +63,10 @@ impl Successor {
         for (name, files) in closed.files() {
             send(&self.stream, Kind::Disk, &encode_disk(name, files), None)?;
         }
-        for listener in &paused.listeners {
+        let listeners = paused.listeners.iter().map(|listener| (Kind::Listener, listener));
+        for (kind, listener) in control.map(|it| (Kind::Control, it)).into_iter().chain(listeners) {
             let (origin, socket) = (encode_origin(&listener.origin), listener.socket.as_fd());
-            send(&self.stream, Kind::Listener, &origin, Some(socket))?;
+            send(&self.stream, kind, &origin, Some(socket))?;
         }
         for connection in &paused.connections {
             // One that has received too much is closed with this process.

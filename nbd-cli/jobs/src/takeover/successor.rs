@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use nbd_proto::transmission::SavedConnection;
 use nbd_server::{PausedConnection, PausedListener};
@@ -16,6 +17,10 @@ use crate::control::{Conversation, ErrorKind, Failure, Request};
 use crate::text::{printable, without_error_numbers};
 use crate::{JobError, JobErrorKind};
 
+/// Time limit for each answer of the other server, which completes requests, and flushes and closes
+/// its images meanwhile. It goes on if this is exceeded.
+const TIME_TO_HAND_OVER: Duration = Duration::from_secs(120);
+
 /// What was taken over, for [`nbd_server::Server::adopt`].
 #[derive(Debug, Default)]
 #[non_exhaustive]
@@ -28,6 +33,8 @@ pub struct TakenOver {
     pub(crate) disks: BTreeMap<String, DiskFiles>,
     /// The service manager of the other server, if it has one.
     pub manager: Option<ServiceManager>,
+    /// Its control socket, for [`ControlSocket::adopt`](crate::control::server::ControlSocket::adopt).
+    pub control: Option<PausedListener>,
 }
 
 impl TakenOver {
@@ -105,17 +112,27 @@ pub struct Predecessor {
 
 impl Predecessor {
     /// Asks the server with this control socket to hand over, and waits until it has: its images are
-    /// closed then. Blocks.
+    /// closed then. Blocks, for at most two minutes between two of its answers.
     ///
     /// # Errors
     ///
-    /// If no server listens, or one of another user than this process's and root, who could have
+    /// If no server listens or answers in time, or one of another user than this process's and root, who could have
     /// this process remove files and serve what it likes; or the server's reason not to hand over. It goes on then.
     pub fn begin(control: &Path) -> Result<(Self, TakenOver), JobError> {
-        let mut conversation = Conversation::begin(control)?;
+        Self::begin_within(control, TIME_TO_HAND_OVER)
+    }
+
+    fn begin_within(control: &Path, limit: Duration) -> Result<(Self, TakenOver), JobError> {
+        let mut conversation = Conversation::begin(control, limit)?;
         check_owner(conversation.stream(), control)?;
         conversation.call_before_descriptors(&Request::Takeover {})?;
-        let predecessor = Self { stream: conversation.into_stream() };
+        let limited = conversation.into_stream().and_then(|stream| {
+            stream.set_read_timeout(Some(limit))?;
+            stream.set_write_timeout(Some(limit))?;
+            Ok(stream)
+        });
+        let stream = limited.map_err(|error| explained(&TakeoverError::Io(error)))?;
+        let predecessor = Self { stream };
         match predecessor.receive_all() {
             Ok(taken) => Ok((predecessor, taken)),
             Err(error) => Err(explained(&error)),
@@ -134,11 +151,15 @@ impl Predecessor {
                     Some(origin) => taken.listeners.push(PausedListener { socket, origin }),
                     None => return unexpected("a listener of unknown origin"),
                 },
+                (Kind::Control, Some(socket)) => match decode_origin(&payload) {
+                    Some(origin) => taken.control = Some(PausedListener { socket, origin }),
+                    None => return unexpected("a control socket of unknown origin"),
+                },
                 (Kind::Connection, Some(socket)) => match SavedConnection::decode(&payload) {
                     Ok(state) => taken.connections.push(PausedConnection::new(socket, state)),
                     Err(_) => return unexpected("the state of a connection of another version"),
                 },
-                (Kind::Listener | Kind::Connection, None) => {
+                (Kind::Listener | Kind::Connection | Kind::Control, None) => {
                     return unexpected(
                         "a message whose socket cannot be opened here: raise the \
                                        limit of open files (ulimit -n)",
@@ -230,6 +251,9 @@ fn explained(error: &TakeoverError) -> JobError {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+    use std::os::unix::net::UnixListener;
+
     use super::*;
 
     #[test]
@@ -237,6 +261,26 @@ mod tests {
         let [root, one, other] = [Uid::ROOT, Uid::from_raw(1000), Uid::from_raw(1001)];
         assert!(is_trusted(one, one) && is_trusted(root, one) && is_trusted(root, root));
         assert!(!is_trusted(other, one) && !is_trusted(one, root));
+    }
+
+    #[test]
+    fn a_server_that_hangs_before_or_after_its_first_answer_is_given_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let control = directory.path().join("control");
+        let listener = UnixListener::bind(&control).unwrap();
+        for (answer, words) in [
+            ("", "has not answered for 0.2 s; it may hang"),
+            ("{\"result\":{}}\n", "the other server did not answer in time"),
+        ] {
+            let begin = || Predecessor::begin_within(&control, Duration::from_millis(200));
+            let error = std::thread::scope(|scope| {
+                let begun = scope.spawn(begin);
+                let (mut server, _) = listener.accept().unwrap();
+                server.write_all(answer.as_bytes()).unwrap();
+                begun.join().unwrap().map(drop).unwrap_err().to_string()
+            });
+            assert!(error.contains(words), "{error}");
+        }
     }
 
     #[test]

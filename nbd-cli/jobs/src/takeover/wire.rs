@@ -55,9 +55,12 @@ pub(super) enum Kind {
     Manager = 9,
     /// What a disk consists of, which the successor has to find. An earlier one, 8, told less.
     Disk = 10,
+    /// The control socket, with its origin.
+    Control = 11,
 }
 
-const KINDS: [Kind; 9] = [
+const KINDS: [Kind; 10] = [
+    Kind::Control,
     Kind::Listener,
     Kind::Connection,
     Kind::Complete,

@@ -3,19 +3,16 @@
 use std::fmt;
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs as _};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use super::http;
 use crate::control::{Request, call};
+use crate::limited::{Deadline, Limited, connect_unix};
 use crate::monitor::MetricsAddress;
 use crate::status::{MAX_ENTRIES, Status};
 use crate::{JobError, JobErrorKind};
-
-/// Time limit of each step of a request over HTTP.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A running server: its control socket, or the address of its metrics.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,12 +53,13 @@ impl fmt::Display for WatchSource {
 }
 
 impl WatchSource {
-    /// Asks for the numbers. Blocks; over HTTP for at most 10 s per step.
+    /// Asks for the numbers. Blocks, at most for `limit` for connecting and as long again for the
+    /// answer, or without an end if that is zero. The time for looking up the name of a host is extra.
     ///
     /// # Errors
     ///
-    /// If no server of ours answers there.
-    pub fn fetch(&self) -> Result<Status, JobError> {
+    /// If no server of ours answers there in time.
+    pub fn fetch(&self, limit: Duration) -> Result<Status, JobError> {
         let failed = |why: String| {
             let message = format!("cannot get the numbers of the server at '{self}': {why}");
             JobError::new(JobErrorKind::ControlSocket, message)
@@ -73,11 +71,15 @@ impl WatchSource {
         };
         match self {
             Self::Control(path) => {
-                let reply = call(path, &Request::Statistics {})?;
+                let reply = call(path, &Request::Statistics {}, limit)?;
                 serde_json::from_value(reply).map_err(unclear)
             }
             Self::Metrics(address) => {
-                let body = get(address).map_err(|error| {
+                let body = get(address, limit).map_err(|error| {
+                    if error.kind() == io::ErrorKind::TimedOut {
+                        let seconds = limit.as_secs_f64();
+                        return failed(format!("it has not answered for {seconds} s"));
+                    }
                     let advice = match error.kind() {
                         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
                             "; is a server running with --metrics?"
@@ -92,22 +94,25 @@ impl WatchSource {
     }
 }
 
-fn get(address: &MetricsAddress) -> io::Result<Vec<u8>> {
+fn get(address: &MetricsAddress, limit: Duration) -> io::Result<Vec<u8>> {
     const PATH: &str = "/status.json";
     match address {
         MetricsAddress::Unix(path) => {
-            let stream = UnixStream::connect(path)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
-            http::get(stream, PATH, "localhost")
+            let mut stream = connect_unix(path, Deadline::after(limit))?;
+            http::get(Limited::new(&mut stream, Deadline::after(limit)), PATH, "localhost")
         }
         MetricsAddress::Tcp { host, port } => {
             let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
-            for socket in (host.as_str(), *port).to_socket_addrs()? {
-                match TcpStream::connect_timeout(&socket, PATIENCE) {
-                    Ok(stream) => {
-                        stream.set_read_timeout(Some(PATIENCE))?;
-                        stream.set_write_timeout(Some(PATIENCE))?;
+            let sockets = (host.as_str(), *port).to_socket_addrs()?;
+            let deadline = Deadline::after(limit);
+            for socket in sockets {
+                let connected = match deadline.left()? {
+                    Some(left) => TcpStream::connect_timeout(&socket, left),
+                    None => TcpStream::connect(socket),
+                };
+                match connected {
+                    Ok(mut stream) => {
+                        let stream = Limited::new(&mut stream, Deadline::after(limit));
                         return http::get(stream, PATH, &socket.to_string());
                     }
                     Err(error) => last = error,

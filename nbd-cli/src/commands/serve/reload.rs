@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use nbd_jobs::control::server::Controller;
+use nbd_jobs::control::server::{Controller, OpeningGuard};
 use nbd_jobs::control::{ErrorKind, Failure};
 use nbd_jobs::opening::{open_within, within};
 use nbd_jobs::serving::{Changes, LiveSettings};
@@ -48,11 +49,15 @@ struct Prepared {
 
 /// Sources that a thread opens. If the reload no longer waits for the thread, those that it has
 /// opened are closed: the next one may hang for ever.
-struct Opening(Arc<Mutex<Option<Vec<OpenedExport>>>>);
+struct Opening {
+    opened: Arc<Mutex<Option<Vec<OpenedExport>>>>,
+    /// Held until they are exported or closed: a program that takes over opens the same files.
+    guard: Option<OpeningGuard>,
+}
 
 impl Opening {
-    fn begin() -> Self {
-        Self(Arc::new(Mutex::new(Some(Vec::new()))))
+    fn begin(guard: Option<OpeningGuard>) -> Self {
+        Self { opened: Arc::new(Mutex::new(Some(Vec::new()))), guard }
     }
 
     /// Adds a source, or closes it if the reload no longer waits for it.
@@ -69,7 +74,7 @@ impl Opening {
     }
 
     fn take(&self) -> Vec<OpenedExport> {
-        lock(&self.0).take().unwrap_or_default()
+        lock(&self.opened).take().unwrap_or_default()
     }
 }
 
@@ -77,8 +82,9 @@ impl Drop for Opening {
     fn drop(&mut self) {
         let opened = self.take();
         if !opened.is_empty() {
+            let closing = (opened, self.guard.take());
             // Closing an image may block. Without a thread it is closed here.
-            let _ = std::thread::Builder::new().name("close".to_owned()).spawn(|| drop(opened));
+            let _ = std::thread::Builder::new().name("close".to_owned()).spawn(|| drop(closing));
         }
     }
 }
@@ -172,12 +178,14 @@ impl Reloader {
 
     /// Applies the file's present content to the server. After an error nothing has changed.
     async fn reload(&mut self) -> Result<Value, CommandError> {
+        let guard = self.controller.as_ref().map(|controller| controller.begin_opening());
+        let guard = guard.transpose().map_err(|failure| CommandError::new(failure.message))?;
         let (path, reading) = (self.path.clone(), format!("reading '{}'", self.path.display()));
         let read =
             open_within(self.config.args.open_timeout, reading, move |_| Config::read(&path));
         let config = read.await??;
         self.check_tls_only(&config)?;
-        let Prepared { mut config, changes, opened } = self.prepare(config).await?;
+        let Prepared { mut config, changes, opened } = self.prepare(config, guard.clone()).await?;
         let Changes { added, removed, mut left, .. } = changes;
         let tls_only = config.args.tls.tls_only.clone();
         if let Some(credentials) = self.tls.credentials() {
@@ -185,7 +193,8 @@ impl Reloader {
         }
         // Everything was checked, so from here on failures are only reported.
         let removed = self.remove_all(removed, &mut config, &mut left).await;
-        let added = self.add_all(added, opened.take(), &mut config, &mut left).await;
+        let added = (added, opened.take());
+        let added = self.add_all(added, guard.as_ref(), &mut config, &mut left).await;
         let exports = self.server.exports();
         for (name, entry) in exports.entries() {
             let Some(export) =
@@ -214,15 +223,20 @@ impl Reloader {
     }
 
     /// Finds the changes, and opens new sources. Everything that may hang is done here.
-    async fn prepare(&self, mut config: Config) -> Result<Prepared, CommandError> {
+    async fn prepare(
+        &self,
+        mut config: Config,
+        guard: Option<OpeningGuard>,
+    ) -> Result<Prepared, CommandError> {
         let entries = self.server.exports().entries();
         let served: Vec<_> = entries.into_iter().map(|(name, _)| name).collect();
         let (old, is_controlled) = (self.config.clone(), self.controller.is_some());
         let limit = config.args.open_timeout;
         let comparing = "comparing the sources of new exports with those that are served";
-        let opening = Opening::begin();
-        let opened = Arc::clone(&opening.0);
+        let opening = Opening::begin(guard.clone());
+        let opened = Arc::clone(&opening.opened);
         let prepared = open_within(limit, comparing, move |step| {
+            let _until_closed = guard;
             let changes = old.configuration.changes_to(&mut config.configuration, LIVE, &served)?;
             if changes.keeps_server {
                 let mut args = old.args;
@@ -294,15 +308,15 @@ impl Reloader {
     /// the next reload tries again.
     async fn add_all(
         &self,
-        added: Vec<Configured>,
-        opened: Vec<OpenedExport>,
+        (added, opened): (Vec<Configured>, Vec<OpenedExport>),
+        guard: Option<&OpeningGuard>,
         config: &mut Config,
         left: &mut Vec<String>,
     ) -> Vec<String> {
         let mut names = Vec::new();
         for (export, source) in added.into_iter().zip(opened) {
             let name = export.name;
-            match self.add(&name, source).await {
+            match self.add(&name, source, config.args.open_timeout, guard).await {
                 Ok(()) => names.push(name),
                 Err(why) => {
                     left.push(format!("{name}: {why}"));
@@ -313,13 +327,19 @@ impl Reloader {
         names
     }
 
-    async fn add(&self, name: &str, source: OpenedExport) -> Result<(), String> {
-        match (source, &self.controller) {
-            (OpenedExport::Controlled(disk), Some(controller)) => {
-                let added = controller.add_export(name, disk).await;
+    async fn add(
+        &self,
+        name: &str,
+        source: OpenedExport,
+        limit: Duration,
+        guard: Option<&OpeningGuard>,
+    ) -> Result<(), String> {
+        match (source, &self.controller, guard) {
+            (OpenedExport::Controlled(disk), Some(controller), Some(guard)) => {
+                let added = controller.add_opened(name, disk, limit, guard.clone()).await;
                 added.map(drop).map_err(|failure| failure.to_string())
             }
-            (source, _) => {
+            (source, ..) => {
                 let added = self.server.exports().add(name, source.entry());
                 added.map_err(|error| error.to_string())
             }

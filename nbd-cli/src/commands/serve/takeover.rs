@@ -5,10 +5,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nbd_jobs::control::server::{Controller, NotClosed, ServedDisks, refuse_removed};
+use nbd_jobs::control::server::{
+    ControlSocket, Controller, NotClosed, ServedDisks, refuse_removed,
+};
 use nbd_jobs::takeover::{Predecessor, Successor, TakenOver, TakeoverError};
 use nbd_jobs::text::without_error_numbers;
-use nbd_server::{BoundAddress, ExportRegistry, Paused, RunningServer, Server};
+use nbd_server::{BoundAddress, ExportRegistry, Paused, PausedListener, RunningServer, Server};
 
 use super::args::ServeArgs;
 use super::export::ExportSpec;
@@ -28,6 +30,57 @@ pub(super) struct Opened {
     pub(super) disks: Option<ServedDisks>,
     pub(super) taken: TakenOver,
     pub(super) origin: Origin,
+}
+
+/// The control sockets of a server that starts.
+#[derive(Default)]
+pub(super) struct ControlSockets {
+    pub(super) own: Option<ControlSocket>,
+    /// That of the other server, if this one has another path or none.
+    others: Option<ControlSocket>,
+}
+
+impl ControlSockets {
+    /// Uses the socket that was taken over if it is at the `path` of this server's.
+    ///
+    /// # Errors
+    ///
+    /// If no socket can be opened at the path.
+    pub(super) async fn open(
+        path: Option<&Path>,
+        taken: Option<PausedListener>,
+        goes_on: bool,
+    ) -> Result<Self, CommandError> {
+        let adopted = taken.map(ControlSocket::adopt).transpose().map_err(|error| {
+            CommandError::new(format!("cannot use the control socket that was taken over: {error}"))
+        })?;
+        let Some(path) = path else { return Ok(Self { own: None, others: adopted }) };
+        if let Some(own) = adopted {
+            if own.is_at(path) {
+                return Ok(Self { own: Some(own), others: None });
+            }
+            return Ok(Self { own: Some(open_control(path, goes_on).await?), others: Some(own) });
+        }
+        Ok(Self { own: Some(open_control(path, goes_on).await?), others: None })
+    }
+
+    /// From now on this server alone has them: the other one's is removed.
+    pub(super) fn own(self) -> Option<ControlSocket> {
+        if let Some(mut others) = self.others {
+            others.own();
+        }
+        let mut own = self.own?;
+        own.own();
+        Some(own)
+    }
+}
+
+async fn open_control(path: &Path, goes_on: bool) -> Result<ControlSocket, CommandError> {
+    let open = async || {
+        let socket = ControlSocket::open(path).await;
+        socket.map_err(|error| CommandError::new(error.to_string()))
+    };
+    patiently(goes_on, open).await
 }
 
 /// The origin of this server's clients.
@@ -150,27 +203,53 @@ pub(super) async fn complete(predecessor: Predecessor) -> Result<(), CommandErro
 /// A paused server, and the program that takes over from it.
 pub(super) struct HandOver {
     successor: UnixStream,
-    paused: Paused,
-    registry: ExportRegistry,
+    kept: Kept,
     disks: ServedDisks,
 }
 
+/// What a paused server keeps while the other program has the images.
+struct Kept {
+    paused: Paused,
+    control: Option<PausedListener>,
+    registry: ExportRegistry,
+}
+
+impl Kept {
+    /// The server goes on.
+    fn go_on(self, disks: ServedDisks) -> Opened {
+        let Self { paused, control, registry } = self;
+        let mut taken = TakenOver::default();
+        (taken.listeners, taken.connections) = (paused.listeners, paused.connections);
+        taken.control = control;
+        Opened { registry, disks: Some(disks), taken, origin: Origin::GoesOn }
+    }
+
+    /// The server goes on, because the other program was refused.
+    fn give_up(self, successor: Successor, reason: &str, disks: ServedDisks) -> Opened {
+        log_failure(reason);
+        successor.abandon(reason);
+        self.go_on(disks)
+    }
+}
+
 impl HandOver {
-    /// Pauses a server whose control socket is closed.
+    /// Pauses a server that serves no clients of its control socket any more.
     ///
     /// # Errors
     ///
     /// If the server has failed.
     pub(super) async fn pause(
         server: RunningServer,
-        controller: &Controller,
+        (socket, controller): (Option<ControlSocket>, &Controller),
         successor: UnixStream,
     ) -> Result<Self, CommandError> {
         tracing::info!("another program takes over");
         let registry = server.handle().exports().clone();
         let paused = server.pause().await.map_err(serve_error)?;
         let disks = controller.take_disks().await;
-        Ok(Self { successor, paused, registry, disks })
+        // If it cannot be released, both programs make another one.
+        let control = socket.and_then(|socket| socket.pause().ok());
+        Ok(Self { successor, kept: Kept { paused, control, registry }, disks })
     }
 
     /// Hands everything over. Returns the resources with which this server continues if the other
@@ -185,31 +264,33 @@ impl HandOver {
     }
 
     fn carry_out_blocking(self) -> Option<Opened> {
-        let Self { successor, paused, registry, disks } = self;
+        let Self { successor, kept, disks } = self;
+        let (paused, registry) = (&kept.paused, &kept.registry);
         let successor = match Successor::new(successor) {
             Ok(successor) => successor,
             Err(error) => {
                 log_failure(&error.to_string());
-                return Some(goes_on(registry, disks, paused));
+                return Some(kept.go_on(disks));
             }
         };
         if let Err(error) = &paused.flushed {
-            return Some(give_up(successor, &error.to_string(), registry, disks, paused));
+            let reason = error.to_string();
+            return Some(kept.give_up(successor, &reason, disks));
         }
         if let Err(failure) = refuse_removed(paused.unregistered()) {
-            return Some(give_up(successor, &failure.message, registry, disks, paused));
+            return Some(kept.give_up(successor, &failure.message, disks));
         }
-        let closed = match disks.close(&registry) {
+        let closed = match disks.close(registry) {
             Ok(closed) => closed,
             Err(not_closed) => {
                 let NotClosed { disks, reason } = *not_closed;
-                return Some(give_up(successor, &reason, registry, disks, paused));
+                return Some(kept.give_up(successor, &reason, disks));
             }
         };
         tracing::debug!(connections = paused.connections.len(), "images closed, handing over");
         let manager = service_manager::current();
         let handed_over = successor
-            .hand_over(&paused, &closed, manager.as_ref())
+            .hand_over(paused, &closed, manager.as_ref(), kept.control.as_ref())
             .and_then(|()| successor.confirm());
         match handed_over {
             Ok(()) => {
@@ -227,33 +308,15 @@ impl HandOver {
                 };
                 log_failure(&reason);
                 successor.abandon(&reason);
-                let (disks, failures) = closed.reopen(&registry);
+                let (disks, failures) = closed.reopen(registry);
                 for failure in failures {
                     let error = without_error_numbers(failure.to_string());
                     tracing::error!("an export is lost after a failed takeover: {error}");
                 }
-                Some(goes_on(registry, disks, paused))
+                Some(kept.go_on(disks))
             }
         }
     }
-}
-
-fn give_up(
-    successor: Successor,
-    reason: &str,
-    registry: ExportRegistry,
-    disks: ServedDisks,
-    paused: Paused,
-) -> Opened {
-    log_failure(reason);
-    successor.abandon(reason);
-    goes_on(registry, disks, paused)
-}
-
-fn goes_on(registry: ExportRegistry, disks: ServedDisks, paused: Paused) -> Opened {
-    let mut taken = TakenOver::default();
-    (taken.listeners, taken.connections) = (paused.listeners, paused.connections);
-    Opened { registry, disks: Some(disks), taken, origin: Origin::GoesOn }
 }
 
 fn log_failure(reason: &str) {

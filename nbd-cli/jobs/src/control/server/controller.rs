@@ -16,6 +16,7 @@ use super::closed::{LOOK, TIME_TO_CLOSE, refuse_removed};
 use super::disks::{ConnectionId, RunningCheckpoint, ServedDisk, ServedDisks};
 use super::event::{ControlEvent, ControlObserver, ignore};
 use super::files::check_names;
+use super::openings::{OpeningGuard, Openings};
 use crate::control::{ErrorKind, Failure};
 
 /// The directory of files for data that is overwritten during a checkpoint: not one in memory.
@@ -58,6 +59,7 @@ pub struct Controller {
     successor: std::sync::Mutex<Option<UnixStream>>,
     succession: Notify,
     connections: AtomicU64,
+    pub(super) openings: Openings,
 }
 
 impl Controller {
@@ -84,6 +86,7 @@ impl Controller {
             successor: std::sync::Mutex::default(),
             succession: Notify::new(),
             connections: AtomicU64::new(0),
+            openings: Openings::default(),
         }
     }
 
@@ -192,7 +195,7 @@ impl Controller {
             disks.refuse_if_suspended()?;
             disks.check_takeover()?;
             refuse_removed(self.server.exports().removed_in_use())?;
-            match disks.refuse_closing() {
+            match disks.refuse_closing().and_then(|()| self.openings.suspend()) {
                 Ok(()) => {
                     disks.is_suspended = true;
                     return Ok(());
@@ -209,6 +212,17 @@ impl Controller {
     /// Carries out requests again: the takeover does not come about.
     pub(super) async fn resume(&self) {
         self.disks.lock().await.is_suspended = false;
+        self.openings.resume();
+    }
+
+    /// Begins to open something that may be exported later. The server is not taken over before
+    /// everything that is opened is exported or closed again.
+    ///
+    /// # Errors
+    ///
+    /// While another program takes the server over.
+    pub fn begin_opening(&self) -> Result<OpeningGuard, Failure> {
+        self.openings.begin()
     }
 
     pub(super) fn hand_over_to(&self, successor: UnixStream) {

@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
+use imgfmt::Image;
 use nbd_server::export::{Checkpointed, Export, ExportEntry, ImageExport};
 use serde_json::{Value, json};
 
 use super::files::DiskFiles;
+use super::openings::taken_over;
 use crate::control::{ErrorKind, Failure};
 
 /// Identifies one connection to the control socket; never reused.
@@ -131,8 +133,16 @@ impl ServedDisk {
 
     /// Returns what the disk consists of.
     pub(super) fn files(&self) -> DiskFiles {
-        let files = self.image.as_ref().map(|image| DiskFiles::of(image.image()));
-        let (source, view) = self.identity.clone();
+        let image = self.image.as_ref().map(|image| image.image());
+        let files = image.map(DiskFiles::of);
+        let (mut source, view) = self.identity.clone();
+        // Layers on servers have no identity but the names in the images above them.
+        for layer in image.into_iter().flat_map(Image::other_layers) {
+            if !layer.as_os_str().is_empty() {
+                source.push_str(" above ");
+                source.push_str(&layer.to_string_lossy());
+            }
+        }
         DiskFiles { source, view, ..files.unwrap_or_default() }
     }
 
@@ -257,11 +267,7 @@ impl ServedDisks {
     }
 
     pub(super) fn refuse_if_suspended(&self) -> Result<(), Failure> {
-        if !self.is_suspended {
-            return Ok(());
-        }
-        let message = "another program is taking this server over; connect again";
-        Err(Failure::new(ErrorKind::InUse, message))
+        if self.is_suspended { Err(taken_over()) } else { Ok(()) }
     }
 
     pub(super) fn names(&self) -> Vec<String> {

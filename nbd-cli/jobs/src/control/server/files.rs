@@ -45,7 +45,7 @@ impl DiskFiles {
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         let files = image.files().map(|(path, identity)| DiskFile::new(absolute(path), identity));
         let files: Vec<_> = files.collect();
-        let is_all = !files.is_empty() && !image.has_nameless_layers();
+        let is_all = !files.is_empty() && image.other_layers().next().is_none();
         Self { files, is_all, ..Self::default() }
     }
 

@@ -14,7 +14,8 @@
 //! let controller = Arc::new(Controller::new(server.handle().clone(), ServedDisks::default()));
 //! let disk = ServedDisk::new("memory:1M", Arc::new(MemoryExport::new(1 << 20)));
 //! controller.add_export("disk", disk).await?;
-//! let clients = tokio::spawn(ControlSocket::open(&path).await?.serve(controller.clone()));
+//! let (socket, served) = (ControlSocket::open(&path).await?, controller.clone());
+//! let clients = tokio::spawn(async move { socket.serve(served).await });
 //! // … until a client requests it: controller.shutdown_requested().await
 //! clients.abort();
 //! server.shutdown();
@@ -33,6 +34,7 @@ mod disks;
 mod event;
 mod files;
 mod lines;
+mod openings;
 mod requests;
 mod slots;
 mod socket;
@@ -42,4 +44,5 @@ pub use self::controller::{Controller, Reloading, RequestedSource};
 pub use self::disks::{Reopen, ServedDisk, ServedDisks};
 pub use self::event::{ControlEvent, ControlObserver};
 pub(crate) use self::files::{DiskFile, DiskFiles};
+pub use self::openings::OpeningGuard;
 pub use self::socket::{ControlSocket, ControlSocketError};

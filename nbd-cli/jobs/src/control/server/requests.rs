@@ -1,6 +1,6 @@
 //! Requests about exports, and the distribution of all requests.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use imgfmt::Format;
 use nbd_proto::wire::TransmissionFlags;
@@ -16,10 +16,11 @@ use super::checkpoint_bitmap::RequestedBase;
 use super::controller::{Controller, RequestedSource, blocking};
 use super::disks::{ConnectionId, ServedDisk, ServedDisks};
 use super::event::ControlEvent;
+use super::openings::OpeningGuard;
 use crate::control::{
     ClientState, ErrorKind, ExportState, Failure, Lifetime, Listing, OnUse, Request, Traffic,
 };
-use crate::opening::open_within;
+use crate::opening::{open_within, within};
 use crate::status::Status;
 use crate::text::printable;
 
@@ -31,8 +32,8 @@ impl Controller {
         connection: ConnectionId,
     ) -> Result<Value, Failure> {
         if matches!(request, Request::Reload {}) {
-            self.disks.lock().await.refuse_if_suspended()?;
-            // It adds and removes exports itself.
+            // It adds and removes exports itself, and waits for no other request before that.
+            let _opening = self.begin_opening()?;
             return (self.reload)().await;
         }
         if matches!(request, Request::Statistics {}) {
@@ -98,8 +99,50 @@ impl Controller {
         name: impl Into<String>,
         disk: ServedDisk,
     ) -> Result<Vec<String>, Failure> {
+        match self.begin_opening() {
+            Ok(opening) => self.add_opened(name, disk, Duration::ZERO, opening).await,
+            Err(refused) => {
+                // The last one to drop an image closes it, which may block.
+                let _ = blocking(move || drop(disk)).await;
+                Err(refused)
+            }
+        }
+    }
+
+    /// As [`add_export`](Self::add_export), for a disk that was opened since [`opening`] began. Waits
+    /// at most for `limit` until other requests have been carried out, or without an end if that is
+    /// zero.
+    ///
+    /// [`opening`]: Self::begin_opening
+    ///
+    /// # Errors
+    ///
+    /// As [`add_export`](Self::add_export); `InUse` after the limit.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: the disk is exported or closed.
+    pub async fn add_opened(
+        &self,
+        name: impl Into<String>,
+        disk: ServedDisk,
+        limit: Duration,
+        opening: OpeningGuard,
+    ) -> Result<Vec<String>, Failure> {
         let name = name.into();
-        let mut disks = self.disks.lock().await;
+        let Some(mut disks) = within(limit, self.disks.lock()).await else {
+            // Closing it may hang as well, and nothing waits for that but a takeover.
+            let closing = (disk, opening);
+            let thread = std::thread::Builder::new().name("close".to_owned());
+            // Without a thread it is closed here.
+            let _ = thread.spawn(move || drop(closing));
+            let message = format!(
+                "it is not added: after {} s another request of the control socket is still being \
+                 carried out",
+                limit.as_secs_f64()
+            );
+            return Err(Failure::new(ErrorKind::InUse, message));
+        };
         let refused = disks.refuse_if_suspended().and_then(|()| self.register(&name, &disk));
         if let Err(refused) = refused {
             disks.note_closing(&name, &disk);
@@ -198,18 +241,21 @@ impl Controller {
         source: RequestedSource,
         description: Option<String>,
     ) -> Result<Value, Failure> {
-        self.disks.lock().await.refuse_if_suspended()?;
+        let opening = self.begin_opening()?;
         self.refuse_taken(&source.name)?;
         let name = source.name.clone();
         let open = self.open.clone();
         let step = format!("opening the source '{}'", printable(&source.source));
-        let mut disk = open_within(self.current_open_timeout(), step, move |_| open(&source))
-            .await
-            .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))??;
+        // If it is waited for no longer, the disk is closed before the guard is dropped.
+        let limit = self.current_open_timeout();
+        let opened = open_within(limit, step, move |_| (open(&source), opening));
+        let (opened, opening) =
+            opened.await.map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))?;
+        let mut disk = opened?;
         if let Some(text) = description {
             disk = disk.configured(|entry| entry.description(text));
         }
-        let uris = self.add_export(name, disk).await?;
+        let uris = self.add_opened(name, disk, limit, opening).await?;
         Ok(json!({ "uris": uris }))
     }
 

@@ -2,11 +2,13 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nbd_server::{ListenerOrigin, PausedListener};
 use serde_json::json;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{UnixListener, UnixStream};
@@ -30,11 +32,12 @@ const WAIT_FOR_SOCKET: Duration = Duration::from_millis(50);
 const WAITS_FOR_SLOT: u32 = 200;
 const WAIT_FOR_SLOT: Duration = Duration::from_millis(10);
 
-/// A listening control socket. Its file is removed on drop.
+/// A listening control socket. Its file is removed on drop, unless it is
+/// [adopted](ControlSocket::adopt) and not [owned](ControlSocket::own).
 #[derive(Debug)]
 pub struct ControlSocket {
     listener: UnixListener,
-    _file: SocketFile,
+    file: SocketFile,
 }
 
 impl ControlSocket {
@@ -63,18 +66,61 @@ impl ControlSocket {
         remove_stale(path)?;
         let open = || -> io::Result<Self> {
             let (listener, file) = listen_privately(path, BACKLOG)?;
-            Ok(Self { listener: UnixListener::from_std(listener)?, _file: file })
+            Ok(Self { listener: UnixListener::from_std(listener)?, file })
         };
         open().map_err(|error| ControlSocketError::Unusable { path: path.to_path_buf(), error })
     }
 
-    /// Serves clients until it is dropped.
+    /// Releases the socket with its file, for another server: clients that connect meanwhile wait for
+    /// that.
+    ///
+    /// # Errors
+    ///
+    /// Those of the system. The file is removed.
+    pub fn pause(self) -> io::Result<PausedListener> {
+        let Self { listener, file } = self;
+        let socket = listener.into_std()?.into();
+        let (path, identity) = file.disown();
+        Ok(PausedListener { socket, origin: ListenerOrigin::UnixFile { path, identity } })
+    }
+
+    /// The socket of a paused server. Its file is not owned yet, so that the server can go on.
+    ///
+    /// # Errors
+    ///
+    /// If it is no unix socket with a file, and those of the system.
+    pub fn adopt(PausedListener { socket, origin }: PausedListener) -> io::Result<Self> {
+        let ListenerOrigin::UnixFile { path, identity } = origin else {
+            return Err(io::Error::other("the control socket of the other server has no file"));
+        };
+        let family = rustix::net::sockopt::socket_domain(socket.as_fd())?;
+        if family != rustix::net::AddressFamily::UNIX {
+            return Err(io::Error::other("the control socket of the other server is none"));
+        }
+        let listener = std::os::unix::net::UnixListener::from(socket);
+        listener.set_nonblocking(true)?;
+        let listener = UnixListener::from_std(listener)?;
+        Ok(Self { listener, file: SocketFile::adopted(path, identity) })
+    }
+
+    /// Removes the file on drop from now on: no other server goes on with it.
+    pub const fn own(&mut self) {
+        self.file.own();
+    }
+
+    /// Returns whether clients that connect to `path` reach this socket.
+    #[must_use]
+    pub fn is_at(&self, path: &Path) -> bool {
+        std::path::absolute(path).is_ok_and(|path| path == self.file.path()) && self.file.is_there()
+    }
+
+    /// Serves clients.
     ///
     /// # Cancel safety
     ///
-    /// Safe: the socket is closed and its file is removed. Requests that have been received are
-    /// still carried out.
-    pub async fn serve(self, controller: Arc<Controller>) {
+    /// Safe: no further clients are served until it is called again. Requests that have been received
+    /// are still carried out.
+    pub async fn serve(&self, controller: Arc<Controller>) {
         let slots = ClientSlots::default();
         loop {
             let stream = match self.listener.accept().await {
