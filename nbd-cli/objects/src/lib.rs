@@ -7,6 +7,7 @@ mod credentials;
 mod crypto;
 mod error;
 mod location;
+pub mod repo;
 mod runtime;
 mod settings;
 mod store;

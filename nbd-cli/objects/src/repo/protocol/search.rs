@@ -1,0 +1,377 @@
+//! All orders in which the requests of several parties can reach the store: none may lose a backup.
+//! With any one rule left out, some order does.
+
+use std::collections::hash_map::DefaultHasher;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::hash::{Hash, Hasher};
+
+use bytes::Bytes;
+
+use super::super::id::{Folder, Id, Key, PackId};
+use super::{
+    Answer, Backup, Collected, Collector, Committed, Forget, Object, Reader, Request, Rules, Step,
+    Writer,
+};
+
+/// The store.
+#[derive(Clone, PartialEq, Eq, Hash, Default)]
+struct Store {
+    objects: BTreeMap<Key, Object>,
+    packs: BTreeSet<PackId>,
+}
+
+impl Store {
+    fn carry_out(&mut self, request: Request) -> Answer {
+        match request {
+            Request::Put(key, object) => {
+                self.objects.insert(key, object);
+                Answer::Done
+            }
+            Request::Create(key, _) if self.objects.contains_key(&key) => Answer::Exists,
+            Request::Create(key, object) => self.carry_out(Request::Put(key, object)),
+            Request::Get(key) => match self.objects.get(&key) {
+                Some(object) => Answer::Found(object.clone()),
+                None => Answer::Missing,
+            },
+            Request::Delete(Key::Pack(pack)) => {
+                self.packs.remove(&pack);
+                Answer::Done
+            }
+            Request::Delete(key) => {
+                self.objects.remove(&key);
+                Answer::Done
+            }
+            Request::List(Folder::Packs) => {
+                Answer::Listed(self.packs.iter().map(|&pack| Key::Pack(pack)).collect())
+            }
+            Request::List(folder) => {
+                let keys = self.objects.keys().filter(|key| is_in(folder, key));
+                Answer::Listed(keys.copied().collect())
+            }
+        }
+    }
+
+    /// A pack that a live backup needs, and that is not there.
+    fn lost(&self) -> Option<PackId> {
+        let live = self.objects.values().filter_map(|object| match object {
+            Object::Live(backup) => Some(&backup.packs),
+            _ => None,
+        });
+        live.flat_map(|packs| packs.iter().copied()).find(|pack| !self.packs.contains(pack))
+    }
+}
+
+fn is_in(folder: Folder, key: &Key) -> bool {
+    matches!(
+        (folder, key),
+        (Folder::Backups, Key::Backup(_))
+            | (Folder::Sessions, Key::Session(_))
+            | (Folder::Condemned, Key::Condemned(_))
+            | (Folder::Pins, Key::Pin(_))
+    )
+}
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Actor {
+    Writing { machine: Writer, id: Id, base: Base, stage: Stage, is_done: bool },
+    Collecting(Collector),
+    Forgetting(Forget),
+    Reading(Reader),
+}
+
+/// What a writer builds on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Base {
+    Backup(Id),
+    /// A session that was interrupted.
+    PackOf(Id),
+}
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Stage {
+    Begin,
+    /// The pack of its own is written, with these others referred to.
+    Pack(Vec<PackId>),
+    Commit,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct World {
+    store: Store,
+    actors: Vec<Actor>,
+}
+
+fn id(number: u8) -> Id {
+    Id::from_bytes([number; 16])
+}
+
+fn pack(session: u8) -> PackId {
+    PackId { session: id(session), number: 0 }
+}
+
+fn backup(packs: &[PackId]) -> Backup {
+    Backup { packs: packs.into(), object: Bytes::new() }
+}
+
+impl Actor {
+    fn writer(number: u8, base: Base, rules: Rules) -> Self {
+        let machine = Writer::new(id(number), Bytes::new(), rules);
+        Self::Writing { machine, id: id(number), base, stage: Stage::Begin, is_done: false }
+    }
+}
+
+impl World {
+    /// The worlds after one step of an actor.
+    fn after(&self, number: usize) -> Vec<Self> {
+        let actor = self.actors[number].clone();
+        let with = |store: &Store, actor: Actor| {
+            let mut next = Self { store: store.clone(), actors: self.actors.clone() };
+            next.actors[number] = actor;
+            next
+        };
+        let carried_out = |request: Request| {
+            let mut store = self.store.clone();
+            let answer = store.carry_out(request);
+            (store, answer)
+        };
+        match actor {
+            Actor::Forgetting(mut machine) => {
+                let Step::Request(request) = machine.step() else { return Vec::new() };
+                let (store, answer) = carried_out(request);
+                machine.answer(answer);
+                vec![with(&store, Actor::Forgetting(machine))]
+            }
+            Actor::Reading(mut machine) => match machine.step() {
+                Step::Request(request) => {
+                    let (store, answer) = carried_out(request);
+                    machine.answer(answer);
+                    vec![with(&store, Actor::Reading(machine))]
+                }
+                Step::Reached(Some(_)) => {
+                    machine.end();
+                    vec![with(&self.store, Actor::Reading(machine))]
+                }
+                Step::Reached(None) => Vec::new(),
+            },
+            Actor::Collecting(mut machine) => match machine.step() {
+                Step::Request(request) => {
+                    let (store, answer) = carried_out(request);
+                    machine.answer(answer);
+                    vec![with(&store, Actor::Collecting(machine))]
+                }
+                Step::Reached(Collected::Running(_)) => {
+                    let decisions = [Collector::fence, Collector::look_again, Collector::give_up];
+                    let decided = decisions.map(|decide| {
+                        let mut machine = machine.clone();
+                        decide(&mut machine);
+                        with(&self.store, Actor::Collecting(machine))
+                    });
+                    decided.into()
+                }
+                Step::Reached(Collected::Done(_)) => Vec::new(),
+            },
+            Actor::Writing { machine, id, base, stage, is_done } => {
+                let worlds = self.after_writer(machine, id, base, stage, is_done);
+                worlds.into_iter().map(|(store, actor)| with(&store, actor)).collect()
+            }
+        }
+    }
+
+    fn after_writer(
+        &self,
+        mut machine: Writer,
+        id: Id,
+        base: Base,
+        stage: Stage,
+        is_done: bool,
+    ) -> Vec<(Store, Actor)> {
+        let mut store = self.store.clone();
+        let actor = |machine, stage, is_done| Actor::Writing { machine, id, base, stage, is_done };
+        match (machine.step(), stage) {
+            (Step::Request(request), stage) => {
+                let is_create = matches!(request, Request::Create(..));
+                let mut worlds = Vec::new();
+                if is_create {
+                    // The store is busy and answers so, or its reply is lost and the request repeated.
+                    let mut busy = machine.clone();
+                    busy.answer(Answer::Exists);
+                    worlds.push((store.clone(), actor(busy.clone(), stage.clone(), is_done)));
+                    let mut store = store.clone();
+                    store.carry_out(request.clone());
+                    worlds.push((store, actor(busy, stage.clone(), is_done)));
+                }
+                let answer = store.carry_out(request);
+                machine.answer(answer);
+                worlds.push((store, actor(machine, stage, is_done)));
+                worlds
+            }
+            (Step::Reached(Committed::Ready), Stage::Begin) => {
+                let found = match base {
+                    Base::Backup(id) => match store.objects.get(&Key::Backup(id)) {
+                        Some(Object::Live(backup)) => backup.packs.to_vec(),
+                        _ => Vec::new(),
+                    },
+                    Base::PackOf(session) => {
+                        let of_session = |pack: &&PackId| pack.session == session;
+                        store.packs.iter().filter(of_session).copied().collect()
+                    }
+                };
+                let may_refer = |pack: &PackId| machine.may_refer(*pack);
+                let packs = found.into_iter().filter(may_refer).collect();
+                vec![(store, actor(machine, Stage::Pack(packs), is_done))]
+            }
+            (Step::Reached(Committed::Ready), Stage::Pack(mut packs)) => {
+                let own = PackId { session: id, number: 0 };
+                store.packs.insert(own);
+                packs.push(own);
+                machine.commit(backup(&packs));
+                vec![(store, actor(machine, Stage::Commit, is_done))]
+            }
+            (Step::Reached(Committed::Yes), stage) if !is_done => {
+                vec![(store, actor(machine, stage, true))]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// What is wrong with this world.
+    fn fault(&self) -> Option<String> {
+        if let Some(pack) = self.store.lost() {
+            return Some(format!("a live backup lacks {pack:?}"));
+        }
+        self.actors.iter().find_map(|actor| match actor {
+            Actor::Reading(machine) => match machine.step() {
+                Step::Reached(Some(backup)) => {
+                    let is_lost = |pack: &&PackId| !self.store.packs.contains(pack);
+                    let lost = backup.packs.iter().find(is_lost)?;
+                    Some(format!("a reader lacks {lost:?}"))
+                }
+                _ => None,
+            },
+            Actor::Writing { machine, id, .. } => {
+                let is_done = machine.step() == Step::Reached(Committed::Yes);
+                let found = self.store.objects.get(&Key::Backup(*id));
+                let is_there = matches!(found, Some(Object::Live(_))) || self.is_forgotten(*id);
+                (is_done && !is_there).then(|| "a committed backup is not there".to_owned())
+            }
+            _ => None,
+        })
+    }
+
+    fn is_forgotten(&self, id: Id) -> bool {
+        let is_it = |actor: &Actor| matches!(actor, Actor::Forgetting(it) if it.id() == id);
+        self.actors.iter().any(is_it)
+    }
+
+    fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
+/// Searches until a fault or the end: `Err` is the fault and the number of steps that lead to it.
+fn search(start: World, states_max: usize) -> Result<usize, (String, usize)> {
+    let mut seen = HashSet::from([start.fingerprint()]);
+    let mut layer = vec![start];
+    for depth in 0.. {
+        if layer.is_empty() {
+            return Ok(seen.len());
+        }
+        let mut next = Vec::new();
+        for world in layer {
+            for after in (0..world.actors.len()).flat_map(|number| world.after(number)) {
+                if let Some(fault) = after.fault() {
+                    return Err((fault, depth + 1));
+                }
+                if seen.insert(after.fingerprint()) {
+                    next.push(after);
+                }
+            }
+        }
+        assert!(seen.len() < states_max, "the search has become too large: {}", seen.len());
+        layer = next;
+    }
+    unreachable!("a search ends")
+}
+
+/// A repository with the backup 1, the pack of the interrupted session 9, and a pack that nobody
+/// needs.
+fn repository() -> Store {
+    let mut store = Store::default();
+    store.objects.insert(Key::Backup(id(1)), Object::Live(backup(&[pack(1)])));
+    store.objects.insert(Key::Session(id(9)), Object::Session(Bytes::new()));
+    store.packs.extend([pack(1), pack(9)]);
+    store
+}
+
+fn world(actors: Vec<Actor>) -> World {
+    World { store: repository(), actors }
+}
+
+fn collector(number: u8, rules: Rules) -> Actor {
+    Actor::Collecting(Collector::new(id(number), rules))
+}
+
+fn forget(number: u8) -> Actor {
+    Actor::Forgetting(Forget::new(id(number)))
+}
+
+fn reader(rules: Rules) -> Actor {
+    Actor::Reading(Reader::new(id(30), id(1), rules))
+}
+
+/// A writer on a backup that is forgotten meanwhile, a collector, and one more.
+fn small(rules: Rules) -> [World; 4] {
+    let on_backup = || Actor::writer(2, Base::Backup(id(1)), rules);
+    let after_interruption = || Actor::writer(3, Base::PackOf(id(9)), rules);
+    [
+        world(vec![on_backup(), collector(20, rules), forget(1)]),
+        world(vec![after_interruption(), collector(20, rules)]),
+        world(vec![reader(rules), collector(20, rules), forget(1)]),
+        world(vec![on_backup(), collector(20, rules), forget(2)]),
+    ]
+}
+
+#[test]
+fn no_order_of_requests_loses_a_backup() {
+    for world in small(Rules::ALL) {
+        let states = search(world, 2_000_000).unwrap();
+        assert!(states > 100);
+    }
+}
+
+#[test]
+fn every_rule_is_needed() {
+    type Drop = fn(&mut Rules);
+    let rules: [(&str, Drop); 8] = [
+        ("session first", |rules| rules.session_first = false),
+        ("heed condemned", |rules| rules.heed_condemned = false),
+        ("wait for sessions", |rules| rules.wait_for_sessions = false),
+        ("create", |rules| rules.create = false),
+        ("mark again", |rules| rules.mark_again = false),
+        ("heed pins", |rules| rules.heed_pins = false),
+        ("pin first", |rules| rules.pin_first = false),
+        ("keep tombstones", |rules| rules.keep_tombstones = false),
+    ];
+    for (name, drop) in rules {
+        let mut rules = Rules::ALL;
+        drop(&mut rules);
+        let faults: Vec<_> =
+            small(rules).into_iter().filter_map(|world| search(world, 2_000_000).err()).collect();
+        assert!(!faults.is_empty(), "without the rule '{name}' nothing is lost: is it searched?");
+        println!("{name}: {faults:?}");
+    }
+}
+
+#[test]
+fn two_writers_a_collector_and_who_forgets_lose_nothing() {
+    let rules = Rules::ALL;
+    let actors = vec![
+        Actor::writer(2, Base::Backup(id(1)), rules),
+        Actor::writer(3, Base::PackOf(id(9)), rules),
+        collector(20, rules),
+        forget(1),
+    ];
+    println!("{} states", search(world(actors), 20_000_000).unwrap());
+}

@@ -1,0 +1,134 @@
+//! A writer of a backup.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::super::id::{Folder, Id, Key, PackId};
+use super::{Answer, Backup, Object, Request, Rules, Step};
+
+/// Registers a session, learns what must not be referred to, and commits.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Writer {
+    id: Id,
+    record: Bytes,
+    rules: Rules,
+    state: State,
+    condemned: Vec<Arc<BTreeSet<PackId>>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum State {
+    Register,
+    ListCondemned,
+    /// The lists that are still to be read, last one first.
+    ReadCondemned(Vec<Key>),
+    Writing,
+    Create(Backup),
+    /// The create found an object: whose is it?
+    Look(Backup),
+    EndSession(Committed),
+    Ended(Committed),
+}
+
+/// How a writer ends, and the point before: nothing is referred to yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Committed {
+    /// Packs may be written and referred to now.
+    Ready,
+    /// The backup is in the repository.
+    Yes,
+    /// Another process ended the session: there is no backup.
+    Fenced,
+}
+
+impl Writer {
+    pub(crate) fn new(id: Id, record: Bytes, rules: Rules) -> Self {
+        let state = match rules.session_first {
+            true => State::Register,
+            false => State::ListCondemned,
+        };
+        Self { id, record, rules, state, condemned: Vec::new() }
+    }
+
+    /// Returns whether the backup may refer to a pack that is in the store. Those of this session
+    /// are not asked about.
+    pub(crate) fn may_refer(&self, pack: PackId) -> bool {
+        !self.rules.heed_condemned || !self.condemned.iter().any(|list| list.contains(&pack))
+    }
+
+    /// Commits, once it is [`Committed::Ready`].
+    pub(crate) fn commit(&mut self, backup: Backup) {
+        if self.state == State::Writing {
+            self.state = State::Create(backup);
+        }
+    }
+
+    /// Returns the next request.
+    pub(crate) fn step(&self) -> Step<Committed> {
+        Step::Request(match &self.state {
+            State::Register => {
+                Request::Put(Key::Session(self.id), Object::Session(self.record.clone()))
+            }
+            State::ListCondemned => Request::List(Folder::Condemned),
+            State::ReadCondemned(keys) => match keys.last() {
+                Some(key) => Request::Get(*key),
+                None => return Step::Reached(Committed::Ready),
+            },
+            State::Writing => return Step::Reached(Committed::Ready),
+            State::Create(backup) => {
+                let object = Object::Live(backup.clone());
+                match self.rules.create {
+                    true => Request::Create(Key::Backup(self.id), object),
+                    false => Request::Put(Key::Backup(self.id), object),
+                }
+            }
+            State::Look(_) => Request::Get(Key::Backup(self.id)),
+            State::EndSession(_) => Request::Delete(Key::Session(self.id)),
+            State::Ended(committed) => return Step::Reached(*committed),
+        })
+    }
+
+    /// Takes the answer to the request.
+    pub(crate) fn answer(&mut self, answer: Answer) {
+        let state = std::mem::replace(&mut self.state, State::Writing);
+        self.state = match (state, answer) {
+            (State::Register, _) => match self.rules.session_first {
+                true => State::ListCondemned,
+                false => State::Writing,
+            },
+            (State::ListCondemned, Answer::Listed(keys)) => self.reading(keys),
+            (State::ReadCondemned(mut keys), answer) => {
+                keys.pop();
+                if let Answer::Found(Object::Condemned(list)) = answer {
+                    self.condemned.push(list);
+                }
+                self.reading(keys)
+            }
+            (State::Create(_), Answer::Done) => State::EndSession(Committed::Yes),
+            (State::Create(backup), _) => State::Look(backup),
+            (State::Look(backup), answer) => match answer {
+                // The reply to an earlier attempt was lost.
+                Answer::Found(Object::Live(found)) if found == backup => {
+                    State::EndSession(Committed::Yes)
+                }
+                Answer::Found(Object::Tombstone(Some(found))) if found == backup => {
+                    State::EndSession(Committed::Yes)
+                }
+                Answer::Missing => State::Create(backup),
+                _ => State::EndSession(Committed::Fenced),
+            },
+            (State::EndSession(committed), _) => State::Ended(committed),
+            (state, _) => state,
+        };
+    }
+
+    fn reading(&self, keys: Vec<Key>) -> State {
+        match (keys.is_empty(), self.rules.session_first) {
+            (false, _) => State::ReadCondemned(keys),
+            (true, true) => State::Writing,
+            (true, false) => State::Register,
+        }
+    }
+}

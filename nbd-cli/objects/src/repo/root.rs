@@ -1,0 +1,437 @@
+//! The object of a backup: a head, which tells what it is, and a body, which lists its map pages and
+//! the packs that it needs. A tombstone is the same with another kind.
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::error::{RepositoryError, Result};
+use super::id::{Id, PackId};
+use super::page::{PAGE_LEN_MAX, PAGE_SPAN};
+use super::reader::Reader;
+use super::seal::{FramePlace, Hash, OVERHEAD, ROOT, Sealer};
+use super::stored::{Stored, push, stored};
+
+/// The first bytes of every object of a backup; the last one is the version.
+const MAGIC: &[u8; 8] = b"nbdroot\x01";
+/// Bytes in front of the head.
+pub(crate) const PREFIX_LEN: usize = 32;
+/// Longest head, in bytes.
+pub(crate) const HEAD_LEN_MAX: usize = 64 << 10;
+/// Longest body, in bytes.
+const BODY_LEN_MAX: u64 = 256 << 20;
+/// Most packs and references to packs, so that a body stays below its limit.
+const REFERENCES_MAX: usize = 24 << 20;
+/// Largest disk, in bytes.
+pub const DISK_SIZE_MAX: u64 = 64 << 40;
+
+/// What a backup is. Unknown fields are ignored: what must be understood changes the version.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Head {
+    /// The name of the disk.
+    pub name: String,
+    /// Size of the disk, in bytes.
+    pub size: u64,
+    /// When the backup was begun, in milliseconds since 1970.
+    pub time: u64,
+    /// The identity that the server knows for it, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<String>,
+    /// The identity of the disk, if the server has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
+    /// The export that was read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub export: Option<String>,
+    /// The dirty bitmap that starts with this backup.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bitmap: Option<String>,
+    /// Bytes of the disk that are not zero, in whole blocks.
+    pub data: u64,
+    /// Bytes that this backup added to the repository.
+    pub added: u64,
+    /// Length of the body before compression, in bytes.
+    pub body_length: u64,
+    /// Hash of the body, as 32 hexadecimal digits.
+    pub body_hash: String,
+}
+
+/// What an object of a backup is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A backup.
+    Live,
+    /// A backup that was forgotten; its root is kept until the next gc.
+    Forgotten,
+    /// No backup: nothing but the name, so that no writer can take it.
+    Empty,
+}
+
+/// A page of the map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PageRoot {
+    /// Where it is.
+    pub(crate) stored: Stored,
+    /// Length before compression, in bytes.
+    pub(crate) content: u32,
+    /// The first of its references in [`Root::references`], and their number.
+    references: (u32, u16),
+}
+
+/// The body of a backup.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Root {
+    /// The packs that hold blocks or pages, each once.
+    packs: Vec<PackId>,
+    /// For each page where it is, or `None` if all of it reads as zero.
+    pages: Vec<Option<PageRoot>>,
+    /// For each page the packs of its blocks, as numbers of `packs`.
+    references: Vec<u32>,
+}
+
+/// Builds a body, page by page.
+#[derive(Debug, Default)]
+pub(crate) struct RootBuilder {
+    root: Root,
+    numbers: HashMap<PackId, u32>,
+}
+
+impl RootBuilder {
+    /// Adds a page that is zero.
+    pub(crate) fn zero(&mut self) {
+        self.root.pages.push(None);
+    }
+
+    /// Adds a page whose place is set later; returns its number.
+    pub(crate) fn page(&mut self, place: Stored, content: u32, packs: &[PackId]) -> Result<usize> {
+        let first = u32::try_from(self.root.references.len()).unwrap_or(u32::MAX);
+        let count = u16::try_from(packs.len()).unwrap_or(u16::MAX);
+        for &pack in packs {
+            let number = self.number(pack)?;
+            self.root.references.push(number);
+        }
+        self.number(place.pack)?;
+        let is_small = self.root.references.len() <= REFERENCES_MAX;
+        if !is_small || self.root.packs.len() > REFERENCES_MAX {
+            return Err(RepositoryError::invalid(
+                "the blocks of this disk are scattered over too many packs; make a backup under \
+                 another name",
+            ));
+        }
+        let references = (first, count);
+        self.root.pages.push(Some(PageRoot { stored: place, content, references }));
+        Ok(self.root.pages.len() - 1)
+    }
+
+    fn number(&mut self, pack: PackId) -> Result<u32> {
+        let next = u32::try_from(self.root.packs.len());
+        let next = next.map_err(|_| RepositoryError::invalid("there are too many packs"))?;
+        Ok(*self.numbers.entry(pack).or_insert_with(|| {
+            self.root.packs.push(pack);
+            next
+        }))
+    }
+
+    pub(crate) fn finish(self) -> Root {
+        self.root
+    }
+}
+
+impl Root {
+    /// The packs that the backup needs.
+    pub(crate) fn packs(&self) -> &[PackId] {
+        &self.packs
+    }
+
+    pub(crate) fn pages(&self) -> &[Option<PageRoot>] {
+        &self.pages
+    }
+
+    /// The packs of the blocks of a page.
+    pub(crate) fn packs_of(&self, page: &PageRoot) -> impl Iterator<Item = PackId> + '_ {
+        let (first, count) = page.references;
+        let first = first as usize;
+        let range = first..first.saturating_add(usize::from(count));
+        let numbers = self.references.get(range).unwrap_or_default();
+        numbers.iter().filter_map(|&number| self.packs.get(number as usize).copied())
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let mut sessions: Vec<_> = self.packs.iter().map(|pack| pack.session).collect();
+        sessions.sort_unstable();
+        sessions.dedup();
+        let mut bytes = Vec::new();
+        push(&mut bytes, sessions.len());
+        sessions.iter().for_each(|session| bytes.extend_from_slice(session.bytes()));
+        push(&mut bytes, self.packs.len());
+        for pack in &self.packs {
+            push(&mut bytes, sessions.binary_search(&pack.session).unwrap_or_default());
+            bytes.extend_from_slice(&pack.number.to_le_bytes());
+        }
+        let numbers: HashMap<_, _> = self.packs.iter().zip(1u32..).collect();
+        push(&mut bytes, self.pages.len());
+        for page in &self.pages {
+            let Some(PageRoot { stored, content, references: (first, count) }) = page else {
+                bytes.extend_from_slice(&0u32.to_le_bytes());
+                continue;
+            };
+            let number = numbers.get(&stored.pack).copied().unwrap_or_default();
+            for word in [number, stored.offset, stored.length] {
+                bytes.extend_from_slice(&word.to_le_bytes());
+            }
+            bytes.extend_from_slice(&stored.hash.0);
+            bytes.extend_from_slice(&content.to_le_bytes());
+            bytes.extend_from_slice(&count.to_le_bytes());
+            let first = *first as usize;
+            for number in &self.references[first..first + usize::from(*count)] {
+                bytes.extend_from_slice(&number.to_le_bytes());
+            }
+        }
+        bytes
+    }
+
+    /// Decodes the body of a backup of a disk of `size` bytes; `None` if it is malformed.
+    fn decode(bytes: &[u8], size: u64) -> Option<Self> {
+        let mut reader = Reader(bytes);
+        let sessions = (0..reader.count(16)?)
+            .map(|_| reader.array().map(Id::from_bytes))
+            .collect::<Option<Vec<_>>>()?;
+        let count = reader.count(8)?;
+        let mut root = Self { packs: Vec::with_capacity(count), ..Self::default() };
+        for _ in 0..count {
+            let session = *sessions.get(reader.u32()? as usize)?;
+            root.packs.push(PackId { session, number: reader.u32()? });
+        }
+        let pages = reader.count(4)?;
+        if pages as u64 != size.div_ceil(PAGE_SPAN) {
+            return None;
+        }
+        root.pages.reserve_exact(pages);
+        for _ in 0..pages {
+            let page = match reader.u32()? {
+                0 => None,
+                number => {
+                    let pack = *root.packs.get(number as usize - 1)?;
+                    Some(root.page(&mut reader, pack)?)
+                }
+            };
+            root.pages.push(page);
+        }
+        reader.0.is_empty().then_some(root)
+    }
+
+    fn page(&mut self, reader: &mut Reader<'_>, pack: PackId) -> Option<PageRoot> {
+        let stored = stored(reader, pack, (PAGE_LEN_MAX + OVERHEAD) as u32)?;
+        let content = reader.u32()?;
+        let count = reader.u16()?;
+        let first = u32::try_from(self.references.len()).ok()?;
+        for _ in 0..count {
+            let number = reader.u32()?;
+            self.packs.get(number as usize)?;
+            self.references.push(number);
+        }
+        let is_possible = content as usize <= PAGE_LEN_MAX;
+        is_possible.then_some(PageRoot { stored, content, references: (first, count) })
+    }
+}
+
+/// Returns the object of a backup. The head's length and hash of the body are filled in.
+pub(crate) fn encode(sealer: &Sealer, id: Id, head: &Head, root: &Root) -> Result<Bytes> {
+    let content = root.encode();
+    if content.len() as u64 > BODY_LEN_MAX {
+        return Err(RepositoryError::invalid(
+            "the map of this disk is too long; make a backup under another name",
+        ));
+    }
+    let mut head = head.clone();
+    head.body_length = content.len() as u64;
+    head.body_hash = format!("{:?}", sealer.hash(&content));
+    let text = serde_json::to_vec(&head);
+    let text = text.map_err(|error| RepositoryError::invalid(format!("no JSON: {error}")))?;
+    if text.len() > HEAD_LEN_MAX - OVERHEAD {
+        return Err(RepositoryError::invalid("the names of the disk and its export are too long"));
+    }
+    let head = sealer.frame(place(id, 0), &text)?;
+    let body = sealer.frame(place(id, 1), &content)?;
+    let mut object = Vec::with_capacity(PREFIX_LEN + head.len() + body.len());
+    object.extend_from_slice(MAGIC);
+    object.extend_from_slice(&[0; 4]);
+    push(&mut object, head.len());
+    object.extend_from_slice(&checksum(&head).0);
+    object.extend_from_slice(&head);
+    object.extend_from_slice(&body);
+    Ok(object.into())
+}
+
+fn place(session: Id, part: u32) -> FramePlace {
+    FramePlace { session, number: ROOT, offset: part }
+}
+
+/// The hash of a head as it is stored, which needs no key.
+fn checksum(stored: &[u8]) -> Hash {
+    Sealer::default().hash(stored)
+}
+
+/// Returns an object that is no backup.
+pub(crate) fn empty() -> Bytes {
+    let mut object = Vec::with_capacity(PREFIX_LEN);
+    object.extend_from_slice(MAGIC);
+    object.push(2);
+    object.resize(PREFIX_LEN, 0);
+    object.into()
+}
+
+/// Returns the tombstone of a backup.
+pub(crate) fn forgotten(object: &Bytes) -> Bytes {
+    let mut object = object.to_vec();
+    if let Some(kind) = object.get_mut(MAGIC.len()) {
+        *kind = 1;
+    }
+    object.into()
+}
+
+/// Returns what an object is, by its first bytes; `None` if it is none of a backup.
+pub(crate) fn kind(object: &[u8]) -> Option<Kind> {
+    let prefix = object.first_chunk::<PREFIX_LEN>()?;
+    let rest = prefix.strip_prefix(MAGIC)?;
+    match rest.first()? {
+        0 => Some(Kind::Live),
+        1 => Some(Kind::Forgotten),
+        2 => Some(Kind::Empty),
+        _ => None,
+    }
+}
+
+/// Returns the length of the head that follows the first bytes.
+pub(crate) fn head_length(object: &[u8]) -> Option<usize> {
+    let length = Reader(object.get(12..)?).u32()? as usize;
+    (1..=HEAD_LEN_MAX).contains(&length).then_some(length)
+}
+
+/// Reads the head of a backup or of its tombstone.
+pub(crate) fn head(sealer: &Sealer, id: Id, object: &[u8]) -> Result<Head> {
+    let damaged = |why: &str| RepositoryError::damaged(format!("the object backups/{id} {why}"));
+    let length = head_length(object).ok_or_else(|| damaged("is malformed"))?;
+    let stored = object.get(PREFIX_LEN..PREFIX_LEN + length);
+    let stored = stored.ok_or_else(|| damaged("ends too early"))?;
+    if object.get(16..PREFIX_LEN) != Some(&checksum(stored).0[..]) {
+        return Err(damaged("holds something else than was written"));
+    }
+    let text = sealer.open_unknown(place(id, 0), stored, HEAD_LEN_MAX);
+    let text = text.map_err(|broken| damaged(&broken.to_string()))?;
+    let head: Head = serde_json::from_slice(&text).map_err(|_| damaged("is malformed"))?;
+    match head.size <= DISK_SIZE_MAX && head.body_length <= BODY_LEN_MAX {
+        true => Ok(head),
+        false => Err(damaged("says impossible sizes")),
+    }
+}
+
+/// Reads the body of a backup or of its tombstone.
+pub(crate) fn body(sealer: &Sealer, id: Id, object: &[u8], head: &Head) -> Result<Root> {
+    let damaged = |why: &str| RepositoryError::damaged(format!("the object backups/{id} {why}"));
+    let start = PREFIX_LEN + head_length(object).unwrap_or_default();
+    let frame = object.get(start..).unwrap_or_default();
+    let length = usize::try_from(head.body_length).unwrap_or(usize::MAX);
+    let content = sealer.open_unknown(place(id, 1), frame, length);
+    let content = content.map_err(|broken| damaged(&broken.to_string()))?;
+    if content.len() != length || format!("{:?}", sealer.hash(&content)) != head.body_hash {
+        return Err(damaged("holds something else than was written"));
+    }
+    Root::decode(&content, head.size).ok_or_else(|| damaged("is malformed"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn a_root(pages: u32) -> Root {
+        let mut builder = RootBuilder::default();
+        for number in 0..pages {
+            let pack = |n: u32| PackId { session: Id::from_bytes([n as u8 % 7; 16]), number: n };
+            let place =
+                Stored { pack: pack(number / 9), offset: 5, length: 8, hash: Hash([1; 16]) };
+            let packs: Vec<_> = (0..number % 5).map(|n| pack(number + n)).collect();
+            match number % 4 {
+                0 => builder.zero(),
+                _ => drop(builder.page(place, 77, &packs).unwrap()),
+            }
+        }
+        builder.finish()
+    }
+
+    fn a_head(pages: u64) -> Head {
+        Head {
+            name: "vm1".to_owned(),
+            size: (pages * PAGE_SPAN).saturating_sub(100),
+            time: 1,
+            identity: None,
+            disk: None,
+            export: None,
+            bitmap: Some("b".to_owned()),
+            data: 0,
+            added: 0,
+            body_length: 0,
+            body_hash: String::new(),
+        }
+    }
+
+    #[test]
+    fn backups_are_read_as_they_were_written() {
+        let id = Id::from_bytes([4; 16]);
+        for sealer in [Sealer::default(), Sealer::encrypting(&[9; 32])] {
+            for pages in [0, 1, 100] {
+                let root = a_root(pages);
+                let object = encode(&sealer, id, &a_head(u64::from(pages)), &root).unwrap();
+                for (object, expected) in
+                    [(object.clone(), Kind::Live), (forgotten(&object), Kind::Forgotten)]
+                {
+                    assert_eq!(kind(&object), Some(expected));
+                    let found = head(&sealer, id, &object).unwrap();
+                    assert_eq!((&*found.name, found.bitmap.as_deref()), ("vm1", Some("b")));
+                    assert_eq!(body(&sealer, id, &object, &found).unwrap(), root);
+                }
+                let page = root.pages().iter().flatten().last();
+                assert!(page.is_none_or(|page| root.packs_of(page).count() <= 4));
+            }
+        }
+        assert_eq!(kind(&empty()), Some(Kind::Empty));
+    }
+
+    #[test]
+    fn every_change_of_a_backup_is_noticed() {
+        let (id, sealer) = (Id::from_bytes([4; 16]), Sealer::default());
+        let root = a_root(40);
+        let object = encode(&sealer, id, &a_head(40), &root).unwrap();
+        let read = |object: &[u8]| {
+            let head = head(&sealer, id, object).ok()?;
+            body(&sealer, id, object, &head).ok()
+        };
+        for at in PREFIX_LEN - 20..object.len() {
+            let mut damaged = object.to_vec();
+            damaged[at] ^= 0x10;
+            assert!(read(&damaged).is_none_or(|found| found == root), "byte {at}");
+            assert!(read(&object[..at]).is_none());
+        }
+    }
+
+    #[test]
+    fn damaged_bodies_are_refused_without_a_panic() {
+        let bytes = a_root(12).encode();
+        let size = 12 * PAGE_SPAN;
+        for at in 0..bytes.len() {
+            for value in [0, 1, 0x7f, 0xff] {
+                let mut damaged = bytes.clone();
+                damaged[at] = value;
+                if let Some(root) = Root::decode(&damaged, size) {
+                    root.pages()
+                        .iter()
+                        .flatten()
+                        .for_each(|page| assert!(root.packs_of(page).count() < 6));
+                }
+            }
+            assert_eq!(Root::decode(&bytes[..at], size), None);
+        }
+    }
+}
