@@ -63,7 +63,20 @@ impl StoreError {
     pub fn of(operation: &str, object: &str, error: &object_store::Error) -> Self {
         use object_store::Error as E;
         let why = deepest(error);
+        let ignores_ranges = why.contains("non-partial") || why.starts_with("Range request not");
         let (kind, why) = match error {
+            _ if ignores_ranges => (
+                StoreErrorKind::Unsuitable,
+                "the server ignores ranges and sends whole objects".to_owned(),
+            ),
+            _ if why.starts_with("Requested ") && why.contains(", got ") => (
+                StoreErrorKind::Unsuitable,
+                "the server sends another range than it was asked for".to_owned(),
+            ),
+            _ if why.starts_with("ETag Header missing") => (
+                StoreErrorKind::Unsuitable,
+                "the server gives no ETag, so a replaced object could not be noticed".to_owned(),
+            ),
             E::NotFound { .. } if !why.contains("NoSuchBucket") => {
                 (StoreErrorKind::NotFound, "it does not exist in the store".to_owned())
             }

@@ -6,14 +6,20 @@
 mod credentials;
 mod crypto;
 mod error;
+mod image;
 mod location;
 pub mod repo;
 mod runtime;
 mod settings;
 mod store;
+#[cfg(any(test, feature = "test-util"))]
+pub mod testing;
 mod transport;
 
 pub use error::{Result, StoreError, StoreErrorKind};
+pub use image::{
+    BLOCK_LEN, CACHE_SIZE_MIN, CacheSettings, Interrupted, ObjectCache, ObjectStorage,
+};
 pub use location::{SCHEMES, StoreUrl};
 pub use runtime::runtime;
 pub use settings::{Addressing, Environment, StoreSettings, Timeouts};

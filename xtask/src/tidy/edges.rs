@@ -43,12 +43,19 @@ const TABLE: &[Allowed] = &[
         // Its tests enable its own feature `server`.
         tests: &["nbd-jobs"],
     },
-    Allowed { name: "nbd-objects", dependencies: &["imgfmt"], optional: &[], tests: &[] },
+    // Its tests enable its own feature `test-util`.
+    Allowed {
+        name: "nbd-objects",
+        dependencies: &["imgfmt"],
+        optional: &[],
+        tests: &["nbd-objects"],
+    },
     Allowed {
         name: "nbd-cli",
         dependencies: &["nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-jobs"],
         optional: &["nbd-objects"],
-        tests: &[],
+        // Its tests start the store of the feature `test-util`.
+        tests: &["nbd-objects"],
     },
     Allowed { name: "benches", dependencies: LIBRARIES, optional: &[], tests: &[] },
     Allowed { name: "xtask", dependencies: &[], optional: &[], tests: &[] },

@@ -1,0 +1,312 @@
+//! An S3 store in memory that fails as a test wants, on a thread of its own.
+
+mod objects;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+use objects::{Answer, Objects, Parsed};
+
+/// What happens to a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fault {
+    /// It is answered.
+    #[default]
+    None,
+    /// It is refused with this status, and has no effect.
+    Status(u16),
+    /// It has its effect, and the connection breaks before the reply.
+    ReplyLost,
+    /// It has its effect, and nothing answers.
+    Hang,
+    /// The reply has this many bytes of its body, then the connection breaks.
+    Cut(usize),
+    /// The reply has this many bytes of its body, then nothing happens.
+    Stall(usize),
+    /// The range is ignored.
+    WholeObject,
+    /// The reply has another range than the one that was asked for.
+    WrongRange,
+    /// The reply has no ETag.
+    NoTag,
+    /// The condition `If-Match` is ignored.
+    NoCondition,
+    /// The reply comes after this many milliseconds.
+    Late(u64),
+}
+
+/// A request that the store has seen.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// The number of the request, from 0.
+    pub number: usize,
+    /// `GET`, for example.
+    pub method: String,
+    /// `/bucket/key`.
+    pub key: String,
+    /// The query, unparsed.
+    pub query: String,
+    /// The header `Range`.
+    pub range: Option<String>,
+    /// Whether it was signed.
+    pub is_signed: bool,
+}
+
+type Faults = Box<dyn FnMut(&Seen) -> Fault + Send>;
+
+struct Shared {
+    objects: Mutex<Objects>,
+    seen: Mutex<Vec<Seen>>,
+    faults: Mutex<Faults>,
+}
+
+/// A store on loopback. It ends when it is dropped.
+pub struct TestStore {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    end: Option<oneshot::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl fmt::Debug for TestStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("TestStore").field(&self.address).finish()
+    }
+}
+
+impl TestStore {
+    /// Starts a store without objects. All buckets exist.
+    ///
+    /// # Errors
+    ///
+    /// If no port can be had.
+    pub fn start() -> std::io::Result<Self> {
+        let listener = std::net::TcpListener::bind(("127.0.0.1", 0))?;
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        let shared = Arc::new(Shared {
+            objects: Mutex::default(),
+            seen: Mutex::default(),
+            faults: Mutex::new(Box::new(|_| Fault::None)),
+        });
+        let (end, ended) = oneshot::channel();
+        let served = Arc::clone(&shared);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let thread = std::thread::spawn(move || {
+            runtime.block_on(async {
+                tokio::select! { _ = ended => {} () = accept(listener, served) => {} }
+            });
+            runtime.shutdown_background();
+        });
+        Ok(Self { address, shared, end: Some(end), thread: Some(thread) })
+    }
+
+    /// Returns the address: `http://127.0.0.1:PORT`.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Stores an object; `key` is `/bucket/key`.
+    pub fn put(&self, key: &str, data: impl Into<Bytes>) {
+        lock(&self.shared.objects).put(key, data.into());
+    }
+
+    /// Returns the contents of an object.
+    #[must_use]
+    pub fn object(&self, key: &str) -> Option<Bytes> {
+        lock(&self.shared.objects).objects.get(key).map(|object| object.data.clone())
+    }
+
+    /// Returns the number of uploads that are neither complete nor given up.
+    #[must_use]
+    pub fn open_uploads(&self) -> usize {
+        lock(&self.shared.objects).uploads()
+    }
+
+    /// Sets what happens to the requests from now on.
+    pub fn fail(&self, faults: impl FnMut(&Seen) -> Fault + Send + 'static) {
+        *lock(&self.shared.faults) = Box::new(faults);
+    }
+
+    /// Returns the requests since the last call.
+    pub fn take_seen(&self) -> Vec<Seen> {
+        std::mem::take(&mut *lock(&self.shared.seen))
+    }
+}
+
+impl Drop for TestStore {
+    fn drop(&mut self) {
+        drop(self.end.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn accept(listener: std::net::TcpListener, shared: Arc<Shared>) {
+    let Ok(listener) = TcpListener::from_std(listener) else { return };
+    while let Ok((stream, _)) = listener.accept().await {
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            let _ = stream.set_nodelay(true);
+            let service = service_fn(move |request| serve(Arc::clone(&shared), request));
+            let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+        });
+    }
+}
+
+/// Answers a request. An error breaks the connection.
+async fn serve(
+    shared: Arc<Shared>,
+    request: Request<Incoming>,
+) -> Result<Response<Broken>, std::io::Error> {
+    let (head, body) = request.into_parts();
+    let header = |name: &str| head.headers.get(name)?.to_str().ok().map(str::to_owned);
+    let query = head.uri.query().unwrap_or_default().to_owned();
+    let body = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
+    let mut parsed = Parsed {
+        method: head.method.clone(),
+        key: decoded(head.uri.path()),
+        query: query
+            .split('&')
+            .map(|part| part.split_once('=').unwrap_or((part, "")))
+            .map(|(name, value)| (decoded(name), decoded(value)))
+            .collect::<BTreeMap<_, _>>(),
+        range: header("range"),
+        if_match: header("if-match"),
+        creates: header("if-none-match").is_some(),
+        body,
+    };
+    let fault = {
+        let mut log = lock(&shared.seen);
+        let seen = Seen {
+            number: log.len(),
+            method: head.method.to_string(),
+            key: parsed.key.clone(),
+            query,
+            range: parsed.range.clone(),
+            is_signed: header("authorization").is_some(),
+        };
+        log.push(seen.clone());
+        drop(log);
+        lock(&shared.faults)(&seen)
+    };
+    match fault {
+        Fault::Status(status) => return Ok(reply(Answer::error(status, "AsWanted"), None, &fault)),
+        Fault::WholeObject => parsed.range = None,
+        Fault::NoCondition => parsed.if_match = None,
+        Fault::WrongRange => parsed.range = Some("bytes=1-2".to_owned()),
+        Fault::Late(milliseconds) => tokio::time::sleep(Duration::from_millis(milliseconds)).await,
+        _ => {}
+    }
+    let answer = lock(&shared.objects).answer(&parsed);
+    let is_head = parsed.method == hyper::Method::HEAD;
+    match fault {
+        Fault::ReplyLost => Err(std::io::Error::other("the reply is lost")),
+        Fault::Hang => std::future::pending().await,
+        _ => Ok(reply(answer, is_head.then_some(()), &fault)),
+    }
+}
+
+fn reply(answer: Answer, head: Option<()>, fault: &Fault) -> Response<Broken> {
+    let length = answer.body.len();
+    let (whole, end) = match fault {
+        Fault::Cut(kept) => (answer.body.slice(..length.min(*kept)), End::Break),
+        Fault::Stall(kept) => (answer.body.slice(..length.min(*kept)), End::Stall),
+        _ => (answer.body, End::Regular),
+    };
+    let body = Broken { data: Some(whole).filter(|_| head.is_none()), end };
+    let mut response = Response::new(body);
+    *response.status_mut() = answer.status;
+    for (name, value) in answer.headers {
+        if *fault == Fault::NoTag && name == "etag" {
+            continue;
+        }
+        if let Ok(value) = value.parse() {
+            response.headers_mut().insert(name, value);
+        }
+    }
+    if answer.status != StatusCode::NO_CONTENT {
+        response.headers_mut().insert("content-length", length.into());
+    }
+    response
+}
+
+/// A body that may end too early.
+struct Broken {
+    data: Option<Bytes>,
+    end: End,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Regular,
+    Break,
+    Stall,
+}
+
+impl Body for Broken {
+    type Data = Bytes;
+    type Error = std::io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
+        match (self.data.take().filter(|data| !data.is_empty()), self.end) {
+            (Some(data), _) => Poll::Ready(Some(Ok(Frame::data(data)))),
+            (None, End::Regular) => Poll::Ready(None),
+            (None, End::Break) => Poll::Ready(Some(Err(std::io::Error::other("cut")))),
+            (None, End::Stall) => Poll::Pending,
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.end == End::Regular && self.data.as_ref().is_none_or(Bytes::is_empty)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::default()
+    }
+}
+
+/// Decodes `%XX`.
+fn decoded(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut decoded = Vec::new();
+    let mut at = 0;
+    while at < bytes.len() {
+        let hex = bytes.get(at + 1..at + 3).and_then(|hex| std::str::from_utf8(hex).ok());
+        match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            Some(byte) if bytes[at] == b'%' => {
+                decoded.push(byte);
+                at += 3;
+            }
+            _ => {
+                decoded.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&decoded).into_owned()
+}
