@@ -48,8 +48,9 @@ impl Export for CachedDisk {
         Ok(())
     }
 
-    fn write_at(&self, _: u64, _: &[u8], _: Durability) -> Result<(), ExportError> {
-        unreachable!("these clients read")
+    fn write_at(&self, offset: u64, data: &[u8], _: Durability) -> Result<(), ExportError> {
+        assert_eq!(rustix::io::pwrite(&self.file, data, offset), Ok(data.len()));
+        Ok(())
     }
 
     fn fast(&self) -> Option<&dyn FastExport> {
@@ -95,21 +96,27 @@ impl FastExport for CachedDisk {
 /// A client with structured replies, on the thread of its server.
 struct Peer {
     stream: UnixStream,
+    /// The server's end, to see what it has not received yet.
+    far: OwnedFd,
     received: AtomicU64,
+    sent: AtomicU64,
 }
 
 impl Peer {
     /// A client of a new connection to the server that `shared` belongs to.
     async fn connect(shared: &Shared, trigger: &ShutdownTrigger, thread: &Thread) -> Arc<Self> {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let socket = Socket::from_std_unix(theirs.into_std().unwrap()).attach().unwrap();
+        let theirs = theirs.into_std().unwrap();
+        let far = theirs.try_clone().unwrap().into();
+        let socket = Socket::from_std_unix(theirs).attach().unwrap();
         let (shared, shutdown) = (shared.clone(), trigger.subscribe());
         let thread = thread.clone();
         tokio::spawn(async move {
             let newcomer = Newcomer { socket, peer: "peer", ungreeted: None, continued: None };
             serve(newcomer, shared, shutdown, thread).await;
         });
-        let peer = Self { stream: ours, received: AtomicU64::new(0) };
+        let (received, sent) = (AtomicU64::new(0), AtomicU64::new(0));
+        let peer = Self { stream: ours, far, received, sent };
         // Fixed newstyle without zeroes; structured replies; the default export.
         let mut hello = vec![0, 0, 0, 3];
         for option in [8_u32, 1] {
@@ -127,14 +134,23 @@ impl Peer {
         while !bytes.is_empty() {
             self.stream.writable().await.unwrap();
             match self.stream.try_write(bytes) {
-                Ok(count) => bytes = &bytes[count..],
+                Ok(count) => {
+                    self.sent.fetch_add(count as u64, Ordering::Relaxed);
+                    bytes = &bytes[count..];
+                }
                 Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
             }
         }
     }
 
     async fn request(&self, offset: usize, length: usize) {
-        let mut request = 0x2560_9513_0000_0000_u64.to_be_bytes().to_vec();
+        self.command(0, offset, length).await;
+    }
+
+    async fn command(&self, command: u16, offset: usize, length: usize) {
+        let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
+        request.extend([0; 2]);
+        request.extend(command.to_be_bytes());
         request.extend([0; 8]);
         request.extend((offset as u64).to_be_bytes());
         request.extend((length as u32).to_be_bytes());
@@ -169,13 +185,23 @@ impl Peer {
     async fn reply(&self) {
         loop {
             let mut header = [0; 20];
-            self.read(&mut header).await;
+            self.read(&mut header[..16]).await;
+            if header[..4] == [0x67, 0x44, 0x66, 0x98] {
+                return;
+            }
             assert_eq!(header[..4], [0x66, 0x8e, 0x33, 0xef]);
+            self.read(&mut header[16..]).await;
             self.skip(u32::from_be_bytes(header[16..].try_into().unwrap()) as usize).await;
             if header[5] & 1 == 1 {
                 return;
             }
         }
+    }
+
+    /// All bytes that the server has received from this client.
+    fn taken(&self) -> u64 {
+        let waiting = rustix::io::ioctl_fionread(&self.far).unwrap();
+        self.sent.load(Ordering::Relaxed) - waiting
     }
 
     /// All bytes that the server has sent to this client.
@@ -256,5 +282,60 @@ fn a_small_read_waits_for_a_few_hundred_kilobytes_however_large_the_reads_of_oth
     ] {
         let most = most_in_front(Arc::clone(disk), 24, length);
         assert!(most <= 512 << 10, "{most} bytes came first, of reads of {length}");
+    }
+}
+
+/// The most bytes that a server receives from `floods` other clients, each of which writes `length` bytes
+/// at `start`, 4 at a time, between the request of a client that reads 4 KiB at a time and its reply.
+fn most_received_in_front(floods: usize, start: usize, length: usize) -> u64 {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let trigger = ShutdownTrigger::new();
+        let shared = shared(CachedDisk::new(true));
+        let thread = Thread::new(Arc::new(AtomicUsize::new(floods + 1)));
+        let payload = vec![9; length];
+        let mut others = Vec::new();
+        for _ in 0..floods {
+            let other = Peer::connect(&shared, &trigger, &thread).await;
+            others.push(Arc::clone(&other));
+            let (answered, payload) = (Arc::clone(&other), payload.clone());
+            tokio::spawn(async move {
+                loop {
+                    other.command(1, start, length).await;
+                    other.send(&payload).await;
+                }
+            });
+            tokio::spawn(async move {
+                loop {
+                    answered.reply().await;
+                }
+            });
+        }
+        let good = Peer::connect(&shared, &trigger, &thread).await;
+        let taken = || others.iter().map(|other| other.taken()).sum::<u64>();
+        let mut most = 0;
+        for round in 0..200 {
+            let before = taken();
+            good.request(round * 4096, 4096).await;
+            good.reply().await;
+            // The first ones show how the client is.
+            if round >= 40 {
+                most = most.max(taken() - before);
+            }
+        }
+        assert!(taken() > 16 << 20, "the others are served as well");
+        most
+    })
+}
+
+#[test]
+fn a_small_read_waits_for_a_few_hundred_kilobytes_however_large_the_writes_of_others_are() {
+    // Those past the end are refused, and their payloads discarded.
+    for (start, length) in
+        [(0, 64 << 10), (0, 128 << 10), (0, 256 << 10), (0, 1 << 20), (0, 8 << 20), (SIZE, 1 << 20)]
+    {
+        let most = most_received_in_front(24, start, length);
+        eprintln!("{length}: {most}");
+        assert!(most <= 512 << 10, "{most} bytes came first, of writes of {length} at {start}");
     }
 }

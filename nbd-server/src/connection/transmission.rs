@@ -247,7 +247,13 @@ impl Session {
         }
         let idle = if self.is_idle() { Idle::Yes } else { Idle::No };
         let strategy = (&mut self.read_strategy, idle);
-        match self.incoming.poll_receive(cx, &mut self.socket, &mut self.room, strategy)? {
+        match self.incoming.poll_receive(
+            cx,
+            &mut self.socket,
+            &mut self.room,
+            &mut self.turn,
+            strategy,
+        )? {
             Poll::Pending => {
                 // Messages of TLS cost time as well.
                 let barren = self.socket.take_barren();

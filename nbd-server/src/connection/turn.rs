@@ -18,8 +18,9 @@ use std::task::{Context, Poll};
 pub(crate) use order::Thread;
 use order::{HEAD_START, LONG_LIGHT_MEMORY, QUANTUM};
 
-/// The work of a light connection between two idle moments, in bytes moved: one small request.
-const LIGHT_LEN: usize = 2 * REQUEST_COST;
+/// The work of a light connection between two idle moments, in bytes moved: one small request
+/// with its header.
+const LIGHT_LEN: usize = 2 * REQUEST_COST + 64;
 /// Number of such periods in a row that make a connection light. A client with a few requests in
 /// flight sooner or later sends two at a time, and is served best with such batches.
 const LIGHT_RUNS: u8 = 16;
@@ -81,6 +82,13 @@ impl Turn {
     /// Adds work that was done, in bytes moved.
     pub(super) const fn spend(&mut self, cost: usize) {
         self.spent = self.spent.saturating_add(cost);
+    }
+
+    /// Adds work on a part of a long payload: a client that sends one is not light, however small the
+    /// parts are in which it arrives.
+    pub(super) const fn spend_in_bulk(&mut self, cost: usize) {
+        self.spend(cost);
+        self.light_runs = 0;
     }
 
     /// Whether the turn is over. Never while the connection is alone on its thread.

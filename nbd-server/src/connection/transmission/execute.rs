@@ -122,8 +122,7 @@ impl Session {
             Arrival::Refused { rejection, header_len, payload_len } => {
                 self.incoming.discard_payload(rejection, header_len, payload_len);
                 self.throttle.begun();
-                let payload_len = usize::try_from(payload_len).unwrap_or(usize::MAX);
-                self.turn.spend(REQUEST_COST.saturating_add(payload_len));
+                self.turn.spend(REQUEST_COST);
             }
             Arrival::Discarded(rejection) => {
                 self.tally.answer(rejection.tag.command.into(), 0, Outcome::Failure);
@@ -161,8 +160,11 @@ impl Session {
         }
         tracing::debug!(command = ?request.command, offset, length = request.length, "request");
         self.read_strategy.count(length);
-        // A READ is charged as its bytes are transferred.
-        let at_once = if matches!(request.command, Command::Read(_)) { 0 } else { length };
+        // The bytes of a READ or WRITE are charged as they are transferred.
+        let at_once = match request.command {
+            Command::Read(_) | Command::Write(_) => 0,
+            _ => length,
+        };
         self.turn.spend(REQUEST_COST.saturating_add(at_once));
         self.tally.begin(request.command.command_type().into(), offset, request.length);
         match request.command {

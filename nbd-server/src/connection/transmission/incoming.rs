@@ -11,11 +11,15 @@ use super::super::read_strategy::{Idle, ReadStrategy};
 use super::super::receive::ReceiveBuffer;
 use super::super::room::Room;
 use super::super::socket::Socket;
+use super::super::turn::Turn;
 use crate::budget::Permit;
 
 /// A payload up to this size, in bytes, is received in the receive buffer; a longer one is read
 /// directly into a separate buffer.
 const INLINE_PAYLOAD_LEN: usize = 64 * 1024;
+/// The least that is read at a time, in bytes, even if the turn allows less: system calls for less
+/// would cost more than the bytes.
+const PART_LEN: usize = 64 * 1024;
 /// Payload buffers up to this size are kept for the next payload. In bytes.
 const KEPT_PAYLOAD_LEN: usize = 1 << 20;
 
@@ -212,33 +216,51 @@ impl Incoming {
         self.buffer.shrink();
     }
 
-    /// Reads from the socket, in a way that suits the client.
+    /// Reads from the socket, in a way that suits the client, about as many bytes as the turn allows.
+    /// They are charged to it.
     pub(super) fn poll_receive(
         &mut self,
         cx: &mut Context<'_>,
         socket: &mut Socket,
         room: &mut Room,
+        turn: &mut Turn,
         (strategy, idle): (&mut ReadStrategy, Idle),
     ) -> Poll<std::io::Result<Received>> {
+        let part_len = turn.left().max(PART_LEN);
         let read = match &mut self.receiving {
             // The buffer is empty while a payload is incomplete: the payload bypasses it.
             Receiving::Payload { buffer, filled, .. } => {
-                let read = socket.poll_read(cx, &mut buffer[*filled..]);
+                let end = buffer.len().min(filled.saturating_add(part_len));
+                let read = socket.poll_read(cx, &mut buffer[*filled..end]);
                 if let Poll::Ready(Ok(count)) = read {
                     *filled += count;
+                    turn.spend_in_bulk(count);
                 }
                 read
             }
-            _ => {
+            Receiving::Discarded { .. } => {
+                let space = self.buffer.space();
+                let end = space.len().min(part_len);
+                let read = socket.poll_read(cx, &mut space[..end]);
+                if let Poll::Ready(Ok(count)) = read {
+                    self.buffer.received(count);
+                    turn.spend_in_bulk(count);
+                }
+                read
+            }
+            Receiving::Header | Receiving::Nothing => {
                 if self.buffer.wants_room() && room.ask() {
                     self.buffer.grow();
                 }
                 if strategy.read(socket, idle, &mut self.buffer) {
                     return Poll::Ready(Ok(Received::Bytes));
                 }
-                let read = socket.poll_read(cx, self.buffer.space());
+                let space = self.buffer.space();
+                let end = space.len().min(part_len);
+                let read = socket.poll_read(cx, &mut space[..end]);
                 if let Poll::Ready(Ok(count)) = read {
                     self.buffer.received(count);
+                    turn.spend(count);
                 }
                 read
             }
