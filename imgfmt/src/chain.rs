@@ -13,6 +13,8 @@ use self::below::{
 };
 use crate::access::{Access, Locking};
 use crate::backing_file::{BackingFile, NameTarget};
+#[cfg(feature = "encryption")]
+use crate::crypto;
 use crate::driver::{BackingLayer, Chain, Driver, Foreign, NamedFile};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
@@ -91,6 +93,7 @@ pub(crate) fn change_backing(
         format => {
             let detail = match format {
                 Format::Raw => "a raw image cannot have a backing file",
+                Format::Luks => "an encrypted volume cannot have a backing file",
                 _ => "only that of a qcow2 image can be changed",
             };
             Err(Error::new(ErrorKind::Unsupported, "change the backing file of", detail))
@@ -252,6 +255,9 @@ fn open_layer(layer: Unopened, files: &mut Files) -> Result<Opened> {
     }
     refuse_loop(identity, &files.layers)?;
     files.layers.push(identity);
+    if format == Format::Luks {
+        return open_luks(storage, &options).map(Opened::Bottom);
+    }
     let path = path.as_deref();
     let (mut image, name) = match format {
         Format::Qcow2 => open_qcow2(storage, path, &options, files)?,
@@ -276,6 +282,18 @@ fn open_layer(layer: Unopened, files: &mut Files) -> Result<Opened> {
     }
     image.begin_writing()?;
     Ok(Opened::Bottom(image))
+}
+
+/// Opens an encrypted volume.
+#[cfg(feature = "encryption")]
+fn open_luks(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Driver> {
+    let volume = crypto::luks::unlock(&*storage, &options.passphrases)?;
+    Ok(Driver::Raw(Raw::decrypted(crypto::Encrypted::new(storage, volume))?))
+}
+
+#[cfg(not(feature = "encryption"))]
+fn open_luks(_: Arc<dyn Storage>, options: &OpenOptions) -> Result<Driver> {
+    Err(Error::unsupported_format(Format::Luks, options.format.is_none()))
 }
 
 /// Opens a qcow2 image with its data file.
@@ -343,10 +361,10 @@ fn refuse_options(format: Format, options: &OpenOptions) -> Result<()> {
     if format != Format::Qcow2 && options.snapshot.is_some() {
         return error(ErrorKind::InvalidInput, format!("a {what} image has no snapshots"));
     }
-    if format == Format::Raw
+    if matches!(format, Format::Raw | Format::Luks)
         && let BackingFile::Given(_) = options.backing
     {
-        let detail = "it is a raw image, which cannot have a backing file".to_owned();
+        let detail = format!("it is a {what} image, which cannot have a backing file");
         return error(ErrorKind::InvalidInput, detail);
     }
     if !format.is_writable() && options.access == Access::ReadWrite {

@@ -118,7 +118,7 @@ impl Driver {
 
     pub(crate) fn format(&self) -> Format {
         match self {
-            Self::Raw(_) => Format::Raw,
+            Self::Raw(raw) => raw.format(),
             Self::Qcow2(_) => Format::Qcow2,
             Self::Foreign(foreign) => foreign.format,
         }

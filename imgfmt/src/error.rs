@@ -43,6 +43,8 @@ pub enum ErrorKind {
     AlreadyExists,
     /// An argument is invalid for every image.
     InvalidInput,
+    /// The image is encrypted, and no passphrase was given or none of them opens it.
+    KeyRequired,
 }
 
 /// The failure of an operation on an image.

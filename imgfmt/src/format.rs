@@ -4,8 +4,8 @@ use std::fmt;
 
 /// The format in which a file stores a virtual disk.
 ///
-/// [`Raw`](Self::Raw) and [`Qcow2`](Self::Qcow2) can be read and written, some others can be
-/// [read](Self::is_supported). The rest is recognised, so that their containers are not mistaken for raw
+/// [`Raw`](Self::Raw), [`Qcow2`](Self::Qcow2) and, with the feature `encryption`,
+/// [`Luks`](Self::Luks) can be read and written, some others can be [read](Self::is_supported). The rest is recognised, so that their containers are not mistaken for raw
 /// disks, and refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -76,9 +76,10 @@ impl Format {
         NAMES.iter().map(|entry| entry.0)
     }
 
-    /// Returns whether images of this format can be created and changed.
+    /// Returns whether images of this format can be changed.
     pub const fn is_writable(self) -> bool {
-        matches!(self, Self::Raw | Self::Qcow2)
+        let can_decrypt = cfg!(feature = "encryption");
+        matches!(self, Self::Raw | Self::Qcow2) || can_decrypt && matches!(self, Self::Luks)
     }
 
     fn entry(self) -> &'static (Self, &'static str, &'static str) {

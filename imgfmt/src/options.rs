@@ -10,6 +10,7 @@ use crate::cache_mode::CacheMode;
 use crate::error::Result;
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
+use crate::passphrase::Passphrase;
 use crate::storage::FileStorage;
 
 /// Called with the path of a file that is opened without locks because it cannot be locked.
@@ -71,6 +72,8 @@ pub struct OpenOptions {
     /// The treatment of an image whose disk is incomplete; incomplete backing files are always
     /// refused.
     pub incomplete: IncompleteDisk,
+    /// The passphrases of encrypted images of the chain. Each is tried until one opens the image.
+    pub passphrases: Vec<Passphrase>,
     pub(crate) on_unlocked: OnUnlocked,
     /// Everything in the image and its data file is on stable storage already.
     pub(crate) is_synced: bool,
@@ -161,6 +164,14 @@ impl OpenOptions {
     #[must_use]
     pub fn bitmap_durability(mut self, durability: BitmapDurability) -> Self {
         self.bitmap_durability = durability;
+        self
+    }
+
+    /// Adds a passphrase for encrypted images of the chain. Opening such an image takes a second or
+    /// more, by design.
+    #[must_use]
+    pub fn passphrase(mut self, passphrase: Passphrase) -> Self {
+        self.passphrases.push(passphrase);
         self
     }
 

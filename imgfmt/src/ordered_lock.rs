@@ -107,8 +107,11 @@ pub(crate) mod rank {
         FILE_RANGES,
         /// The pages of a storage in memory.
         MEMORY_STORAGE,
-        /// Buffers for transfers past the page cache that are not in use.
+        /// Buffers for transfers past the page cache, or for ciphertext, that are not in use.
         BOUNCE_BUFFERS,
+        /// States of ciphers that are not in use.
+        #[cfg_attr(not(feature = "encryption"), expect(dead_code, reason = "there are no ciphers"))]
+        CIPHER_CONTEXTS,
     }
 }
 

@@ -25,6 +25,8 @@ pub(crate) enum FirstSector {
 #[derive(Debug)]
 pub(crate) struct Raw {
     storage: Arc<dyn Storage>,
+    /// [`Format::Raw`], or what the storage decrypts.
+    format: Format,
     size: u64,
     /// Held while a guarded first sector is checked and changed.
     first_sector: Option<OrderedMutex<{ rank::FIRST_SECTOR }, ()>>,
@@ -37,7 +39,19 @@ impl Raw {
             FirstSector::Free => None,
             FirstSector::Guarded => Some(OrderedMutex::default()),
         };
-        Ok(Self { storage, size, first_sector })
+        Ok(Self { storage, format: Format::Raw, size, first_sector })
+    }
+
+    /// The disk in an encrypted volume, which `storage` decrypts.
+    #[cfg(feature = "encryption")]
+    pub(crate) fn decrypted(storage: crate::crypto::Encrypted) -> Result<Self> {
+        // Nobody probes what is in an encrypted volume.
+        let raw = Self::new(Arc::new(storage), FirstSector::Free)?;
+        Ok(Self { format: Format::Luks, ..raw })
+    }
+
+    pub(crate) fn format(&self) -> Format {
+        self.format
     }
 
     /// Runs `change` if the image still looks raw afterwards. `apply` makes the same change to a

@@ -77,7 +77,7 @@ impl ValueParserFactory for NewImageFormat {
 
     fn value_parser() -> Self::Parser {
         ImageFormatParser {
-            can_be: Format::is_writable,
+            can_be: |format| matches!(format, Format::Raw | Format::Qcow2),
             otherwise: "is known, but such images cannot be made yet; make a qcow2 or raw image",
             made: Self,
         }

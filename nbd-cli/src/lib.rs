@@ -14,6 +14,7 @@ mod error;
 mod file_path;
 pub mod help;
 mod image_format;
+mod key_file;
 mod location_parser;
 pub mod locking;
 mod logging;

@@ -44,7 +44,8 @@ const PEERS: &[Peer] = &[
     Peer { program: "busybox", package: "busybox-static" },
     Peer { program: "script", package: "bsdutils" },
     Peer { program: "ldd", package: "libc-bin" },
-    // In a directory that is not on every user's search path.
+    // In directories that are not on every user's search path.
+    Peer { program: "/usr/sbin/cryptsetup", package: "cryptsetup-bin" },
     Peer { program: "/sbin/mke2fs", package: "e2fsprogs" },
 ];
 

@@ -7,14 +7,14 @@ use crate::ordered_lock::{Ordered, OrderedMutex, rank};
 /// Size of a small buffer, in bytes: most requests of guests fit.
 const SMALL: usize = 16 * 1024;
 /// Size of a large buffer, in bytes, and so the maximum of one transfer.
-pub(super) const LARGE: usize = 512 * 1024;
+pub(crate) const LARGE: usize = 512 * 1024;
 /// Maximum number of buffers of each size that are kept, 4.5 MiB altogether.
 const KEPT_SMALL: usize = 32;
 const KEPT_LARGE: usize = 8;
 
 /// A pool of reusable buffers.
 #[derive(Debug)]
-pub(super) struct BouncePool {
+pub(crate) struct BouncePool {
     /// In bytes.
     alignment: usize,
     small: Buffers,
@@ -33,7 +33,7 @@ struct Memory {
 
 /// A buffer; it returns to its pool when it is dropped.
 #[derive(Debug)]
-pub(super) struct Bounce<'a> {
+pub(crate) struct Bounce<'a> {
     pool: &'a BouncePool,
     memory: Memory,
     length: usize,
@@ -41,12 +41,12 @@ pub(super) struct Bounce<'a> {
 
 impl BouncePool {
     /// Buffers that are aligned to `alignment` bytes, a power of two.
-    pub(super) fn new(alignment: usize) -> Self {
+    pub(crate) fn new(alignment: usize) -> Self {
         Self { alignment, small: Buffers::default(), large: Buffers::default() }
     }
 
     /// A buffer of `length` bytes, at most [`LARGE`], with any content.
-    pub(super) fn take(&self, length: usize) -> Bounce<'_> {
+    pub(crate) fn take(&self, length: usize) -> Bounce<'_> {
         let (size, _) = class(length);
         let kept = self.kept(length).pop();
         let memory = kept.unwrap_or_else(|| Memory::new(size, self.alignment));
@@ -74,11 +74,11 @@ impl Memory {
 }
 
 impl Bounce<'_> {
-    pub(super) fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         &self.memory.bytes[self.memory.start..][..self.length]
     }
 
-    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.memory.bytes[self.memory.start..][..self.length]
     }
 }

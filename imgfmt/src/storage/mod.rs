@@ -28,10 +28,14 @@ use crate::extent::ExtentKind;
 use crate::units::HostOffset;
 
 pub use alignment::DirectAlignment;
+#[cfg(feature = "encryption")]
+pub(crate) use bounce::{BouncePool, LARGE as TRANSFER_MAX};
 pub use file::FileStorage;
 pub use memory::MemoryStorage;
 pub use null::NullStorage;
 pub use padded::in_whole_blocks;
+#[cfg(feature = "encryption")]
+pub(crate) use range_locks::RangeLocks;
 pub(crate) use tracked::Tracked;
 pub use window::StorageWindow;
 

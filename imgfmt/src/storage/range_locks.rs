@@ -11,7 +11,7 @@ const MAX_SHARED: usize = 1024;
 
 /// Locks on ranges. A thread that holds one must not wait for another.
 #[derive(Debug, Default)]
-pub(super) struct RangeLocks {
+pub(crate) struct RangeLocks {
     state: OrderedMutex<{ rank::FILE_RANGES }, State>,
     freed: Condvar,
 }
@@ -65,20 +65,20 @@ impl State {
 
 /// A lock that is held until this is dropped.
 #[derive(Debug)]
-pub(super) struct RangeGuard {
+pub(crate) struct RangeGuard {
     locks: Arc<RangeLocks>,
     id: u64,
 }
 
 impl RangeLocks {
     /// Waits until no exclusive lock is held on a part of `range`.
-    pub(super) fn shared(self: &Arc<Self>, range: Range<u64>) -> RangeGuard {
+    pub(crate) fn shared(self: &Arc<Self>, range: Range<u64>) -> RangeGuard {
         self.lock(range, Mode::Shared)
     }
 
     /// As [`shared`](Self::shared), without waiting; `None` if an exclusive lock is held or waited
     /// for, or if there are so many locks that a search takes long.
-    pub(super) fn try_shared(self: &Arc<Self>, range: Range<u64>) -> Option<RangeGuard> {
+    pub(crate) fn try_shared(self: &Arc<Self>, range: Range<u64>) -> Option<RangeGuard> {
         let mut state = self.state.lock();
         if state.entries.len() >= MAX_SHARED {
             return None;
@@ -92,7 +92,7 @@ impl RangeLocks {
     }
 
     /// Waits until no lock is held on a part of `range`.
-    pub(super) fn exclusive(self: &Arc<Self>, range: Range<u64>) -> RangeGuard {
+    pub(crate) fn exclusive(self: &Arc<Self>, range: Range<u64>) -> RangeGuard {
         self.lock(range, Mode::Exclusive)
     }
 

@@ -64,6 +64,7 @@ mod large_disks;
 mod late_io;
 mod locks;
 mod long_chains;
+mod luks_vs_peers;
 mod malformed_headers;
 mod malformed_resize;
 mod malformed_snapshots;

@@ -73,6 +73,10 @@ impl JobError {
                 };
                 Self::new(kind, advice)
             }
+            (imgfmt::ErrorKind::KeyRequired, _) => Self::new(
+                kind,
+                format!("{error}; give the file with its passphrase with --key-file"),
+            ),
             (_, Some(_)) => Self::new(kind, format!("{error} ({raw_option})")),
             _ => Self::image(kind, error),
         }

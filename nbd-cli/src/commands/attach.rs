@@ -293,6 +293,7 @@ fn choices(args: &AttachArgs) -> ServeOptions {
     options.locking = ShareArgs { force_share: image.force_share }.locking(image.trust.locks);
     options.cache = image.cache.into();
     options.policy = image.trust.trust_image.then(|| image.trust.policy());
+    options.passphrases = image.trust.keys.passphrases();
     options.filter = image.filter.options();
     options.remotes = server.remotes();
     options

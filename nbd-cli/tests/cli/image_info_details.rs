@@ -103,8 +103,7 @@ fn an_encrypted_image_is_described_as_qemu_img_describes_it_and_nothing_else() {
         let text = nbd_cli(&["image", "info", &image]).success();
         let method = if name == "b.qcow2" { "aes" } else { "luks version 1" };
         assert!(text.contains("encryption:") && text.contains(method), "{text}");
-        // qemu-img reads the first version of LUKS only; cryptsetup reads both, but no qcow2.
-        let advice = if format == "luks" { "cryptsetup open" } else { "--image-opts" };
+        let advice = if format == "luks" { "--key-file" } else { "--image-opts" };
         for command in [&["map", &image][..], &["convert", &image, &disk.beside("new")]] {
             let outcome = nbd_cli(&[&["image"], command].concat());
             assert_eq!(outcome.stderr.contains("qemu-img"), format != "luks", "{outcome:?}");

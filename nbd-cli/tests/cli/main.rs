@@ -3,6 +3,7 @@
 //! set.
 
 mod bitmap;
+mod encrypted;
 mod support;
 
 mod backup_after_kill;

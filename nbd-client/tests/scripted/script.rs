@@ -201,7 +201,7 @@ impl Script {
     pub(crate) async fn closed(&mut self) {
         let mut rest = Vec::new();
         drop(self.stream.read_to_end(&mut rest).await);
-        assert_eq!(rest, [], "nothing comes before the end");
+        assert!(rest.is_empty(), "nothing comes before the end");
     }
 
     /// Takes what the client still has to say, until it closes the connection.

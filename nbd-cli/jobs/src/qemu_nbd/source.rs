@@ -116,6 +116,7 @@ fn choices(
     }
     let policy = allow_exports(OpenPolicy::any_file().allow_format_probe(), remotes);
     Ok(ServeOptions {
+        passphrases: Vec::new(),
         context: context.clone(),
         temporary_directory: None,
         format: disk.format,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use imgfmt::storage::FileStorage;
 use imgfmt::{
     Access, BackingFile, BitmapDurability, BitmapState, CacheMode, Format, Image, Locking,
-    OpenOptions, OpenPolicy, Storage,
+    OpenOptions, OpenPolicy, Passphrase, Storage,
 };
 use nbd_server::export::filters::{FilterOptions, Window};
 use nbd_server::export::{CountedLayers, Export, ImageExport};
@@ -88,6 +88,8 @@ pub struct ServeOptions {
     pub metadata_cache: Option<u64>,
     /// The treatment of the backing file that the image names.
     pub backing: BackingFile,
+    /// The passphrases of encrypted layers. By default none.
+    pub passphrases: Vec<Passphrase>,
     /// Connects to re-exported servers.
     pub remotes: Remotes,
     /// The other files that the image may name. By default those in its directory.
@@ -160,6 +162,13 @@ impl ServeOptions {
         match self.writes {
             Writes::ToTemporaryFile => {
                 let directory = self.temporary_directory();
+                if !self.passphrases.is_empty() {
+                    let shown = printable(&directory.to_string_lossy());
+                    self.context.observer.warning(&format!(
+                        "what clients write to the encrypted disk is kept unencrypted in '{shown}' \
+                         until the server ends"
+                    ));
+                }
                 when_free(self.patience, || temporary(path, &options, directory))
             }
             // A snapshot never changes.
@@ -227,6 +236,7 @@ impl ServeOptions {
         options.format = self.format;
         options.metadata_cache_bytes = self.metadata_cache;
         options.snapshot.clone_from(&self.snapshot);
+        options.passphrases.clone_from(&self.passphrases);
         options
     }
 

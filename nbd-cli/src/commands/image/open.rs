@@ -10,6 +10,7 @@ use nbd_jobs::{JobError, JobErrorKind};
 use crate::connect::ServerArgs;
 use crate::error::CommandError;
 use crate::image_format::ImageFormat;
+use crate::key_file::KeyArgs;
 use crate::locking::{LockArgs, ShareArgs};
 
 /// Options for opening an existing image.
@@ -35,6 +36,10 @@ pub struct TrustArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub locks: LockArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub keys: KeyArgs,
 }
 
 impl TrustArgs {
@@ -52,7 +57,7 @@ impl TrustArgs {
 
     /// For an image whose format is detected or set later.
     pub(in crate::commands) fn options(&self) -> OpenOptions {
-        self.locks.options().policy(self.policy())
+        self.keys.apply(self.locks.options().policy(self.policy()))
     }
 }
 

@@ -205,6 +205,7 @@ pub(super) fn choices(args: &ExportArgs) -> ServeOptions {
     options.cache = args.cache.into();
     options.metadata_cache = args.metadata_cache.map(ByteSize::bytes);
     options.policy = args.trust.trust_image.then(|| args.trust.policy());
+    options.passphrases = args.trust.keys.passphrases();
     options.filter = filter(args);
     options.allocation_depth = args.allocation_depth;
     options.bitmap_durability = args.bitmap_durability.map(Into::into);

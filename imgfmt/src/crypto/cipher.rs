@@ -1,0 +1,302 @@
+//! Ciphers that encrypt every sector on its own: AES in the modes XTS and CBC, with the generators
+//! of initialisation vectors that `cryptsetup` and QEMU use for it.
+
+use std::fmt;
+
+use openssl::cipher::{Cipher, CipherRef};
+use openssl::cipher_ctx::CipherCtx;
+use openssl::error::ErrorStack;
+use zeroize::Zeroizing;
+
+use super::error::{invalid, library, unsupported};
+use super::hash;
+use crate::error::Result;
+use crate::ordered_lock::{OrderedMutex, rank};
+
+/// The block of AES, in bytes.
+const BLOCK: usize = 16;
+/// Vectors count units of this size, whatever the size of a sector is.
+const IV_UNIT: u64 = 512;
+/// Contexts that are kept for later. More threads than these make their own.
+const IDLE_MAX: usize = 64;
+
+/// The keys of a volume, ready for use by all threads.
+pub(super) struct SectorCipher {
+    mode: Mode,
+    vectors: Vectors,
+    key: Zeroizing<Vec<u8>>,
+    /// The key that encrypts the numbers of sectors.
+    essiv_key: Option<Zeroizing<Vec<u8>>>,
+    idle: OrderedMutex<{ rank::CIPHER_CONTEXTS }, Vec<Context>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Xts,
+    Cbc,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Vectors {
+    /// The number of the sector in 32 bits.
+    Plain,
+    /// The number of the sector in 64 bits.
+    Plain64,
+    /// The encrypted number of the sector.
+    Essiv,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    Encrypt,
+    Decrypt,
+}
+
+/// State that one thread uses at a time.
+struct Context {
+    encrypt: CipherCtx,
+    decrypt: CipherCtx,
+    essiv: Option<CipherCtx>,
+    /// Where CBC puts a sector.
+    scratch: Vec<u8>,
+}
+
+impl fmt::Debug for SectorCipher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { mode, vectors, .. } = self;
+        f.debug_struct("SectorCipher")
+            .field("mode", mode)
+            .field("vectors", vectors)
+            .finish_non_exhaustive()
+    }
+}
+
+impl SectorCipher {
+    /// The cipher of that name and mode, such as `aes` and `xts-plain64`.
+    pub(super) fn new(name: &str, mode: &str, key: Zeroizing<Vec<u8>>) -> Result<Self> {
+        let shown = format!("{}-{}", name.escape_debug(), mode.escape_debug());
+        let refused = |what: &str| {
+            unsupported(format!("its cipher is '{shown}', and {what} is not supported"))
+        };
+        if name != "aes" {
+            return Err(refused(&format!("'{}'", name.escape_debug())));
+        }
+        let (chaining, generator) = mode.split_once('-').unwrap_or((mode, ""));
+        let mode = match chaining {
+            "xts" => Mode::Xts,
+            "cbc" => Mode::Cbc,
+            _ => return Err(refused("this mode")),
+        };
+        let (generator, essiv_hash) = match generator.split_once(':') {
+            Some((generator, hash)) => (generator, Some(hash)),
+            None => (generator, None),
+        };
+        let (vectors, essiv_key) = match (generator, essiv_hash) {
+            ("plain", None) => (Vectors::Plain, None),
+            ("plain64", None) => (Vectors::Plain64, None),
+            ("essiv", Some(name)) => {
+                let hash = hash::by_name(name)?;
+                let digest = openssl::hash::hash(hash, &key).map_err(|error| library(&error))?;
+                (Vectors::Essiv, Some(Zeroizing::new(digest.to_vec())))
+            }
+            _ => return Err(refused("this generator of initialisation vectors")),
+        };
+        let cipher = Self { mode, vectors, key, essiv_key, idle: OrderedMutex::default() };
+        if cipher.bulk().is_none() {
+            let bits = cipher.key.len() * 8;
+            return Err(refused(&format!("a key of {bits} bits")));
+        }
+        if cipher.essiv_key.as_deref().is_some_and(|key| ecb(key.len()).is_none()) {
+            return Err(refused("this hash for initialisation vectors"));
+        }
+        // Shows now what the library refuses, such as an XTS key of two equal halves.
+        let context = cipher.new_context().map_err(|error| library(&error))?;
+        cipher.idle.lock().push(context);
+        Ok(cipher)
+    }
+
+    /// Encrypts or decrypts complete sectors in place. `first` is the number of the first one, in
+    /// units of 512 bytes; numbers wrap around.
+    pub(super) fn apply(
+        &self,
+        direction: Direction,
+        first: u64,
+        sector_size: usize,
+        sectors: &mut [u8],
+    ) -> Result<()> {
+        if !sectors.len().is_multiple_of(sector_size) {
+            return Err(invalid("its encrypted data does not consist of complete sectors"));
+        }
+        let kept = self.idle.lock().pop();
+        let applied = kept.map_or_else(|| self.new_context(), Ok).and_then(|mut context| {
+            let mut number = first;
+            for sector in sectors.chunks_exact_mut(sector_size) {
+                self.apply_one(&mut context, direction, number, sector)?;
+                number = number.wrapping_add(sector_size as u64 / IV_UNIT);
+            }
+            Ok(context)
+        });
+        let context = applied.map_err(|error| library(&error))?;
+        let mut idle = self.idle.lock();
+        if idle.len() < IDLE_MAX {
+            idle.push(context);
+        }
+        Ok(())
+    }
+
+    fn apply_one(
+        &self,
+        context: &mut Context,
+        direction: Direction,
+        number: u64,
+        sector: &mut [u8],
+    ) -> Result<(), ErrorStack> {
+        let vector = self.vector(context, number)?;
+        let cipher = match direction {
+            Direction::Encrypt => {
+                context.encrypt.encrypt_init(None, None, Some(&vector))?;
+                &mut context.encrypt
+            }
+            Direction::Decrypt => {
+                context.decrypt.decrypt_init(None, None, Some(&vector))?;
+                &mut context.decrypt
+            }
+        };
+        match self.mode {
+            Mode::Xts => {
+                cipher.cipher_update_inplace(sector, sector.len())?;
+            }
+            Mode::Cbc => {
+                context.scratch.resize(sector.len() + BLOCK, 0);
+                cipher.cipher_update(sector, Some(&mut context.scratch))?;
+                sector.copy_from_slice(&context.scratch[..sector.len()]);
+            }
+        }
+        Ok(())
+    }
+
+    fn vector(&self, context: &mut Context, number: u64) -> Result<[u8; BLOCK], ErrorStack> {
+        let mut vector = [0; BLOCK];
+        match self.vectors {
+            Vectors::Plain => vector[..4].copy_from_slice(&(number as u32).to_le_bytes()),
+            Vectors::Plain64 | Vectors::Essiv => vector[..8].copy_from_slice(&number.to_le_bytes()),
+        }
+        if let Some(essiv) = &mut context.essiv {
+            let mut encrypted = [0; 2 * BLOCK];
+            essiv.cipher_update(&vector, Some(&mut encrypted))?;
+            vector.copy_from_slice(&encrypted[..BLOCK]);
+        }
+        Ok(vector)
+    }
+
+    fn new_context(&self) -> Result<Context, ErrorStack> {
+        let mut contexts = [CipherCtx::new()?, CipherCtx::new()?];
+        contexts[0].encrypt_init(self.bulk(), Some(&self.key), Some(&[0; BLOCK]))?;
+        contexts[1].decrypt_init(self.bulk(), Some(&self.key), Some(&[0; BLOCK]))?;
+        contexts.iter_mut().for_each(|context| context.set_padding(false));
+        let [encrypt, decrypt] = contexts;
+        let essiv = match &self.essiv_key {
+            None => None,
+            Some(key) => {
+                let mut essiv = CipherCtx::new()?;
+                essiv.encrypt_init(ecb(key.len()), Some(key), None)?;
+                essiv.set_padding(false);
+                Some(essiv)
+            }
+        };
+        Ok(Context { encrypt, decrypt, essiv, scratch: Vec::new() })
+    }
+
+    /// The library's cipher.
+    fn bulk(&self) -> Option<&'static CipherRef> {
+        match (self.mode, self.key.len()) {
+            (Mode::Xts, 32) => Some(Cipher::aes_128_xts()),
+            (Mode::Xts, 64) => Some(Cipher::aes_256_xts()),
+            (Mode::Cbc, 16) => Some(Cipher::aes_128_cbc()),
+            (Mode::Cbc, 24) => Some(Cipher::aes_192_cbc()),
+            (Mode::Cbc, 32) => Some(Cipher::aes_256_cbc()),
+            _ => None,
+        }
+    }
+}
+
+/// The cipher that encrypts the numbers of sectors.
+fn ecb(key_length: usize) -> Option<&'static CipherRef> {
+    match key_length {
+        16 => Some(Cipher::aes_128_ecb()),
+        24 => Some(Cipher::aes_192_ecb()),
+        32 => Some(Cipher::aes_256_ecb()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cipher(mode: &str, key: usize) -> Result<SectorCipher> {
+        let key = (0..key).map(|index| index as u8).collect();
+        SectorCipher::new("aes", mode, Zeroizing::new(key))
+    }
+
+    #[test]
+    fn every_sector_is_encrypted_by_its_own_number() {
+        let modes = [
+            ("xts-plain64", 64),
+            ("xts-plain64", 32),
+            ("xts-plain", 64),
+            ("cbc-essiv:sha256", 32),
+            ("cbc-essiv:sha256", 16),
+            ("cbc-plain64", 24),
+        ];
+        for (mode, key) in modes {
+            let cipher = cipher(mode, key).unwrap();
+            for size in [512, 4096] {
+                let mut both = vec![7; 2 * size];
+                cipher.apply(Direction::Encrypt, 6, size, &mut both).unwrap();
+                let (one, two) = both.split_at(size);
+                assert!(one != two && one != vec![7; size], "{mode}");
+                let mut second = vec![7; size];
+                cipher.apply(Direction::Encrypt, 6 + size as u64 / 512, size, &mut second).unwrap();
+                assert!(second == two, "{mode}");
+                cipher.apply(Direction::Decrypt, 6, size, &mut both).unwrap();
+                assert!(both.iter().all(|byte| *byte == 7), "{mode}");
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_of_plain_have_32_bits_and_others_64() {
+        let encrypt = |mode, number| {
+            let mut sector = vec![7; 512];
+            cipher(mode, 64).unwrap().apply(Direction::Encrypt, number, 512, &mut sector).unwrap();
+            sector
+        };
+        assert!(encrypt("xts-plain", 1) == encrypt("xts-plain", 1 | 1 << 32));
+        assert!(encrypt("xts-plain64", 1) != encrypt("xts-plain64", 1 | 1 << 32));
+    }
+
+    #[test]
+    fn other_ciphers_are_refused_by_name() {
+        for (name, mode, key) in [
+            ("serpent", "xts-plain64", 64),
+            ("aes", "ecb", 32),
+            ("aes", "xts-plain64", 48),
+            ("aes", "xts-random", 64),
+            ("aes", "cbc-essiv", 32),
+            ("aes", "cbc-essiv:sha512", 32),
+            ("aes", "cbc-plain64:sha1", 32),
+            ("", "", 0),
+        ] {
+            let key = Zeroizing::new((0..key).map(|index| index as u8).collect());
+            let error = SectorCipher::new(name, mode, key).unwrap_err().to_string();
+            assert!(error.contains("not supported"), "{error}");
+        }
+    }
+
+    #[test]
+    fn keys_are_not_shown() {
+        let shown = format!("{:?}", cipher("xts-plain64", 64).unwrap());
+        assert_eq!(shown, "SectorCipher { mode: Xts, vectors: Plain64, .. }");
+    }
+}

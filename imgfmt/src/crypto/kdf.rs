@@ -1,0 +1,185 @@
+//! Derivation of keys from passphrases, with bounded costs: a header is untrusted, and one that
+//! demands hours of work or all memory is refused.
+
+use argon2::{Algorithm, Argon2, Block, Params, Version};
+use openssl::hash::MessageDigest;
+use zeroize::{Zeroize as _, Zeroizing};
+
+use super::error::{invalid, library, unsupported};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Iterations of PBKDF2 for all that is derived for one passphrase, counted per block of output.
+/// `cryptsetup` and QEMU choose what takes one or two seconds, about 10 million with SHA-1 on fast
+/// machines.
+const ITERATIONS_MAX: u64 = 400_000_000;
+/// Blocks of 1 KiB that Argon2 may fill for one passphrase. `cryptsetup` chooses 1 GiB and about 4
+/// passes at most.
+const ARGON2_BLOCKS_MAX: u64 = 64 << 20;
+/// Memory for Argon2 in KiB: the maximum of `cryptsetup`.
+const ARGON2_MEMORY_MAX: u32 = 4 << 20;
+/// Threads that a header may ask for. They are worked through one after the other.
+const ARGON2_LANES_MAX: u32 = 64;
+
+/// A function that derives keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Kdf {
+    Pbkdf2 { hash: String, iterations: u32, salt: Vec<u8> },
+    Argon2 { is_id: bool, passes: u32, memory_kib: u32, lanes: u32, salt: Vec<u8> },
+}
+
+/// The work that may still be done for one passphrase.
+#[derive(Debug)]
+pub(super) struct Budget {
+    iterations: u64,
+    blocks: u64,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self { iterations: ITERATIONS_MAX, blocks: ARGON2_BLOCKS_MAX }
+    }
+}
+
+impl Kdf {
+    /// Derives a key of `length` bytes.
+    pub(super) fn derive(
+        &self,
+        secret: &[u8],
+        length: usize,
+        budget: &mut Budget,
+    ) -> Result<Zeroizing<Vec<u8>>> {
+        let mut key = Zeroizing::new(vec![0; length]);
+        match self {
+            Self::Pbkdf2 { hash, iterations, salt } => {
+                let hash = super::hash::by_name(hash)?;
+                pbkdf2(secret, (salt, *iterations, hash), &mut key, budget)?;
+            }
+            Self::Argon2 { is_id, passes, memory_kib, lanes, salt } => {
+                let algorithm = if *is_id { Algorithm::Argon2id } else { Algorithm::Argon2i };
+                let costs = (*passes, *memory_kib, *lanes);
+                argon2(algorithm, secret, salt, costs, &mut key, budget)?;
+            }
+        }
+        Ok(key)
+    }
+}
+
+/// Fills `key` by PBKDF2 with HMAC.
+pub(super) fn pbkdf2(
+    secret: &[u8],
+    (salt, iterations, hash): (&[u8], u32, MessageDigest),
+    key: &mut [u8],
+    budget: &mut Budget,
+) -> Result<()> {
+    if iterations == 0 {
+        return Err(invalid("its encryption header asks for no iterations of PBKDF2"));
+    }
+    let blocks = key.len().div_ceil(hash.size()) as u64;
+    let cost = blocks.saturating_mul(iterations.into());
+    budget.iterations = budget.iterations.checked_sub(cost).ok_or_else(|| {
+        unsupported(format!(
+            "its encryption header asks for so many iterations of PBKDF2 ({iterations}) that opening \
+             it could take hours; no known program writes such headers"
+        ))
+    })?;
+    openssl::pkcs5::pbkdf2_hmac(secret, salt, iterations as usize, hash, key)
+        .map_err(|error| library(&error))
+}
+
+fn argon2(
+    algorithm: Algorithm,
+    secret: &[u8],
+    salt: &[u8],
+    (passes, memory_kib, lanes): (u32, u32, u32),
+    key: &mut [u8],
+    budget: &mut Budget,
+) -> Result<()> {
+    let too_much = |what: String| {
+        unsupported(format!(
+            "its encryption header asks for {what} to derive a key, which is refused"
+        ))
+    };
+    if memory_kib > ARGON2_MEMORY_MAX || u64::from(memory_kib) > half_of_memory() / 1024 {
+        return Err(too_much(format!("{memory_kib} KiB of memory")));
+    }
+    if lanes > ARGON2_LANES_MAX {
+        return Err(too_much(format!("{lanes} threads")));
+    }
+    let cost = u64::from(passes).saturating_mul(memory_kib.into());
+    budget.blocks = budget
+        .blocks
+        .checked_sub(cost)
+        .ok_or_else(|| too_much(format!("{passes} passes over {memory_kib} KiB of memory")))?;
+    let params = Params::new(memory_kib, passes, lanes, Some(key.len())).map_err(strange)?;
+    let mut memory = Vec::new();
+    let count = params.block_count();
+    memory.try_reserve_exact(count).map_err(|_| {
+        let detail = format!("there is not enough memory ({memory_kib} KiB) to derive its key");
+        Error::new(ErrorKind::Io, "open", detail)
+    })?;
+    memory.resize(count, Block::new());
+    let derived = Argon2::new(algorithm, Version::V0x13, params).hash_password_into_with_memory(
+        secret,
+        salt,
+        key,
+        &mut memory[..],
+    );
+    memory.iter_mut().for_each(|block| block.zeroize());
+    derived.map_err(strange)
+}
+
+fn strange(error: argon2::Error) -> Error {
+    invalid(format!("the parameters of Argon2 in its encryption header are not possible: {error}"))
+}
+
+/// Half of the machine's memory, in bytes.
+fn half_of_memory() -> u64 {
+    let system = rustix::system::sysinfo();
+    (system.totalram as u64).saturating_mul(u64::from(system.mem_unit)) / 2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn derive(kdf: &Kdf) -> Result<Zeroizing<Vec<u8>>> {
+        kdf.derive(b"password", 32, &mut Budget::default())
+    }
+
+    #[test]
+    fn costs_that_would_take_hours_or_all_memory_are_refused_before_any_work() {
+        let salt = vec![7; 32];
+        let pbkdf2 =
+            |iterations| Kdf::Pbkdf2 { hash: "sha256".into(), iterations, salt: salt.clone() };
+        let argon2 = |passes, memory_kib, lanes| Kdf::Argon2 {
+            is_id: true,
+            passes,
+            memory_kib,
+            lanes,
+            salt: salt.clone(),
+        };
+        for kdf in [
+            pbkdf2(0),
+            pbkdf2(u32::MAX),
+            argon2(4, 64 << 20, 4),
+            argon2(u32::MAX, 32, 1),
+            argon2(1, 1 << 20, u32::MAX),
+            argon2(0, 32, 1),
+            argon2(4, 0, 1),
+            argon2(1, 32, 0),
+        ] {
+            assert!(derive(&kdf).is_err(), "{kdf:?}");
+        }
+        assert!(derive(&pbkdf2(1000)).is_ok());
+        assert!(derive(&argon2(4, 32, 2)).is_ok());
+    }
+
+    #[test]
+    fn the_budget_covers_all_slots_together() {
+        let kdf = Kdf::Pbkdf2 { hash: "sha1".into(), iterations: 1000, salt: vec![1; 32] };
+        let mut budget = Budget { iterations: 3000, blocks: 0 };
+        // 32 bytes are two blocks of SHA-1.
+        assert!(kdf.derive(b"x", 32, &mut budget).is_ok());
+        assert!(kdf.derive(b"x", 32, &mut budget).is_err());
+    }
+}

@@ -1,0 +1,66 @@
+//! LUKS, versions 1 and 2: opens an encrypted volume by a passphrase.
+//!
+//! The layout follows the LUKS1 On-Disk Format Specification 1.2.3 and the LUKS2 On-Disk Format
+//! Specification 1.1. A header is untrusted: every offset, length and cost in it has a bound. Nothing
+//! here changes a header.
+
+mod field;
+mod header;
+mod json;
+mod slot;
+mod v1;
+mod v2;
+
+use self::field::{MAGIC, MAGIC_SECONDARY, read_error, read_exact};
+use self::header::Header;
+use super::cipher::SectorCipher;
+use super::error::{invalid, unsupported};
+use crate::bytes::u16_at;
+use crate::error::Result;
+use crate::passphrase::Passphrase;
+use crate::storage::Storage;
+
+/// An encrypted part of a storage, with its key.
+#[derive(Debug)]
+pub(crate) struct Volume {
+    pub(in crate::crypto) cipher: SectorCipher,
+    /// Where its data begins in the storage, in bytes.
+    pub(in crate::crypto) start: u64,
+    /// The length of its data in bytes; without one it ends where the storage does.
+    pub(in crate::crypto) size: Option<u64>,
+    /// The size in bytes of what is encrypted as one.
+    pub(in crate::crypto) sector_size: u64,
+    /// The number of its first sector for initialisation vectors, in units of 512 bytes.
+    pub(in crate::crypto) first_number: u64,
+}
+
+/// Opens the volume whose header is at the start of a storage, by the first passphrase that opens a
+/// slot of it. Takes as long as the header wants, up to minutes.
+pub(crate) fn unlock(storage: &dyn Storage, passphrases: &[Passphrase]) -> Result<Volume> {
+    let header = read(storage, 0)?;
+    let cipher = header.find_key(storage, 0, passphrases)?;
+    let Header { payload: start, size, sector_size, first_number, .. } = header;
+    let length = storage.len().map_err(read_error)?;
+    if start == 0 {
+        return Err(unsupported("it is a detached LUKS header, and its data is in another file"));
+    }
+    if start.saturating_add(size.unwrap_or(0)) > length {
+        return Err(invalid(format!(
+            "its encrypted data begins or ends past the end of the file of {length} bytes"
+        )));
+    }
+    Ok(Volume { cipher, start, size, sector_size, first_number })
+}
+
+/// Reads the header at `base`.
+fn read(storage: &dyn Storage, base: u64) -> Result<Header> {
+    let mut start = [0; 8];
+    read_exact(storage, base, 0, &mut start)?;
+    let is_primary = start.starts_with(MAGIC);
+    match u16_at(&start, 6) {
+        1 if is_primary => v1::read(storage, base),
+        2 if is_primary || start.starts_with(MAGIC_SECONDARY) => v2::read(storage, base),
+        _ if !is_primary => v2::read(storage, base),
+        version => Err(invalid(format!("version {version} of LUKS is not known here"))),
+    }
+}

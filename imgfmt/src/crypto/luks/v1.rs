@@ -1,0 +1,78 @@
+//! LUKS version 1.
+//!
+//! | offset | size | field |
+//! | ---: | ---: | --- |
+//! | 0 | 8 | magic, version |
+//! | 8 | 32 | cipher, such as `aes` |
+//! | 40 | 32 | mode, such as `xts-plain64` |
+//! | 72 | 32 | hash of all derivations |
+//! | 104 | 4 | start of the data, in sectors |
+//! | 108 | 4 | length of the key, in bytes |
+//! | 112 | 52 | digest of the key (20), its salt (32) |
+//! | 164 | 4 | its iterations |
+//! | 168 | 40 | UUID |
+//! | 208 | 8 × 48 | slots: state (4), iterations (4), salt (32), start of the key material in sectors (4), stripes (4) |
+
+use super::field::{SECTOR, read_exact, text};
+use super::header::Header;
+use super::slot::{Digest, Slot};
+use crate::bytes::u32_at;
+use crate::crypto::error::invalid;
+use crate::crypto::kdf::Kdf;
+use crate::error::Result;
+use crate::storage::Storage;
+
+const LENGTH: usize = 592;
+const SLOTS: usize = 8;
+const SLOT_LENGTH: usize = 48;
+const SLOT_ACTIVE: u32 = 0x00ac_71f3;
+const SLOT_EMPTY: u32 = 0x0000_dead;
+
+pub(super) fn read(storage: &dyn Storage, base: u64) -> Result<Header> {
+    let mut bytes = [0; LENGTH];
+    read_exact(storage, base, 0, &mut bytes)?;
+    let cipher = (text(&bytes[8..40])?, text(&bytes[40..72])?);
+    let hash = text(&bytes[72..104])?;
+    let payload = u64::from(u32_at(&bytes, 104)) * SECTOR;
+    let key_length = u32_at(&bytes, 108);
+    let digest = Digest {
+        hash: hash.clone(),
+        iterations: u32_at(&bytes, 164),
+        salt: bytes[132..164].to_vec(),
+        digest: bytes[112..132].to_vec(),
+    };
+    let mut slots = Vec::new();
+    for index in 0..SLOTS {
+        let at = 208 + index * SLOT_LENGTH;
+        match u32_at(&bytes, at) {
+            SLOT_ACTIVE => {}
+            SLOT_EMPTY => continue,
+            state => {
+                return Err(invalid(format!(
+                    "key slot {index} of its LUKS header is in the state {state:#x}, which does not exist"
+                )));
+            }
+        }
+        let salt = bytes[at + 8..at + 40].to_vec();
+        let slot = Slot {
+            kdf: Kdf::Pbkdf2 { hash: hash.clone(), iterations: u32_at(&bytes, at + 4), salt },
+            cipher: cipher.clone(),
+            area_key_length: key_length,
+            offset: u64::from(u32_at(&bytes, at + 40)) * SECTOR,
+            key_length,
+            stripes: u32_at(&bytes, at + 44),
+            split_hash: hash.clone(),
+            digest: digest.clone(),
+        };
+        slot.check()?;
+        let end = slot.offset + slot.material_length();
+        if slot.offset < LENGTH as u64 || payload != 0 && end > payload {
+            return Err(invalid(format!(
+                "key slot {index} of its LUKS header overlaps the header or the data"
+            )));
+        }
+        slots.push(slot);
+    }
+    let (size, first_number) = (None, 0);
+    Ok(Header { slots, cipher, payload, size, sector_size: SECTOR, first_number })
+}

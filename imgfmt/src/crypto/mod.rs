@@ -1,0 +1,16 @@
+//! Encrypted disks: ciphers of sectors, derivation of keys, and LUKS.
+//!
+//! [`Encrypted`] is a storage that decrypts what is read from another storage and encrypts what is
+//! written to it. Images above it know nothing about ciphers. It has no file descriptors and no
+//! place for writes that others carry out, so nobody can send or change its ciphertext by mistake:
+//! callers that move bytes themselves ask each storage for a descriptor first.
+
+mod cipher;
+mod encrypted;
+mod error;
+mod hash;
+mod kdf;
+pub(crate) mod luks;
+mod split;
+
+pub(crate) use encrypted::Encrypted;

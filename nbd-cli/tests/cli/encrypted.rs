@@ -1,0 +1,95 @@
+//! Encrypted images: served, converted and described with a key file, and not without.
+
+use std::path::Path;
+
+use crate::support::{Disk, nbd_cli, peer, says};
+use crate::tools;
+
+const PASSPHRASE: &str = "never-in-any-log";
+
+/// A volume of QEMU with the content of the disk, and the name of its key file.
+fn volume(disk: &Disk, qemu_img: &Path) -> (String, String) {
+    let [image, key] = ["disk.luks", "key"].map(|name| disk.beside(name));
+    std::fs::write(&key, PASSPHRASE).expect("room");
+    let secret = format!("secret,id=s,file={key}");
+    let start = ["convert", "--object", &secret, "-f", "raw", "-O", "luks"];
+    let rest = ["-o", "key-secret=s,iter-time=10", disk.path(), &image];
+    peer(qemu_img, &[&start[..], &rest].concat());
+    (image, key)
+}
+
+/// The content as QEMU decrypts it.
+fn decrypted(disk: &Disk, qemu_img: &Path, image: &str, key: &str) -> Vec<u8> {
+    let copy = disk.beside("decrypted");
+    let secret = format!("secret,id=s,file={key}");
+    let driver = format!("driver=luks,key-secret=s,file.filename={image}");
+    let start = ["convert", "--object", &secret, "--image-opts", &driver];
+    peer(qemu_img, &[&start[..], &["-O", "raw", &copy]].concat());
+    std::fs::read(copy).expect("the copy")
+}
+
+#[test]
+fn an_encrypted_disk_is_served_read_and_written_with_its_key_file() {
+    tools!(qemu_img = "qemu-img", _qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    let (image, key) = volume(&disk, &qemu_img);
+    let copy = disk.beside("copy");
+    // Everything at trace level: no passphrase is in it.
+    let reads = format!("qemu-img convert -f raw -O raw \"$uri\" '{copy}'");
+    let start = ["-vv", "serve", "--read-only", "--key-file", &key, "--run", &reads, &image];
+    let outcome = nbd_cli(&start);
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert!(!format!("{outcome:?}").contains(PASSPHRASE), "{outcome:?}");
+    disk.assert_equals(&copy);
+    // Unaligned, small and large, in place of data and of zeroes.
+    let writes = "qemu-io -f raw -c 'write -P 7 512 70000' -c 'write -z 1M 300k' \
+                  -c 'write -P 9 2000 3' -c 'write -P 5 3M 600k' -c 'discard 100k 64k' \
+                  -c 'read -P 7 512 1488' -c 'read -P 9 2000 3' -c flush \"$uri\"";
+    let outcome = nbd_cli(&["serve", "--key-file", &key, "--run", writes, &image]);
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert!(!outcome.stdout.contains("verification failed"), "{outcome:?}");
+    let found = decrypted(&disk, &qemu_img, &image, &key);
+    let mut expected = disk.content().to_vec();
+    expected[512..70512].fill(7);
+    expected[1 << 20..(1 << 20) + (300 << 10)].fill(0);
+    expected[2000..2003].fill(9);
+    expected[3 << 20..(3 << 20) + (600 << 10)].fill(5);
+    assert!(found[..expected.len()] == expected);
+}
+
+#[test]
+fn an_encrypted_disk_is_converted_compared_and_mapped_with_its_key_file() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let (image, key) = volume(&disk, &qemu_img);
+    let copy = disk.beside("copy.raw");
+    nbd_cli(&["image", "convert", "-O", "raw", "--key-file", &key, &image, &copy]).success();
+    disk.assert_equals(&copy);
+    let compare = ["image", "compare", "--key-file", &key, &image, disk.path()];
+    nbd_cli(&compare).success();
+    nbd_cli(&["image", "map", "--key-file", &key, &image]).success();
+    // An overlay over it.
+    let overlay = disk.beside("overlay.qcow2");
+    let create = ["create", "-q", "-u", "-f", "qcow2", "-F", "luks", "-b", &image, &overlay, "4M"];
+    peer(&qemu_img, &create);
+    nbd_cli(&["image", "map", "--key-file", &key, &overlay]).success();
+}
+
+#[test]
+fn without_the_right_key_the_option_is_named_and_nothing_happens() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let (image, key) = volume(&disk, &qemu_img);
+    let wrong = disk.beside("wrong");
+    std::fs::write(&wrong, format!("{PASSPHRASE}\n")).expect("room");
+    let new = disk.beside("new");
+    says(nbd_cli(&["image", "convert", &image, &new]), &["no passphrase", "--key-file"]);
+    let outcome = nbd_cli(&["image", "convert", "--key-file", &wrong, &image, &new]);
+    says(outcome, &["opens none of its key slots"]);
+    assert!(!Path::new(&new).exists());
+    // Both are tried.
+    let both = ["--key-file", &wrong, "--key-file", &key];
+    nbd_cli(&[&["image", "map"][..], &both, &[&image]].concat()).success();
+    let outcome = nbd_cli(&["image", "map", "--key-file", "/nowhere", &image]);
+    assert!(outcome.stderr.contains("no such file"), "{outcome:?}");
+}
