@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -152,6 +153,7 @@ impl Judge for FromTests {
             .stdin(Stdio::null())
             .stderr(output.try_clone()?)
             .stdout(output)
+            .process_group(0)
             .spawn()
             .with_context(|| format!("cannot start {}", program.display()))?;
         let status = served::wait(&mut child, LONGEST)?;

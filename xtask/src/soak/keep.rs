@@ -19,6 +19,44 @@ pub(super) struct Case<'a> {
     pub(super) takeovers: u64,
 }
 
+/// A round that is repeated.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Repeated {
+    pub(super) judge: String,
+    pub(super) seed: u64,
+    /// `None`: as the options say.
+    pub(super) takeovers: Option<u64>,
+}
+
+impl Repeated {
+    /// Parses `JUDGE:SEED`, or reads the file of a [case](Case::keep).
+    ///
+    /// # Errors
+    ///
+    /// It is neither.
+    pub(super) fn parse(text: &str) -> Result<Self> {
+        if let Some(round) = Self::of_round(text) {
+            return Ok(round);
+        }
+        let kept = fs::read_to_string(text)
+            .with_context(|| format!("--repeat takes JUDGE:SEED or a kept file, not {text}"))?;
+        let first: Vec<&str> = kept.lines().next().unwrap_or_default().split(' ').collect();
+        let after = |option| {
+            let at = first.iter().position(|word| *word == option)?;
+            first.get(at + 1)
+        };
+        let round = after("--repeat").and_then(|round| Self::of_round(round));
+        let round = round.with_context(|| format!("{text} is not the file of a failed round"))?;
+        let takeovers = after("--takeovers").and_then(|count| count.parse().ok());
+        Ok(Self { takeovers, ..round })
+    }
+
+    fn of_round(text: &str) -> Option<Self> {
+        let (judge, seed) = text.split_once(':')?;
+        Some(Self { judge: judge.to_owned(), seed: seed.parse().ok()?, takeovers: None })
+    }
+}
+
 impl Case<'_> {
     /// Writes the error, the command that repeats it, and the files of the round if they are small.
     ///
@@ -92,5 +130,13 @@ mod tests {
         );
         assert!(text.contains("two words differ"), "{text}");
         assert!(keep.path().join("kills-7.tar.gz").is_file());
+        let repeated = |takeovers| Repeated { judge: "kills".into(), seed: 7, takeovers };
+        let file = keep.path().join("kills-7.txt");
+        let parsed = Repeated::parse(file.to_str().expect("a name")).expect("a kept file");
+        assert_eq!(parsed, repeated(Some(20)));
+        assert_eq!(Repeated::parse("kills:7").expect("a round"), repeated(None));
+        for wrong in ["kills:x", "kills", "/etc/passwd"] {
+            assert!(Repeated::parse(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -2,13 +2,14 @@
 //!
 //! A *judge* runs one round from a seed and checks the outcome. The rounds of all judges are
 //! interleaved so that each gets the same time. A failed round leaves a small file that explains
-//! how to repeat it.
+//! how to repeat it. SIGINT and SIGTERM end the run after the rounds in progress.
 
 mod blocks;
 mod commands;
 mod flood;
 mod from_tests;
 mod full_disk;
+mod interrupt;
 mod judge;
 mod judges;
 mod keep;
@@ -21,6 +22,8 @@ mod relays;
 mod report;
 mod served;
 mod takeovers;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 use std::path::PathBuf;
@@ -35,7 +38,8 @@ use crate::command::workspace_root;
 use judge::{Judge, Round};
 use programs::Programs;
 use random::Random;
-use report::Report;
+use report::{Outcome, Report};
+use tempfile::TempDir;
 
 /// A round that still runs this long after the last one began is considered hung.
 const LONGEST_ROUND: Duration = Duration::from_secs(1800);
@@ -49,14 +53,15 @@ pub(crate) struct Options {
     /// Start new rounds for this many minutes; rounds in progress then still finish.
     #[arg(long, value_name = "N", default_value_t = 10)]
     minutes: u64,
-    /// The seed from which all rounds derive their seeds [default: from the clock]
+    /// The seed from which all rounds derive their seeds: the rounds of each judge are the same for
+    /// the same seed [default: from the clock]
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
     /// Run only these judges, separated by commas.
     #[arg(long, value_name = "JUDGE,…", value_delimiter = ',')]
     only: Vec<String>,
-    /// Repeat one round of one judge.
-    #[arg(long, value_name = "JUDGE:SEED", conflicts_with_all = ["only", "seed", "minutes"])]
+    /// Repeat one round of one judge, or the round that a kept file describes.
+    #[arg(long, value_name = "JUDGE:SEED|FILE", conflicts_with_all = ["only", "seed", "minutes"])]
     repeat: Option<String>,
     /// How many rounds run at the same time [default: one for each core]
     #[arg(long, value_name = "N")]
@@ -105,7 +110,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
         return Ok(());
     }
-    let judges = chosen(options)?;
+    let repeated = options.repeat.as_deref().map(keep::Repeated::parse).transpose()?;
+    let judges = chosen(options, repeated.as_ref())?;
     let keep = options.keep.clone().unwrap_or_else(|| workspace_root().join("target/soak"));
     std::fs::create_dir_all(&keep).with_context(|| format!("cannot create {}", keep.display()))?;
     let soak = Soak {
@@ -113,26 +119,27 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         report: Mutex::new(Report::new(&judges)),
         judges,
         keep,
+        directory: rounds_directory()?,
         profile: options.profile.clone(),
-        takeovers: options.takeovers,
+        takeovers: repeated.as_ref().and_then(|round| round.takeovers).unwrap_or(options.takeovers),
     };
-    match &options.repeat {
-        Some(round) => soak.repeat(round)?,
+    interrupt::watch()?;
+    match repeated {
+        Some(round) => soak.repeat(round.seed),
         None => soak.run(options),
     }
-    let report = soak.report.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    report.print_summary();
-    match report.violations() {
-        0 => Ok(()),
-        count => bail!("{count} rounds failed; they are kept in {}", soak.keep.display()),
-    }
+    soak.finish()
 }
 
-fn chosen(options: &Options) -> Result<Vec<Box<dyn Judge>>> {
+fn rounds_directory() -> Result<TempDir> {
+    let made = tempfile::Builder::new().prefix("soak-").tempdir();
+    made.context("cannot make a directory for the rounds")
+}
+
+fn chosen(options: &Options, repeated: Option<&keep::Repeated>) -> Result<Vec<Box<dyn Judge>>> {
     let all = judges::all();
-    let repeated = options.repeat.as_deref().and_then(|round| round.split(':').next());
     let wanted: Vec<&str> = match repeated {
-        Some(name) => vec![name],
+        Some(round) => vec![&round.judge],
         None => options.only.iter().map(String::as_str).collect(),
     };
     for name in &wanted {
@@ -151,6 +158,8 @@ struct Soak {
     judges: Vec<Box<dyn Judge>>,
     report: Mutex<Report>,
     keep: PathBuf,
+    /// Of the rounds in progress.
+    directory: TempDir,
     profile: String,
     takeovers: u64,
 }
@@ -165,14 +174,13 @@ impl Soak {
         let jobs = options
             .jobs
             .unwrap_or_else(|| thread::available_parallelism().map_or(2, std::num::NonZero::get));
-        let seeds = Mutex::new(Random::new(seed));
         let end = Instant::now() + Duration::from_secs(options.minutes.saturating_mul(60));
         thread::scope(|scope| {
             let workers: Vec<_> = (0..jobs.max(1))
                 .map(|_| {
                     scope.spawn(|| {
-                        while Instant::now() < end {
-                            self.next_round(&seeds);
+                        while Instant::now() < end && !interrupt::is_ending() {
+                            self.next_round(seed);
                         }
                     })
                 })
@@ -184,6 +192,7 @@ impl Soak {
                     let stuck = self.report().running();
                     println!("soak: a round of each of these does not end: {stuck}");
                     // There is no other way to end the threads that wait for them.
+                    std::fs::remove_dir_all(self.directory.path()).ok();
                     std::process::exit(1);
                 }
                 if Instant::now() >= next {
@@ -198,33 +207,45 @@ impl Soak {
         self.report.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Runs a round of the judge that had the least time so far.
-    fn next_round(&self, seeds: &Mutex<Random>) {
-        let seed = seeds.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
-        let index = self.report().begin_round();
-        self.round(index, seed);
+    /// Prints the figures.
+    ///
+    /// # Errors
+    ///
+    /// A round failed.
+    fn finish(self) -> Result<()> {
+        let report = self.report();
+        report.print_summary();
+        match report.violations() {
+            0 => Ok(()),
+            count => bail!("{count} rounds failed; they are kept in {}", self.keep.display()),
+        }
     }
 
-    fn repeat(&self, round: &str) -> Result<()> {
-        let seed = round.split(':').nth(1).and_then(|seed| seed.parse().ok());
-        let seed = seed.context("--repeat takes JUDGE:SEED")?;
+    /// Runs a round of the judge that had the least time so far.
+    fn next_round(&self, seed: u64) {
+        let (index, number) = self.report().begin_round();
+        self.round(index, seed_of_round(seed, self.judges[index].name(), number));
+    }
+
+    fn repeat(&self, seed: u64) {
         self.report().begin_round();
         self.round(0, seed);
-        Ok(())
     }
 
     fn round(&self, index: usize, seed: u64) {
         let judge = &self.judges[index];
         let start = Instant::now();
         let outcome = tempfile::Builder::new()
-            .prefix("soak-")
-            .tempdir()
+            .prefix("r-")
+            .tempdir_in(&self.directory)
             .map_err(anyhow::Error::from)
             .and_then(|directory| {
                 let (programs, takeovers) = (&self.programs, self.takeovers);
                 let round = Round { programs, directory: directory.path(), seed, takeovers };
                 let outcome = judge.round(&round);
-                if let Err(error) = &outcome {
+                if let Err(error) = &outcome
+                    && !interrupt::is_immediate()
+                {
                     let (judge, profile) = (judge.name(), &*self.profile);
                     let case = keep::Case { judge, seed, profile, takeovers };
                     let text = format!("{error:#}");
@@ -235,6 +256,20 @@ impl Soak {
                 }
                 outcome
             });
-        self.report().end_round(index, start.elapsed(), outcome.ok());
+        let outcome = match outcome {
+            Ok(judged) => Outcome::Judged(judged),
+            // Its programs were killed.
+            Err(_) if interrupt::is_immediate() => Outcome::Abandoned,
+            Err(_) => Outcome::Failed,
+        };
+        self.report().end_round(index, start.elapsed(), outcome);
     }
+}
+
+/// The seed of one round of a judge. It depends on nothing that takes time, so that the rounds of a
+/// judge are the same for the same `seed`.
+fn seed_of_round(seed: u64, judge: &str, number: u64) -> u64 {
+    let mix = |seed, more| Random::new(seed ^ more).next();
+    let of_judge = judge.bytes().fold(seed, |seed, byte| mix(seed, u64::from(byte)));
+    mix(of_judge, number)
 }

@@ -30,6 +30,14 @@ impl Programs {
     }
 }
 
+#[cfg(test)]
+impl Programs {
+    /// None, for judges that need none.
+    pub(super) fn none() -> Self {
+        Self { cli: PathBuf::new(), tests: HashMap::new() }
+    }
+}
+
 /// Builds the program, and the test programs of these names.
 ///
 /// # Errors

@@ -11,10 +11,23 @@ struct Row {
     unit: &'static str,
     /// Rounds in progress, so that workers choose different judges.
     running: u32,
+    /// Rounds that have begun.
+    begun: u64,
     rounds: u64,
     judged: u64,
     violations: u64,
     time: Duration,
+}
+
+/// The outcome of a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// Nothing was wrong with this many cases.
+    Judged(u64),
+    /// Something was wrong.
+    Failed,
+    /// It was interrupted.
+    Abandoned,
 }
 
 /// The figures of all judges.
@@ -30,6 +43,7 @@ impl Report {
             name: judge.name(),
             unit: judge.unit(),
             running: 0,
+            begun: 0,
             rounds: 0,
             judged: 0,
             violations: 0,
@@ -38,24 +52,27 @@ impl Report {
         Self { rows: judges.iter().map(|judge| row(&**judge)).collect(), start: Instant::now() }
     }
 
-    /// Returns the judge with the least time so far.
-    pub(super) fn begin_round(&mut self) -> usize {
+    /// Returns the judge with the least time so far, and the number of its rounds before this one.
+    pub(super) fn begin_round(&mut self) -> (usize, u64) {
         let next = self.rows.iter().enumerate().min_by_key(|(_, row)| (row.running, row.time));
         let index = next.map_or(0, |(index, _)| index);
-        self.rows[index].running += 1;
-        index
+        let row = &mut self.rows[index];
+        row.running += 1;
+        row.begun += 1;
+        (index, row.begun - 1)
     }
 
-    /// Records a round; `judged` is `None` if it failed.
-    pub(super) fn end_round(&mut self, index: usize, time: Duration, judged: Option<u64>) {
+    /// Records a round.
+    pub(super) fn end_round(&mut self, index: usize, time: Duration, outcome: Outcome) {
         let row = &mut self.rows[index];
         row.running -= 1;
-        row.rounds += 1;
         row.time += time;
-        match judged {
-            Some(count) => row.judged += count,
-            None => row.violations += 1,
+        match outcome {
+            Outcome::Judged(count) => row.judged += count,
+            Outcome::Failed => row.violations += 1,
+            Outcome::Abandoned => return,
         }
+        row.rounds += 1;
     }
 
     /// Returns the judges with a round in progress.

@@ -1,7 +1,9 @@
-//! Servers and commands that judges start.
+//! Servers and commands that judges start. Each has a process group of its own, so that Ctrl-C at the
+//! terminal ends none of them in the middle of a round.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
@@ -9,7 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process_group};
 
+use super::interrupt;
 use crate::command::command_line;
 
 /// Time limit for a server to start or to end.
@@ -52,6 +56,7 @@ impl Served {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
+            .process_group(0)
             .spawn()
             .context("cannot start the server")?;
         Ok(Self { child, complaints })
@@ -92,8 +97,8 @@ impl Served {
     ///
     /// It does not, or not with status 0.
     pub(super) fn end(mut self) -> Result<()> {
-        let id = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(id, rustix::process::Signal::TERM)?;
+        let id = Pid::from_child(&self.child);
+        rustix::process::kill_process(id, Signal::TERM)?;
         match wait(&mut self.child, PATIENCE)? {
             Some(status) if status.success() => Ok(()),
             Some(status) => bail!("the server ended with {status}: {}", self.complaints()),
@@ -167,7 +172,9 @@ pub(super) fn wait(child: &mut Child, patience: Duration) -> Result<Option<ExitS
         if let Some(status) = child.try_wait()? {
             return Ok(Some(status));
         }
-        if Instant::now() >= end {
+        if Instant::now() >= end || interrupt::is_immediate() {
+            // With what it has started.
+            kill_process_group(Pid::from_child(child), Signal::KILL).ok();
             child.kill().ok();
             child.wait()?;
             return Ok(None);
@@ -203,6 +210,7 @@ pub(super) fn run(command: &mut Command, said: &Path, patience: Duration) -> Res
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output)
+        .process_group(0)
         .spawn()
         .with_context(|| format!("cannot start {:?}", command.get_program()))?;
     let status = wait(&mut child, patience)?;
@@ -229,6 +237,7 @@ pub(super) fn output_if(command: &mut Command, statuses: &[i32]) -> Result<Strin
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
+        .process_group(0)
         .spawn()
         .with_context(|| format!("cannot start `{line}`"))?;
     let output = child.stdout.take().map(|mut pipe| thread::spawn(move || read_all(&mut pipe)));

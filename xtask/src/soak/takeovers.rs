@@ -1,5 +1,6 @@
 //! Servers take over from each other while clients write, and some are killed during the takeover.
 
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -137,7 +138,8 @@ impl Relay<'_> {
             thread::sleep(Duration::from_micros(random.below(100_000)));
             let mut command = self.command(true);
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-            let mut successor = command.spawn().context("cannot start a successor")?;
+            let mut successor =
+                command.process_group(0).spawn().context("cannot start a successor")?;
             thread::sleep(Duration::from_micros(random.below(200_000)));
             is_killed.store(true, Ordering::SeqCst);
             let is_successor_first = random.one_in(2);
