@@ -4,18 +4,40 @@
 
 #![allow(dead_code, unused_imports, reason = "the commands that use it follow")]
 
+mod checking;
+mod collecting;
+mod config;
 mod error;
 mod id;
+mod listing;
+mod making;
+mod map;
+mod objects;
 mod pack;
 mod page;
 mod protocol;
 mod reader;
+mod reading;
+mod repository;
+mod retention;
 mod root;
 mod seal;
+mod session_record;
 mod stored;
+#[cfg(test)]
+mod tests;
 
+pub use self::checking::{Checked, Problem};
+pub use self::collecting::{CollectOptions, Garbage, SessionInfo};
 pub use self::error::{RepositoryError, RepositoryErrorKind, Result};
 pub use self::id::Id;
+pub use self::listing::BackupInfo;
+pub use self::making::{Made, NewBackup, Session};
+pub use self::objects::Creates;
 pub use self::pack::PACK_SIZE;
 pub use self::page::{BLOCK_SIZE, PAGE_BLOCKS};
+pub use self::reading::{Damage, OnDamage, OpenBackup};
+pub use self::repository::Repository;
+pub use self::retention::Retention;
 pub use self::root::{DISK_SIZE_MAX, Head};
+pub use self::session_record::SessionRecord;

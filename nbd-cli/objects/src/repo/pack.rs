@@ -49,6 +49,10 @@ impl PackBuilder {
         Self { id, bytes: Vec::new(), entries: Vec::new() }
     }
 
+    pub(crate) fn id(&self) -> PackId {
+        self.id
+    }
+
     /// Bytes so far.
     pub(crate) fn len(&self) -> usize {
         self.bytes.len()

@@ -76,6 +76,8 @@ pub(crate) struct PageRoot {
     pub(crate) stored: Stored,
     /// Length before compression, in bytes.
     pub(crate) content: u32,
+    /// Blocks of it that are not zero.
+    pub(crate) data_blocks: u16,
     /// The first of its references in [`Root::references`], and their number.
     references: (u32, u16),
 }
@@ -104,15 +106,20 @@ impl RootBuilder {
         self.root.pages.push(None);
     }
 
-    /// Adds a page whose place is set later; returns its number.
-    pub(crate) fn page(&mut self, place: Stored, content: u32, packs: &[PackId]) -> Result<usize> {
+    /// Pages so far.
+    pub(crate) fn len(&self) -> usize {
+        self.root.pages.len()
+    }
+
+    /// Adds a page of so many bytes, so many blocks of which are not zero, in these packs. [`place`](Self::place) says where
+    /// it is.
+    pub(crate) fn page(&mut self, content: u32, data_blocks: u16, packs: &[PackId]) -> Result<()> {
         let first = u32::try_from(self.root.references.len()).unwrap_or(u32::MAX);
         let count = u16::try_from(packs.len()).unwrap_or(u16::MAX);
         for &pack in packs {
             let number = self.number(pack)?;
             self.root.references.push(number);
         }
-        self.number(place.pack)?;
         let is_small = self.root.references.len() <= REFERENCES_MAX;
         if !is_small || self.root.packs.len() > REFERENCES_MAX {
             return Err(RepositoryError::invalid(
@@ -120,9 +127,20 @@ impl RootBuilder {
                  another name",
             ));
         }
+        let nowhere = PackId { session: Id::from_bytes([0; 16]), number: 0 };
+        let stored = Stored { pack: nowhere, offset: 0, length: 0, hash: Hash([0; 16]) };
         let references = (first, count);
-        self.root.pages.push(Some(PageRoot { stored: place, content, references }));
-        Ok(self.root.pages.len() - 1)
+        self.root.pages.push(Some(PageRoot { stored, content, data_blocks, references }));
+        Ok(())
+    }
+
+    /// Says where a page is that was added before.
+    pub(crate) fn place(&mut self, page: usize, place: Stored) -> Result<()> {
+        self.number(place.pack)?;
+        if let Some(Some(page)) = self.root.pages.get_mut(page) {
+            page.stored = place;
+        }
+        Ok(())
     }
 
     fn number(&mut self, pack: PackId) -> Result<u32> {
@@ -173,16 +191,18 @@ impl Root {
         let numbers: HashMap<_, _> = self.packs.iter().zip(1u32..).collect();
         push(&mut bytes, self.pages.len());
         for page in &self.pages {
-            let Some(PageRoot { stored, content, references: (first, count) }) = page else {
+            let Some(page) = page else {
                 bytes.extend_from_slice(&0u32.to_le_bytes());
                 continue;
             };
+            let PageRoot { stored, content, data_blocks, references: (first, count) } = page;
             let number = numbers.get(&stored.pack).copied().unwrap_or_default();
             for word in [number, stored.offset, stored.length] {
                 bytes.extend_from_slice(&word.to_le_bytes());
             }
             bytes.extend_from_slice(&stored.hash.0);
             bytes.extend_from_slice(&content.to_le_bytes());
+            bytes.extend_from_slice(&data_blocks.to_le_bytes());
             bytes.extend_from_slice(&count.to_le_bytes());
             let first = *first as usize;
             for number in &self.references[first..first + usize::from(*count)] {
@@ -225,7 +245,7 @@ impl Root {
     fn page(&mut self, reader: &mut Reader<'_>, pack: PackId) -> Option<PageRoot> {
         let stored = stored(reader, pack, (PAGE_LEN_MAX + OVERHEAD) as u32)?;
         let content = reader.u32()?;
-        let count = reader.u16()?;
+        let (data_blocks, count) = (reader.u16()?, reader.u16()?);
         let first = u32::try_from(self.references.len()).ok()?;
         for _ in 0..count {
             let number = reader.u32()?;
@@ -233,7 +253,8 @@ impl Root {
             self.references.push(number);
         }
         let is_possible = content as usize <= PAGE_LEN_MAX;
-        is_possible.then_some(PageRoot { stored, content, references: (first, count) })
+        let references = (first, count);
+        is_possible.then_some(PageRoot { stored, content, data_blocks, references })
     }
 }
 
@@ -288,6 +309,15 @@ pub(crate) fn forgotten(object: &Bytes) -> Bytes {
     let mut object = object.to_vec();
     if let Some(kind) = object.get_mut(MAGIC.len()) {
         *kind = 1;
+    }
+    object.into()
+}
+
+/// Returns the backup that a tombstone still has.
+pub(crate) fn live(object: &Bytes) -> Bytes {
+    let mut object = object.to_vec();
+    if let Some(kind) = object.get_mut(MAGIC.len()) {
+        *kind = 0;
     }
     object.into()
 }
@@ -355,7 +385,10 @@ mod tests {
             let packs: Vec<_> = (0..number % 5).map(|n| pack(number + n)).collect();
             match number % 4 {
                 0 => builder.zero(),
-                _ => drop(builder.page(place, 77, &packs).unwrap()),
+                _ => {
+                    builder.page(77, 3, &packs).unwrap();
+                    builder.place(number as usize, place).unwrap();
+                }
             }
         }
         builder.finish()

@@ -6,6 +6,9 @@ use std::sync::Arc;
 use super::super::id::{Folder, Id, Key, PackId};
 use super::{Answer, Object, Request, Rules, Step};
 
+/// Deletions of packs at a time.
+const DELETIONS: usize = 16;
+
 /// Condemns what no backup needs, waits for the sessions that may not know of it, looks again, and
 /// deletes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -101,6 +104,22 @@ impl Collector {
     pub(crate) fn give_up(&mut self) {
         if matches!(self.state, State::Running(_)) {
             self.state = State::Forgive;
+        }
+    }
+
+    /// The next requests, if they are deletions of packs, which may be carried out in any order.
+    /// [`deleted`](Self::deleted) takes the answers.
+    pub(crate) fn deletions(&self) -> &[PackId] {
+        match &self.state {
+            State::Delete(packs) => &packs[packs.len().saturating_sub(DELETIONS)..],
+            _ => &[],
+        }
+    }
+
+    /// All of [`deletions`](Self::deletions) were answered.
+    pub(crate) fn deleted(&mut self) {
+        for _ in 0..self.deletions().len() {
+            self.answer(Answer::Done);
         }
     }
 

@@ -1,0 +1,328 @@
+//! Forgets backups, and collects what nobody needs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+
+use super::error::{RepositoryError, RepositoryErrorKind, Result};
+use super::id::{Folder, Id, Key, PackId};
+use super::objects::{Creates, SMALL_LEN_MAX};
+use super::protocol::{Answer, Collected, Collector, Forget, Object, Request, Rules, Step};
+use super::repository::Repository;
+use super::session_record::SessionRecord;
+
+/// How a gc treats backups that are being made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CollectOptions {
+    /// A session that gives no sign of life for so long is ended. Backups give one each minute, by
+    /// default this is 5 minutes. Where the store ignores creates, no session is ended.
+    pub idle: Duration,
+    /// Time to wait for sessions that live; then nothing is deleted. By default an hour.
+    pub wait: Duration,
+    /// Whether only to say what would be deleted.
+    pub dry_run: bool,
+}
+
+impl Default for CollectOptions {
+    fn default() -> Self {
+        let (idle, wait) = (Duration::from_secs(300), Duration::from_secs(3600));
+        Self { idle, wait, dry_run: false }
+    }
+}
+
+/// The result of a gc.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Garbage {
+    /// Packs that were deleted, or would be.
+    pub packs: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Sessions that were ended, because they gave no sign of life.
+    pub ended: Vec<Id>,
+    /// The session that runs, because of which nothing was deleted.
+    pub running: Option<Id>,
+    /// Lists of condemned packs of others that are still there.
+    pub lists: Vec<Id>,
+}
+
+/// A backup that is being made, or was interrupted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionInfo {
+    /// Its identity.
+    pub id: Id,
+    /// Who makes which backup, unless the object is damaged.
+    pub record: Option<SessionRecord>,
+}
+
+impl Repository {
+    /// Forgets a backup. Its packs stay until the next gc. Returns whether it was there.
+    ///
+    /// # Errors
+    ///
+    /// If its object is damaged, unless `damaged` says that this is known; and as for all requests to
+    /// the store.
+    pub async fn forget(&self, id: Id, damaged: bool) -> Result<bool> {
+        let mut machine = Forget::new(id);
+        loop {
+            match machine.step() {
+                Step::Reached(was_there) => return Ok(was_there),
+                Step::Request(request) => match self.objects.carry_out(request).await {
+                    Ok(answer) => machine.answer(answer),
+                    Err(error) if damaged && error.kind() == RepositoryErrorKind::Damaged => {
+                        let tombstone = Object::Tombstone(None);
+                        self.objects.carry_out(Request::Put(Key::Backup(id), tombstone)).await?;
+                        return Ok(true);
+                    }
+                    Err(error) => return Err(error),
+                },
+            }
+        }
+    }
+
+    /// Lists the backups that are being made or were interrupted.
+    ///
+    /// # Errors
+    ///
+    /// As for all requests to the store.
+    pub async fn sessions(&self) -> Result<Vec<SessionInfo>> {
+        let mut sessions = Vec::new();
+        for listed in self.objects.list(Folder::Sessions).await? {
+            if let Key::Session(id) = listed.key {
+                let found = self.record(id).await?;
+                let record = found.map(|(record, _)| record);
+                sessions.push(SessionInfo { id, record });
+            }
+        }
+        Ok(sessions)
+    }
+
+    async fn record(&self, id: Id) -> Result<Option<(SessionRecord, u32)>> {
+        let object = self.objects.read(&Key::Session(id).to_string(), SMALL_LEN_MAX).await?;
+        Ok(object.and_then(|object| SessionRecord::decode(&self.objects.sealer, id, &object)))
+    }
+
+    /// Lists the pins: who reads which backup.
+    ///
+    /// # Errors
+    ///
+    /// As for all requests to the store, and if a pin is damaged.
+    pub async fn pins(&self) -> Result<Vec<(Id, Id)>> {
+        let mut pins = Vec::new();
+        for listed in self.objects.list(Folder::Pins).await? {
+            let Key::Pin(pin) = listed.key else { continue };
+            if let Answer::Found(Object::Pin(id)) =
+                self.objects.carry_out(Request::Get(listed.key)).await?
+            {
+                pins.push((pin, id));
+            }
+        }
+        Ok(pins)
+    }
+
+    /// Ends a session or removes a pin, by its identity. Returns whether there was one.
+    ///
+    /// A backup that is being made under this session fails at its end. A reader with this pin may
+    /// fail after the next gc, if its backup was forgotten.
+    ///
+    /// # Errors
+    ///
+    /// As for all requests to the store.
+    pub async fn end_session(&self, id: Id) -> Result<bool> {
+        let pin = Key::Pin(id).to_string();
+        if self.objects.read(&pin, SMALL_LEN_MAX).await?.is_some() {
+            return self.objects.delete(&pin).await.map(|()| true);
+        }
+        let session = Key::Session(id);
+        if self.objects.read(&session.to_string(), SMALL_LEN_MAX).await?.is_none() {
+            return Ok(false);
+        }
+        let key = Key::Backup(id);
+        // Where creates write over what is there, this must not be a backup.
+        if self.objects.carry_out(Request::Get(key)).await? == Answer::Missing {
+            self.objects.carry_out(Request::Create(key, Object::Tombstone(None))).await?;
+        }
+        self.objects.carry_out(Request::Delete(session)).await?;
+        Ok(true)
+    }
+
+    /// Deletes the packs that no backup needs.
+    ///
+    /// # Errors
+    ///
+    /// If an object of a backup cannot be read: nothing is deleted then; and as for all requests to
+    /// the store.
+    ///
+    /// # Cancel safety
+    ///
+    /// A gc may be killed at any time. What it condemned is not used by new backups; the next gc
+    /// deletes it.
+    pub async fn collect(&self, options: &CollectOptions) -> Result<Garbage> {
+        let id = Id::random()?;
+        let mut machine = Collector::new(id, Rules::ALL);
+        let mut sizes = BTreeMap::new();
+        let mut garbage = Garbage::default();
+        let mut patience = Patience::new(options);
+        loop {
+            let deletions = machine.deletions().to_vec();
+            if !deletions.is_empty() {
+                let deleting = deletions
+                    .iter()
+                    .map(|&pack| self.objects.carry_out(Request::Delete(Key::Pack(pack))));
+                // If one fails, the list stays: a deletion may still be on its way.
+                join_all(deleting).await.into_iter().collect::<Result<Vec<_>>>()?;
+                garbage.packs += deletions.len() as u64;
+                garbage.bytes +=
+                    deletions.iter().filter_map(|pack| sizes.remove(pack)).sum::<u64>();
+                machine.deleted();
+                continue;
+            }
+            match machine.step() {
+                Step::Request(Request::List(Folder::Packs)) => {
+                    let listed = self.objects.list(Folder::Packs).await?;
+                    sizes = listed.iter().filter_map(|it| Some((pack(it.key)?, it.size))).collect();
+                    machine.answer(Answer::Listed(listed.iter().map(|it| it.key).collect()));
+                }
+                Step::Request(Request::Put(Key::Condemned(_), _)) if options.dry_run => {
+                    let condemned = machine.condemned();
+                    garbage.packs = condemned.len() as u64;
+                    garbage.bytes = condemned.iter().filter_map(|pack| sizes.get(pack)).sum();
+                    return Ok(garbage);
+                }
+                Step::Request(request) => machine.answer(self.objects.carry_out(request).await?),
+                Step::Reached(Collected::Running(session)) => {
+                    match self.decide(session, &mut patience).await? {
+                        Decision::End => {
+                            garbage.ended.push(session);
+                            machine.fence();
+                        }
+                        Decision::Wait => machine.look_again(),
+                        Decision::GiveUp => {
+                            garbage.running = Some(session);
+                            machine.give_up();
+                        }
+                    }
+                }
+                Step::Reached(Collected::Done(_)) => break,
+            }
+        }
+        garbage.lists = self.other_lists(&sizes.into_keys().collect()).await?;
+        Ok(garbage)
+    }
+
+    /// Removes the lists of interrupted collectors none of whose packs is there, so that these
+    /// collectors cannot delete anything. Returns the others.
+    async fn other_lists(&self, packs: &BTreeSet<PackId>) -> Result<Vec<Id>> {
+        let mut others = Vec::new();
+        for listed in self.objects.list(Folder::Condemned).await? {
+            let Key::Condemned(id) = listed.key else { continue };
+            let Answer::Found(Object::Condemned(list)) =
+                self.objects.carry_out(Request::Get(listed.key)).await?
+            else {
+                continue;
+            };
+            match list.is_disjoint(packs) {
+                true => self.objects.delete(&listed.key.to_string()).await?,
+                false => others.push(id),
+            }
+        }
+        Ok(others)
+    }
+
+    /// Removes the list of a gc that was interrupted. The caller knows that it does not run any more.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such list.
+    pub async fn forget_list(&self, id: Id) -> Result<()> {
+        let name = Key::Condemned(id).to_string();
+        if self.objects.read(&name, u64::MAX).await?.is_none() {
+            return Err(RepositoryError::not_found(format!("{} has no list {id}", self.name())));
+        }
+        self.objects.delete(&name).await
+    }
+
+    /// Decides about a session that runs, perhaps after a while.
+    async fn decide(&self, session: Id, patience: &mut Patience) -> Result<Decision> {
+        let counter = self.record(session).await?.map(|(_, counter)| counter);
+        let decision = patience.decide(session, counter, Instant::now());
+        let decision = match (decision, self.creates()) {
+            (Decision::End, Creates::Overwriting) => Decision::GiveUp,
+            (decision, _) => decision,
+        };
+        if decision == Decision::Wait {
+            tokio::time::sleep(patience.interval()).await;
+        }
+        Ok(decision)
+    }
+}
+
+fn pack(key: Key) -> Option<PackId> {
+    match key {
+        Key::Pack(pack) => Some(pack),
+        _ => None,
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Decision {
+    End,
+    Wait,
+    GiveUp,
+}
+
+/// What is known of the sessions for which a gc waits.
+struct Patience {
+    idle: Duration,
+    until: Instant,
+    /// When the counter of a session had its value first.
+    seen: BTreeMap<Id, (Option<u32>, Instant)>,
+}
+
+impl Patience {
+    fn new(options: &CollectOptions) -> Self {
+        let now = Instant::now();
+        // So long that it does not matter.
+        let until = now.checked_add(options.wait).unwrap_or(now + Duration::from_secs(86_400));
+        Self { idle: options.idle, until, seen: BTreeMap::new() }
+    }
+
+    fn interval(&self) -> Duration {
+        (self.idle / 10).clamp(Duration::from_millis(20), Duration::from_secs(15))
+    }
+
+    fn decide(&mut self, session: Id, counter: Option<u32>, now: Instant) -> Decision {
+        let seen = self.seen.entry(session).or_insert((counter, now));
+        if seen.0 != counter {
+            *seen = (counter, now);
+        }
+        if now.saturating_duration_since(seen.1) >= self.idle {
+            return Decision::End;
+        }
+        if now >= self.until { Decision::GiveUp } else { Decision::Wait }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_sessions_without_a_sign_of_life_are_ended() {
+        let options =
+            CollectOptions { wait: Duration::from_secs(400), ..CollectOptions::default() };
+        let mut patience = Patience::new(&options);
+        let (slow, dead) = (Id::from_bytes([1; 16]), Id::from_bytes([2; 16]));
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(patience.decide(dead, Some(3), after(0)), Decision::Wait);
+        assert_eq!(patience.decide(slow, Some(3), after(0)), Decision::Wait);
+        assert_eq!(patience.decide(slow, Some(4), after(200)), Decision::Wait);
+        assert_eq!(patience.decide(dead, Some(3), after(299)), Decision::Wait);
+        assert_eq!(patience.decide(dead, Some(3), after(300)), Decision::End);
+        assert_eq!(patience.decide(slow, Some(6), after(390)), Decision::Wait);
+        assert_eq!(patience.decide(slow, Some(6), after(401)), Decision::GiveUp);
+    }
+}

@@ -1,0 +1,211 @@
+//! The backups of a repository, and how one of them is named.
+
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use object_store::GetRange;
+
+use super::error::{RepositoryError, Result};
+use super::id::{Folder, Id, Key};
+use super::repository::Repository;
+use super::root::{self, Head, Kind, PREFIX_LEN};
+
+/// Heads read at a time.
+const READS: usize = 16;
+/// Bytes read of each backup: the head, unless its names are long.
+const FIRST_LEN: u64 = 4096;
+/// Milliseconds of a day.
+const DAY: u64 = 86_400_000;
+
+/// A backup in a list.
+#[derive(Clone, Debug)]
+pub struct BackupInfo {
+    /// Its identity.
+    pub id: Id,
+    /// What it is, unless its object is damaged.
+    pub head: Result<Head>,
+    /// Whether it was forgotten, and its packs may be deleted.
+    pub is_forgotten: bool,
+}
+
+impl Repository {
+    /// Lists the backups, oldest first, with those that were forgotten since the last gc.
+    ///
+    /// # Errors
+    ///
+    /// As for all requests to the store. A damaged backup is no error.
+    pub async fn list(&self) -> Result<Vec<BackupInfo>> {
+        let listed = self.objects.list(Folder::Backups).await?;
+        // Nothing is behind the prefix of a tombstone that is left for its name alone.
+        let listed = listed.into_iter().filter(|listed| listed.size != PREFIX_LEN as u64);
+        let ids = listed.filter_map(|listed| match listed.key {
+            Key::Backup(id) => Some(id),
+            _ => None,
+        });
+        let found = futures_util::stream::iter(ids).map(|id| self.look(id)).buffered(READS);
+        let mut found: Vec<_> =
+            found.try_collect::<Vec<_>>().await?.into_iter().flatten().collect();
+        found.sort_by_key(|info| (info.head.as_ref().map_or(0, |head| head.time), info.id));
+        Ok(found)
+    }
+
+    async fn look(&self, id: Id) -> Result<Option<BackupInfo>> {
+        let first = |length| GetRange::Bounded(0..length);
+        let key = Key::Backup(id);
+        let Some((mut bytes, size)) = self.objects.read_some(key, first(FIRST_LEN)).await? else {
+            return Ok(None);
+        };
+        let damaged = || RepositoryError::damaged(format!("the object {key} is damaged"));
+        let wanted = (PREFIX_LEN + root::head_length(&bytes).unwrap_or_default()) as u64;
+        if wanted > bytes.len() as u64 && wanted <= size {
+            bytes = match self.objects.read_some(key, first(wanted)).await? {
+                Some((bytes, _)) => bytes,
+                None => return Ok(None),
+            };
+        }
+        let kind = root::kind(&bytes);
+        if kind == Some(Kind::Empty) {
+            return Ok(None);
+        }
+        let head = match kind {
+            Some(_) => root::head(&self.objects.sealer, id, &bytes),
+            None => Err(damaged()),
+        };
+        Ok(Some(BackupInfo { id, head, is_forgotten: kind == Some(Kind::Forgotten) }))
+    }
+
+    /// Finds the backup that a text names: `NAME@latest` or `NAME`, `NAME@2026-11-20` (the newest of
+    /// this day, in UTC), `NAME@2026-11-20T18:30` (the newest that was begun before), `NAME@ID` (the
+    /// first digits of its identity are enough).
+    ///
+    /// # Errors
+    ///
+    /// If no backup, or more than one, is meant.
+    pub async fn find(&self, text: &str) -> Result<(Id, Head)> {
+        let (name, which) = text.rsplit_once('@').unwrap_or((text, "latest"));
+        let all = self.list().await?;
+        let live = all.iter().filter(|info| !info.is_forgotten);
+        let heads = live.filter_map(|info| Some((info.id, info.head.as_ref().ok()?)));
+        let own: Vec<_> = heads.filter(|(_, head)| head.name == name).collect();
+        if own.is_empty() {
+            let mut names: Vec<_> =
+                all.iter().filter_map(|info| Some(&*info.head.as_ref().ok()?.name)).collect();
+            names.sort_unstable();
+            names.dedup();
+            names.truncate(8);
+            let has = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+            return Err(RepositoryError::not_found(format!(
+                "{} has no backup of '{name}' (it has backups of: {has})",
+                self.name()
+            )));
+        }
+        let found = match Which::parse(which) {
+            Some(Which::Latest) => own.last(),
+            Some(Which::Day(day)) => own.iter().rfind(|(_, head)| head.time / DAY == day),
+            Some(Which::AsOf(time)) => own.iter().rfind(|(_, head)| head.time < time),
+            Some(Which::Id(start)) => {
+                let mut found = own.iter().filter(|(id, _)| id.to_string().starts_with(&start));
+                let first = found.next();
+                if found.next().is_some() {
+                    return Err(RepositoryError::invalid(format!(
+                        "more than one backup of '{name}' starts with '{start}'"
+                    )));
+                }
+                first
+            }
+            None => {
+                return Err(RepositoryError::invalid(format!(
+                    "'@{which}' is none of @latest, a day (@2026-11-20), a time \
+                     (@2026-11-20T18:30) and the first digits of a backup's identity"
+                )));
+            }
+        };
+        let found = found.ok_or_else(|| {
+            RepositoryError::not_found(format!("{} has no backup '{text}'", self.name()))
+        });
+        found.map(|(id, head)| (*id, (*head).clone()))
+    }
+}
+
+/// Which backup of a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Which {
+    Latest,
+    /// Days since 1970.
+    Day(u64),
+    /// Milliseconds since 1970.
+    AsOf(u64),
+    Id(String),
+}
+
+impl Which {
+    fn parse(text: &str) -> Option<Self> {
+        if text == "latest" {
+            return Some(Self::Latest);
+        }
+        if text.contains('-') {
+            let (date, time) = match text.split_once('T') {
+                Some((date, time)) => (date, Some(time.strip_suffix('Z').unwrap_or(time))),
+                None => (text, None),
+            };
+            let day = day(date)?;
+            return match time {
+                None => Some(Self::Day(day)),
+                Some(time) => Some(Self::AsOf(day * DAY + milliseconds(time)?)),
+            };
+        }
+        let is_id = text.len() >= 4 && text.len() <= 32;
+        let is_hex = text.bytes().all(|it| it.is_ascii_digit() || (b'a'..=b'f').contains(&it));
+        (is_id && is_hex).then(|| Self::Id(text.to_owned()))
+    }
+}
+
+/// Parses decimal digits, exactly as many.
+fn digits(text: &str, count: usize) -> Option<u64> {
+    let is_number = text.len() == count && text.bytes().all(|byte| byte.is_ascii_digit());
+    is_number.then(|| text.parse().ok()).flatten()
+}
+
+/// The days from 1970 to a day of the Gregorian calendar.
+fn day(text: &str) -> Option<u64> {
+    let mut parts = text.splitn(3, '-');
+    let year = digits(parts.next()?, 4).filter(|year| *year >= 1970)?;
+    let month = digits(parts.next()?, 2).filter(|month| (1..=12).contains(month))?;
+    let day = digits(parts.next()?, 2).filter(|day| (1..=31).contains(day))?;
+    // Years are counted from March, so that the day of a leap year comes last.
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let days = 365 * year + year / 4 - year / 100 + year / 400;
+    (days + (153 * month + 2) / 5 + day - 1).checked_sub(719_468)
+}
+
+fn milliseconds(text: &str) -> Option<u64> {
+    let mut parts = text.splitn(3, ':');
+    let hour = digits(parts.next()?, 2).filter(|hour| *hour < 24)?;
+    let minute = digits(parts.next()?, 2).filter(|minute| *minute < 60)?;
+    let second = parts.next().map_or(Some(0), |text| digits(text, 2)).filter(|it| *it < 60)?;
+    Some(((hour * 60 + minute) * 60 + second) * 1000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backups_are_named_by_day_time_and_identity() {
+        for (text, expected) in [
+            ("latest", Some(Which::Latest)),
+            ("1970-01-01", Some(Which::Day(0))),
+            ("2000-02-29", Some(Which::Day(11_016))),
+            ("2100-03-01", Some(Which::Day(47_541))),
+            ("1970-01-02T01:02", Some(Which::AsOf(DAY + 62 * 60_000))),
+            ("1970-01-02T01:02:03Z", Some(Which::AsOf(DAY + 62 * 60_000 + 3000))),
+            ("0193abcd", Some(Which::Id("0193abcd".to_owned()))),
+            ("yesterday", None),
+            ("1970-13-01", None),
+            ("1970-1-1", None),
+            ("1970-01-01T24:00", None),
+            ("+970-01-01", None),
+            ("", None),
+        ] {
+            assert_eq!(Which::parse(text), expected, "{text}");
+        }
+    }
+}

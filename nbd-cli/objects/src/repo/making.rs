@@ -1,0 +1,595 @@
+//! Makes a backup.
+
+mod blocks;
+mod known;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use tokio::task::{AbortHandle, JoinHandle, JoinSet};
+
+use self::blocks::{Prepared, prepare};
+use self::known::Known;
+use super::error::{RepositoryError, RepositoryErrorKind, Result};
+use super::id::{Id, Key, PackId};
+use super::map::Map;
+use super::pack::{FrameKind, PACK_SIZE, PackBuilder};
+use super::page::{BLOCK_SIZE, PAGE_BLOCKS, PAGE_SPAN, Page};
+use super::protocol::{Answer, Backup, Committed, Request, Rules, Step, Writer};
+use super::repository::Repository;
+use super::root::{self, DISK_SIZE_MAX, Head, RootBuilder};
+use super::seal::{Hash, PACKS_MAX, Sealer};
+use super::session_record::SessionRecord;
+use super::stored::Stored;
+
+/// Packs that are sent at a time.
+const PUTS: usize = 4;
+/// Pieces of data that are compressed at a time.
+const PIECES: usize = 8;
+/// Interval at which the record of the session is renewed.
+const RENEWAL: Duration = Duration::from_secs(60);
+
+/// A backup that is to be made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NewBackup {
+    /// The name of the disk: 1 to 1024 bytes, without `@` and control characters.
+    pub name: String,
+    /// Size of the disk in bytes, at most [`DISK_SIZE_MAX`].
+    pub size: u64,
+    /// The machine that makes it, for those who list sessions.
+    pub host: String,
+    /// The export that is read.
+    pub export: Option<String>,
+    /// The dirty bitmap that starts with this backup.
+    pub bitmap: Option<String>,
+    /// The identity that the server knows for this backup.
+    pub identity: Option<String>,
+    /// The identity of the disk.
+    pub disk: Option<String>,
+    /// The backup on which this one builds: what is equal there is not sent again.
+    pub base: Option<Id>,
+    /// Other backups whose blocks are not sent again either.
+    pub like: Vec<Id>,
+}
+
+/// The result of a backup. Sizes are in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Made {
+    /// Its identity.
+    pub id: Id,
+    /// Bytes of the disk that are not zero, in whole blocks.
+    pub data: u64,
+    /// Bytes that were added to the repository.
+    pub added: u64,
+    /// Bytes of the disk that were found in the repository: in the last backup, in those that were
+    /// named, or in an interrupted session.
+    pub found: u64,
+    /// Packs that were written.
+    pub packs: u32,
+}
+
+/// A backup that is being made. Give it the whole disk in order, by [`data`](Self::data),
+/// [`zero`](Self::zero) and [`unchanged`](Self::unchanged), and commit it.
+///
+/// # Cancel safety
+///
+/// Dropping it at any time leaves an interrupted session: no backup, and packs that the next backup
+/// of this name uses again.
+#[derive(Debug)]
+pub struct Session {
+    repository: Repository,
+    id: Id,
+    new: NewBackup,
+    time: u64,
+    writer: Writer,
+    base: Option<Map>,
+    known: Arc<Known>,
+    /// Blocks that were given.
+    given: u64,
+    /// What was given and is not yet in the map.
+    queue: VecDeque<Piece>,
+    /// The page that is being filled.
+    page: Page,
+    root: RootBuilder,
+    /// Compressed pages that are in no pack yet: number, frame, hash.
+    pages: Vec<(usize, Vec<u8>, Hash)>,
+    pages_len: usize,
+    pack: PackBuilder,
+    next_pack: u32,
+    puts: JoinSet<Result<()>>,
+    renewal: AbortHandle,
+    data: u64,
+    added: u64,
+    found: u64,
+}
+
+#[derive(Debug)]
+enum Piece {
+    Zero(u64),
+    Stored(Vec<Option<Stored>>),
+    /// A whole page of the base.
+    Page(usize),
+    Data(JoinHandle<Vec<Prepared>>),
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.renewal.abort();
+    }
+}
+
+impl Repository {
+    /// Begins a backup. Needs a tokio runtime, with time.
+    ///
+    /// # Errors
+    ///
+    /// If the name or the size is refused, if the base is of a disk of another size or was
+    /// forgotten, and as for all requests to the store.
+    pub async fn begin(&self, new: NewBackup) -> Result<Session> {
+        check(&new)?;
+        let id = Id::random()?;
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let time = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+        let record = SessionRecord { name: new.name.clone(), host: new.host.clone(), time };
+        let objects = &self.objects;
+        let mut writer = Writer::new(id, record.encode(&objects.sealer, id, 0)?, Rules::ALL);
+        self.drive(&mut writer).await?;
+        // Only now: what was condemned before is known.
+        let base = match new.base {
+            Some(base) => Some(Map::open(self, base).await?),
+            None => None,
+        };
+        let known = Known::find(self, &writer, (id, &new.name), &new.like).await?;
+        let renewal = tokio::spawn(renew(self.clone(), id, record)).abort_handle();
+        Ok(Session {
+            repository: self.clone(),
+            id,
+            time,
+            writer,
+            base,
+            known: Arc::new(known),
+            given: 0,
+            queue: VecDeque::new(),
+            page: Page::default(),
+            root: RootBuilder::default(),
+            pages: Vec::new(),
+            pages_len: 0,
+            pack: PackBuilder::new(PackId { session: id, number: 0 }),
+            next_pack: 1,
+            puts: JoinSet::new(),
+            renewal,
+            data: 0,
+            added: 0,
+            found: 0,
+            new,
+        })
+    }
+
+    /// Carries the requests of a writer out, until it is ready or has ended.
+    async fn drive(&self, writer: &mut Writer) -> Result<Committed> {
+        loop {
+            match writer.step() {
+                Step::Reached(reached) => return Ok(reached),
+                Step::Request(request) => {
+                    let removes = matches!(request, Request::Delete(_));
+                    match self.objects.carry_out(request).await {
+                        Ok(answer) => writer.answer(answer),
+                        // The backup is there, or is not: the record is the next gc's to remove.
+                        Err(_) if removes => writer.answer(Answer::Done),
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn check(new: &NewBackup) -> Result<()> {
+    let is_name = |name: &str| !name.contains('@') && !name.contains(char::is_control);
+    if new.name.is_empty() || new.name.len() > 1024 || !is_name(&new.name) {
+        return Err(RepositoryError::invalid(
+            "the name of a disk has 1 to 1024 bytes, and neither '@' nor control characters",
+        ));
+    }
+    if new.size > DISK_SIZE_MAX {
+        return Err(RepositoryError::invalid(format!(
+            "the disk has {} bytes; a backup has at most {DISK_SIZE_MAX}",
+            new.size
+        )));
+    }
+    Ok(())
+}
+
+/// Renews the record, so that a collector can tell a slow backup from one that was killed.
+async fn renew(repository: Repository, id: Id, record: SessionRecord) {
+    for counter in 1.. {
+        tokio::time::sleep(RENEWAL).await;
+        if let Ok(object) = record.encode(&repository.objects.sealer, id, counter) {
+            // A failure costs nothing but patience.
+            let _ = repository.objects.write(&Key::Session(id).to_string(), object).await;
+        }
+    }
+}
+
+impl Session {
+    /// The identity of the session and of the backup.
+    pub fn id(&self) -> Id {
+        self.id
+    }
+
+    /// Blocks of the disk.
+    fn blocks(&self) -> u64 {
+        self.new.size.div_ceil(BLOCK_SIZE)
+    }
+
+    /// Bytes of the disk that were given.
+    pub fn position(&self) -> u64 {
+        (self.given * BLOCK_SIZE).min(self.new.size)
+    }
+
+    /// Gives the next bytes of the disk: whole blocks, unless the disk ends.
+    ///
+    /// # Errors
+    ///
+    /// If the bytes are not whole blocks or too many, and as for all requests to the store.
+    pub async fn data(&mut self, bytes: Bytes) -> Result<()> {
+        let (position, length) = (self.position(), bytes.len() as u64);
+        let end = position.checked_add(length).filter(|&end| end <= self.new.size);
+        let is_whole = length.is_multiple_of(BLOCK_SIZE);
+        if !end.is_some_and(|end| is_whole || end == self.new.size) {
+            return Err(RepositoryError::invalid("a backup takes whole blocks of the disk"));
+        }
+        let first = self.given;
+        let count = length.div_ceil(BLOCK_SIZE);
+        let expected = self.expected(first..first + count).await?;
+        let (sealer, known) = (self.repository.objects.sealer.clone(), Arc::clone(&self.known));
+        let work = move || prepare(&sealer, &known, &bytes, &expected);
+        self.given += count;
+        self.give(Piece::Data(tokio::task::spawn_blocking(work))).await
+    }
+
+    /// Gives so many blocks that read as zero.
+    ///
+    /// # Errors
+    ///
+    /// As [`data`](Self::data).
+    pub async fn zero(&mut self, blocks: u64) -> Result<()> {
+        if blocks > self.blocks() - self.given {
+            return Err(RepositoryError::invalid("the disk has not so many blocks"));
+        }
+        self.given += blocks;
+        self.give(Piece::Zero(blocks)).await
+    }
+
+    /// Gives at most so many blocks that are as in the base, and returns how many were taken. The
+    /// next one, if there is one, has to be read and given as data.
+    ///
+    /// # Errors
+    ///
+    /// If there is no base, and as for all requests to the store.
+    pub async fn unchanged(&mut self, blocks: u64) -> Result<u64> {
+        let (begin, end) = (self.given, self.given.saturating_add(blocks).min(self.blocks()));
+        while self.given < end {
+            let number = (self.given / PAGE_BLOCKS) as usize;
+            let page_end = ((number as u64 + 1) * PAGE_BLOCKS).min(self.blocks());
+            if self.given.is_multiple_of(PAGE_BLOCKS)
+                && end >= page_end
+                && self.is_shared(number)?
+            {
+                self.given = page_end;
+                self.give(Piece::Page(number)).await?;
+                continue;
+            }
+            let first = self.given;
+            let Some(found) = self.in_base(first..end.min(page_end)).await? else { break };
+            let length = found.len() as u64;
+            let taken: Vec<_> = found.into_iter().map_while(|it| self.may_take(it)).collect();
+            let count = taken.len() as u64;
+            self.given += count;
+            self.give(Piece::Stored(taken)).await?;
+            if count < length {
+                break;
+            }
+        }
+        Ok(self.given - begin)
+    }
+
+    fn may_take(&self, block: Option<Stored>) -> Option<Option<Stored>> {
+        block.is_none_or(|stored| self.writer.may_refer(stored.pack)).then_some(block)
+    }
+
+    /// Returns whether a page of the base is taken as it is.
+    fn is_shared(&self, number: usize) -> Result<bool> {
+        let base = self.base.as_ref().ok_or_else(no_base)?;
+        // Its last page has another number of blocks, if the disk was resized.
+        let Some(page) = base.root().pages().get(number).filter(|_| base.size() == self.new.size)
+        else {
+            return Ok(false);
+        };
+        Ok(page.as_ref().is_none_or(|page| {
+            self.writer.may_refer(page.stored.pack)
+                && base.root().packs_of(page).all(|pack| self.writer.may_refer(pack))
+        }))
+    }
+
+    /// Returns where the base has these blocks, which are of one page; `None` if that is lost.
+    async fn in_base(&self, blocks: std::ops::Range<u64>) -> Result<Option<Vec<Option<Stored>>>> {
+        let base = self.base.as_ref().ok_or_else(no_base)?;
+        let number = (blocks.start / PAGE_BLOCKS) as usize;
+        let page = match base.page(number).await {
+            Ok(page) => page,
+            // What is lost is read from the disk again.
+            Err(error) if error.kind() == RepositoryErrorKind::Damaged => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let first = blocks.start - number as u64 * PAGE_BLOCKS;
+        let range = first as usize..(first + blocks.end - blocks.start) as usize;
+        let found = page.blocks.get(range).map(<[_]>::to_vec);
+        let smaller = || RepositoryError::invalid("the base is of a smaller disk");
+        found.ok_or_else(smaller).map(Some)
+    }
+
+    /// Returns for each block what it may be equal to.
+    async fn expected(&self, blocks: std::ops::Range<u64>) -> Result<Vec<Option<Stored>>> {
+        let mut expected = Vec::new();
+        let base_blocks = self.base.as_ref().map_or(0, |base| base.size().div_ceil(BLOCK_SIZE));
+        let mut at = blocks.start;
+        while at < blocks.end.min(base_blocks) {
+            let page_end = (at / PAGE_BLOCKS + 1) * PAGE_BLOCKS;
+            let end = page_end.min(blocks.end).min(base_blocks);
+            let found = self.in_base(at..end).await?;
+            let found = found.unwrap_or_else(|| vec![None; (end - at) as usize]);
+            let may_refer = |stored: &Stored| self.writer.may_refer(stored.pack);
+            expected.extend(found.into_iter().map(|block| block.filter(may_refer)));
+            at = end;
+        }
+        expected.resize((blocks.end - blocks.start) as usize, None);
+        Ok(expected)
+    }
+
+    async fn give(&mut self, piece: Piece) -> Result<()> {
+        self.queue.push_back(piece);
+        while self.queue.len() > PIECES {
+            self.take().await?;
+        }
+        Ok(())
+    }
+
+    /// Moves the first of the queue into the map.
+    async fn take(&mut self) -> Result<()> {
+        match self.queue.pop_front() {
+            None => {}
+            Some(Piece::Zero(blocks)) => {
+                for _ in 0..blocks {
+                    self.push(None).await?;
+                }
+            }
+            Some(Piece::Stored(blocks)) => {
+                for block in blocks {
+                    self.found += block.map_or(0, |_| BLOCK_SIZE);
+                    self.push(block).await?;
+                }
+            }
+            Some(Piece::Page(number)) => self.share(number)?,
+            Some(Piece::Data(work)) => {
+                let prepared = work.await.map_err(|error| {
+                    RepositoryError::invalid(format!("a block could not be compressed: {error}"))
+                })?;
+                let first = self.root.len() as u64 * PAGE_BLOCKS + self.page.blocks.len() as u64;
+                for (index, block) in (first..).zip(prepared) {
+                    let stored = match block {
+                        Prepared::Zero => None,
+                        Prepared::Found(stored) => {
+                            self.found += BLOCK_SIZE;
+                            Some(stored)
+                        }
+                        Prepared::New(packed, hash) => {
+                            Some(self.store((FrameKind::Block, index), packed, hash).await?)
+                        }
+                    };
+                    self.push(stored).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a page of the base as it is.
+    fn share(&mut self, number: usize) -> Result<()> {
+        let base = self.base.as_ref().ok_or_else(no_base)?;
+        let Some(Some(page)) = base.root().pages().get(number) else {
+            self.root.zero();
+            return Ok(());
+        };
+        let packs: Vec<_> = base.root().packs_of(page).collect();
+        self.root.page(page.content, page.data_blocks, &packs)?;
+        self.root.place(number, page.stored)?;
+        let bytes = u64::from(page.data_blocks) * BLOCK_SIZE;
+        self.data += bytes;
+        self.found += bytes;
+        Ok(())
+    }
+
+    /// Adds a block to the page, and ends the page if it is full.
+    async fn push(&mut self, block: Option<Stored>) -> Result<()> {
+        self.data += block.map_or(0, |_| BLOCK_SIZE);
+        self.page.blocks.push(block);
+        let first = self.root.len() as u64 * PAGE_BLOCKS;
+        let count = (self.blocks() - first).min(PAGE_BLOCKS);
+        if self.page.blocks.len() as u64 == count {
+            self.end_page().await?;
+        }
+        Ok(())
+    }
+
+    async fn end_page(&mut self) -> Result<()> {
+        let page = std::mem::take(&mut self.page);
+        if page.is_zero() {
+            self.root.zero();
+            return Ok(());
+        }
+        let number = self.root.len();
+        let content = page.encode();
+        let hash = self.repository.objects.sealer.hash(&content);
+        let data_blocks = page.blocks.iter().flatten().count() as u16;
+        self.root.page(content.len() as u32, data_blocks, &page.packs())?;
+        if let Some(stored) = self.same_page(number, hash) {
+            return self.root.place(number, stored);
+        }
+        let packed = Sealer::compress(&content);
+        self.pages_len += packed.len();
+        self.pages.push((number, packed, hash));
+        if self.pages_len >= PACK_SIZE {
+            self.send_pages().await?;
+        }
+        Ok(())
+    }
+
+    /// Returns where the same page is, if the base or an interrupted session has it.
+    fn same_page(&self, number: usize, hash: Hash) -> Option<Stored> {
+        let in_base = || {
+            let page = self.base.as_ref()?.root().pages().get(number)?.as_ref()?;
+            let is_same = page.stored.hash == hash && self.writer.may_refer(page.stored.pack);
+            is_same.then_some(page.stored)
+        };
+        in_base().or_else(|| self.known.page(hash))
+    }
+
+    /// Adds a frame to the pack, and sends the pack if it is full.
+    async fn store(
+        &mut self,
+        what: (FrameKind, u64),
+        packed: Vec<u8>,
+        hash: Hash,
+    ) -> Result<Stored> {
+        let stored = self.pack.add(&self.repository.objects.sealer, what, packed, hash)?;
+        if self.pack.len() >= PACK_SIZE {
+            self.send_pack().await?;
+        }
+        Ok(stored)
+    }
+
+    /// Puts all pages into packs. They are together there, so that a reader gets many by one request.
+    async fn send_pages(&mut self) -> Result<()> {
+        if self.pack.len() + self.pages_len > PACK_SIZE {
+            self.send_pack().await?;
+        }
+        self.pages_len = 0;
+        for (number, packed, hash) in std::mem::take(&mut self.pages) {
+            let stored = self.store((FrameKind::Page, number as u64), packed, hash).await?;
+            self.root.place(number, stored)?;
+        }
+        Ok(())
+    }
+
+    async fn send_pack(&mut self) -> Result<()> {
+        if self.pack.len() == 0 {
+            return Ok(());
+        }
+        if self.next_pack > PACKS_MAX {
+            return Err(RepositoryError::invalid("the backup has too many packs"));
+        }
+        let next = PackId { session: self.id, number: self.next_pack };
+        let full = std::mem::replace(&mut self.pack, PackBuilder::new(next));
+        self.next_pack += 1;
+        let name = Key::Pack(full.id()).to_string();
+        let content = full.finish(&self.repository.objects.sealer)?;
+        self.added += content.len() as u64;
+        while self.puts.len() >= PUTS {
+            self.sent().await?;
+        }
+        let objects = Arc::clone(&self.repository.objects);
+        self.puts.spawn(async move { objects.write(&name, content).await });
+        Ok(())
+    }
+
+    /// Waits for a pack that is being sent.
+    async fn sent(&mut self) -> Result<()> {
+        match self.puts.join_next().await {
+            None => Ok(()),
+            Some(Ok(sent)) => sent,
+            Some(Err(error)) => {
+                let message = format!("a request was given up: {error}");
+                Err(RepositoryError::new(RepositoryErrorKind::Store, message))
+            }
+        }
+    }
+
+    /// Waits for what is being sent. Returns whether nothing is left to send but the open pack.
+    #[cfg(test)]
+    pub(super) async fn puts_are_done(&mut self) -> bool {
+        while !self.queue.is_empty() {
+            self.take().await.unwrap();
+        }
+        self.sent().await.unwrap();
+        self.puts.is_empty()
+    }
+
+    /// Makes what was given a backup. When it returns, the backup is durable.
+    ///
+    /// # Errors
+    ///
+    /// [`RepositoryErrorKind::Fenced`] if somebody else ended the session: there is no backup. If a
+    /// request fails, there may be one.
+    pub async fn commit(mut self) -> Result<Made> {
+        if self.given != self.blocks() {
+            return Err(RepositoryError::invalid("a part of the disk was not given"));
+        }
+        while !self.queue.is_empty() {
+            self.take().await?;
+        }
+        self.send_pages().await?;
+        self.send_pack().await?;
+        while !self.puts.is_empty() {
+            self.sent().await?;
+        }
+        let root = std::mem::take(&mut self.root).finish();
+        debug_assert_eq!(root.pages().len() as u64, self.new.size.div_ceil(PAGE_SPAN));
+        let head = self.head();
+        let object = root::encode(&self.repository.objects.sealer, self.id, &head, &root)?;
+        let added = self.added + object.len() as u64;
+        self.writer.commit(Backup { packs: root.packs().into(), object });
+        let repository = self.repository.clone();
+        match repository.drive(&mut self.writer).await? {
+            Committed::Yes => Ok(Made {
+                id: self.id,
+                data: self.data,
+                added,
+                found: self.found,
+                packs: self.next_pack - 1,
+            }),
+            Committed::Fenced | Committed::Ready => Err(RepositoryError::new(
+                RepositoryErrorKind::Fenced,
+                format!(
+                    "somebody ended the session {} of this backup ('repo gc' or 'repo \
+                     forget-session'), so there is no backup; make it again",
+                    self.id
+                ),
+            )),
+        }
+    }
+
+    fn head(&self) -> Head {
+        Head {
+            name: self.new.name.clone(),
+            size: self.new.size,
+            time: self.time,
+            identity: self.new.identity.clone(),
+            disk: self.new.disk.clone(),
+            export: self.new.export.clone(),
+            bitmap: self.new.bitmap.clone(),
+            data: self.data,
+            added: self.added,
+            body_length: 0,
+            body_hash: String::new(),
+        }
+    }
+}
+
+fn no_base() -> RepositoryError {
+    RepositoryError::invalid("there is no backup to build on")
+}

@@ -1,0 +1,114 @@
+//! Frames that the repository has, by their hash: those of interrupted sessions, and those of the
+//! backups that the user names.
+
+use std::collections::HashMap;
+
+use object_store::GetRange;
+
+use super::super::error::{RepositoryError, Result};
+use super::super::id::{Folder, Id, Key, PackId};
+use super::super::map::Map;
+use super::super::objects::SMALL_LEN_MAX;
+use super::super::pack::{FOOTER_LEN, Footer, FrameKind};
+use super::super::protocol::Writer;
+use super::super::repository::Repository;
+use super::super::seal::Hash;
+use super::super::session_record::SessionRecord;
+use super::super::stored::Stored;
+
+/// Most frames: 64 GiB of blocks, in about 70 MiB of memory. What is not known is sent again.
+const FRAMES_MAX: usize = 1 << 20;
+
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    blocks: HashMap<Hash, Stored>,
+    pages: HashMap<Hash, Stored>,
+}
+
+impl Known {
+    pub(super) fn block(&self, hash: Hash) -> Option<Stored> {
+        self.blocks.get(&hash).copied()
+    }
+
+    pub(super) fn page(&self, hash: Hash) -> Option<Stored> {
+        self.pages.get(&hash).copied()
+    }
+
+    fn is_full(&self) -> bool {
+        self.blocks.len() + self.pages.len() >= FRAMES_MAX
+    }
+
+    /// Looks for frames that a backup can use. The session of the writer is registered.
+    pub(super) async fn find(
+        repository: &Repository,
+        writer: &Writer,
+        (own, name): (Id, &str),
+        like: &[Id],
+    ) -> Result<Self> {
+        let mut known = Self::default();
+        let objects = &repository.objects;
+        for session in objects.list(Folder::Sessions).await? {
+            let Key::Session(id) = session.key else { continue };
+            let record = match id == own {
+                true => None,
+                false => objects.read(&session.key.to_string(), SMALL_LEN_MAX).await?,
+            };
+            let record = record.and_then(|it| SessionRecord::decode(&objects.sealer, id, &it));
+            if record.is_none_or(|(record, _)| record.name != name) {
+                continue;
+            }
+            for listed in objects.list(Folder::PacksOf(id)).await? {
+                if let Key::Pack(pack) = listed.key
+                    && writer.may_refer(pack)
+                    && !known.is_full()
+                {
+                    known.add_pack(repository, pack).await?;
+                }
+            }
+        }
+        for &like in like {
+            known.add_backup(repository, writer, like).await?;
+        }
+        Ok(known)
+    }
+
+    /// Adds the frames of a pack. One that is damaged or was deleted has none.
+    async fn add_pack(&mut self, repository: &Repository, pack: PackId) -> Result<()> {
+        let objects = &repository.objects;
+        let key = Key::Pack(pack);
+        let end = GetRange::Suffix(FOOTER_LEN as u64);
+        let Some((end, size)) = objects.read_some(key, end).await? else { return Ok(()) };
+        let Some(footer) = Footer::read(&end, size) else { return Ok(()) };
+        let Some(frame) = objects.read_range(key, footer.range()).await? else { return Ok(()) };
+        for entry in footer.entries(&objects.sealer, pack, &frame).unwrap_or_default() {
+            match entry.kind {
+                FrameKind::Block => self.blocks.insert(entry.stored.hash, entry.stored),
+                FrameKind::Page => self.pages.insert(entry.stored.hash, entry.stored),
+            };
+        }
+        Ok(())
+    }
+
+    async fn add_backup(
+        &mut self,
+        repository: &Repository,
+        writer: &Writer,
+        backup: Id,
+    ) -> Result<()> {
+        let map = Map::open(repository, backup).await?;
+        for number in 0..map.root().pages().len() {
+            let page = map.page(number).await?;
+            for stored in page.blocks.iter().flatten() {
+                if writer.may_refer(stored.pack) {
+                    self.blocks.insert(stored.hash, *stored);
+                }
+            }
+            if self.is_full() {
+                return Err(RepositoryError::invalid(
+                    "the backups of --like have more than 64 GiB of data; name fewer or smaller ones",
+                ));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,318 @@
+//! Carries requests out.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::TryStreamExt as _;
+use object_store::path::Path;
+use object_store::{Error, GetOptions, GetRange, ObjectStoreExt as _, PutMode, PutOptions};
+
+use super::error::{RepositoryError, RepositoryErrorKind, Result};
+use super::id::{Folder, Id, Key, PackId};
+use super::protocol::{Answer, Backup, Object, Request};
+use super::reader::Reader;
+use super::root::{self, Kind};
+use super::seal::{CONDEMNED, FramePlace, Hash, Sealer};
+use super::stored::push;
+use crate::{Place, StoreError};
+
+/// The first bytes of a condemned list.
+const LIST_MAGIC: &[u8; 8] = b"nbdlist1";
+/// Longest condemned list, in bytes.
+const LIST_LEN_MAX: usize = 256 << 20;
+/// Longest object that is read whole, in bytes.
+const OBJECT_LEN_MAX: u64 = 512 << 20;
+/// Longest object that is neither a backup nor a list, in bytes.
+pub(crate) const SMALL_LEN_MAX: u64 = 64 << 10;
+
+/// Whether the store honours `If-None-Match: *`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Creates {
+    /// A create fails if there is an object.
+    Exclusive,
+    /// A create writes over it.
+    Overwriting,
+}
+
+/// The objects of a repository.
+#[derive(Clone, Debug)]
+pub(crate) struct Objects {
+    place: Place,
+    pub(crate) sealer: Sealer,
+    pub(crate) creates: Creates,
+}
+
+/// An object in a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Listed {
+    pub(crate) key: Key,
+    /// Size in bytes.
+    pub(crate) size: u64,
+}
+
+impl Objects {
+    pub(crate) fn new(place: Place, sealer: Sealer, creates: Creates) -> Self {
+        Self { place, sealer, creates }
+    }
+
+    /// The address of the repository, for messages.
+    pub(crate) fn name(&self) -> &str {
+        &self.place.name
+    }
+
+    fn path(&self, name: &str) -> Path {
+        name.split('/').fold(self.place.path.clone(), |path, part| path.join(part))
+    }
+
+    fn failed(&self, operation: &str, name: &str, error: &Error) -> RepositoryError {
+        let object = format!("{} in {}", name, self.name());
+        let error = StoreError::of(operation, &object, error);
+        RepositoryError::new(RepositoryErrorKind::Store, error.to_string())
+    }
+
+    /// Reads an object of at most `longest` bytes; `None` if there is none.
+    pub(crate) async fn read(&self, name: &str, longest: u64) -> Result<Option<Bytes>> {
+        let failed = |error: Error| self.failed("read", name, &error);
+        let found = match self.place.store.get(&self.path(name)).await {
+            Err(Error::NotFound { .. }) => return Ok(None),
+            found => found.map_err(failed)?,
+        };
+        if found.meta.size > longest {
+            return Err(RepositoryError::damaged(format!(
+                "the object {name} has {} bytes, more than it may have",
+                found.meta.size
+            )));
+        }
+        found.bytes().await.map(Some).map_err(failed)
+    }
+
+    /// Reads a part of an object; `None` if there is no object. An object that ends before the range
+    /// is an error.
+    pub(crate) async fn read_range(&self, key: Key, range: Range<u64>) -> Result<Option<Bytes>> {
+        let wanted = range.end.saturating_sub(range.start);
+        let found = self.read_some(key, GetRange::Bounded(range)).await?;
+        match found {
+            Some(found) if found.0.len() as u64 != wanted => {
+                Err(RepositoryError::damaged(format!("the object {key} is shorter than it was")))
+            }
+            found => Ok(found.map(|(bytes, _)| bytes)),
+        }
+    }
+
+    /// Reads the first or the last bytes of an object, and its size.
+    pub(crate) async fn read_some(
+        &self,
+        key: Key,
+        range: GetRange,
+    ) -> Result<Option<(Bytes, u64)>> {
+        let name = key.to_string();
+        let failed = |error: Error| self.failed("read", &name, &error);
+        let options = GetOptions::new().with_range(Some(range));
+        let found = match self.place.store.get_opts(&self.path(&name), options).await {
+            Err(Error::NotFound { .. }) => return Ok(None),
+            found => found.map_err(failed)?,
+        };
+        let size = found.meta.size;
+        Ok(Some((found.bytes().await.map_err(failed)?, size)))
+    }
+
+    pub(crate) async fn write(&self, name: &str, content: Bytes) -> Result<()> {
+        let written = self.place.store.put(&self.path(name), content.into()).await;
+        written.map(drop).map_err(|error| self.failed("write", name, &error))
+    }
+
+    /// Writes an object unless there is one; returns whether it did.
+    pub(crate) async fn create(&self, name: &str, content: Bytes) -> Result<bool> {
+        if self.creates == Creates::Overwriting {
+            return self.write(name, content).await.map(|()| true);
+        }
+        let options = PutOptions::from(PutMode::Create);
+        match self.place.store.put_opts(&self.path(name), content.into(), options).await {
+            Ok(_) => Ok(true),
+            Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => Ok(false),
+            Err(error) => Err(self.failed("create", name, &error)),
+        }
+    }
+
+    pub(crate) async fn delete(&self, name: &str) -> Result<()> {
+        match self.place.store.delete(&self.path(name)).await {
+            Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(self.failed("delete", name, &error)),
+        }
+    }
+
+    /// Lists the objects of a folder whose names are of this format.
+    pub(crate) async fn list(&self, folder: Folder) -> Result<Vec<Listed>> {
+        let name = folder.to_string();
+        let mut listed = Vec::new();
+        for (relative, size) in self.list_names(&name).await? {
+            if let Ok(key) = relative.parse() {
+                listed.push(Listed { key, size });
+            }
+        }
+        listed.sort_unstable_by_key(|listed| listed.key);
+        Ok(listed)
+    }
+
+    /// Lists all objects of a folder: names below the repository's prefix, and sizes.
+    pub(crate) async fn list_names(&self, folder: &str) -> Result<Vec<(String, u64)>> {
+        let folder_path = self.path(folder);
+        let mut found = self.place.store.list(Some(&folder_path));
+        let mut names = Vec::new();
+        loop {
+            let next = found.try_next().await;
+            let Some(meta) = next.map_err(|error| self.failed("list", folder, &error))? else {
+                return Ok(names);
+            };
+            if let Some(parts) = meta.location.prefix_match(&self.place.path) {
+                let parts: Vec<_> = parts.map(|part| part.as_ref().to_owned()).collect();
+                names.push((parts.join("/"), meta.size));
+            }
+        }
+    }
+
+    /// Carries out a request of the protocol.
+    pub(crate) async fn carry_out(&self, request: Request) -> Result<Answer> {
+        Ok(match request {
+            Request::Put(key, object) => {
+                self.write(&key.to_string(), self.encode(key, object)?).await?;
+                Answer::Done
+            }
+            Request::Create(key, object) => {
+                match self.create(&key.to_string(), self.encode(key, object)?).await? {
+                    true => Answer::Done,
+                    false => Answer::Exists,
+                }
+            }
+            Request::Get(key) => match self.read(&key.to_string(), OBJECT_LEN_MAX).await? {
+                None => Answer::Missing,
+                Some(content) => Answer::Found(self.decode(key, content)?),
+            },
+            Request::List(folder) => {
+                Answer::Listed(self.list(folder).await?.into_iter().map(|it| it.key).collect())
+            }
+            Request::Delete(key) => {
+                self.delete(&key.to_string()).await?;
+                Answer::Done
+            }
+        })
+    }
+
+    fn encode(&self, key: Key, object: Object) -> Result<Bytes> {
+        Ok(match (key, object) {
+            (_, Object::Live(backup)) => backup.object,
+            (_, Object::Tombstone(Some(backup))) => root::forgotten(&backup.object),
+            (_, Object::Tombstone(None)) => root::empty(),
+            (_, Object::Session(record)) => record,
+            (Key::Condemned(id), Object::Condemned(packs)) => {
+                encode_list(&self.sealer, id, &packs)?
+            }
+            (_, Object::Pin(id)) => format!("{{\"backup\":\"{id}\"}}").into(),
+            (key, Object::Condemned(_)) => {
+                return Err(RepositoryError::invalid(format!("{key} cannot be a list")));
+            }
+        })
+    }
+
+    fn decode(&self, key: Key, content: Bytes) -> Result<Object> {
+        match key {
+            Key::Backup(id) => self.decode_backup(id, content),
+            Key::Session(_) => Ok(Object::Session(content)),
+            Key::Condemned(id) => decode_list(&self.sealer, id, &content)
+                .map(|packs| Object::Condemned(Arc::new(packs)))
+                .ok_or_else(|| RepositoryError::damaged(format!("the object {key} is damaged"))),
+            Key::Pin(_) => {
+                let pin: Option<serde_json::Value> = serde_json::from_slice(&content).ok();
+                let backup = pin.as_ref().and_then(|pin| pin["backup"].as_str()?.parse().ok());
+                let damaged = || RepositoryError::damaged(format!("the object {key} is damaged"));
+                backup.map(Object::Pin).ok_or_else(damaged)
+            }
+            Key::Pack(_) => Err(RepositoryError::invalid("packs are read in parts")),
+        }
+    }
+
+    fn decode_backup(&self, id: Id, content: Bytes) -> Result<Object> {
+        let damaged = || {
+            RepositoryError::damaged(format!(
+                "the object backups/{id} is not one of this version's backups"
+            ))
+        };
+        let kind = root::kind(&content).ok_or_else(damaged)?;
+        if kind == Kind::Empty {
+            return Ok(Object::Tombstone(None));
+        }
+        let head = root::head(&self.sealer, id, &content)?;
+        let root = root::body(&self.sealer, id, &content, &head)?;
+        let packs = root.packs().into();
+        Ok(match kind {
+            Kind::Live => Object::Live(Backup { packs, object: content }),
+            _ => Object::Tombstone(Some(Backup { packs, object: root::live(&content) })),
+        })
+    }
+}
+
+fn encode_list(sealer: &Sealer, id: Id, packs: &BTreeSet<PackId>) -> Result<Bytes> {
+    let mut sessions: Vec<_> = packs.iter().map(|pack| pack.session).collect();
+    sessions.dedup();
+    let mut content = Vec::new();
+    push(&mut content, sessions.len());
+    sessions.iter().for_each(|session| content.extend_from_slice(session.bytes()));
+    push(&mut content, packs.len());
+    for pack in packs {
+        push(&mut content, sessions.binary_search(&pack.session).unwrap_or_default());
+        content.extend_from_slice(&pack.number.to_le_bytes());
+    }
+    if content.len() > LIST_LEN_MAX {
+        return Err(RepositoryError::invalid("there are too many packs to delete at once"));
+    }
+    let mut object = LIST_MAGIC.to_vec();
+    push(&mut object, content.len());
+    object.extend_from_slice(&sealer.hash(&content).0);
+    object.extend_from_slice(&sealer.frame(list_place(id), &content)?);
+    Ok(object.into())
+}
+
+fn list_place(id: Id) -> FramePlace {
+    FramePlace { session: id, number: CONDEMNED, offset: 0 }
+}
+
+fn decode_list(sealer: &Sealer, id: Id, object: &[u8]) -> Option<BTreeSet<PackId>> {
+    let mut reader = Reader(object.strip_prefix(LIST_MAGIC)?);
+    let length = usize::try_from(reader.u32()?).ok().filter(|&it| it <= LIST_LEN_MAX)?;
+    let hash = Hash(reader.array()?);
+    let content = sealer.open(list_place(id), reader.0, length, hash).ok()?;
+    let mut reader = Reader(&content);
+    let sessions = (0..reader.count(16)?)
+        .map(|_| reader.array().map(Id::from_bytes))
+        .collect::<Option<Vec<_>>>()?;
+    let mut packs = BTreeSet::new();
+    for _ in 0..reader.count(8)? {
+        let session = *sessions.get(reader.u32()? as usize)?;
+        packs.insert(PackId { session, number: reader.u32()? });
+    }
+    reader.0.is_empty().then_some(packs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn condemned_lists_are_read_as_they_were_written() {
+        let pack = |n: u32| PackId { session: Id::from_bytes([n as u8 % 3; 16]), number: n };
+        let (id, sealer) = (Id::from_bytes([8; 16]), Sealer::default());
+        for count in [0, 1, 100] {
+            let packs: BTreeSet<_> = (0..count).map(pack).collect();
+            let object = encode_list(&sealer, id, &packs).unwrap();
+            assert_eq!(decode_list(&sealer, id, &object).as_ref(), Some(&packs));
+            for at in 0..object.len() {
+                let mut damaged = object.to_vec();
+                damaged[at] ^= 4;
+                let found = decode_list(&sealer, id, &damaged);
+                assert!(found.is_none_or(|found| found == packs), "byte {at}");
+            }
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! Reads a backup as a disk.
+
+mod cache;
+mod fetch;
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+
+use bytes::Bytes;
+use imgfmt::storage::{Durability, StorageExtent, TryRead};
+use imgfmt::{ExtentKind, HostOffset, Storage};
+
+use self::cache::{Cache, Found};
+use super::error::{RepositoryError, RepositoryErrorKind, Result};
+use super::id::Id;
+use super::map::Map;
+use super::page::{BLOCK_SIZE, PAGE_BLOCKS};
+use super::protocol::{Reader, Rules, Step};
+use super::repository::Repository;
+use super::root::Head;
+
+/// Blocks of one step of a read: no read needs more than the cache holds.
+const STEP: u64 = 64;
+
+/// Told of a damaged block: its offset on the disk, in bytes, and what is wrong.
+pub type OnDamage = Arc<dyn Fn(u64, &RepositoryError) + Send + Sync>;
+
+/// What becomes of blocks that cannot be read because the repository is damaged.
+#[derive(Clone, Default)]
+pub enum Damage {
+    /// They are errors.
+    #[default]
+    Refused,
+    /// They read as zero, and are told.
+    Told(OnDamage),
+}
+
+impl std::fmt::Debug for Damage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Refused => "Refused",
+            Self::Told(_) => "Told",
+        })
+    }
+}
+
+/// A backup that is open for reading: a [`Storage`] that cannot be written to.
+///
+/// It is pinned: a gc keeps it, even if it is forgotten meanwhile. [`close`](Self::close) removes the
+/// pin; without it, the pin stays until somebody removes it.
+#[derive(Debug)]
+pub struct OpenBackup {
+    disk: Arc<Disk>,
+    pin: Mutex<Option<Reader>>,
+    repository: Repository,
+}
+
+/// What reads need.
+#[derive(Debug)]
+struct Disk {
+    map: Map,
+    objects: Arc<super::objects::Objects>,
+    cache: Mutex<Cache>,
+    damage: Damage,
+}
+
+impl Repository {
+    /// Opens a backup for reading.
+    ///
+    /// # Errors
+    ///
+    /// If it was forgotten or is damaged, and as for all requests to the store.
+    pub async fn read(&self, id: Id, damage: Damage) -> Result<OpenBackup> {
+        let mut reader = Reader::new(Id::random()?, id, Rules::ALL);
+        let object = loop {
+            match reader.step() {
+                Step::Request(request) => {
+                    let answer = self.objects.carry_out(request).await;
+                    if answer.is_err() {
+                        self.unpin(&mut reader).await;
+                    }
+                    reader.answer(answer?);
+                }
+                Step::Reached(Some(backup)) => break backup.object,
+                Step::Reached(None) => {
+                    return Err(RepositoryError::new(
+                        RepositoryErrorKind::Fenced,
+                        format!("the backup {id} was forgotten"),
+                    ));
+                }
+            }
+        };
+        let map = match Map::of(self, id, &object) {
+            Ok(map) => map,
+            Err(error) => {
+                self.unpin(&mut reader).await;
+                return Err(error);
+            }
+        };
+        let objects = Arc::clone(&self.objects);
+        let disk = Arc::new(Disk { map, objects, cache: Mutex::default(), damage });
+        Ok(OpenBackup { disk, pin: Mutex::new(Some(reader)), repository: self.clone() })
+    }
+
+    /// Removes a pin, as well as that goes: one that stays costs space.
+    async fn unpin(&self, reader: &mut Reader) {
+        reader.end();
+        if let Step::Request(request) = reader.step() {
+            let _ = self.objects.carry_out(request).await;
+        }
+    }
+}
+
+impl OpenBackup {
+    /// The identity of the backup.
+    pub fn id(&self) -> Id {
+        self.disk.map.id()
+    }
+
+    /// What the backup is.
+    pub fn head(&self) -> &Head {
+        self.disk.map.head()
+    }
+
+    /// Ends the reading: removes the pin.
+    pub async fn close(&self) {
+        let reader = self.pin.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(mut reader) = reader {
+            self.repository.unpin(&mut reader).await;
+        }
+    }
+
+    /// Reads a part of the disk; zeroes are `None`. Returns whole blocks: those that have a byte of
+    /// the range.
+    ///
+    /// # Errors
+    ///
+    /// If a block is damaged or missing, and as for all requests to the store.
+    pub async fn blocks(&self, blocks: std::ops::Range<u64>) -> Result<Vec<Option<Bytes>>> {
+        self.disk.blocks(blocks).await
+    }
+}
+
+impl Drop for OpenBackup {
+    fn drop(&mut self) {
+        let reader = self.pin.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let (Some(mut reader), Ok(runtime)) = (reader, crate::runtime()) else { return };
+        let repository = self.repository.clone();
+        let (sender, removed) = mpsc::channel();
+        runtime.spawn(async move {
+            repository.unpin(&mut reader).await;
+            let _ = sender.send(());
+        });
+        // A process that ends at once would leave the pin.
+        let _ = removed.recv_timeout(std::time::Duration::from_secs(10));
+    }
+}
+
+impl Disk {
+    async fn blocks(self: &Arc<Self>, blocks: std::ops::Range<u64>) -> Result<Vec<Option<Bytes>>> {
+        let mut all = Vec::with_capacity((blocks.end - blocks.start) as usize);
+        let mut at = blocks.start;
+        while at < blocks.end {
+            let end = (at + STEP).min(blocks.end);
+            all.extend(self.step(at..end).await?);
+            at = end;
+        }
+        Ok(all)
+    }
+
+    async fn step(self: &Arc<Self>, blocks: std::ops::Range<u64>) -> Result<Vec<Option<Bytes>>> {
+        let count = self.map.size().div_ceil(BLOCK_SIZE);
+        let mut failed = false;
+        loop {
+            let found = {
+                let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+                cache.find(blocks.clone(), count)
+            };
+            let ended = match found {
+                Found::All(found) => return Ok(found),
+                Found::Fetching(fetch) => fetch.ended().await,
+                Found::Missing(missing, fetch) => {
+                    let disk = Arc::clone(self);
+                    let fetching = Arc::clone(&fetch);
+                    let task = async move { disk.fetch(missing, &fetching).await };
+                    // Not this task's own: others wait for the same blocks.
+                    tokio::spawn(task);
+                    fetch.ended().await
+                }
+            };
+            // The first time, what was read ahead may be at fault.
+            if std::mem::replace(&mut failed, ended.is_err()) {
+                ended?;
+            }
+        }
+    }
+}
+
+/// Runs a future on the runtime of requests and waits for it.
+fn wait<T: Send + 'static>(
+    future: impl Future<Output = Result<T>> + Send + 'static,
+) -> io::Result<T> {
+    let (sender, receiver) = mpsc::channel();
+    crate::runtime()?.spawn(async move {
+        let _ = sender.send(future.await);
+    });
+    match receiver.recv() {
+        Ok(result) => result.map_err(io::Error::other),
+        Err(_) => Err(io::Error::other("a request was given up")),
+    }
+}
+
+fn read_only() -> io::Error {
+    io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "backups are only read")
+}
+
+impl OpenBackup {
+    /// The blocks of a range within the disk.
+    fn blocks_of(&self, offset: u64, length: usize) -> (std::ops::Range<u64>, usize) {
+        let available = self.disk.map.size().saturating_sub(offset);
+        let length = usize::try_from(available).unwrap_or(usize::MAX).min(length);
+        let end = offset.saturating_add(length as u64);
+        (offset / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE), length)
+    }
+
+    /// Copies a range out of its blocks.
+    fn copy(offset: u64, blocks: &[Option<Bytes>], buffer: &mut [u8]) {
+        let mut skip = (offset % BLOCK_SIZE) as usize;
+        let mut rest = buffer;
+        for block in blocks {
+            let length = (BLOCK_SIZE as usize - skip).min(rest.len());
+            let (part, behind) = std::mem::take(&mut rest).split_at_mut(length);
+            match block.as_ref().and_then(|block| block.get(skip..skip + length)) {
+                Some(bytes) => part.copy_from_slice(bytes),
+                None => part.fill(0),
+            }
+            rest = behind;
+            skip = 0;
+        }
+    }
+}
+
+impl Storage for OpenBackup {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.disk.map.size())
+    }
+
+    fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize> {
+        let (blocks, length) = self.blocks_of(offset.bytes(), buffer.len());
+        if length == 0 {
+            return Ok(0);
+        }
+        let disk = Arc::clone(&self.disk);
+        let found = wait(async move { disk.blocks(blocks).await })?;
+        Self::copy(offset.bytes(), &found, &mut buffer[..length]);
+        Ok(length)
+    }
+
+    fn try_read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<TryRead> {
+        let (blocks, length) = self.blocks_of(offset.bytes(), buffer.len());
+        if length < buffer.len() {
+            return Ok(TryRead::WouldBlock);
+        }
+        let found = {
+            let mut cache = self.disk.cache.lock().unwrap_or_else(PoisonError::into_inner);
+            cache.kept(blocks)
+        };
+        let Some(found) = found else { return Ok(TryRead::WouldBlock) };
+        Self::copy(offset.bytes(), &found, buffer);
+        Ok(TryRead::Complete)
+    }
+
+    fn write_at(&self, _: HostOffset, _: &[u8], _: Durability) -> io::Result<()> {
+        Err(read_only())
+    }
+
+    fn set_len(&self, _: u64) -> io::Result<()> {
+        Err(read_only())
+    }
+
+    fn punch_hole(&self, _: HostOffset, _: u64) -> io::Result<()> {
+        Err(read_only())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
+        let (offset, map) = (offset.bytes(), &self.disk.map);
+        let end = offset.saturating_add(length).min(map.size());
+        let (mut at, mut kind) = (offset, None);
+        while at < end {
+            let number = (at / BLOCK_SIZE / PAGE_BLOCKS) as usize;
+            let page_end = (number as u64 + 1) * PAGE_BLOCKS * BLOCK_SIZE;
+            if map.is_zero(number) {
+                if kind.is_some_and(|kind| kind != ExtentKind::Hole) {
+                    break;
+                }
+                kind = Some(ExtentKind::Hole);
+                at = page_end;
+                continue;
+            }
+            let page = match map.kept(number) {
+                Some(page) => page,
+                // A page that cannot be read has no holes.
+                None => {
+                    let disk = Arc::clone(&self.disk);
+                    match wait(async move { disk.map.page(number).await }) {
+                        Ok(page) => page,
+                        Err(_) if kind.is_none_or(|kind| kind == ExtentKind::Data) => {
+                            kind = Some(ExtentKind::Data);
+                            at = page_end;
+                            continue;
+                        }
+                        Err(_) => break,
+                    }
+                }
+            };
+            let block = page.blocks.get((at / BLOCK_SIZE % PAGE_BLOCKS) as usize);
+            let is_data = block.is_none_or(Option::is_some);
+            let own = if is_data { ExtentKind::Data } else { ExtentKind::Hole };
+            if kind.is_some_and(|kind| kind != own) {
+                break;
+            }
+            kind = Some(own);
+            at = (at / BLOCK_SIZE + 1) * BLOCK_SIZE;
+        }
+        let length = at.min(end).saturating_sub(offset);
+        match kind {
+            Some(kind) => Ok(StorageExtent { length, kind }),
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
+    fn is_known_data(&self, offset: HostOffset, length: u64) -> bool {
+        let blocks = offset.bytes() / BLOCK_SIZE..(offset.bytes() + length).div_ceil(BLOCK_SIZE);
+        if blocks.end - blocks.start > STEP {
+            return false;
+        }
+        let mut cache = self.disk.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        cache.kept(blocks).is_some_and(|blocks| blocks.iter().all(Option::is_some))
+    }
+}

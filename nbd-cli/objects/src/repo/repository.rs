@@ -1,0 +1,224 @@
+//! A repository: made, opened, unlocked.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::config::{Config, WrappedKey, random};
+use super::error::{RepositoryError, RepositoryErrorKind, Result};
+use super::id::Id;
+use super::objects::{Creates, Objects, SMALL_LEN_MAX};
+use super::seal::Sealer;
+use crate::Place;
+
+const CONFIG_NAME: &str = "repo.json";
+
+/// An open repository. Cheap to clone.
+#[derive(Clone)]
+pub struct Repository {
+    pub(crate) objects: Arc<Objects>,
+    config: Config,
+    /// Of an encrypted repository.
+    master: Option<[u8; 32]>,
+}
+
+impl fmt::Debug for Repository {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Repository").field("objects", &self.objects).finish_non_exhaustive()
+    }
+}
+
+impl Repository {
+    /// Makes a repository, encrypted if there is a passphrase.
+    ///
+    /// # Errors
+    ///
+    /// If there is one already, and as for all requests to the store.
+    ///
+    /// # Cancel safety
+    ///
+    /// A repository that is not complete is none; it can be made again.
+    pub async fn init(place: Place, passphrase: Option<&[u8]>) -> Result<Self> {
+        let objects = Objects::new(place, Sealer::default(), Creates::Exclusive);
+        let exists = || {
+            let message = format!("{} is a repository already", objects.name());
+            RepositoryError::new(RepositoryErrorKind::Exists, message)
+        };
+        if objects.read(CONFIG_NAME, SMALL_LEN_MAX).await?.is_some() {
+            return Err(exists());
+        }
+        let (id, creates) = (Id::random()?, probe(&objects).await?);
+        let mut master = None;
+        if let Some(passphrase) = passphrase {
+            check_passphrase(passphrase)?;
+            let mut key = [0; 32];
+            random(&mut key)?;
+            master = Some(key);
+        }
+        let config = Config::new(id, creates, master.as_ref());
+        if let (Some(master), Some(passphrase)) = (&master, passphrase) {
+            add_key(&objects, &config, master, passphrase).await?;
+        }
+        // The last object: before it there is no repository.
+        if !objects.create(CONFIG_NAME, config.encode()?.into()).await? {
+            return Err(exists());
+        }
+        Ok(Self::unlocked(objects, config, master))
+    }
+
+    /// Opens a repository. An encrypted one needs one of its passphrases.
+    ///
+    /// # Errors
+    ///
+    /// If there is none, if this version does not know its format, and if the passphrase is missing
+    /// or wrong.
+    pub async fn open(place: Place, passphrase: Option<&[u8]>) -> Result<Self> {
+        let objects = Objects::new(place, Sealer::default(), Creates::Exclusive);
+        let name = objects.name().to_owned();
+        let content = objects.read(CONFIG_NAME, SMALL_LEN_MAX).await?.ok_or_else(|| {
+            RepositoryError::not_found(format!(
+                "there is no repository of backups in {name}; make one with 'nbd-cli repo init'"
+            ))
+        })?;
+        let config = Config::decode(&content, &name)?;
+        let master = match (config.is_encrypted(), passphrase) {
+            (false, _) => None,
+            (true, None) => {
+                let message = format!("{name} is encrypted; give its passphrase");
+                return Err(RepositoryError::new(RepositoryErrorKind::Key, message));
+            }
+            (true, Some(passphrase)) => Some(unlock(&objects, &config, passphrase).await?),
+        };
+        Ok(Self::unlocked(objects, config, master))
+    }
+
+    fn unlocked(mut objects: Objects, config: Config, master: Option<[u8; 32]>) -> Self {
+        objects.creates = config.creates().unwrap_or(Creates::Exclusive);
+        if let Some(master) = &master {
+            objects.sealer = Sealer::encrypting(master);
+        }
+        Self { objects: Arc::new(objects), config, master }
+    }
+
+    /// The address, for messages.
+    pub fn name(&self) -> &str {
+        self.objects.name()
+    }
+
+    /// The identity of the repository.
+    pub fn id(&self) -> &str {
+        &self.config.id
+    }
+
+    /// Whether the store honours creates.
+    pub fn creates(&self) -> Creates {
+        self.objects.creates
+    }
+
+    /// Whether the content is encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        self.master.is_some()
+    }
+
+    /// Adds a passphrase; returns the identity of its key.
+    ///
+    /// # Errors
+    ///
+    /// If the repository is not encrypted, or the passphrase is empty.
+    pub async fn add_key(&self, passphrase: &[u8]) -> Result<Id> {
+        check_passphrase(passphrase)?;
+        let master = self.master.as_ref().ok_or_else(|| self.not_encrypted())?;
+        add_key(&self.objects, &self.config, master, passphrase).await
+    }
+
+    /// Returns the identities of the keys, oldest first.
+    ///
+    /// # Errors
+    ///
+    /// As for all requests to the store.
+    pub async fn keys(&self) -> Result<Vec<Id>> {
+        keys(&self.objects).await
+    }
+
+    /// Removes a passphrase, by the identity of its key. The last one stays.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such key, or it is the last one.
+    pub async fn remove_key(&self, key: Id) -> Result<()> {
+        let keys = self.keys().await?;
+        if !keys.contains(&key) {
+            return Err(RepositoryError::not_found(format!("{} has no key {key}", self.name())));
+        }
+        if keys.len() < 2 {
+            return Err(RepositoryError::invalid(format!(
+                "{key} is the only key of {}: without it nothing could be read; add another one \
+                 first",
+                self.name()
+            )));
+        }
+        self.objects.delete(&key_name(key)).await
+    }
+
+    fn not_encrypted(&self) -> RepositoryError {
+        RepositoryError::invalid(format!("{} is not encrypted", self.name()))
+    }
+}
+
+fn check_passphrase(passphrase: &[u8]) -> Result<()> {
+    match passphrase.is_empty() {
+        true => Err(RepositoryError::invalid("the passphrase is empty")),
+        false => Ok(()),
+    }
+}
+
+fn key_name(key: Id) -> String {
+    format!("keys/{key}")
+}
+
+async fn keys(objects: &Objects) -> Result<Vec<Id>> {
+    let names = objects.list_names("keys").await?;
+    let id = |(name, _): &(String, u64)| name.strip_prefix("keys/")?.parse().ok();
+    let mut keys: Vec<Id> = names.iter().filter_map(id).collect();
+    keys.sort_unstable();
+    Ok(keys)
+}
+
+async fn add_key(
+    objects: &Objects,
+    config: &Config,
+    master: &[u8; 32],
+    passphrase: &[u8],
+) -> Result<Id> {
+    let id = Id::random()?;
+    let key = WrappedKey::wrap(master, passphrase, &config.id)?;
+    objects.write(&key_name(id), key.encode()?.into()).await?;
+    Ok(id)
+}
+
+/// Returns the master key.
+async fn unlock(objects: &Objects, config: &Config, passphrase: &[u8]) -> Result<[u8; 32]> {
+    for id in keys(objects).await? {
+        let content = objects.read(&key_name(id), SMALL_LEN_MAX).await?;
+        let key = content.and_then(|it| serde_json::from_slice::<WrappedKey>(&it).ok());
+        let master = key.and_then(|key| key.unwrap(passphrase, &config.id));
+        if let Some(master) = master.filter(|master| config.accepts(master)) {
+            return Ok(master);
+        }
+    }
+    let message = format!("the passphrase is none of {}", objects.name());
+    Err(RepositoryError::new(RepositoryErrorKind::Key, message))
+}
+
+/// Finds out whether the store honours creates, by creating an object twice.
+async fn probe(objects: &Objects) -> Result<Creates> {
+    let name = format!("probe/{}", Id::random()?);
+    if !objects.create(&name, "1".into()).await? {
+        return Err(RepositoryError::new(
+            RepositoryErrorKind::Store,
+            format!("{} says of a new object that it exists", objects.name()),
+        ));
+    }
+    let second = objects.create(&name, "2".into()).await;
+    objects.delete(&name).await?;
+    Ok(if second? { Creates::Overwriting } else { Creates::Exclusive })
+}
