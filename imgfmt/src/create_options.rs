@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 
 use crate::error::{Error, ErrorKind};
+use crate::foreign_options::ForeignOptions;
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
 use crate::options::OpenOptions;
@@ -122,6 +123,8 @@ pub struct CreateOptions {
     /// it in its own working directory, so an absolute one is better. Not possible with a backing
     /// file.
     pub data_file: Option<(OsString, DataFile)>,
+    /// What only formats of other programs have.
+    pub foreign: ForeignOptions,
     /// Called repeatedly while zeroes are written for [`Preallocation::Full`], which may take long:
     /// `true` cancels the creation and removes the new files.
     pub give_up: fn() -> bool,
@@ -144,6 +147,7 @@ impl CreateOptions {
             lazy_refcounts: LazyRefcounts::default(),
             preallocation: Preallocation::default(),
             data_file: None,
+            foreign: ForeignOptions::default(),
             give_up: || false,
         }
     }

@@ -18,6 +18,7 @@ pub(crate) enum Driver {
     Raw(Raw),
     Qcow2(Box<Qcow2>),
     Foreign(Foreign),
+    New(NewImage),
 }
 
 /// An open image of a format that is only read.
@@ -27,12 +28,20 @@ pub(crate) struct Foreign {
     pub(crate) image: Box<dyn ForeignImage>,
 }
 
+/// A new image of a format that is otherwise only read. It is open until it is complete.
+#[derive(Debug)]
+pub(crate) struct NewImage {
+    pub(crate) format: Format,
+    pub(crate) image: Box<dyn WritableLayer>,
+}
+
 /// A layer below the image, which the layer above it reads.
 #[derive(Clone, Debug)]
 pub(crate) enum BackingLayer {
     Raw(Arc<Raw>),
     Qcow2(Arc<Qcow2>),
     Foreign(Arc<dyn ForeignImage>),
+    New(Arc<dyn WritableLayer>),
 }
 
 /// An open image with everything below it.
@@ -62,6 +71,7 @@ impl Driver {
             Self::Raw(raw) => raw,
             Self::Qcow2(qcow2) => &**qcow2,
             Self::Foreign(foreign) => &*foreign.image,
+            Self::New(new) => &*new.image,
         }
     }
 
@@ -71,6 +81,7 @@ impl Driver {
             Self::Raw(raw) => Some(raw),
             Self::Qcow2(qcow2) => Some(&**qcow2),
             Self::Foreign(_) => None,
+            Self::New(new) => Some(&*new.image),
         }
     }
 
@@ -79,6 +90,7 @@ impl Driver {
             Self::Raw(raw) => Some(raw),
             Self::Qcow2(qcow2) => Some(&mut **qcow2),
             Self::Foreign(_) => None,
+            Self::New(new) => Some(&mut *new.image),
         }
     }
 
@@ -91,7 +103,7 @@ impl Driver {
     pub(crate) fn attach_backing(&mut self, below: &BackingLayer) {
         match self {
             // Nothing is ever below it.
-            Self::Raw(_) => {}
+            Self::Raw(_) | Self::New(_) => {}
             Self::Qcow2(qcow2) => qcow2.attach_backing(below.layer()),
             Self::Foreign(foreign) => foreign.image.attach_parent(below.layer()),
         }
@@ -100,7 +112,7 @@ impl Driver {
     /// What the layer below must be known by.
     pub(crate) fn parent_identity(&self) -> Option<Identity> {
         match self {
-            Self::Raw(_) | Self::Qcow2(_) => None,
+            Self::Raw(_) | Self::Qcow2(_) | Self::New(_) => None,
             Self::Foreign(foreign) => foreign.image.parent()?.identity,
         }
     }
@@ -108,7 +120,7 @@ impl Driver {
     /// The name and the format that the image records of the layer below it.
     pub(crate) fn recorded_backing(&self) -> (Option<OsString>, Option<String>) {
         match self {
-            Self::Raw(_) => (None, None),
+            Self::Raw(_) | Self::New(_) => (None, None),
             Self::Qcow2(qcow2) => {
                 qcow2.backing_name().map_or((None, None), |(name, format)| (Some(name), format))
             }
@@ -121,19 +133,20 @@ impl Driver {
             Self::Raw(raw) => raw.format(),
             Self::Qcow2(_) => Format::Qcow2,
             Self::Foreign(foreign) => foreign.format,
+            Self::New(new) => new.format,
         }
     }
 
     pub(crate) fn qcow2(&self) -> Option<&Qcow2> {
         match self {
-            Self::Raw(_) | Self::Foreign(_) => None,
+            Self::Raw(_) | Self::Foreign(_) | Self::New(_) => None,
             Self::Qcow2(qcow2) => Some(qcow2),
         }
     }
 
     pub(crate) fn qcow2_mut(&mut self) -> Option<&mut Qcow2> {
         match self {
-            Self::Raw(_) | Self::Foreign(_) => None,
+            Self::Raw(_) | Self::Foreign(_) | Self::New(_) => None,
             Self::Qcow2(qcow2) => Some(qcow2),
         }
     }
@@ -142,7 +155,7 @@ impl Driver {
     pub(crate) fn raw_storage(&self) -> Option<&dyn Storage> {
         match self {
             Self::Raw(raw) => Some(raw.storage()),
-            Self::Qcow2(_) | Self::Foreign(_) => None,
+            Self::Qcow2(_) | Self::Foreign(_) | Self::New(_) => None,
         }
     }
 }
@@ -153,6 +166,7 @@ impl From<Driver> for BackingLayer {
             Driver::Raw(raw) => Self::Raw(Arc::new(raw)),
             Driver::Qcow2(qcow2) => Self::Qcow2(Arc::from(qcow2)),
             Driver::Foreign(foreign) => Self::Foreign(Arc::from(foreign.image)),
+            Driver::New(new) => Self::New(Arc::from(new.image)),
         }
     }
 }
@@ -163,6 +177,7 @@ impl BackingLayer {
             Self::Raw(raw) => Arc::clone(raw) as _,
             Self::Qcow2(qcow2) => Arc::clone(qcow2) as _,
             Self::Foreign(image) => Arc::clone(image) as _,
+            Self::New(image) => Arc::clone(image) as _,
         }
     }
 
@@ -171,20 +186,21 @@ impl BackingLayer {
             Self::Raw(raw) => raw.size(),
             Self::Qcow2(qcow2) => qcow2.size(),
             Self::Foreign(image) => image.size(),
+            Self::New(image) => image.size(),
         }
     }
 
     /// What a child knows it by, if its format has that.
     pub(crate) fn identity(&self) -> Option<Identity> {
         match self {
-            Self::Raw(_) | Self::Qcow2(_) => None,
+            Self::Raw(_) | Self::Qcow2(_) | Self::New(_) => None,
             Self::Foreign(image) => image.identity(),
         }
     }
 
     pub(crate) fn qcow2(&self) -> Option<&Qcow2> {
         match self {
-            Self::Raw(_) | Self::Foreign(_) => None,
+            Self::Raw(_) | Self::Foreign(_) | Self::New(_) => None,
             Self::Qcow2(qcow2) => Some(qcow2),
         }
     }

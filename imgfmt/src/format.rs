@@ -5,8 +5,9 @@ use std::fmt;
 /// The format in which a file stores a virtual disk.
 ///
 /// [`Raw`](Self::Raw), [`Qcow2`](Self::Qcow2) and, with the feature `encryption`,
-/// [`Luks`](Self::Luks) can be read and written, some others can be [read](Self::is_supported). The rest is recognised, so that their containers are not mistaken for raw
-/// disks, and refused.
+/// [`Luks`](Self::Luks) can be read and written, some others can be [read](Self::is_supported) or
+/// [made](Self::can_be_made) as well. The rest is recognised, so that their containers are not
+/// mistaken for raw disks, and refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Format {

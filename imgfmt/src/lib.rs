@@ -68,6 +68,7 @@ mod crypto;
 mod driver;
 mod error;
 mod extent;
+mod foreign_options;
 mod format;
 mod formats;
 mod image;
@@ -111,6 +112,7 @@ pub use create_options::{
 };
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentKind};
+pub use foreign_options::{ForeignOptions, Subformat, VhdSize, VmdkAdapter};
 pub use format::Format;
 pub use image::{Extents, Image, NewOnDevice, Shrink};
 pub use info::ImageInfo;

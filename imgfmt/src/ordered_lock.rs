@@ -97,6 +97,9 @@ pub(crate) mod rank {
         FOREIGN_PAGE,
         /// Held while decompressed blocks of an image that is only read are looked for or kept.
         FOREIGN_DECODED,
+        /// The table of blocks of a new image. Held while a page of it is read or written, and a block
+        /// is added.
+        NEW_IMAGE,
         /// Held while the first sector of a raw image that was found by probing is checked and
         /// changed.
         FIRST_SECTOR,

@@ -39,10 +39,11 @@ pub(crate) fn name_of_another_format(path: &Path, format: Format, option: &str) 
     let ending = path.extension().and_then(OsStr::to_str)?.to_ascii_lowercase();
     let help = match ending.as_str() {
         _ if format != Format::Raw => return None,
-        "qcow2" => format!("add {option} qcow2 for the format that its name suggests"),
-        "qcow" | "qed" | "vmdk" | "vdi" | "vhd" | "vhdx" => {
-            "choose a name that ends with .raw or .img".to_owned()
+        "vhd" => format!("add {option} vpc for the format that its name suggests"),
+        "qcow2" | "vmdk" | "vdi" | "vhdx" => {
+            format!("add {option} {ending} for the format that its name suggests")
         }
+        "qcow" | "qed" => "choose a name that ends with .raw or .img".to_owned(),
         _ => return None,
     };
     Some(format!("'{}' becomes a raw image: {help}", path.display().to_string().escape_debug()))
@@ -77,8 +78,8 @@ impl ValueParserFactory for NewImageFormat {
 
     fn value_parser() -> Self::Parser {
         ImageFormatParser {
-            can_be: |format| matches!(format, Format::Raw | Format::Qcow2),
-            otherwise: "is known, but such images cannot be made yet; make a qcow2 or raw image",
+            can_be: Format::can_be_made,
+            otherwise: "is known, but such images cannot be made; make a qcow2 or raw image",
             made: Self,
         }
     }

@@ -1,14 +1,20 @@
-//! Formats of other programs, which are only read.
+//! Formats of other programs: images of them are read, and new ones of some of them made.
 //!
 //! A format is a folder here and a line in [`TABLE`]. It tells what a part of the disk is
 //! ([`Blocks`]), and everything else follows from that: reads, maps, extents, chains. The headers and
 //! tables of these formats are untrusted; what is read of them at once is bounded, and each number is
 //! checked where it is used.
+//!
+//! A new image is [planned](Planned), which refuses what is not possible before there is a file, and
+//! then filled. It cannot be opened for writing again.
 
+mod block_table;
 mod blocks;
 mod decoded;
 mod file;
 mod foreign;
+mod new;
+mod new_blocks;
 mod parallels;
 mod qcow;
 mod qed;
@@ -18,6 +24,7 @@ mod vmdk;
 mod vpc;
 
 pub(crate) use self::foreign::{ForeignImage, Identity, Opening, Parent};
+pub(crate) use self::new::{NewForeign, Planned};
 use crate::error::Result;
 use crate::format::Format;
 
@@ -29,21 +36,48 @@ pub(crate) struct Entry {
     /// The same of its last 512 bytes and its length, for formats whose header may be at the end.
     pub(crate) ends: fn(&[u8; 512], u64) -> bool,
     pub(crate) open: fn(Opening<'_>) -> Result<Box<dyn ForeignImage>>,
+    /// Plans a new image, where that is possible.
+    pub(crate) plan: Option<fn(&NewForeign<'_>) -> Result<Planned>>,
 }
 
 /// All formats that are read besides raw and qcow2.
 pub(crate) const TABLE: &[Entry] = &[
-    Entry { format: Format::Vdi, starts: vdi::starts, ends: never, open: vdi::open },
-    Entry { format: Format::Vhdx, starts: vhdx::starts, ends: never, open: vhdx::open },
-    Entry { format: Format::Vmdk, starts: vmdk::starts, ends: never, open: vmdk::open },
-    Entry { format: Format::Vpc, starts: vpc::starts, ends: vpc::ends, open: vpc::open },
-    Entry { format: Format::Qed, starts: qed::starts, ends: never, open: qed::open },
-    Entry { format: Format::Qcow, starts: qcow::starts, ends: never, open: qcow::open },
+    Entry {
+        format: Format::Vdi,
+        starts: vdi::starts,
+        ends: never,
+        open: vdi::open,
+        plan: Some(vdi::plan),
+    },
+    Entry {
+        format: Format::Vhdx,
+        starts: vhdx::starts,
+        ends: never,
+        open: vhdx::open,
+        plan: Some(vhdx::plan),
+    },
+    Entry {
+        format: Format::Vmdk,
+        starts: vmdk::starts,
+        ends: never,
+        open: vmdk::open,
+        plan: Some(vmdk::plan),
+    },
+    Entry {
+        format: Format::Vpc,
+        starts: vpc::starts,
+        ends: vpc::ends,
+        open: vpc::open,
+        plan: Some(vpc::plan),
+    },
+    Entry { format: Format::Qed, starts: qed::starts, ends: never, open: qed::open, plan: None },
+    Entry { format: Format::Qcow, starts: qcow::starts, ends: never, open: qcow::open, plan: None },
     Entry {
         format: Format::Parallels,
         starts: parallels::starts,
         ends: never,
         open: parallels::open,
+        plan: None,
     },
 ];
 
@@ -58,6 +92,12 @@ pub(crate) fn entry(format: Format) -> Option<&'static Entry> {
 }
 
 impl Format {
+    /// Returns whether new images of this format can be made.
+    pub fn can_be_made(self) -> bool {
+        matches!(self, Self::Raw | Self::Qcow2)
+            || entry(self).is_some_and(|entry| entry.plan.is_some())
+    }
+
     /// Returns whether images of this format can be opened, or only detected.
     pub fn is_supported(self) -> bool {
         self.is_writable() || entry(self).is_some()

@@ -3,8 +3,10 @@
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions as FileOptions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::Image;
 use super::on_device::{NewOnDevice, is_block_device};
@@ -13,11 +15,14 @@ use crate::backing_file::BackingFile;
 use crate::cache_mode::CacheMode;
 use crate::chain;
 use crate::create_options::{CreateOptions, DataFile, Preallocation, invalid};
+use crate::driver::{Chain, Driver, NamedFile, NewImage};
 use crate::error::{Error, ErrorKind, Result};
+use crate::foreign_options::Subformat;
 use crate::format::Format;
+use crate::formats::{self, NewForeign, Planned};
 use crate::options::OpenOptions;
 use crate::qcow2;
-use crate::storage::{Durability, FileStorage};
+use crate::storage::{Durability, FileStorage, Storage as _};
 use crate::units::GuestOffset;
 
 impl Image {
@@ -66,9 +71,12 @@ fn create(path: &Path, options: &CreateOptions) -> Result<Image> {
         open.is_synced = true;
         return Image::open(path, &open);
     }
-    let (size, content) = plan(path, options)?;
     let syncs = open.cache != CacheMode::Unsafe;
     let mut made = NewFiles { paths: Vec::new(), syncs };
+    if formats::entry(options.format).is_some() {
+        return create_foreign(path, options, &open, made);
+    }
+    let (size, content) = plan(path, options)?;
     if let Some(data_path) = data_file(path, options) {
         made.create(&data_path, |file| file.set_len(size))?;
     }
@@ -80,6 +88,73 @@ fn create(path: &Path, options: &CreateOptions) -> Result<Image> {
     made.sync_names()?;
     made.keep();
     Ok(image)
+}
+
+/// Makes a new file of another program's format, which is complete when it is closed.
+fn create_foreign(
+    path: &Path,
+    options: &CreateOptions,
+    open: &OpenOptions,
+    mut made: NewFiles,
+) -> Result<Image> {
+    let named = |error: Error| error.with_path(path);
+    let planned = plan_foreign(path, options).map_err(named)?;
+    let length = (planned.length)(0);
+    // The contents are put on stable storage when they are complete.
+    let syncs = std::mem::replace(&mut made.syncs, false);
+    made.create(path, |_| Ok(()))?;
+    let storage = Arc::new(open.open_file(path, Access::ReadWrite)?);
+    let direct = storage.direct_alignment();
+    let file = storage.identity().map(|identity| NamedFile { path: path.to_owned(), identity });
+    let image = (planned.begin)(storage).map_err(named)?;
+    if options.preallocation != Preallocation::Off {
+        set_space_aside_for(path, length)?;
+    }
+    let top = Driver::New(NewImage { format: options.format, image });
+    let files = file.into_iter().collect();
+    let chain = Chain { top, below: Vec::new(), files, others: Vec::new() };
+    let cache = open.cache;
+    let image = Image { chain, path: Some(path.into()), access: Access::ReadWrite, cache, direct };
+    if (options.give_up)() {
+        return Err(Error::new(ErrorKind::Io, "create", "it was given up").with_path(path));
+    }
+    made.syncs = syncs;
+    made.sync_names()?;
+    made.keep();
+    Ok(image)
+}
+
+/// Plans a new image of another program's format, as far as that is possible with these options.
+pub(crate) fn plan_foreign(path: &Path, options: &CreateOptions) -> Result<Planned> {
+    let what = options.format.description();
+    let Some(plan) = formats::entry(options.format).and_then(|entry| entry.plan) else {
+        let detail = format!("{what} images cannot be made; make a qcow2 image");
+        return Err(Error::new(ErrorKind::Unsupported, "create", detail));
+    };
+    if options.backing.is_some() || options.data_file.is_some() {
+        let detail = format!("a new {what} image has neither a backing file nor a data file");
+        return Err(invalid(detail));
+    }
+    let Some(size) = options.size else {
+        return Err(invalid("a size is needed where no backing file has one"));
+    };
+    let is_fixed = options.foreign.subformat == Subformat::Fixed;
+    match options.preallocation {
+        Preallocation::Off => {}
+        Preallocation::Falloc if is_fixed => {}
+        Preallocation::Falloc => {
+            let detail = format!("space can be set aside for fixed {what} images only");
+            return Err(invalid(detail));
+        }
+        Preallocation::Metadata | Preallocation::Full => {
+            let detail = format!(
+                "this preallocation is not possible for {what} images; make a fixed one, for which                  space can be set aside (falloc)"
+            );
+            return Err(invalid(detail));
+        }
+    }
+    let name = path.file_name().unwrap_or_default().to_owned();
+    plan(&NewForeign { size, name, options: &options.foreign })
 }
 
 /// The path of the data file of a new image, if it gets one.
@@ -137,8 +212,13 @@ fn plan(path: &Path, options: &CreateOptions) -> Result<(u64, Parts)> {
         Format::Raw => Vec::new(),
         Format::Qcow2 => qcow2::layout(size, options).map_err(named)?,
         other => {
-            let detail =
-                format!("{} images cannot be made; make a qcow2 image", other.description());
+            let advice = match other.can_be_made() {
+                true => {
+                    "are made in files only; make the image in a file and copy it to the device"
+                }
+                false => "cannot be made; make a qcow2 image",
+            };
+            let detail = format!("{} images {advice}", other.description());
             return Err(named(Error::new(ErrorKind::Unsupported, "create", detail)));
         }
     };
@@ -231,13 +311,25 @@ fn preallocate(path: &Path, options: &CreateOptions, open: &OpenOptions) -> Resu
 
 /// Makes the file system allocate the space of a complete file.
 fn set_space_aside(path: &Path) -> rustix::io::Result<()> {
-    let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
-    let file = rustix::fs::open(path, flags, rustix::fs::Mode::empty())?;
+    let file = open_to_write(path)?;
     let length = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))?;
     match length {
         0 => Ok(()),
         _ => rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length),
     }
+}
+
+/// The same for a file that will have this length.
+fn set_space_aside_for(path: &Path, length: u64) -> Result<()> {
+    let set_aside = open_to_write(path).and_then(|file| {
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length.max(1))
+    });
+    set_aside.map_err(|error| Error::from_io("set space aside for", error.into()).with_path(path))
+}
+
+fn open_to_write(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, rustix::fs::Mode::empty())
 }
 
 /// The options for opening the new image. Its data file is the caller's choice.

@@ -13,6 +13,7 @@ mod write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub(crate) use self::create::plan_foreign;
 pub use self::extents::Extents;
 pub use self::on_device::NewOnDevice;
 use crate::access::Access;

@@ -1,5 +1,7 @@
 //! Measures the size of a new image.
 
+use std::path::Path;
+
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
 use super::range::whole;
@@ -7,7 +9,8 @@ use crate::bitmap::BitmapState;
 use crate::create_options::{CreateOptions, L2Entries, Qcow2Version};
 use crate::extent::ExtentKind;
 use crate::format::Format;
-use crate::image::Image;
+use crate::formats;
+use crate::image::{Image, plan_foreign};
 use crate::qcow2;
 
 /// The disk whose copy is measured.
@@ -56,6 +59,9 @@ pub fn measure(
         MeasuredDisk::Image(image) => image.size(),
         MeasuredDisk::Empty(size) => size,
     };
+    if formats::entry(create.format).is_some() {
+        return foreign(disk, size, create, context);
+    }
     if create.format != Format::Qcow2 {
         return Ok(Measurement { required: size, fully_allocated: size, bitmaps: None });
     }
@@ -71,6 +77,25 @@ pub fn measure(
         JobError::invalid(format!("a disk of {size} bytes is too large for qcow2"))
     })?;
     Ok(Measurement { bitmaps, ..measurement })
+}
+
+/// The sizes of a file of another program's format.
+fn foreign(
+    disk: MeasuredDisk<'_>,
+    size: u64,
+    create: &CreateOptions,
+    context: &JobContext,
+) -> Result<Measurement, JobError> {
+    let create = CreateOptions { size: Some(size), ..create.clone() };
+    let planned = plan_foreign(Path::new("disk"), &create)
+        .map_err(|error| JobError::image(JobErrorKind::InvalidArgument, error))?;
+    let blocks = match disk {
+        MeasuredDisk::Image(image) => data_clusters(image, planned.block_size, context)?,
+        MeasuredDisk::Empty(_) => 0,
+    };
+    let all = planned.size.div_ceil(planned.block_size);
+    let (required, fully_allocated) = ((planned.length)(blocks), (planned.length)(all));
+    Ok(Measurement { required, fully_allocated, bitmaps: None })
 }
 
 /// The number of clusters of a copy that would hold data.

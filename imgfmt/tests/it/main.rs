@@ -55,6 +55,7 @@ mod formats_damaged;
 mod formats_vhdx;
 mod formats_vmdk;
 mod formats_vs_qemu;
+mod formats_written;
 mod full_disk;
 mod fuzz_corpus;
 mod holes;

@@ -62,6 +62,7 @@ pub mod devices;
 mod digest;
 mod error;
 mod files;
+pub mod foreign_options;
 pub mod frozen_bits;
 pub mod getopt;
 pub mod image_check;

@@ -6,6 +6,7 @@ mod commit;
 mod compare;
 mod convert;
 mod create;
+mod format_options;
 pub(super) mod info;
 pub(super) mod location;
 mod map;

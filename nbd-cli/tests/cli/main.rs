@@ -78,6 +78,7 @@ mod mount;
 mod mount_files;
 mod new_files;
 mod qemu_img_beside;
+mod qemu_img_formats;
 mod qemu_nbd_backing;
 mod qemu_nbd_beside;
 mod qemu_nbd_chain;

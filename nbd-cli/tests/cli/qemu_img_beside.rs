@@ -432,7 +432,9 @@ fn what_is_not_supported_is_refused_by_name_and_changes_nothing() {
     std::fs::write(here.join("old.img"), [7; 4096]).unwrap();
     std::fs::hard_link(here.join("old.img"), here.join("second-name.img")).unwrap();
     for (line, part) in [
-        ("create -f vmdk new.img 1M", "vmdk"),
+        ("create -f qed new.img 1M", "qed"),
+        ("create -f vmdk -o subformat=monolithicFlat new.img 1M", "monolithicFlat"),
+        ("create -f vhdx -o preallocation=full new.img 1M", "preallocation"),
         ("create -f qcow2 -o encrypt.format=luks new.img 1M", "encrypt"),
         ("create -f qcow2 -o nocow=on new.img 1M", "nocow"),
         ("create -f qcow2 -o data_file=x sub/new.img 1M", "data_file"),

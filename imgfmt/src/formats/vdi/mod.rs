@@ -21,8 +21,11 @@
 //! The table has 4 bytes for each block of the disk: its number in the file, or one of two values for
 //! blocks that the file does not have. Blocks of either of these read as zero.
 
+mod new;
+
 use std::ops::RangeInclusive;
 
+pub(super) use self::new::plan;
 use super::blocks::{BlockImage, Blocks, Piece, Place};
 use super::file::{Cursor, ImageFile};
 use super::foreign::{ForeignImage, Opening};

@@ -26,9 +26,20 @@ fn update(crc: u32, bytes: &[u8]) -> u32 {
 /// Whether the checksum in a structure, 4 bytes from offset 4 on, is that of the structure with zeroes
 /// in place of the checksum.
 pub(super) fn is_sound(structure: &[u8]) -> bool {
-    let Some((start, rest)) = structure.split_at_checked(8) else { return false };
+    checksum(structure).is_some_and(|checksum| structure[4..8] == checksum)
+}
+
+/// Sets the checksum in a structure, of at least 8 bytes.
+pub(super) fn seal(structure: &mut [u8]) {
+    if let Some(checksum) = checksum(structure) {
+        structure[4..8].copy_from_slice(&checksum);
+    }
+}
+
+fn checksum(structure: &[u8]) -> Option<[u8; 4]> {
+    let (start, rest) = structure.split_at_checked(8)?;
     let crc = update(update(update(u32::MAX, &start[..4]), &[0; 4]), rest);
-    start[4..] == (!crc).to_le_bytes()
+    Some((!crc).to_le_bytes())
 }
 
 #[cfg(test)]

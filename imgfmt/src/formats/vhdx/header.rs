@@ -31,19 +31,20 @@ pub(super) type Guid = [u8; 16];
 
 pub(super) const MIB: u64 = 1 << 20;
 
-const HEADERS: [u64; 2] = [64 << 10, 128 << 10];
-const HEADER_LENGTH: u64 = 4096;
-const TABLES: [u64; 2] = [192 << 10, 256 << 10];
-const TABLE_LENGTH: u64 = 64 << 10;
+pub(super) const HEADERS: [u64; 2] = [64 << 10, 128 << 10];
+pub(super) const HEADER_LENGTH: u64 = 4096;
+pub(super) const TABLES: [u64; 2] = [192 << 10, 256 << 10];
+pub(super) const TABLE_LENGTH: u64 = 64 << 10;
 
 /// Most entries of a table of regions or of metadata.
 pub(super) const ENTRIES_MAX: usize = 2047;
-const ENTRY: usize = 32;
+pub(super) const ENTRY: usize = 32;
 
 /// The table of blocks: 2dc27766-f623-4200-9d64-115e9bfd4a08.
-const BAT: Guid = *b"\x66\x77\xc2\x2d\x23\xf6\x00\x42\x9d\x64\x11\x5e\x9b\xfd\x4a\x08";
+pub(super) const BAT: Guid = *b"\x66\x77\xc2\x2d\x23\xf6\x00\x42\x9d\x64\x11\x5e\x9b\xfd\x4a\x08";
 /// Metadata: 8b7ca206-4790-4b9a-b8fe-575f050f886e.
-const METADATA: Guid = *b"\x06\xa2\x7c\x8b\x90\x47\x9a\x4b\xb8\xfe\x57\x5f\x05\x0f\x88\x6e";
+pub(super) const METADATA: Guid =
+    *b"\x06\xa2\x7c\x8b\x90\x47\x9a\x4b\xb8\xfe\x57\x5f\x05\x0f\x88\x6e";
 
 /// The header that counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,12 +8,14 @@ mod crc32c;
 mod header;
 mod log;
 mod metadata;
+mod new;
 mod overlay;
 
 use std::sync::Arc;
 
 use self::header::{Header, MIB, Regions};
 use self::metadata::Metadata;
+pub(super) use self::new::plan;
 use super::blocks::{BlockImage, Blocks, Piece, Place};
 use super::file::{Cursor, ImageFile};
 use super::foreign::{ForeignImage, Identity, Opening, Parent};

@@ -7,6 +7,7 @@
 mod descriptor;
 mod esx;
 mod grain;
+mod new;
 mod sparse;
 
 use std::collections::HashMap;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 
 use self::descriptor::{Descriptor, ExtentKind, ExtentLine};
 use self::grain::Grains;
+pub(super) use self::new::plan;
 use self::sparse::{HOSTED_MAGIC, HostedHeader, Lookups, Sparse};
 use super::blocks::{Piece, Place, Source, lacks};
 use super::file::ImageFile;

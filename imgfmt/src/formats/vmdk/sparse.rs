@@ -39,7 +39,7 @@ const DIRECTORY_AT_END: u64 = u64::MAX;
 const FOOTER_FROM_END: u64 = 1024;
 
 /// Bytes that a transfer as text changes, and where they are.
-const LINE_ENDS: (usize, [u8; 4]) = (73, *b"\n \r\n");
+pub(super) const LINE_ENDS: (usize, [u8; 4]) = (73, *b"\n \r\n");
 
 /// The largest grain in bytes, and the largest that may be compressed.
 const GRAIN_MAX: u64 = 1 << 30;

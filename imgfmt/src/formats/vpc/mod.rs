@@ -28,10 +28,12 @@
 //! | 64 | 512 | name of the parent, UTF-16 |
 //! | 576 | 192 | eight places of other names of the parent |
 
+mod new;
 mod parent;
 
 use std::ops::RangeInclusive;
 
+pub(super) use self::new::plan;
 use self::parent::HEADER_LENGTH;
 use super::blocks::{BlockImage, Blocks, Piece, Place};
 use super::file::{Cursor, ImageFile};
@@ -85,12 +87,16 @@ fn is_footer(footer: &[u8]) -> bool {
     footer.starts_with(b"conectix") && is_sound(footer, FOOTER_CHECKSUM)
 }
 
-/// Whether the checksum at that place is the one's complement of the sum of all other bytes.
-fn is_sound(bytes: &[u8], checksum: usize) -> bool {
-    let is_other = |place: &usize| !(checksum..checksum + 4).contains(place);
+/// Whether the checksum at that place is right.
+fn is_sound(bytes: &[u8], place: usize) -> bool {
+    u32_at(bytes, place) == checksum(bytes, place)
+}
+
+/// The checksum for that place: the one's complement of the sum of all other bytes.
+fn checksum(bytes: &[u8], place: usize) -> u32 {
+    let is_other = |other: &usize| !(place..place + 4).contains(other);
     let other = bytes.iter().enumerate().filter(|(place, _)| is_other(place));
-    let sum = other.fold(0_u32, |sum, (_, byte)| sum.wrapping_add(u32::from(*byte)));
-    u32_at(bytes, checksum) == !sum
+    !other.fold(0_u32, |sum, (_, byte)| sum.wrapping_add(u32::from(*byte)))
 }
 
 pub(super) fn open(opening: Opening<'_>) -> Result<Box<dyn ForeignImage>> {

@@ -51,6 +51,7 @@ impl Conversion<'_> {
         let mut create = self.options.create.clone();
         create.size = Some(self.source.size());
         create.open = self.for_filling();
+        create.foreign.final_name = path.file_name().map(Into::into);
         let make = |path: &Path| Image::create(path, &create).map_err(in_destination);
         let (observer, locking) = (&self.context.observer, self.options.create.open.locking);
         let (mut new, image) = match self.options.destination {

@@ -13,6 +13,7 @@ use nbd_jobs::size::parse_duration;
 use nbd_jobs::{Durable, JobContext};
 
 use super::create::{Compat, Qcow2Args};
+use super::format_options::FormatOptions;
 use super::location;
 use super::open::OpenArgs;
 use crate::connect::ServerArgs;
@@ -125,6 +126,10 @@ pub struct ConvertArgs {
     pub json: bool,
 
     #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub format_options: FormatOptions,
+
+    #[command(flatten)]
     pub qcow2: Qcow2Args,
 
     #[command(flatten)]
@@ -142,8 +147,11 @@ pub struct ConvertArgs {
 pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     let [from, destination] =
         location::parse_two([&args.source, &args.destination], &args.server, &args.open.trust)?;
-    let exists = args.no_create || matches!(destination, ImageLocation::Export { .. });
     let format = args.output_format.map_or(Format::Raw, Format::from);
+    if args.format_options.help(&CreateOptions::new(format, 0))? {
+        return Ok(Outcome::Success);
+    }
+    let exists = args.no_create || matches!(destination, ImageLocation::Export { .. });
     check_options(args, &destination, format, exists)?;
     check_caches(args, &from, &destination)?;
     if let (ImageLocation::File(path), false) = (&destination, exists)
@@ -173,6 +181,7 @@ fn options(
 ) -> Result<ConvertOptions, CommandError> {
     let mut create = CreateOptions::new(format, 0);
     args.qcow2.apply(&mut create)?;
+    args.format_options.apply(&mut create)?;
     let locks = args.open.trust.locks;
     create.open = create.open.locking(locks.locking());
     let mut options = ConvertOptions::new(create);
@@ -234,6 +243,9 @@ fn check_options(
     }
     if !exists && args.destination_is_zero {
         return refuse("--destination-is-zero is for disks that exist; add --no-create");
+    }
+    if exists && !args.format_options.options.is_empty() {
+        return refuse("-o is for new images; omit it, or omit --no-create");
     }
     if exists && let Some(option) = args.qcow2.given() {
         return refuse(&format!("{option} is for new images; omit it, or omit --no-create"));

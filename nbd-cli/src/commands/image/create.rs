@@ -12,6 +12,7 @@ use nbd_jobs::remote::allow_exports;
 use nbd_jobs::size::ByteSize;
 use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 
+use super::format_options::FormatOptions;
 use super::info::print_json;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
@@ -82,6 +83,10 @@ pub struct CreateArgs {
     /// Print the new image, like `nbd-cli image info --json`.
     #[arg(long)]
     pub json: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub format_options: FormatOptions,
 
     #[command(flatten)]
     pub qcow2: Qcow2Args,
@@ -164,9 +169,10 @@ impl Qcow2Args {
 
     /// Sets the options of a new image, or reports one that it cannot have.
     pub(super) fn apply(&self, options: &mut CreateOptions) -> Result<(), CommandError> {
-        if let (Format::Raw, Some(option)) = (options.format, self.given()) {
+        if let (true, Some(option)) = (options.format != Format::Qcow2, self.given()) {
+            let format = options.format;
             return Err(CommandError::new(format!(
-                "a raw image has no {option}; omit it or create a qcow2 image"
+                "a {format} image has no {option}; omit it or create a qcow2 image"
             )));
         }
         if let Some(size) = self.cluster_size {
@@ -193,15 +199,21 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     if let Some(why) = name_of_another_format(&args.path, options.format, "--format") {
         warn(&why);
     }
+    if args.format_options.help(&options)? {
+        return Ok(Outcome::Success);
+    }
     options.size = args.size.map(ByteSize::bytes);
     options.open.locking = args.locks.locking();
     options.open.policy = allow_exports(OpenPolicy::any_file(), &ServerArgs::default().remotes());
     options.backing = args.backing.clone().zip(args.backing_format.map(Format::from));
     args.qcow2.apply(&mut options)?;
-    if args.lazy_refcounts && options.format == Format::Raw {
-        return Err(CommandError::new(
-            "a raw image has no --lazy-refcounts; omit it or create a qcow2 image",
-        ));
+    args.format_options.apply(&mut options)?;
+    options.foreign.final_name = args.path.file_name().map(Into::into);
+    if args.lazy_refcounts && options.format != Format::Qcow2 {
+        return Err(CommandError::new(format!(
+            "a {} image has no --lazy-refcounts; omit it or create a qcow2 image",
+            options.format
+        )));
     }
     options.preallocation = preallocation(args, options.format)?;
     let kind = if args.data_file_raw { DataFile::Raw } else { DataFile::Plain };
@@ -226,7 +238,7 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
         }
         _ => {
             let (new, image) = NewFile::begin(&args.path, &warnings(), create)?;
-            drop(image);
+            image.close()?;
             new.complete(Durable::Now)?;
         }
     }
@@ -241,8 +253,8 @@ fn preallocation(args: &CreateArgs, format: Format) -> Result<imgfmt::Preallocat
     use imgfmt::Preallocation as Kind;
     match args.preallocation {
         Preallocation::Off => Ok(Kind::Off),
-        Preallocation::Metadata if format == Format::Raw => Err(CommandError::new(
-            "--preallocation metadata is for qcow2 images; for raw ones use off, falloc or full",
+        Preallocation::Metadata if format != Format::Qcow2 => Err(CommandError::new(
+            "--preallocation metadata is for qcow2 images; for others use off, falloc or full",
         )),
         Preallocation::Metadata => Ok(Kind::Metadata),
         Preallocation::Falloc => Ok(Kind::Falloc),

@@ -9,6 +9,7 @@ use nbd_jobs::size::{ByteSize, rounded};
 use serde::Serialize;
 
 use super::create::Qcow2Args;
+use super::format_options::FormatOptions;
 use super::location;
 use super::open::OpenArgs;
 use crate::connect::ServerArgs;
@@ -52,6 +53,10 @@ pub struct MeasureArgs {
     pub json: bool,
 
     #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub format_options: FormatOptions,
+
+    #[command(flatten)]
     pub qcow2: Qcow2Args,
 
     #[command(flatten)]
@@ -79,7 +84,11 @@ struct MeasureReport {
 
 pub(crate) fn run(args: &MeasureArgs) -> Result<Outcome, CommandError> {
     let mut create = CreateOptions::new(args.output_format.into(), 0);
+    if args.format_options.help(&create)? {
+        return Ok(Outcome::Success);
+    }
     args.qcow2.apply(&mut create)?;
+    args.format_options.apply(&mut create)?;
     let image = match &args.path {
         None => {
             args.server.check([])?;

@@ -33,9 +33,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         }
     };
     let shown = name.to_string_lossy();
-    if !matches!(format, Format::Raw | Format::Qcow2) {
+    if !format.can_be_made() {
         return Err(Refusal::new(format!(
-            "{shown}: new images of the format '{format}' are not supported; make a raw or qcow2 image"
+            "{shown}: new images of the format '{format}' are not supported; make a qcow2 image"
         )));
     }
     let place = Place::parse(name, false)?;
@@ -51,6 +51,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     let mut create = new.create;
     create.size = Some(size.next_multiple_of(SECTOR));
+    create.foreign.final_name = path.file_name().map(Into::into);
     make(path, &create).map_err(|error| error.about(&shown))?;
     Ok(0)
 }
@@ -140,7 +141,7 @@ fn make(path: &Path, create: &CreateOptions) -> Result<(), Refusal> {
         }
         _ => {
             let (new, image) = NewFile::begin_or_replace(path, Locking::Auto, &observer, make)?;
-            drop(image);
+            image.close()?;
             Ok(new.complete(Durable::Later)?)
         }
     }

@@ -100,6 +100,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     let mut create = CreateOptions::new(format.unwrap_or(Format::Raw), 0);
     create.size = Some(size.next_multiple_of(SECTOR));
+    create.foreign.final_name = path.file_name().map(Into::into);
     write(&path, &create, |new| copy(&image, new, start, size))?;
     Ok(0)
 }

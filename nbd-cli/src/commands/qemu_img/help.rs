@@ -34,7 +34,7 @@ Commands:
         text.push_str(&format!("  {name:<10} {meaning}\n"));
     }
     text.push_str(
-        "\nSupported formats: qcow2 raw\n\n\
+        "\nSupported formats: parallels qcow qcow2 qed raw vdi vhdx vmdk vpc\n\n\
          As in QEMU, the names in images are followed, and formats that are not given are detected:\n\
          use 'nbd-cli image' for images from untrusted sources.\n",
     );

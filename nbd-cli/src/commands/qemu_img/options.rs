@@ -4,8 +4,9 @@ use std::fmt::Write as _;
 
 use imgfmt::{
     CompressionType, CreateOptions, DataFile, Format, L2Entries, LazyRefcounts, Preallocation,
-    Qcow2Version,
+    Qcow2Version, VhdSize,
 };
+use nbd_jobs::foreign_options;
 use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::qemu_numbers::parse_size;
 use nbd_jobs::text::printable;
@@ -47,6 +48,8 @@ pub(super) struct NewImage {
     compat: Option<String>,
     preallocation: Option<String>,
     nocow: bool,
+    /// What is reported of other programs' formats.
+    said: Vec<(&'static str, String)>,
     /// `backing_file` and `backing_fmt`, which other options may override.
     backing: (Option<String>, Option<String>),
 }
@@ -55,8 +58,17 @@ pub(super) struct NewImage {
 pub(super) fn help(format: Format, lists: &[String]) -> Option<String> {
     let mut words = lists.iter().flat_map(|list| list.split(','));
     words.find(|word| matches!(*word, "help" | "?"))?;
-    let options = if format == Format::Qcow2 { QCOW2_OPTIONS } else { RAW_OPTIONS };
-    let mut text = "Supported options:\n".to_owned();
+    let options = match format {
+        Format::Qcow2 => QCOW2_OPTIONS,
+        Format::Raw => RAW_OPTIONS,
+        other => foreign_options::known(other),
+    };
+    let mut text = match format {
+        Format::Qcow2 | Format::Raw => "Supported options:\n".to_owned(),
+        other => {
+            format!("Supported {other} options:\n  size=<size>            - Virtual disk size\n")
+        }
+    };
     for (option, meaning) in options {
         // A String takes everything.
         let _ = writeln!(text, "  {option:<22} - {meaning}");
@@ -74,12 +86,26 @@ impl NewImage {
         let mut create = CreateOptions::new(format, 0);
         (create.size, create.give_up) = (None, || signals::caught().is_some());
         create.open.policy = trusting(&remotes());
-        let mut new =
-            Self { create, compat: None, preallocation: None, nocow: false, backing: (None, None) };
+        let mut new = Self {
+            create,
+            compat: None,
+            preallocation: None,
+            nocow: false,
+            said: Vec::new(),
+            backing: (None, None),
+        };
         let mut options = KeyValues::parse(&lists.join(","), None).map_err(Refusal::new)?;
         new.take_common(&mut options)?;
-        if format == Format::Qcow2 {
-            new.take_qcow2(&mut options)?;
+        match format {
+            Format::Raw => {}
+            Format::Qcow2 => new.take_qcow2(&mut options)?,
+            _ => {
+                // Without an option, the geometry counts, as in QEMU.
+                new.create.foreign.vhd_size = VhdSize::Geometry;
+                let foreign = &mut new.create.foreign;
+                let said = foreign_options::take(format, &mut options, foreign);
+                new.said = said.map_err(Refusal::new)?;
+            }
         }
         match options.left_over() {
             None => Ok(new),
@@ -165,8 +191,11 @@ impl NewImage {
             (None, None) => return Ok(()),
             given => given,
         };
-        if self.create.format == Format::Raw {
-            return Err(Refusal::new("Backing file not supported for file format 'raw'"));
+        if self.create.format != Format::Qcow2 {
+            let format = self.create.format;
+            return Err(Refusal::new(format!(
+                "Backing file not supported for file format '{format}'"
+            )));
         }
         let Some(name) = name else {
             return Err(Refusal::new("Backing format cannot be used without backing file"));
@@ -230,6 +259,7 @@ impl NewImage {
             add("lazy_refcounts", on_off(create.lazy_refcounts == LazyRefcounts::On));
             add("refcount_bits", &create.refcount_bits.to_string());
         }
+        self.said.iter().for_each(|(key, value)| add(key, value));
         if self.nocow {
             add("nocow", "off");
         }

@@ -101,6 +101,8 @@ fn without_space(value: &mut Value, is_made: bool) {
                 // QEMU writes 0, though nothing has counted.
                 members.remove("icount");
                 members.remove("offset");
+                // The identifier of the content is random.
+                members.remove("cid");
             }
             members.values_mut().for_each(|value| without_space(value, is_made));
         }

@@ -1,0 +1,370 @@
+//! New images of formats that divide the disk into blocks, while they are filled.
+//!
+//! Blocks are added to the end of the file in the order in which they are first written to; several
+//! threads may write at once. The table of blocks stays in the file, whatever the size of the disk: a
+//! few pages of it are kept. Nobody reads such a file before it is complete, so the order in which
+//! data and tables are written does not matter, and [`finish`](NewImage::finish) writes what is left.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use super::block_table::{BlockTable, TableShape};
+use super::new::Planned;
+use crate::error::{Error, ErrorKind, Result};
+use crate::layer::{Layer, Walk, WritableLayer};
+use crate::mapping::{Content, FileSpan, Mapped};
+use crate::ordered_lock::{OrderedMutex, rank};
+use crate::storage::{Capabilities, Durability, Speed, Storage, TryWrite, ZeroMode};
+use crate::units::{GuestOffset, GuestRange, HostOffset, span};
+
+/// Bytes of a file, and where they are.
+pub(super) type Part = (u64, Vec<u8>);
+
+/// What a format says of a new image.
+pub(super) trait NewBlocks: Send + Sync + fmt::Debug + 'static {
+    /// Which entry of the table is that of a block of the disk.
+    fn index(&self, block: u64) -> u64 {
+        block
+    }
+
+    /// Whether all entries are 0 if nothing is stored, as in a new file.
+    const IS_FREE_ZERO: bool = false;
+
+    /// The entry with an index, if nothing is stored.
+    fn free(&self, _index: u64) -> u64 {
+        0
+    }
+
+    /// The entry of the block that is the `number`th in the file, at `offset` there.
+    fn stored(&self, number: u64, offset: u64) -> u64;
+
+    /// The number in the file of the block that an entry stands for; `None` if nothing is stored.
+    fn number(&self, entry: u64) -> Option<u64>;
+
+    /// What remains to be written once there are `count` blocks, which end at `end`.
+    fn ending(&self, _count: u64, _end: u64) -> Vec<Part> {
+        Vec::new()
+    }
+}
+
+/// The numbers of a new image, in bytes.
+#[derive(Debug)]
+pub(super) struct Shape {
+    /// Of the disk.
+    pub(super) size: u64,
+    pub(super) block_size: u64,
+    /// What is before each block in the file.
+    pub(super) before: Vec<u8>,
+    /// Where the first block is, with what is before it.
+    pub(super) data: u64,
+    /// Most blocks that the file can have.
+    pub(super) blocks_max: u64,
+    /// The table of blocks; `None` if blocks are where they are on the disk.
+    pub(super) table: Option<TableShape>,
+    /// Whether every block has its place from the start.
+    pub(super) is_fixed: bool,
+    /// What is written first, besides the table.
+    pub(super) parts: Vec<Part>,
+}
+
+impl Shape {
+    /// The distance of blocks in the file.
+    fn stride(&self) -> u64 {
+        self.block_size + self.before.len() as u64
+    }
+
+    /// The number of blocks of the disk.
+    fn blocks(&self) -> u64 {
+        self.size.div_ceil(self.block_size)
+    }
+
+    /// Where the blocks end if there are `count`.
+    fn end(&self, count: u64) -> u64 {
+        match self.table {
+            Some(_) => self.data + count * self.stride(),
+            None => self.data + self.size,
+        }
+    }
+}
+
+/// A new image that is being filled.
+#[derive(Debug)]
+pub(super) struct NewImage<B: NewBlocks> {
+    storage: Arc<dyn Storage>,
+    blocks: B,
+    shape: Shape,
+    filling: OrderedMutex<{ rank::NEW_IMAGE }, Filling>,
+}
+
+/// What changes while it is filled.
+#[derive(Debug)]
+struct Filling {
+    table: Option<BlockTable>,
+    /// How many blocks the file has.
+    count: u64,
+    /// Whether the file has all of this.
+    is_finished: bool,
+}
+
+impl<B: NewBlocks> NewImage<B> {
+    /// The image, before anything is written of it; after the blocks come `behind` more bytes.
+    pub(super) fn plan(blocks: B, shape: Shape, behind: u64) -> Planned {
+        let (size, block_size) = (shape.size, shape.block_size);
+        let (fixed, of_none, stride) =
+            (shape.is_fixed.then_some(shape.blocks()), shape.end(0), shape.stride());
+        let has_table = shape.table.is_some();
+        let length = move |count| match has_table {
+            true => of_none + fixed.unwrap_or(count) * stride + behind,
+            false => of_none + behind,
+        };
+        let begin = move |storage| Ok(Self::begin(storage, blocks, shape)? as _);
+        Planned { size, block_size, length: Box::new(length), begin: Box::new(begin) }
+    }
+
+    /// Begins an image in an empty storage.
+    fn begin(storage: Arc<dyn Storage>, blocks: B, shape: Shape) -> Result<Box<Self>> {
+        let count = if shape.is_fixed { shape.blocks() } else { 0 };
+        let table = shape.table.map(|table| BlockTable::new(Arc::clone(&storage), table));
+        let filling = Filling { table, count, is_finished: false };
+        let new = Self { storage, blocks, shape, filling: OrderedMutex::new(filling) };
+        new.write_start().map_err(io("write to"))?;
+        Ok(Box::new(new))
+    }
+
+    fn write_start(&self) -> io::Result<()> {
+        let Shape { is_fixed, .. } = self.shape;
+        for (offset, bytes) in &self.shape.parts {
+            self.storage.write_at(HostOffset::new(*offset), bytes, Durability::Cached)?;
+        }
+        let mut filling = self.filling.lock();
+        if let Some(table) = &mut filling.table {
+            if !B::IS_FREE_ZERO {
+                table.fill(|index| self.blocks.free(index))?;
+            }
+            for block in (0..self.shape.blocks()).take_while(|_| is_fixed) {
+                let stored = self.blocks.stored(block, self.shape.end(block));
+                table.set(self.blocks.index(block), stored)?;
+            }
+        }
+        match is_fixed {
+            true => self.storage.set_len(self.shape.end(filling.count)),
+            false => Ok(()),
+        }
+    }
+
+    /// Where the bytes of a part of the disk are or come to be: pieces of the file in order, joined
+    /// where they follow each other.
+    fn place(&self, start: u64, length: u64) -> Result<Vec<(u64, u64)>> {
+        let shape = &self.shape;
+        if shape.is_fixed {
+            return Ok(self.fixed(start, length));
+        }
+        let mut filling = self.filling.lock();
+        filling.is_finished = false;
+        let mut pieces = Vec::new();
+        let (mut position, end) = (start, start + length);
+        while position < end {
+            let (block, inside) = (position / shape.block_size, position % shape.block_size);
+            let rest = (shape.block_size - inside).min(end - position);
+            let offset = match self.find(&mut filling, block)? {
+                Some(offset) => offset,
+                None => self.add(&mut filling, block)?,
+            };
+            join(&mut pieces, offset + inside, rest);
+            position += rest;
+        }
+        Ok(pieces)
+    }
+
+    /// The same if every block has its place.
+    fn fixed(&self, start: u64, length: u64) -> Vec<(u64, u64)> {
+        vec![(self.shape.data + start, length)]
+    }
+
+    /// Where the data of a block is.
+    fn find(&self, filling: &mut Filling, block: u64) -> Result<Option<u64>> {
+        let Some(table) = &mut filling.table else { return Ok(None) };
+        let entry = table.get(self.blocks.index(block)).map_err(io("read"))?;
+        let number = self.blocks.number(entry);
+        Ok(number.map(|number| self.shape.end(number) + self.shape.before.len() as u64))
+    }
+
+    /// Adds a block to the file.
+    fn add(&self, filling: &mut Filling, block: u64) -> Result<u64> {
+        let (number, offset) = (filling.count, self.shape.end(filling.count));
+        if number >= self.shape.blocks_max {
+            let detail = "the file would become larger than its format allows";
+            return Err(Error::new(ErrorKind::NoSpace, "write to", detail));
+        }
+        let before = &self.shape.before;
+        if !before.is_empty() {
+            let written =
+                self.storage.write_at(HostOffset::new(offset), before, Durability::Cached);
+            written.map_err(io("write to"))?;
+        }
+        if let Some(table) = &mut filling.table {
+            let entry = self.blocks.stored(number, offset);
+            table.set(self.blocks.index(block), entry).map_err(io("write to"))?;
+        }
+        filling.count += 1;
+        Ok(offset + before.len() as u64)
+    }
+
+    /// Makes the file complete, with what is stored so far.
+    fn finish(&self) -> io::Result<()> {
+        let mut filling = self.filling.lock();
+        if filling.is_finished {
+            return Ok(());
+        }
+        if let Some(table) = &mut filling.table {
+            table.write_back()?;
+        }
+        let end = self.shape.end(filling.count);
+        if self.storage.len()? != end {
+            self.storage.set_len(end)?;
+        }
+        for (offset, bytes) in self.blocks.ending(filling.count, end) {
+            self.storage.write_at(HostOffset::new(offset), &bytes, Durability::Cached)?;
+        }
+        filling.is_finished = true;
+        Ok(())
+    }
+}
+
+/// Appends a piece to others.
+fn join(pieces: &mut Vec<(u64, u64)>, offset: u64, length: u64) {
+    match pieces.last_mut() {
+        Some((start, before)) if *start + *before == offset => *before += length,
+        _ => pieces.push((offset, length)),
+    }
+}
+
+impl<B: NewBlocks> Layer for NewImage<B> {
+    fn size(&self) -> u64 {
+        self.shape.size
+    }
+
+    fn map(&self, range: GuestRange, walk: &mut Walk<'_>) -> Result<Mapped> {
+        let (mut position, end) = (range.offset().bytes(), range.end().bytes());
+        while position < end {
+            let (block, inside) =
+                (position / self.shape.block_size, position % self.shape.block_size);
+            let stop = (position - inside + self.shape.block_size).min(end);
+            let offset = match self.shape.is_fixed {
+                true => Some(self.shape.data + position),
+                false => self.find(&mut self.filling.lock(), block)?.map(|data| data + inside),
+            };
+            walk.spend(1);
+            let range = span(position, stop);
+            let mapped = match offset.map(HostOffset::new) {
+                None => walk.push(self, range, Content::Zero)?,
+                Some(offset) => {
+                    let storage = &self.storage;
+                    // A block may end behind what was written of it.
+                    let file =
+                        FileSpan { storage, offset, may_pass_end: true, may_have_holes: false };
+                    walk.push_file(self, range, file, Content::Zero)?
+                }
+            };
+            position = stop;
+            if mapped != Mapped::Complete || walk.is_tired() && position < end {
+                return Ok(if mapped == Mapped::Complete { Mapped::Partial } else { mapped });
+            }
+        }
+        Ok(Mapped::Complete)
+    }
+}
+
+impl<B: NewBlocks> WritableLayer for NewImage<B> {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { fast_zero: false, discard: false, ..self.storage.capabilities() }
+    }
+
+    fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
+        let mut rest = data;
+        let written = |error| io("write to")(error).at(offset.bytes());
+        for (place, length) in self.place(offset.bytes(), data.len() as u64)? {
+            let (piece, behind) = rest.split_at(length as usize);
+            self.storage
+                .write_at(HostOffset::new(place), piece, Durability::Cached)
+                .map_err(written)?;
+            rest = behind;
+        }
+        match durability {
+            Durability::Cached => Ok(()),
+            Durability::Fua => self.flush(),
+        }
+    }
+
+    fn try_write_at(&self, _: GuestOffset, _: &[u8]) -> Result<TryWrite> {
+        Ok(TryWrite::WouldBlock)
+    }
+
+    fn write_zeroes(
+        &self,
+        range: GuestRange,
+        mode: ZeroMode,
+        speed: Speed,
+        durability: Durability,
+    ) -> Result<()> {
+        if speed == Speed::FastOnly {
+            let detail = "a new image of this format has no fast way to do so; allow the slow one";
+            return Err(Error::new(ErrorKind::NotFast, "write zeroes to", detail));
+        }
+        let (mut position, end) = (range.offset().bytes(), range.end().bytes());
+        while position < end {
+            let (block, inside) =
+                (position / self.shape.block_size, position % self.shape.block_size);
+            let stop = (position - inside + self.shape.block_size).min(end);
+            let place = match self.shape.is_fixed {
+                true => Some(self.shape.data + position),
+                false => self.find(&mut self.filling.lock(), block)?.map(|data| data + inside),
+            };
+            if let Some(place) = place {
+                self.write_zeroes_in_file(place, stop - position, mode).map_err(io("write to"))?;
+            }
+            position = stop;
+        }
+        match durability {
+            Durability::Cached => Ok(()),
+            Durability::Fua => self.flush(),
+        }
+    }
+
+    fn discard(&self, _: GuestRange, _: Durability) -> Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.finish().map_err(io("write to"))?;
+        self.storage.sync().map_err(io("flush"))
+    }
+
+    fn resize(&mut self, _: u64) -> Result<()> {
+        let detail = "the size of a new image of this format cannot be changed";
+        Err(Error::new(ErrorKind::Unsupported, "resize", detail))
+    }
+}
+
+impl<B: NewBlocks> NewImage<B> {
+    fn write_zeroes_in_file(&self, place: u64, length: u64, mode: ZeroMode) -> io::Result<()> {
+        // What is beyond the end is zero.
+        let length = length.min(self.storage.len()?.saturating_sub(place));
+        match length {
+            0 => Ok(()),
+            _ => self.storage.write_zeroes(HostOffset::new(place), length, mode, Speed::Any),
+        }
+    }
+}
+
+impl<B: NewBlocks> Drop for NewImage<B> {
+    fn drop(&mut self) {
+        // Whoever wants to know whether this works closes the image.
+        let _ = self.finish();
+    }
+}
+
+fn io(operation: &'static str) -> impl Fn(io::Error) -> Error {
+    move |error| Error::from_io(operation, error)
+}

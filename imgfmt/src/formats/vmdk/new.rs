@@ -1,0 +1,178 @@
+//! New VMDK images: one file with everything (`monolithicSparse`).
+//!
+//! The header is followed by the descriptor, a directory with its tables, which are a copy, and the
+//! directory and the tables that count. The tables follow each other, so they are one table.
+
+use std::fmt::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
+
+use super::descriptor::SECTOR;
+use super::sparse::{HOSTED_MAGIC, LINE_ENDS};
+use crate::bytes::u32_le_at;
+use crate::create_options::invalid;
+use crate::error::Result;
+use crate::foreign_options::{Subformat, VmdkAdapter};
+use crate::formats::block_table::{Numbers, TableShape};
+use crate::formats::new::{NewForeign, Planned, lacks, random, too_large};
+use crate::formats::new_blocks::{NewBlocks, NewImage, Shape};
+
+/// The size of a grain in bytes, and the grains of a table.
+pub(super) const GRAIN: u64 = 64 << 10;
+pub(super) const TABLE_GRAINS: u64 = 512;
+
+/// The length of a table in sectors.
+const TABLE_SECTORS: u64 = TABLE_GRAINS * 4 / SECTOR;
+
+/// Where the descriptor is, and its length with the space for changes; in sectors.
+pub(super) const DESCRIPTOR: u64 = 1;
+pub(super) const DESCRIPTOR_SECTORS: u64 = 20;
+
+/// The limit of entries of tables, in sectors, and that of the disk: 2 TiB.
+const SECTORS_MAX: u64 = 1 << 32;
+
+#[derive(Debug)]
+struct Vmdk {
+    data: u64,
+}
+
+impl NewBlocks for Vmdk {
+    const IS_FREE_ZERO: bool = true;
+
+    fn stored(&self, _: u64, offset: u64) -> u64 {
+        offset / SECTOR
+    }
+
+    fn number(&self, entry: u64) -> Option<u64> {
+        Some((entry * SECTOR).checked_sub(self.data)? / GRAIN)
+    }
+}
+
+pub(in crate::formats) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
+    let size = new.size_in(SECTOR)?;
+    if size / SECTOR > SECTORS_MAX {
+        return Err(too_large(size, "VMDK in one file", "2 TiB"));
+    }
+    if new.options.subformat == Subformat::Fixed {
+        return Err(lacks("VMDK", "fixed form in one file; make a raw image"));
+    }
+    let tables = size.div_ceil(GRAIN * TABLE_GRAINS);
+    let directory_sectors = (tables * 4).div_ceil(SECTOR);
+    let copy = DESCRIPTOR + DESCRIPTOR_SECTORS;
+    let directory = copy + directory_sectors + tables * TABLE_SECTORS;
+    let end = directory + directory_sectors + tables * TABLE_SECTORS;
+    let data = (end * SECTOR).next_multiple_of(GRAIN);
+    let mut header = Header::new(size, if new.options.zeroed_grains { 2 } else { 1 });
+    header.set_flags(if new.options.zeroed_grains { 0b111 } else { 0b11 });
+    header.set_places(Some(copy), directory, data / SECTOR);
+    let parts = vec![
+        (0, header.0),
+        (DESCRIPTOR * SECTOR, descriptor(new, size, "monolithicSparse")?),
+        (copy * SECTOR, directory_of(copy + directory_sectors, tables)),
+        (directory * SECTOR, directory_of(directory + directory_sectors, tables)),
+    ];
+    let table = TableShape {
+        place: (directory + directory_sectors) * SECTOR,
+        copy: Some((copy + directory_sectors) * SECTOR),
+        entries: tables * TABLE_GRAINS,
+        numbers: Numbers::Little32,
+    };
+    let shape = Shape {
+        size,
+        block_size: GRAIN,
+        before: Vec::new(),
+        data,
+        blocks_max: (SECTORS_MAX * SECTOR - data) / GRAIN,
+        table: Some(table),
+        is_fixed: false,
+        parts,
+    };
+    Ok(NewImage::plan(Vmdk { data }, shape, 0))
+}
+
+/// The sectors of tables that follow each other.
+fn directory_of(first: u64, tables: u64) -> Vec<u8> {
+    let sectors = (0..tables).map(|table| first + table * TABLE_SECTORS);
+    sectors.flat_map(|sector| (sector as u32).to_le_bytes()).collect()
+}
+
+/// The header of a hosted sparse extent; its fields are described in [`sparse`](super::sparse).
+#[derive(Debug)]
+pub(super) struct Header(pub(super) Vec<u8>);
+
+impl Header {
+    pub(super) fn new(size: u64, version: u32) -> Self {
+        let mut header = vec![0; SECTOR as usize];
+        header[..4].copy_from_slice(&HOSTED_MAGIC);
+        header[4..8].copy_from_slice(&version.to_le_bytes());
+        header[12..20].copy_from_slice(&(size / SECTOR).to_le_bytes());
+        header[20..28].copy_from_slice(&(GRAIN / SECTOR).to_le_bytes());
+        header[28..36].copy_from_slice(&DESCRIPTOR.to_le_bytes());
+        header[36..44].copy_from_slice(&DESCRIPTOR_SECTORS.to_le_bytes());
+        header[44..48].copy_from_slice(&(TABLE_GRAINS as u32).to_le_bytes());
+        let (place, line_ends) = LINE_ENDS;
+        header[place..place + 4].copy_from_slice(&line_ends);
+        Self(header)
+    }
+
+    pub(super) fn set_flags(&mut self, flags: u32) {
+        self.0[8..12].copy_from_slice(&flags.to_le_bytes());
+    }
+
+    /// Sets the sectors of the redundant directory, of the directory, and of the first grain.
+    pub(super) fn set_places(&mut self, copy: Option<u64>, directory: u64, data: u64) {
+        for (offset, sector) in [(48, copy.unwrap_or(0)), (56, directory), (64, data)] {
+            self.0[offset..offset + 8].copy_from_slice(&sector.to_le_bytes());
+        }
+    }
+}
+
+/// The descriptor of a disk in one file.
+pub(super) fn descriptor(new: &NewForeign<'_>, size: u64, kind: &str) -> Result<Vec<u8>> {
+    let sectors = size / SECTOR;
+    let (adapter, heads) = match new.options.adapter {
+        VmdkAdapter::Ide => ("ide", 16),
+        VmdkAdapter::LsiLogic => ("lsilogic", 255),
+        VmdkAdapter::BusLogic => ("buslogic", 255),
+        VmdkAdapter::LegacyEsx => ("legacyESX", 255),
+    };
+    let hardware = new.options.hardware_version.as_deref().unwrap_or("4");
+    // The largest there is: which tools the guest has is not known.
+    let tools = new.options.tools_version.as_deref().unwrap_or("2147483647");
+    let is_word =
+        |word: &str| word.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'.');
+    if !is_word(hardware) || !is_word(tools) {
+        return Err(invalid("a version of hardware or tools consists of letters, digits and dots"));
+    }
+    let is_quotable = |byte: &u8| !matches!(byte, b'"' | b'\n' | b'\r' | 0);
+    let name = new.name().as_bytes();
+    if !name.iter().all(is_quotable) {
+        return Err(invalid("the name of a VMDK cannot contain quotes or line ends"));
+    }
+    // All ones and the value before it have meanings of their own.
+    let id = u32_le_at(&random()?, 0) & 0x7fff_ffff;
+    let mut text = format!(
+        "# Disk DescriptorFile\nversion=1\nCID={id:08x}\nparentCID=ffffffff\n\
+         createType=\"{kind}\"\n\n# Extent description\nRW {sectors} SPARSE \""
+    )
+    .into_bytes();
+    text.extend_from_slice(name);
+    let mut rest = "\"\n\n# The Disk Data Base\n#DDB\n\n".to_owned();
+    let cylinders = (sectors / (63 * heads)).to_string();
+    let heads = heads.to_string();
+    for (key, value) in [
+        ("virtualHWVersion", hardware),
+        ("geometry.cylinders", &cylinders),
+        ("geometry.heads", &heads),
+        ("geometry.sectors", "63"),
+        ("adapterType", adapter),
+        ("toolsVersion", tools),
+    ] {
+        // A String takes everything.
+        let _ = writeln!(rest, "ddb.{key} = \"{value}\"");
+    }
+    text.extend_from_slice(rest.as_bytes());
+    match text.len() as u64 <= DESCRIPTOR_SECTORS * SECTOR {
+        true => Ok(text),
+        false => Err(invalid("the name or a version is too long for the descriptor of a VMDK")),
+    }
+}

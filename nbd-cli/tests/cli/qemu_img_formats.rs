@@ -1,0 +1,43 @@
+//! Images of other programs' formats that the qemu-img form makes, beside QEMU's own.
+
+use crate::support::qemu_img::compare_all;
+
+#[test]
+fn images_of_other_formats_are_created_and_converted_alike() {
+    compare_all(
+        "
+        create -f vdi new.vdi 3M => new.vdi
+        create -f vdi -o static=on new.vdi 3M => new.vdi
+        create -f vdi -o static=off,size=1000 new.vdi => new.vdi
+        create -f vpc new.vpc 3M => new.vpc
+        create -f vpc -o subformat=fixed new.vpc 3M ; info -f vpc new.vpc
+        create -f vpc -o subformat=fixed,force_size=on new.vpc 3M ; info -f vpc new.vpc
+        create -f vpc -o force_size=off new.vpc 3M => new.vpc
+        create -f vpc -o subformat=nosuch new.vpc 3M
+        create -f vpc new.vpc 2041G
+        create -f vhdx new.vhdx 3M => new.vhdx
+        create -f vhdx -o subformat=fixed,log_size=2M,block_size=1M new.vhdx 3M => new.vhdx
+        create -f vhdx -o block_state_zero=off new.vhdx 3M => new.vhdx
+        create -f vhdx -o block_size=3M new.vhdx 3M
+        create -f vhdx -o subformat=nosuch new.vhdx 3M
+        create -f vhdx new.vhdx 65T
+        create -f vmdk new.vmdk 3M => new.vmdk
+        create -f vmdk -o adapter_type=lsilogic,hwversion=10 new.vmdk 3M => new.vmdk
+        create -f vmdk -o compat6=on,toolsversion=7,zeroed_grain=on new.vmdk 3M => new.vmdk
+        create -f vmdk -o compat6=on,hwversion=10 new.vmdk 3M
+        create -f vmdk -o adapter_type=nosuch new.vmdk 3M
+        create -f vmdk -o nosuch=1 new.vmdk 3M
+        create -f vdi raw.img 3M => raw.img
+        convert -O vdi disk.qcow2 new.vdi => new.vdi
+        convert -O vdi -o static=on raw.img new.vdi => new.vdi
+        convert -O vpc disk.qcow2 new.vpc => new.vpc
+        convert -O vpc -o subformat=fixed,force_size=on odd.img new.vpc ; compare -F vpc odd.img new.vpc
+        convert -O vhdx top.qcow2 new.vhdx => new.vhdx
+        convert -O vhdx -o subformat=fixed longer.qcow2 new.vhdx ; compare longer.qcow2 new.vhdx
+        convert -O vmdk disk.qcow2 new.vmdk => new.vmdk
+        convert -p -m 4 -W -O vmdk raw.img new.vmdk => new.vmdk
+        convert -O vmdk disk.qcow2 new.vmdk ; convert -O vdi new.vmdk new.vdi => new.vdi
+        dd -O vdi bs=64k if=disk.qcow2 of=new.vdi => new.vdi
+        ",
+    );
+}
