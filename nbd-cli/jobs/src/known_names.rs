@@ -12,8 +12,8 @@ use nbd_proto::wire::MetaContextName;
 
 use crate::control::{self, Listing, Request};
 
-/// Time limit for a control socket.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Time limit for a control socket: a shell waits.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 const BITMAP_CONTEXT: &str = "qemu:dirty-bitmap:";
 

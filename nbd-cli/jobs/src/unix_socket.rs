@@ -1,7 +1,8 @@
 //! Unix sockets that only this user can use.
 
+use std::fs::Metadata;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -41,16 +42,20 @@ impl SocketFile {
         (std::mem::take(&mut self.path), self.identity)
     }
 
-    /// Whether it is there still.
-    pub(crate) fn is_there(&self) -> bool {
-        let found = std::fs::symlink_metadata(&self.path);
-        found.is_ok_and(|found| (found.dev(), found.ino()) == self.identity)
+    /// Whether it is what a client finds at this path, perhaps another one than its own.
+    pub(crate) fn is_at(&self, path: &Path) -> bool {
+        std::fs::metadata(path).is_ok_and(|found| self.is(&found))
+    }
+
+    fn is(&self, found: &Metadata) -> bool {
+        found.file_type().is_socket() && (found.dev(), found.ino()) == self.identity
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if self.is_owned && self.is_there() {
+        // Its path may be another program's word.
+        if self.is_owned && std::fs::symlink_metadata(&self.path).is_ok_and(|it| self.is(&it)) {
             // There is no remedy for a directory that does not allow it any more.
             let _ = std::fs::remove_file(&self.path);
         }

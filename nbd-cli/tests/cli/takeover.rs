@@ -286,14 +286,24 @@ fn the_control_socket_moves_with_the_server_to_another_path_and_back() {
     let place = Place::raw();
     let mut server = place.serve();
     let paths = [place.text("control"), place.text("moved")];
-    for (from, to) in [(&paths[0], &paths[1]), (&paths[1], &paths[0]), (&paths[0], &paths[0])] {
+    std::os::unix::fs::symlink(".", place.path("link")).unwrap();
+    let others = [place.text("link/control"), place.text("link/./link/control")];
+    for (from, to) in [
+        (&paths[0], &paths[1]),
+        (&paths[1], &paths[0]),
+        (&paths[0], &paths[0]),
+        (&paths[0], &others[0]),
+        (&others[0], &others[1]),
+        (&others[1], &paths[0]),
+    ] {
         let mut command = Command::new(PROGRAM);
         command.args(["serve", "--takeover", from, "--control", to, "--format", "raw"]);
         command.arg("--socket").arg(place.path("socket")).arg(&place.disk);
         let next = Server::start(&mut command, place.path("socket"));
         assert_eq!(server.wait().code(), Some(0));
         nbd_cli(&["control", to, "list"]).success();
-        assert!(from == to || !PathBuf::from(from).exists(), "{from} is left");
+        let is_left = PathBuf::from(from).exists();
+        assert_eq!(is_left, from.ends_with("control") && to.ends_with("control"), "{from} is left");
         server = next;
     }
     server.end();

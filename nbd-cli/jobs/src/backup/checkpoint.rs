@@ -19,7 +19,8 @@ use crate::observer::JobContext;
 use crate::text::printable;
 use crate::{JobError, JobErrorKind};
 
-/// Time limit of each request of the control socket, which may wait for those of others.
+/// Time limit of each request of the control socket before the copy. They may wait for those of
+/// others, and the server may flush the disk.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The control socket, the export of the disk, and the address of the server.
@@ -54,8 +55,7 @@ pub(super) async fn backup(
         // If this process is killed, no other process ends the checkpoint.
         lifetime: Lifetime::Connection,
     };
-    let limit = options.connect.timeout.unwrap_or(PATIENCE);
-    let mut socket = Socket::open(server.socket, limit).await?;
+    let mut socket = Socket::open(server.socket, PATIENCE).await?;
     // Checked before the bitmap restarts.
     if let Some(base) = base {
         refuse_wrong(work, base, &export, &mut socket).await?;
@@ -66,6 +66,8 @@ pub(super) async fn backup(
         Err(error) => Err(error),
     };
     let outcome = if result.is_ok() { Outcome::Success } else { Outcome::Failure };
+    // A server that answers late would have ended the checkpoint of a backup that is then discarded.
+    socket.wait_without_limit();
     let ended = socket.call(Request::CheckpointEnd { export, outcome }).await;
     match (result, ended) {
         (Ok(_), Err(error)) => Err(error.in_words(format!(
@@ -109,6 +111,12 @@ impl Socket {
         let path = path.to_owned();
         let opened = tokio::task::spawn_blocking(move || Conversation::begin(&path, limit)).await;
         opened.map_err(|error| JobError::given_up("request", &error))?.map(|it| Self(Some(it)))
+    }
+
+    fn wait_without_limit(&mut self) {
+        if let Some(conversation) = &mut self.0 {
+            conversation.set_limit(Duration::ZERO);
+        }
     }
 
     async fn call(&mut self, request: Request) -> Result<Value, JobError> {
@@ -203,4 +211,33 @@ fn not_understood() -> JobError {
         JobErrorKind::ControlSocket,
         "the server's reply cannot be understood; are both of one version?",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead as _, BufReader, Write as _};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_end_of_a_checkpoint_is_waited_for_beyond_the_limit() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("control");
+        let listener = UnixListener::bind(&path).unwrap();
+        let limit = Duration::from_secs(1);
+        let server = std::thread::spawn(move || {
+            let mut stream = listener.accept().unwrap().0;
+            let mut line = String::new();
+            BufReader::new(stream.try_clone().unwrap()).read_line(&mut line).unwrap();
+            std::thread::sleep(limit + limit / 2);
+            stream.write_all(b"{\"result\":{}}\n").unwrap();
+            line
+        });
+        let mut socket = Socket::open(&path, limit).await.unwrap();
+        socket.wait_without_limit();
+        let end = Request::CheckpointEnd { export: String::new(), outcome: Outcome::Success };
+        socket.call(end).await.unwrap();
+        assert!(server.join().unwrap().contains("checkpoint-end"));
+    }
 }

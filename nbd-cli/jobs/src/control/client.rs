@@ -83,6 +83,11 @@ impl Conversation {
         Ok(Self { path: socket.to_path_buf(), stream, limit })
     }
 
+    /// Sets the time limit of each request from now on; zero for none.
+    pub const fn set_limit(&mut self, limit: Duration) {
+        self.limit = limit;
+    }
+
     /// Sends a request and waits for its result. Blocks.
     ///
     /// # Errors

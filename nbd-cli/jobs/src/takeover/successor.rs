@@ -268,11 +268,16 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let control = directory.path().join("control");
         let listener = UnixListener::bind(&control).unwrap();
-        for (answer, words) in [
-            ("", "has not answered for 0.2 s; it may hang"),
-            ("{\"result\":{}}\n", "the other server did not answer in time"),
+        for (answer, limit, words) in [
+            ("", Duration::from_millis(200), "has not answered for 0.2 s; it may hang"),
+            // Long enough for the answer to come in time.
+            (
+                "{\"result\":{}}\n",
+                Duration::from_secs(3),
+                "the other server did not answer in time",
+            ),
         ] {
-            let begin = || Predecessor::begin_within(&control, Duration::from_millis(200));
+            let begin = || Predecessor::begin_within(&control, limit);
             let error = std::thread::scope(|scope| {
                 let begun = scope.spawn(begin);
                 let (mut server, _) = listener.accept().unwrap();

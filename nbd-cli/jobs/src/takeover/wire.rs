@@ -53,10 +53,10 @@ pub(super) enum Kind {
     Abandoned = 7,
     /// The service manager of the predecessor.
     Manager = 9,
-    /// What a disk consists of, which the successor has to find. An earlier one, 8, told less.
-    Disk = 10,
     /// The control socket, with its origin.
     Control = 11,
+    /// What a disk consists of, which the successor has to find. Earlier ones, 8 and 10, told less.
+    Disk = 12,
 }
 
 const KINDS: [Kind; 10] = [

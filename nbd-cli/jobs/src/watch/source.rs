@@ -105,9 +105,11 @@ fn get(address: &MetricsAddress, limit: Duration) -> io::Result<Vec<u8>> {
             let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
             let sockets = (host.as_str(), *port).to_socket_addrs()?;
             let deadline = Deadline::after(limit);
-            for socket in sockets {
+            let count = u32::try_from(sockets.len()).unwrap_or(u32::MAX);
+            for (number, socket) in (0_u32..).zip(sockets) {
                 let connected = match deadline.left()? {
-                    Some(left) => TcpStream::connect_timeout(&socket, left),
+                    // One address that does not answer leaves time for the others.
+                    Some(left) => TcpStream::connect_timeout(&socket, left / (count - number)),
                     None => TcpStream::connect(socket),
                 };
                 match connected {

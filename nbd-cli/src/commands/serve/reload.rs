@@ -336,7 +336,7 @@ impl Reloader {
     ) -> Result<(), String> {
         match (source, &self.controller, guard) {
             (OpenedExport::Controlled(disk), Some(controller), Some(guard)) => {
-                let added = controller.add_opened(name, disk, limit, guard.clone()).await;
+                let added = controller.add_opened(name, guard.clone(), disk, limit).await;
                 added.map(drop).map_err(|failure| failure.to_string())
             }
             (source, ..) => {

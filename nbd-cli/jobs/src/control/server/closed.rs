@@ -297,7 +297,7 @@ mod tests {
         let opening = controller.begin_opening().unwrap();
         // As a request does that hangs.
         let hanging = controller.disks.lock().await;
-        let added = controller.add_opened("vm", disk, Duration::from_millis(50), opening).await;
+        let added = controller.add_opened("vm", opening, disk, Duration::from_millis(50)).await;
         let refused = added.unwrap_err();
         assert!(refused.message.contains("after 0.05 s another request"), "{refused}");
         drop(hanging);

@@ -211,8 +211,10 @@ impl Controller {
 
     /// Carries out requests again: the takeover does not come about.
     pub(super) async fn resume(&self) {
-        self.disks.lock().await.is_suspended = false;
+        let mut disks = self.disks.lock().await;
+        // Under the lock: another program may take over as soon as it is released.
         self.openings.resume();
+        disks.is_suspended = false;
     }
 
     /// Begins to open something that may be exported later. The server is not taken over before

@@ -100,7 +100,7 @@ impl Controller {
         disk: ServedDisk,
     ) -> Result<Vec<String>, Failure> {
         match self.begin_opening() {
-            Ok(opening) => self.add_opened(name, disk, Duration::ZERO, opening).await,
+            Ok(opening) => self.add_opened(name, opening, disk, Duration::ZERO).await,
             Err(refused) => {
                 // The last one to drop an image closes it, which may block.
                 let _ = blocking(move || drop(disk)).await;
@@ -125,9 +125,10 @@ impl Controller {
     pub async fn add_opened(
         &self,
         name: impl Into<String>,
+        // Before the disk: parameters are dropped in reverse order.
+        opening: OpeningGuard,
         disk: ServedDisk,
         limit: Duration,
-        opening: OpeningGuard,
     ) -> Result<Vec<String>, Failure> {
         let name = name.into();
         let Some(mut disks) = within(limit, self.disks.lock()).await else {
@@ -255,7 +256,7 @@ impl Controller {
         if let Some(text) = description {
             disk = disk.configured(|entry| entry.description(text));
         }
-        let uris = self.add_opened(name, disk, limit, opening).await?;
+        let uris = self.add_opened(name, opening, disk, limit).await?;
         Ok(json!({ "uris": uris }))
     }
 

@@ -111,7 +111,7 @@ impl ControlSocket {
     /// Returns whether clients that connect to `path` reach this socket.
     #[must_use]
     pub fn is_at(&self, path: &Path) -> bool {
-        std::path::absolute(path).is_ok_and(|path| path == self.file.path()) && self.file.is_there()
+        self.file.is_at(path)
     }
 
     /// Serves clients.
