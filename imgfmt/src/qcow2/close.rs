@@ -15,6 +15,8 @@ impl Qcow2 {
         flusher.flush_rest()?;
         self.bitmaps.store(self)?;
         self.bitmaps.end_session()?;
+        // Not before: the session relies on the length of the file.
+        flusher.cut_extension()?;
         // The first flush may have moved the refcount table and so freed the old one.
         for _ in 0..2 {
             self.clusters.release_all_freed();

@@ -2,11 +2,19 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
 use crate::error::{Error, Result};
 use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::storage::{Durability, Speed, Storage, Tracked, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
+
+/// By how much the file is extended at once for writes at its end, in bytes: by this part of its
+/// length, within bounds.
+const EXTENSION_PART: u64 = 4;
+const EXTENSION_MIN: u64 = 1 << 20;
+const EXTENSION_MAX: u64 = 64 << 20;
 
 /// The destination of guest data. This type knows nothing about clusters.
 #[derive(Debug)]
@@ -17,13 +25,14 @@ pub(in crate::qcow2) struct DataFile {
     attached: Option<Arc<Tracked>>,
     /// Whether data is in another file than the metadata.
     is_external: bool,
+    extended_to: AtomicU64,
 }
 
 impl DataFile {
     /// The data is in the file of the metadata, until a separate file is [attached](Self::attach).
     pub(in crate::qcow2) fn new(metadata: Arc<MetadataFile>, is_external: bool) -> Self {
         let storage = Arc::clone(&metadata.file);
-        Self { metadata, storage, attached: None, is_external }
+        Self { metadata, storage, attached: None, is_external, extended_to: AtomicU64::new(0) }
     }
 
     /// Sets a separate file for the data; `is_synced` says that all of it is on stable storage.
@@ -79,6 +88,31 @@ impl DataFile {
             false => Ok(()),
         });
         grown.map_err(|error| self.error(error, guest))
+    }
+
+    /// Called before a write up to `end`: extends the file beyond that, if writes in the file are
+    /// faster than writes at its end. Failures do not matter, and are not tried again for some time.
+    pub(in crate::qcow2) fn extend_ahead(&self, end: HostOffset) {
+        let (end, known) = (end.bytes(), self.extended_to.load(Acquire));
+        // An external file has the length of the disk.
+        if end <= known || self.is_external {
+            return;
+        }
+        let part = (end / EXTENSION_PART).clamp(EXTENSION_MIN, EXTENSION_MAX);
+        let target = end.saturating_add(part).next_multiple_of(EXTENSION_MIN);
+        // Others do not wait until it is done: their writes extend the file themselves.
+        let is_first = self.extended_to.compare_exchange(known, target, AcqRel, Acquire).is_ok();
+        if is_first
+            && let Err(error) = self.storage.extend(target)
+            && error.kind() == io::ErrorKind::Unsupported
+        {
+            self.extended_to.store(u64::MAX, Release);
+        }
+    }
+
+    /// Whether the file may have been extended beyond what was written.
+    pub(in crate::qcow2) fn is_extended(&self) -> bool {
+        !matches!(self.extended_to.load(Acquire), 0 | u64::MAX)
     }
 
     /// Makes the file at least `end` bytes long. No other write may run. A length takes up no space.
@@ -180,6 +214,25 @@ mod tests {
         data.write_zeroes(HostOffset::new(256), 256, GuestOffset::new(256)).unwrap();
         let bytes = bytes_of(&data);
         assert_eq!((bytes.len(), bytes[255], bytes[256], bytes[1535]), (1536, 1, 0, 0));
+    }
+
+    #[test]
+    fn a_storage_that_gains_nothing_by_an_extension_is_asked_once() {
+        let (storage, metadata) = opened(true);
+        let data = DataFile::new(Arc::new(metadata), false);
+        let (calls, length) = (storage.calls(), storage.len().unwrap());
+        for clusters in 1..100 {
+            data.extend_ahead(HostOffset::new(length + (clusters << 20)));
+        }
+        assert_eq!((storage.calls() - calls, storage.len().unwrap()), (1, length));
+        assert!(!data.is_extended());
+    }
+
+    #[test]
+    fn an_external_file_is_never_longer_than_its_disk() {
+        let (storage, data) = external(&[1; 512]);
+        data.extend_ahead(HostOffset::new(1 << 20));
+        assert_eq!((storage.calls(), data.is_extended()), (0, false));
     }
 
     #[test]

@@ -215,6 +215,18 @@ impl Flusher<'_> {
         self.clusters.free(clusters.map(|cluster| Freed { cluster, punch: false }));
     }
 
+    /// Returns the space by which the file was extended beyond its last cluster. No other write runs.
+    /// Failures do not matter, because no cluster is there.
+    pub(in crate::qcow2) fn cut_extension(self) -> Result<()> {
+        let end = self.clusters.allocator()?.end();
+        if self.data.is_extended()
+            && self.metadata.file.len().is_ok_and(|length| length > end.bytes())
+        {
+            let _ = self.metadata.file.set_len(end.bytes());
+        }
+        Ok(())
+    }
+
     /// Extends the file to the end of its last cluster, or of the last sector of compressed ones:
     /// the last cluster may have been written in part, and other readers read it completely. No
     /// other write runs. Failures do not matter, because missing bytes read as zero here.

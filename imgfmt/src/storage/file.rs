@@ -1,6 +1,7 @@
 //! Regular files and block devices.
 
 mod begun;
+mod extend;
 mod open;
 mod zeroes;
 
@@ -148,6 +149,10 @@ impl Storage for FileStorage {
             }
             Kind::BlockDevice { .. } => Err(io::ErrorKind::Unsupported.into()),
         }
+    }
+
+    fn extend(&self, length: u64) -> io::Result<()> {
+        self.extend_direct(length)
     }
 
     fn punch_hole(&self, offset: HostOffset, length: u64) -> io::Result<()> {

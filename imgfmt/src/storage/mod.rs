@@ -164,6 +164,18 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// `Unsupported` if the length is fixed, otherwise any error of the medium.
     fn set_len(&self, length: u64) -> io::Result<()>;
 
+    /// Allocates space from the end of the storage up to `length`, so that writes there do not have to
+    /// wait for each other. New bytes read as zero. The storage never becomes shorter by this, even
+    /// beside other writers. Call it only where this helps: it takes space that may not be needed.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` if this does not help writes here, otherwise any error of the medium. A part may
+    /// have been allocated then.
+    fn extend(&self, _length: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Frees the space of a range. The range then reads as zero, and the length is unchanged.
     ///
     /// # Errors

@@ -90,6 +90,10 @@ impl Storage for Tracked {
         self.change(|| self.inner.set_len(length))
     }
 
+    fn extend(&self, length: u64) -> io::Result<()> {
+        self.change(|| self.inner.extend(length))
+    }
+
     fn punch_hole(&self, offset: HostOffset, length: u64) -> io::Result<()> {
         self.change(|| self.inner.punch_hole(offset, length))
     }

@@ -24,6 +24,8 @@ pub enum Call {
     PunchHole,
     /// `set_len`.
     SetLength,
+    /// `extend`.
+    Extend,
     /// `sync`.
     Sync,
 }
@@ -202,6 +204,11 @@ impl Storage for FailingStorage {
     fn set_len(&self, length: u64) -> io::Result<()> {
         self.call(Call::SetLength, length, 1)?;
         self.inner.set_len(length)
+    }
+
+    fn extend(&self, length: u64) -> io::Result<()> {
+        self.call(Call::Extend, length, 1)?;
+        self.inner.extend(length)
     }
 
     fn punch_hole(&self, offset: HostOffset, length: u64) -> io::Result<()> {

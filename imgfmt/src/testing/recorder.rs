@@ -66,6 +66,7 @@ enum Change {
     Write { offset: u64, data: Arc<[u8]>, durability: Durability },
     Zero { offset: u64, length: u64 },
     SetLength(u64),
+    Extend(u64),
     Sync,
 }
 
@@ -252,8 +253,10 @@ fn drop_after(
             Loss::SomeChanges | Loss::SomeSectors => below(8) < odds,
         };
         let whole = is_durable || survives();
-        if let (Change::SetLength(length), true) = (change, whole) {
-            disk.resize(*length as usize, 0);
+        match change {
+            Change::SetLength(length) if whole => disk.resize(*length as usize, 0),
+            Change::Extend(length) if whole => disk.resize(disk.len().max(*length as usize), 0),
+            _ => {}
         }
         for sector in touched {
             if is_durable || if loss == Loss::SomeSectors { survives() } else { whole } {
@@ -286,6 +289,10 @@ fn apply(bytes: &mut Vec<u8>, change: &Change) -> Range<u64> {
             bytes.resize(*length as usize, 0);
             (0, 0)
         }
+        Change::Extend(length) => {
+            bytes.resize(bytes.len().max(*length as usize), 0);
+            (0, 0)
+        }
         Change::Sync => (0, 0),
     };
     match length {
@@ -310,6 +317,11 @@ impl Storage for RecordingStorage {
 
     fn set_len(&self, length: u64) -> io::Result<()> {
         self.change(Change::SetLength(length), || self.inner.set_len(length))
+    }
+
+    fn extend(&self, length: u64) -> io::Result<()> {
+        let extend = || self.inner.set_len(self.inner.len()?.max(length));
+        self.change(Change::Extend(length), extend)
     }
 
     fn punch_hole(&self, offset: HostOffset, length: u64) -> io::Result<()> {

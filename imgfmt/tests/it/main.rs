@@ -49,6 +49,7 @@ mod direct_io_of_images;
 mod entries_that_alias;
 mod errors_at_every_call;
 mod examples;
+mod extended_files;
 mod extents;
 mod formats_by_hand;
 mod formats_damaged;

@@ -114,6 +114,11 @@ impl Allocator {
         }
     }
 
+    /// The end of the file when it was opened, or of what was reserved since, whichever is later.
+    pub(in crate::qcow2) fn end(&self) -> HostOffset {
+        self.never_written_from
+    }
+
     /// Notes which refcount blocks count clusters in use.
     pub(in crate::qcow2) fn note_used_blocks(&mut self, used: HashSet<u64>) {
         self.used_blocks = Some(used);

@@ -117,7 +117,12 @@ impl Qcow2 {
         }
         let mut reserved = Vec::new();
         let result = match self.reserve_for(&mut plans, &mut reserved, lookup) {
-            Ok(true) => self.write_plans(&plans, start, data).map(|()| true),
+            Ok(true) => {
+                for new in reserved.iter().filter(|new| new.never_written) {
+                    self.data.extend_ahead(new.offset + new.clusters * geometry.cluster_size());
+                }
+                self.write_plans(&plans, start, data).map(|()| true)
+            }
             other => other,
         };
         if !matches!(result, Ok(true)) {
