@@ -14,6 +14,7 @@ use nbd_proto::NbdUri;
 use nbd_proto::tls::CA_CERTIFICATE_FILE;
 
 use crate::error::CommandError;
+use crate::objects::ObjectArgs;
 use crate::signals;
 
 /// The TLS options of the client commands.
@@ -60,6 +61,10 @@ pub struct ServerArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub tls: TlsArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub objects: Box<ObjectArgs>,
 }
 
 impl ServerArgs {
@@ -72,10 +77,13 @@ impl ServerArgs {
         }
     }
 
-    /// Returns the connections to servers that sources and images name. A signal interrupts them.
+    /// Returns the connections to servers and stores that sources and images name. A signal
+    /// interrupts them.
     pub(crate) fn remotes(&self) -> Remotes {
         let server = self.clone();
-        Remotes::new(move |uri| server.connector(uri)).interrupter(signals::interrupter().clone())
+        let objects = self.objects.opener();
+        let remotes = Remotes::new(move |uri| server.connector(uri)).objects(objects);
+        remotes.interrupter(signals::interrupter().clone())
     }
 
     /// Refuses unused options, which are a mistake.

@@ -18,6 +18,7 @@ mod key_file;
 mod location_parser;
 pub mod locking;
 mod logging;
+pub mod objects;
 mod output;
 mod progress;
 mod screen;

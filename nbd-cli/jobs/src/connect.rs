@@ -12,6 +12,7 @@ use nbd_proto::wire::OptionReplyType;
 use crate::cancellation::Cancellation;
 use crate::error::{JobError, JobErrorKind};
 use crate::lanes::Lanes;
+use crate::object::ObjectOpener;
 use crate::text::printable;
 
 /// Most names listed in an error.
@@ -33,6 +34,8 @@ pub struct ConnectOptions {
     /// Whether a URI may name files of this machine (`tls-certificates=…`, `tls-psk-file=…`). Not
     /// allowed by default: allow it only if the author of the URI may read these files.
     pub local_files: LocalFiles,
+    /// Opens objects of stores. By default they are refused.
+    pub objects: ObjectOpener,
     /// The threads that drive the connections, if it is not the caller's runtime.
     pub(crate) lanes: Lanes,
 }
@@ -45,6 +48,7 @@ impl Default for ConnectOptions {
             reconnect: Duration::from_secs(30),
             tls: TlsSettings::default(),
             local_files: LocalFiles::Refused,
+            objects: ObjectOpener::default(),
             lanes: Lanes::default(),
         }
     }

@@ -24,7 +24,7 @@ use imgfmt::{Access, CheckReport, Error, ErrorKind, Format, Image, OpenOptions, 
 use serde::Serialize;
 
 use crate::error::{JobError, JobErrorKind};
-use crate::image_location::{ImageLocation, connect_to};
+use crate::image_location::{ImageLocation, connect_to, read_only};
 use crate::remote::Remotes;
 
 /// The outcome of a check.
@@ -101,6 +101,13 @@ pub fn check(
             let storage = Arc::new(connect_to(uri, *files, remotes)?);
             let checked = Image::check_storage(storage.clone(), options, Repair::None)
                 .map_err(|error| error.with_path(uri.to_string()));
+            (checked, Image::inspect_storage(storage, options).is_ok())
+        }
+        ImageLocation::Object(url) if repair != Repair::None => return Err(read_only(url)),
+        ImageLocation::Object(url) => {
+            let storage = remotes.open_object(url)?;
+            let checked = Image::check_storage(storage.clone(), options, Repair::None)
+                .map_err(|error| error.with_path(url.to_string()));
             (checked, Image::inspect_storage(storage, options).is_ok())
         }
         file => {

@@ -13,6 +13,7 @@ use nbd_proto::NbdUri;
 use crate::error::{JobError, JobErrorKind};
 use crate::key_values::KeyValues;
 use crate::location::Location;
+use crate::object::ObjectUrl;
 use crate::qemu_name::{
     BackingInName, DriverSettings, FormatInName, NameInImage, NamedImage, from_json,
     from_key_values, from_name_in_image, has_scheme, path_in,
@@ -36,6 +37,8 @@ pub enum ImageLocation {
         /// an image.
         files: LocalFiles,
     },
+    /// An object of a store, which is read-only.
+    Object(ObjectUrl),
     /// A file or export, with the format and the backing file that its name specifies.
     Described {
         /// The file or export.
@@ -82,6 +85,7 @@ impl ImageLocation {
         match text.parse().map_err(JobError::invalid)? {
             Location::File(path) => Ok(Self::File(path)),
             Location::Nbd(uri) => Ok(Self::Export { uri, files: LocalFiles::Allowed }),
+            Location::Object(url) => Ok(Self::Object(url)),
             Location::Standard | Location::Null => Err(JobError::invalid(format!(
                 "'{text}' is not an image; give a file (./{text} if that is its name) or an NBD URI"
             ))),
@@ -112,9 +116,19 @@ impl ImageLocation {
     /// Returns the URI of an export.
     pub fn uri(&self) -> Option<&NbdUri> {
         match self {
-            Self::File(_) => None,
+            Self::File(_) | Self::Object(_) => None,
             Self::Export { uri, .. } => Some(uri),
             Self::Described { location, .. } => location.uri(),
+        }
+    }
+
+    /// Returns whether the image is not a file of this machine.
+    #[must_use]
+    pub fn is_remote(&self) -> bool {
+        match self {
+            Self::File(_) => false,
+            Self::Export { .. } | Self::Object(_) => true,
+            Self::Described { location, .. } => location.is_remote(),
         }
     }
 
@@ -167,6 +181,8 @@ impl ImageLocation {
                 Image::inspect_storage(Arc::new(storage), &remotes.for_export(&options))
                     .map_err(|error| self.named(JobErrorKind::Source, error))
             }
+            Self::Object(url) => Image::inspect_storage(remotes.open_object(url)?, &options)
+                .map_err(|error| self.named(JobErrorKind::Source, error)),
             file => Image::inspect_file(file.path(), &options).map_err(opening),
         }
     }
@@ -190,6 +206,8 @@ impl ImageLocation {
                 Image::inspect_storage_chain(Arc::new(storage), &remotes.for_export(&options))
                     .map_err(|error| opening(error.with_path(uri.to_string())))
             }
+            Self::Object(url) => Image::inspect_storage_chain(remotes.open_object(url)?, &options)
+                .map_err(|error| opening(error.with_path(url.to_string()))),
             file => Image::inspect_chain(file.path(), &options).map_err(opening),
         }
     }
@@ -248,6 +266,15 @@ impl ImageLocation {
                 Image::from_storage(Arc::new(storage), &remotes.for_export(&options))
                     .map_err(|error| opening(error.with_path(uri.to_string())))
             }
+            Self::Object(url) => {
+                if options.access == Access::ReadWrite {
+                    return Err(read_only(url));
+                }
+                Image::from_storage(remotes.open_object(url)?, &options).map_err(|error| {
+                    let error = error.with_path(url.to_string());
+                    JobError::opening_with(JobErrorKind::Source, error, raw_option)
+                })
+            }
             file => Image::open(file.path(), &options)
                 .map_err(|error| JobError::opening_with(JobErrorKind::Source, error, raw_option)),
         }
@@ -279,6 +306,7 @@ impl ImageLocation {
         match self {
             Self::File(path) => path.to_string_lossy().into_owned(),
             Self::Export { uri, .. } => uri.to_string(),
+            Self::Object(url) => url.to_string(),
             Self::Described { location, .. } => location.name(),
         }
     }
@@ -287,7 +315,7 @@ impl ImageLocation {
     pub fn path(&self) -> &Path {
         match self {
             Self::File(path) => path,
-            Self::Export { .. } => Path::new(""),
+            Self::Export { .. } | Self::Object(_) => Path::new(""),
             Self::Described { location, .. } => location.path(),
         }
     }
@@ -298,6 +326,9 @@ impl ImageLocation {
     ///
     /// If it is a malformed name of a server.
     pub fn beside(&self, name: &OsStr) -> Result<Self, JobError> {
+        if let Some(url) = name.to_str().and_then(ObjectUrl::of) {
+            return Ok(Self::Object(url));
+        }
         if let Some(name) = name.to_str().filter(|name| has_scheme(name)) {
             let (name, backing) = from_name_in_image(name).map_err(JobError::invalid)?;
             let location = Self::of(name, LocalFiles::Refused);
@@ -347,6 +378,8 @@ impl ImageLocation {
     pub(crate) fn local_files(&self) -> LocalFiles {
         match self {
             Self::File(_) => LocalFiles::Allowed,
+            // An image from elsewhere.
+            Self::Object(_) => LocalFiles::Refused,
             Self::Export { files, .. } => *files,
             Self::Described { location, .. } => location.local_files(),
         }
@@ -358,15 +391,16 @@ impl ImageLocation {
             Self::Export { uri, files } => {
                 Ok(NameTarget::Storage(Arc::new(connect_to(&uri, files, remotes)?)))
             }
+            Self::Object(url) => Ok(NameTarget::Storage(remotes.open_object(&url)?)),
             file => Ok(NameTarget::File(file.path().to_owned())),
         }
     }
 
     /// Returns the error, of this kind, with the name of this image, if it has none yet.
     pub fn named(&self, kind: JobErrorKind, error: Error) -> JobError {
-        match self.uri() {
-            None => JobError::image(kind, error),
-            Some(uri) => JobError::image(kind, error.with_path(uri.to_string())),
+        match self.is_remote() {
+            false => JobError::image(kind, error),
+            true => JobError::image(kind, error.with_path(self.name())),
         }
     }
 }
@@ -387,6 +421,13 @@ pub fn connect_to(
     })
 }
 
+/// The refusal to write to an object.
+pub(crate) fn read_only(url: &ObjectUrl) -> JobError {
+    JobError::invalid(format!(
+        "cannot write to {url}: objects of a store are read-only; write to an overlay of it"
+    ))
+}
+
 fn opening(error: Error) -> JobError {
     JobError::opening_with(JobErrorKind::Source, error, RAW_OPTION)
 }
@@ -404,6 +445,7 @@ impl fmt::Display for ImageLocation {
         match self {
             Self::File(path) => write!(f, "'{}'", path.display()),
             Self::Export { uri, .. } => uri.fmt(f),
+            Self::Object(url) => url.fmt(f),
             Self::Described { location, .. } => location.fmt(f),
         }
     }

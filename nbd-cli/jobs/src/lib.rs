@@ -79,6 +79,7 @@ mod location;
 pub mod monitor;
 #[cfg(feature = "mount")]
 pub mod mount;
+pub mod object;
 mod observer;
 #[cfg(feature = "server")]
 pub mod opening;

@@ -8,6 +8,7 @@ use imgfmt::{Access, CacheMode, Format, Locking};
 use nbd_proto::NbdUri;
 
 use crate::JobError;
+use crate::object::ObjectUrl;
 use crate::qemu_name::{
     BackingInName, DriverSettings, FILE_PREFIX, NameInImage, from_json, from_name, json_in,
 };
@@ -19,6 +20,8 @@ pub enum Location {
     Nbd(NbdUri),
     /// A local file or block device.
     File(PathBuf),
+    /// An object of a store: a source only.
+    Object(ObjectUrl),
     /// Standard input or output.
     Standard,
     /// Nothing.
@@ -40,7 +43,7 @@ impl Location {
     pub fn uri(&self) -> Option<&NbdUri> {
         match self {
             Self::Nbd(uri) => Some(uri),
-            Self::File(_) | Self::Standard | Self::Null => None,
+            Self::File(_) | Self::Object(_) | Self::Standard | Self::Null => None,
         }
     }
 }
@@ -99,6 +102,9 @@ impl FromStr for Location {
             "null:" => return Ok(Self::Null),
             _ => {}
         }
+        if let Some(url) = ObjectUrl::of(text) {
+            return Ok(Self::Object(url));
+        }
         let scheme = text.split_once(':').map_or("", |(scheme, _)| scheme);
         if let Some(path) = text.strip_prefix(FILE_PREFIX) {
             return Ok(Self::File(path.into()));
@@ -131,6 +137,7 @@ impl fmt::Display for Location {
         match self {
             Self::Nbd(uri) => uri.fmt(f),
             Self::File(path) => write!(f, "'{}'", path.display()),
+            Self::Object(url) => url.fmt(f),
             Self::Standard => f.write_str("'-'"),
             Self::Null => f.write_str("null:"),
         }
@@ -196,7 +203,7 @@ mod tests {
     #[test]
     fn what_is_neither_file_nor_server_is_refused() {
         for (text, why) in
-            [("", "empty"), ("http://host/x", "unknown scheme 'http'"), ("nbd+unix:///x", "socket")]
+            [("", "empty"), ("ftp://host/x", "unknown scheme 'ftp'"), ("nbd+unix:///x", "socket")]
         {
             let error = text.parse::<Location>().unwrap_err();
             assert!(error.contains(why), "{text}: {error}");

@@ -4,13 +4,14 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use imgfmt::{BackingFile, BackingOptions, Format, NameTarget, OpenOptions, OpenPolicy};
+use imgfmt::{BackingFile, BackingOptions, Format, NameTarget, OpenOptions, OpenPolicy, Storage};
 use nbd_client::blocking::Interrupter;
 use nbd_client::{Connector, ExportStorage, LocalFiles};
 use nbd_proto::NbdUri;
 
 use crate::connect::explain_unknown_export;
 use crate::error::{JobError, JobErrorKind};
+use crate::object::{OBJECT_SCHEMES, ObjectOpener, ObjectUrl};
 use crate::qemu_name::{BackingInName, JSON_SCHEME, NameInImage, SCHEMES, from_name_in_image};
 
 /// Connections to a server that allows several.
@@ -25,6 +26,7 @@ pub struct Remotes {
     connector: Arc<ConnectorOf>,
     interrupter: Interrupter,
     unknown: UnknownExport,
+    objects: ObjectOpener,
 }
 
 /// What an export is for which no format is given.
@@ -46,7 +48,24 @@ impl Remotes {
             connector: Arc::new(connector),
             interrupter: Interrupter::new(),
             unknown: UnknownExport::default(),
+            objects: ObjectOpener::default(),
         }
+    }
+
+    /// Sets what opens objects of stores. By default they are refused.
+    #[must_use]
+    pub fn objects(mut self, objects: ObjectOpener) -> Self {
+        self.objects = objects;
+        self
+    }
+
+    /// Opens an object of a store.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub fn open_object(&self, url: &ObjectUrl) -> Result<Arc<dyn Storage>, JobError> {
+        self.objects.open(url).map_err(|error| JobError::source(error.to_string()))
     }
 
     /// Interrupts connecting, and all later requests to the exports.
@@ -135,8 +154,16 @@ pub(crate) fn run_elsewhere<T: Send>(work: impl Future<Output = T> + Send) -> io
     })
 }
 
-/// Allows images to name exports as their backing or data files.
+/// Allows images to name exports and objects as their backing or data files.
 pub fn allow_exports(policy: OpenPolicy, remotes: &Remotes) -> OpenPolicy {
+    let policy = OBJECT_SCHEMES.iter().fold(policy, |policy, scheme| {
+        let objects = remotes.objects.clone();
+        let opener = move |name: &str| {
+            let malformed = || io::Error::other("the URL of an object is malformed");
+            objects.open(&ObjectUrl::of(name).ok_or_else(malformed)?)
+        };
+        policy.allow_scheme(*scheme, Arc::new(opener))
+    });
     SCHEMES.iter().chain([&JSON_SCHEME]).fold(policy, |policy, scheme| {
         let remotes = remotes.clone();
         let reader = move |name: &str| {

@@ -138,7 +138,7 @@ pub async fn restore(
     let is_new = match to {
         Location::File(path) => is_new(path)?,
         Location::Nbd(_) | Location::Null => false,
-        Location::Standard => {
+        Location::Standard | Location::Object(_) => {
             return Err(JobError::invalid(
                 "a backup is restored to a file, a device or an NBD URI, or checked with null:",
             ));

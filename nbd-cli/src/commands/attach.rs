@@ -285,8 +285,11 @@ async fn opened(
 
 fn choices(args: &AttachArgs) -> ServeOptions {
     let image = &args.image;
-    let server =
-        ServerArgs { timeout: None, reconnect: Some(args.reconnect), tls: args.tls.clone() };
+    let server = ServerArgs {
+        reconnect: Some(args.reconnect),
+        tls: args.tls.clone(),
+        ..ServerArgs::default()
+    };
     let mut options = serve_options(args.read_only, image.temporary);
     options.format = image.format.map(Format::from);
     options.snapshot = image.snapshot.clone();

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use clap::{Args, ValueEnum};
 use nbd_jobs::checksum::{ChecksumAlgorithm, checksum};
+use nbd_jobs::object;
 use serde::Serialize;
 
 use super::image::location;
@@ -116,7 +117,7 @@ pub(crate) fn run(args: &ChecksumArgs) -> Result<Outcome, CommandError> {
     let checksum = checksum(&image, algorithm, &shown.context());
     shown.clear();
     let checksum = checksum?;
-    let source = args.source.to_string_lossy();
+    let source = object::shown(&args.source.to_string_lossy());
     if let Some(expected) = expected
         && expected != checksum
     {

@@ -17,6 +17,7 @@ use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome};
 use crate::location_parser::LocationParser;
 use crate::locking::{LockArgs, ShareArgs, advise_sharing};
+use crate::objects::ObjectArgs;
 use crate::output::{Output, printable};
 use crate::progress::{ProgressArgs, RateArgs};
 use crate::shown::Shown;
@@ -136,6 +137,10 @@ pub struct CopyArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub tls: TlsArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub objects: Box<ObjectArgs>,
 }
 
 pub(crate) fn run(args: CopyArgs) -> Result<Outcome, CommandError> {
@@ -208,6 +213,7 @@ fn shown_name(source: &Location) -> String {
 fn options(args: &CopyArgs) -> Result<CopyOptions, CommandError> {
     let mut options = CopyOptions::default();
     options.connect = args.connection.options(&args.tls);
+    options.connect.objects = args.objects.opener();
     options.requests = args.requests;
     options.request_size = args.request_size.bytes();
     options.zeroes = match (args.allocated, args.destination_is_zero) {

@@ -77,6 +77,8 @@ mod mount;
 #[cfg(feature = "mount")]
 mod mount_files;
 mod new_files;
+#[cfg(feature = "object-storage")]
+mod objects;
 mod qemu_img_beside;
 mod qemu_img_formats;
 mod qemu_nbd_backing;

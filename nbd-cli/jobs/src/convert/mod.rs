@@ -32,7 +32,7 @@ pub use self::options::{ConvertOptions, CopiedBitmaps, Destination};
 use self::reader::ExportReader;
 use crate::connect::refuse_same_export;
 use crate::error::JobError;
-use crate::image_location::ImageLocation;
+use crate::image_location::{ImageLocation, read_only};
 use crate::observer::JobContext;
 use crate::target::{self, Existing};
 
@@ -57,13 +57,16 @@ pub fn convert(
             "the new image is given by its name, and its format by --output-format",
         ));
     }
+    if let ImageLocation::Object(url) = to {
+        return Err(read_only(url));
+    }
     let opened = from.open_disk_or_image(&options.read, &options.reconnecting);
     let (source, export) = opened.map_err(JobError::advise_sharing)?;
     let bitmaps = bitmaps::of_source(&source, from, options.bitmaps, &*context.observer)?;
     let reader = export.map(|export| {
         Arc::new(ExportReader::new(export, from.to_string())) as Arc<dyn SourceReader>
     });
-    let is_remote = from.uri().is_some() || to.uri().is_some();
+    let is_remote = from.is_remote() || to.is_remote();
     let source = &source;
     let copy = Conversion { options, source, reader, from, bitmaps, is_remote, context };
     let (format, exists) = (options.create.format, options.destination == Destination::Existing);

@@ -97,6 +97,11 @@ impl Destination {
                 LocalFile::Regular(storage, new) => Self::regular(storage, path, new),
                 LocalFile::BlockDevice => Self::block_device(path, locking)?,
             },
+            Location::Object(url) => {
+                return Err(JobError::destination(format!(
+                    "cannot copy to {url}: objects are written by 'nbd-cli image push'"
+                )));
+            }
             Location::Standard => Self::Standard,
             Location::Null => Self::Null,
         };

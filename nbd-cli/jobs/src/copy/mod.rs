@@ -148,6 +148,7 @@ fn incomplete(
         Location::File(_) if let Some(left) = destination.abandon() => format!("; {left}"),
         Location::File(path) => format!("; '{}' is incomplete", path.display()),
         Location::Nbd(uri) => format!("; the disk at {uri} is incomplete"),
+        Location::Object(_) => String::new(),
         Location::Standard | Location::Null => String::new(),
     };
     error.in_words(format!("copying {from} failed: {error}{left}"))

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use imgfmt::storage::{FileIdentity, FileStorage};
 use imgfmt::{
-    Access, ExtentKind, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage as _, TryRead,
+    Access, ExtentKind, Format, GuestOffset, GuestRange, HostOffset, Image, Locking, OpenOptions,
+    Storage as _, TryRead,
 };
 use nbd_client::{Client, ReadChunk, ReadMemory};
 use nbd_proto::NbdUri;
@@ -19,6 +20,7 @@ use crate::connect::{self, ConnectOptions, failed};
 use crate::files::open_file;
 use crate::lanes::is_lane;
 use crate::location::Location;
+use crate::object::ObjectUrl;
 use crate::{JobContext, JobError, JobErrorKind};
 
 /// An open source.
@@ -79,6 +81,7 @@ impl Source {
                 let size = storage.len().map_err(|error| read_error(path, 0, &error))?;
                 Ok(Self::File { storage: Arc::new(storage), path: path.clone(), size })
             }
+            Location::Object(url) => object(url, connect).await,
             Location::Standard => Ok(Self::Standard),
             Location::Null => Ok(Self::Null),
         }
@@ -240,6 +243,21 @@ impl Source {
             let _ = client.clone().disconnect().await;
         }
     }
+}
+
+/// Opens the bytes of an object.
+async fn object(url: &ObjectUrl, connect: &ConnectOptions) -> Result<Source, JobError> {
+    let (url, objects) = (url.clone(), connect.objects.clone());
+    let opening = tokio::task::spawn_blocking(move || {
+        let storage = objects.open(&url).map_err(|error| JobError::source(error.to_string()))?;
+        let size = storage.len().map_err(|error| JobError::source(error.to_string()))?;
+        let image = Image::from_storage(storage, &OpenOptions::new().format(Format::Raw));
+        let image = image.map_err(|error| {
+            JobError::image(JobErrorKind::Source, error.with_path(url.to_string()))
+        })?;
+        Ok(Source::Image { image: Arc::new(image), size })
+    });
+    opening.await.unwrap_or_else(|error| Err(JobError::given_up("open", &error)))
 }
 
 fn is_zero_in_image(image: &Image, offset: u64, end: u64) -> bool {

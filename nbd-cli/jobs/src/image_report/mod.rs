@@ -175,9 +175,9 @@ pub fn describe_chain(
 
 /// The space that a file occupies; exports do not tell it.
 fn space_taken(location: &ImageLocation) -> Result<Option<u64>, JobError> {
-    match location.uri() {
-        None => actual_size(location.path()).map(Some),
-        Some(_) => Ok(None),
+    match location.is_remote() {
+        false => actual_size(location.path()).map(Some),
+        true => Ok(None),
     }
 }
 

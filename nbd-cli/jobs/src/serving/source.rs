@@ -13,6 +13,7 @@ use super::error::OpenError;
 use super::options::{OpenedExport, ServeOptions, Writes};
 use crate::control::server::ServedDisk;
 use crate::error::{JobError, JobErrorKind};
+use crate::object::{ObjectUrl, shown};
 use crate::qemu_name::{self, NameInImage, NamedImage};
 use crate::size::ByteSize;
 
@@ -41,6 +42,9 @@ impl ServeOptions {
         if source.is_empty() {
             return Err(JobError::invalid("a source is empty; give a path, a URI or memory:SIZE"));
         }
+        if let Some(url) = source.to_str().and_then(ObjectUrl::of) {
+            return self.open_object(&url).map_err(|error| explained(error, self));
+        }
         if let Some(uri) = source_uri(source) {
             return self.open_export(&uri?).map_err(|error| explained(error, self));
         }
@@ -48,11 +52,30 @@ impl ServeOptions {
     }
 }
 
+impl ServeOptions {
+    /// Makes an export of the image in an object of a store. Blocks, and must not be called by asynchronous
+    /// tasks.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] if it cannot be read, or is to be written to.
+    pub fn open_object(&self, url: &ObjectUrl) -> Result<OpenedExport, OpenError> {
+        if self.writes == Writes::ToImage && self.snapshot.is_none() {
+            let why = format!(
+                "cannot write to {url}: objects of a store are read-only; add --read-only or --temporary"
+            );
+            return Err(JobError::invalid(why).into());
+        }
+        let image = self.open_storage(self.remotes.open_object(url)?)?;
+        Ok(self.exported(image)?)
+    }
+}
+
 impl OpenedExport {
     /// Returns the disk for a server with a control socket; `source` is what it calls the disk.
     #[must_use]
     pub fn into_disk(self, source: impl Into<String>) -> ServedDisk {
-        let source = source.into();
+        let source = shown(&source.into());
         let uri = source_uri(source.as_ref()).and_then(Result::ok);
         let identity = uri.map_or_else(|| source.clone(), |uri| uri.to_string());
         let disk = ServedDisk::new(source, self.export).identified_by(identity, self.view);
@@ -76,7 +99,11 @@ pub fn source_uri(source: &OsStr) -> Option<Result<NbdUri, JobError>> {
 
 /// Splits `NAME=SOURCE`; without a name all of it is the source. The text before the `=` is not a name if it is a path or a URI.
 pub fn split_name(source: &OsStr) -> (Option<&str>, &OsStr) {
-    let is_name = |text| qemu_name::is_name_of_server(text) || qemu_name::json_in(text).is_some();
+    let is_name = |text: &str| {
+        qemu_name::is_name_of_server(text)
+            || qemu_name::json_in(text).is_some()
+            || ObjectUrl::of(text).is_some()
+    };
     if source.to_str().is_some_and(is_name) {
         return (None, source);
     }
@@ -172,6 +199,8 @@ mod tests {
         assert_eq!(split_name("vm=a=b.img"), (Some("vm"), "a=b.img"));
         assert_eq!(split_name("scratch=memory:1G"), (Some("scratch"), "memory:1G"));
         assert_eq!(split_name("vm=nbd://host/a=b"), (Some("vm"), "nbd://host/a=b"));
+        assert_eq!(split_name("vm=s3://b/a=b"), (Some("vm"), "s3://b/a=b"));
+        assert_eq!(split_name("https://h/a?s=b"), (None, "https://h/a?s=b"));
     }
 
     #[test]

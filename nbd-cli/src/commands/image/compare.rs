@@ -117,7 +117,7 @@ fn print(report: &CompareReport, sizes: &str, format: ReportFormat) -> Result<()
 
 fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
     let locations = location::parse_two([&args.first, &args.second], &args.server, &args.trust)?;
-    let is_remote = locations.iter().any(|location| location.uri().is_some());
+    let is_remote = locations.iter().any(|location| location.is_remote());
     let [first, second] = locations;
     let open = |location: &ImageLocation, format, raw_option| {
         let options = args.share.apply(options(format, &args.trust));

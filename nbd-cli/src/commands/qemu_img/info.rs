@@ -103,6 +103,7 @@ fn protocol(image: &DescribedImage) -> &'static str {
     use std::os::unix::fs::FileTypeExt as _;
     match image.location.uri() {
         Some(_) => "nbd",
+        None if image.location.is_remote() => "https",
         None => match image.location.path().metadata() {
             Ok(metadata) if metadata.file_type().is_block_device() => "host_device",
             _ => "file",

@@ -8,6 +8,7 @@ use imgfmt::Format;
 use nbd_jobs::blockdev::{open_source, source_uri};
 use nbd_jobs::control::server::{ServedDisk, ServedDisks};
 use nbd_jobs::control::{ErrorKind, Failure};
+use nbd_jobs::object::shown;
 use nbd_jobs::serving::{OfferedBitmaps, ServeOptions, Writes, is_memory, split_name};
 use nbd_jobs::size::ByteSize;
 use nbd_server::ExportRegistry;
@@ -75,7 +76,8 @@ pub(super) fn check(export: &ExportSpec, has_tls: bool) -> Result<(), CommandErr
 
 /// Describes the opening of an export's source, for errors.
 pub(super) fn opening(export: &ExportSpec) -> String {
-    let (name, source) = (printable(&export.name), printable(&export.source.to_string_lossy()));
+    let (name, source) =
+        (printable(&export.name), printable(&shown(&export.source.to_string_lossy())));
     format!("opening the source '{source}' of the export '{name}'")
 }
 
@@ -132,7 +134,7 @@ pub(super) fn add_all(
         let source = open_export(export, tls_only, controlled.is_some())?;
         let added = registry.add(&*export.name, source.entry());
         added.map_err(|error| {
-            let source = export.source.display();
+            let source = shown(&export.source.to_string_lossy());
             CommandError::new(format!("cannot export '{source}': {error}"))
         })?;
         if let (OpenedExport::Controlled(disk), Some(disks)) = (source, &mut controlled) {

@@ -10,6 +10,7 @@ use nbd_proto::uri::Security;
 
 use crate::connect::{OnOff, ServerArgs, TlsArgs, TlsChoice};
 use crate::error::CommandError;
+use crate::objects::ObjectArgs;
 
 /// The use of servers whose NBD URIs are sources.
 #[derive(Clone, Debug, Args)]
@@ -45,6 +46,10 @@ pub struct UpstreamArgs {
     /// Whether the certificate of the source's server is verified.
     #[arg(long, value_name = "on|off", value_enum)]
     pub source_tls_verify_peer: Option<OnOff>,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub objects: Box<ObjectArgs>,
 }
 
 impl UpstreamArgs {
@@ -58,7 +63,8 @@ impl UpstreamArgs {
             tls: self.source_tls,
         };
         let reconnect = (!self.source_reconnect.is_zero()).then_some(self.source_reconnect);
-        ServerArgs { timeout: self.source_timeout, reconnect, tls }
+        let objects = self.objects.clone();
+        ServerArgs { timeout: self.source_timeout, reconnect, tls, objects }
     }
 
     /// Refuses unused options, which are a mistake. With a control socket, sources can be added

@@ -1,0 +1,121 @@
+//! Objects of stores, which are read-only images. Another crate opens them.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use imgfmt::Storage;
+
+/// Schemes of objects.
+pub const OBJECT_SCHEMES: [&str; 3] = ["s3", "http", "https"];
+
+/// The URL of an object: `s3://bucket/key`, `http://…` or `https://…`.
+///
+/// Printed without the query, which can be a signature.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ObjectUrl(String);
+
+impl ObjectUrl {
+    /// Returns the URL if the text has the form of one.
+    ///
+    /// ```
+    /// use nbd_jobs::object::ObjectUrl;
+    ///
+    /// let url = ObjectUrl::of("https://host/disk.qcow2?signature=a").expect("it is one");
+    /// assert_eq!(url.to_string(), "https://host/disk.qcow2");
+    /// assert!(ObjectUrl::of("nbd://host").is_none() && ObjectUrl::of("disk.qcow2").is_none());
+    /// ```
+    #[must_use]
+    pub fn of(text: &str) -> Option<Self> {
+        let (scheme, _) = text.split_once("://")?;
+        OBJECT_SCHEMES.contains(&scheme).then(|| Self(text.to_owned()))
+    }
+
+    /// Returns the complete URL.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Returns a name for messages: the URL of an object without its query, and other names as they are.
+#[must_use]
+pub fn shown(name: &str) -> String {
+    ObjectUrl::of(name).map_or_else(|| name.to_owned(), |url| url.to_string())
+}
+
+impl fmt::Display for ObjectUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let end = match self.0.starts_with("s3:") {
+            true => self.0.len(),
+            false => self.0.find(['?', '#']).unwrap_or(self.0.len()),
+        };
+        let shown = &self.0[..end];
+        // A user and password are refused later.
+        match (shown.split_once("://"), shown.rsplit_once('@')) {
+            (Some((scheme, _)), Some((_, host))) if !self.0.starts_with("s3:") => {
+                write!(f, "{scheme}://{host}")
+            }
+            _ => f.write_str(shown),
+        }
+    }
+}
+
+impl fmt::Debug for ObjectUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+type Opener = dyn Fn(&ObjectUrl) -> io::Result<Arc<dyn Storage>> + Send + Sync;
+
+/// Opens objects. By default it refuses them. Blocks, and must not be called by asynchronous tasks.
+#[derive(Clone, Default)]
+pub struct ObjectOpener(Option<Arc<Opener>>);
+
+impl ObjectOpener {
+    /// Opens objects by this function. Its errors are sentences that name the object.
+    pub fn new(
+        open: impl Fn(&ObjectUrl) -> io::Result<Arc<dyn Storage>> + Send + Sync + 'static,
+    ) -> Self {
+        Self(Some(Arc::new(open)))
+    }
+
+    /// Opens an object.
+    ///
+    /// # Errors
+    ///
+    /// Those of the function; or objects are refused.
+    pub fn open(&self, url: &ObjectUrl) -> io::Result<Arc<dyn Storage>> {
+        match &self.0 {
+            Some(open) => open(url),
+            None => Err(io::Error::other(format!(
+                "cannot open {url}: this program cannot read from object stores; it was built \
+                 without the feature object-storage"
+            ))),
+        }
+    }
+}
+
+impl fmt::Debug for ObjectOpener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("ObjectOpener").field(&self.0.is_some()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_in_an_address_are_not_shown() {
+        for (text, expected) in [
+            ("https://h/a?X-Amz-Signature=f00d", "https://h/a"),
+            ("http://u:p4ss@h/a", "http://h/a"),
+            ("s3://b/a@b?c", "s3://b/a@b?c"),
+        ] {
+            assert_eq!(shown(text), expected);
+        }
+        assert_eq!(shown("a?b"), "a?b");
+    }
+}

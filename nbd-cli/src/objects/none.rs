@@ -1,0 +1,16 @@
+//! In place of object stores, in a program without them.
+
+use clap::Args;
+use nbd_jobs::object::ObjectOpener;
+
+/// Options of object stores: there are none.
+#[derive(Clone, Debug, Default, Args)]
+pub struct ObjectArgs {}
+
+impl ObjectArgs {
+    /// Returns what refuses objects.
+    #[allow(clippy::unused_self, reason = "as in the program with object stores")]
+    pub(crate) fn opener(&self) -> ObjectOpener {
+        ObjectOpener::default()
+    }
+}

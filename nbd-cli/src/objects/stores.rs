@@ -1,0 +1,157 @@
+//! Object stores: the options, and what opens objects.
+
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use imgfmt::Storage;
+use nbd_jobs::object::{ObjectOpener, ObjectUrl};
+use nbd_jobs::size::{ByteSize, parse_duration};
+use nbd_objects::{
+    Addressing, CACHE_SIZE_MIN, CacheSettings, Environment, Interrupted, ObjectCache,
+    ObjectStorage, StoreSettings, StoreUrl, Timeouts,
+};
+
+use crate::signals;
+
+/// Options of object stores.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Object stores (s3://, https:// and http:// URLs)")]
+pub struct ObjectArgs {
+    /// Address of the S3 store, such as https://s3.example.org or http://localhost:8333; by default
+    /// that in AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile, otherwise Amazon's.
+    #[arg(long, value_name = "URL", hide_short_help = true)]
+    pub endpoint: Option<String>,
+
+    /// Region of the bucket; by default that in AWS_REGION, AWS_DEFAULT_REGION or the profile,
+    /// otherwise us-east-1.
+    #[arg(long, value_name = "NAME", hide_short_help = true)]
+    pub region: Option<String>,
+
+    /// Profile in ~/.aws/credentials and ~/.aws/config; by default AWS_PROFILE or 'default'.
+    #[arg(long, value_name = "NAME", hide_short_help = true)]
+    pub profile: Option<String>,
+
+    /// Place of the bucket's name in addresses; by default the host for Amazon, and the path with
+    /// --endpoint.
+    #[arg(long, value_name = "PLACE", value_enum, hide_short_help = true)]
+    pub addressing: Option<AddressingChoice>,
+
+    /// Do not sign requests: for objects that everybody may read.
+    #[arg(long, hide_short_help = true)]
+    pub anonymous: bool,
+
+    /// File with the authorities (PEM) of the store's certificate; by default AWS_CA_BUNDLE, then
+    /// those that this machine trusts.
+    #[arg(long, value_name = "FILE", hide_short_help = true)]
+    pub store_authorities: Option<PathBuf>,
+
+    /// Time limit for an operation on the store with all its retries: seconds, or 500ms, 2m
+    /// [default: 2m].
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, hide_short_help = true)]
+    pub store_timeout: Option<Duration>,
+
+    /// Most requests to the store per second, retries included.
+    #[arg(long, value_name = "N", hide_short_help = true)]
+    pub max_requests_per_second: Option<NonZeroU32>,
+
+    /// Directory of the cache of blocks; by default CACHE_DIRECTORY, or nbd-cli in XDG_CACHE_HOME
+    /// or ~/.cache.
+    #[arg(long, value_name = "DIR", hide_short_help = true)]
+    pub cache_dir: Option<PathBuf>,
+
+    /// Limit of the data in that cache, from 64M to 1T [default: 4G].
+    #[arg(long, value_name = "SIZE", hide_short_help = true)]
+    pub cache_size: Option<ByteSize>,
+}
+
+/// Places of a bucket's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum AddressingChoice {
+    /// The path: https://host/bucket/key.
+    Path,
+    /// The host: https://bucket.host/key.
+    Virtual,
+}
+
+/// The one cache of this process.
+static CACHE: Mutex<Option<ObjectCache>> = Mutex::new(None);
+
+impl ObjectArgs {
+    /// Returns the settings of connections.
+    pub(crate) fn settings(&self) -> StoreSettings {
+        let mut timeouts = Timeouts::default();
+        if let Some(limit) = self.store_timeout {
+            timeouts.total = limit;
+            timeouts.request = timeouts.request.min(limit);
+            timeouts.idle = timeouts.idle.min(limit);
+            timeouts.connect = timeouts.connect.min(limit);
+        }
+        // Variables that are not UTF-8 are of no store.
+        let variables = std::env::vars_os().filter_map(|(name, value)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        });
+        StoreSettings {
+            endpoint: self.endpoint.clone(),
+            region: self.region.clone(),
+            profile: self.profile.clone(),
+            addressing: self.addressing.map(|choice| match choice {
+                AddressingChoice::Path => Addressing::Path,
+                AddressingChoice::Virtual => Addressing::Virtual,
+            }),
+            anonymous: self.anonymous,
+            authorities: self.store_authorities.clone(),
+            timeouts,
+            requests_per_second: self.max_requests_per_second,
+            environment: Environment::new(variables),
+        }
+    }
+
+    /// Returns what opens objects. A signal interrupts it, and all later reads.
+    pub(crate) fn opener(&self) -> ObjectOpener {
+        let args = self.clone();
+        ObjectOpener::new(move |url| args.open(url))
+    }
+
+    fn open(&self, url: &ObjectUrl) -> std::io::Result<Arc<dyn Storage>> {
+        let parsed: StoreUrl = url
+            .as_str()
+            .parse()
+            .map_err(|why| std::io::Error::other(format!("cannot open {url}: {why}")))?;
+        let cache = self.cache()?;
+        let interrupter = signals::interrupter().clone();
+        let is_interrupted: Interrupted = Arc::new(move || interrupter.is_interrupted());
+        let storage = ObjectStorage::open(&parsed, &self.settings(), &cache, is_interrupted)?;
+        Ok(Arc::new(storage))
+    }
+
+    /// Returns the cache of this process. The first object decides where it is.
+    fn cache(&self) -> nbd_objects::Result<ObjectCache> {
+        let mut cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cache) = &*cache {
+            return Ok(cache.clone());
+        }
+        let settings = CacheSettings {
+            directory: self.cache_dir.clone().or_else(usual_directory),
+            is_optional: self.cache_dir.is_none(),
+            size: self.cache_size.map_or(CacheSettings::default().size, ByteSize::bytes),
+        };
+        if settings.size < CACHE_SIZE_MIN {
+            return Err(nbd_objects::StoreError::invalid(
+                "--cache-size is too small; give at least 64M",
+            ));
+        }
+        Ok(cache.insert(ObjectCache::open(&settings)?).clone())
+    }
+}
+
+fn usual_directory() -> Option<PathBuf> {
+    let of = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    // A service manager gives the first one.
+    let own = || Some(PathBuf::from(of("CACHE_DIRECTORY")?));
+    let user = || Some(PathBuf::from(of("XDG_CACHE_HOME")?).join("nbd-cli"));
+    let home = || Some(PathBuf::from(of("HOME")?).join(".cache/nbd-cli"));
+    own().or_else(user).or_else(home).filter(|path| path.is_absolute())
+}
