@@ -25,13 +25,17 @@ pub enum RemoveError {
     #[error("there is no export named '{0}'")]
     NotFound(String),
     /// Clients use it.
-    #[error("{clients} clients use the export '{name}'")]
+    #[error("{} using the export '{name}'", clients_are(*clients))]
     InUse {
         /// The export's name.
         name: String,
         /// Number of clients.
         clients: usize,
     },
+}
+
+fn clients_are(count: usize) -> String {
+    if count == 1 { "a client is".to_owned() } else { format!("{count} clients are") }
 }
 
 /// The owner's interface to a running server. Clones refer to the same server.

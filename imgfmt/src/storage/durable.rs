@@ -35,6 +35,9 @@ pub(super) fn write_all(
             Err(error) if !must_sync && is_lacking(&error) && durability == Durability::Fua => {
                 must_sync = true;
             }
+            Err(error) if !must_sync && durability == Durability::Fua && is_full(&error) => {
+                return Err(cause(error, || file.write_at(rest, position)));
+            }
             Err(error) => return Err(error),
         }
     }
@@ -45,10 +48,41 @@ fn write_durable(file: &File, offset: u64, data: &[u8]) -> io::Result<usize> {
     Ok(rustix::io::pwritev2(file, &[IoSlice::new(data)], offset, ReadWriteFlags::DSYNC)?)
 }
 
+/// Whether no space is left.
+fn is_full(error: &io::Error) -> bool {
+    [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded].contains(&error.kind())
+}
+
+/// Returns what a durable write that found no space is to report. If the bytes have space, its sync
+/// failed, which may have taken the error of data that was written before: the system reports that
+/// once. Then it is no lack of space of this write.
+fn cause(error: io::Error, write: impl FnOnce() -> io::Result<usize>) -> io::Error {
+    match write() {
+        Ok(_) => Errno::IO.into(),
+        Err(_) => error,
+    }
+}
+
 /// Whether the kernel or the file system does not support such writes.
 fn is_lacking(error: &io::Error) -> bool {
     [Errno::OPNOTSUPP, Errno::NOSYS]
         .map(Errno::raw_os_error)
         .map(Some)
         .contains(&error.raw_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_space_for_a_write_is_told_from_data_that_a_sync_has_lost() {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let error = write_all(&full, 0, &[1; 512], 1, Durability::Fua).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull, "the bytes have no space either");
+        let lost = || Errno::NOSPC.into();
+        assert_eq!(cause(lost(), || Ok(512)).raw_os_error(), Some(libc::EIO));
+        let error = cause(lost(), || Err(lost()));
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    }
 }

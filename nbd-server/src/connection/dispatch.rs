@@ -165,6 +165,7 @@ fn execute(
     request: &Request,
     payload: &[u8],
 ) -> Result<(), ExportError> {
+    let _sync = writeback.begin_sync(request);
     writeback.judge(request, call(export, request, payload))
 }
 

@@ -15,7 +15,7 @@ use super::read_steps::{self, PartRead};
 use super::ring_work;
 use super::steps::{self, Progress};
 use crate::budget::{Budget, Permit};
-use crate::export::{ExportEntry, ExportError, PlacedWrite};
+use crate::export::{ExportEntry, ExportError, OwnSync, PlacedWrite};
 use crate::queue::{Cost, GroupId};
 use crate::ring::{Reader, RingHandle, RingLane, RingWrite, Writer};
 use crate::scheduler::{Job, Lane, Scheduler};
@@ -207,7 +207,10 @@ impl Pool {
             let payload = std::mem::take(&mut job.work.payload);
             let (scheduler, entry) = (self.lane.scheduler().clone(), self.entry.clone());
             let (group, since) = (self.group, job.work.writeback.count());
-            let writer = PooledWrite { job, lane, scheduler, entry, group, since, durability };
+            let durable = durability == Durability::Fua;
+            let sync = durable.then(|| entry.failures().begin_sync());
+            let writer =
+                PooledWrite { job, lane, scheduler, entry, group, since, durability, sync };
             ring.write(RingWrite { placed, payload, durability }, Box::new(writer));
         } else {
             return Err(job);
@@ -315,6 +318,8 @@ struct PooledWrite {
     since: u64,
     /// What the ring is asked for.
     durability: Durability,
+    /// For a durable one: flushes that succeed meanwhile wait for it.
+    sync: Option<OwnSync>,
 }
 
 impl Writer for PooledWrite {
@@ -323,7 +328,7 @@ impl Writer for PooledWrite {
     }
 
     fn written(self: Box<Self>, result: Result<(), ExportError>) {
-        let Self { job, scheduler, entry, group, since, durability, .. } = *self;
+        let Self { job, scheduler, entry, group, since, durability, sync: _sync, .. } = *self;
         let RequestJob { work, durable, answer, .. } = *job;
         let PreparedRequest { export, writeback, request, .. } = work;
         if let Err(error) = result {

@@ -206,6 +206,7 @@ impl ChangeWalk {
 
     fn call(&mut self, work: &PreparedRequest) -> Step {
         let request = &work.request;
+        let _sync = work.writeback.begin_sync(request);
         if self.is_flush_due {
             // One flush for all parts. If it fails, other clients' writes may be lost as well, so
             // they get EIO.

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use nbd_proto::transmission::{Command, Durability, Request};
 use nbd_proto::wire::Errno;
 
-use crate::export::{DurabilityFailures, ExportError};
+use crate::export::{DurabilityFailures, ExportError, OwnSync};
 
 /// One connection's knowledge of write-back errors.
 #[derive(Debug)]
@@ -34,6 +34,14 @@ impl WritebackErrors {
     /// The number of failed flushes of the disk so far, of all clients.
     pub(super) fn count(&self) -> u64 {
         self.failures.count()
+    }
+
+    /// Has successful flushes wait, until the returned value is dropped, for the call that makes a change
+    /// durable, if `request` is one: the call may take their error. It is dropped after the result is
+    /// judged.
+    pub(super) fn begin_sync(&self, request: &Request) -> Option<OwnSync> {
+        let is_change = request.command != Command::Flush;
+        (is_change && promises_durability(&request.command)).then(|| self.failures.begin_sync())
     }
 
     /// The result for a durable change that a successful flush has covered. A flush that failed

@@ -4,6 +4,7 @@
 //! that arrived before it began: however many clients request a flush, one runs and one waits.
 //! Requests that arrive while it runs are answered by the next.
 
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,9 +27,68 @@ const SLOW: Duration = Duration::from_millis(100);
 pub(crate) struct DurabilityFailures {
     count: Arc<AtomicU64>,
     at_pause: Arc<AtomicU64>,
+    syncs: Arc<Mutex<Syncs>>,
+}
+
+/// The calls under way that make single changes durable.
+#[derive(Default)]
+struct Syncs {
+    next: u64,
+    running: BTreeSet<u64>,
+    /// What is done when no call with a smaller number is running.
+    deferred: Vec<(u64, Box<dyn FnOnce() + Send>)>,
+}
+
+impl std::fmt::Debug for Syncs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Syncs").field("running", &self.running).finish_non_exhaustive()
+    }
+}
+
+/// A call that makes a single change durable. It is over when this is dropped; a failure has to be
+/// counted before.
+#[derive(Debug)]
+pub(crate) struct OwnSync {
+    syncs: Arc<Mutex<Syncs>>,
+    number: u64,
+}
+
+impl Drop for OwnSync {
+    fn drop(&mut self) {
+        let mut syncs = self.syncs.lock().unwrap_or_else(PoisonError::into_inner);
+        syncs.running.remove(&self.number);
+        let first = syncs.running.first().copied().unwrap_or(u64::MAX);
+        let ready: Vec<_> = syncs.deferred.extract_if(.., |(limit, _)| *limit <= first).collect();
+        drop(syncs);
+        for (_, then) in ready {
+            then();
+        }
+    }
 }
 
 impl DurabilityFailures {
+    /// Begins a call that makes a single change durable. It may take the error of other data, which
+    /// the system reports once.
+    pub(crate) fn begin_sync(&self) -> OwnSync {
+        let mut syncs = self.syncs.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = syncs.next;
+        syncs.next += 1;
+        syncs.running.insert(number);
+        OwnSync { syncs: Arc::clone(&self.syncs), number }
+    }
+
+    /// Does something when all such calls that have begun until now are over, and their failures
+    /// counted: now, or on the thread that ends the last of them.
+    fn after_syncs(&self, then: impl FnOnce() + Send + 'static) {
+        let mut syncs = self.syncs.lock().unwrap_or_else(PoisonError::into_inner);
+        if !syncs.running.is_empty() {
+            let limit = syncs.next;
+            return syncs.deferred.push((limit, Box::new(then)));
+        }
+        drop(syncs);
+        then();
+    }
+
     pub(crate) fn count(&self) -> u64 {
         self.count.load(Ordering::Acquire)
     }
@@ -203,13 +263,17 @@ impl FlushJob {
         if result.is_ok() {
             self.flushes.note_success();
         }
-        // One failure, however many requests it answers.
-        let result = result.map_err(|error| (self.failures.add(), error));
-        for waiter in waiting {
-            waiter.answer(match &result {
-                Ok(()) => Ok(()),
-                Err((count, error)) => Err((*count, error)),
-            });
+        match result {
+            // A durable change that is under way may have taken the error of this flush, and not have
+            // counted it yet.
+            Ok(()) => self.failures.after_syncs(move || {
+                waiting.into_iter().for_each(|waiter| waiter.answer(Ok(())));
+            }),
+            // One failure, however many requests it answers.
+            Err(error) => {
+                let count = self.failures.add();
+                waiting.into_iter().for_each(|waiter| waiter.answer(Err((count, &error))));
+            }
         }
     }
 }
@@ -225,5 +289,33 @@ impl Drop for FlushJob {
         let waiting = std::mem::take(&mut state.waiting);
         drop(state);
         drop(waiting);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_deferred_waits_for_the_syncs_before_it_alone() {
+        let failures = DurabilityFailures::default();
+        let done = Arc::new(AtomicU64::new(0));
+        let defer = || {
+            let done = Arc::clone(&done);
+            failures.after_syncs(move || _ = done.fetch_add(1, Ordering::SeqCst));
+        };
+        defer();
+        assert_eq!(done.load(Ordering::SeqCst), 1, "there are none");
+        let [first, second] = [failures.begin_sync(), failures.begin_sync()];
+        defer();
+        let third = failures.begin_sync();
+        defer();
+        drop(second);
+        assert_eq!(done.load(Ordering::SeqCst), 1);
+        drop(first);
+        assert_eq!(done.load(Ordering::SeqCst), 2, "the third came later");
+        drop(third);
+        assert_eq!(done.load(Ordering::SeqCst), 3);
+        assert!(failures.syncs.lock().unwrap().deferred.is_empty());
     }
 }

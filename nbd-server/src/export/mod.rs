@@ -26,7 +26,7 @@ pub use descriptors::Descriptors;
 pub use entry::ExportEntry;
 pub use fast::{FastExport, MayBlock, Operation, TryRead, TryWrite};
 pub use filter::Filter;
-pub(crate) use flushes::{DurabilityFailures, UnderWay, Waiter};
+pub(crate) use flushes::{DurabilityFailures, OwnSync, UnderWay, Waiter};
 #[cfg(feature = "image")]
 pub use image::{CountedLayers, ImageExport};
 pub use info::{ExportError, ExportInfo};

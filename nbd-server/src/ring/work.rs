@@ -135,8 +135,13 @@ fn lost(error: &io::Error) -> ExportError {
     }
 }
 
-/// Whether the system says with an error that it has not begun to write. Not so `EINTR` and `ENOMEM`:
-/// a sync may report them for data that was lost before, and only once.
+/// Whether the system says with an error that it has not begun to write, or that the file cannot be
+/// written in this way. Not so `EINTR` and `ENOMEM`: a sync may report them for data that was lost
+/// before, and only once.
+///
+/// Such a write is repeated by the pool, which is right even if a part of the bytes is there: they
+/// are the same, and until the reply the order among this and overlapping requests is open. The pool
+/// asks the export for the place again, so that it does not matter if that has moved meanwhile.
 fn is_refusal(error: &io::Error) -> bool {
     let refusals = [
         libc::EINVAL,

@@ -183,3 +183,31 @@ fn a_disk_without_flush_makes_each_change_durable_itself() {
     assert_eq!(disk.durable_writes.load(Ordering::SeqCst), 9);
     assert_eq!(disk.flushes.load(Ordering::SeqCst), 0);
 }
+
+#[test]
+fn a_flush_is_not_answered_before_a_durable_change_that_may_have_taken_its_error() {
+    let zeroes = Command::WriteZeroes(ZeroMode::MayUnmap, Speed::Any, Durability::Fua);
+    let trim = Command::Trim(Durability::Fua);
+    for command in [Command::Write(Durability::Fua), trim, zeroes] {
+        let script = Script { gated: Some(0..512), bad: Some(0..512), ..Script::default() };
+        let disk = Scripted::new(1 << 20, script);
+        let server = TestServer::with(Default::default(), disk.clone());
+        let [mut client, mut other] = [(); 2].map(|()| Client::connect(&server, MODES[1]));
+        let payload: &[u8] =
+            if command == Command::Write(Durability::Fua) { &[1; 512] } else { &[] };
+        client.submit(0, 512, &command, payload);
+        wait_until("the change is being made durable", || disk.gate.arrived() == 1);
+        assert_eq!(other.write(4096, &[2; 512]), Ok(()));
+        other.submit(0, 0, &Command::Flush, &[]);
+        wait_until("the flush has come", || disk.flushes.load(Ordering::SeqCst) == 1);
+        let timeout = Some(std::time::Duration::from_millis(200));
+        other.stream().set_read_timeout(timeout).unwrap();
+        let answered = std::io::Read::read(&mut other.stream(), &mut [0]);
+        assert!(answered.is_err(), "the outcome of the change is unknown");
+        other.stream().set_read_timeout(None).unwrap();
+        disk.gate.open();
+        assert!(client.next_finished().1.result.is_err());
+        assert!(other.next_finished().1.result.is_err(), "{command:?}");
+        assert_eq!(other.request(0, 0, &Command::Flush).result, Ok(()), "it was told");
+    }
+}

@@ -289,11 +289,14 @@ impl Controller {
             OnUse::Disconnect => InUse::Disconnect,
         };
         let entry = self.server.remove_export(name, in_use).await.map_err(|error| {
-            let kind = match error {
-                RemoveError::InUse { .. } => ErrorKind::InUse,
-                _ => ErrorKind::NotFound,
-            };
-            Failure::new(kind, error.to_string())
+            let message = error.to_string();
+            match error {
+                RemoveError::InUse { .. } => {
+                    let advice = "add --disconnect (\"on-use\":\"disconnect\") to end connections";
+                    Failure::new(ErrorKind::InUse, format!("{message}; {advice}"))
+                }
+                _ => Failure::new(ErrorKind::NotFound, message),
+            }
         })?;
         let disk = disks.remove(name);
         self.observe(&ControlEvent::ExportRemoved { export: name });
