@@ -16,6 +16,8 @@ use super::statistics::median_sample;
 /// The main contender of this workspace. Its other contenders have this prefix and `-`, and are not
 /// peers.
 pub(crate) const OURS: &str = "ours";
+/// The contender that does the least work that the row allows. It is no peer.
+pub(crate) const FLOOR: &str = "floor";
 
 /// One row.
 pub(crate) struct Contest {
@@ -154,7 +156,9 @@ impl ContestReport {
     }
 
     fn peers(&self) -> impl Iterator<Item = &ContenderReport> {
-        self.contenders.iter().filter(|contender| !contender.name.starts_with(OURS))
+        self.contenders
+            .iter()
+            .filter(|contender| !contender.name.starts_with(OURS) && contender.name != FLOOR)
     }
 }
 
@@ -237,7 +241,10 @@ mod tests {
     #[test]
     fn bars_compare_with_peers_with_other_contenders_and_with_other_rows() {
         let rows = [
-            row("one", &[("ours", 40.0), ("ours-raw", 50.0), ("a", 10.0), ("b", 20.0)]),
+            row(
+                "one",
+                &[("ours", 40.0), ("ours-raw", 50.0), (FLOOR, 90.0), ("a", 10.0), ("b", 20.0)],
+            ),
             row("four", &[("ours", 60.0)]),
         ];
         let bar = |row: &str, against, limit| ContestBar {

@@ -2,7 +2,9 @@
 //!
 //! The servers are nbdkit's in all rows, so only the clients differ: its file plugin as the source,
 //! its memory plugin as the destination. Nothing is flushed, and a file that was written is removed
-//! right after its block. CPU time is that of the client and of the servers.
+//! right after its block. CPU time is that of the client and of the servers. In the rows of the full
+//! disk without TLS, the floor moves the same bytes between threads, without a protocol: what it takes
+//! is the cost of the kernel's copies.
 
 use std::fs::{self, File, Permissions};
 use std::io::{Seek, SeekFrom, Write};
@@ -13,7 +15,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use super::bars::Limit;
-use super::contest::{Against, Contender, Contest, ContestBar, OURS};
+use super::contest::{Against, Contender, Contest, ContestBar, FLOOR, OURS};
 use super::data::XorShift;
 use super::group::Group;
 use super::lab::Lab;
@@ -124,15 +126,19 @@ fn contests(_: &Options) -> Vec<Contest> {
         name,
         measure: Box::new(move |lab: &Lab<'_>| copy.measure(lab, tool)),
     };
-    let contest = |copy: Copy| Contest {
-        name: copy.name(),
-        throughput_unit: "MiB/s",
-        work_name: "MiB",
-        contenders: vec![
+    let floor = |copy: Copy| Contender {
+        name: FLOOR,
+        measure: Box::new(move |lab: &Lab<'_>| copy.measure_floor(lab)),
+    };
+    let contest = |copy: Copy| {
+        let mut contenders = vec![
             contender(OURS, copy, Tool::Ours),
             contender("nbdcopy", copy, Tool::Nbdcopy),
             contender("qemu-img", copy, Tool::QemuImg),
-        ],
+        ];
+        contenders.extend(copy.has_floor().then(|| floor(copy)));
+        let name = copy.name();
+        Contest { name, throughput_unit: "MiB/s", work_name: "MiB", contenders }
     };
     rows().into_iter().map(contest).collect()
 }
@@ -204,6 +210,25 @@ impl Copy {
         drop(fs::remove_file(&target));
         let (elapsed, usage) = result?;
         Ok(Sample::new(ClientResult::timed((size / MEBIBYTE) as f64, elapsed), usage))
+    }
+
+    /// The floor encrypts nothing, and does not look for holes.
+    fn has_floor(&self) -> bool {
+        self.disk == Disk::Full && self.channel == Channel::Plain
+    }
+
+    fn measure_floor(&self, lab: &Lab<'_>) -> Result<Sample> {
+        lab.settle(self.disk.file())?;
+        let target = lab.file(TARGET);
+        drop(fs::remove_file(&target));
+        let mut command = Command::new(lab.target_directory.join("dist").join("copy_floor"));
+        command.arg(self.from.name()).arg(lab.file(self.disk.file()));
+        command.arg(self.to.name()).arg(&target);
+        let result = run_to_end(&mut command);
+        drop(fs::remove_file(&target));
+        let (elapsed, usage) = result?;
+        let size = self.disk.size(lab.options) / MEBIBYTE;
+        Ok(Sample::new(ClientResult::timed(size as f64, elapsed), usage))
     }
 
     /// The sockets of the source and of the destination, where those are servers.
@@ -296,6 +321,14 @@ mod tests {
         assert_eq!(names.len(), 14, "{names:?}");
         assert!(names.contains(&"copy-server-file-sparse-tls".to_owned()), "{names:?}");
         assert!(!names.iter().any(|name| name.contains("file-file") && name.ends_with("tls")));
+    }
+
+    #[test]
+    fn the_floor_takes_part_where_it_does_what_the_tools_do() {
+        let with_floor: Vec<_> =
+            rows().iter().filter(|row| row.has_floor()).map(Copy::name).collect();
+        assert_eq!(with_floor.len(), 4, "{with_floor:?}");
+        assert!(with_floor.iter().all(|name| name.ends_with("-full")), "{with_floor:?}");
     }
 
     #[test]
