@@ -167,6 +167,12 @@ impl Error {
         self
     }
 
+    /// The clause with the cause and the remedy.
+    #[cfg_attr(not(feature = "encryption"), expect(dead_code, reason = "nothing is decrypted"))]
+    pub(crate) fn detail(&self) -> &str {
+        &self.0.detail
+    }
+
     /// Returns the class of the failure.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind

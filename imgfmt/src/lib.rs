@@ -110,6 +110,9 @@ pub use create_options::{
     Amendment, CompressionType, CreateOptions, DataFile, L2Entries, LazyRefcounts, Preallocation,
     Qcow2Version,
 };
+#[cfg(all(feature = "encryption", feature = "test-util"))]
+#[doc(hidden)]
+pub use crypto::luks::seal as seal_luks_header;
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentKind};
 pub use foreign_options::{ForeignOptions, Subformat, VhdSize, VmdkAdapter};

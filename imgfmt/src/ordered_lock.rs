@@ -115,6 +115,9 @@ pub(crate) mod rank {
         /// States of ciphers that are not in use.
         #[cfg_attr(not(feature = "encryption"), expect(dead_code, reason = "there are no ciphers"))]
         CIPHER_CONTEXTS,
+        /// Held while a key is derived by a function that needs much memory.
+        #[cfg_attr(not(feature = "encryption"), expect(dead_code, reason = "there are no keys"))]
+        KEY_DERIVATION,
     }
 }
 

@@ -17,6 +17,8 @@ pub(crate) mod foreign_vhdx;
 pub(crate) mod foreign_vmdk;
 #[path = "handmade.rs"]
 pub(crate) mod handmade;
+#[path = "luks.rs"]
+pub(crate) mod luks;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -32,7 +34,7 @@ use imgfmt::{
 type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub(crate) const TARGETS: [Target; 15] = [
+pub(crate) const TARGETS: [Target; 16] = [
     ("header", header),
     ("l2_walk", l2_walk),
     ("refcounts", refcounts),
@@ -48,6 +50,7 @@ pub(crate) const TARGETS: [Target; 15] = [
     ("qed", foreign::qed),
     ("qcow", foreign::qcow),
     ("parallels", foreign::parallels),
+    ("luks2", luks::luks2),
 ];
 
 /// No more of a disk than this is looked at.

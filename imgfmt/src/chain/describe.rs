@@ -107,7 +107,7 @@ fn describe(layer: &Unopened) -> Result<(ImageInfo, Option<BelowIt>)> {
     Ok((info, Some(BelowIt(recorded.map(Named::from)))))
 }
 
-/// Information about a LUKS container, which cannot be opened.
+/// Information about a LUKS container from its header, without its key.
 fn luks_container(storage: &dyn Storage, options: &OpenOptions) -> Result<ImageInfo> {
     let error = |error| Error::from_io("read the header of", error);
     let luks = luks::read(storage, 0).map_err(error)?;

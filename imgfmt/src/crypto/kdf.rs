@@ -6,19 +6,25 @@ use openssl::hash::MessageDigest;
 use zeroize::{Zeroize as _, Zeroizing};
 
 use super::error::{invalid, library, unsupported};
+use super::memory;
 use crate::error::{Error, ErrorKind, Result};
+use crate::ordered_lock::{OrderedMutex, rank};
 
-/// Iterations of PBKDF2 for all that is derived for one passphrase, counted per block of output.
-/// `cryptsetup` and QEMU choose what takes one or two seconds, about 10 million with SHA-1 on fast
-/// machines.
-const ITERATIONS_MAX: u64 = 400_000_000;
-/// Blocks of 1 KiB that Argon2 may fill for one passphrase. `cryptsetup` chooses 1 GiB and about 4
-/// passes at most.
-const ARGON2_BLOCKS_MAX: u64 = 64 << 20;
+/// Iterations of PBKDF2 for one slot and one passphrase, counted per block of output: about a minute.
+/// `cryptsetup` and QEMU choose what takes one or two seconds, about 10 million of SHA-1 a second on
+/// fast machines; `--iter-time 10000` is ten seconds.
+const ITERATIONS_MAX: u64 = 200_000_000;
+/// Blocks of 1 KiB that Argon2 may fill for one slot and one passphrase, 16 GiB. `cryptsetup`
+/// chooses 1 GiB and about 4 passes, more if the user wants it.
+const ARGON2_BLOCKS_MAX: u64 = 16 << 20;
 /// Memory for Argon2 in KiB: the maximum of `cryptsetup`.
 const ARGON2_MEMORY_MAX: u32 = 4 << 20;
 /// Threads that a header may ask for. They are worked through one after the other.
 const ARGON2_LANES_MAX: u32 = 64;
+
+/// Held while Argon2 fills memory: several images that are opened together take it one after the
+/// other.
+static MEMORY_USER: OrderedMutex<{ rank::KEY_DERIVATION }, ()> = OrderedMutex::new(());
 
 /// A function that derives keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,7 +33,7 @@ pub(super) enum Kdf {
     Argon2 { is_id: bool, passes: u32, memory_kib: u32, lanes: u32, salt: Vec<u8> },
 }
 
-/// The work that may still be done for one passphrase.
+/// The work that may still be done to try one slot with one passphrase.
 #[derive(Debug)]
 pub(super) struct Budget {
     iterations: u64,
@@ -37,6 +43,19 @@ pub(super) struct Budget {
 impl Default for Budget {
     fn default() -> Self {
         Self { iterations: ITERATIONS_MAX, blocks: ARGON2_BLOCKS_MAX }
+    }
+}
+
+impl Budget {
+    /// Takes work that costs as much as this many iterations of PBKDF2.
+    pub(super) fn charge(&mut self, iterations: u64) -> Result<()> {
+        self.iterations = self.iterations.checked_sub(iterations).ok_or_else(|| {
+            unsupported(
+                "its encryption header asks for so many iterations of PBKDF2 that trying a key slot \
+                 takes minutes, which is refused",
+            )
+        })?;
+        Ok(())
     }
 }
 
@@ -75,13 +94,7 @@ pub(super) fn pbkdf2(
         return Err(invalid("its encryption header asks for no iterations of PBKDF2"));
     }
     let blocks = key.len().div_ceil(hash.size()) as u64;
-    let cost = blocks.saturating_mul(iterations.into());
-    budget.iterations = budget.iterations.checked_sub(cost).ok_or_else(|| {
-        unsupported(format!(
-            "its encryption header asks for so many iterations of PBKDF2 ({iterations}) that opening \
-             it could take hours; no known program writes such headers"
-        ))
-    })?;
+    budget.charge(blocks.saturating_mul(iterations.into()))?;
     openssl::pkcs5::pbkdf2_hmac(secret, salt, iterations as usize, hash, key)
         .map_err(|error| library(&error))
 }
@@ -99,7 +112,7 @@ fn argon2(
             "its encryption header asks for {what} to derive a key, which is refused"
         ))
     };
-    if memory_kib > ARGON2_MEMORY_MAX || u64::from(memory_kib) > half_of_memory() / 1024 {
+    if memory_kib > ARGON2_MEMORY_MAX {
         return Err(too_much(format!("{memory_kib} KiB of memory")));
     }
     if lanes > ARGON2_LANES_MAX {
@@ -111,12 +124,20 @@ fn argon2(
         .checked_sub(cost)
         .ok_or_else(|| too_much(format!("{passes} passes over {memory_kib} KiB of memory")))?;
     let params = Params::new(memory_kib, passes, lanes, Some(key.len())).map_err(strange)?;
+    let _held = MEMORY_USER.lock();
+    let too_little = || {
+        let detail = format!(
+            "deriving its key takes {} MiB of memory, which this process may not or cannot use now",
+            memory_kib.div_ceil(1024)
+        );
+        Error::new(ErrorKind::Io, "open", detail)
+    };
+    if u64::from(memory_kib) * 1024 > memory::available() / 5 * 4 {
+        return Err(too_little());
+    }
     let mut memory = Vec::new();
     let count = params.block_count();
-    memory.try_reserve_exact(count).map_err(|_| {
-        let detail = format!("there is not enough memory ({memory_kib} KiB) to derive its key");
-        Error::new(ErrorKind::Io, "open", detail)
-    })?;
+    memory.try_reserve_exact(count).map_err(|_| too_little())?;
     memory.resize(count, Block::new());
     let derived = Argon2::new(algorithm, Version::V0x13, params).hash_password_into_with_memory(
         secret,
@@ -130,12 +151,6 @@ fn argon2(
 
 fn strange(error: argon2::Error) -> Error {
     invalid(format!("the parameters of Argon2 in its encryption header are not possible: {error}"))
-}
-
-/// Half of the machine's memory, in bytes.
-fn half_of_memory() -> u64 {
-    let system = rustix::system::sysinfo();
-    (system.totalram as u64).saturating_mul(u64::from(system.mem_unit)) / 2
 }
 
 #[cfg(test)]
@@ -175,7 +190,16 @@ mod tests {
     }
 
     #[test]
-    fn the_budget_covers_all_slots_together() {
+    fn what_patient_users_of_cryptsetup_choose_is_within_the_budget_of_a_slot() {
+        let mut budget = Budget::default();
+        // --iter-time 10000, with a digest of the key.
+        assert!(budget.charge(100_000_000).and_then(|()| budget.charge(2_000_000)).is_ok());
+        let (gibibyte, passes) = (1 << 20, 12);
+        assert!(gibibyte * passes <= budget.blocks);
+    }
+
+    #[test]
+    fn the_budget_covers_all_that_is_derived_for_a_slot() {
         let kdf = Kdf::Pbkdf2 { hash: "sha1".into(), iterations: 1000, salt: vec![1; 32] };
         let mut budget = Budget { iterations: 3000, blocks: 0 };
         // 32 bytes are two blocks of SHA-1.

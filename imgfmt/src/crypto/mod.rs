@@ -11,6 +11,7 @@ mod error;
 mod hash;
 mod kdf;
 pub(crate) mod luks;
+mod memory;
 mod split;
 
 pub(crate) use encrypted::Encrypted;

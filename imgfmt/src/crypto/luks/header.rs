@@ -1,11 +1,12 @@
 //! A header of either version.
 
+use std::collections::BTreeMap;
+
 use zeroize::Zeroizing;
 
 use super::slot::Slot;
 use crate::crypto::cipher::SectorCipher;
 use crate::crypto::error::invalid;
-use crate::crypto::kdf::Budget;
 use crate::error::{Error, ErrorKind, Result};
 use crate::passphrase::Passphrase;
 use crate::storage::Storage;
@@ -13,7 +14,10 @@ use crate::storage::Storage;
 /// What a header says, of either version.
 #[derive(Debug)]
 pub(super) struct Header {
+    /// By ascending numbers.
     pub(super) slots: Vec<Slot>,
+    /// The numbers of the slots that are damaged or unknown, with the reasons.
+    pub(super) unusable: Vec<(u32, Error)>,
     /// Cipher and mode of the data, such as `aes` and `xts-plain64`.
     pub(super) cipher: (String, String),
     /// Where the data begins, in bytes from the start of the header.
@@ -38,29 +42,45 @@ impl Header {
         if self.slots.is_empty() {
             return Err(invalid("its LUKS header has no slot in use, so nothing can open it"));
         }
-        let mut problem = None;
+        let mut failed = BTreeMap::new();
         for passphrase in passphrases {
-            let mut budget = Budget::default();
             for slot in &self.slots {
-                match slot.open(storage, base, passphrase.bytes(), &mut budget) {
+                match slot.open(storage, base, passphrase.bytes()) {
                     Ok(Some(key)) => return self.cipher(key),
                     Ok(None) => {}
                     // Another slot may be the right one.
-                    Err(error) => problem = problem.or(Some(error)),
+                    Err(error) => {
+                        failed.entry(slot.number).or_insert(error);
+                    }
                 }
             }
         }
-        let wrong = || {
-            let detail = match passphrases {
-                [_] => "the passphrase or key file opens none of its key slots",
-                _ => "none of the passphrases or key files opens a key slot of it",
-            };
-            Error::new(ErrorKind::KeyRequired, "open", detail)
-        };
-        Err(problem.unwrap_or_else(wrong))
+        if failed.len() == self.slots.len()
+            && let Some((_, error)) = failed.pop_first()
+        {
+            return Err(error);
+        }
+        Err(wrong(passphrases, &self.skipped(&failed)))
+    }
+
+    /// The slots that could not be tried, with the reason for the first one.
+    fn skipped(&self, failed: &BTreeMap<u32, Error>) -> String {
+        let mut all: BTreeMap<_, _> = failed.iter().collect();
+        all.extend(self.unusable.iter().map(|(number, error)| (number, error)));
+        let Some((_, error)) = all.first_key_value() else { return String::new() };
+        let numbers: Vec<_> = all.keys().map(ToString::to_string).collect();
+        format!("; not tried: {} ({})", numbers.join(", "), error.detail())
     }
 
     fn cipher(&self, key: Zeroizing<Vec<u8>>) -> Result<SectorCipher> {
         SectorCipher::new(&self.cipher.0, &self.cipher.1, key)
     }
+}
+
+fn wrong(passphrases: &[Passphrase], skipped: &str) -> Error {
+    let detail = match passphrases {
+        [_] => "the passphrase or key file opens none of its key slots",
+        _ => "none of the passphrases or key files opens a key slot of it",
+    };
+    Error::new(ErrorKind::KeyRequired, "open", format!("{detail}{skipped}"))
 }

@@ -7,16 +7,19 @@
 mod field;
 mod header;
 mod json;
+mod keyslots;
 mod slot;
 mod v1;
 mod v2;
 
-use self::field::{MAGIC, MAGIC_SECONDARY, read_error, read_exact};
+use self::field::{MAGIC, read_error, read_exact};
 use self::header::Header;
+#[cfg(feature = "test-util")]
+pub use self::v2::seal;
 use super::cipher::SectorCipher;
 use super::error::{invalid, unsupported};
 use crate::bytes::u16_at;
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::passphrase::Passphrase;
 use crate::storage::Storage;
 
@@ -59,8 +62,12 @@ fn read(storage: &dyn Storage, base: u64) -> Result<Header> {
     let is_primary = start.starts_with(MAGIC);
     match u16_at(&start, 6) {
         1 if is_primary => v1::read(storage, base),
-        2 if is_primary || start.starts_with(MAGIC_SECONDARY) => v2::read(storage, base),
-        _ if !is_primary => v2::read(storage, base),
+        2 if is_primary => v2::read(storage, base),
+        // Its first header may be lost.
+        _ if !is_primary => v2::read(storage, base).map_err(|error| match error.kind() {
+            ErrorKind::InvalidFormat => invalid("it does not begin with a LUKS header"),
+            _ => error,
+        }),
         version => Err(invalid(format!("version {version} of LUKS is not known here"))),
     }
 }

@@ -20,6 +20,7 @@ const SECTOR: usize = 512;
 /// A slot in use.
 #[derive(Debug)]
 pub(super) struct Slot {
+    pub(super) number: u32,
     pub(super) kdf: Kdf,
     /// The cipher of the key material.
     pub(super) cipher: (String, String),
@@ -70,10 +71,11 @@ impl Slot {
         storage: &dyn Storage,
         base: u64,
         passphrase: &[u8],
-        budget: &mut Budget,
     ) -> Result<Option<Zeroizing<Vec<u8>>>> {
+        let mut budget = Budget::default();
+        budget.charge(u64::from(self.stripes) * u64::from(self.key_length))?;
         let split_hash = hash::by_name(&self.split_hash)?;
-        let derived = self.kdf.derive(passphrase, self.area_key_length as usize, budget)?;
+        let derived = self.kdf.derive(passphrase, self.area_key_length as usize, &mut budget)?;
         let mut material = Zeroizing::new(vec![0; self.material_length() as usize]);
         read_exact(storage, base, self.offset, &mut material)?;
         let cipher = SectorCipher::new(&self.cipher.0, &self.cipher.1, derived)?;
@@ -81,7 +83,7 @@ impl Slot {
         let length = self.key_length as usize;
         let stripes = &material[..length * self.stripes as usize];
         let key = split::merge(stripes, length, split_hash)?;
-        Ok(if self.digest.fits(&key, budget)? { Some(key) } else { None })
+        Ok(if self.digest.fits(&key, &mut budget)? { Some(key) } else { None })
     }
 }
 

@@ -23,7 +23,6 @@ use crate::error::Result;
 use crate::storage::Storage;
 
 const LENGTH: usize = 592;
-const SLOTS: usize = 8;
 const SLOT_LENGTH: usize = 48;
 const SLOT_ACTIVE: u32 = 0x00ac_71f3;
 const SLOT_EMPTY: u32 = 0x0000_dead;
@@ -42,8 +41,7 @@ pub(super) fn read(storage: &dyn Storage, base: u64) -> Result<Header> {
         digest: bytes[112..132].to_vec(),
     };
     let mut slots = Vec::new();
-    for index in 0..SLOTS {
-        let at = 208 + index * SLOT_LENGTH;
+    for (index, at) in (0u32..).zip((208..LENGTH).step_by(SLOT_LENGTH)) {
         match u32_at(&bytes, at) {
             SLOT_ACTIVE => {}
             SLOT_EMPTY => continue,
@@ -55,6 +53,7 @@ pub(super) fn read(storage: &dyn Storage, base: u64) -> Result<Header> {
         }
         let salt = bytes[at + 8..at + 40].to_vec();
         let slot = Slot {
+            number: index,
             kdf: Kdf::Pbkdf2 { hash: hash.clone(), iterations: u32_at(&bytes, at + 4), salt },
             cipher: cipher.clone(),
             area_key_length: key_length,
@@ -73,6 +72,6 @@ pub(super) fn read(storage: &dyn Storage, base: u64) -> Result<Header> {
         }
         slots.push(slot);
     }
-    let (size, first_number) = (None, 0);
-    Ok(Header { slots, cipher, payload, size, sector_size: SECTOR, first_number })
+    let (unusable, size, first_number) = (Vec::new(), None, 0);
+    Ok(Header { slots, unusable, cipher, payload, size, sector_size: SECTOR, first_number })
 }

@@ -12,17 +12,16 @@
 //! | 448 | 64 | checksum of header and text, with zeroes in this field |
 //! | 4096 | | the text, up to its first zero byte |
 
-use openssl::hash::hash;
+use openssl::hash::{DigestBytes, hash};
 use serde_json::Value;
 
 use super::field::{MAGIC, MAGIC_SECONDARY, SECTOR, read_exact, text};
 use super::header::Header;
 use super::json;
-use super::slot::{Digest, Slot};
+use super::keyslots::slots_of;
 use crate::bytes::{u16_at, u64_at};
 use crate::crypto::error::{invalid, library, unsupported};
 use crate::crypto::hash::by_name;
-use crate::crypto::kdf::Kdf;
 use crate::error::Result;
 use crate::storage::Storage;
 
@@ -31,10 +30,10 @@ const CHECKSUM: std::ops::Range<usize> = 448..512;
 /// The lengths that a header with its text can have, which are also the places of the second header.
 const LENGTHS: [u64; 9] =
     [0x4000, 0x8000, 0x1_0000, 0x2_0000, 0x4_0000, 0x8_0000, 0x10_0000, 0x20_0000, 0x40_0000];
-/// Bytes of the digest of a key.
-const DIGEST_MAX: usize = 64;
-/// The priority of slots that are used only if the user names them.
-const PRIORITY_IGNORED: u64 = 0;
+/// The maximum length of the text in bytes. That of `cryptsetup` has a few hundred for each of at most
+/// 32 slots, and a few thousand for each token. Small values in a text take up to 100 times its
+/// length in memory.
+const TEXT_MAX: usize = 256 << 10;
 
 pub(super) fn read(storage: &dyn Storage, base: u64) -> Result<Header> {
     let primary = read_copy(storage, base, 0, MAGIC);
@@ -73,16 +72,37 @@ fn read_copy(storage: &dyn Storage, base: u64, offset: u64, magic: &[u8]) -> Res
     bytes.resize(length as usize, 0);
     read_exact(storage, base, offset + BINARY as u64, &mut bytes[BINARY..])?;
     let stated = bytes[CHECKSUM].to_vec();
-    bytes[CHECKSUM].fill(0);
-    let algorithm = by_name(&text(&bytes[72..104])?)?;
-    let digest = hash(algorithm, &bytes).map_err(|error| library(&error))?;
+    let digest = checksum(&mut bytes)?;
     if stated.get(..digest.len()) != Some(&*digest) {
         return Err(invalid("the checksum of its LUKS header is wrong"));
     }
     let json = bytes[BINARY..].split(|byte| *byte == 0).next().unwrap_or_default();
+    if json.len() > TEXT_MAX {
+        let length = json.len();
+        return Err(unsupported(format!(
+            "the text in its LUKS header has {length} bytes, and more than {TEXT_MAX} are refused"
+        )));
+    }
     let text = serde_json::from_slice(json)
         .map_err(|_| invalid("the text in its LUKS header is not valid JSON"))?;
     Ok(Copy { length, sequence: u64_at(&bytes, 16), text })
+}
+
+/// The checksum of a header with its text. Leaves zeroes in its place.
+fn checksum(bytes: &mut [u8]) -> Result<DigestBytes> {
+    bytes[CHECKSUM].fill(0);
+    let algorithm = by_name(&text(&bytes[72..104])?)?;
+    hash(algorithm, bytes).map_err(|error| library(&error))
+}
+
+/// Sets the checksum of a header with its text to the right one, by SHA-256.
+#[cfg(any(test, feature = "test-util"))]
+pub fn seal(header: &mut [u8]) {
+    header[72..104].fill(0);
+    header[72..78].copy_from_slice(b"sha256");
+    if let Ok(digest) = checksum(header) {
+        header[CHECKSUM][..digest.len()].copy_from_slice(&digest);
+    }
 }
 
 fn decode(copy: &Copy) -> Result<Header> {
@@ -110,25 +130,20 @@ fn decode(copy: &Copy) -> Result<Header> {
     if !payload.is_multiple_of(SECTOR) || !size.is_none_or(is_aligned) {
         return Err(invalid("its encrypted data does not consist of complete sectors"));
     }
-    let slots = slots_of(text, segment_name, copy.length)?;
+    let (slots, unusable) = slots_of(text, segment_name, copy.length)?;
     let slots_end = slots.iter().map(|slot| slot.offset + slot.material_length()).max();
     if payload != 0 && payload < slots_end.unwrap_or(0).max(2 * copy.length) {
         return Err(invalid("its encrypted data overlaps its LUKS header"));
     }
     Ok(Header {
         slots,
-        cipher: cipher_of(json::text(segment, "encryption")?),
+        unusable,
+        cipher: json::cipher(segment)?,
         payload,
         size,
         sector_size,
         first_number: json::large(segment, "iv_tweak")?,
     })
-}
-
-/// Splits a name such as `aes-xts-plain64`.
-fn cipher_of(name: &str) -> (String, String) {
-    let (cipher, mode) = name.split_once('-').unwrap_or((name, ""));
-    (cipher.to_owned(), mode.to_owned())
 }
 
 /// Refuses containers in the middle of a change, and those that need what is not known here.
@@ -166,99 +181,5 @@ fn refuse_segment(segment: &Value) -> Result<()> {
     }
 }
 
-/// The slots that hold the key of a segment. Damaged ones are left out unless there are no others.
-fn slots_of(text: &Value, segment: &str, header_length: u64) -> Result<Vec<Slot>> {
-    let (mut slots, mut problem) = (Vec::new(), None);
-    for (_, digest) in json::members(text, "digests")? {
-        if !json::lists(digest, "segments", segment) {
-            continue;
-        }
-        for (name, slot) in json::members(text, "keyslots")? {
-            let priority = slot.get("priority").and_then(Value::as_u64);
-            if !json::lists(digest, "keyslots", name) || priority == Some(PRIORITY_IGNORED) {
-                continue;
-            }
-            match slot_of(slot, digest, header_length) {
-                Ok(slot) => slots.push(slot),
-                Err(error) => problem = problem.or(Some(error)),
-            }
-        }
-    }
-    match problem {
-        Some(error) if slots.is_empty() => Err(error),
-        _ => Ok(slots),
-    }
-}
-
-fn slot_of(slot: &Value, digest: &Value, header_length: u64) -> Result<Slot> {
-    let kind = json::text(slot, "type")?;
-    if kind != "luks2" {
-        let kind = kind.escape_debug();
-        return Err(unsupported(format!("a key slot of the type '{kind}' is not supported")));
-    }
-    let (area, af) = (json::member(slot, "area")?, json::member(slot, "af")?);
-    for (what, kind, known) in
-        [("area", json::text(area, "type")?, "raw"), ("af", json::text(af, "type")?, "luks1")]
-    {
-        if kind != known {
-            let kind = kind.escape_debug();
-            return Err(unsupported(format!(
-                "a key slot with '{what}' of the type '{kind}' is not supported"
-            )));
-        }
-    }
-    let found = Slot {
-        kdf: kdf_of(json::member(slot, "kdf")?)?,
-        cipher: cipher_of(json::text(area, "encryption")?),
-        area_key_length: json::small(area, "key_size")?,
-        offset: json::large(area, "offset")?,
-        key_length: json::small(slot, "key_size")?,
-        stripes: json::small(af, "stripes")?,
-        split_hash: json::text(af, "hash")?.to_owned(),
-        digest: digest_of(digest)?,
-    };
-    found.check()?;
-    let length = found.material_length();
-    let end = found.offset.checked_add(length);
-    if found.offset < 2 * header_length || length > json::large(area, "size")? || end.is_none() {
-        return Err(invalid("a key slot overlaps the LUKS header or is too small"));
-    }
-    Ok(found)
-}
-
-fn kdf_of(kdf: &Value) -> Result<Kdf> {
-    let salt = json::bytes(kdf, "salt")?;
-    let kind = json::text(kdf, "type")?;
-    let is_id = match kind {
-        "pbkdf2" => {
-            let hash = json::text(kdf, "hash")?.to_owned();
-            return Ok(Kdf::Pbkdf2 { hash, iterations: json::small(kdf, "iterations")?, salt });
-        }
-        "argon2i" => false,
-        "argon2id" => true,
-        _ => {
-            let kind = kind.escape_debug();
-            return Err(unsupported(format!("keys derived by '{kind}' are not supported")));
-        }
-    };
-    let (passes, memory_kib) = (json::small(kdf, "time")?, json::small(kdf, "memory")?);
-    Ok(Kdf::Argon2 { is_id, passes, memory_kib, lanes: json::small(kdf, "cpus")?, salt })
-}
-
-fn digest_of(digest: &Value) -> Result<Digest> {
-    let kind = json::text(digest, "type")?;
-    if kind != "pbkdf2" {
-        let kind = kind.escape_debug();
-        return Err(unsupported(format!("a digest of the type '{kind}' is not supported")));
-    }
-    let bytes = json::bytes(digest, "digest")?;
-    if !(16..=DIGEST_MAX).contains(&bytes.len()) {
-        return Err(invalid("the digest of the key in its LUKS header is too long or too short"));
-    }
-    Ok(Digest {
-        hash: json::text(digest, "hash")?.to_owned(),
-        iterations: json::small(digest, "iterations")?,
-        salt: json::bytes(digest, "salt")?,
-        digest: bytes,
-    })
-}
+#[cfg(test)]
+mod tests;
