@@ -131,6 +131,13 @@ impl WritableLayer for Raw {
     }
 
     fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite> {
+        // Other storages encrypt, read what is around the data, or wait for a server. The check of a
+        // guarded sector reads.
+        let is_file = self.format == Format::Raw && self.storage.as_fd().is_some();
+        let is_guarded = self.first_sector.is_some() && offset.bytes() < PROBE_LENGTH as u64;
+        if !is_file || is_guarded {
+            return Ok(TryWrite::WouldBlock);
+        }
         self.write_at(offset, data, Durability::Cached)?;
         Ok(TryWrite::Complete)
     }

@@ -6,7 +6,7 @@ use std::fmt;
 use openssl::cipher::{Cipher, CipherRef};
 use openssl::cipher_ctx::CipherCtx;
 use openssl::error::ErrorStack;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize as _, Zeroizing};
 
 use super::error::{invalid, library, unsupported};
 use super::hash;
@@ -58,7 +58,7 @@ struct Context {
     decrypt: CipherCtx,
     essiv: Option<CipherCtx>,
     /// Where CBC puts a sector.
-    scratch: Vec<u8>,
+    scratch: Zeroizing<Vec<u8>>,
 }
 
 impl fmt::Debug for SectorCipher {
@@ -96,8 +96,11 @@ impl SectorCipher {
             ("plain64", None) => (Vectors::Plain64, None),
             ("essiv", Some(name)) => {
                 let hash = hash::by_name(name)?;
-                let digest = openssl::hash::hash(hash, &key).map_err(|error| library(&error))?;
-                (Vectors::Essiv, Some(Zeroizing::new(digest.to_vec())))
+                let mut digest =
+                    openssl::hash::hash(hash, &key).map_err(|error| library(&error))?;
+                let essiv_key = Zeroizing::new(digest.to_vec());
+                digest.zeroize();
+                (Vectors::Essiv, Some(essiv_key))
             }
             _ => return Err(refused("this generator of initialisation vectors")),
         };
@@ -113,6 +116,12 @@ impl SectorCipher {
         let context = cipher.new_context().map_err(|error| library(&error))?;
         cipher.idle.lock().push(context);
         Ok(cipher)
+    }
+
+    /// Whether a sector that is written by two threads at once may have blocks that nobody wrote: in
+    /// CBC the decryption of a block needs the one before it.
+    pub(super) fn blocks_depend(&self) -> bool {
+        self.mode == Mode::Cbc
     }
 
     /// Encrypts or decrypts complete sectors in place. `first` is the number of the first one, in
@@ -204,7 +213,7 @@ impl SectorCipher {
                 Some(essiv)
             }
         };
-        Ok(Context { encrypt, decrypt, essiv, scratch: Vec::new() })
+        Ok(Context { encrypt, decrypt, essiv, scratch: Zeroizing::default() })
     }
 
     /// The library's cipher.

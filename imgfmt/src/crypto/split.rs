@@ -2,7 +2,7 @@
 //! many stripes, all of which are needed to recover it.
 
 use openssl::hash::{Hasher, MessageDigest};
-use zeroize::Zeroizing;
+use zeroize::{Zeroize as _, Zeroizing};
 
 use super::error::library;
 use crate::error::Result;
@@ -36,9 +36,10 @@ fn diffuse(key: &mut [u8], hash: MessageDigest) -> Result<()> {
             hasher.update(block)?;
             hasher.finish()
         });
-        let digest = digest.map_err(|error| library(&error))?;
+        let mut digest = digest.map_err(|error| library(&error))?;
         let length = block.len();
         block.copy_from_slice(&digest[..length]);
+        digest.zeroize();
     }
     Ok(())
 }

@@ -80,12 +80,12 @@ pub enum TryRead {
     Sparse,
 }
 
-/// The result of a write that must not wait for metadata.
+/// The result of a write that must wait for nothing but the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TryWrite {
     /// Everything is written.
     Complete,
-    /// Nothing is written: something from the disk may be needed. Use the blocking write.
+    /// Nothing is written: something from the disk, a lock or much work may be needed. Use the blocking write.
     WouldBlock,
 }
 

@@ -16,9 +16,9 @@ const MIB: u64 = 1 << 20;
 const HEADER_ROOM: u64 = 32 * MIB;
 
 /// A volume in a directory of its own, and its passphrase in a file beside it.
-struct Volume {
+pub(crate) struct Volume {
     directory: tempfile::TempDir,
-    path: PathBuf,
+    pub(crate) path: PathBuf,
 }
 
 impl Volume {
@@ -32,12 +32,12 @@ impl Volume {
         self.directory.path().join(name)
     }
 
-    fn open(&self, access: Access) -> imgfmt::Result<Image> {
+    pub(crate) fn open(&self, access: Access) -> imgfmt::Result<Image> {
         Image::open(&self.path, &options(access))
     }
 
     /// An empty volume made by `cryptsetup`, of `size` bytes with its header.
-    fn by_cryptsetup(size: u64, arguments: &[&str]) -> Self {
+    pub(crate) fn by_cryptsetup(size: u64, arguments: &[&str]) -> Self {
         let volume = Self::new();
         std::fs::File::create(&volume.path).unwrap().set_len(size).unwrap();
         let key = volume.beside("key");
@@ -101,7 +101,7 @@ impl Volume {
     }
 }
 
-fn options(access: Access) -> OpenOptions {
+pub(crate) fn options(access: Access) -> OpenOptions {
     let passphrase = Passphrase::new(PASSPHRASE.into());
     OpenOptions::new().format(Format::Luks).access(access).passphrase(passphrase)
 }
@@ -147,7 +147,7 @@ pub(crate) fn change(image: &Image, model: &mut [u8], random: &mut Random) {
 }
 
 /// Costs that a test can afford, for all the kinds that `cryptsetup` makes.
-const QUICK: [&str; 2] = ["--pbkdf-force-iterations", "1000"];
+pub(crate) const QUICK: [&str; 2] = ["--pbkdf-force-iterations", "1000"];
 const VERSION_1: &[&[&str]] = &[
     &["-c", "aes-xts-plain64", "-s", "512", "-h", "sha256"],
     &["-c", "aes-xts-plain64", "-s", "256", "-h", "sha512"],

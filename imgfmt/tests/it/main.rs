@@ -66,6 +66,7 @@ mod large_disks;
 mod late_io;
 mod locks;
 mod long_chains;
+mod luks_faults;
 mod luks_vs_peers;
 mod malformed_headers;
 mod malformed_resize;
