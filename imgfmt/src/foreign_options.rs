@@ -12,6 +12,9 @@ pub enum Subformat {
     Dynamic,
     /// Every block has its place from the start: VDI, VHD and VHDX.
     Fixed,
+    /// Grains are compressed, and the file is written from the start to the end, as OVA archives
+    /// need it: VMDK.
+    StreamOptimized,
 }
 
 /// The size of the disk of a new VHD.

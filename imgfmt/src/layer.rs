@@ -53,6 +53,16 @@ pub(crate) trait Layer: Send + Sync + fmt::Debug {
     }
 }
 
+/// How an image can be filled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Filling {
+    /// With any writes, in any order.
+    AnyOrder,
+    /// In units of this many bytes from the start to the end, each of which is encoded on its own and
+    /// then appended. Units that are left out are zero.
+    InOrder { unit: u64 },
+}
+
 /// An image that can be changed. Methods that change it are not called if it was opened read-only.
 pub(crate) trait WritableLayer: Layer {
     fn capabilities(&self) -> Capabilities;
@@ -67,6 +77,20 @@ pub(crate) trait WritableLayer: Layer {
     /// Writes complete clusters, compressed if the format supports it.
     fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
         self.write_at(offset, data, Durability::Cached)
+    }
+    /// How a new image of this kind can be filled.
+    fn filling(&self) -> Filling {
+        Filling::AnyOrder
+    }
+    /// Encodes a unit that [`append`](Self::append) writes, if it is filled in order. Several threads may
+    /// do that.
+    fn encode(&self, offset: GuestOffset, _data: &[u8]) -> Result<Vec<u8>> {
+        let detail = "the format has no encoded units";
+        Err(Error::new(ErrorKind::Unsupported, "write to", detail).at(offset.bytes()))
+    }
+    /// Writes the next unit, which was encoded.
+    fn append(&self, offset: GuestOffset, encoded: &[u8]) -> Result<()> {
+        self.write_at(offset, encoded, Durability::Cached)
     }
     fn write_zeroes(
         &self,

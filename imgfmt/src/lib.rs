@@ -56,6 +56,7 @@
 //! [`OpenPolicy`] allows it.
 
 mod access;
+mod archive;
 mod backing_file;
 mod backup;
 mod bitmap;

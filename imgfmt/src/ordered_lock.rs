@@ -35,6 +35,8 @@ pub(crate) mod rank {
     ranks! {
         /// The remaining work of a job's threads. Held while the extents of images are looked up.
         AGENDA,
+        /// Whose turn it is to write, of the threads of a job.
+        TURN,
         /// The results of a job.
         JOB_RESULT,
         /// The progress of a job. Held while the observer is called.

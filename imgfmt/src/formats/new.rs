@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::create_options::invalid;
 use crate::error::{Error, ErrorKind, Result};
-use crate::foreign_options::ForeignOptions;
+use crate::foreign_options::{ForeignOptions, Subformat};
 use crate::layer::WritableLayer;
 use crate::storage::Storage;
 
@@ -47,6 +47,15 @@ impl NewForeign<'_> {
         size.ok_or_else(|| invalid("a disk of 2^63 bytes or more is not possible"))
     }
 
+    /// Whether every block has its place from the start; formats that call this are not compressed.
+    pub(super) fn is_fixed(&self, format: &str) -> Result<bool> {
+        match self.options.subformat {
+            Subformat::Dynamic => Ok(false),
+            Subformat::Fixed => Ok(true),
+            Subformat::StreamOptimized => Err(missing(format, "compressed form")),
+        }
+    }
+
     /// The name as text for other programs.
     pub(super) fn name(&self) -> &OsStr {
         self.options.final_name.as_deref().unwrap_or(&self.name)
@@ -59,7 +68,7 @@ pub(super) fn too_large(size: u64, format: &str, most: &str) -> Error {
 }
 
 /// That a format lacks an option.
-pub(super) fn lacks(format: &str, option: &str) -> Error {
+pub(super) fn missing(format: &str, option: &str) -> Error {
     let detail = format!("{format} images have no {option}");
     Error::new(ErrorKind::InvalidInput, "create", detail)
 }

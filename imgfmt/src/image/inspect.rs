@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::{Image, Shrink};
 use crate::access::Access;
+use crate::archive;
 use crate::backing_file::BackingFile;
 use crate::backup::BackupIdentity;
 use crate::chain;
@@ -17,6 +18,14 @@ use crate::options::OpenOptions;
 use crate::qcow2;
 use crate::storage::Storage;
 
+/// Opens a file, or a disk in an archive.
+fn open_to_read(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Storage>> {
+    match archive::open(path, options, Access::ReadOnly)? {
+        Some(disk) => Ok(disk),
+        None => Ok(Arc::new(options.open_file(path, Access::ReadOnly)?)),
+    }
+}
+
 impl Image {
     /// Returns information about the image in a file. The files it names are not opened, so that an
     /// image of unknown origin can be inspected safely. The access option has no effect.
@@ -26,9 +35,8 @@ impl Image {
     /// As [`open`](Self::open), except those of other files.
     pub fn inspect_file(path: impl AsRef<Path>, options: &OpenOptions) -> Result<ImageInfo> {
         let path = path.as_ref();
-        let open = || options.open_file(path, Access::ReadOnly);
-        let inspect = |file| chain::inspect(Arc::new(file), Some(path), options);
-        open().and_then(inspect).map_err(|error| error.with_path(path))
+        let inspect = |file| chain::inspect(file, Some(path), options);
+        open_to_read(path, options).and_then(inspect).map_err(|error| error.with_path(path))
     }
 
     /// Returns information about the image in any storage, like
@@ -70,9 +78,8 @@ impl Image {
     /// that is only recognised; otherwise as [`inspect_file`](Self::inspect_file).
     pub fn inspect_chain(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Vec<ImageInfo>> {
         let path = path.as_ref();
-        let open = || options.open_file(path, Access::ReadOnly);
-        let inspect = |file| chain::inspect_chain(Arc::new(file), Some(path), options);
-        open().and_then(inspect).map_err(|error| error.with_path(path))
+        let inspect = |file| chain::inspect_chain(file, Some(path), options);
+        open_to_read(path, options).and_then(inspect).map_err(|error| error.with_path(path))
     }
 
     /// Returns information about the image in any storage and about all layers of its backing

@@ -17,13 +17,14 @@ pub(crate) use self::create::plan_foreign;
 pub use self::extents::Extents;
 pub use self::on_device::NewOnDevice;
 use crate::access::Access;
+use crate::archive;
 use crate::cache_mode::CacheMode;
 use crate::chain;
 use crate::driver::{BackingLayer, Chain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::info::ImageInfo;
-use crate::layer::{Layer, WritableLayer};
+use crate::layer::{Filling, Layer, WritableLayer};
 use crate::options::OpenOptions;
 use crate::qcow2::{CheckReport, Qcow2, Repair};
 use crate::storage::{Capabilities, DirectAlignment, FileIdentity, Storage};
@@ -58,6 +59,11 @@ pub struct Image {
 impl Image {
     /// Opens the image in a file or block device.
     ///
+    /// A disk in an archive of a virtual machine (OVA) is opened for reading without unpacking it:
+    /// `machine.ova` is its first disk, `machine.ova:2` the second, `machine.ova:disk.vmdk` that of
+    /// this name. A file of the whole name comes first. With the format raw, an archive itself is the
+    /// disk.
+    ///
     /// If no format is given, it is detected from the first bytes of the file. In a raw image, the
     /// guest controls these bytes. A raw image that was detected therefore refuses writes to its
     /// first sector that would make it look like another format. To allow all writes, give the
@@ -71,6 +77,10 @@ impl Image {
     /// `Busy` if another program uses the file in a way that contradicts `options`; `Io`.
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
         let path = path.as_ref();
+        if let Some(disk) = archive::open(path, options, options.access)? {
+            return Self::open_named(disk, Some(path), options)
+                .map_err(|error| error.with_path(path));
+        }
         let storage = options.open_file(path, options.access)?;
         Self::open_named(Arc::new(storage), Some(path), options)
             .map_err(|error| error.with_path(path))
@@ -201,6 +211,21 @@ impl Image {
             None => Err(cannot_be_changed()),
         };
         resized.map_err(|error| self.name(error))
+    }
+
+    /// How the image can be filled, and what fills it, if it can be changed.
+    pub(crate) fn filling(&self) -> Filling {
+        self.chain.top.writable().map_or(Filling::AnyOrder, |image| image.filling())
+    }
+
+    /// Encodes a unit of an image that is filled in order.
+    pub(crate) fn encode(&self, offset: GuestOffset, data: &[u8]) -> Result<Vec<u8>> {
+        self.writable()?.encode(offset, data).map_err(|error| self.name(error))
+    }
+
+    /// Appends a unit to an image that is filled in order.
+    pub(crate) fn append(&self, offset: GuestOffset, encoded: &[u8]) -> Result<()> {
+        self.writable()?.append(offset, encoded).map_err(|error| self.name(error))
     }
 
     /// Allocates all clusters of a new, empty image.

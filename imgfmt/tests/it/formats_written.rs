@@ -5,10 +5,14 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
+use imgfmt::jobs::{Background, ConvertOptions, JobContext, SourceReader, convert};
+use imgfmt::storage::MemoryStorage;
+use imgfmt::zero::Content;
 use imgfmt::{
-    Access, CacheMode, CreateOptions, Durability, ErrorKind, ExtentKind, Format, Image,
-    OpenOptions, Preallocation, Speed, Subformat, VhdSize, VmdkAdapter, ZeroMode,
+    Access, CacheMode, CreateOptions, Durability, ErrorKind, ExtentKind, Format, GuestOffset,
+    Image, OpenOptions, Preallocation, Speed, Subformat, VhdSize, VmdkAdapter, ZeroMode,
 };
 
 use crate::common::{self, Random, all_extents, at, range, run, text};
@@ -382,4 +386,111 @@ fn a_disk_of_two_tebibytes_is_filled_at_both_ends() {
             check(&path, format, format.name());
         }
     }
+}
+
+/// A new image of compressed grains.
+fn stream(size: u64) -> CreateOptions {
+    let mut create = CreateOptions::new(Format::Vmdk, size);
+    create.open.cache = CacheMode::Unsafe;
+    create.foreign.subformat = Subformat::StreamOptimized;
+    create
+}
+
+#[test]
+fn compressed_grains_are_read_by_qemu_and_come_in_the_order_of_the_disk() {
+    if !has_qemu_img() {
+        return;
+    }
+    let mut random = Random::new("compressed");
+    let directory = tempfile::tempdir().unwrap();
+    let [path, raw, grown] = ["disk", "raw", "grown"].map(|name| directory.path().join(name));
+    for (round, size) in [(0, 512), (1, (9 << 20) + 512), (2, 70 << 20), (3, 97 << 20)] {
+        let what = format!("{round}: {size}");
+        // Whole tables of nothing, random and repeated bytes.
+        let mut model = vec![0; size as usize];
+        for _ in 0..random.below(40) {
+            let offset = random.below(size);
+            let length = random.below(300_000).min(size - offset) as usize;
+            let part = &mut model[offset as usize..][..length];
+            match random.below(2) {
+                0 => part.copy_from_slice(&random.bytes(length)),
+                _ => part.fill(7),
+            }
+        }
+        std::fs::write(&raw, &model).unwrap();
+        let source = Image::open(&raw, &OpenOptions::new().format(Format::Raw)).unwrap();
+        for path in [&path, &grown] {
+            let _ = std::fs::remove_file(path);
+        }
+        let image = Image::create(&path, &stream(size)).unwrap();
+        let mut options = ConvertOptions::default();
+        options.threads = std::num::NonZeroUsize::new(5).unwrap();
+        options.background = Background::Zero;
+        convert(&source, &image, &options, &JobContext::default()).unwrap();
+        image.close().unwrap();
+        run("qemu-img", &["compare", "-f", "raw", "-F", "vmdk", text(&raw), text(&path)]);
+        check(&path, Format::Vmdk, &what);
+        let image = Image::open(&path, &OpenOptions::new()).unwrap();
+        let mut found = vec![0xee; model.len()];
+        image.read_at(at(0), &mut found).unwrap();
+        assert!(found == model, "{what}");
+        // The file is the same if one thread writes it, but for the identifier.
+        let image = Image::create(&grown, &stream(size)).unwrap();
+        image.write_at(at(0), &model, Durability::Cached).unwrap();
+        image.close().unwrap();
+        let [one, other] =
+            [&path, &grown].map(|path| std::fs::read(path).unwrap()[65536..].to_vec());
+        assert!(one == other, "{what}");
+    }
+}
+
+#[test]
+fn compressed_grains_cannot_be_written_twice_or_in_part() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = Image::create(directory.path().join("disk"), &stream(1 << 20)).unwrap();
+    image.write_at(at(65536), &[7; 65536], Durability::Cached).unwrap();
+    for (offset, length) in [(65536, 65536), (0, 65536), (1 << 17, 512), (131_584, 65536)] {
+        let error = image.write_at(at(offset), &vec![7; length], Durability::Cached).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    }
+    let mode = ZeroMode::MayUnmap;
+    assert!(image.write_zeroes(range(0, 512), mode, Speed::Any, Durability::Cached).is_err());
+    image.write_zeroes(range(1 << 17, 512), mode, Speed::Any, Durability::Cached).unwrap();
+    assert!(image.read_at(at(0), &mut [0; 512]).is_err());
+    image.close().unwrap();
+}
+
+/// A source that cannot be read from some place on.
+struct Broken;
+
+impl SourceReader for Broken {
+    fn read(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<Content, String> {
+        buffer.fill(7);
+        if offset.bytes() < 40 << 20 { Ok(Content::Data) } else { Err("broken".to_owned()) }
+    }
+}
+
+#[test]
+fn a_conversion_in_order_ends_when_its_source_or_destination_fails() {
+    let directory = tempfile::tempdir().unwrap();
+    let size = 64 << 20;
+    let raw = OpenOptions::new().format(Format::Raw);
+    let whole = || {
+        let bytes = Arc::new(MemoryStorage::from_bytes(&vec![7; size as usize]));
+        Image::from_storage(bytes, &raw).unwrap()
+    };
+    let image = Image::create(directory.path().join("disk"), &stream(size)).unwrap();
+    let mut options = ConvertOptions::default();
+    options.threads = std::num::NonZeroUsize::new(4).unwrap();
+    options.background = Background::Zero;
+    options.reader = Some(Arc::new(Broken));
+    let error = convert(&whole(), &image, &options, &JobContext::default()).unwrap_err();
+    assert_eq!(error.to_string(), "broken");
+    options.reader = None;
+    // Its beginning was written already.
+    let error = convert(&whole(), &image, &options, &JobContext::default()).unwrap_err();
+    assert!(error.to_string().contains("each once"), "{error}");
+    let cancelled = JobContext::default();
+    cancelled.cancellation.cancel("enough");
+    assert!(convert(&whole(), &image, &options, &cancelled).is_err());
 }

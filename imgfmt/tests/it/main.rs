@@ -21,6 +21,7 @@ mod survival;
 mod bodies;
 
 mod amend_kinds;
+mod archives;
 mod backing_ignored;
 mod backup_identity;
 mod bad_paths;

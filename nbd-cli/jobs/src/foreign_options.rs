@@ -22,7 +22,7 @@ const VMDK: &[(&str, &str)] = &[
     ("adapter_type=<str>", "The controller: ide (default), lsilogic, buslogic or legacyESX"),
     ("compat6=<bool (on/off)>", "Whether the version of the hardware is 6"),
     ("hwversion=<str>", "The version of the hardware"),
-    ("subformat=<str>", "Type of the image: monolithicSparse (default)"),
+    ("subformat=<str>", "Type of the image: monolithicSparse (default) or streamOptimized"),
     ("toolsversion=<str>", "The version of the guest's tools"),
     ("zeroed_grain=<bool (on/off)>", "Whether grains may be marked as zeroed"),
 ];
@@ -99,6 +99,7 @@ fn take_vmdk(taken: &mut Taken<'_>, foreign: &mut ForeignOptions) -> Result<(), 
     foreign.tools_version = taken.text("toolsversion", None);
     foreign.subformat = match taken.text("subformat", None).as_deref() {
         None | Some("monolithicSparse") => Subformat::Dynamic,
+        Some("streamOptimized") => Subformat::StreamOptimized,
         Some(other @ ("monolithicFlat" | "twoGbMaxExtentSparse" | "twoGbMaxExtentFlat")) => {
             return Err(format!(
                 "the subformat {other} is not supported: only images in one file are made"

@@ -37,6 +37,12 @@ fn images_of_other_formats_are_created_and_converted_alike() {
         convert -O vmdk disk.qcow2 new.vmdk => new.vmdk
         convert -p -m 4 -W -O vmdk raw.img new.vmdk => new.vmdk
         convert -O vmdk disk.qcow2 new.vmdk ; convert -O vdi new.vmdk new.vdi => new.vdi
+        create -f vmdk -o subformat=streamOptimized new.vmdk 3M => new.vmdk
+        convert -O vmdk -o subformat=streamOptimized disk.qcow2 new.vmdk ; compare disk.qcow2 new.vmdk
+        convert -c -O vmdk -o subformat=streamOptimized raw.img new.vmdk ; compare raw.img new.vmdk
+        convert -p -m 8 -O vmdk -o subformat=streamOptimized top.qcow2 new.vmdk ; compare top.qcow2 new.vmdk
+        convert -c -O vmdk disk.qcow2 new.vmdk ; compare disk.qcow2 new.vmdk
+        convert -c -O vdi disk.qcow2 new.vdi
         dd -O vdi bs=64k if=disk.qcow2 of=new.vdi => new.vdi
         ",
     );

@@ -2,7 +2,6 @@
 
 use super::{FREE, SECTOR, SIGNATURE, VERSION};
 use crate::error::Result;
-use crate::foreign_options::Subformat;
 use crate::formats::block_table::{Numbers, TableShape};
 use crate::formats::new::{NewForeign, Planned, random, too_large};
 use crate::formats::new_blocks::{NewBlocks, NewImage, Part, Shape};
@@ -49,7 +48,7 @@ pub(in crate::formats) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
     if blocks > BLOCKS_MAX {
         return Err(too_large(size, "VDI", "512 TiB"));
     }
-    let is_fixed = new.options.subformat == Subformat::Fixed;
+    let is_fixed = new.is_fixed("VDI")?;
     let data = TABLE + (blocks * 4).next_multiple_of(SECTOR);
     let mut header = vec![0; TABLE as usize];
     let text = b"<<< Virtual Disk Image, made by imgfmt >>>\n";

@@ -9,7 +9,6 @@ use super::metadata::{
 use super::{CHUNK_SECTORS, SIGNATURE, crc32c, state};
 use crate::create_options::invalid;
 use crate::error::Result;
-use crate::foreign_options::Subformat;
 use crate::formats::block_table::{Numbers, TableShape};
 use crate::formats::new::{NewForeign, Planned, random, too_large};
 use crate::formats::new_blocks::{NewBlocks, NewImage, Shape};
@@ -62,7 +61,7 @@ pub(in crate::formats) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
     }
     let block_size = block_size(new.options.block_size, size)?;
     let log_length = log_length(new.options.log_size)?;
-    let is_fixed = new.options.subformat == Subformat::Fixed;
+    let is_fixed = new.is_fixed("VHDX")?;
     let chunk_ratio = CHUNK_SECTORS * SECTOR / block_size;
     let blocks = size.div_ceil(block_size);
     let entries = blocks + blocks.saturating_sub(1) / chunk_ratio;

@@ -9,6 +9,7 @@ mod esx;
 mod grain;
 mod new;
 mod sparse;
+mod stream;
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -16,14 +17,16 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use self::descriptor::{Descriptor, ExtentKind, ExtentLine};
+use self::descriptor::{Descriptor, ExtentKind, ExtentLine, SECTOR};
 use self::grain::Grains;
-pub(super) use self::new::plan;
+use self::new::SECTORS_MAX;
 use self::sparse::{HOSTED_MAGIC, HostedHeader, Lookups, Sparse};
 use super::blocks::{Piece, Place, Source, lacks};
 use super::file::ImageFile;
 use super::foreign::{ForeignImage, Identity, OpenFile, Opening, Parent};
+use super::new::{NewForeign, Planned, missing, too_large};
 use crate::error::{Error, ErrorKind, Result};
+use crate::foreign_options::Subformat;
 use crate::layer::{Backing, Layer, Walk};
 use crate::mapping::{Encoded, Lookup, Mapped};
 use crate::storage::Storage;
@@ -64,6 +67,19 @@ pub(super) fn open(opening: Opening<'_>) -> Result<Box<dyn ForeignImage>> {
     let sparse = Sparse::hosted(Arc::clone(&file), &header)?;
     let extent = Extent { start: 0, end: sparse.capacity, data: Data::Sparse(Box::new(sparse)) };
     Ok(Box::new(Vmdk::new(file, descriptor, vec![extent])))
+}
+
+/// Plans a new image.
+pub(super) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
+    let size = new.size_in(SECTOR)?;
+    if size / SECTOR > SECTORS_MAX {
+        return Err(too_large(size, "VMDK in one file", "2 TiB"));
+    }
+    match new.options.subformat {
+        Subformat::Dynamic => new::plan(new, size),
+        Subformat::Fixed => Err(missing("VMDK", "fixed form in one file; make a raw image")),
+        Subformat::StreamOptimized => stream::plan(new, size),
+    }
 }
 
 /// An open image.

@@ -11,9 +11,9 @@ use super::sparse::{HOSTED_MAGIC, LINE_ENDS};
 use crate::bytes::u32_le_at;
 use crate::create_options::invalid;
 use crate::error::Result;
-use crate::foreign_options::{Subformat, VmdkAdapter};
+use crate::foreign_options::VmdkAdapter;
 use crate::formats::block_table::{Numbers, TableShape};
-use crate::formats::new::{NewForeign, Planned, lacks, random, too_large};
+use crate::formats::new::{NewForeign, Planned, random};
 use crate::formats::new_blocks::{NewBlocks, NewImage, Shape};
 
 /// The size of a grain in bytes, and the grains of a table.
@@ -28,7 +28,7 @@ pub(super) const DESCRIPTOR: u64 = 1;
 pub(super) const DESCRIPTOR_SECTORS: u64 = 20;
 
 /// The limit of entries of tables, in sectors, and that of the disk: 2 TiB.
-const SECTORS_MAX: u64 = 1 << 32;
+pub(super) const SECTORS_MAX: u64 = 1 << 32;
 
 #[derive(Debug)]
 struct Vmdk {
@@ -47,14 +47,7 @@ impl NewBlocks for Vmdk {
     }
 }
 
-pub(in crate::formats) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
-    let size = new.size_in(SECTOR)?;
-    if size / SECTOR > SECTORS_MAX {
-        return Err(too_large(size, "VMDK in one file", "2 TiB"));
-    }
-    if new.options.subformat == Subformat::Fixed {
-        return Err(lacks("VMDK", "fixed form in one file; make a raw image"));
-    }
+pub(super) fn plan(new: &NewForeign<'_>, size: u64) -> Result<Planned> {
     let tables = size.div_ceil(GRAIN * TABLE_GRAINS);
     let directory_sectors = (tables * 4).div_ceil(SECTOR);
     let copy = DESCRIPTOR + DESCRIPTOR_SECTORS;
@@ -123,6 +116,11 @@ impl Header {
         for (offset, sector) in [(48, copy.unwrap_or(0)), (56, directory), (64, data)] {
             self.0[offset..offset + 8].copy_from_slice(&sector.to_le_bytes());
         }
+    }
+
+    /// Says that grains are compressed (deflate).
+    pub(super) fn set_compressed(&mut self) {
+        self.0[77..79].copy_from_slice(&1_u16.to_le_bytes());
     }
 }
 

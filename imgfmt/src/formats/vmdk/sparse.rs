@@ -34,7 +34,7 @@ use crate::units::HostOffset;
 pub(super) const HOSTED_MAGIC: [u8; 4] = *b"KDMV";
 
 /// In place of the directory's offset: it is in the footer.
-const DIRECTORY_AT_END: u64 = u64::MAX;
+pub(super) const DIRECTORY_AT_END: u64 = u64::MAX;
 /// From the end of the file to the footer, in bytes.
 const FOOTER_FROM_END: u64 = 1024;
 

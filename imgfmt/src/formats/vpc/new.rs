@@ -7,7 +7,7 @@ use super::{
     checksum,
 };
 use crate::error::Result;
-use crate::foreign_options::{Subformat, VhdSize};
+use crate::foreign_options::VhdSize;
 use crate::formats::block_table::{Numbers, TableShape};
 use crate::formats::new::{NewForeign, Planned, random, too_large};
 use crate::formats::new_blocks::{NewBlocks, NewImage, Part, Shape};
@@ -61,7 +61,7 @@ impl NewBlocks for Vpc {
 
 pub(in crate::formats) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
     let (size, geometry) = disk(new)?;
-    let is_fixed = new.options.subformat == Subformat::Fixed;
+    let is_fixed = new.is_fixed("VHD")?;
     let footer = footer(size, geometry, is_fixed)?;
     let blocks = size.div_ceil(BLOCK_SIZE);
     let table_length = (blocks * 4).next_multiple_of(SECTOR);

@@ -22,6 +22,8 @@ const ZEROES_MAX: u64 = 256 << 20;
 pub(super) struct CopyRange {
     pub(super) range: GuestRange,
     pub(super) content: Content,
+    /// How many pieces are before it.
+    pub(super) number: u64,
 }
 
 /// All parts of a disk that have to be written, in order; each is a number of complete units.
@@ -36,6 +38,8 @@ pub(super) struct Agenda<'a> {
     /// Everything before this was found.
     done: u64,
     is_complete: bool,
+    /// How many pieces were handed out.
+    handed: u64,
 }
 
 impl<'a> Agenda<'a> {
@@ -54,6 +58,7 @@ impl<'a> Agenda<'a> {
             found: VecDeque::new(),
             done: 0,
             is_complete: false,
+            handed: 0,
         }
     }
 
@@ -88,7 +93,9 @@ impl<'a> Agenda<'a> {
         };
         let (start, end) = (work.range.offset().bytes(), work.range.end().bytes());
         let stop = ((start / most + 1) * most).min(end);
-        let piece = CopyRange { range: span(start, stop), content: work.content };
+        let piece =
+            CopyRange { range: span(start, stop), content: work.content, number: self.handed };
+        self.handed += 1;
         work.range = span(stop, end);
         if stop == end {
             self.found.pop_front();
@@ -103,7 +110,8 @@ impl<'a> Agenda<'a> {
         let end = end.checked_next_multiple_of(self.unit).unwrap_or(self.size).min(self.size);
         self.zero_until(start);
         if start < end {
-            self.found.push_back(CopyRange { range: span(start, end), content: Content::Data });
+            let range = span(start, end);
+            self.found.push_back(CopyRange { range, content: Content::Data, number: 0 });
             self.done = end;
         }
     }
@@ -116,7 +124,7 @@ impl<'a> Agenda<'a> {
         match self.background {
             Background::Zero => self.meter.add_hole(range.length()),
             Background::Unknown => {
-                self.found.push_back(CopyRange { range, content: Content::Zero });
+                self.found.push_back(CopyRange { range, content: Content::Zero, number: 0 });
             }
         }
         self.done = end;

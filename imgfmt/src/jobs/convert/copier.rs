@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::agenda::{Agenda, CopyRange, PIECE};
 use super::options::{Background, Clusters, SourceReader};
+use super::turns::Turns;
 use crate::image::Image;
 use crate::jobs::error::{JobError, JobErrorKind};
 use crate::jobs::observer::{JobContext, Meter};
@@ -11,7 +12,7 @@ use crate::jobs::range::span;
 use crate::ordered_lock::{OrderedMutex, rank};
 use crate::storage::{Durability, Speed, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
-use crate::zero::{Content, runs};
+use crate::zero::{Content, is_zero, runs};
 
 /// A copy of a complete disk.
 pub(super) struct Copy<'a> {
@@ -23,6 +24,8 @@ pub(super) struct Copy<'a> {
     /// Nothing smaller is written, and zeroes are looked for in this unit; in bytes.
     pub(super) unit: u64,
     pub(super) clusters: Clusters,
+    /// Whose turn it is, if the destination is written in order.
+    pub(super) turns: Option<Turns>,
     pub(super) context: &'a JobContext,
     pub(super) meter: &'a Meter<'a>,
 }
@@ -58,6 +61,7 @@ impl Copy<'_> {
         agenda: &OrderedMutex<{ rank::AGENDA }, Agenda<'_>>,
         failed: &AtomicBool,
     ) -> Result<(), JobError> {
+        let _ended = self.turns.as_ref().map(Turns::ended_by_panic);
         let mut buffer = vec![0; PIECE.max(self.unit) as usize];
         while !failed.load(Ordering::Relaxed) {
             self.context.cancellation.check()?;
@@ -67,7 +71,10 @@ impl Copy<'_> {
                 Ok(Some(work)) => self.carry_out(work, &mut buffer, failed),
                 Err(error) => Err(error),
             };
-            done.inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
+            done.inspect_err(|_| {
+                failed.store(true, Ordering::Relaxed);
+                self.turns.iter().for_each(Turns::end);
+            })?;
         }
         Ok(())
     }
@@ -85,11 +92,21 @@ impl Copy<'_> {
                 if has_failed() {
                     return Ok(());
                 }
-                self.copy(work.range, &mut buffer[..work.range.length() as usize])?;
+                let buffer = &mut buffer[..work.range.length() as usize];
+                match &self.turns {
+                    Some(turns) => self.copy_in_order(work, turns, buffer)?,
+                    None => self.copy(work.range, buffer)?,
+                }
                 self.meter.add(work.range.length());
             }
             Content::Zero => {
+                if let Some(turns) = &self.turns
+                    && !turns.wait_for(work.number)
+                {
+                    return Ok(());
+                }
                 self.zero(work.range)?;
+                self.turns.iter().for_each(Turns::pass);
                 self.meter.add_hole(work.range.length());
             }
         }
@@ -120,6 +137,34 @@ impl Copy<'_> {
             };
             written.map_err(JobError::destination)?;
         }
+        Ok(())
+    }
+
+    /// Reads and encodes a piece, and appends it when it is its turn. What is zero is left out.
+    fn copy_in_order(
+        &self,
+        work: CopyRange,
+        turns: &Turns,
+        buffer: &mut [u8],
+    ) -> Result<(), JobError> {
+        let mut encoded = Vec::new();
+        if self.read(work.range, buffer)? == Content::Data {
+            let starts = (work.range.offset().bytes()..).step_by(self.unit as usize);
+            for (start, unit) in starts.zip(buffer.chunks(self.unit as usize)) {
+                if !is_zero(unit) {
+                    let offset = GuestOffset::new(start);
+                    let unit = self.destination.encode(offset, unit);
+                    encoded.push((offset, unit.map_err(JobError::destination)?));
+                }
+            }
+        }
+        if !turns.wait_for(work.number) {
+            return Ok(());
+        }
+        for (offset, unit) in encoded {
+            self.destination.append(offset, &unit).map_err(JobError::destination)?;
+        }
+        turns.pass();
         Ok(())
     }
 

@@ -4,14 +4,17 @@ mod agenda;
 mod bitmaps;
 mod copier;
 mod options;
+mod turns;
 
 pub use self::bitmaps::copy_bitmaps;
 pub use self::options::{Background, Clusters, ConvertOptions, SourceReader};
 
 use self::copier::Copy;
+use self::turns::Turns;
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
 use crate::image::Image;
+use crate::layer::Filling;
 
 /// Unit of zero detection in a raw image, in bytes.
 const RAW_UNIT: u64 = 4096;
@@ -74,12 +77,18 @@ pub fn convert(
     }
     let qcow2 = destination.info().map_err(JobError::destination)?.qcow2;
     let meter = Meter::begin(context, size);
+    let filling = destination.filling();
+    let unit = match filling {
+        Filling::InOrder { unit } => unit,
+        Filling::AnyOrder => qcow2.map_or(RAW_UNIT, |qcow2| qcow2.cluster_size),
+    };
     let copy = Copy {
         source,
         reader: options.reader.as_deref(),
         destination,
         background: options.background,
-        unit: qcow2.map_or(RAW_UNIT, |qcow2| qcow2.cluster_size),
+        unit,
+        turns: matches!(filling, Filling::InOrder { .. }).then(Turns::default),
         clusters: options.clusters,
         context,
         meter: &meter,

@@ -176,7 +176,7 @@ pub fn describe_chain(
 /// The space that a file occupies; exports do not tell it.
 fn space_taken(location: &ImageLocation) -> Result<Option<u64>, JobError> {
     match location.is_remote() {
-        false => actual_size(location.path()).map(Some),
+        false => actual_size(location.path()),
         true => Ok(None),
     }
 }
@@ -197,12 +197,15 @@ fn server(uri: &NbdUri, files: LocalFiles, remotes: &Remotes) -> Result<ServerRe
     }
 }
 
-/// The space that the file occupies, in bytes.
-fn actual_size(path: &Path) -> Result<u64, JobError> {
-    let metadata = std::fs::metadata(path).map_err(|error| {
-        JobError::source(format!("cannot look at '{}': {error}", path.display()))
-    })?;
-    Ok(metadata.blocks() * 512)
+/// The space that the file occupies, in bytes. What was opened and is not a file is in an archive.
+fn actual_size(path: &Path) -> Result<Option<u64>, JobError> {
+    match std::fs::metadata(path) {
+        Ok(metadata) => Ok(Some(metadata.blocks() * 512)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => {
+            Err(JobError::source(format!("cannot look at '{}': {error}", path.display())))
+        }
+    }
 }
 
 impl DescribedImage {

@@ -95,7 +95,7 @@ fn check_options(arguments: &Arguments, format: Format) -> Result<(), Refusal> {
             "Format driver '".to_owned() + format.name() + "' does not support bitmaps",
         ));
     }
-    if has(Opt::Compress) && format == Format::Raw {
+    if has(Opt::Compress) && !matches!(format, Format::Qcow2 | Format::Vmdk) {
         return Err(Refusal::new("Compression not supported for this file format"));
     }
     if has(Opt::Backing) || has(Opt::BackingFormat) {

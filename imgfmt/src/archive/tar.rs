@@ -1,0 +1,182 @@
+//! The members of a tar archive: POSIX (ustar and pax) and GNU.
+//!
+//! | offset | size | field of a header |
+//! | ---: | ---: | --- |
+//! | 0 | 100 | name |
+//! | 124 | 12 | length, octal, or binary if the first bit is set |
+//! | 148 | 8 | sum of all bytes of the header, with blanks in place of itself |
+//! | 156 | 1 | type |
+//! | 257 | 6 | `ustar` |
+//! | 345 | 155 | what comes before the name |
+
+use std::io;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Storage;
+use crate::units::HostOffset;
+
+const BLOCK: usize = 512;
+
+/// Most headers that are read: archives of machines have a few.
+const HEADERS_MAX: usize = 4096;
+
+/// The longest name or list of attributes that is before a member, in bytes.
+const ATTRIBUTES_MAX: u64 = 64 << 10;
+
+/// A file in an archive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Member {
+    pub(super) name: Vec<u8>,
+    /// Of its first byte in the archive.
+    pub(super) offset: u64,
+    /// In bytes.
+    pub(super) length: u64,
+    /// Whether its bytes follow each other.
+    pub(super) is_plain: bool,
+}
+
+/// Whether it begins as an archive.
+pub(super) fn starts(storage: &dyn Storage) -> io::Result<bool> {
+    let mut header = [0; BLOCK];
+    let read = storage.read_at(HostOffset::new(0), &mut header)?;
+    Ok(read == BLOCK && is_header(&header))
+}
+
+/// Whether its checksum is right.
+fn is_header(header: &[u8; BLOCK]) -> bool {
+    let is_own = |place: usize| (148..156).contains(&place);
+    let bytes = header.iter().enumerate();
+    let sum = bytes.map(|(place, byte)| if is_own(place) { 32 } else { u64::from(*byte) }).sum();
+    number(&header[148..156]) == Some(sum) && &header[257..262] == b"ustar"
+}
+
+/// All files of an archive.
+pub(super) fn members(storage: &dyn Storage) -> Result<Vec<Member>> {
+    let length = storage.len().map_err(|error| Error::from_io("find the size of", error))?;
+    let (mut members, mut offset) = (Vec::new(), 0_u64);
+    let mut next = Attributes::default();
+    for _ in 0..HEADERS_MAX {
+        let mut header = [0; BLOCK];
+        let read = storage.read_at(HostOffset::new(offset), &mut header);
+        if read.map_err(|error| Error::from_io("read", error))? < BLOCK || header == [0; BLOCK] {
+            return Ok(members);
+        }
+        if !is_header(&header) {
+            return Err(damaged(offset));
+        }
+        let start = offset + BLOCK as u64;
+        let stated = number(&header[124..136]);
+        let kind = header[156];
+        let size = match kind {
+            // Links and directories have no content, whatever is stated.
+            b'1'..=b'6' => Some(0),
+            b'x' | b'g' | b'L' | b'K' => stated,
+            _ => next.length.or(stated),
+        };
+        let end = size.and_then(|size| start.checked_add(size)).filter(|end| *end <= length);
+        let Some((size, end)) = size.zip(end) else { return Err(damaged(offset)) };
+        match kind {
+            b'x' | b'L' => next.read(storage, (start, size), kind)?,
+            b'g' | b'K' => {}
+            _ => {
+                let attributes = std::mem::take(&mut next);
+                let name = attributes.name.unwrap_or_else(|| name(&header));
+                let is_plain = matches!(kind, b'0' | 0 | b'7') && !attributes.is_sparse;
+                if !matches!(kind, b'1'..=b'6') {
+                    members.push(Member { name, offset: start, length: size, is_plain });
+                }
+            }
+        }
+        // The last one need not be padded.
+        offset = end.next_multiple_of(BLOCK as u64);
+    }
+    Err(refused(ErrorKind::Unsupported, format!("the archive has more than {HEADERS_MAX} members")))
+}
+
+/// What is said of the next member.
+#[derive(Debug, Default)]
+struct Attributes {
+    name: Option<Vec<u8>>,
+    length: Option<u64>,
+    is_sparse: bool,
+}
+
+impl Attributes {
+    /// Reads a long name of GNU, or a list of POSIX: `LENGTH KEY=VALUE\n`.
+    fn read(&mut self, storage: &dyn Storage, (start, size): (u64, u64), kind: u8) -> Result<()> {
+        if size > ATTRIBUTES_MAX {
+            return Err(damaged(start));
+        }
+        let mut bytes = vec![0; size as usize];
+        let read = storage.read_exact_at(HostOffset::new(start), &mut bytes);
+        read.map_err(|error| Error::from_io("read", error))?;
+        if kind == b'L' {
+            self.name = Some(until_zero(&bytes).to_vec());
+            return Ok(());
+        }
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            let line = line_of(rest).ok_or_else(|| damaged(start))?;
+            let text = line.strip_suffix(b"\n").ok_or_else(|| damaged(start))?;
+            let blank = text.iter().position(|byte| *byte == b' ').unwrap_or(0);
+            let text = text.get(blank + 1..).unwrap_or_default();
+            let equals =
+                text.iter().position(|byte| *byte == b'=').ok_or_else(|| damaged(start))?;
+            let (key, value) = (&text[..equals], &text[equals + 1..]);
+            match key {
+                b"path" => self.name = Some(value.to_vec()),
+                b"size" => {
+                    let size = std::str::from_utf8(value).ok().and_then(|text| text.parse().ok());
+                    self.length = Some(size.ok_or_else(|| damaged(start))?);
+                }
+                _ if key.starts_with(b"GNU.sparse.") => self.is_sparse = true,
+                _ => {}
+            }
+            rest = &rest[line.len()..];
+        }
+        Ok(())
+    }
+}
+
+/// The first line, by the length that it begins with; it is not empty.
+fn line_of(rest: &[u8]) -> Option<&[u8]> {
+    let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let length: usize = std::str::from_utf8(&rest[..digits]).ok()?.parse().ok()?;
+    rest.get(..length).filter(|line| !line.is_empty())
+}
+
+fn name(header: &[u8; BLOCK]) -> Vec<u8> {
+    let (name, prefix) = (until_zero(&header[..100]), until_zero(&header[345..500]));
+    // GNU has other fields there.
+    match prefix.is_empty() || &header[257..263] != b"ustar\0" {
+        true => name.to_vec(),
+        false => [prefix, b"/", name].concat(),
+    }
+}
+
+fn until_zero(bytes: &[u8]) -> &[u8] {
+    bytes.split(|byte| *byte == 0).next().unwrap_or_default()
+}
+
+/// A number, octal in text or binary.
+fn number(field: &[u8]) -> Option<u64> {
+    if let [0x80, rest @ ..] = field {
+        let fits = rest.iter().rev().skip(8).all(|byte| *byte == 0);
+        let number = rest.iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
+        return fits.then_some(number);
+    }
+    let text = until_zero(field).trim_ascii();
+    match text {
+        [] => Some(0),
+        _ => u64::from_str_radix(std::str::from_utf8(text).ok()?, 8).ok(),
+    }
+}
+
+fn damaged(offset: u64) -> Error {
+    let detail = "the archive is damaged or cut off: a header in it makes no sense";
+    refused(ErrorKind::InvalidFormat, detail).at(offset)
+}
+
+pub(super) fn refused(kind: ErrorKind, detail: impl Into<String>) -> Error {
+    Error::new(kind, "open", detail)
+}

@@ -1,0 +1,167 @@
+//! Disks in OVA archives are read where they are, in the order that the descriptor gives; what lies in
+//! an archive is refused.
+
+use std::path::{Path, PathBuf};
+
+use imgfmt::{Access, CacheMode, CreateOptions, Durability, ErrorKind, Format, Image, OpenOptions};
+use imgfmt::{Subformat, VhdSize};
+
+use crate::common::{self, Random, at, run, text};
+
+const LONG: &str = "a disk whose name is longer than the hundred bytes that the header of a tar archive \
+                    has for names, so that it is elsewhere.vmdk";
+
+/// Makes the files of a machine: two disks, which begin with their numbers, and the descriptor.
+fn machine(directory: &Path) {
+    for (number, name, format) in [(1_u8, LONG, Format::Vmdk), (2, "second.vhd", Format::Vpc)] {
+        let mut create = CreateOptions::new(format, 3 << 20);
+        create.open.cache = CacheMode::Unsafe;
+        create.foreign.vhd_size = VhdSize::Exact;
+        if format == Format::Vmdk {
+            create.foreign.subformat = Subformat::StreamOptimized;
+        }
+        let image = Image::create(directory.join(name), &create).unwrap();
+        image.write_at(at(0), &[number; 65536], Durability::Cached).unwrap();
+        image.close().unwrap();
+    }
+    let descriptor = format!(
+        "<Envelope><References><File ovf:id=\"a\" ovf:href=\"second.vhd\"/>\
+         <File ovf:id=\"b\" ovf:href=\"{LONG}\"/></References><DiskSection>\
+         <Disk ovf:fileRef=\"b\"/><Disk ovf:fileRef=\"a\"/></DiskSection></Envelope>"
+    );
+    std::fs::write(directory.join("machine.ovf"), descriptor).unwrap();
+}
+
+fn pack(directory: &Path, name: &str, options: &[&str], members: &[&str]) -> PathBuf {
+    let path = directory.join(name);
+    let all = [&["-C", text(directory), "-cf", text(&path)], options, members].concat();
+    run("tar", &all);
+    path
+}
+
+/// The number that the disk begins with.
+fn disk(path: &Path) -> u8 {
+    let image = Image::open(path, &OpenOptions::new()).unwrap();
+    let info = Image::inspect_file(path, &OpenOptions::new()).unwrap();
+    assert_eq!((image.size(), info.size, info.format), (3 << 20, 3 << 20, image.format()));
+    let mut found = vec![0; 65537];
+    image.read_at(at(0), &mut found).unwrap();
+    assert!(found[..65536].iter().all(|byte| *byte == found[0]) && found[65536] == 0);
+    found[0]
+}
+
+fn refused(path: &Path) -> imgfmt::Error {
+    Image::open(path, &OpenOptions::new()).unwrap_err()
+}
+
+fn member(archive: &Path, wanted: &str) -> PathBuf {
+    format!("{}:{wanted}", archive.display()).into()
+}
+
+#[test]
+fn disks_are_found_by_number_and_by_name() {
+    if !common::has_tool("tar") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    machine(here);
+    let members = ["machine.ovf", "second.vhd", LONG];
+    for format in ["--format=gnu", "--format=pax", "--format=ustar"] {
+        // That format has no place for it.
+        let members = if format == "--format=ustar" { &members[..2] } else { &members[..] };
+        let archive = pack(here, &format!("{format}.ova"), &[format], members);
+        assert_eq!(disk(&member(&archive, "second.vhd")), 2, "{format}");
+        if members.len() == 3 {
+            assert_eq!(disk(&archive), 1, "{format}: the first of the descriptor");
+            assert_eq!(disk(&member(&archive, "1")), 1, "{format}");
+            assert_eq!(disk(&member(&archive, "2")), 2, "{format}");
+            assert_eq!(disk(&member(&archive, LONG)), 1, "{format}");
+        } else {
+            let error = refused(&archive);
+            assert!(error.to_string().contains("does not contain"), "{error}");
+        }
+        for wanted in ["3", "0", "nosuch.vmdk", "99999999999999999999999"] {
+            assert_eq!(refused(&member(&archive, wanted)).kind(), ErrorKind::NotFound, "{wanted}");
+        }
+    }
+    // Without a descriptor, in the order of the archive.
+    let archive = pack(here, "bare.OVA", &["--format=gnu"], &["./second.vhd", LONG]);
+    assert_eq!((disk(&archive), disk(&member(&archive, "2"))), (2, 1));
+    assert_eq!(disk(&member(&archive, "second.vhd")), 2);
+}
+
+#[test]
+fn an_archive_is_only_read_and_a_raw_disk_if_the_user_says_so() {
+    if !common::has_tool("tar") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    machine(here);
+    let archive = pack(here, "machine.ova", &[], &["machine.ovf", "second.vhd", LONG]);
+    let write = OpenOptions::new().access(Access::ReadWrite);
+    for path in [archive.clone(), member(&archive, "2")] {
+        assert_eq!(Image::open(&path, &write).unwrap_err().kind(), ErrorKind::ReadOnly);
+    }
+    let raw = Image::open(&archive, &OpenOptions::new().format(Format::Raw)).unwrap();
+    assert_eq!(raw.size(), std::fs::metadata(&archive).unwrap().len());
+    // The name alone does not make it an archive, and a file of the whole name comes first.
+    let plain = here.join("plain.ova");
+    std::fs::write(&plain, [7; 4096]).unwrap();
+    assert_eq!(Image::open(&plain, &OpenOptions::new()).unwrap().size(), 4096);
+    assert!(refused(&member(&plain, "1")).to_string().contains("not an archive"));
+    std::fs::write(member(&archive, "2"), [7; 512]).unwrap();
+    assert_eq!(Image::open(member(&archive, "2"), &OpenOptions::new()).unwrap().size(), 512);
+}
+
+#[test]
+fn a_sparse_member_is_refused_and_others_are_read() {
+    if !common::has_tool("tar") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    machine(here);
+    let holes = std::fs::File::create(here.join("holes.img")).unwrap();
+    holes.set_len(1 << 20).unwrap();
+    for format in ["--format=gnu", "--format=pax"] {
+        let name = format!("{format}.ova");
+        let archive = pack(here, &name, &["-S", format], &["holes.img", "second.vhd"]);
+        let error = refused(&archive);
+        assert!(error.to_string().contains("holes left out"), "{format}: {error}");
+    }
+}
+
+#[test]
+fn damaged_archives_are_refused_or_read_as_far_as_they_are_sound() {
+    if !common::has_tool("tar") {
+        return;
+    }
+    let mut random = Random::new("archives");
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    machine(here);
+    let archive = pack(here, "whole.ova", &["--format=pax"], &["machine.ovf", "second.vhd", LONG]);
+    let whole = std::fs::read(&archive).unwrap();
+    let path = here.join("damaged.ova");
+    for round in 0..300 {
+        let mut bytes = whole.clone();
+        if round % 3 == 0 {
+            bytes.truncate(random.below(whole.len() as u64) as usize);
+        }
+        for _ in 0..random.below(8) {
+            let place = random.below(bytes.len().clamp(1, 8192) as u64) as usize;
+            if let Some(byte) = bytes.get_mut(place) {
+                *byte = random.next() as u8;
+            }
+        }
+        std::fs::write(&path, &bytes).unwrap();
+        for wanted in [path.clone(), member(&path, "2"), member(&path, "second.vhd")] {
+            // It may be open; it ends, and does not panic.
+            if let Ok(image) = Image::open(&wanted, &OpenOptions::new()) {
+                let _ = image.read_at(at(0), &mut vec![0; image.size().min(65536) as usize]);
+            }
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! Images of other programs' formats that commands make: how large they are, and that a failure leaves
+//! nothing of them.
+
+use std::fs;
+use std::os::unix::fs::FileExt as _;
+use std::process::{Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::support::qemu_nbd::wait_until;
+use crate::support::{PROGRAM, Server, in_foreground, nbd_cli, run};
+use crate::tools;
+
+const KINDS: &[(&str, &str)] = &[
+    ("vdi", "static=off"),
+    ("vdi", "static=on"),
+    ("vpc", "force_size=on"),
+    ("vpc", "subformat=fixed"),
+    ("vhdx", "block_size=1M"),
+    ("vhdx", "subformat=fixed"),
+    ("vmdk", "subformat=monolithicSparse"),
+    ("vmdk", "subformat=streamOptimized"),
+];
+
+/// A disk with data at its start, in its middle and at its end.
+fn source(directory: &std::path::Path) -> String {
+    let path = directory.join("disk.img");
+    let file = fs::File::create(&path).expect("a file");
+    for start in [0, 10 << 20, 20 << 20] {
+        file.write_all_at(&[7; 512], start).expect("room");
+    }
+    path.to_str().expect("text").to_owned()
+}
+
+#[test]
+fn a_converted_image_is_as_large_as_was_measured_and_holds_the_disk() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let from = source(directory.path());
+    for (format, option) in KINDS {
+        let to = directory.path().join(format!("{format}-{option}"));
+        let to = to.to_str().expect("text");
+        nbd_cli(&["image", "convert", "-O", format, "-o", option, &from, to]).success();
+        nbd_cli(&["image", "compare", "-f", "raw", "-F", format, &from, to]).success();
+        let measure = ["image", "measure", "--json", "-O", format, "-o", option, "--format", "raw"];
+        let measured = nbd_cli(&[&measure[..], &[&from]].concat()).success();
+        let measured: Value = serde_json::from_str(&measured).expect("JSON");
+        let length = fs::metadata(to).expect("a file").len();
+        let required = measured["required"].as_u64().expect("a number");
+        match *option {
+            // What compression saves is not known.
+            "subformat=streamOptimized" => assert!(length < required, "{format} {option}"),
+            _ => assert_eq!(length, required, "{format} {option}"),
+        }
+        let whole = measured["fully-allocated"].as_u64().expect("a number");
+        assert!(whole >= required && whole > 20 << 20, "{format} {option}: {whole}");
+    }
+}
+
+#[test]
+fn a_file_that_cannot_grow_leaves_nothing() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let from = source(directory.path());
+    let bytes: Vec<u8> =
+        (0..20 << 20).map(|place: u32| (place.wrapping_mul(place) >> 7) as u8).collect();
+    fs::write(&from, bytes).expect("room");
+    for (format, option) in KINDS {
+        let to = directory.path().join("new");
+        let mut limited = Command::new("sh");
+        limited.args(["-c", "ulimit -f 4096; trap '' XFSZ; exec \"$@\"", "sh", PROGRAM, "image"]);
+        limited.args(["convert", "-O", format, "-o", option, &from]).arg(&to);
+        let outcome = run(&mut limited);
+        assert_eq!(outcome.code, Some(1), "{format} {option}: {outcome:?}");
+        assert!(outcome.stderr.contains("would become larger"), "{format} {option}: {outcome:?}");
+        assert_eq!(
+            fs::read_dir(directory.path()).expect("a directory").count(),
+            1,
+            "{format} {option}"
+        );
+    }
+}
+
+#[test]
+fn an_interrupted_conversion_leaves_nothing() {
+    tools!(nbdkit = "nbdkit");
+    for (format, option) in KINDS {
+        let directory = tempfile::tempdir().expect("a directory");
+        let server = Server::nbdkit(&nbdkit, &["--filter=delay", "pattern", "64M", "rdelay=3600"]);
+        let to = directory.path().join("new");
+        let mut command = in_foreground();
+        command.args(["image", "convert", "-O", format, "-o", option]).arg(server.uri()).arg(&to);
+        let mut child = command.stderr(Stdio::null()).spawn().expect("nbd-cli");
+        let partial = directory.path().join("new.partial");
+        wait_until("the command is at work", || partial.exists());
+        kill_process(Pid::from_child(&child), Signal::TERM).expect("it runs");
+        assert!(!child.wait().expect("a child").success(), "{format} {option}");
+        assert_eq!(
+            fs::read_dir(directory.path()).expect("a directory").count(),
+            0,
+            "{format} {option}"
+        );
+    }
+}
+
+#[test]
+fn the_disks_of_an_archive_are_sources_of_commands() {
+    tools!(tar = "tar");
+    let directory = tempfile::tempdir().expect("a directory");
+    let from = source(directory.path());
+    let path = |name: &str| directory.path().join(name).to_str().expect("text").to_owned();
+    let stream = ["image", "convert", "-O", "vmdk", "-o", "subformat=streamOptimized", &from];
+    nbd_cli(&[&stream[..], &[&path("disk.vmdk")]].concat()).success();
+    let mut pack = Command::new(tar);
+    let archive = path("machine.ova");
+    run(pack.args(["-C", &path("."), "-cf", &archive, "disk.img", "disk.vmdk"])).success();
+    let disk = format!("{archive}:disk.vmdk");
+    for name in [disk.clone(), format!("{archive}:2")] {
+        nbd_cli(&["image", "compare", "-f", "raw", &from, &name]).success();
+        let info = nbd_cli(&["image", "info", "--json", &name]).success();
+        let info: Value = serde_json::from_str(&info).expect("JSON");
+        assert_eq!(
+            (info["format"].as_str(), info["virtual-size"].as_u64()),
+            (Some("vmdk"), Some((20 << 20) + 512))
+        );
+        nbd_cli(&["image", "map", &name]).success();
+        nbd_cli(&["image", "measure", "-O", "qcow2", &name]).success();
+        nbd_cli(&["serve", "--read-only", "--run", "true", &name]).success();
+        let copy = path("copy.qcow2");
+        nbd_cli(&["image", "convert", "-O", "qcow2", &name, &copy]).success();
+        nbd_cli(&["image", "compare", "-f", "raw", &from, &copy]).success();
+        fs::remove_file(copy).expect("a file");
+        nbd_cli(&["qemu-img", "compare", "-f", "raw", &from, &name]).success();
+    }
+    nbd_cli(&["image", "compare", "-f", "raw", &from, &archive]).success();
+    nbd_cli(&["image", "resize", &disk, "+1M"]).failure();
+}
