@@ -8,6 +8,7 @@ mod crypto;
 mod error;
 mod image;
 mod location;
+mod push;
 pub mod repo;
 mod runtime;
 mod settings;
@@ -21,6 +22,7 @@ pub use image::{
     BLOCK_LEN, CACHE_SIZE_MIN, CacheSettings, Interrupted, ObjectCache, ObjectStorage,
 };
 pub use location::{SCHEMES, StoreUrl};
+pub use push::{PushOptions, PushSource, Pushed, push};
 pub use runtime::runtime;
 pub use settings::{Addressing, Environment, StoreSettings, Timeouts};
 pub use store::Place;

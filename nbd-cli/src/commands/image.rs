@@ -12,6 +12,8 @@ pub(super) mod location;
 mod map;
 mod measure;
 pub(super) mod open;
+#[cfg(feature = "object-storage")]
+mod push;
 mod rebase;
 mod resize;
 mod snapshot;
@@ -63,6 +65,9 @@ pub enum ImageCommand {
     Commit(commit::CommitArgs),
     /// List, create, apply and delete internal snapshots
     Snapshot(snapshot::SnapshotArgs),
+    /// Put an image on an object store
+    #[cfg(feature = "object-storage")]
+    Push(push::PushArgs),
     /// Report the space that an image would need
     Measure(measure::MeasureArgs),
     /// Check whether two images hold the same disk
@@ -79,6 +84,8 @@ impl ImageCommand {
             | Self::Resize(_)
             | Self::Rebase(_)
             | Self::Commit(_) => true,
+            #[cfg(feature = "object-storage")]
+            Self::Push(_) => true,
             Self::Snapshot(args) => args.command.writes(),
             _ => false,
         }
@@ -97,6 +104,8 @@ pub(crate) fn run(args: ImageArgs) -> Result<Outcome, CommandError> {
         ImageCommand::Rebase(args) => rebase::run(&args),
         ImageCommand::Commit(args) => commit::run(&args),
         ImageCommand::Snapshot(args) => snapshot::run(&args),
+        #[cfg(feature = "object-storage")]
+        ImageCommand::Push(args) => push::run(&args),
         ImageCommand::Measure(args) => measure::run(&args),
         ImageCommand::Compare(args) => compare::run(&args),
     }

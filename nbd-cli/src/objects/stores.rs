@@ -134,7 +134,7 @@ impl ObjectArgs {
             return Ok(cache.clone());
         }
         let settings = CacheSettings {
-            directory: self.cache_dir.clone().or_else(usual_directory),
+            directory: self.cache_directory(),
             is_optional: self.cache_dir.is_none(),
             size: self.cache_size.map_or(CacheSettings::default().size, ByteSize::bytes),
         };
@@ -144,6 +144,13 @@ impl ObjectArgs {
             ));
         }
         Ok(cache.insert(ObjectCache::open(&settings)?).clone())
+    }
+}
+
+impl ObjectArgs {
+    /// Returns the directory of the cache, and of the records of uploads.
+    pub(crate) fn cache_directory(&self) -> Option<PathBuf> {
+        self.cache_dir.clone().or_else(usual_directory)
     }
 }
 

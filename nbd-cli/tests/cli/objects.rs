@@ -135,3 +135,19 @@ fn failures_are_one_sentence_that_names_the_object() {
     command.env("HOME", stored.disk.beside("home")).env("AWS_EC2_METADATA_DISABLED", "true");
     says(run(command.args(["image", "info", URL])), &["no credentials", "AWS_ACCESS_KEY_ID"]);
 }
+
+#[test]
+fn pushed_image_is_the_file_and_replaces_nothing_unasked() {
+    let stored = Stored::new();
+    let (image, url) = (stored.disk.beside("disk.qcow2"), "s3://bucket/new.qcow2");
+    let pushed = stored.run(&["image", "push", "-q", "--verify", &image, url]).success();
+    assert!(pushed.starts_with("s3://bucket/new.qcow2: "), "{pushed}");
+    let file = std::fs::read(&image).expect("an image");
+    assert!(stored.store.object("/bucket/new.qcow2").is_some_and(|object| object == file));
+    says(stored.run(&["image", "push", "-q", &image, url]), &[url, "--replace"]);
+    stored.run(&["image", "push", "-q", "--replace", &image, url]).success();
+    says(
+        stored.run(&["image", "push", "-q", &image, "https://host/x"]),
+        &["https://host/x", "s3://"],
+    );
+}

@@ -11,7 +11,7 @@ use crate::support::{PROGRAM, nbd_cli, run};
 use crate::tools;
 
 /// Every document whose commands a test below runs.
-const DOCUMENTS: [(&str, &str); 14] = [
+const DOCUMENTS: [(&str, &str); 15] = [
     ("README.md", include_str!("../../../README.md")),
     ("docs/backup.md", include_str!("../../../docs/backup.md")),
     ("docs/bench.md", include_str!("../../../docs/bench.md")),
@@ -21,6 +21,7 @@ const DOCUMENTS: [(&str, &str); 14] = [
     ("docs/inspect.md", include_str!("../../../docs/inspect.md")),
     ("docs/mount.md", include_str!("../../../docs/mount.md")),
     ("docs/nbdkit.md", include_str!("../../../docs/nbdkit.md")),
+    ("docs/object-storage.md", include_str!("../../../docs/object-storage.md")),
     ("docs/qemu-img.md", include_str!("../../../docs/qemu-img.md")),
     ("docs/qemu-nbd.md", include_str!("../../../docs/qemu-nbd.md")),
     ("docs/restore.md", include_str!("../../../docs/restore.md")),
@@ -37,6 +38,12 @@ fn commands(text: &str) -> String {
 /// Runs the commands of a document in a directory of its own; its `/tmp` is that directory too.
 #[track_caller]
 fn paste(document: &str) {
+    paste_in(document, &[]);
+}
+
+/// Like [`paste`], with these environment variables.
+#[track_caller]
+fn paste_in(document: &str, environment: &[(&str, &str)]) {
     let (_, text) = DOCUMENTS.iter().find(|(name, _)| *name == document).expect("in the list");
     let script = commands(text);
     assert!(!script.is_empty(), "{document} has no commands");
@@ -48,6 +55,7 @@ fn paste(document: &str) {
     // Every command counts, not only the last.
     let mut shell = Command::new("bash");
     shell.args(["-euc", &script]).current_dir(&directory).env("PATH", format!("{path}:{paths}"));
+    shell.envs(environment.iter().copied());
     let outcome = run(&mut shell);
     end_servers(directory.path());
     assert_eq!(outcome.code, Some(0), "{document}: {script}\n{outcome:?}");
@@ -97,6 +105,20 @@ fn readme_commands_of_tls_run() {
 #[test]
 fn readme_commands_of_images_run() {
     paste("docs/images.md");
+}
+
+#[cfg(feature = "object-storage")]
+#[test]
+fn readme_commands_of_object_stores_run() {
+    let store = nbd_objects::testing::TestStore::start().expect("a port");
+    let cache = tempfile::tempdir().expect("a directory");
+    let environment = [
+        ("AWS_ACCESS_KEY_ID", "a"),
+        ("AWS_SECRET_ACCESS_KEY", "b"),
+        ("AWS_ENDPOINT_URL", &store.endpoint()),
+        ("CACHE_DIRECTORY", cache.path().to_str().expect("a plain name")),
+    ];
+    paste_in("docs/object-storage.md", &environment);
 }
 
 #[test]

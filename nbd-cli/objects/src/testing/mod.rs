@@ -139,6 +139,11 @@ impl TestStore {
         lock(&self.shared.objects).uploads()
     }
 
+    /// Forgets all uploads that are not complete, as rules of a bucket do.
+    pub fn forget_uploads(&self) {
+        lock(&self.shared.objects).forget_uploads();
+    }
+
     /// Sets what happens to the requests from now on.
     pub fn fail(&self, faults: impl FnMut(&Seen) -> Fault + Send + 'static) {
         *lock(&self.shared.faults) = Box::new(faults);

@@ -83,6 +83,10 @@ impl Objects {
         self.uploads.len()
     }
 
+    pub(super) fn forget_uploads(&mut self) {
+        self.uploads.clear();
+    }
+
     pub(super) fn answer(&mut self, request: &Parsed) -> Answer {
         let query = |name: &str| request.query.get(name).map(String::as_str);
         let upload = query("uploadId");
@@ -219,8 +223,9 @@ impl Objects {
         };
         let text = String::from_utf8_lossy(&request.body);
         let (mut data, mut sums, mut count) = (Vec::new(), Vec::new(), 0);
-        for part in text.split("<PartNumber>").skip(1) {
-            let number = part.split('<').next().and_then(|number| number.parse::<u32>().ok());
+        for part in text.split("<Part>").skip(1) {
+            let number = part.split("<PartNumber>").nth(1);
+            let number = number.and_then(|rest| rest.split('<').next()?.parse::<u32>().ok());
             let Some(part_there) = number.and_then(|number| upload.parts.get(&number)) else {
                 return Answer::error(400, "InvalidPart");
             };

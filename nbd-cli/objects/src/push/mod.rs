@@ -1,0 +1,419 @@
+//! Puts images on stores: in parts, resumable, and visible only when complete.
+
+mod record;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use imgfmt::{HostOffset, Storage};
+use object_store::aws::AmazonS3;
+use object_store::multipart::{MultipartStore as _, PartId};
+use object_store::path::Path;
+use object_store::{GetOptions, GetRange, ObjectStore as _, PutPayload};
+use openssl::hash::{MessageDigest, hash};
+use tokio::sync::mpsc;
+
+use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::location::StoreUrl;
+use crate::runtime::runtime;
+use crate::settings::StoreSettings;
+use crate::store::{key_path, s3};
+
+use record::{Part, Record};
+
+/// Smallest part, in bytes; a multiple of it for images of more than 156 GiB.
+const PART_LEN: u64 = 16 << 20;
+
+/// Most parts of an object.
+const PARTS_MAX: u64 = 10_000;
+
+/// Largest object of S3, in bytes.
+const OBJECT_MAX: u64 = 5 << 40;
+
+/// Memory for the parts in flight, in bytes.
+const IN_FLIGHT: u64 = 64 << 20;
+
+/// How often a wait looks whether the caller was interrupted.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// How an image is put on a store.
+#[derive(Clone, Debug, Default)]
+pub struct PushOptions {
+    /// Whether an object of this name is replaced.
+    pub replace: bool,
+    /// Whether the object is read and compared afterwards.
+    pub verify: bool,
+    /// The directory in which it is recorded which parts have arrived. Without one, an interrupted
+    /// push starts anew.
+    pub records: Option<PathBuf>,
+}
+
+/// An image to be put on a store.
+#[derive(Clone)]
+pub struct PushSource {
+    /// Its bytes.
+    pub storage: Arc<dyn Storage>,
+    /// Its name, the same when a push goes on: an absolute path.
+    pub name: String,
+    /// Says whether it is the same as when it was opened.
+    pub is_unchanged: Arc<dyn Fn() -> bool + Send + Sync>,
+}
+
+impl fmt::Debug for PushSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("PushSource").field(&self.name).finish()
+    }
+}
+
+/// What was done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pushed {
+    /// The length of the object, in bytes.
+    pub size: u64,
+    /// Bytes of it that an earlier push had sent.
+    pub resumed: u64,
+}
+
+/// Puts an image on a store. Blocks; `progress` is called on this thread with the bytes done.
+///
+/// The object appears when all parts are there. What an interrupted push sent is used by the next one
+/// of the same image to the same address, if it is still the same.
+///
+/// # Errors
+///
+/// If the image cannot be read or changes, or the store fails or has such an object already.
+pub fn push(
+    source: &PushSource,
+    url: &StoreUrl,
+    settings: &StoreSettings,
+    options: &PushOptions,
+    mut progress: impl FnMut(u64),
+    is_interrupted: &dyn Fn() -> bool,
+) -> Result<Pushed> {
+    let StoreUrl::S3 { bucket, key } = url else {
+        let why = format!("cannot write to {url}: only objects of S3 stores (s3://) are written");
+        return Err(StoreError::invalid(why));
+    };
+    if key.is_empty() || key.ends_with('/') {
+        let why = format!("{url} does not name an object; write s3://{bucket}/key");
+        return Err(StoreError::invalid(why));
+    }
+    let runtime = runtime().map_err(|error| {
+        StoreError::new(StoreErrorKind::Local, format!("cannot start threads: {error}"))
+    })?;
+    let name = url.to_string();
+    let (store, endpoint) = s3(bucket, settings)?;
+    let path = key_path(&name, key)?;
+    let size = source.storage.len().map_err(|error| unreadable(source, &error))?;
+    let part_len = part_len(size)?;
+    let identity = format!("{endpoint} {name} {} {size} {part_len}", source.name);
+    let record = Record::open(options.records.as_deref(), &identity);
+    let (sender, mut receiver) = mpsc::unbounded_channel();
+    let target = Target { store, path, name };
+    let job = Job {
+        target,
+        source: source.clone(),
+        options: options.clone(),
+        size,
+        part_len,
+        done: sender,
+    };
+    let task = runtime.spawn(job.run(record));
+    while !task.is_finished() {
+        std::thread::sleep(LOOK_EVERY);
+        while let Ok(done) = receiver.try_recv() {
+            progress(done);
+        }
+        if is_interrupted() {
+            task.abort();
+            let why = "the push was interrupted; the same command goes on with it";
+            return Err(StoreError::new(StoreErrorKind::Interrupted, why));
+        }
+    }
+    runtime.block_on(task).unwrap_or_else(|_| {
+        Err(StoreError::new(StoreErrorKind::Unavailable, "the push was given up"))
+    })
+}
+
+fn unreadable(source: &PushSource, error: &std::io::Error) -> StoreError {
+    let text = error.to_string();
+    let why = text.split(" (os error").next().unwrap_or_default();
+    StoreError::new(StoreErrorKind::Local, format!("cannot read '{}': {why}", source.name))
+}
+
+fn part_len(size: u64) -> Result<u64> {
+    match size {
+        0 => Err(StoreError::invalid("the image is empty; there is nothing to put on the store")),
+        size if size > OBJECT_MAX => {
+            Err(StoreError::invalid("the image is larger than an object may be, which is 5 TiB"))
+        }
+        size => Ok(size.div_ceil(PARTS_MAX).next_multiple_of(PART_LEN)),
+    }
+}
+
+struct Target {
+    store: AmazonS3,
+    path: Path,
+    name: String,
+}
+
+impl Target {
+    fn failed(&self, operation: &str, error: &object_store::Error) -> StoreError {
+        StoreError::of(operation, &self.name, error)
+    }
+}
+
+struct Job {
+    target: Target,
+    source: PushSource,
+    options: PushOptions,
+    size: u64,
+    part_len: u64,
+    done: mpsc::UnboundedSender<u64>,
+}
+
+impl Job {
+    async fn run(self, mut record: Record) -> Result<Pushed> {
+        self.check_absent().await?;
+        let is_resumed = record.upload().is_some();
+        let resumed = match self.send(&mut record).await {
+            // The store has forgotten the upload: rules of a bucket delete old ones.
+            Err(Failed::NoUpload) if is_resumed => {
+                record.forget();
+                self.send(&mut record).await
+            }
+            other => other,
+        };
+        let resumed = resumed.map_err(|failed| match failed {
+            Failed::NoUpload => {
+                let why =
+                    format!("cannot write {}: the store has lost the upload", self.target.name);
+                StoreError::new(StoreErrorKind::Unavailable, why)
+            }
+            Failed::Other(error) => error,
+        })?;
+        if self.options.verify {
+            self.verify(&record.parts()).await?;
+        }
+        record.forget();
+        Ok(Pushed { size: self.size, resumed })
+    }
+
+    async fn check_absent(&self) -> Result<()> {
+        let target = &self.target;
+        match target.store.get_opts(&target.path, head()).await {
+            Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(target.failed("write", &error)),
+            Ok(_) if self.options.replace => Ok(()),
+            Ok(_) => {
+                let why = format!("{} exists already; add --replace to replace it", target.name);
+                Err(StoreError::new(StoreErrorKind::Exists, why))
+            }
+        }
+    }
+
+    /// Sends the parts that are not there, and completes the object.
+    async fn send(&self, record: &mut Record) -> Result<u64, Failed> {
+        let target = &self.target;
+        let upload = match record.upload() {
+            Some(upload) => upload.to_owned(),
+            None => {
+                let upload = target.store.create_multipart(&target.path).await;
+                let upload = upload.map_err(|error| target.failed("write", &error))?;
+                record.begin(&upload);
+                upload
+            }
+        };
+        let count = self.size.div_ceil(self.part_len);
+        let at_once = usize::try_from((IN_FLIGHT / self.part_len).max(1)).unwrap_or(1);
+        let known: Vec<_> = (0..count).map(|index| record.part(index)).collect();
+        let is_failed = &AtomicBool::new(false);
+        let upload = &*upload;
+        let sent = (0..count).zip(known).map(async |(index, known)| {
+            match is_failed.load(Ordering::Relaxed) {
+                // The error is the one of an earlier part.
+                true => Err(Failed::NoUpload),
+                false => self.part(upload, index, known).await,
+            }
+        });
+        let mut sent = futures_util::stream::iter(sent).buffer_unordered(at_once);
+        let (mut done, mut resumed, mut failure) = (0, 0, None);
+        while let Some(part) = sent.next().await {
+            let (index, part, is_known) = match part {
+                Ok(part) => part,
+                // Those that are on their way need not be sent again.
+                Err(failed) => {
+                    is_failed.store(true, Ordering::Relaxed);
+                    failure.get_or_insert(failed);
+                    continue;
+                }
+            };
+            let length = self.range(index).1;
+            done += length;
+            resumed += if is_known { length } else { 0 };
+            record.add(index, part);
+            let _ = self.done.send(done);
+        }
+        drop(sent);
+        match failure {
+            Some(failed) => Err(failed),
+            None => self.complete(upload, &record.parts()).await.map(|()| resumed),
+        }
+    }
+
+    /// The start and the length of a part, in bytes.
+    fn range(&self, index: u64) -> (u64, u64) {
+        let start = index * self.part_len;
+        (start, self.part_len.min(self.size.saturating_sub(start)))
+    }
+
+    async fn read(&self, index: u64) -> Result<Bytes> {
+        let (start, length) = self.range(index);
+        let source = self.source.clone();
+        let reading = tokio::task::spawn_blocking(move || {
+            let mut data = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
+            match source.storage.read_exact_at(HostOffset::new(start), &mut data) {
+                Ok(()) => Ok(Bytes::from(data)),
+                Err(error) => Err(unreadable(&source, &error)),
+            }
+        });
+        reading.await.unwrap_or_else(|_| {
+            Err(StoreError::new(StoreErrorKind::Local, "reading the image was given up"))
+        })
+    }
+
+    /// Sends a part, unless the same bytes are there.
+    async fn part(
+        &self,
+        upload: &str,
+        index: u64,
+        known: Option<Part>,
+    ) -> Result<(u64, Part, bool), Failed> {
+        let data = self.read(index).await?;
+        let sum = sha256(&data);
+        if let Some(known) = known.filter(|known| known.sha256 == sum) {
+            return Ok((index, known, true));
+        }
+        let target = &self.target;
+        let md5 = hex(&hash(MessageDigest::md5(), &data).map_or(Vec::new(), |md5| md5.to_vec()));
+        let number = usize::try_from(index).unwrap_or(usize::MAX);
+        let upload = upload.to_owned();
+        let part = target.store.put_part(&target.path, &upload, number, PutPayload::from(data));
+        match part.await {
+            Ok(PartId { content_id: etag }) => Ok((index, Part { etag, sha256: sum, md5 }, false)),
+            Err(object_store::Error::NotFound { .. }) => Err(Failed::NoUpload),
+            Err(error) => Err(target.failed("write", &error).into()),
+        }
+    }
+
+    async fn complete(&self, upload: &str, parts: &[Part]) -> Result<(), Failed> {
+        if !(self.source.is_unchanged)() {
+            let name = &self.source.name;
+            let why = format!("'{name}' was changed while it was read; push it again");
+            return Err(StoreError::new(StoreErrorKind::Local, why).into());
+        }
+        let target = &self.target;
+        let ids = parts.iter().map(|part| PartId { content_id: part.etag.clone() }).collect();
+        let completed =
+            target.store.complete_multipart(&target.path, &upload.to_owned(), ids).await;
+        match completed {
+            Ok(_) => self.check(parts).await.map_err(Failed::Other),
+            // An earlier request may have completed it, with a reply that was lost.
+            Err(object_store::Error::NotFound { .. }) => {
+                self.check(parts).await.map_err(|_| Failed::NoUpload)
+            }
+            Err(error) => Err(target.failed("write", &error).into()),
+        }
+    }
+
+    /// Compares length and ETag of the object with what was sent.
+    async fn check(&self, parts: &[Part]) -> Result<()> {
+        let target = &self.target;
+        let found = target.store.get_opts(&target.path, head()).await;
+        let meta = found.map_err(|error| target.failed("check", &error))?.meta;
+        let expected = multipart_tag(parts);
+        let etag = meta.e_tag.as_deref().unwrap_or_default().trim_matches('"');
+        if meta.size == self.size && expected.is_none_or(|expected| expected == etag) {
+            return Ok(());
+        }
+        let why = format!("{} is not what was sent; push it again with --replace", target.name);
+        Err(StoreError::new(StoreErrorKind::Unsuitable, why))
+    }
+
+    /// Reads the object, and compares it.
+    async fn verify(&self, parts: &[Part]) -> Result<()> {
+        let target = &self.target;
+        for (index, part) in (0..).zip(parts) {
+            let (start, length) = self.range(index);
+            let range = Some(GetRange::Bounded(start..start + length));
+            let options = GetOptions { range, ..GetOptions::default() };
+            let reply = target.store.get_opts(&target.path, options).await;
+            let reply = reply.map_err(|error| target.failed("verify", &error))?;
+            let data = reply.bytes().await.map_err(|error| target.failed("verify", &error))?;
+            if sha256(&data) != part.sha256 {
+                let name = &target.name;
+                let why = format!("{name} differs from what was sent, from byte {start} on");
+                return Err(StoreError::new(StoreErrorKind::Unsuitable, why));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn head() -> GetOptions {
+    GetOptions { head: true, ..GetOptions::default() }
+}
+
+/// The ETag of an object of several parts, if the store makes those of parts from their MD5.
+fn multipart_tag(parts: &[Part]) -> Option<String> {
+    let is_md5 = |part: &Part| part.etag.trim_matches('"').eq_ignore_ascii_case(&part.md5);
+    let all = parts.iter().all(is_md5);
+    let mut sums = Vec::new();
+    for part in parts.iter().filter(|_| all) {
+        for digits in part.md5.as_bytes().chunks(2) {
+            sums.push(u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?);
+        }
+    }
+    let sum = hash(MessageDigest::md5(), &sums).ok()?;
+    all.then(|| format!("{}-{}", hex(&sum), parts.len()))
+}
+
+fn sha256(data: &[u8]) -> String {
+    hex(&openssl::sha::sha256(data))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The failure of an upload.
+enum Failed {
+    /// The store does not know it.
+    NoUpload,
+    Other(StoreError),
+}
+
+impl From<StoreError> for Failed {
+    fn from(error: StoreError) -> Self {
+        Self::Other(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_the_largest_object_are_few_enough() {
+        assert_eq!(part_len(1).unwrap(), PART_LEN);
+        assert_eq!(part_len(PART_LEN * PARTS_MAX).unwrap(), PART_LEN);
+        assert_eq!(part_len(PART_LEN * PARTS_MAX + 1).unwrap(), 2 * PART_LEN);
+        assert!(OBJECT_MAX.div_ceil(part_len(OBJECT_MAX).unwrap()) <= PARTS_MAX);
+        assert!(part_len(0).is_err() && part_len(OBJECT_MAX + 1).is_err());
+    }
+}

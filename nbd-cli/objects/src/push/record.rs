@@ -1,0 +1,120 @@
+//! Which parts of an upload have arrived, in a file.
+
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Largest file that is read, in bytes: 10,000 parts have 2 MiB.
+const FILE_MAX: u64 = 16 << 20;
+
+/// A part that has arrived.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Part {
+    /// What the store calls it.
+    pub(super) etag: String,
+    pub(super) sha256: String,
+    pub(super) md5: String,
+}
+
+/// The record of an upload. If it cannot be written, the next push starts anew.
+#[derive(Debug, Default)]
+pub(super) struct Record {
+    path: Option<PathBuf>,
+    state: State,
+    /// Parts that the file does not have.
+    unwritten: usize,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct State {
+    upload: Option<String>,
+    parts: Vec<Option<Part>>,
+}
+
+impl Record {
+    /// Opens the record of the push with this identity.
+    pub(super) fn open(directory: Option<&Path>, identity: &str) -> Self {
+        let digest = openssl::sha::sha256(identity.as_bytes());
+        let name: String = digest[..16].iter().map(|byte| format!("{byte:02x}")).collect();
+        let path = directory.map(|directory| directory.join(format!("{name}.push")));
+        let state = path.as_deref().and_then(read).unwrap_or_default();
+        Self { path, state, unwritten: 0 }
+    }
+
+    pub(super) fn upload(&self) -> Option<&str> {
+        self.state.upload.as_deref()
+    }
+
+    pub(super) fn begin(&mut self, upload: &str) {
+        self.state = State { upload: Some(upload.to_owned()), parts: Vec::new() };
+        self.write();
+    }
+
+    pub(super) fn part(&self, index: u64) -> Option<Part> {
+        self.state.parts.get(usize::try_from(index).ok()?)?.clone()
+    }
+
+    pub(super) fn add(&mut self, index: u64, part: Part) {
+        let Ok(index) = usize::try_from(index) else { return };
+        if self.state.parts.len() <= index {
+            self.state.parts.resize(index + 1, None);
+        }
+        let is_new = self.state.parts[index].as_ref() != Some(&part);
+        self.state.parts[index] = Some(part);
+        self.unwritten += usize::from(is_new);
+        // Seldom, once the file is long.
+        if self.unwritten > self.state.parts.len() / 64 {
+            self.write();
+        }
+    }
+
+    /// Returns the parts in order.
+    pub(super) fn parts(&self) -> Vec<Part> {
+        self.state.parts.iter().flatten().cloned().collect()
+    }
+
+    /// Forgets the upload: it is complete, or the store has lost it.
+    pub(super) fn forget(&mut self) {
+        (self.state, self.unwritten) = (State::default(), 0);
+        if let Some(path) = &self.path {
+            let _ = fs::remove_file(path);
+        }
+    }
+
+    fn write(&mut self) {
+        self.unwritten = 0;
+        let Some(path) = &self.path else { return };
+        if let Err(error) = write(path, &self.state) {
+            tracing::debug!(%error, "the progress of the push cannot be recorded");
+        }
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        if self.unwritten > 0 {
+            self.write();
+        }
+    }
+}
+
+fn read(path: &Path) -> Option<State> {
+    let is_short = fs::metadata(path).ok()?.len() <= FILE_MAX;
+    let text = is_short.then(|| fs::read(path).ok())??;
+    serde_json::from_slice(&text).ok()
+}
+
+/// Replaces the file: a crash leaves the old or the new one.
+fn write(path: &Path, state: &State) -> std::io::Result<()> {
+    if let Some(directory) = path.parent() {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    }
+    let new = path.with_extension(format!("push.{}", std::process::id()));
+    let mut options = fs::OpenOptions::new();
+    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    file.write_all(&serde_json::to_vec(state)?)?;
+    fs::rename(&new, path)
+}
