@@ -16,7 +16,7 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 use rustix::fs::{FlockOperation, flock};
@@ -95,6 +95,7 @@ impl CacheFile {
     /// The directory or the files cannot be made or read.
     pub(super) fn open(directory: &Path, slots: usize) -> io::Result<(Self, Vec<Option<Entry>>)> {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+        check_private(&std::fs::metadata(directory)?)?;
         let open = |name: &str| {
             let mut options = OpenOptions::new();
             options.read(true).write(true).create(true).truncate(false).mode(0o600);
@@ -173,6 +174,16 @@ impl CacheFile {
     }
 }
 
+/// Refuses a directory into which others can put blocks.
+fn check_private(directory: &std::fs::Metadata) -> io::Result<()> {
+    let is_ours = [0, rustix::process::geteuid().as_raw()].contains(&directory.uid());
+    if is_ours && directory.mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    let why = "other users can write into it; give a directory of your own";
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
+}
+
 fn position(slot: usize, offset: usize) -> u64 {
     slot as u64 * BLOCK_LEN as u64 + offset as u64
 }
@@ -239,6 +250,16 @@ mod tests {
         drop(file);
         let (_, entries) = CacheFile::open(directory.path(), 1).unwrap();
         assert_eq!(entries, [Some(entry(0))]);
+    }
+
+    #[test]
+    fn directory_into_which_others_can_write_is_refused() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let directory = tempfile::tempdir().unwrap();
+        let open = std::fs::Permissions::from_mode(0o777);
+        std::fs::set_permissions(directory.path(), open).unwrap();
+        let error = CacheFile::open(directory.path(), 9).unwrap_err();
+        assert!(error.to_string().contains("other users can write"), "{error}");
     }
 
     #[test]

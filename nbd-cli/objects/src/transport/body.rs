@@ -5,7 +5,6 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::Method;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::header::{HeaderMap, RANGE};
 use object_store::client::{HttpError, HttpErrorKind};
@@ -14,8 +13,9 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use super::connection::{Connection, broken};
 use super::failure::failed;
 
-/// Longest reply to requests that are not for an object: lists and results, in bytes.
-const LIST_MAX: u64 = 64 << 20;
+/// Longest reply to requests without a range, in bytes: lists, results and small objects. They are
+/// kept in memory.
+const WHOLE_MAX: u64 = 64 << 20;
 
 /// What a body may do.
 #[derive(Clone, Copy, Debug)]
@@ -25,17 +25,14 @@ pub(super) struct BodyLimits {
     /// The end of the request.
     pub(super) deadline: Instant,
     /// Longest body, in bytes.
-    pub(super) length: Option<u64>,
+    pub(super) length: u64,
 }
 
 impl BodyLimits {
     /// Adds the limit of length that follows from a request.
-    pub(super) fn of(self, method: &Method, headers: &HeaderMap) -> Self {
-        let length = match headers.get(RANGE).map(|range| range.to_str()) {
-            Some(Ok(range)) => range_len(range),
-            _ if method == Method::GET => None,
-            _ => Some(LIST_MAX),
-        };
+    pub(super) fn of(self, headers: &HeaderMap) -> Self {
+        let range = headers.get(RANGE).and_then(|range| range.to_str().ok());
+        let length = range.and_then(range_len).unwrap_or(WHOLE_MAX);
         Self { length, ..self }
     }
 
@@ -120,7 +117,7 @@ impl Body for ReplyBody {
             Some(Err(_)) => drop(self.connection.take()),
             Some(Ok(frame)) => {
                 self.received += frame.data_ref().map_or(0, |data| data.len() as u64);
-                if self.limits.length.is_some_and(|length| self.received > length) {
+                if self.received > self.limits.length {
                     drop(self.connection.take());
                     let why = "the store sends more than it was asked for";
                     return Poll::Ready(Some(Err(failed(HttpErrorKind::Decode, why))));

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use hyper::header::{HOST, HeaderValue, LOCATION};
+use hyper::header::{HOST, HeaderValue, LOCATION, USER_AGENT};
 use hyper::{Method, StatusCode, Uri};
 use object_store::ClientOptions;
 use object_store::client::{
@@ -124,8 +124,8 @@ impl Transport {
     ) -> Result<HttpResponse, HttpError> {
         let shared = &self.shared;
         let origin = Origin::of(request.uri())?;
-        let limits = BodyLimits { idle: shared.timeouts.idle, deadline, length: None }
-            .of(request.method(), request.headers());
+        let limits = BodyLimits { idle: shared.timeouts.idle, deadline, length: 0 };
+        let limits = limits.of(request.headers());
         prepare(&mut request)?;
         loop {
             let (mut connection, is_used) = match shared.pool.take(&origin) {
@@ -173,6 +173,9 @@ fn prepare(request: &mut HttpRequest) -> Result<(), HttpError> {
             .map_err(|_| failed(HttpErrorKind::Unknown, "the name of the host is malformed"))?;
         request.headers_mut().insert(HOST, host);
     }
+    // Some servers refuse requests without it.
+    let agent = HeaderValue::from_static(concat!("nbd-cli/", env!("CARGO_PKG_VERSION")));
+    request.headers_mut().entry(USER_AGENT).or_insert(agent);
     let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
     let path = path.parse::<Uri>();
     *request.uri_mut() =
