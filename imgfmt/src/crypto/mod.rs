@@ -15,3 +15,4 @@ mod memory;
 mod split;
 
 pub(crate) use encrypted::Encrypted;
+pub(crate) use luks::Volume;

@@ -375,5 +375,6 @@ fn backing_size(path: &Path, name: &OsStr, format: Format, create: &CreateOption
         .format(format)
         .locking(create.open.locking)
         .policy(create.open.policy.clone());
+    let options = OpenOptions { passphrases: create.open.passphrases.clone(), ..options };
     chain::named_size(path, name, &options)
 }

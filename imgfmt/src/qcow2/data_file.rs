@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::storage::{Durability, Speed, Storage, Tracked, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
@@ -26,13 +26,54 @@ pub(in crate::qcow2) struct DataFile {
     /// Whether data is in another file than the metadata.
     is_external: bool,
     extended_to: AtomicU64,
+    encryption: Encryption,
+}
+
+/// Whether the data is encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Encryption {
+    None,
+    /// The storage encrypts and decrypts it.
+    #[cfg(feature = "encryption")]
+    Open,
+    /// The key is not known: no data may be read or written.
+    Locked,
 }
 
 impl DataFile {
     /// The data is in the file of the metadata, until a separate file is [attached](Self::attach).
     pub(in crate::qcow2) fn new(metadata: Arc<MetadataFile>, is_external: bool) -> Self {
         let storage = Arc::clone(&metadata.file);
-        Self { metadata, storage, attached: None, is_external, extended_to: AtomicU64::new(0) }
+        let (extended_to, encryption) = (AtomicU64::new(0), Encryption::None);
+        Self { metadata, storage, attached: None, is_external, extended_to, encryption }
+    }
+
+    /// All data is encrypted from now on, in the file of the metadata.
+    #[cfg(feature = "encryption")]
+    pub(in crate::qcow2) fn unlock(&mut self, volume: crate::crypto::Volume) {
+        let file = Arc::clone(&self.metadata.file);
+        self.storage = Arc::new(crate::crypto::Encrypted::new(file, volume));
+        self.encryption = Encryption::Open;
+    }
+
+    /// The data is encrypted, and nobody knows the key.
+    pub(in crate::qcow2) fn lock(&mut self) {
+        self.encryption = Encryption::Locked;
+    }
+
+    /// Whether what is in the file differs from what is on the disk.
+    pub(in crate::qcow2) fn is_encrypted(&self) -> bool {
+        self.encryption != Encryption::None
+    }
+
+    fn refuse_if_locked(&self) -> Result<()> {
+        match self.encryption {
+            Encryption::Locked => {
+                let detail = "its disk is encrypted, and it was opened without the key";
+                Err(self.metadata.named(Error::new(ErrorKind::KeyRequired, "write to", detail)))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Sets a separate file for the data; `is_synced` says that all of it is on stable storage.
@@ -58,6 +99,7 @@ impl DataFile {
         data: &[u8],
         guest: GuestOffset,
     ) -> Result<()> {
+        self.refuse_if_locked()?;
         self.storage
             .write_at(host, data, Durability::Cached)
             .map_err(|error| self.error(error, guest))
@@ -70,7 +112,11 @@ impl DataFile {
         length: u64,
         guest: GuestOffset,
     ) -> Result<()> {
-        self.will_reach(host + length, guest)?;
+        self.refuse_if_locked()?;
+        // Encrypted zeroes are written like data.
+        if !self.is_encrypted() {
+            self.will_reach(host + length, guest)?;
+        }
         self.storage
             .write_zeroes(host, length, ZeroMode::KeepAllocated, Speed::Any)
             .map_err(|error| self.error(error, guest))

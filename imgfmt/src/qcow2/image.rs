@@ -78,7 +78,8 @@ impl Qcow2 {
             ENCRYPTION_AES => Ok(Some(Encryption::Aes)),
             _ => {
                 let place = header.extensions.encryption_header;
-                let luks = place.map(|offset| luks::read(&*self.metadata.file, offset)).transpose();
+                let luks =
+                    place.map(|(offset, _)| luks::read(&*self.metadata.file, offset)).transpose();
                 Ok(Some(Encryption::Luks(luks.map_err(read_error)?.flatten())))
             }
         }

@@ -25,6 +25,7 @@ use crate::qcow2::on_disk::snapshot;
 use crate::qcow2::on_disk::words::{read_error, read_words};
 use crate::qcow2::purpose::Purpose;
 use crate::storage::{Storage, Tracked};
+use crate::units::HostOffset;
 
 impl Qcow2 {
     /// Opens the image in `file`. Its backing file and data file must be attached afterwards.
@@ -39,7 +40,7 @@ impl Qcow2 {
         let file: Arc<dyn Storage> = Arc::clone(&tracked) as _;
         let header = Header::read_or_overwrite(&*file, purpose, options.incomplete)?;
         if purpose != Purpose::Describe {
-            header.refuse_encryption()?;
+            header.refuse_old_encryption()?;
         }
         let snapshots = match purpose {
             Purpose::Use | Purpose::Describe => snapshot::read_table(&*file, &header)?,
@@ -54,20 +55,18 @@ impl Qcow2 {
                 (snapshot.l1_offset, snapshot.l1_entries, snapshot.disk_size)
             }
         };
-        let l1 = match l1_offset.bytes() < file.len().map_err(read_error)? {
-            true => read_words(&*file, l1_offset, l1_entries as usize)?,
-            // It is being checked.
-            false => vec![0; l1_entries as usize],
-        };
+        let l1 = read_l1(&*file, l1_offset, l1_entries)?;
         let format = EntryFormat {
             geometry: header.geometry,
             version: header.version,
             has_data_file: header.has_data_file(),
         };
+        let key = key_of(&*file, &header, options, purpose)?;
+        let luks_header = header.luks_header().unwrap_or(None);
         let snapshots_offset = header.snapshots_offset;
         let metadata = Arc::new(MetadataFile::new(tracked, path, header, is_writable));
         let preallocated = Preallocated::new(Arc::clone(&metadata));
-        let data = DataFile::new(Arc::clone(&metadata), format.has_data_file);
+        let data = data_file(&metadata, key);
         let commits = Arc::new(Commits::default());
         let clusters = Clusters::new(Arc::clone(&metadata), Arc::clone(&commits), allocator);
         let clusters = Arc::new(clusters);
@@ -81,6 +80,7 @@ impl Qcow2 {
             Some(_) => Bitmaps::none(of_bitmaps, size),
         };
         let mut mapping = MappingTables::new(parts, format, l1, size, options.metadata_cache_bytes);
+        mapping.note_luks_header(luks_header);
         mapping.note_snapshots(snapshots_offset, &snapshots);
         if purpose == Purpose::Use {
             mapping.note_metadata();
@@ -190,6 +190,61 @@ fn refuse_unwritable(header: &Header, options: &OpenOptions) -> Result<()> {
         return Err(Error::new(ErrorKind::Corrupt, "open", detail));
     }
     Ok(())
+}
+
+fn read_l1(file: &dyn Storage, offset: HostOffset, entries: u32) -> Result<Vec<u64>> {
+    match offset.bytes() < file.len().map_err(read_error)? {
+        true => read_words(file, offset, entries as usize),
+        // It is being checked.
+        false => Ok(vec![0; entries as usize]),
+    }
+}
+
+/// The place of the data: encrypted data without a key is never read or written.
+fn data_file(metadata: &Arc<MetadataFile>, key: Option<Key>) -> DataFile {
+    let header = metadata.header();
+    let mut data = DataFile::new(Arc::clone(metadata), header.has_data_file());
+    match key {
+        #[cfg(feature = "encryption")]
+        Some(volume) => data.unlock(volume),
+        _ if header.encryption_method != 0 => data.lock(),
+        _ => {}
+    }
+    data
+}
+
+#[cfg(feature = "encryption")]
+type Key = crate::crypto::Volume;
+#[cfg(not(feature = "encryption"))]
+type Key = std::convert::Infallible;
+
+/// Opens the encryption of the data, if it is to be read or written.
+fn key_of(
+    file: &dyn Storage,
+    header: &Header,
+    options: &OpenOptions,
+    purpose: Purpose,
+) -> Result<Option<Key>> {
+    if purpose != Purpose::Use {
+        return Ok(None);
+    }
+    let Some((offset, length)) = header.luks_header()? else { return Ok(None) };
+    if header.has_data_file() {
+        let detail = "it is encrypted and has a data file, which is not supported together";
+        return Err(Error::new(ErrorKind::Unsupported, "open", detail));
+    }
+    unlock(file, (offset.bytes(), length), options).map(Some)
+}
+
+#[cfg(feature = "encryption")]
+fn unlock(file: &dyn Storage, place: (u64, u64), options: &OpenOptions) -> Result<Key> {
+    crate::crypto::luks::unlock_within(file, place, &options.passphrases)
+}
+
+#[cfg(not(feature = "encryption"))]
+fn unlock(_: &dyn Storage, _: (u64, u64), _: &OpenOptions) -> Result<Key> {
+    let detail = "it is encrypted, and this program was built without encryption";
+    Err(Error::new(ErrorKind::Unsupported, "open", detail))
 }
 
 /// Reads the refcounts, if the image is opened for writing. Nothing is changed yet.

@@ -70,7 +70,7 @@ const CASES: &[Case] = &[
     case("size 2^64 - 1", BAD, |i| i.put64(field::SIZE, u64::MAX)),
     case("a size that is no multiple of 512", None, |i| i.put64(field::SIZE, (1 << 20) - 5)),
     case("AES", UNKNOWN, |i| i.put32(field::CRYPT_METHOD, 1)),
-    case("LUKS", UNKNOWN, |i| i.put32(field::CRYPT_METHOD, 2)),
+    case("LUKS without its header", BAD, |i| i.put32(field::CRYPT_METHOD, 2)),
     case("an encryption that does not exist", BAD, |i| i.put32(field::CRYPT_METHOD, 3)),
     case("a size that ends 5 bytes behind what the L1 table covers", BAD, |i| {
         i.put64(field::SIZE, (512 << 20) + 5);

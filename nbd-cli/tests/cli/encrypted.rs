@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::support::qemu_nbd::qemu_nbd;
 use crate::support::{Disk, nbd_cli, peer, says};
 use crate::tools;
 
@@ -73,6 +74,37 @@ fn an_encrypted_disk_is_converted_compared_and_mapped_with_its_key_file() {
     let create = ["create", "-q", "-u", "-f", "qcow2", "-F", "luks", "-b", &image, &overlay, "4M"];
     peer(&qemu_img, &create);
     nbd_cli(&["image", "map", "--key-file", &key, &overlay]).success();
+}
+
+#[test]
+fn the_form_of_qemu_nbd_takes_secrets_as_qemu_does() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    let (image, key) = volume(&disk, &qemu_img);
+    let secret = format!("secret,id=s,file={key}");
+    let qcow2 = disk.beside("disk.qcow2");
+    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let start = ["convert", "--object", &secret, "-f", "raw", "-O", "qcow2", "-o", options];
+    peer(&qemu_img, &[&start[..], &[disk.path(), &qcow2]].concat());
+    let luks = format!("driver=luks,key-secret=s,file.filename={image}");
+    let qcow2 = format!("driver=qcow2,encrypt.key-secret=s,file.filename={qcow2}");
+    let data = format!("secret,id=s,data={PASSPHRASE}");
+    // The same in base64.
+    let base64 = "secret,id=s,format=base64,data=bmV2ZXItaW4tYW55LWxvZw==".to_owned();
+    let cases = [(&secret, &luks), (&data, &luks), (&base64, &qcow2), (&secret, &qcow2)];
+    for (round, (secret, driver)) in cases.into_iter().enumerate() {
+        let socket = disk.beside(&format!("socket{round}"));
+        let arguments = ["--fork", "-k", &socket, "--object", secret, "--image-opts", driver];
+        let outcome = qemu_nbd(&arguments);
+        assert_eq!(outcome.code, Some(0), "{outcome:?}");
+        let uri = format!("nbd+unix:///?socket={socket}");
+        let write = ["-f", "raw", "-c", "write -P 7 1000 3000", "-c", "read -P 7 1000 3000", &uri];
+        // The server ends with its client.
+        peer(&qemu_io, &write);
+    }
+    let wrong = ["--object", &data, "--image-opts", "driver=luks,key-secret=t,file.filename=x"];
+    let outcome = qemu_nbd(&wrong);
+    assert!(outcome.stderr.contains("No secret with id 't'"), "{outcome:?}");
 }
 
 #[test]

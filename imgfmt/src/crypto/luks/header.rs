@@ -14,6 +14,7 @@ use crate::storage::Storage;
 /// What a header says, of either version.
 #[derive(Debug)]
 pub(super) struct Header {
+    pub(super) version: u16,
     /// By ascending numbers.
     pub(super) slots: Vec<Slot>,
     /// The numbers of the slots that are damaged or unknown, with the reasons.

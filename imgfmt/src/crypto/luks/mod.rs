@@ -12,7 +12,7 @@ mod slot;
 mod v1;
 mod v2;
 
-use self::field::{MAGIC, read_error, read_exact};
+use self::field::{MAGIC, SECTOR, read_error, read_exact};
 use self::header::Header;
 #[cfg(feature = "test-util")]
 pub use self::v2::seal;
@@ -53,6 +53,24 @@ pub(crate) fn unlock(storage: &dyn Storage, passphrases: &[Passphrase]) -> Resul
         )));
     }
     Ok(Volume { cipher, start, size, sector_size, first_number })
+}
+
+/// Opens the volume that is the data of a qcow2 image, whose header is `length` bytes at `base` of
+/// the file. The number of a sector is its place in the file, and any sector may be one of the data.
+pub(crate) fn unlock_within(
+    storage: &dyn Storage,
+    (base, length): (u64, u64),
+    passphrases: &[Passphrase],
+) -> Result<Volume> {
+    let header = read(storage, base)?;
+    if header.version != 1 {
+        return Err(unsupported("its data is encrypted with LUKS, but not with version 1"));
+    }
+    if header.slots.iter().any(|slot| slot.offset + slot.material_length() > length) {
+        return Err(invalid("a key slot of its LUKS header lies past the end of that header"));
+    }
+    let cipher = header.find_key(storage, base, passphrases)?;
+    Ok(Volume { cipher, start: 0, size: None, sector_size: SECTOR, first_number: 0 })
 }
 
 /// Reads the header at `base`.

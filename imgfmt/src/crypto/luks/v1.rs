@@ -73,5 +73,14 @@ pub(super) fn read(storage: &dyn Storage, base: u64) -> Result<Header> {
         slots.push(slot);
     }
     let (unusable, size, first_number) = (Vec::new(), None, 0);
-    Ok(Header { slots, unusable, cipher, payload, size, sector_size: SECTOR, first_number })
+    Ok(Header {
+        version: 1,
+        slots,
+        unusable,
+        cipher,
+        payload,
+        size,
+        sector_size: SECTOR,
+        first_number,
+    })
 }

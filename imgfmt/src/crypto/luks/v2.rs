@@ -136,6 +136,7 @@ fn decode(copy: &Copy) -> Result<Header> {
         return Err(invalid("its encrypted data overlaps its LUKS header"));
     }
     Ok(Header {
+        version: 2,
         slots,
         unusable,
         cipher: json::cipher(segment)?,

@@ -78,6 +78,7 @@ impl Checker<'_> {
             let fix = Fix { place: HostOffset::new(place), new: 0, sets_copied: false };
             self.fix(fix, message.into());
         }
+        self.count_luks_header();
         self.note_tables(header.l1_offset, header.l1_entries, true)?;
         let found = snapshot::read_damaged_table(&*image.metadata.file, &header)?;
         self.snapshot_damages = found.damages.len() as u64;
@@ -94,6 +95,21 @@ impl Checker<'_> {
             self.note_tables(snapshot.l1_offset, snapshot.l1_entries, false)?;
         }
         self.count_tables()
+    }
+
+    /// Counts the header without which the disk can never be decrypted. If its place is not known,
+    /// nothing may be freed.
+    fn count_luks_header(&mut self) {
+        match self.image.metadata.header().luks_header() {
+            Ok(None) => {}
+            Ok(Some((offset, length))) => {
+                self.is_incomplete |= !self.add(offset, length, 1, "the LUKS header");
+            }
+            Err(_) => {
+                self.damage("the LUKS header is missing, not aligned or out of bounds".into());
+                self.is_incomplete = true;
+            }
+        }
     }
 
     /// Records feature bits that contradict the rest of the header.

@@ -166,7 +166,8 @@ impl Qcow2 {
                 reserved.push(at_hand);
             }
             plan.new.host = Some(at_hand.offset);
-            plan.never_written = at_hand.never_written;
+            // What was never written decrypts to noise.
+            plan.never_written = at_hand.never_written && !self.data.is_encrypted();
             at_hand.offset += cluster_size;
             at_hand.clusters -= 1;
             wanted -= 1;

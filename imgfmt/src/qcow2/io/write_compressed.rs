@@ -33,7 +33,8 @@ impl Qcow2 {
         }
         let mut cluster = data.to_vec();
         cluster.resize(geometry.cluster_size() as usize, 0);
-        let packed = match self.mapping.format.has_data_file {
+        // Compressed clusters are not encrypted.
+        let packed = match self.mapping.format.has_data_file || self.data.is_encrypted() {
             true => None,
             false => compress::compress(self.metadata.header().compression, &cluster),
         };

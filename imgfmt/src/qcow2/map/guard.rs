@@ -121,7 +121,7 @@ impl MappingTables {
             let is_table = allocator.is_protected(offset)
                 || tables.contains(&offset)
                 || self.snapshot_l2s.get().is_some_and(|known| known.contains(&offset))
-                || self.snapshot_places.iter().any(|place| place.contains(&offset));
+                || self.other_places.iter().any(|place| place.contains(&offset));
             let is_counted = match allocator.refcounts.refcount(reference.cluster) {
                 Ok(count) => count > 0,
                 // Damaged refcounts must not make the other entries unwritable.
@@ -167,7 +167,7 @@ impl MappingTables {
     pub(in crate::qcow2) fn refuse_bad_table(&self, offset: HostOffset) -> Result<()> {
         let mut allocator = self.clusters.allocator()?;
         let is_other = allocator.is_protected(offset)
-            || self.snapshot_places.iter().any(|place| place.contains(&offset))
+            || self.other_places.iter().any(|place| place.contains(&offset))
             || allocator.refcounts.refcount(self.geometry().host_cluster(offset))? == 0;
         drop(allocator);
         if is_other { Err(self.not_its_own(offset)) } else { Ok(()) }
@@ -253,7 +253,7 @@ impl MappingTables {
         let geometry = self.geometry();
         let tables = self.l2_places();
         let Ok(mut allocator) = self.clusters.allocator() else { return };
-        let places = allocator.protected.iter().chain(&self.snapshot_places);
+        let places = allocator.protected.iter().chain(&self.other_places);
         let places = places.filter(|place| !place.is_empty());
         let mut clusters: Vec<HostCluster> = places
             .flat_map(|place| geometry.clusters_touched(place.start, place.end - place.start))

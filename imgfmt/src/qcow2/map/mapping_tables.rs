@@ -40,8 +40,9 @@ pub(in crate::qcow2) struct MappingTables {
     cache_bytes: Option<u64>,
     /// The places of the L2 tables and what is known about them, if the image is open for writing.
     pub(super) l2_places: OrderedRwLock<{ rank::L2_PLACES }, L2Places>,
-    /// The places of the snapshot table and the snapshots' L1 tables.
-    pub(super) snapshot_places: Vec<Range<HostOffset>>,
+    /// The places of the snapshot table, the snapshots' L1 tables, and the LUKS header.
+    pub(super) other_places: Vec<Range<HostOffset>>,
+    luks_place: Option<Range<HostOffset>>,
     /// Offset and number of entries of the snapshots' L1 tables.
     pub(super) snapshot_l1s: Vec<(HostOffset, u32)>,
     /// Offsets of the L2 tables that they name; read when the first table is searched for bad
@@ -130,7 +131,8 @@ impl MappingTables {
             tables: TableCache::new(slices.count_max),
             cache_bytes,
             l2_places: OrderedRwLock::default(),
-            snapshot_places: Vec::new(),
+            other_places: Vec::new(),
+            luks_place: None,
             snapshot_l1s: Vec::new(),
             snapshot_l2s: OnceLock::new(),
         };
@@ -208,9 +210,15 @@ impl MappingTables {
         let l1s = snapshots
             .iter()
             .map(|snapshot| place(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8));
-        self.snapshot_places = l1s.chain([table]).filter(|place| !place.is_empty()).collect();
+        let places = l1s.chain([table]).filter(|place| !place.is_empty());
+        self.other_places = places.chain(self.luks_place.clone()).collect();
         self.snapshot_l1s = snapshots.iter().map(|it| (it.l1_offset, it.l1_entries)).collect();
         self.snapshot_l2s = OnceLock::new();
+    }
+
+    /// Records the place of the LUKS header, before the snapshots are recorded.
+    pub(in crate::qcow2) fn note_luks_header(&mut self, place: Option<(HostOffset, u64)>) {
+        self.luks_place = place.map(|(offset, length)| offset..offset.saturating_add(length));
     }
 
     /// Records the places of the L2 tables of the active L1 table, replacing earlier ones.

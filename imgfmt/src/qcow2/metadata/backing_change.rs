@@ -39,7 +39,6 @@ pub(crate) fn change_backing(
     backing: Option<(&OsStr, Format)>,
 ) -> Result<()> {
     let header = Header::read_to_name(storage)?;
-    header.refuse_encryption()?;
     if header.incompatible & incompatible::CORRUPT != 0 {
         let detail = "it is marked as damaged; check and repair it first";
         return Err(Error::new(ErrorKind::Corrupt, "change", detail));

@@ -40,8 +40,8 @@ pub(crate) struct Extensions {
     pub(crate) lineages: Vec<Vec<u8>>,
     /// The record of the backup that the image is.
     pub(crate) backup: Option<Vec<u8>>,
-    /// The offset of the header of the encryption, in bytes; unchecked.
-    pub(crate) encryption_header: Option<u64>,
+    /// Offset and length of the header of the encryption, in bytes; unchecked.
+    pub(crate) encryption_header: Option<(u64, u64)>,
     feature_names: Vec<u8>,
     /// The offset, from the start of the area, of an end mark with a length that exceeds the area.
     /// It is ignored here; QEMU refuses such an image.
@@ -85,7 +85,9 @@ pub(crate) fn decode(mut area: &[u8]) -> Result<Extensions> {
             }
             FEATURE_NAMES => extensions.feature_names = content.to_vec(),
             BITMAPS => extensions.bitmaps = Some(content.to_vec()),
-            ENCRYPTION_HEADER => extensions.encryption_header = Some(u64_at(content, 0)),
+            ENCRYPTION_HEADER => {
+                extensions.encryption_header = Some((u64_at(content, 0), u64_at(content, 8)));
+            }
             SIDECAR => extensions.sidecar = Some(content.to_vec()),
             LINEAGE => extensions.lineages.push(content.to_vec()),
             BACKUP => extensions.backup = Some(content.to_vec()),

@@ -82,7 +82,7 @@ const OFFSET_LIMIT: u64 = 1 << 56;
 
 /// Methods of encryption.
 pub(crate) const ENCRYPTION_AES: u32 = 1;
-const ENCRYPTION_LUKS: u32 = 2;
+pub(crate) const ENCRYPTION_LUKS: u32 = 2;
 
 /// The compression of compressed clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -293,14 +293,34 @@ impl Header {
         self.extensions.bitmaps.as_deref()
     }
 
-    /// Refuses encrypted images: this crate implements no encryption.
-    pub(crate) fn refuse_encryption(&self) -> Result<()> {
+    /// Refuses images whose encryption this crate does not implement.
+    pub(crate) fn refuse_old_encryption(&self) -> Result<()> {
         match self.encryption_method {
-            0 => Ok(()),
+            0 | ENCRYPTION_LUKS => Ok(()),
             _ => Err(unsupported(
-                "it is encrypted, and encrypted disks cannot be read yet; decrypt it first with \
-                 'qemu-img convert' and its key (--object secret, --image-opts)",
+                "it is encrypted with the old AES of qcow2, which cannot be read; decrypt it first \
+                 with 'qemu-img convert' and its key (--object secret, --image-opts)",
             )),
+        }
+    }
+
+    /// The place of the LUKS header, if the data is encrypted with LUKS: the clusters that it
+    /// touches are its own.
+    pub(crate) fn luks_header(&self) -> Result<Option<(HostOffset, u64)>> {
+        if self.encryption_method != ENCRYPTION_LUKS {
+            return Ok(None);
+        }
+        let Some((offset, length)) = self.extensions.encryption_header else {
+            return Err(invalid("it is encrypted with LUKS, but does not say where the header is"));
+        };
+        let cluster = self.geometry.cluster_size();
+        let end = offset.checked_add(length);
+        let fits = offset != 0 && length != 0 && end.is_some_and(|end| end <= OFFSET_LIMIT);
+        match fits && offset.is_multiple_of(cluster) {
+            true => Ok(Some((HostOffset::new(offset), length))),
+            false => Err(invalid(format!(
+                "its LUKS header ({length} bytes at offset {offset}) is not aligned or out of bounds"
+            ))),
         }
     }
 

@@ -60,7 +60,8 @@ impl Qcow2 {
     ) -> Result<()> {
         let mut fields = [0; 24];
         fields[..8].copy_from_slice(&size.to_be_bytes());
-        // The field between them is the method of encryption: none.
+        let method = self.metadata.header().encryption_method;
+        fields[8..12].copy_from_slice(&method.to_be_bytes());
         fields[12..16].copy_from_slice(&l1_entries.to_be_bytes());
         fields[16..].copy_from_slice(&l1_offset.bytes().to_be_bytes());
         self.metadata.write_header(field::SIZE, &fields)?;

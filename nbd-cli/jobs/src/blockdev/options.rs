@@ -102,6 +102,8 @@ impl DiskDescription {
                     disk.is_below_raw = has_raw;
                     if disk.format == Some(Format::Qcow2) {
                         disk.settings.take_qcow2(&mut options)?;
+                    } else if disk.format == Some(Format::Luks) {
+                        disk.settings.take_luks(&mut options)?;
                     }
                     disk.backing = take_backing_disk(&mut options, depth)?;
                     options = disk.format_driver(name, options, depth)?;
@@ -292,7 +294,9 @@ mod tests {
             ("driver=file,filename=d,bogus=1", "bogus"),
             ("driver=qcow2,file.filename=d,bogus=1", "bogus"),
             ("driver=qcow2,file.filename=d,backing=node", "node"),
-            ("driver=qcow2,file.filename=d,encrypt.key-secret=s", "encrypt"),
+            ("driver=qcow2,file.filename=d,encrypt.format=aes", "encrypt"),
+            ("driver=qcow2,file.filename=d,encrypt.bogus=s", "encrypt.bogus"),
+            ("driver=luks,file.filename=d,header.filename=h", "detached"),
             ("driver=raw,file.filename=d,read-only=maybe", "maybe"),
             ("driver=raw,file.filename=d,force-share=maybe", "maybe"),
             ("driver=raw,file.filename=d,file.aio=maybe", "maybe"),

@@ -144,6 +144,8 @@ fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInNam
                 image.format = FormatInName::Said(format);
                 if format == Format::Qcow2 {
                     image.settings.take_qcow2(&mut options)?;
+                } else if format == Format::Luks {
+                    image.settings.take_luks(&mut options)?;
                 }
                 image.backing = backing_from_options(&mut options, depth)?;
                 options = image.format_driver(name, options)?;

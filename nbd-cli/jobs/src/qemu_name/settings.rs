@@ -65,6 +65,8 @@ pub struct DriverSettings {
     pub cache: CacheSwitches,
     /// Memory for L2 tables, in bytes; `None`: the default.
     pub metadata_cache: Option<u64>,
+    /// The id of the secret that opens its encryption; `None`: not given.
+    pub key_secret: Option<String>,
     /// The treatment of discards; `None`: not given.
     #[cfg(feature = "server")]
     pub discard: Option<Discard>,
@@ -238,11 +240,31 @@ impl DriverSettings {
         if options.take_switch("discard-no-unref")? == Some(true) {
             return Err("discard-no-unref=on is not supported".to_owned());
         }
-        for group in ["encrypt", "data-file"] {
-            if options.take(group).is_some() || !options.take_below(group).is_empty() {
-                return Err(format!("the option '{group}' of the driver 'qcow2' is not supported"));
-            }
+        if options.take("data-file").is_some() || !options.take_below("data-file").is_empty() {
+            return Err("the option 'data-file' of the driver 'qcow2' is not supported".to_owned());
         }
+        let mut encrypt = options.take_below("encrypt");
+        match encrypt.take("format").as_deref() {
+            None | Some("luks") => {}
+            Some(other) => return Err(format!("encrypt.format={other} is not supported")),
+        }
+        self.take_luks(&mut encrypt)?;
+        match encrypt.left_over() {
+            None => Ok(()),
+            Some(key) => Err(format!("the option 'encrypt.{key}' is not supported")),
+        }
+    }
+
+    /// Removes the options of the driver `luks`, except for its file.
+    ///
+    /// # Errors
+    ///
+    /// A sentence that names the option.
+    pub fn take_luks(&mut self, options: &mut KeyValues) -> Result<(), String> {
+        if options.take("header").is_some() || !options.take_below("header").is_empty() {
+            return Err("a detached header of the driver 'luks' is not supported".to_owned());
+        }
+        self.key_secret = options.take("key-secret").or(self.key_secret.take());
         Ok(())
     }
 }

@@ -1,11 +1,17 @@
 //! `--object`: secrets, TLS credentials and access lists, by their ids.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::PathBuf;
 
+use imgfmt::Passphrase;
 use nbd_server::tls::{Matching, Rule, Verdict};
 
 use crate::key_values::KeyValues;
+
+/// The maximum length of a file with a secret, in bytes.
+const SECRET_MAX: u64 = 8 << 20;
 
 /// The defined objects.
 #[derive(Debug, Default)]
@@ -157,6 +163,18 @@ impl Objects {
         }
     }
 
+    /// Reads the secret of that id.
+    ///
+    /// # Errors
+    ///
+    /// A sentence if there is none, or it cannot be read.
+    pub(super) fn passphrase(&self, id: &str) -> Result<Passphrase, String> {
+        match self.objects.get(id) {
+            Some(Object::Secret(secret)) => secret.read(),
+            _ => Err(format!("No secret with id '{id}'")),
+        }
+    }
+
     /// Returns whether there is a secret of that id.
     pub(super) fn has_secret(&self, id: &str) -> bool {
         matches!(self.objects.get(id), Some(Object::Secret(_)))
@@ -191,6 +209,37 @@ impl Secret {
             Some(other) => return Err(not_accepted("format", other)),
         };
         Ok(Self { source, format })
+    }
+
+    /// Reads the secret. All bytes of a file count.
+    fn read(&self) -> Result<Passphrase, String> {
+        let bytes = match &self.source {
+            SecretSource::Data(data) => data.clone().into_bytes(),
+            SecretSource::File(path) => {
+                let failed = |error: io::Error| {
+                    imgfmt::Error::from_io("read the secret in", error).with_path(path).to_string()
+                };
+                let mut bytes = Vec::with_capacity(64 << 10);
+                let file = File::open(path).map_err(failed)?;
+                file.take(SECRET_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+                if bytes.len() as u64 > SECRET_MAX {
+                    return Err(failed(io::ErrorKind::FileTooLarge.into()));
+                }
+                bytes
+            }
+        };
+        match self.format {
+            SecretFormat::Raw => Ok(Passphrase::new(bytes)),
+            SecretFormat::Base64 => {
+                // Made passphrases, so that their memory is overwritten.
+                let text: String =
+                    String::from_utf8_lossy(&bytes).split_ascii_whitespace().collect();
+                drop(Passphrase::new(bytes));
+                let decoded = openssl::base64::decode_block(&text);
+                drop(Passphrase::new(text.into_bytes()));
+                decoded.map(Passphrase::new).map_err(|_| "a secret is not valid base64".to_owned())
+            }
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use imgfmt::{BackingFile, CacheMode, Format, Locking, OpenPolicy};
+use imgfmt::{BackingFile, CacheMode, Format, Locking, OpenPolicy, Passphrase};
 use nbd_server::export::filters::{
     AdvisedMinimum, Blocking, Discard, FilterOptions, MultiConn, PreferredSize, Window, ZeroUnit,
 };
@@ -12,7 +12,7 @@ use nbd_server::export::{CountedLayers, Export};
 
 use super::error::CommandLineError;
 use super::options::Options;
-use crate::blockdev::{DiskDescription, DiskSource, OpenedDisk, image_format};
+use crate::blockdev::{DescribedBacking, DiskDescription, DiskSource, OpenedDisk, image_format};
 use crate::key_values::KeyValues;
 use crate::observer::JobContext;
 use crate::qemu_name::{check_aio, path_in};
@@ -116,7 +116,7 @@ fn choices(
     }
     let policy = allow_exports(OpenPolicy::any_file().allow_format_probe(), remotes);
     Ok(ServeOptions {
-        passphrases: Vec::new(),
+        passphrases: passphrases(options, disk)?,
         context: context.clone(),
         temporary_directory: None,
         format: disk.format,
@@ -140,6 +140,16 @@ fn choices(
         allocation_depth: options.allocation_depth,
         counted_layers: counted_layers(options, disk, writes),
     })
+}
+
+/// The secrets of a disk and of the described layers below it.
+fn passphrases(options: &Options, disk: &DiskDescription) -> Result<Vec<Passphrase>, String> {
+    let layers = std::iter::successors(Some(disk), |disk| match &disk.backing {
+        DescribedBacking::Given(below) => Some(&**below),
+        DescribedBacking::AsNamed | DescribedBacking::Ignored => None,
+    });
+    let ids = layers.filter_map(|layer| layer.settings.key_secret.as_deref());
+    ids.map(|id| options.objects.passphrase(id)).collect()
 }
 
 /// The layers that the depth counts. As in QEMU, a driver `raw` above an image, which `--offset` is

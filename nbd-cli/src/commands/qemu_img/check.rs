@@ -28,13 +28,13 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     if repair != Repair::None {
         place.refuse_to_share()?;
     }
+    if is_encrypted(&place) {
+        let why = "it is encrypted, and without its key only 'nbd-cli image check' checks it";
+        return Err(place.not_opened(why));
+    }
     let checked = check(&place.location, &place.options, repair, &place.remotes);
     let report = match checked.map_err(|error| place.not_opened(&error.to_string()))? {
         Checked::Examined(report) => report,
-        // QEMU cannot open it without its key.
-        Checked::Unsupported(why) if is_encrypted(&place) => {
-            return Err(place.not_opened(&why.to_string()));
-        }
         Checked::Unsupported(why) => {
             complain(&format!("This image format does not support checks: {why}"));
             return Ok(EXIT_CODE_UNSUPPORTED);
@@ -65,6 +65,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     Ok(Verdict::of(&report).exit_code())
 }
 
+/// Whether QEMU needs a key to check it.
 fn is_encrypted(place: &Place) -> bool {
     let info = place.location.inspect(&place.options, &place.remotes);
     info.is_ok_and(|info| info.encryption.is_some())
