@@ -4,6 +4,8 @@ use clap::{ArgAction, Parser, Subcommand};
 
 #[cfg(feature = "mount")]
 use crate::commands::mount;
+#[cfg(feature = "object-storage")]
+use crate::commands::repo;
 use crate::commands::{
     attach, backup, bench, bitmap, checksum, completions, control, copy, detach, devices, image,
     info, list_meta, map, qemu_img, qemu_nbd, restore, serve, tls, top,
@@ -73,6 +75,9 @@ pub enum Command {
     Bench(bench::BenchArgs),
     /// Back up a served disk, in full or only its changes
     Backup(backup::BackupArgs),
+    /// Make, list, check and clean repositories of backups
+    #[cfg(feature = "object-storage")]
+    Repo(repo::RepoArgs),
     /// Restore a backup or any other image to a file, a device or a server
     Restore(restore::RestoreArgs),
     /// Give a disk a kernel device (/dev/nbdX)

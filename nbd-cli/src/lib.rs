@@ -20,6 +20,8 @@ pub mod locking;
 mod logging;
 pub mod objects;
 mod output;
+#[cfg(feature = "object-storage")]
+mod passphrase;
 mod progress;
 mod screen;
 mod serving;
@@ -116,6 +118,8 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::Control(args) => commands::control::run(&args),
         Command::Top(args) => commands::top::run(&args),
         Command::Backup(args) => commands::backup::run(args),
+        #[cfg(feature = "object-storage")]
+        Command::Repo(args) => commands::repo::run(&args),
         Command::Restore(args) => commands::restore::run(&args),
         Command::Image(args) => commands::image::run(args),
         Command::QemuNbd(args) => Ok(Outcome::Status(commands::qemu_nbd::run(args.arguments))),

@@ -181,7 +181,7 @@ impl ImageLocation {
                 Image::inspect_storage(Arc::new(storage), &remotes.for_export(&options))
                     .map_err(|error| self.named(JobErrorKind::Source, error))
             }
-            Self::Object(url) => Image::inspect_storage(remotes.open_object(url)?, &options)
+            Self::Object(url) => Image::inspect_storage(remotes.open_object(url)?, &url.options(&options))
                 .map_err(|error| self.named(JobErrorKind::Source, error)),
             file => Image::inspect_file(file.path(), &options).map_err(opening),
         }
@@ -206,7 +206,7 @@ impl ImageLocation {
                 Image::inspect_storage_chain(Arc::new(storage), &remotes.for_export(&options))
                     .map_err(|error| opening(error.with_path(uri.to_string())))
             }
-            Self::Object(url) => Image::inspect_storage_chain(remotes.open_object(url)?, &options)
+            Self::Object(url) => Image::inspect_storage_chain(remotes.open_object(url)?, &url.options(&options))
                 .map_err(|error| opening(error.with_path(url.to_string()))),
             file => Image::inspect_chain(file.path(), &options).map_err(opening),
         }
@@ -270,7 +270,8 @@ impl ImageLocation {
                 if options.access == Access::ReadWrite {
                     return Err(read_only(url));
                 }
-                Image::from_storage(remotes.open_object(url)?, &options).map_err(|error| {
+                let opened = Image::from_storage(remotes.open_object(url)?, &url.options(&options));
+                opened.map_err(|error| {
                     let error = error.with_path(url.to_string());
                     JobError::opening_with(JobErrorKind::Source, error, raw_option)
                 })

@@ -89,6 +89,8 @@ pub mod qemu_name;
 pub mod qemu_nbd;
 pub mod qemu_numbers;
 pub mod remote;
+#[cfg(feature = "object-storage")]
+pub mod repository;
 mod restore;
 pub mod server_report;
 #[cfg(feature = "server")]
@@ -114,7 +116,9 @@ pub use self::copy::{Copied, CopyOptions, Knowledge, Zeroes, copy};
 pub use self::error::{JobError, JobErrorKind};
 pub use self::location::{DescribedLocation, Location};
 pub use self::observer::{JobContext, Observer, Phase, Progress, TemporaryFile};
-pub use self::restore::{Check as RestoreCheck, RestoreOptions, Restored, Verify, restore};
+pub use self::restore::{
+    Check as RestoreCheck, RestoreOptions, Restored, Verify, restore, restore_image,
+};
 pub use self::target::Durable;
 
 /// The Rust code of `docs/embed.md`, compiled and run.

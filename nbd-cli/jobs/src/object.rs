@@ -4,12 +4,15 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use imgfmt::Storage;
+use imgfmt::{Format, OpenOptions, Storage};
 
 /// Schemes of objects.
-pub const OBJECT_SCHEMES: [&str; 3] = ["s3", "http", "https"];
+pub const OBJECT_SCHEMES: [&str; 4] = ["s3", "http", "https", "backup"];
+/// In front of the address of a backup in a repository.
+const BACKUP: &str = "backup:";
 
-/// The URL of an object: `s3://bucket/key`, `http://…` or `https://…`.
+/// The URL of an object: `s3://bucket/key`, `http://…` or `https://…`; or of a backup in a
+/// repository: `backup:REPOSITORY/NAME@latest`.
 ///
 /// Printed without the query, which can be a signature.
 #[derive(Clone, PartialEq, Eq)]
@@ -27,8 +30,32 @@ impl ObjectUrl {
     /// ```
     #[must_use]
     pub fn of(text: &str) -> Option<Self> {
+        if text.starts_with(BACKUP) {
+            return Some(Self(text.to_owned()));
+        }
         let (scheme, _) = text.split_once("://")?;
         OBJECT_SCHEMES.contains(&scheme).then(|| Self(text.to_owned()))
+    }
+
+    /// Returns the address of a backup in a repository, if it is one.
+    #[must_use]
+    pub fn backup(&self) -> Option<&str> {
+        self.0.strip_prefix(BACKUP)
+    }
+
+    /// Returns the options for opening it. A backup is a disk: what it holds is never taken for an
+    /// image, unless the user says so.
+    pub(crate) fn options(&self, options: &OpenOptions) -> OpenOptions {
+        let mut options = options.clone();
+        if self.backup().is_some() {
+            options.format = options.format.or(Some(Format::Raw));
+        }
+        options
+    }
+
+    /// Whether it has neither a query nor a user.
+    fn is_plain(&self) -> bool {
+        self.0.starts_with("s3:") || self.backup().is_some()
     }
 
     /// Returns the complete URL.
@@ -46,14 +73,14 @@ pub fn shown(name: &str) -> String {
 
 impl fmt::Display for ObjectUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let end = match self.0.starts_with("s3:") {
+        let end = match self.is_plain() {
             true => self.0.len(),
             false => self.0.find(['?', '#']).unwrap_or(self.0.len()),
         };
         let shown = &self.0[..end];
         // A user and password are refused later.
         match (shown.split_once("://"), shown.rsplit_once('@')) {
-            (Some((scheme, _)), Some((_, host))) if !self.0.starts_with("s3:") => {
+            (Some((scheme, _)), Some((_, host))) if !self.is_plain() => {
                 write!(f, "{scheme}://{host}")
             }
             _ => f.write_str(shown),

@@ -126,6 +126,28 @@ pub async fn restore(
     options: &RestoreOptions,
     context: &JobContext,
 ) -> Result<Restored, JobError> {
+    let image = Image::open(path, &options.image);
+    let image = image.map_err(|error| JobError::opening(JobErrorKind::Source, error))?;
+    restore_image(image, &path.display().to_string(), to, options, context).await
+}
+
+/// Restores the disk in an open image, such as a backup in a repository; `name` is its name in
+/// messages. Otherwise as [`restore()`].
+///
+/// # Errors
+///
+/// As [`restore()`].
+///
+/// # Cancel safety
+///
+/// As [`restore()`].
+pub async fn restore_image(
+    image: Image,
+    name: &str,
+    to: &Location,
+    options: &RestoreOptions,
+    context: &JobContext,
+) -> Result<Restored, JobError> {
     check_concurrency(options.requests, &options.connect)?;
     if matches!(to, Location::Null) && options.verify != Verify::Nothing {
         return Err(JobError::invalid(
@@ -133,8 +155,6 @@ pub async fn restore(
         ));
     }
     let options = &RestoreOptions { connect: options.connect.on_lanes(), ..options.clone() };
-    let image = Image::open(path, &options.image);
-    let image = image.map_err(|error| JobError::opening(JobErrorKind::Source, error))?;
     let is_new = match to {
         Location::File(path) => is_new(path)?,
         Location::Nbd(_) | Location::Null => false,
@@ -166,7 +186,7 @@ pub async fn restore(
         Err(error) => Err(error),
     };
     let Filled { counts: [copied, zero], verified, checked: Checked { files, without_sum } } =
-        result.map_err(|error| failure(path, to, &new, &error))?;
+        result.map_err(|error| failure(name, to, &new, &error))?;
     new.complete(to)?;
     let (checked, unchecked) = (files, without_sum);
     Ok(Restored { size, copied, zero, verified, checked, unchecked })
@@ -234,14 +254,14 @@ impl New {
 }
 
 /// Returns the error with the state it leaves.
-fn failure(path: &Path, to: &Location, new: &New, error: &JobError) -> JobError {
+fn failure(name: &str, to: &Location, new: &New, error: &JobError) -> JobError {
     let left = match (new, to) {
         (New::File(new) | New::ImageFile(new, _), _) => new.left_behind(),
         (New::Image(_), Location::File(device)) => device::left_behind(device),
         (New::Disk(disk), Location::File(device)) => device::left_behind_on(device, disk),
         _ => format!("{to} is incomplete"),
     };
-    error.in_words(format!("restoring '{}' failed: {error}; {left}", path.display()))
+    error.in_words(format!("restoring '{name}' failed: {error}; {left}"))
 }
 
 /// Returns whether no file of that name exists; a device may.

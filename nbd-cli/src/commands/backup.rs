@@ -3,6 +3,8 @@
 mod args;
 mod operands;
 mod report;
+#[cfg(feature = "object-storage")]
+mod repository;
 
 use nbd_jobs::{
     BackupOptions, BackupSource, Cancellation, JobContext, Leftover, Sharing, UnknownBase,
@@ -16,6 +18,10 @@ use crate::shown::Shown;
 use crate::signals::{self, EndSignals, Hangup};
 
 pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
+    #[cfg(feature = "object-storage")]
+    if args.repository.name.is_some() {
+        return repository::run(&args, cancelled_by_signal);
+    }
     args.assign_operands()?;
     let args = &args;
     if args.requests.get() > 4096 || args.connection.connections.get() > 256 {

@@ -18,6 +18,8 @@ pub mod map;
 pub mod mount;
 pub mod qemu_img;
 pub mod qemu_nbd;
+#[cfg(feature = "object-storage")]
+pub mod repo;
 pub mod restore;
 pub mod serve;
 pub mod tls;

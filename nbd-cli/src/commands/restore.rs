@@ -1,5 +1,8 @@
 //! `nbd-cli restore`: a backup, or any other image, to a file, a device or a server.
 
+#[cfg(feature = "object-storage")]
+pub mod from_repository;
+
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -32,6 +35,7 @@ Examples:
   nbd-cli restore --verify monday.qcow2 /dev/vg/disk
   nbd-cli restore monday.qcow2 nbd://vmhost/disk
   nbd-cli restore monday.qcow2 null:
+  nbd-cli restore backup:/srv/backups/vm1@latest disk.img
 
 The newest file of a chain represents the whole disk. A file as the destination must not exist yet:
 it grows as NAME.partial, is renamed when it is complete, and is removed if the restore fails or is
@@ -44,7 +48,9 @@ that data; 'null:' as the destination checks them and writes nothing.";
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct RestoreArgs {
-    /// The image to restore: the newest file of a chain of backups.
+    /// The image to restore: the newest file of a chain of backups, or a backup in a repository, as
+    /// backup:REPOSITORY/NAME@latest, @2026-11-20 (the newest of this day, in UTC),
+    /// @2026-11-20T18:30 (the newest before) or @ID.
     #[arg(value_parser = FilePathParser)]
     pub image: PathBuf,
 
@@ -63,6 +69,11 @@ pub struct RestoreArgs {
     /// Restore files even if their data does not match the recorded checksums.
     #[arg(long)]
     pub no_check: bool,
+
+    #[cfg(feature = "object-storage")]
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub repository: from_repository::RepositoryArgs,
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
@@ -136,6 +147,12 @@ async fn restore(args: &RestoreArgs) -> Result<RestoreReport, CommandError> {
     let shown = Shown::new(args.summary.visibility());
     let (from, to) = (&args.image, &args.destination.location);
     let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
+    #[cfg(feature = "object-storage")]
+    let result = match from_repository::address(from) {
+        Some(address) => from_repository::restore(args, address, options(args)?, &context).await?,
+        None => nbd_jobs::restore(from, to, &options(args)?, &context).await,
+    };
+    #[cfg(not(feature = "object-storage"))]
     let result = nbd_jobs::restore(from, to, &options(args)?, &context).await;
     shown.clear();
     let restored = result.map_err(|error| match error.kind() {

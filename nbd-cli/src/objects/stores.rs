@@ -8,12 +8,15 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use imgfmt::Storage;
 use nbd_jobs::object::{ObjectOpener, ObjectUrl};
+use nbd_jobs::repository::{open_disk, repository_error, split_address};
 use nbd_jobs::size::{ByteSize, parse_duration};
+use nbd_objects::repo::{Damage, Repository};
 use nbd_objects::{
     Addressing, CACHE_SIZE_MIN, CacheSettings, Environment, Interrupted, ObjectCache,
-    ObjectStorage, StoreSettings, StoreUrl, Timeouts,
+    ObjectStorage, Place, StoreSettings, StoreUrl, Timeouts,
 };
 
+use crate::passphrase::passphrase_of_environment;
 use crate::signals;
 
 /// Options of object stores.
@@ -116,6 +119,9 @@ impl ObjectArgs {
     }
 
     fn open(&self, url: &ObjectUrl) -> std::io::Result<Arc<dyn Storage>> {
+        if let Some(address) = url.backup() {
+            return self.open_backup(address);
+        }
         let parsed: StoreUrl = url
             .as_str()
             .parse()
@@ -125,6 +131,29 @@ impl ObjectArgs {
         let is_interrupted: Interrupted = Arc::new(move || interrupter.is_interrupted());
         let storage = ObjectStorage::open(&parsed, &self.settings(), &cache, is_interrupted)?;
         Ok(Arc::new(storage))
+    }
+
+    /// Opens a backup in a repository. Its passphrase is in the file that the environment names.
+    fn open_backup(&self, address: &str) -> std::io::Result<Arc<dyn Storage>> {
+        let failed = |why: String| std::io::Error::other(format!("cannot open backup:{address}: {why}"));
+        let (repository, backup) = split_address(address).ok_or_else(|| {
+            failed("write backup:REPOSITORY/NAME@latest, or @DAY, @TIME or @ID".to_owned())
+        })?;
+        let url: StoreUrl = repository.parse().map_err(failed)?;
+        let place = Place::open(&url, &self.settings())?;
+        let passphrase = passphrase_of_environment().map_err(|error| failed(error.to_string()))?;
+        let backup = backup.to_owned();
+        // The caller's thread may block; the requests run elsewhere.
+        let (sender, opened) = std::sync::mpsc::channel();
+        nbd_objects::runtime()?.spawn(async move {
+            let open = async {
+                let repository = Repository::open(place, passphrase.as_deref()).await;
+                open_disk(&repository.map_err(repository_error)?, &backup, Damage::Refused).await
+            };
+            let _ = sender.send(open.await);
+        });
+        let opened = opened.recv().map_err(|_| failed("the request was given up".to_owned()))?;
+        opened.map_err(|error| failed(error.to_string()))
     }
 
     /// Returns the cache of this process. The first object decides where it is.

@@ -90,6 +90,8 @@ mod qemu_nbd_image;
 mod qemu_nbd_tls;
 mod readme;
 mod reconnect;
+#[cfg(feature = "object-storage")]
+mod repository;
 mod serve_access;
 mod serve_bitmaps_survive;
 mod serve_cache;

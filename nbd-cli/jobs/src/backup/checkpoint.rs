@@ -15,20 +15,20 @@ use crate::cancellation::Cancellation;
 use crate::control::{
     CheckpointStarted, Conversation, IfMissing, IfUnusable, Lifetime, Listing, Outcome, Request,
 };
-use crate::observer::JobContext;
+use crate::observer::{JobContext, Observer};
 use crate::text::printable;
-use crate::{JobError, JobErrorKind};
+use crate::{ConnectOptions, JobError, JobErrorKind};
 
 /// Time limit of each request of the control socket before the copy. They may wait for those of
 /// others, and the server may flush the disk.
-const PATIENCE: Duration = Duration::from_secs(300);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The control socket, the export of the disk, and the address of the server.
 #[derive(Clone, Copy)]
-pub(super) struct Server<'a> {
-    pub(super) socket: &'a Path,
-    pub(super) export: &'a str,
-    pub(super) uri: Option<&'a NbdUri>,
+pub(crate) struct Server<'a> {
+    pub(crate) socket: &'a Path,
+    pub(crate) export: &'a str,
+    pub(crate) uri: Option<&'a NbdUri>,
 }
 
 /// Starts a checkpoint, copies it, and ends it with the result.
@@ -61,7 +61,8 @@ pub(super) async fn backup(
         refuse_wrong(work, base, &export, &mut socket).await?;
     }
     let started = socket.call(begin).await?;
-    let result = match uri_of_view(work, server, started) {
+    let told = (&options.connect, &*work.context.observer, options.bitmap.as_deref());
+    let result = match uri_of_view(told, server, started) {
         Ok((uri, issued)) => unless_cancelled(work, &uri, base, issued).await,
         Err(error) => Err(error),
     };
@@ -104,22 +105,22 @@ async fn unless_cancelled(
 }
 
 /// A control connection that blocks no task. If it is dropped, the server ends the checkpoint.
-struct Socket(Option<Conversation>);
+pub(crate) struct Socket(Option<Conversation>);
 
 impl Socket {
-    async fn open(path: &Path, limit: Duration) -> Result<Self, JobError> {
+    pub(crate) async fn open(path: &Path, limit: Duration) -> Result<Self, JobError> {
         let path = path.to_owned();
         let opened = tokio::task::spawn_blocking(move || Conversation::begin(&path, limit)).await;
         opened.map_err(|error| JobError::given_up("request", &error))?.map(|it| Self(Some(it)))
     }
 
-    fn wait_without_limit(&mut self) {
+    pub(crate) fn wait_without_limit(&mut self) {
         if let Some(conversation) = &mut self.0 {
             conversation.set_limit(Duration::ZERO);
         }
     }
 
-    async fn call(&mut self, request: Request) -> Result<Value, JobError> {
+    pub(crate) async fn call(&mut self, request: Request) -> Result<Value, JobError> {
         let mut conversation = self.0.take().ok_or_else(|| {
             JobError::new(JobErrorKind::ControlSocket, "a request to the server was given up")
         })?;
@@ -135,8 +136,8 @@ impl Socket {
 }
 
 /// Returns the address of the view: at the named server, or as the server reports.
-fn uri_of_view(
-    work: BackupJob<'_>,
+pub(crate) fn uri_of_view(
+    (connect, observer, bitmap): (&ConnectOptions, &dyn Observer, Option<&str>),
     server: Server<'_>,
     started: Value,
 ) -> Result<(NbdUri, Issued), JobError> {
@@ -147,8 +148,8 @@ fn uri_of_view(
     issued.backup = uuid(&started.backup).unwrap_or(issued.backup);
     issued.disk = uuid(&started.disk);
     if let Some(reason) = &started.restart_reason {
-        let bitmap = printable(work.options.bitmap.as_deref().unwrap_or_default());
-        work.context.observer.warning(&format!(
+        let bitmap = printable(bitmap.unwrap_or_default());
+        observer.warning(&format!(
             "the bitmap '{bitmap}' was unreliable ({}); it restarts with this backup",
             printable(reason)
         ));
@@ -170,7 +171,7 @@ fn uri_of_view(
             format!("the server says that it listens on '{uri}': {error}"),
         )
     })?;
-    work.options.connect.tls.check([&uri])?;
+    connect.tls.check([&uri])?;
     Ok((uri, issued))
 }
 
@@ -206,7 +207,7 @@ async fn refuse_wrong(
     }
 }
 
-fn not_understood() -> JobError {
+pub(crate) fn not_understood() -> JobError {
     JobError::new(
         JobErrorKind::ControlSocket,
         "the server's reply cannot be understood; are both of one version?",

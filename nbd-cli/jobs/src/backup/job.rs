@@ -24,7 +24,7 @@ use crate::copy::verify::Verification;
 use crate::layers;
 use crate::restore::Verify;
 use crate::text::printable;
-use crate::{JobError, JobErrorKind};
+use crate::{ConnectOptions, JobContext, JobError, JobErrorKind};
 
 /// Size of a request, in bytes.
 const REQUEST_SIZE: u64 = 512 << 10;
@@ -65,9 +65,9 @@ struct Filled {
 
 /// The identities of the backup and of its disk.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Issued {
-    pub(super) backup: Uuid,
-    pub(super) disk: Option<Uuid>,
+pub(crate) struct Issued {
+    pub(crate) backup: Uuid,
+    pub(crate) disk: Option<Uuid>,
 }
 
 impl Issued {
@@ -95,7 +95,7 @@ pub(super) async fn run(
     let options = work.options;
     let bitmap =
         options.base.as_ref().and(options.bitmap.as_deref()).map(context_of).transpose()?;
-    let client = connect_to_disk(work, uri, bitmap.as_ref()).await?;
+    let client = connect_to_disk(&options.connect, work.context, uri, bitmap.as_ref()).await?;
     let size = client.info().size;
     base.map_or(Ok(()), |base| base.check(size, work))?;
     let state = State::new(work, uri, size, base);
@@ -135,7 +135,7 @@ pub(super) async fn run(
     Ok(BackedUp { uri, size, resumed_at, copied, zero, unchanged, verified, took })
 }
 
-fn context_of(bitmap: &str) -> Result<MetaContextName, JobError> {
+pub(crate) fn context_of(bitmap: &str) -> Result<MetaContextName, JobError> {
     MetaContextName::qemu_dirty_bitmap(bitmap).map_err(|error| {
         JobError::invalid(format!(
             "'{}' is not a valid name of a bitmap: {error}",
@@ -144,16 +144,17 @@ fn context_of(bitmap: &str) -> Result<MetaContextName, JobError> {
     })
 }
 
-async fn connect_to_disk(
-    work: BackupJob<'_>,
+pub(crate) async fn connect_to_disk(
+    options: &ConnectOptions,
+    job: &JobContext,
     uri: &NbdUri,
     bitmap: Option<&MetaContextName>,
 ) -> Result<Client, JobError> {
     let contexts = [MetaContextName::base_allocation()].into_iter().chain(bitmap.cloned());
-    let connector = work.options.connect.connector(uri).meta_contexts(contexts);
-    let cancellation = &work.context.cancellation;
+    let connector = options.connector(uri).meta_contexts(contexts);
+    let cancellation = &job.cancellation;
     let client = connect(&connector, uri, JobErrorKind::Source, cancellation).await?;
-    if let (Some(context), Some(name)) = (bitmap, &work.options.bitmap)
+    if let Some(context) = bitmap
         && !client.meta_contexts().contains(context)
     {
         let offered = connector.list_meta_contexts(&["qemu:dirty-bitmap:".to_owned()]).await;
@@ -168,11 +169,11 @@ async fn connect_to_disk(
         return Err(JobError::source(format!(
             "{uri} offers no dirty bitmap '{}' (it offers {has}); make a full backup, or have the \
              server export the bitmap",
-            printable(name)
+            printable(context.dirty_bitmap().unwrap_or_default())
         )));
     }
     if !client.info().flags.contains(TransmissionFlags::READ_ONLY) {
-        work.context.observer.warning(&format!(
+        job.observer.warning(&format!(
             "{uri} can be written to: if that happens while it is copied, the backup is a mix of \
              old and new"
         ));

@@ -2,7 +2,7 @@
 
 mod below;
 mod chain;
-mod checkpoint;
+pub(crate) mod checkpoint;
 mod job;
 mod options;
 mod partial;
@@ -12,6 +12,10 @@ use std::path::Path;
 use self::chain::Base;
 use self::checkpoint::Server;
 pub use self::job::BackedUp;
+#[cfg(feature = "object-storage")]
+pub(crate) use self::job::connect_to_disk;
+#[cfg(feature = "object-storage")]
+pub(crate) use self::job::context_of;
 use self::job::{Issued, run};
 use self::options::BackupJob;
 pub use self::options::{BackupOptions, BackupSource, Leftover, Sharing, UnknownBase};

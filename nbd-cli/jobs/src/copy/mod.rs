@@ -2,7 +2,7 @@
 
 pub(crate) mod again;
 pub(crate) mod block_sum;
-mod content;
+pub(crate) mod content;
 pub(crate) mod destination;
 pub(crate) mod dirty;
 pub(crate) mod engine;

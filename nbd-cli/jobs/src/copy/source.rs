@@ -56,6 +56,20 @@ impl Source {
         Self::Image { image, size }
     }
 
+    /// Returns the same source once more.
+    #[cfg(feature = "object-storage")]
+    pub(crate) fn again(&self) -> Self {
+        match self {
+            Self::Nbd { client, uri } => Self::Nbd { client: client.clone(), uri: uri.clone() },
+            Self::File { storage, path, size } => {
+                Self::File { storage: storage.clone(), path: path.clone(), size: *size }
+            }
+            Self::Image { image, size } => Self::Image { image: image.clone(), size: *size },
+            Self::Standard => Self::Standard,
+            Self::Null => Self::Null,
+        }
+    }
+
     /// Opens a server's export or a file for reading.
     pub(crate) async fn open(
         location: &Location,

@@ -66,8 +66,13 @@ impl ServeOptions {
             );
             return Err(JobError::invalid(why).into());
         }
-        let image = self.open_storage(self.remotes.open_object(url)?)?;
-        Ok(self.exported(image)?)
+        let mut own = self.clone();
+        if url.backup().is_some() {
+            // What the disk holds is never taken for an image.
+            own.format = own.format.or(Some(Format::Raw));
+        }
+        let image = own.open_storage(self.remotes.open_object(url)?)?;
+        Ok(own.exported(image)?)
     }
 }
 

@@ -104,6 +104,16 @@ impl Repository {
         Ok(object.and_then(|object| SessionRecord::decode(&self.objects.sealer, id, &object)))
     }
 
+    /// Returns the number of packs, and their bytes.
+    ///
+    /// # Errors
+    ///
+    /// As for all requests to the store.
+    pub async fn space(&self) -> Result<(u64, u64)> {
+        let listed = self.objects.list(Folder::Packs).await?;
+        Ok((listed.len() as u64, listed.iter().map(|listed| listed.size).sum()))
+    }
+
     /// Lists the pins: who reads which backup.
     ///
     /// # Errors

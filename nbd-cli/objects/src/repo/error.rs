@@ -53,12 +53,6 @@ impl RepositoryError {
     pub fn kind(&self) -> RepositoryErrorKind {
         self.kind
     }
-
-    /// Returns the error in other words.
-    #[must_use]
-    pub(crate) fn in_words(&self, message: impl Into<String>) -> Self {
-        Self { kind: self.kind, message: message.into() }
-    }
 }
 
 impl fmt::Display for RepositoryError {

@@ -2,8 +2,6 @@
 //!
 //! Its format is described in `FORMAT.md`.
 
-#![allow(dead_code, unused_imports, reason = "the commands that use it follow")]
-
 mod checking;
 mod collecting;
 mod config;

@@ -103,7 +103,8 @@ impl Sealer {
     }
 
     /// Returns whether content is encrypted.
-    pub(crate) fn encrypts(&self) -> bool {
+    #[cfg(test)]
+    fn encrypts(&self) -> bool {
         self.keys.is_some()
     }
 

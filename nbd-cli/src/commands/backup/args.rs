@@ -8,6 +8,8 @@ use clap::{Args, ValueEnum};
 use nbd_proto::NbdUri;
 
 use crate::commands::image::open::TrustArgs;
+#[cfg(feature = "object-storage")]
+use crate::commands::repo::PassphraseArgs;
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::file_path::FilePathParser;
 use crate::locking::ShareArgs;
@@ -20,6 +22,7 @@ Examples:
   nbd-cli backup --control /run/nbd.control --export vm --bitmap daily sunday.qcow2
   nbd-cli backup --control /run/nbd.control --export vm --bitmap daily --base sunday.qcow2 monday.qcow2
   nbd-cli restore monday.qcow2 disk.img
+  nbd-cli backup --name vm1 nbd://vmhost/disk /srv/backups
 
 A full backup is a qcow2 file that stands alone. An incremental backup contains the ranges that are
 dirty in a bitmap of the server (context qemu:dirty-bitmap:NAME), and its backing file is the
@@ -41,7 +44,14 @@ A running backup is TARGET.partial, with its progress in TARGET.partial.json; wh
 renamed in one step. After an interruption --resume continues it, which is valid only if the disk
 has not changed since. On a block device the previous data is lost at once; the device is marked as
 incomplete until the backup is complete, and a backup there cannot be resumed. Other programs can
-change a device without a trace: as the base of another backup it needs --trust-base.";
+change a device without a trace: as the base of another backup it needs --trust-base.
+
+With --name the backup is made in a repository ('nbd-cli repo'), and SOURCE may also be an image that
+does not change. Every backup there is complete: what the last backup of this name has is not sent
+again, and no backup needs another one. With --bitmap, or --control and --bitmap, only what is dirty
+is read, if the last backup is the one after which the bitmap started. There is nothing to resume: a
+backup after an interrupted one sends what is missing. The bitmap restarts when the backup is
+durable.";
 
 /// Arguments of `nbd-cli backup`.
 #[derive(Debug, Args)]
@@ -55,9 +65,14 @@ pub struct BackupArgs {
     #[arg(value_name = "SOURCE")]
     pub first_operand: OsString,
 
-    /// The new qcow2 file, or a block device to overwrite.
+    /// The new qcow2 file, or a block device to overwrite; with --name the repository.
     #[arg(value_name = "TARGET")]
     pub second_operand: Option<OsString>,
+
+    #[cfg(feature = "object-storage")]
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub repository: RepositoryArgs,
 
     #[arg(skip)]
     pub(super) source: Option<NbdUri>,
@@ -130,6 +145,29 @@ pub struct BackupArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub tls: TlsArgs,
+}
+
+/// Options of backups in a repository.
+#[cfg(feature = "object-storage")]
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Backups in a repository")]
+pub struct RepositoryArgs {
+    /// Make the backup in a repository, the TARGET, under this name.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["base", "resume", "restart"])]
+    pub name: Option<String>,
+
+    /// Read the whole disk, whatever the bitmap says; only what changed is sent.
+    #[arg(long, requires = "name")]
+    pub full: bool,
+
+    /// Do not send blocks that this backup has either, anywhere on its disk: NAME@WHICH, for
+    /// example that of a template. May be repeated.
+    #[arg(long, requires = "name", value_name = "BACKUP")]
+    pub like: Vec<String>,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub passphrase: PassphraseArgs,
 }
 
 /// The data to compare at the end.

@@ -1,0 +1,41 @@
+//! A backup in a repository as a disk.
+
+use std::sync::Arc;
+
+use imgfmt::Storage;
+use nbd_objects::repo::{Damage, Repository};
+
+use super::options::repository_error;
+use crate::JobError;
+
+/// Splits the address of a backup, `REPOSITORY/NAME@WHICH`, at its last slash: the repository, and
+/// the name of the backup there.
+///
+/// ```
+/// use nbd_jobs::repository::split_address;
+///
+/// assert_eq!(split_address("/srv/repo/vm1@latest"), Some(("/srv/repo", "vm1@latest")));
+/// assert_eq!(split_address("s3://bucket/prefix/vm1"), Some(("s3://bucket/prefix", "vm1")));
+/// assert_eq!(split_address("vm1"), None);
+/// ```
+#[must_use]
+pub fn split_address(text: &str) -> Option<(&str, &str)> {
+    let (repository, backup) = text.rsplit_once('/')?;
+    let is_complete = !repository.is_empty() && !repository.ends_with('/') && !backup.is_empty();
+    is_complete.then_some((repository, backup))
+}
+
+/// Opens a backup as a disk that is read only: a raw image. It is pinned until it is dropped.
+///
+/// # Errors
+///
+/// If there is no such backup, or it cannot be read.
+pub async fn open_disk(
+    repository: &Repository,
+    backup: &str,
+    damage: Damage,
+) -> Result<Arc<dyn Storage>, JobError> {
+    let (id, _) = repository.find(backup).await.map_err(repository_error)?;
+    let disk = repository.read(id, damage).await.map_err(repository_error)?;
+    Ok(Arc::new(disk))
+}

@@ -1,0 +1,254 @@
+//! Reads a disk and gives it to the repository.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::{Bytes, BytesMut};
+use imgfmt::{Format, Image, OpenOptions, Storage};
+use nbd_client::Client;
+use nbd_objects::repo::{BLOCK_SIZE, Damage, Id, Made, NewBackup, Repository, Session};
+use nbd_proto::NbdUri;
+use tokio::task::JoinHandle;
+
+use super::options::{BackedUpToRepository, RepositoryOptions, repository_error};
+use crate::backup::{connect_to_disk, context_of};
+use crate::copy::content::Content;
+use crate::copy::dirty::DirtyExtents;
+use crate::copy::plan::{Extents, Lengths, Plan};
+use crate::copy::source::Source;
+use crate::copy::verify::Verification;
+use crate::restore::Verify;
+use crate::{JobContext, JobError, JobErrorKind, Phase, Progress};
+
+/// Longest read, in bytes.
+const READ: u64 = 1 << 20;
+/// Longest part that is known without reading it, in bytes: whole blocks.
+const KNOWN: u64 = 1 << 40;
+
+/// What is recorded of the disk.
+#[derive(Default)]
+pub(super) struct Described {
+    pub(super) export: Option<String>,
+    pub(super) bitmap: Option<String>,
+    pub(super) identity: Option<String>,
+    pub(super) disk: Option<String>,
+}
+
+/// Shared state of the parts of one backup.
+pub(super) struct Work<'a> {
+    pub(super) repository: &'a Repository,
+    pub(super) options: &'a RepositoryOptions,
+    pub(super) context: &'a JobContext,
+    pub(super) like: Vec<Id>,
+    /// The backup on which this one is built.
+    pub(super) base: Option<Id>,
+}
+
+/// Reads in order, several at a time.
+enum Step {
+    Data(Read),
+    Zero(u64),
+    Unchanged(u64),
+}
+
+/// A read that ends with its owner.
+struct Read(JoinHandle<Result<Bytes, JobError>>);
+
+impl Drop for Read {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Work<'_> {
+    /// Backs up an export. With a bitmap, only its dirty parts are read.
+    pub(super) async fn run_served(
+        &self,
+        uri: &NbdUri,
+        dirty: Option<&str>,
+        described: &Described,
+    ) -> Result<BackedUpToRepository, JobError> {
+        let (connect, context) = (&self.options.connect, self.context);
+        let wanted = dirty.map(context_of).transpose()?;
+        let client = connect_to_disk(connect, context, uri, wanted.as_ref()).await?;
+        let source = Source::Nbd { client: client.clone(), uri: uri.clone() };
+        let result = self.run(source, wanted.as_ref().map(|it| (&client, it)), described).await;
+        // Everything was read, so the way in which the connection ends does not matter.
+        let _ = client.disconnect().await;
+        result
+    }
+
+    pub(super) async fn run(
+        &self,
+        source: Source,
+        dirty: Option<(&Client, &nbd_proto::wire::MetaContextName)>,
+        described: &Described,
+    ) -> Result<BackedUpToRepository, JobError> {
+        let started = Instant::now();
+        let size = source.size().unwrap_or_default();
+        let extents = |source: &Source| match dirty {
+            Some((client, bitmap)) => {
+                Extents::Dirty(Box::new(DirtyExtents::new(client.clone(), bitmap, 0)))
+            }
+            None => source.extents(0),
+        };
+        let source = Arc::new(source);
+        let mut new = NewBackup::default();
+        new.name.clone_from(&self.options.name);
+        new.size = size;
+        new.host = host();
+        new.export.clone_from(&described.export);
+        new.bitmap.clone_from(&described.bitmap);
+        new.identity.clone_from(&described.identity);
+        new.disk.clone_from(&described.disk);
+        new.base = self.base;
+        new.like.clone_from(&self.like);
+        let session = self.repository.begin(new).await.map_err(repository_error)?;
+        let copying = self.copy(&source, extents(&source), session);
+        let (made, read) = self.context.cancellation.unless_cancelled(copying).await?;
+        let verified = match self.options.verify {
+            Verify::Nothing => None,
+            Verify::Copied => Some(self.verify(&source, extents(&source), &made).await?),
+            Verify::All => Some(self.verify(&source, source.extents(0), &made).await?),
+        };
+        Ok(BackedUpToRepository {
+            id: made.id,
+            base: self.base,
+            is_incremental: dirty.is_some(),
+            size,
+            read,
+            added: made.added,
+            verified,
+            took: started.elapsed(),
+        })
+    }
+
+    /// Gives the whole disk to the session and commits it; returns the bytes that were read, too.
+    async fn copy(
+        &self,
+        source: &Arc<Source>,
+        extents: Extents,
+        mut session: Session,
+    ) -> Result<(Made, u64), JobError> {
+        let size = source.size().unwrap_or_default();
+        let longest = Lengths { data: READ, zeroes: KNOWN };
+        let mut plan = Plan::new(0, size, BLOCK_SIZE, longest, extents);
+        let mut steps = VecDeque::new();
+        let (mut read, mut holes) = (0, 0);
+        loop {
+            while steps.len() < self.options.requests.get() {
+                let Some(range) = plan.next().await? else { break };
+                let blocks = range.length.div_ceil(BLOCK_SIZE);
+                steps.push_back(match range.content {
+                    Content::Zero => Step::Zero(blocks),
+                    Content::Unchanged => Step::Unchanged(blocks),
+                    Content::Data => {
+                        self.context.keep_rate(range.length).await;
+                        read += range.length;
+                        Step::Data(begin(source, range.offset, range.length))
+                    }
+                });
+            }
+            match steps.pop_front() {
+                None => break,
+                Some(Step::Zero(blocks)) => {
+                    holes += blocks * BLOCK_SIZE;
+                    session.zero(blocks).await.map_err(repository_error)?;
+                }
+                Some(Step::Data(mut reading)) => {
+                    let bytes = ended(&mut reading).await?;
+                    session.data(bytes).await.map_err(repository_error)?;
+                }
+                Some(Step::Unchanged(blocks)) => {
+                    read += self.unchanged(source, &mut session, blocks).await?;
+                }
+            }
+            self.context.observer.progress(&Progress {
+                phase: Phase::Copying,
+                done: session.position(),
+                holes,
+                total: Some(size),
+            });
+        }
+        let made = session.commit().await.map_err(repository_error)?;
+        Ok((made, read))
+    }
+
+    /// Gives blocks that are clean. Those that the repository does not have any more are read;
+    /// returns their bytes.
+    async fn unchanged(
+        &self,
+        source: &Arc<Source>,
+        session: &mut Session,
+        blocks: u64,
+    ) -> Result<u64, JobError> {
+        let size = source.size().unwrap_or_default();
+        let end = (session.position() + blocks * BLOCK_SIZE).min(size);
+        let mut read = 0;
+        while session.position() < end {
+            let left = (end - session.position()).div_ceil(BLOCK_SIZE);
+            let taken = session.unchanged(left).await.map_err(repository_error)?;
+            if taken < left {
+                let start = session.position();
+                let length = READ.min(end - start);
+                let bytes = ended(&mut begin(source, start, length)).await?;
+                session.data(bytes).await.map_err(repository_error)?;
+                read += length;
+            }
+        }
+        Ok(read)
+    }
+
+    /// Reads the backup back. One that is not what it should be is forgotten.
+    async fn verify(
+        &self,
+        source: &Source,
+        extents: Extents,
+        made: &Made,
+    ) -> Result<u64, JobError> {
+        let opened = self.repository.read(made.id, Damage::Refused).await;
+        let storage: Arc<dyn Storage> = Arc::new(opened.map_err(repository_error)?);
+        let raw = OpenOptions::new().format(Format::Raw);
+        let image = tokio::task::spawn_blocking(move || Image::from_storage(storage, &raw)).await;
+        let image = image.map_err(|error| JobError::given_up("read", &error))?;
+        let image = image.map_err(|error| JobError::image(JobErrorKind::Destination, error))?;
+        let copy = Source::image(Arc::new(image));
+        let unit = source.alignment().max(4096);
+        let source = source.again();
+        let verification = Arc::new(Verification::new(source, copy, unit, extents, self.context));
+        let result = verification.run(self.options.requests.get()).await;
+        // Its pin is removed by a call that blocks.
+        let dropped = tokio::task::spawn_blocking(move || drop(verification));
+        let _ = dropped.await;
+        match result {
+            Err(error) if error.kind() == JobErrorKind::Mismatch => {
+                let forgotten = self.repository.forget(made.id, true).await;
+                let left = match forgotten {
+                    Ok(_) => "it was forgotten again".to_owned(),
+                    Err(second) => format!("and could not be forgotten: {second}"),
+                };
+                Err(error.in_words(format!(
+                    "the backup {} is not as it should be: {error}; {left}",
+                    made.id
+                )))
+            }
+            result => result,
+        }
+    }
+}
+
+fn begin(source: &Arc<Source>, offset: u64, length: u64) -> Read {
+    let source = Arc::clone(source);
+    let read = async move { source.read(offset, length, BytesMut::new()).await };
+    Read(tokio::spawn(read))
+}
+
+async fn ended(read: &mut Read) -> Result<Bytes, JobError> {
+    (&mut read.0).await.map_err(|error| JobError::given_up("read", &error))?
+}
+
+/// The name of this machine.
+fn host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}

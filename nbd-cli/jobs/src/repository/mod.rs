@@ -1,0 +1,110 @@
+//! Backups of disks in a repository on an object store or in a folder (feature `object-storage`).
+
+mod checkpoint;
+mod disk;
+mod job;
+mod options;
+
+use std::sync::Arc;
+
+use nbd_objects::repo::{Head, Repository};
+use nbd_proto::NbdUri;
+
+pub use self::disk::{open_disk, split_address};
+use self::job::{Described, Work};
+use self::options::earlier;
+pub use self::options::{BackedUpToRepository, DiskToBackUp, RepositoryOptions, repository_error};
+use crate::backup::BackupSource;
+use crate::copy::check_concurrency;
+use crate::copy::source::Source;
+use crate::text::printable;
+use crate::{JobContext, JobError, JobErrorKind};
+
+/// Makes a backup of a disk in a repository.
+///
+/// Every backup is complete: none needs another one. Only what the last backup of this name does not
+/// have is sent. A backup that was interrupted is made again, and sends what is missing.
+///
+/// # Errors
+///
+/// If the disk or the repository cannot be reached, if the options contradict each other, if the
+/// bitmap does not belong to the last backup, if verification finds a difference, and if the job is
+/// cancelled.
+///
+/// # Cancel safety
+///
+/// Dropping the future leaves no backup, and packs that the next backup of this name uses again. A
+/// checkpoint is rolled back by its server.
+pub async fn backup_to_repository(
+    disk: &DiskToBackUp,
+    repository: &Repository,
+    options: &RepositoryOptions,
+    context: &JobContext,
+) -> Result<BackedUpToRepository, JobError> {
+    check_concurrency(options.requests, &options.connect)?;
+    let earlier = earlier(repository, &options.name).await?;
+    let mut like = Vec::new();
+    for name in &options.like {
+        like.push(repository.find(name).await.map_err(repository_error)?.0);
+    }
+    let last = earlier.first().cloned();
+    let mut work = Work { repository, options, context, like, base: last.as_ref().map(|it| it.0) };
+    match disk {
+        DiskToBackUp::Image(image) => {
+            if options.bitmap.is_some() {
+                return Err(JobError::invalid(
+                    "--bitmap is for disks of servers; serve the image, or leave it out",
+                ));
+            }
+            let source = Source::image(Arc::clone(image));
+            work.run(source, None, &Described::default()).await
+        }
+        DiskToBackUp::Served(served) => match &**served {
+            BackupSource::Export(uri) => {
+                options.connect.tls.check([uri])?;
+                let dirty = match (&options.bitmap, last) {
+                    (Some(bitmap), Some((_, last))) if !options.full => {
+                        check_bitmap(uri, bitmap, &last)?;
+                        Some(bitmap.as_str())
+                    }
+                    _ => None,
+                };
+                let described = Described {
+                    export: Some(uri.export_name.clone()),
+                    bitmap: options.bitmap.clone(),
+                    ..Described::default()
+                };
+                work.run_served(uri, dirty, &described).await
+            }
+            BackupSource::Checkpoint { socket, export, uri } => {
+                let server = checkpoint::server(socket, export, uri.as_ref());
+                checkpoint::backup(&mut work, server, &earlier).await
+            }
+        },
+    }
+}
+
+/// Refuses a bitmap that did not start with the last backup, as far as that is known.
+fn check_bitmap(uri: &NbdUri, bitmap: &str, last: &Head) -> Result<(), JobError> {
+    let own = last.bitmap.as_deref();
+    let why = if own != Some(bitmap) {
+        match own {
+            Some(own) => format!("it was made for the bitmap '{}'", printable(own)),
+            None => "it was made without a bitmap".to_owned(),
+        }
+    } else if last.export.as_ref() != Some(&uri.export_name) {
+        let own = last.export.as_deref().unwrap_or_default();
+        format!("it is of the export '{}'", printable(own))
+    } else {
+        return Ok(());
+    };
+    Err(JobError::new(
+        JobErrorKind::Base,
+        format!(
+            "the last backup of '{}' may not be the one with which the bitmap '{}' started: {why}; \
+             add --full to read the whole disk",
+            printable(&last.name),
+            printable(bitmap)
+        ),
+    ))
+}

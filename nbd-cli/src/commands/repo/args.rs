@@ -1,0 +1,213 @@
+//! The arguments.
+
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use nbd_jobs::size::parse_duration;
+use nbd_objects::repo::Id;
+
+use super::keys::KeyArgs;
+use super::store::StoreArgs;
+use super::text::{id, percent};
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli repo init /srv/backups
+  nbd-cli backup nbd://vmhost/disk /srv/backups --name vm1
+  nbd-cli repo list /srv/backups
+  nbd-cli serve --read-only backup:/srv/backups/vm1@latest
+  nbd-cli restore backup:/srv/backups/vm1@2026-11-20 disk.img
+  nbd-cli repo prune /srv/backups --keep-daily 7 --keep-weekly 4
+  nbd-cli repo gc /srv/backups
+  nbd-cli repo check /srv/backups --read-data=10%
+
+A repository is a folder, or a prefix of an S3 store (s3://bucket/prefix). Every backup in it is
+complete: none needs another one, and each can be forgotten. Any number of backups, readers and one or
+more gc may use a repository at once. Versions of objects, locks on objects, and moving objects to
+slower storage contradict gc and reading: leave them off for a repository.";
+
+/// Arguments of `nbd-cli repo`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct RepoArgs {
+    /// The subcommand.
+    #[command(subcommand)]
+    pub command: RepoCommand,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum RepoCommand {
+    /// Make a repository
+    Init(InitArgs),
+    /// List the backups, and who makes or reads one
+    List(ListArgs),
+    /// Check that every backup can be read
+    Check(CheckArgs),
+    /// Forget backups; gc frees their space
+    Forget(ForgetArgs),
+    /// Forget all backups but those that rules keep; gc frees their space
+    Prune(PruneArgs),
+    /// Delete what no backup needs
+    Gc(GcArgs),
+    /// Show how much space is used
+    Stats(StatsArgs),
+    /// End an interrupted backup, or the reading of one
+    ForgetSession(ForgetSessionArgs),
+    /// Add, list and remove the passphrases of an encrypted repository
+    Key(KeyArgs),
+}
+
+/// Arguments of `nbd-cli repo init`.
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub store: StoreArgs,
+
+    /// Encrypt everything with AES-256-GCM. Needs --passphrase-file. Without its passphrase nothing
+    /// can be read.
+    #[arg(long, requires = "passphrase_file")]
+    pub encrypt: bool,
+}
+
+/// Arguments of `nbd-cli repo list`.
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub store: StoreArgs,
+
+    /// Only the backups of this disk.
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `nbd-cli repo check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub store: StoreArgs,
+
+    /// Read this part of the packs as well, chosen at random, and compare all that is in them with
+    /// its hashes.
+    #[arg(long, value_name = "PERCENT", value_parser = percent, num_args = 0..=1,
+          require_equals = true, default_missing_value = "100%")]
+    pub read_data: Option<f64>,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `nbd-cli repo forget`.
+#[derive(Debug, Args)]
+pub struct ForgetArgs {
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub store: StoreArgs,
+
+    /// The backups: NAME@DAY, NAME@ID or NAME@latest, or the whole identity alone.
+    #[arg(required = true, value_name = "BACKUP")]
+    pub backups: Vec<String>,
+
+    /// Forget a backup whose object is damaged, too. Give its identity.
+    #[arg(long)]
+    pub damaged: bool,
+}
+
+/// Arguments of `nbd-cli repo prune`.
+#[derive(Debug, Args)]
+pub struct PruneArgs {
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub store: StoreArgs,
+
+    /// Only the backups of this disk.
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Keep the newest N of each disk.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_last: u32,
+
+    /// Keep the newest of each of the last N hours that have one.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_hourly: u32,
+
+    /// Keep the newest of each of the last N days that have one. Days, weeks, months and years are
+    /// those of UTC.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_daily: u32,
+
+    /// Keep the newest of each of the last N weeks, from Monday.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_weekly: u32,
+
+    /// Keep the newest of each of the last N months.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_monthly: u32,
+
+    /// Keep the newest of each of the last N years.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_yearly: u32,
+
+    /// Only say what would be forgotten.
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+}
+
+/// Arguments of `nbd-cli repo gc`.
+#[derive(Debug, Args)]
+pub struct GcArgs {
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub store: StoreArgs,
+
+    /// End a backup that gives no sign of life for so long: it was killed, or will fail. A backup
+    /// gives one each minute.
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = parse_duration)]
+    pub idle: Duration,
+
+    /// Wait so long for backups that live; after that nothing is deleted.
+    #[arg(long, value_name = "TIME", default_value = "60m", value_parser = parse_duration)]
+    pub wait: Duration,
+
+    /// Only say what would be deleted.
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `nbd-cli repo stats`.
+#[derive(Debug, Args)]
+pub struct StatsArgs {
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub store: StoreArgs,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `nbd-cli repo forget-session`.
+#[derive(Debug, Args)]
+pub struct ForgetSessionArgs {
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub store: StoreArgs,
+
+    /// The identity that 'repo list' shows: of a backup that is being made, which then fails at its
+    /// end; of a reader, which then may lose its backup; or of the list of a gc that was killed.
+    #[arg(value_name = "ID", value_parser = id)]
+    pub id: Id,
+}

@@ -1,0 +1,303 @@
+//! What the commands print.
+
+use std::collections::BTreeMap;
+
+use nbd_jobs::date::date_and_time;
+use nbd_jobs::repository::repository_error;
+use nbd_objects::repo::{BackupInfo, Checked, Garbage, Repository, SessionInfo};
+use serde::Serialize;
+
+use super::args::{GcArgs, ListArgs, StatsArgs};
+use super::store::described;
+use super::text::{bytes, format};
+use crate::error::{CommandError, Outcome};
+use crate::output::{Output, ReportFormat, printable};
+
+/// A backup. Sizes are in bytes.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Backup {
+    id: String,
+    name: Option<String>,
+    time: Option<String>,
+    size: Option<u64>,
+    /// Bytes of the disk that are not zero.
+    data: Option<u64>,
+    /// Bytes that it added to the repository.
+    added: Option<u64>,
+    export: Option<String>,
+    bitmap: Option<String>,
+    forgotten: bool,
+    /// What is wrong with its object.
+    damage: Option<String>,
+}
+
+/// A backup that is being made or was interrupted.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Session {
+    id: String,
+    name: Option<String>,
+    host: Option<String>,
+    since: Option<String>,
+}
+
+/// A reader.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Pin {
+    id: String,
+    backup: String,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct List {
+    backups: Vec<Backup>,
+    sessions: Vec<Session>,
+    readers: Vec<Pin>,
+}
+
+impl Backup {
+    fn of(info: &BackupInfo) -> Self {
+        let head = info.head.as_ref().ok();
+        Self {
+            id: info.id.to_string(),
+            name: head.map(|head| head.name.clone()),
+            time: head.map(|head| date_and_time(head.time / 1000)),
+            size: head.map(|head| head.size),
+            data: head.map(|head| head.data),
+            added: head.map(|head| head.added),
+            export: head.and_then(|head| head.export.clone()),
+            bitmap: head.and_then(|head| head.bitmap.clone()),
+            forgotten: info.is_forgotten,
+            damage: info.head.as_ref().err().map(ToString::to_string),
+        }
+    }
+}
+
+impl Session {
+    fn of(info: &SessionInfo) -> Self {
+        let record = info.record.as_ref();
+        Self {
+            id: info.id.to_string(),
+            name: record.map(|record| record.name.clone()),
+            host: record.map(|record| record.host.clone()),
+            since: record.map(|record| date_and_time(record.time / 1000)),
+        }
+    }
+}
+
+pub(super) async fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
+    let repository = args.store.open().await?;
+    let mut backups = repository.list().await.map_err(repository_error)?;
+    if let Some(name) = &args.name {
+        backups.retain(|info| info.head.as_ref().is_ok_and(|head| head.name == *name));
+    }
+    let sessions = repository.sessions().await.map_err(repository_error)?;
+    let readers = repository.pins().await.map_err(repository_error)?;
+    let mut output = Output::new();
+    match format(args.json) {
+        ReportFormat::Json => output.json(&List {
+            backups: backups.iter().map(Backup::of).collect(),
+            sessions: sessions.iter().map(Session::of).collect(),
+            readers: readers
+                .iter()
+                .map(|(id, backup)| Pin { id: id.to_string(), backup: backup.to_string() })
+                .collect(),
+        })?,
+        ReportFormat::Text => {
+            for info in &backups {
+                let state = if info.is_forgotten { "  (forgotten)" } else { "" };
+                match &info.head {
+                    Ok(head) => output.line(&format!("{}{state}", described(info.id, head)))?,
+                    Err(error) => {
+                        output.line(&format!(
+                            "{}  damaged: {}",
+                            info.id,
+                            printable(&error.to_string())
+                        ))?;
+                    }
+                }
+            }
+            for session in sessions.iter().map(Session::of) {
+                output.line(&format!(
+                    "{}  being made or interrupted: {} on {} since {}",
+                    session.id,
+                    printable(session.name.as_deref().unwrap_or("?")),
+                    printable(session.host.as_deref().unwrap_or("?")),
+                    session.since.as_deref().unwrap_or("?")
+                ))?;
+            }
+            for (id, backup) in &readers {
+                output.line(&format!("{id}  reads {backup}"))?;
+            }
+        }
+    }
+    output.finish()?;
+    Ok(Outcome::Success)
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Problem {
+    message: String,
+    backups: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Check {
+    problems: Vec<Problem>,
+    backups: u64,
+    packs: u64,
+    bytes: u64,
+    packs_read: u64,
+    packs_unneeded: u64,
+}
+
+pub(super) fn check(
+    repository: &Repository,
+    checked: &Checked,
+    json: bool,
+) -> Result<(), CommandError> {
+    let problem = |problem: &nbd_objects::repo::Problem| Problem {
+        message: problem.message.clone(),
+        backups: problem.backups.iter().map(|(id, name)| format!("{name}@{id}")).collect(),
+    };
+    let report = Check {
+        problems: checked.problems.iter().map(problem).collect(),
+        backups: checked.backups,
+        packs: checked.packs,
+        bytes: checked.bytes,
+        packs_read: checked.read,
+        packs_unneeded: checked.unneeded,
+    };
+    let mut output = Output::new();
+    match format(json) {
+        ReportFormat::Json => output.json(&report)?,
+        ReportFormat::Text => {
+            for problem in &report.problems {
+                output.line(&format!("error: {}", printable(&problem.message)))?;
+                for backup in &problem.backups {
+                    output.line(&format!("  not whole: {}", printable(backup)))?;
+                }
+            }
+            let result = match report.problems.len() {
+                0 => "no errors".to_owned(),
+                count => format!("{count} errors"),
+            };
+            output.line(&format!(
+                "{}: {result}; {} backups, {} packs ({}), {} of them read and {} not needed",
+                printable(repository.name()),
+                report.backups,
+                report.packs,
+                bytes(report.bytes),
+                report.packs_read,
+                report.packs_unneeded,
+            ))?;
+        }
+    }
+    output.finish()
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Gc {
+    packs: u64,
+    bytes: u64,
+    ended_sessions: Vec<String>,
+    other_lists: Vec<String>,
+}
+
+pub(super) fn garbage(garbage: &Garbage, args: &GcArgs) -> Result<(), CommandError> {
+    let mut output = Output::new();
+    match format(args.json) {
+        ReportFormat::Json => output.json(&Gc {
+            packs: garbage.packs,
+            bytes: garbage.bytes,
+            ended_sessions: garbage.ended.iter().map(ToString::to_string).collect(),
+            other_lists: garbage.lists.iter().map(ToString::to_string).collect(),
+        })?,
+        ReportFormat::Text => {
+            for session in &garbage.ended {
+                output.line(&format!("ended: the interrupted backup {session}"))?;
+            }
+            let verb = if args.dry_run { "would be deleted" } else { "deleted" };
+            output.line(&format!("{verb}: {} packs, {}", garbage.packs, bytes(garbage.bytes)))?;
+        }
+    }
+    output.finish()
+}
+
+/// The backups of one disk. Sizes are in bytes.
+#[derive(Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Disk {
+    name: String,
+    backups: u64,
+    /// Size of the disk at the last backup.
+    size: u64,
+    /// Bytes of it that are not zero.
+    data: u64,
+    /// Bytes that all its backups added.
+    added: u64,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Stats {
+    id: String,
+    encrypted: bool,
+    packs: u64,
+    bytes: u64,
+    disks: Vec<Disk>,
+}
+
+pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
+    let repository = args.store.open().await?;
+    let mut disks: BTreeMap<String, Disk> = BTreeMap::new();
+    for info in repository.list().await.map_err(repository_error)? {
+        let Ok(head) = info.head else { continue };
+        if info.is_forgotten {
+            continue;
+        }
+        let disk = disks.entry(head.name.clone()).or_default();
+        disk.backups += 1;
+        disk.added += head.added;
+        (disk.name, disk.size, disk.data) = (head.name, head.size, head.data);
+    }
+    let (packs, total) = repository.space().await.map_err(repository_error)?;
+    let stats = Stats {
+        id: repository.id().to_owned(),
+        encrypted: repository.is_encrypted(),
+        packs,
+        bytes: total,
+        disks: disks.into_values().collect(),
+    };
+    let mut output = Output::new();
+    match format(args.json) {
+        ReportFormat::Json => output.json(&stats)?,
+        ReportFormat::Text => {
+            for disk in &stats.disks {
+                output.line(&format!(
+                    "{}: {} backups, {} with {} of data, {} added",
+                    printable(&disk.name),
+                    disk.backups,
+                    bytes(disk.size),
+                    bytes(disk.data),
+                    bytes(disk.added)
+                ))?;
+            }
+            output.line(&format!(
+                "{}: {} packs, {}, {}",
+                printable(repository.name()),
+                stats.packs,
+                bytes(stats.bytes),
+                if stats.encrypted { "encrypted" } else { "not encrypted" }
+            ))?;
+        }
+    }
+    output.finish()?;
+    Ok(Outcome::Success)
+}

@@ -1,0 +1,208 @@
+//! Backups in a repository in a folder.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::support::image::{are_equal, write};
+use crate::support::{Disk, Server, nbd_cli, peer, says};
+use crate::tools;
+
+fn json(arguments: &[&str]) -> Value {
+    serde_json::from_str(&nbd_cli(arguments).success()).expect("JSON")
+}
+
+/// A repository, beside a disk with data.
+fn repository(directory: &Disk) -> String {
+    let repository = directory.beside("repository");
+    nbd_cli(&["repo", "init", &repository]).success();
+    repository
+}
+
+fn packs(repository: &str) -> Vec<std::path::PathBuf> {
+    let sessions = std::fs::read_dir(Path::new(repository).join("packs")).expect("a folder");
+    let sessions = sessions.map(|session| session.expect("an entry").path());
+    sessions
+        .flat_map(|session| std::fs::read_dir(session).expect("a folder"))
+        .map(|pack| pack.expect("an entry").path())
+        .collect()
+}
+
+#[test]
+fn backup_of_an_image_is_listed_checked_restored_and_forgotten() {
+    let disk = Disk::sparse();
+    let repository = repository(&disk);
+    says(nbd_cli(&["repo", "init", &repository]), &["is a repository already"]);
+    let made =
+        json(&["backup", "--name", "vm1", "--verify=all", "--json", disk.path(), &repository]);
+    assert_eq!(made["incremental"], false, "{made}");
+    let again = json(&["backup", "--name", "vm1", "--json", disk.path(), &repository]);
+    assert_eq!(again["base"], made["id"]);
+    assert!(again["added"].as_u64() < Some(64 << 10), "{again}");
+    let list = json(&["repo", "list", "--json", &repository]);
+    assert_eq!(list["backups"].as_array().map(Vec::len), Some(2), "{list}");
+    for nobody in ["sessions", "readers"] {
+        assert_eq!(list[nobody].as_array().map(Vec::len), Some(0), "{list}");
+    }
+    let checked = json(&["repo", "check", "--read-data", "--json", &repository]);
+    assert_eq!(checked["problems"], Value::from(Vec::<i32>::new()));
+
+    let restored = disk.beside("restored");
+    let name = format!("backup:{repository}/vm1@latest");
+    nbd_cli(&["restore", "--verify", &name, &restored]).success();
+    disk.assert_equals(&restored);
+    // Without the first one, the second is whole.
+    let first = format!("vm1@{}", made["id"].as_str().expect("text"));
+    nbd_cli(&["repo", "forget", &repository, &first]).success();
+    nbd_cli(&["repo", "gc", "--idle", "0s", &repository]).success();
+    nbd_cli(&["restore", &name, "null:"]).success();
+    says(nbd_cli(&["restore", &format!("backup:{repository}/{first}"), "null:"]), &["no backup"]);
+    says(nbd_cli(&["repo", "prune", &repository]), &["--keep-last"]);
+    nbd_cli(&["repo", "prune", "--keep-last", "1", &repository]).success();
+    assert_eq!(json(&["repo", "stats", "--json", &repository])["disks"][0]["backups"], 1);
+    nbd_cli(&["repo", "forget", &repository, "vm1@latest"]).success();
+    nbd_cli(&["repo", "gc", "--idle", "0s", &repository]).success();
+    assert!(packs(&repository).is_empty());
+}
+
+#[test]
+fn damaged_packs_are_named_and_the_rest_is_restored() {
+    let disk = Disk::sparse();
+    let repository = repository(&disk);
+    nbd_cli(&["backup", "--name", "vm1", disk.path(), &repository]).success();
+    let pack = packs(&repository).pop().expect("a pack");
+    let mut content = std::fs::read(&pack).expect("a pack");
+    content[5] ^= 1;
+    std::fs::write(&pack, content).expect("it is written");
+    let session = pack.parent().and_then(Path::file_name).expect("a name").to_string_lossy();
+    let checked = nbd_cli(&["repo", "check", "--read-data", &repository]);
+    assert_eq!(checked.code, Some(1));
+    assert!(
+        checked.stdout.contains(&*session) && checked.stdout.contains("vm1@"),
+        "{}",
+        checked.stdout
+    );
+    let name = format!("backup:{repository}/vm1");
+    let restored = disk.beside("restored");
+    says(nbd_cli(&["restore", &name, &restored]), &[&session]);
+    assert!(!Path::new(&restored).exists());
+    let skipped = nbd_cli(&["restore", "--skip-damaged", &name, &restored]);
+    assert_eq!(skipped.code, Some(1), "{skipped:?}");
+    let said =
+        ["1 blocks", "everything else", &*session].iter().all(|it| skipped.stderr.contains(it));
+    assert!(said, "{skipped:?}");
+    let found = std::fs::read(&restored).expect("it is there");
+    let differ = found.iter().zip(disk.content()).filter(|(one, other)| one != other).count();
+    assert!(found.len() == disk.content().len() && differ > 0 && differ <= 65536, "{differ}");
+}
+
+#[test]
+fn encrypted_repository_needs_its_passphrase() {
+    let disk = Disk::sparse();
+    let (repository, first, second) =
+        (disk.beside("repository"), disk.beside("first"), disk.beside("second"));
+    std::fs::write(&first, "correct horse\n").expect("it is written");
+    std::fs::write(&second, "battery staple").expect("it is written");
+    let refused = nbd_cli(&["repo", "init", "--encrypt", &repository]);
+    assert!(refused.code == Some(1) && refused.stderr.contains("--passphrase-file"), "{refused:?}");
+    nbd_cli(&["repo", "init", "--encrypt", "--passphrase-file", &first, &repository]).success();
+    let with_first = ["--passphrase-file", &*first];
+    nbd_cli(&[&["backup", "--name", "vm1"], &with_first[..], &[disk.path(), &repository]].concat())
+        .success();
+    says(nbd_cli(&["repo", "list", &repository]), &["--passphrase-file"]);
+    says(
+        nbd_cli(&["repo", "list", "--passphrase-file", &second, &repository]),
+        &["the passphrase is none of"],
+    );
+    let add = ["repo", "key", "add", "--new-passphrase-file", &second];
+    nbd_cli(&[&add[..], &with_first, &[&repository]].concat()).success();
+    let restored = disk.beside("restored");
+    let name = format!("backup:{repository}/vm1");
+    nbd_cli(&["restore", "--passphrase-file", &second, &name, &restored]).success();
+    disk.assert_equals(&restored);
+}
+
+#[test]
+fn incremental_backups_of_a_disk_in_use_are_each_complete() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let directory = Disk::sparse();
+    let repository = repository(&directory);
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "200M"]);
+    write(&qemu_io, &disk, "write -P 1 0 90M");
+    let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
+    let write = |command: &str| {
+        let said = peer(&qemu_io, &["-f", "raw", "-c", command, server.uri()]);
+        assert!(!said.contains("failed"), "{said}");
+    };
+    let backup = || {
+        let arguments = ["backup", "--name", "vm", "--control", &control, "--export", "vm"];
+        json(&[&arguments[..], &["-B", "daily", "--verify=all", "--json", &repository]].concat())
+    };
+    let mut states = Vec::new();
+    let mut keep = |made: &Value, is_incremental: bool| {
+        let copied = directory.beside(&format!("{}.img", states.len()));
+        nbd_cli(&["copy", server.uri(), &copied]).success();
+        assert_eq!(made["incremental"], is_incremental, "{made}");
+        states.push((made["id"].as_str().expect("text").to_owned(), copied));
+    };
+    keep(&backup(), false);
+    write("write -P 2 70M 100k");
+    write("write -z 3M 128k");
+    let made = backup();
+    assert!(made["read"].as_u64() <= Some(384 << 10), "{made}");
+    keep(&made, true);
+    // A backup that fails forgets nothing: its repository is gone at its end.
+    write("write -P 3 150M 64k");
+    let broken = Path::new(&repository).join("backups");
+    let aside = directory.beside("aside");
+    std::fs::rename(&broken, &aside).expect("it is renamed");
+    std::fs::write(&broken, "").expect("it is written");
+    let arguments = ["backup", "--name", "vm", "--control", &control, "--export", "vm"];
+    nbd_cli(&[&arguments[..], &["-B", "daily", &repository]].concat()).failure();
+    std::fs::remove_file(&broken).expect("it is removed");
+    std::fs::rename(&aside, &broken).expect("it is renamed");
+    let made = backup();
+    assert!(made["read"].as_u64() >= Some(64 << 10), "{made}");
+    keep(&made, true);
+    // The one with which the bitmap started is gone: everything is read.
+    nbd_cli(&["repo", "forget", &repository, &states[2].0]).success();
+    write("write -P 4 199M 64k");
+    let made = backup();
+    assert_eq!(made["incremental"], false, "{made}");
+    server.end();
+    for (id, copied) in &states[..2] {
+        let restored = directory.beside("restored.img");
+        nbd_cli(&["restore", &format!("backup:{repository}/vm@{id}"), &restored]).success();
+        are_equal(&qemu_img, copied, &restored);
+        std::fs::remove_file(restored).expect("it is there");
+    }
+}
+
+#[test]
+fn bitmap_of_another_server_is_used_only_for_the_backup_that_it_follows() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
+    let directory = Disk::sparse();
+    let repository = repository(&directory);
+    let disk = super::backup_chain::disk_with_bitmap(&directory, &qemu_img, &qemu_io);
+    let backup = |more: &[&str]| {
+        let server = super::backup_chain::serve(&qemu_nbd, &disk);
+        let made = nbd_cli(
+            &[&["backup", "--name", "vm", "--json"], more, &[server.uri(), &repository]].concat(),
+        );
+        server.end();
+        made
+    };
+    let parsed = |text: String| serde_json::from_str::<Value>(&text).expect("JSON");
+    // One without the bitmap is none that it follows.
+    backup(&[]).success();
+    says(backup(&["-B", "b0"]), &["may not be the one", "--full"]);
+    backup(&["-B", "b0", "--full"]).success();
+    super::backup_chain::change(&qemu_io, &disk);
+    let made = parsed(backup(&["-B", "b0", "--verify=all"]).success());
+    assert_eq!(made["incremental"], true, "{made}");
+    assert!(made["read"].as_u64() <= Some(512 << 10), "{made}");
+    let restored = directory.beside("restored.img");
+    nbd_cli(&["restore", &format!("backup:{repository}/vm"), &restored]).success();
+    are_equal(&qemu_img, &disk, &restored);
+}
