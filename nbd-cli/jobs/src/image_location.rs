@@ -181,8 +181,10 @@ impl ImageLocation {
                 Image::inspect_storage(Arc::new(storage), &remotes.for_export(&options))
                     .map_err(|error| self.named(JobErrorKind::Source, error))
             }
-            Self::Object(url) => Image::inspect_storage(remotes.open_object(url)?, &url.options(&options))
-                .map_err(|error| self.named(JobErrorKind::Source, error)),
+            Self::Object(url) => {
+                Image::inspect_storage(remotes.open_object(url)?, &url.options(&options))
+                    .map_err(|error| self.named(JobErrorKind::Source, error))
+            }
             file => Image::inspect_file(file.path(), &options).map_err(opening),
         }
     }
@@ -206,8 +208,10 @@ impl ImageLocation {
                 Image::inspect_storage_chain(Arc::new(storage), &remotes.for_export(&options))
                     .map_err(|error| opening(error.with_path(uri.to_string())))
             }
-            Self::Object(url) => Image::inspect_storage_chain(remotes.open_object(url)?, &url.options(&options))
-                .map_err(|error| opening(error.with_path(url.to_string()))),
+            Self::Object(url) => {
+                Image::inspect_storage_chain(remotes.open_object(url)?, &url.options(&options))
+                    .map_err(|error| opening(error.with_path(url.to_string())))
+            }
             file => Image::inspect_chain(file.path(), &options).map_err(opening),
         }
     }

@@ -135,7 +135,8 @@ impl ObjectArgs {
 
     /// Opens a backup in a repository. Its passphrase is in the file that the environment names.
     fn open_backup(&self, address: &str) -> std::io::Result<Arc<dyn Storage>> {
-        let failed = |why: String| std::io::Error::other(format!("cannot open backup:{address}: {why}"));
+        let failed =
+            |why: String| std::io::Error::other(format!("cannot open backup:{address}: {why}"));
         let (repository, backup) = split_address(address).ok_or_else(|| {
             failed("write backup:REPOSITORY/NAME@latest, or @DAY, @TIME or @ID".to_owned())
         })?;

@@ -11,9 +11,10 @@ use crate::support::{PROGRAM, nbd_cli, run};
 use crate::tools;
 
 /// Every document whose commands a test below runs.
-const DOCUMENTS: [(&str, &str); 15] = [
+const DOCUMENTS: [(&str, &str); 16] = [
     ("README.md", include_str!("../../../README.md")),
     ("docs/backup.md", include_str!("../../../docs/backup.md")),
+    ("docs/backup-repository.md", include_str!("../../../docs/backup-repository.md")),
     ("docs/bench.md", include_str!("../../../docs/bench.md")),
     ("docs/control.md", include_str!("../../../docs/control.md")),
     ("docs/copy.md", include_str!("../../../docs/copy.md")),
@@ -163,6 +164,11 @@ fn readme_commands_of_inspecting_run() {
 #[test]
 fn readme_commands_of_copying_run() {
     paste("docs/copy.md");
+}
+
+#[test]
+fn readme_commands_of_repositories_run() {
+    paste("docs/backup-repository.md");
 }
 
 #[test]

@@ -54,14 +54,14 @@ fn backup_of_an_image_is_listed_checked_restored_and_forgotten() {
     // Without the first one, the second is whole.
     let first = format!("vm1@{}", made["id"].as_str().expect("text"));
     nbd_cli(&["repo", "forget", &repository, &first]).success();
-    nbd_cli(&["repo", "gc", "--idle", "0s", &repository]).success();
+    nbd_cli(&["repo", "gc", "--idle", "1ms", &repository]).success();
     nbd_cli(&["restore", &name, "null:"]).success();
     says(nbd_cli(&["restore", &format!("backup:{repository}/{first}"), "null:"]), &["no backup"]);
     says(nbd_cli(&["repo", "prune", &repository]), &["--keep-last"]);
     nbd_cli(&["repo", "prune", "--keep-last", "1", &repository]).success();
     assert_eq!(json(&["repo", "stats", "--json", &repository])["disks"][0]["backups"], 1);
     nbd_cli(&["repo", "forget", &repository, "vm1@latest"]).success();
-    nbd_cli(&["repo", "gc", "--idle", "0s", &repository]).success();
+    nbd_cli(&["repo", "gc", "--idle", "1ms", &repository]).success();
     assert!(packs(&repository).is_empty());
 }
 
