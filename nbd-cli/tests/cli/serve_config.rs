@@ -6,6 +6,7 @@ use std::process::Command;
 use rustix::process::Signal;
 use tempfile::TempDir;
 
+use crate::support::qemu_nbd::wait_until;
 use crate::support::{PROGRAM, Server, nbd_cli, says};
 
 /// A directory with a configuration, a socket and a control socket.
@@ -240,6 +241,32 @@ fn an_image_is_not_renamed_in_one_reload() {
     place.write(&named("c", &image, "read-only = true\n"));
     place.reload().success();
     assert!(is_there(&server, "c") && !is_there(&server, "a") && !is_there(&server, "b"));
+    server.end();
+}
+
+#[test]
+fn an_image_is_not_opened_again_while_clients_of_its_removed_export_have_it_open() {
+    let place = Configured::new();
+    let image = place.path("disk.img");
+    std::fs::write(&image, vec![7; 1 << 20]).expect("a file");
+    let named = |name: &str, more: &str| {
+        let source = format!("source = \"{image}\"\nformat = \"raw\"\nlocking = \"off\"");
+        format!("[[export]]\nname = \"{name}\"\n{source}\n{more}") + &export("scratch", "")
+    };
+    place.write(&named("a", ""));
+    let server = place.serve();
+    let held = nbd_client_holds(&server, "a");
+    place.write(&export("scratch", ""));
+    place.reload().success();
+    for (name, more) in [("b", ""), ("b", "read-only = true\n"), ("a", "")] {
+        place.write(&named(name, more));
+        let parts = [format!("'{name}' is still open for clients of 'a'"), "disconnected".into()];
+        says(place.reload(), &parts.each_ref().map(String::as_str));
+        assert!(!is_there(&server, name));
+    }
+    held.still_works();
+    wait_until("the last client has left", || place.reload().code == Some(0));
+    assert!(is_there(&server, "a"));
     server.end();
 }
 

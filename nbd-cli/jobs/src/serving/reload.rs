@@ -59,17 +59,19 @@ pub struct Changes<T> {
 impl<T: Clone> Configuration<T> {
     /// Compares this configuration, which is in effect, with a new one. What cannot change while the
     /// server runs keeps its old value in `new`, so that the next comparison is with what is in
-    /// effect. `served` are the names of all exports of the server.
+    /// effect. `served` are the names of all exports of the server, and `leaving` are exports that were
+    /// removed and are not closed, because clients still use them.
     ///
     /// # Errors
     ///
     /// If a new export has the name of one that is not of a configuration, or the source of one that
-    /// is removed.
+    /// is removed or leaving.
     pub fn changes_to(
         &self,
         new: &mut Self,
         live: LiveSettings<'_>,
         served: &[String],
+        leaving: &[ConfiguredExport<T>],
     ) -> Result<Changes<T>, JobError> {
         let mut left = differences(&self.server, &new.server, live.server);
         let keeps_server = !left.is_empty();
@@ -107,6 +109,7 @@ impl<T: Clone> Configuration<T> {
         });
         let removed: Vec<_> = gone.cloned().collect();
         refuse_renaming(&added, &removed)?;
+        refuse_leaving(&added, leaving)?;
         Ok(Changes { added, removed, left, keeps_server })
     }
 }
@@ -117,16 +120,36 @@ fn refuse_renaming<T>(
     added: &[ConfiguredExport<T>],
     removed: &[ConfiguredExport<T>],
 ) -> Result<(), JobError> {
-    for (new, old) in added.iter().flat_map(|new| removed.iter().map(move |old| (new, old))) {
-        if same_source(&new.source, &old.source) && !(new.only_reads && old.only_reads) {
-            return Err(JobError::invalid(format!(
-                "the source of the new export '{}' is still that of '{}': remove '{}' in one \
-                 reload and add '{}' in the next",
-                new.name, old.name, old.name, new.name
-            )));
-        }
-    }
-    Ok(())
+    let Some((new, old)) = conflict(added, removed) else { return Ok(()) };
+    Err(JobError::invalid(format!(
+        "the source of the new export '{}' is still that of '{}': remove '{}' in one reload and add \
+         '{}' in the next",
+        new.name, old.name, old.name, new.name
+    )))
+}
+
+/// Refuses a new export of the source of one that is gone and has clients, for the same reason.
+fn refuse_leaving<T>(
+    added: &[ConfiguredExport<T>],
+    leaving: &[ConfiguredExport<T>],
+) -> Result<(), JobError> {
+    let Some((new, old)) = conflict(added, leaving) else { return Ok(()) };
+    Err(JobError::invalid(format!(
+        "the source of the new export '{}' is still open for clients of '{}', which was removed: add \
+         it when they have disconnected",
+        new.name, old.name
+    )))
+}
+
+/// Two exports of one source of which one writes.
+fn conflict<'a, T>(
+    added: &'a [ConfiguredExport<T>],
+    others: &'a [ConfiguredExport<T>],
+) -> Option<(&'a ConfiguredExport<T>, &'a ConfiguredExport<T>)> {
+    let mut pairs = added.iter().flat_map(|new| others.iter().map(move |old| (new, old)));
+    pairs.find(|(new, old)| {
+        same_source(&new.source, &old.source) && !(new.only_reads && old.only_reads)
+    })
 }
 
 /// The keys whose values differ, except for those that can change.
@@ -171,7 +194,7 @@ mod tests {
             exports: vec![export("a", "memory:1M", changed), export("c", "memory:1M", &[])],
         };
         let served = ["a".to_owned(), "b".to_owned()];
-        let changes = old.changes_to(&mut new, LIVE, &served).unwrap();
+        let changes = old.changes_to(&mut new, LIVE, &served, &[]).unwrap();
         assert_eq!((names(&changes.added), names(&changes.removed)), (vec!["c"], vec!["b"]));
         assert_eq!(changes.left, ["listen", "cache of the export 'a'"]);
         assert!(changes.keeps_server);
@@ -188,13 +211,17 @@ mod tests {
             exports: vec![export(name, "/nowhere/disk", &[])],
         };
         let served = ["a".to_owned()];
-        let taken = none.changes_to(&mut one("a"), LIVE, &served).unwrap_err().to_string();
+        let taken = none.changes_to(&mut one("a"), LIVE, &served, &[]).unwrap_err().to_string();
         assert!(taken.contains("added by the control socket"), "{taken}");
-        let renamed = one("a").changes_to(&mut one("b"), LIVE, &served).unwrap_err().to_string();
+        let renamed =
+            one("a").changes_to(&mut one("b"), LIVE, &served, &[]).unwrap_err().to_string();
         assert!(renamed.contains("remove 'a' in one reload and add 'b'"), "{renamed}");
+        let leaving = one("a").exports;
+        let again = none.changes_to(&mut one("b"), LIVE, &[], &leaving).unwrap_err().to_string();
+        assert!(again.contains("still open for clients of 'a'"), "{again}");
         let mut readers = [one("a"), one("b")];
         readers.iter_mut().for_each(|it| it.exports[0].only_reads = true);
         let [old, mut new] = readers;
-        old.changes_to(&mut new, LIVE, &served).unwrap();
+        old.changes_to(&mut new, LIVE, &served, &[]).unwrap();
     }
 }

@@ -1,7 +1,7 @@
 //! Reads the configuration file of a running server again, on SIGHUP and on request.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use nbd_jobs::control::server::{Controller, OpeningGuard};
@@ -10,7 +10,7 @@ use nbd_jobs::opening::{open_within, within};
 use nbd_jobs::serving::{Changes, LiveSettings};
 use nbd_jobs::text::without_error_numbers;
 use nbd_server::ServerHandle;
-use nbd_server::export::ExportEntry;
+use nbd_server::export::{Export, ExportEntry};
 use nbd_server::tls::TlsMode;
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
@@ -121,6 +121,9 @@ pub(super) struct Reloader {
     server: ServerHandle,
     /// The controller of a server with a control socket.
     controller: Option<Arc<Controller>>,
+    /// Exports that were removed, until the last client has left and they are closed: where nothing
+    /// locks, their images must not be opened again before.
+    leaving: Vec<(Configured, Weak<dyn Export>)>,
 }
 
 fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -137,7 +140,7 @@ impl Reloader {
         controller: Option<Arc<Controller>>,
     ) -> Self {
         let (config, kept) = (lock(kept).clone(), Arc::clone(kept));
-        Self { path, config, kept, tls, server, controller }
+        Self { path, config, kept, tls, server, controller, leaving: Vec::new() }
     }
 
     /// Reads the file again on each SIGHUP and on each request. The task holds the exports.
@@ -192,6 +195,7 @@ impl Reloader {
             credentials.reload().map_err(|error| CommandError::new(error.to_string()))?;
         }
         // Everything was checked, so from here on failures are only reported.
+        self.note_leaving(&removed);
         let removed = self.remove_all(removed, &mut config, &mut left).await;
         let added = (added, opened.take());
         let added = self.add_all(added, guard.as_ref(), &mut config, &mut left).await;
@@ -231,13 +235,15 @@ impl Reloader {
         let entries = self.server.exports().entries();
         let served: Vec<_> = entries.into_iter().map(|(name, _)| name).collect();
         let (old, is_controlled) = (self.config.clone(), self.controller.is_some());
+        let leaving = self.leaving();
         let limit = config.args.open_timeout;
         let comparing = "comparing the sources of new exports with those that are served";
         let opening = Opening::begin(guard.clone());
         let opened = Arc::clone(&opening.opened);
         let prepared = open_within(limit, comparing, move |step| {
             let _until_closed = guard;
-            let changes = old.configuration.changes_to(&mut config.configuration, LIVE, &served)?;
+            let changes =
+                old.configuration.changes_to(&mut config.configuration, LIVE, &served, &leaving)?;
             if changes.keeps_server {
                 let mut args = old.args;
                 args.tls.tls_only.clone_from(&config.args.tls.tls_only);
@@ -254,6 +260,29 @@ impl Reloader {
         });
         let (config, changes) = prepared.await??;
         Ok(Prepared { config, changes, opened: opening })
+    }
+
+    /// Remembers exports that are about to be removed.
+    fn note_leaving(&mut self, removed: &[Configured]) {
+        self.leaving.retain(|(_, export)| export.strong_count() > 0);
+        for export in removed {
+            if let Some((_, entry)) = self.server.exports().find(&export.name) {
+                self.leaving.push((export.clone(), Arc::downgrade(entry.export())));
+            }
+        }
+    }
+
+    /// The exports that were removed and are not closed.
+    fn leaving(&self) -> Vec<Configured> {
+        let exports = self.server.exports();
+        let is_open = |(export, open): &&(Configured, Weak<dyn Export>)| {
+            // It may not have been removed after all.
+            let served = exports.find(&export.name).map(|(_, entry)| Arc::clone(entry.export()));
+            let is_served =
+                served.is_some_and(|served| std::ptr::addr_eq(Arc::as_ptr(&served), open.as_ptr()));
+            open.strong_count() > 0 && !is_served
+        };
+        self.leaving.iter().filter(is_open).map(|(export, _)| export.clone()).collect()
     }
 
     /// Refuses, like a start, `tls-only` exports on a server where TLS is not optional.
