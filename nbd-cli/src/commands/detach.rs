@@ -1,5 +1,8 @@
 //! `nbd-cli detach`: disconnect a kernel device.
 
+use std::pin::pin;
+use std::time::Duration;
+
 use clap::Args;
 use nbd_jobs::devices::{DetachMode, Detached, detach, parse_device};
 
@@ -29,10 +32,26 @@ pub struct DetachArgs {
     pub force: bool,
 }
 
+/// Time after which the user learns what the command waits for.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 pub(crate) fn run(args: &DetachArgs) -> Result<Outcome, CommandError> {
+    let device = args.device;
     let mode = if args.force { DetachMode::Force } else { DetachMode::WhenUnused };
-    if let Detached::InUse(user) = runtime()?.block_on(detach(args.device, mode))? {
-        let device = args.device;
+    let detached = runtime()?.block_on(async {
+        let mut detaching = pin!(detach(device, mode));
+        if let Ok(detached) = tokio::time::timeout(PATIENCE, detaching.as_mut()).await {
+            return detached;
+        }
+        // Not even a signal ends a flush in the kernel.
+        warn(&format!(
+            "/dev/nbd{device} is still being flushed or closed: its server may not answer; bring the \
+             server back, or run `nbd-cli detach --force /dev/nbd{device}` in another terminal and \
+             lose what was not written"
+        ));
+        detaching.await
+    });
+    if let Detached::InUse(user) = detached? {
         warn(&format!(
             "/dev/nbd{device} is detached from its source, but {user}: it becomes free after that"
         ));

@@ -56,6 +56,15 @@ nbd-cli attach --connections 3 --timeout 2 \"$uri\" $device
 nbd-cli detach $device
 test -z \"$(nbd-cli devices)\"
 test ! -e /run/nbd-cli/nbd0.json
+# A flush that the server does not answer is explained, and ended by force.
+nbd-cli attach --timeout 600 \"$uri\" /dev/nbd7
+kill -STOP $server
+nbd-cli detach /dev/nbd7 2> /tmp/flushing & flushing=$!
+timeout 60 sh -c \"until grep -q 'still being flushed' /tmp/flushing; do sleep 0.1; done\"
+timeout 60 nbd-cli detach --force /dev/nbd7
+! wait $flushing
+kill -CONT $server
+timeout 60 sh -c \"while test -e /sys/block/nbd7/pid -o -e /run/nbd-cli/nbd7.json; do sleep 0.1; done\"
 kill $server
 wait $server
 sync
