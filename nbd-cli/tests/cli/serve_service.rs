@@ -82,7 +82,7 @@ fn units(directory: &Path) -> [String; 2] {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/systemd");
     ["nbd-cli@.service", "nbd-cli@.socket"].map(|name| {
         let unit = std::fs::read_to_string(source.join(name)).expect("a unit");
-        let unit = unit.replace("/usr/bin/nbd-cli", PROGRAM);
+        let unit = unit.replace("ExecStart=nbd-cli", &format!("ExecStart={PROGRAM}"));
         let path = directory.join(name.replace('@', "@disk"));
         std::fs::write(&path, unit).expect("a file");
         path.to_str().expect("a plain name").to_owned()
