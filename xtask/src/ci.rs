@@ -40,7 +40,7 @@ pub(crate) fn run() -> Result<()> {
         threads.args(["test", "-p", "nbd-server", "--locked", "--test", "server"]);
         run_step("test without io_uring", threads.env("NBD_AIO", "threads")).map(drop)
     })?;
-    timed(&mut timings, "package", || dist::run(&dist::Options::continuous_integration()))?;
+    timed(&mut timings, "package", dist::run_continuous_integration)?;
     timed(&mut timings, "soak", || soak::run(&soak::Options::continuous_integration()))?;
     println!("ci: every check passed in {:.0} s", start.elapsed().as_secs_f64());
     for (name, elapsed) in &timings {

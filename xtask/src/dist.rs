@@ -1,4 +1,4 @@
-//! `cargo xtask dist`: a tarball, and a Debian package where `cargo deb` is installed.
+//! `cargo xtask dist`: a tarball and a Debian package.
 //!
 //! Both contain the same tree: the program, its names in place of qemu-nbd and qemu-img, manual
 //! pages, completions, unit files and documents. The tree stays in the directory, for packagers of
@@ -13,10 +13,13 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::command::{cargo, is_installed, output_of, run_step, workspace_root};
-use crate::{compatibility, install, man};
+use crate::{bare, compatibility, install, man};
 
 /// The profile of what is shipped.
 const PROFILE: &str = "dist";
+
+/// What makes Debian packages, installed in the target directory where the user has none.
+const CARGO_DEB: [&str; 3] = ["cargo-deb", "--version", "3.8.0"];
 
 /// The tools of QEMU in whose place the program can stand, under their names.
 const QEMU_NAMES: [&str; 2] = ["qemu-img", "qemu-nbd"];
@@ -49,6 +52,10 @@ pub(crate) struct Options {
     /// Make no Debian package.
     #[arg(long)]
     no_deb: bool,
+    /// Install both packages in bare Debian roots, and use the program there. This takes root, a
+    /// Debian system and its archive.
+    #[arg(long)]
+    bare: bool,
     /// The profile of the program. The bound on its size is checked for the default only.
     #[arg(long, default_value = PROFILE)]
     profile: String,
@@ -57,8 +64,8 @@ pub(crate) struct Options {
 impl Options {
     /// The options of continuous integration: it packs the program that the tests have built
     /// already.
-    pub(crate) fn continuous_integration() -> Self {
-        Self { vendored: true, no_deb: !is_installed("cargo-deb"), profile: "dev".into() }
+    fn continuous_integration() -> Self {
+        Self { vendored: true, no_deb: false, bare: false, profile: "dev".into() }
     }
 }
 
@@ -66,12 +73,28 @@ impl Options {
 ///
 /// # Errors
 ///
-/// A build fails, the program is larger than what may be shipped, a file cannot be written, or
-/// `cargo deb` is not installed and a Debian package is wanted.
+/// A build fails, the program is larger than what may be shipped, a file cannot be written, or a
+/// package does not work in a bare root.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    if !options.no_deb && !is_installed("cargo-deb") {
-        bail!("no cargo-deb: run `cargo install cargo-deb --locked`, or give --no-deb");
+    let root = options.bare.then(bare::Root::make).transpose().context("--bare")?;
+    run_in(options, root.as_ref())
+}
+
+/// As [`run`] in continuous integration. Where no bare root can be made, because the archive cannot
+/// be reached or the system does not allow it, the packages are not tried in one.
+///
+/// # Errors
+///
+/// As [`run`].
+pub(crate) fn run_continuous_integration() -> Result<()> {
+    let root = bare::Root::make();
+    if let Err(why) = &root {
+        println!("==> package: not tried in a bare Debian root: {why:#}");
     }
+    run_in(&Options::continuous_integration(), root.ok().as_ref())
+}
+
+fn run_in(options: &Options, root: Option<&bare::Root>) -> Result<()> {
     let mut build = cargo();
     build.args(["build", "--locked", "--package", "nbd-cli", "--profile", &options.profile]);
     let vendored = options.vendored || !install::system_has_openssl();
@@ -92,11 +115,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if options.profile == PROFILE && !vendored {
         check_size(&tree.join("bin/nbd-cli"))?;
     }
-    println!("==> {}", pack(&packages, &name)?.display());
-    if !options.no_deb {
-        println!("==> {}", debian_package(&packages, &tree, &options.profile)?.display());
+    let tarball = pack(&packages, &name)?;
+    println!("==> {}", tarball.display());
+    let make_deb = || debian_package(&packages, &tree, &options.profile);
+    let deb = (!options.no_deb).then(make_deb).transpose()?;
+    if let Some(deb) = &deb {
+        println!("==> {}", deb.display());
     }
-    Ok(())
+    root.map_or(Ok(()), |root| root.check(&tarball, deb.as_deref()))
 }
 
 /// The machine and the C library that the program is built for, such as `x86_64-linux-gnu`.
@@ -193,8 +219,21 @@ fn debian_package(packages: &Path, tree: &Path, profile: &str) -> Result<PathBuf
     }
     symlink(tree, &link)?;
     let package = packages.join("nbd-cli.deb");
+    let target = compatibility::target_directory();
     let mut deb = cargo();
+    if !is_installed(CARGO_DEB[0]) {
+        let tools = target.join("tools");
+        let mut install = cargo();
+        install.args(["install", "--locked", "--root"]).arg(&tools).args(CARGO_DEB);
+        run_step("cargo-deb", &mut install)?;
+        let others = std::env::var_os("PATH").unwrap_or_default();
+        let all = [tools.join("bin")].into_iter().chain(std::env::split_paths(&others));
+        deb.env("PATH", std::env::join_paths(all)?);
+    }
     deb.args(["deb", "--no-build", "--no-strip", "--package", "nbd-cli", "--profile", profile]);
+    if profile != PROFILE {
+        deb.arg("--fast");
+    }
     run_step("deb", deb.arg("--output").arg(&package))?;
     Ok(package)
 }

@@ -5,6 +5,7 @@
 #![expect(clippy::print_stdout, reason = "developer commands report on standard output")]
 
 mod apt;
+mod bare;
 mod bench;
 mod ci;
 mod command;
