@@ -1,16 +1,34 @@
 //! Passphrases of encrypted images, by command line options. They are read from files: arguments can
 //! be seen by every user of the machine.
+//!
+//! A file is read when an image is opened that needs it, by the process that opens it. What can be
+//! read only once, such as a pipe or the answer of a user, is kept, and a process in the background
+//! gets it from its parent.
 
+use std::ffi::OsString;
+use std::fmt;
 use std::fs::File;
-use std::io::{self, BufRead as _, Read};
+use std::io::{self, Read, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Args;
+use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use imgfmt::{OpenOptions, Passphrase};
-use rustix::termios::{LocalModes, OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
+use nbd_jobs::text::printable;
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+use rustix::termios::{LocalModes, OptionalActions, isatty, tcgetattr, tcsetattr};
 use zeroize::Zeroizing;
+
+use crate::error::CommandError;
+use crate::signals;
 
 /// The maximum length of a key file in bytes, that of `cryptsetup`.
 const LENGTH_MAX: u64 = 8 << 20;
+/// The maximum length of a line of a terminal in bytes.
+const LINE_MAX: usize = 4096;
+
+type Bytes = Zeroizing<Vec<u8>>;
 
 /// The passphrases of encrypted images.
 #[derive(Clone, Debug, Default, Args)]
@@ -18,13 +36,29 @@ pub struct KeyArgs {
     /// A file with the passphrase of an encrypted image or of one below it, all bytes of it (as with
     /// cryptsetup and QEMU, a line break at the end counts). '-' asks for it, or reads standard input
     /// if that is no terminal; /dev/fd/N reads a descriptor. May be repeated.
-    #[arg(long, value_name = "FILE", value_parser = read)]
-    pub key_file: Vec<Passphrase>,
+    #[arg(
+        long, value_name = "FILE", value_parser = OsStringValueParser::new().map(KeyFile::new)
+    )]
+    pub key_file: Vec<KeyFile>,
+}
+
+/// A key file, which is not read yet.
+#[derive(Clone)]
+pub struct KeyFile {
+    path: PathBuf,
+    /// The content of a file that can be read only once, after that.
+    kept: Arc<Mutex<Option<Bytes>>>,
+}
+
+impl fmt::Debug for KeyFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("KeyFile").field(&self.path).finish()
+    }
 }
 
 impl KeyArgs {
     pub(crate) fn passphrases(&self) -> Vec<Passphrase> {
-        self.key_file.clone()
+        self.key_file.iter().map(KeyFile::passphrase).collect()
     }
 
     /// Returns the options with these passphrases.
@@ -32,28 +66,137 @@ impl KeyArgs {
         options.passphrases = self.passphrases();
         options
     }
-}
 
-fn read(name: &str) -> Result<Passphrase, String> {
-    let bytes = match name {
-        "-" if isatty(io::stdin()) => ask(),
-        "-" => read_all(io::stdin()),
-        path => File::open(path).and_then(read_all),
-    };
-    let bytes = bytes.map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => "there is no such file".to_owned(),
-        io::ErrorKind::PermissionDenied => "you may not read it".to_owned(),
-        io::ErrorKind::IsADirectory => "it is a directory".to_owned(),
-        io::ErrorKind::FileTooLarge => format!("it has more than {LENGTH_MAX} bytes"),
-        _ => "it cannot be read".to_owned(),
-    })?;
-    match bytes.is_empty() {
-        true => Err("it is empty".to_owned()),
-        false => Ok(Passphrase::new(bytes)),
+    /// Refuses what a server cannot read again when it likes, in a configuration file.
+    pub(crate) fn refuse_descriptors(&self) -> Result<(), CommandError> {
+        let is_no_file = |path: &Path| {
+            let starts = ["/dev/fd/", "/dev/stdin", "/dev/tty", "/proc/self/fd/"];
+            path == Path::new("-")
+                || starts
+                    .iter()
+                    .any(|start| path.as_os_str().as_encoded_bytes().starts_with(start.as_bytes()))
+        };
+        match self.key_file.iter().find(|file| is_no_file(&file.path)) {
+            None => Ok(()),
+            Some(file) => Err(CommandError::new(format!(
+                "key-file: '{}' is not a file, which the server has to read again at each reload",
+                file.shown()
+            ))),
+        }
+    }
+
+    /// What a process in the background needs of the files that only this one can read: for each
+    /// file the number of bytes and the bytes, or a number that says that it reads the file itself.
+    pub(crate) fn handed_over(&self) -> Result<Bytes, CommandError> {
+        let mut all = Zeroizing::new(Vec::new());
+        for file in &self.key_file {
+            let content = if file.can_be_read_again() { None } else { Some(file.read()) };
+            let content = content.transpose().map_err(CommandError::new)?;
+            let length = content.as_ref().map_or(u64::MAX, |bytes| bytes.len() as u64);
+            // Of the full size at once: a buffer that grows leaves copies behind.
+            let room = all.len() + 8 + content.as_ref().map_or(0, |bytes| bytes.len());
+            let mut more = Zeroizing::new(Vec::with_capacity(room));
+            more.extend_from_slice(&all);
+            more.extend_from_slice(&length.to_be_bytes());
+            more.extend_from_slice(content.as_deref().map(Vec::as_slice).unwrap_or_default());
+            all = more;
+        }
+        Ok(all)
+    }
+
+    /// Takes what the parent [handed over](Self::handed_over), from standard input.
+    pub(crate) fn take_over(&self) -> Result<(), CommandError> {
+        if self.key_file.is_empty() {
+            return Ok(());
+        }
+        let failed = |_| CommandError::new("the passphrases from the starting process are lost");
+        for file in &self.key_file {
+            let mut length = [0; 8];
+            Descriptor.read_exact(&mut length).map_err(failed)?;
+            let length = u64::from_be_bytes(length);
+            if length > LENGTH_MAX {
+                continue;
+            }
+            let mut bytes = Zeroizing::new(vec![0; length as usize]);
+            Descriptor.read_exact(&mut bytes).map_err(failed)?;
+            file.keep(&bytes);
+        }
+        let null = File::open("/dev/null").map_err(failed)?;
+        rustix::stdio::dup2_stdin(&null).map_err(|error| failed(error.into()))
     }
 }
 
-fn read_all(file: impl Read) -> io::Result<Vec<u8>> {
+impl KeyFile {
+    fn new(path: OsString) -> Self {
+        Self { path: path.into(), kept: Arc::default() }
+    }
+
+    fn passphrase(&self) -> Passphrase {
+        let file = self.clone();
+        Passphrase::read_by(move || file.read())
+    }
+
+    fn shown(&self) -> String {
+        printable(&self.path.to_string_lossy())
+    }
+
+    fn is_standard_input(&self) -> bool {
+        self.path == Path::new("-")
+    }
+
+    fn can_be_read_again(&self) -> bool {
+        // A path of a descriptor is another file in another process.
+        let is_descriptor = self.path.starts_with("/dev/fd") || self.path.starts_with("/proc/self");
+        !is_descriptor && std::fs::metadata(&self.path).is_ok_and(|found| found.is_file())
+    }
+
+    fn keep(&self, bytes: &Bytes) {
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(bytes.clone());
+    }
+
+    /// Its content. From now on this process leaves no core dump, and others of the same user may
+    /// not look into its memory.
+    fn read(&self) -> Result<Bytes, String> {
+        // A system without this is no reason to refuse the disk.
+        let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+        // Held meanwhile, so that several images that are opened at once ask only once.
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(bytes) = &*kept {
+            return Ok(bytes.clone());
+        }
+        let bytes = match self.is_standard_input() {
+            true if isatty(io::stdin()) => ask(),
+            true => read_all(Descriptor),
+            false => File::open(&self.path).and_then(read_all),
+        };
+        let wrong = |why: &str| format!("the key file '{}' {why}", self.shown());
+        let bytes = bytes.map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => wrong("does not exist: there is no such file"),
+            io::ErrorKind::PermissionDenied => wrong("may not be read by you"),
+            io::ErrorKind::IsADirectory => wrong("is a directory"),
+            io::ErrorKind::FileTooLarge => wrong(&format!("has more than {LENGTH_MAX} bytes")),
+            _ => wrong("cannot be read"),
+        })?;
+        if bytes.is_empty() {
+            return Err(wrong("is empty"));
+        }
+        if !self.can_be_read_again() {
+            *kept = Some(bytes.clone());
+        }
+        Ok(bytes)
+    }
+}
+
+/// Standard input, without the buffer of the standard library, which would keep what it has read.
+struct Descriptor;
+
+impl Read for Descriptor {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        Ok(rustix::io::read(io::stdin(), buffer)?)
+    }
+}
+
+fn read_all(file: impl Read) -> io::Result<Bytes> {
     // Of the full size at once: a buffer that grows leaves copies behind.
     let mut bytes = Zeroizing::new(vec![0; 64 << 10]);
     let (mut file, mut length) = (file.take(LENGTH_MAX + 1), 0);
@@ -72,38 +215,43 @@ fn read_all(file: impl Read) -> io::Result<Vec<u8>> {
     }
     match length as u64 > LENGTH_MAX {
         true => Err(io::ErrorKind::FileTooLarge.into()),
-        false => Ok(bytes[..length].to_vec()),
+        false => Ok(Zeroizing::new(bytes[..length].to_vec())),
     }
 }
 
 /// Asks for a passphrase on the terminal without showing it.
-fn ask() -> io::Result<Vec<u8>> {
-    let _hidden = Hidden::new()?;
-    eprint!("Passphrase: ");
-    let mut line = Zeroizing::new(String::with_capacity(4096));
-    io::stdin().lock().read_line(&mut line)?;
-    eprintln!();
-    Ok(line.trim_end_matches('\n').as_bytes().to_vec())
-}
-
-/// Keeps the terminal from showing what is typed.
-struct Hidden(Termios);
-
-impl Hidden {
-    fn new() -> io::Result<Self> {
-        let before = tcgetattr(io::stdin())?;
-        let mut silent = before.clone();
-        silent.local_modes.remove(LocalModes::ECHO);
-        tcsetattr(io::stdin(), OptionalActions::Flush, &silent)?;
-        Ok(Self(before))
-    }
-}
-
-impl Drop for Hidden {
-    fn drop(&mut self) {
+fn ask() -> io::Result<Bytes> {
+    let terminal = File::options().read(true).write(true).open("/dev/tty")?;
+    let before = tcgetattr(&terminal)?;
+    let mut silent = before.clone();
+    silent.local_modes.remove(LocalModes::ECHO);
+    let other = terminal.try_clone()?;
+    let restore = move || {
         // Nothing can be done about a terminal that is gone.
-        let _ = tcsetattr(io::stdin(), OptionalActions::Flush, &self.0);
+        let _ = tcsetattr(&other, OptionalActions::Now, &before);
+    };
+    let bytes = signals::with_restored_terminal(restore, || {
+        tcsetattr(&terminal, OptionalActions::Flush, &silent)?;
+        (&terminal).write_all(b"Passphrase: ")?;
+        let bytes = read_line(&terminal);
+        (&terminal).write_all(b"\n").and(bytes)
+    });
+    bytes?
+}
+
+/// Reads up to the end of a line, which is not a part of the result.
+fn read_line(terminal: &File) -> io::Result<Bytes> {
+    let (mut line, mut length) = (Zeroizing::new([0; LINE_MAX]), 0);
+    while length < LINE_MAX && !line[..length].ends_with(b"\n") {
+        match rustix::io::read(terminal, &mut line[length..]) {
+            Ok(0) => break,
+            Ok(read) => length += read,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
+    let line = &line[..length];
+    Ok(Zeroizing::new(line.strip_suffix(b"\n").unwrap_or(line).to_vec()))
 }
 
 #[cfg(test)]
@@ -112,11 +260,23 @@ mod tests {
 
     #[test]
     fn all_bytes_of_a_key_file_count_and_there_are_not_too_many() {
-        assert_eq!(read_all(&b"abc\n"[..]).unwrap(), b"abc\n");
+        assert_eq!(**read_all(&b"abc\n"[..]).unwrap(), *b"abc\n");
         let large = vec![7; 200_000];
-        assert_eq!(read_all(&large[..]).unwrap(), large);
+        assert_eq!(*read_all(&large[..]).unwrap(), large);
         assert!(read_all(io::repeat(7)).is_err());
+        let read = |path: &str| KeyFile::new(path.into()).read();
         assert!(read("/dev/null").is_err());
         assert!(read("/nowhere").unwrap_err().contains("no such file"));
+    }
+
+    #[test]
+    fn files_of_descriptors_are_for_the_command_line_only() {
+        let refuses = |path: &str| {
+            KeyArgs { key_file: vec![KeyFile::new(path.into())] }.refuse_descriptors().is_err()
+        };
+        for path in ["-", "/dev/fd/3", "/dev/stdin", "/proc/self/fd/0"] {
+            assert!(refuses(path), "{path}");
+        }
+        assert!(!refuses("/etc/disk.key") && !refuses("-key"));
     }
 }

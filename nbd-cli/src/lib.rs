@@ -37,6 +37,7 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 
 use crate::args::{Cli, Command};
 use crate::error::{CommandError, CommandErrorKind, Outcome};
+use crate::key_file::KeyArgs;
 use crate::serving::background::{self, Role};
 use crate::signals::EndSignal;
 
@@ -88,13 +89,34 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
         _ => false,
     };
+    let keys = keys(&cli.command).filter(|_| forks);
     let outcome = match role {
-        Role::Foreground if forks => background::start(&arguments[1..]),
-        _ => dispatch(cli.command),
+        Role::Foreground if forks => {
+            let handed_over = keys.map(KeyArgs::handed_over).transpose();
+            handed_over.and_then(|keys| {
+                let keys = keys.as_deref().map(Vec::as_slice).unwrap_or_default();
+                background::start(&arguments[1..], keys)
+            })
+        }
+        Role::Background => {
+            keys.map_or(Ok(()), KeyArgs::take_over).and_then(|()| dispatch(cli.command))
+        }
+        Role::Foreground => dispatch(cli.command),
     };
     match outcome {
         Ok(outcome) => ExitCode::from(outcome.exit_code()),
         Err(error) => report(&error),
+    }
+}
+
+/// The key files of a command that can run in the background.
+fn keys(command: &Command) -> Option<&KeyArgs> {
+    match command {
+        Command::Serve(args) => Some(&args.export.trust.keys),
+        Command::Attach(args) => Some(&args.image.trust.keys),
+        #[cfg(feature = "mount")]
+        Command::Mount(args) => Some(&args.trust.keys),
+        _ => None,
     }
 }
 

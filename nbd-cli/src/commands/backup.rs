@@ -106,8 +106,8 @@ fn options(args: &BackupArgs) -> BackupOptions {
         Some(Verify::Copied) => nbd_jobs::Verify::Copied,
         Some(Verify::All) => nbd_jobs::Verify::All,
     };
-    options.policy = args.trust.policy();
-    options.locking = args.trust.locks.locking();
+    options.policy = args.trust().policy();
+    options.locking = args.locks.locking();
     options.sharing = if args.share.force_share { Sharing::Shared } else { Sharing::Exclusive };
     options
 }

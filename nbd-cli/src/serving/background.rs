@@ -38,13 +38,14 @@ pub(crate) fn role(arguments: &mut Vec<OsString>) -> Role {
     Role::Background
 }
 
-/// Starts the server in the background and prints its addresses when clients can connect.
+/// Starts the server in the background and prints its addresses when clients can connect. The server
+/// gets `handed_over` on its standard input.
 ///
 /// # Errors
 ///
 /// If the server cannot be started. If it does not become ready, it has reported the reason, and
 /// the status is 1.
-pub(crate) fn start(arguments: &[OsString]) -> Result<Outcome, CommandError> {
+pub(crate) fn start(arguments: &[OsString], handed_over: &[u8]) -> Result<Outcome, CommandError> {
     let failed = |error| {
         CommandError::new(format!("cannot start {THIS_PROGRAM} in the background: {error}"))
     };
@@ -52,10 +53,14 @@ pub(crate) fn start(arguments: &[OsString]) -> Result<Outcome, CommandError> {
         .arg0("nbd-cli")
         .arg(MARK)
         .args(arguments)
-        .stdin(Stdio::null())
+        .stdin(if handed_over.is_empty() { Stdio::null() } else { Stdio::piped() })
         .stdout(Stdio::piped())
         .spawn()
         .map_err(failed)?;
+    if let Some(mut stdin) = server.stdin.take() {
+        // One that has ended without reading it says why itself.
+        let _ = stdin.write_all(handed_over);
+    }
     let mut said = Vec::new();
     if let Some(mut stdout) = server.stdout.take() {
         stdout.read_to_end(&mut said).map_err(failed)?;

@@ -27,11 +27,13 @@
 //! socket remains.
 
 mod interruption;
+mod prompt;
 mod server;
 mod terminal;
 mod usr1;
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use rustix::process::Signal as Number;
@@ -40,6 +42,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 pub(crate) use self::interruption::{
     cancellation, caught, interrupter, keep, remove_if_killed, stop_if_interrupted, watch,
 };
+pub(crate) use self::prompt::with_restored_terminal;
 pub(crate) use self::server::{EndSignals, Hangup, on_hangup};
 pub(crate) use self::terminal::{TerminalSignal, on_terminal_signals};
 pub(crate) use self::usr1::{was_requested, watch_requests};
@@ -92,6 +95,9 @@ impl EndSignal {
     }
 }
 
+/// Whether the signals that ask for the end are caught by the work of this process.
+static ARE_CAUGHT: AtomicBool = AtomicBool::new(false);
+
 /// Signals that are caught.
 struct Caught(Vec<(Number, Signal)>);
 
@@ -103,7 +109,11 @@ impl Caught {
                 CommandError::new(format!("cannot catch signal {}: {error}", number.as_raw()))
             })
         });
-        caught.collect::<Result<_, _>>().map(Self)
+        let caught = caught.collect::<Result<Vec<_>, _>>()?;
+        if caught.iter().any(|(number, _)| *number == Number::TERM) {
+            ARE_CAUGHT.store(true, Ordering::SeqCst);
+        }
+        Ok(Self(caught))
     }
 
     /// Waits for the next signal.

@@ -6,10 +6,10 @@ use crate::support::qemu_nbd::qemu_nbd;
 use crate::support::{Disk, nbd_cli, peer, says};
 use crate::tools;
 
-const PASSPHRASE: &str = "never-in-any-log";
+pub(crate) const PASSPHRASE: &str = "never-in-any-log";
 
 /// A volume of QEMU with the content of the disk, and the name of its key file.
-fn volume(disk: &Disk, qemu_img: &Path) -> (String, String) {
+pub(crate) fn volume(disk: &Disk, qemu_img: &Path) -> (String, String) {
     let [image, key] = ["disk.luks", "key"].map(|name| disk.beside(name));
     std::fs::write(&key, PASSPHRASE).expect("room");
     let secret = format!("secret,id=s,file={key}");

@@ -66,6 +66,7 @@ mod info_list;
 mod info_old_servers;
 mod info_text;
 mod jobs_examples;
+mod key_files;
 mod list_meta;
 mod man_pages;
 mod map_chart;

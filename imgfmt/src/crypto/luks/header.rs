@@ -45,8 +45,9 @@ impl Header {
         }
         let mut failed = BTreeMap::new();
         for passphrase in passphrases {
+            let bytes = passphrase.bytes()?;
             for slot in &self.slots {
-                match slot.open(storage, base, passphrase.bytes()) {
+                match slot.open(storage, base, &bytes) {
                     Ok(Some(key)) => return self.cipher(key),
                     Ok(None) => {}
                     // Another slot may be the right one.

@@ -12,7 +12,7 @@ use crate::commands::image::open::TrustArgs;
 use crate::commands::repo::PassphraseArgs;
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::file_path::FilePathParser;
-use crate::locking::ShareArgs;
+use crate::locking::{LockArgs, ShareArgs};
 use crate::progress::{RateArgs, SummaryArgs};
 
 const AFTER_HELP: &str = "\
@@ -130,9 +130,15 @@ pub struct BackupArgs {
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub share: ShareArgs,
 
-    /// The files that images may name.
+    /// Trust the images: follow the names of backing and data files in them to any directory and to
+    /// servers (nbd://…), and detect the format of a backing file if the image does not record it.
+    /// Without this, only files in the image's directory and below it are opened.
+    #[arg(long)]
+    pub trust_image: bool,
+
     #[command(flatten)]
-    pub trust: TrustArgs,
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub locks: LockArgs,
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
@@ -177,4 +183,12 @@ pub enum Verify {
     Copied,
     /// The complete disk, which also shows whether the base and the bitmap belong together.
     All,
+}
+
+impl BackupArgs {
+    /// The files that images may name. A backup has no use for keys.
+    pub(super) fn trust(&self) -> TrustArgs {
+        let (trust_image, locks) = (self.trust_image, self.locks);
+        TrustArgs { trust_image, locks, ..TrustArgs::default() }
+    }
 }

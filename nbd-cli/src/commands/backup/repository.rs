@@ -104,9 +104,9 @@ fn operands(args: &BackupArgs) -> Result<(DiskToBackUp, OsString), CommandError>
     let location = ImageLocation::parse(source)?;
     let locking = match args.share.force_share {
         true => imgfmt::Locking::Shared,
-        false => args.trust.locks.locking(),
+        false => args.locks.locking(),
     };
-    let options = imgfmt::OpenOptions::new().policy(args.trust.policy()).locking(locking);
+    let options = imgfmt::OpenOptions::new().policy(args.trust().policy()).locking(locking);
     let image = location.open(&options, &Remotes::default()).map_err(advise_sharing)?;
     Ok((DiskToBackUp::Image(Arc::new(image)), repository.clone()))
 }

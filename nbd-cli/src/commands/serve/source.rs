@@ -67,6 +67,7 @@ pub(super) fn exports(args: &ServeArgs) -> Result<Vec<ExportSpec>, CommandError>
 pub(super) fn check(export: &ExportSpec, has_tls: bool) -> Result<(), CommandError> {
     let uris = source_uri(&export.source).into_iter().collect::<Result<Vec<_>, _>>()?;
     export.options.upstream.check(&uris, false)?;
+    export.options.trust.keys.refuse_descriptors()?;
     Ok(export.options.access.settings().check(
         std::slice::from_ref(&export.name),
         false,
