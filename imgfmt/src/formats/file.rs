@@ -229,6 +229,16 @@ impl<'f> Cursor<'f> {
         Ok(Some(bytes))
     }
 
+    /// Counts the bytes from `offset` on that are zero, at most `length` and as far as the page that was
+    /// read last shows them.
+    pub(super) fn zeroes(&self, offset: u64, length: u64) -> u64 {
+        let page = self.held[0].as_ref().filter(|(held, _)| *held == offset / PAGE);
+        let bytes = page.and_then(|(_, page)| page.get((offset % PAGE) as usize..));
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
+        let bytes = bytes.unwrap_or_default().iter().take(length);
+        bytes.take_while(|byte| **byte == 0).count() as u64
+    }
+
     pub(super) fn u32_le(&mut self, offset: u64, guest: u64) -> Result<Option<u32>> {
         Ok(self.bytes(offset, guest)?.map(u32::from_le_bytes))
     }
@@ -320,6 +330,21 @@ mod tests {
             let expected: [u8; 4] = bytes[offset as usize..][..4].try_into().unwrap();
             assert_eq!(cursor.bytes(offset, 0).unwrap(), Some(expected), "{offset}");
         }
+    }
+
+    #[test]
+    fn zeroes_are_counted_as_far_as_the_page_that_was_read_last() {
+        let mut bytes = vec![0; 2 * PAGE as usize];
+        bytes[100] = 1;
+        let file = file(&bytes);
+        let mut cursor = Cursor::new(&file, Lookup::MayRead);
+        assert_eq!(cursor.zeroes(0, 8), 0, "no page was read");
+        cursor.u32_le(0, 0).unwrap();
+        assert_eq!(
+            (cursor.zeroes(0, 8), cursor.zeroes(0, PAGE), cursor.zeroes(100, 4)),
+            (8, 100, 0)
+        );
+        assert_eq!((cursor.zeroes(104, u64::MAX), cursor.zeroes(PAGE, 4)), (PAGE - 104, 0));
     }
 
     #[test]

@@ -221,18 +221,27 @@ impl Sparse {
         let coverage = self.grain * self.entries;
         let absent = Piece { length: coverage - offset % coverage, place: Place::Absent };
         let Some(found) = self.table_entry(lookups, table, entry, guest)? else { return Ok(None) };
-        let Some(place) = found else { return Ok(Some(absent)) };
+        let Some(entry_place) = found else { return Ok(Some(absent)) };
         let place = match self.kind {
             Kind::SpaceEfficient { grains, .. } => {
-                let entry = lookups.tables.u64_le(place, guest)?;
+                let entry = lookups.tables.u64_le(entry_place, guest)?;
                 entry.map(|entry| self.space_efficient(entry, grains, inside, guest)).transpose()?
             }
             _ => {
-                let entry = lookups.tables.u32_le(place, guest)?;
+                let entry = lookups.tables.u32_le(entry_place, guest)?;
                 entry.map(|entry| self.place(entry, inside, guest)).transpose()?
             }
         };
-        Ok(place.map(|place| Piece { length: self.grain - inside, place }))
+        let grains = match place {
+            // Most grains of a large disk: not each entry for itself.
+            Some(Place::Absent) => {
+                let length = self.kind.entry_length();
+                lookups.tables.zeroes(entry_place, (self.entries - entry) * length) / length
+            }
+            _ => 1,
+        };
+        let length = self.grain * grains.max(1) - inside;
+        Ok(place.map(|place| Piece { length, place }))
     }
 
     /// What an entry of 4 bytes means.
