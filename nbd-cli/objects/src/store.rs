@@ -72,7 +72,7 @@ impl Place {
                     .build()
                     // Its text would have the URL.
                     .map_err(|_| StoreError::invalid(format!("{name} is not a usable address")))?;
-                let (path, identity) = (Path::default(), name.clone());
+                let (path, identity) = (Path::default(), http_identity(&name, url));
                 Ok(Self { store: Arc::new(store), path, name, identity })
             }
             StoreUrl::Directory(directory) => {
@@ -82,6 +82,13 @@ impl Place {
             }
         }
     }
+}
+
+/// The identity of an address of HTTP. Its query may select the object, and may be a secret.
+fn http_identity(name: &str, url: &str) -> String {
+    let url = url.split('#').next().unwrap_or_default();
+    let digest = openssl::sha::sha256(url.as_bytes());
+    digest.iter().fold(format!("{name} "), |text, byte| text + &format!("{byte:02x}"))
 }
 
 /// The path of a key. Keys that object_store would change are refused.
@@ -184,6 +191,19 @@ mod tests {
         assert_eq!(address("b", Some("http://h:1/"), None), "http://h:1 false");
         let virtually = Some(Addressing::Virtual);
         assert_eq!(address("b", Some("https://h"), virtually), "https://b.h true");
+    }
+
+    #[test]
+    fn query_of_an_address_is_part_of_its_identity_and_not_shown() {
+        let identity = |url: &str| {
+            let url = url.parse().unwrap();
+            Place::open(&url, &StoreSettings::default()).unwrap().identity
+        };
+        let first = identity("https://h/get?id=a");
+        assert_ne!(first, identity("https://h/get?id=b"));
+        assert_ne!(first, identity("https://h/get"));
+        assert_eq!(first, identity("https://h/get?id=a#part"));
+        assert!(first.starts_with("https://h/get ") && !first.contains("id=a"), "{first}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Images of a store that fails in every way.
 #![allow(clippy::unwrap_used)] // A test may fail.
 
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -277,6 +278,46 @@ fn plain_http_needs_no_credentials_and_keeps_the_query() {
     bench.store.fail(|_| Fault::Status(403));
     let error = ObjectStorage::open(&url, &none, &bench.cache(), never()).unwrap_err();
     assert!(!error.to_string().contains("f00d"), "{error}");
+}
+
+/// Serves one block of the first byte of the query, always with one ETag. It ends with the process.
+fn serve_by_query() -> std::net::SocketAddr {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = BufReader::new(stream.unwrap());
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") && stream.read_until(b'\n', &mut head).unwrap() > 0 {
+            }
+            let query = head.iter().position(|byte| *byte == b'?').unwrap();
+            let last = BLOCK_LEN - 1;
+            let mut reply = format!(
+                "HTTP/1.1 206 Partial Content\r\ncontent-range: bytes 0-{last}/{BLOCK_LEN}\r\n\
+                 etag: \"65f1-40000\"\r\nlast-modified: Fri, 27 Nov 2026 10:00:00 GMT\r\n\
+                 content-length: {BLOCK_LEN}\r\nconnection: close\r\n\r\n"
+            )
+            .into_bytes();
+            reply.resize(reply.len() + BLOCK_LEN, head[query + 1]);
+            stream.get_mut().write_all(&reply).unwrap();
+        }
+    });
+    address
+}
+
+/// Many servers make the ETag of the time and the size, which two disks may share.
+#[test]
+fn addresses_that_differ_in_their_query_share_no_block_of_the_cache() {
+    let bench = Bench::new(1);
+    let address = serve_by_query();
+    let cache = bench.cache();
+    for query in ["a", "b", "a"] {
+        let url: StoreUrl = format!("http://{address}/get?{query}").parse().unwrap();
+        let storage = ObjectStorage::open(&url, &settings(&bench.store), &cache, never()).unwrap();
+        let mut buffer = [0; 512];
+        storage.read_at(HostOffset::new(1024), &mut buffer).unwrap();
+        assert_eq!(buffer, [query.as_bytes()[0]; 512]);
+    }
 }
 
 #[test]
