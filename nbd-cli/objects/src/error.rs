@@ -4,6 +4,8 @@ use std::error::Error;
 use std::fmt;
 use std::io;
 
+use crate::shown::{printable, shown, summary};
+
 /// The side at fault, and what may help.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -93,7 +95,8 @@ impl StoreError {
             E::NotSupported { .. } | E::NotImplemented { .. } => (StoreErrorKind::Unsuitable, why),
             _ => (StoreErrorKind::Unavailable, why),
         };
-        Self { kind, message: format!("cannot {operation} {object}: {why}") }
+        let message = format!("cannot {operation} {object}: {why}");
+        Self { kind, message: printable(&message).collect() }
     }
 
     /// Returns the side at fault.
@@ -117,19 +120,27 @@ impl From<StoreError> for io::Error {
     }
 }
 
-/// The innermost cause. Those around it repeat the URL, with its query, and count retries.
+/// The innermost cause, made fit for messages. Those around it repeat the URL, with its query, and
+/// count retries.
 fn deepest(error: &dyn Error) -> String {
     let mut cause = error;
     while let Some(source) = cause.source() {
         cause = source;
     }
     let text = cause.to_string();
-    match text.strip_prefix("Server returned non-2xx status code: ") {
-        Some(status) => format!("the store answered {}", status.trim_end_matches([' ', ':'])),
-        None if text.starts_with("Received redirect without LOCATION") => {
-            "the store answered a redirect without an address; check the region".to_owned()
-        }
-        None => text,
+    if let Some(status) = text.strip_prefix("Server returned non-2xx status code: ") {
+        return shown(&format!("the store answered {}", status.trim_end_matches([' ', ':'])));
+    }
+    // A reply that claims success, complete.
+    if let Some(reply) = text.strip_prefix("Server returned error response: ") {
+        return match summary(reply) {
+            summary if summary.is_empty() => "the store answered an error".to_owned(),
+            summary => format!("the store answered {summary}"),
+        };
+    }
+    match text.starts_with("Received redirect without LOCATION") {
+        true => "the store answered a redirect without an address; check the region".to_owned(),
+        false => shown(&text),
     }
 }
 
@@ -168,5 +179,21 @@ mod tests {
             "cannot read http://host/a: the store answered 503 Service Unavailable: SlowDown"
         );
         assert_eq!(error.kind(), StoreErrorKind::Unavailable);
+    }
+    #[test]
+    fn text_of_a_store_is_summarised_cut_and_printable() {
+        let of = |object: &str, text: String| {
+            let error = object_store::Error::Generic { store: "S3", source: text.into() };
+            StoreError::of("read", object, &error).to_string()
+        };
+        let reply = "Server returned error response: <Error><Code>SlowDown</Code><Message>Wait\n\
+                     now.</Message><Secret>f00d</Secret></Error>";
+        assert_eq!(of("a", reply.into()), "cannot read a: the store answered SlowDown: Wait now");
+        let reply = "Server returned error response: InternalError f00d";
+        assert_eq!(of("a", reply.into()), "cannot read a: the store answered an error");
+        assert_eq!(of("a\x1bb", "c\x1b[2J".into()), "cannot read a b: c [2J");
+        assert_eq!(of("a", "x".repeat(5000)).len(), "cannot read a: ".len() + 300);
+        let error = io::Error::from_raw_os_error(20).to_string();
+        assert_eq!(of("a", error), "cannot read a: Not a directory");
     }
 }

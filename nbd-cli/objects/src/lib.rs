@@ -12,6 +12,7 @@ mod push;
 pub mod repo;
 mod runtime;
 mod settings;
+mod shown;
 mod store;
 #[cfg(any(test, feature = "test-util"))]
 pub mod testing;

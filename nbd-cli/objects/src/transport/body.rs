@@ -87,10 +87,14 @@ impl ReplyBody {
         &mut self,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, HttpError>>> {
-        if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(context) {
-            return Poll::Ready(frame.map(|frame| frame.map_err(broken)));
+        let frame = Pin::new(&mut self.body).poll_frame(context);
+        // A store that always has data does not come to the wait.
+        let is_late = Instant::now() >= self.limits.deadline;
+        match frame {
+            Poll::Ready(Some(Ok(_))) if is_late => {}
+            Poll::Ready(frame) => return Poll::Ready(frame.map(|frame| frame.map_err(broken))),
+            Poll::Pending => ready!(self.patience.as_mut().poll(context)),
         }
-        ready!(self.patience.as_mut().poll(context));
         let why = match Instant::now() < self.limits.deadline {
             true => format!("the store has sent nothing for {} s", self.limits.idle.as_secs_f32()),
             false => "the reply has taken longer than a request may".to_owned(),

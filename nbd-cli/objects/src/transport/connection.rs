@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use hyper::Uri;
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
@@ -15,15 +17,19 @@ use hyper_util::rt::TokioIo;
 use object_store::client::{HttpError, HttpErrorKind, HttpRequest, HttpRequestBody};
 use openssl::ssl::SslConnector;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::net::{TcpStream, lookup_host};
+use tokio::time::{sleep, timeout};
 use tokio_openssl::SslStream;
 
 use crate::error::Result;
 use crate::settings::{StoreSettings, Timeouts};
+use crate::shown::shown;
 
 use super::failure::failed;
 use super::trust;
+
+/// How long an address has to itself before the next one is tried.
+const NEXT_AFTER: Duration = Duration::from_millis(250);
 
 /// A server: a scheme, a host and a port.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -105,10 +111,12 @@ impl Dialer {
     }
 
     async fn stream(&self, origin: &Origin) -> Result<Stream, String> {
-        let stream = TcpStream::connect((origin.host.as_str(), origin.port)).await;
-        let stream = stream.map_err(|error| plain(&error))?;
+        let addresses = lookup_host((origin.host.as_str(), origin.port)).await;
+        let addresses = addresses.map_err(|error| shown(&error.to_string()))?;
+        let stream = first(addresses, TcpStream::connect).await;
+        let stream = stream.map_err(|error| shown(&error.to_string()))?;
         // Small requests would wait for acknowledgements otherwise.
-        stream.set_nodelay(true).map_err(|error| plain(&error))?;
+        stream.set_nodelay(true).map_err(|error| shown(&error.to_string()))?;
         if !origin.is_tls {
             return Ok(Stream::Plain(stream));
         }
@@ -129,10 +137,32 @@ impl Dialer {
     }
 }
 
-/// The text of an error without its number.
-fn plain(error: &io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
+/// Returns the first connection to one of several addresses. One that does not answer soon is waited
+/// for while the next ones are tried (RFC 8305, section 5).
+async fn first<A, S, F>(
+    addresses: impl IntoIterator<Item = A>,
+    connect: impl Fn(A) -> F,
+) -> io::Result<S>
+where
+    F: Future<Output = io::Result<S>>,
+{
+    let mut addresses = addresses.into_iter().fuse().peekable();
+    let mut attempts = FuturesUnordered::new();
+    let mut why = io::Error::other("its name has no address");
+    loop {
+        if let Some(address) = addresses.next() {
+            attempts.push(connect(address));
+        }
+        let has_next = addresses.peek().is_some();
+        tokio::select! {
+            attempt = attempts.next() => match attempt {
+                Some(Ok(stream)) => return Ok(stream),
+                Some(Err(error)) => why = error,
+                None => return Err(why),
+            },
+            () = sleep(NEXT_AFTER), if has_next => {}
+        }
+    }
 }
 
 /// A connection that is between two requests, or whose reply is being read.
@@ -271,5 +301,24 @@ impl AsyncWrite for Counted {
             Stream::Plain(stream) => Pin::new(stream).poll_shutdown(context),
             Stream::Tls(stream) => Pin::new(stream.as_mut()).poll_shutdown(context),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn address_that_does_not_answer_hides_no_other() {
+        let connect = async |address| match address {
+            "dead" => std::future::pending().await,
+            "closed" => Err(io::Error::from(io::ErrorKind::ConnectionRefused)),
+            address => Ok(address),
+        };
+        assert_eq!(first(["dead", "alive"], connect).await.unwrap(), "alive");
+        assert_eq!(first(["closed", "dead", "alive"], connect).await.unwrap(), "alive");
+        let refused = first(["closed"], connect).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(first([], connect).await.is_err());
     }
 }

@@ -9,6 +9,7 @@ mod failure;
 mod limiter;
 mod log;
 mod pool;
+mod redirect;
 mod refusal;
 mod trust;
 
@@ -18,7 +19,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hyper::header::{HOST, HeaderValue, LOCATION, USER_AGENT};
-use hyper::{Method, StatusCode, Uri};
+use hyper::{Method, Uri};
 use object_store::ClientOptions;
 use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse,
@@ -91,15 +92,14 @@ impl object_store::client::HttpService for Transport {
             let follows = self.redirects == Redirects::Followed && is_safe(request.method());
             let next = follows.then(|| request.clone());
             let reply = self.request(request).await?;
-            let Some(mut next) = next.filter(|_| is_redirect(reply.status())) else {
+            let Some(mut next) = next.filter(|_| redirect::is_redirect(reply.status())) else {
                 return Ok(reply);
             };
             redirects += 1;
             if redirects > REDIRECTS_MAX {
                 return Err(failed(HttpErrorKind::Decode, "the server redirects without an end"));
             }
-            *next.uri_mut() = redirected(next.uri(), reply.headers().get(LOCATION))?;
-            next.headers_mut().remove(HOST);
+            redirect::follow(&mut next, reply.headers().get(LOCATION))?;
             request = next;
         }
     }
@@ -187,50 +187,7 @@ fn is_safe(method: &Method) -> bool {
     method == Method::GET || method == Method::HEAD
 }
 
-fn is_redirect(status: StatusCode) -> bool {
-    [301, 302, 303, 307, 308].contains(&status.as_u16())
-}
-
-/// The address that a redirect names. From HTTPS it does not lead to HTTP.
-fn redirected(from: &Uri, location: Option<&HeaderValue>) -> Result<Uri, HttpError> {
-    let nonsense = || failed(HttpErrorKind::Decode, "the server redirects to a malformed address");
-    let location = location.and_then(|value| value.to_str().ok()).ok_or_else(nonsense)?;
-    let to: Uri = location.parse().map_err(|_| nonsense())?;
-    if to.authority().is_none() {
-        let mut parts = from.clone().into_parts();
-        parts.path_and_query = to.path_and_query().cloned();
-        let is_absolute = location.starts_with('/');
-        return Uri::from_parts(parts).ok().filter(|_| is_absolute).ok_or_else(nonsense);
-    }
-    if from.scheme_str() == Some("https") && to.scheme_str() != Some("https") {
-        let why = "the server redirects from https to an address without TLS";
-        return Err(failed(HttpErrorKind::Decode, why));
-    }
-    Ok(to)
-}
-
 fn too_slow(limit: Duration) -> HttpError {
     let why = format!("the store has not answered completely within {} s", limit.as_secs_f32());
     failed(HttpErrorKind::Timeout, why)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn redirects_lead_to_other_hosts_but_never_out_of_tls() {
-        let to = |from: &'static str, location: &'static str| {
-            let from = Uri::from_static(from);
-            redirected(&from, Some(&HeaderValue::from_static(location)))
-                .map(|uri| uri.to_string())
-                .map_err(|error| error.to_string())
-        };
-        assert_eq!(to("https://a/x", "https://b/y?z"), Ok("https://b/y?z".to_owned()));
-        assert_eq!(to("https://a/x", "/y"), Ok("https://a/y".to_owned()));
-        assert_eq!(to("http://a/x", "https://a/x"), Ok("https://a/x".to_owned()));
-        assert!(to("https://a/x", "http://a/x").unwrap_err().contains("without TLS"));
-        assert!(to("https://a/x", "y").is_err());
-        assert!(redirected(&Uri::from_static("http://a/"), None).is_err());
-    }
 }
