@@ -1,12 +1,11 @@
 //! Credentials, regions and endpoints, from where AWS's own tools take them.
 //!
-//! A profile that the user names comes first, then keys in the environment, then the profile of the
-//! environment or `default`, then a web identity, the task of a container, and the instance.
+//! A profile that the user names comes first, then keys and a web identity in the environment, then
+//! the profile of the environment or `default`, then the task of a container, and the instance.
 
 mod ini;
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +18,7 @@ use crate::error::{Result, StoreError};
 use crate::settings::{Addressing, Environment, StoreSettings, Timeouts};
 use crate::transport::{Redirects, Transport};
 
-use ini::Ini;
+use ini::{Ini, Section};
 
 /// How one S3 store is reached.
 pub(crate) struct S3Access {
@@ -51,6 +50,9 @@ const UNSUPPORTED: [(&str, &str); 5] = [
     ("sso_start_url", "single sign-on"),
     ("sso_session", "single sign-on"),
 ];
+
+/// The settings that belong to one another.
+const CREDENTIALS: [&str; 3] = ["aws_access_key_id", "aws_secret_access_key", "aws_session_token"];
 
 impl S3Access {
     /// Finds out how the store is reached.
@@ -107,7 +109,7 @@ struct Profile {
     name: String,
     /// Whether somebody asked for it.
     is_named: bool,
-    settings: BTreeMap<String, String>,
+    settings: Section,
 }
 
 impl Profile {
@@ -116,19 +118,16 @@ impl Profile {
         let named = settings.profile.as_deref();
         let named = named.or_else(|| environment.get("AWS_PROFILE"));
         let name = named.unwrap_or("default").to_owned();
-        let file = |variable: &str, usual: &str| {
-            let usual = || Some(PathBuf::from(environment.get("HOME")?).join(".aws").join(usual));
-            environment.get(variable).map(PathBuf::from).or_else(usual)
+        let read = |variable: &str, usual: &str| match environment.get(variable) {
+            Some(path) => Ini::read(Path::new(path)),
+            None => match environment.get("HOME") {
+                Some(home) => Ini::read_usual(&Path::new(home).join(".aws").join(usual)),
+                None => Ok(Ini::default()),
+            },
         };
-        let mut found = None::<BTreeMap<String, String>>;
-        let config = file("AWS_CONFIG_FILE", "config");
-        let credentials = file("AWS_SHARED_CREDENTIALS_FILE", "credentials");
-        // What stands in the file of credentials counts.
-        for path in [config, credentials].into_iter().flatten() {
-            if let Some(section) = Ini::read(&path)?.profile(&name) {
-                found.get_or_insert_default().extend(section.clone());
-            }
-        }
+        let config = read("AWS_CONFIG_FILE", "config")?;
+        let credentials = read("AWS_SHARED_CREDENTIALS_FILE", "credentials")?;
+        let found = merged(config.profile(&name), credentials.profile(&name));
         match (found, named) {
             (None, Some(_)) => Err(StoreError::invalid(format!(
                 "there is no profile '{name}' in the AWS files (~/.aws/credentials, ~/.aws/config)"
@@ -145,15 +144,20 @@ impl Profile {
     }
 
     fn source(&self, is_first: bool, environment: &Environment) -> Result<Source> {
-        let in_environment = keys(
-            "the environment",
-            environment.get("AWS_ACCESS_KEY_ID"),
-            environment.get("AWS_SECRET_ACCESS_KEY"),
-            environment.get("AWS_SESSION_TOKEN"),
-        )?;
-        match in_environment {
-            Some(keys) if !is_first => return Ok(Source::Keys(keys)),
-            _ => {}
+        // Who names a profile does not want those of the environment, whatever they are.
+        if !is_first {
+            let in_environment = keys(
+                "the environment",
+                environment.get("AWS_ACCESS_KEY_ID"),
+                environment.get("AWS_SECRET_ACCESS_KEY"),
+                environment.get("AWS_SESSION_TOKEN"),
+            )?;
+            if let Some(keys) = in_environment {
+                return Ok(Source::Keys(keys));
+            }
+            if let Some(identity) = web_identity(environment).filter(|_| !self.assumes_role()) {
+                return Ok(identity);
+            }
         }
         if let Some(source) = self.own_source()? {
             return Ok(source);
@@ -165,7 +169,13 @@ impl Profile {
                 self.name
             )));
         }
-        Ok(of_surroundings(environment))
+        of_surroundings(environment)
+    }
+
+    /// Whether the profile has a role that another profile or the machine assumes. It comes before a
+    /// web identity in the environment.
+    fn assumes_role(&self) -> bool {
+        self.get("role_arn").is_some() && self.get("web_identity_token_file").is_none()
     }
 
     /// The credentials in the profile itself.
@@ -197,6 +207,25 @@ impl Profile {
     }
 }
 
+/// The settings of both files. What stands in the file of credentials counts; a key, its secret and
+/// its token are of one file.
+fn merged(config: Option<&Section>, credentials: Option<&Section>) -> Option<Section> {
+    let (Some(config), Some(credentials)) = (config, credentials) else {
+        return config.or(credentials).cloned();
+    };
+    let has_key = |section: &Section| section.contains_key(CREDENTIALS[0]);
+    let (mut merged, mut credentials) = (config.clone(), credentials.clone());
+    match has_key(&credentials) {
+        true => merged.retain(|name, _| !CREDENTIALS.contains(&name.as_str())),
+        false if has_key(config) => {
+            credentials.retain(|name, _| !CREDENTIALS.contains(&name.as_str()));
+        }
+        false => {}
+    }
+    merged.extend(credentials);
+    Some(merged)
+}
+
 /// The keys at one place. Half of them is a mistake.
 fn keys(
     place: &str,
@@ -220,28 +249,36 @@ fn keys(
     }
 }
 
-/// What the machine or container gives to its programs.
-fn of_surroundings(environment: &Environment) -> Source {
-    let token_file = environment.get("AWS_WEB_IDENTITY_TOKEN_FILE");
-    if let (Some(token_file), Some(role)) = (token_file, environment.get("AWS_ROLE_ARN")) {
-        let session = environment.get("AWS_ROLE_SESSION_NAME").map(str::to_owned);
-        let (token_file, role) = (token_file.to_owned(), role.to_owned());
-        return Source::WebIdentity { token_file, role, session };
-    }
-    let container: Vec<_> = [
-        AmazonS3ConfigKey::ContainerCredentialsRelativeUri,
-        AmazonS3ConfigKey::ContainerCredentialsFullUri,
-        AmazonS3ConfigKey::ContainerAuthorizationTokenFile,
-    ]
-    .into_iter()
-    .filter_map(|key| {
-        let name = key.as_ref().to_ascii_uppercase();
-        environment.get(&name).map(|value| (key, value.to_owned()))
+/// The web identity in the environment.
+fn web_identity(environment: &Environment) -> Option<Source> {
+    Some(Source::WebIdentity {
+        token_file: environment.get("AWS_WEB_IDENTITY_TOKEN_FILE")?.to_owned(),
+        role: environment.get("AWS_ROLE_ARN")?.to_owned(),
+        session: environment.get("AWS_ROLE_SESSION_NAME").map(str::to_owned),
     })
-    .collect();
-    match container.is_empty() {
-        true => Source::Instance,
-        false => Source::Container(container),
+}
+
+/// What the machine or container gives to its programs.
+fn of_surroundings(environment: &Environment) -> Result<Source> {
+    if let Some(identity) = web_identity(environment) {
+        return Ok(identity);
+    }
+    let value = |key: AmazonS3ConfigKey| {
+        let value = environment.get(&key.as_ref().to_ascii_uppercase())?.to_owned();
+        Some((key, value))
+    };
+    if let Some(relative) = value(AmazonS3ConfigKey::ContainerCredentialsRelativeUri) {
+        return Ok(Source::Container(vec![relative]));
+    }
+    let token = value(AmazonS3ConfigKey::ContainerAuthorizationTokenFile);
+    match (value(AmazonS3ConfigKey::ContainerCredentialsFullUri), token) {
+        (Some(complete), Some(token)) => Ok(Source::Container(vec![complete, token])),
+        (Some(_), None) => Err(StoreError::invalid(
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI is supported only with \
+             AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE; put keys into the environment",
+        )),
+        // A token without an address is of no use.
+        (None, _) => Ok(Source::Instance),
     }
 }
 
@@ -278,6 +315,7 @@ impl CredentialProvider for Instance {
 
     async fn get_credential(&self) -> object_store::Result<Arc<AwsCredential>> {
         self.0.get_credential().await.map_err(|error| {
+            let error = StoreError::of("read", "the credentials of the instance", &error);
             tracing::debug!(%error, "the metadata service gives no credentials");
             no_credentials()
         })
@@ -304,94 +342,4 @@ fn no_credentials() -> object_store::Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn settings(variables: &[(&str, &str)], credentials: &str, config: &str) -> StoreSettings {
-        let home = tempfile::tempdir().unwrap().keep();
-        std::fs::create_dir(home.join(".aws")).unwrap();
-        std::fs::write(home.join(".aws/credentials"), credentials).unwrap();
-        std::fs::write(home.join(".aws/config"), config).unwrap();
-        let home = ("HOME", home.to_str().unwrap());
-        let variables = variables.iter().chain([&home]);
-        let variables = variables.map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        StoreSettings { environment: Environment::new(variables), ..StoreSettings::default() }
-    }
-
-    fn key(settings: &StoreSettings) -> String {
-        let access = S3Access::resolve(settings).map_err(|error| error.to_string());
-        std::fs::remove_dir_all(settings.environment.get("HOME").unwrap()).unwrap();
-        match access.map(|access| access.source) {
-            Ok(Source::Keys(keys)) => keys.key_id,
-            Ok(Source::WebIdentity { role, .. }) => format!("role {role}"),
-            Ok(Source::Container(_)) => "container".to_owned(),
-            Ok(Source::Instance) => "instance".to_owned(),
-            Ok(Source::Anonymous) => "anonymous".to_owned(),
-            Err(error) => error,
-        }
-    }
-
-    const CREDENTIALS: &str = "[default]\naws_access_key_id=D\naws_secret_access_key=s\n\
-                               [other]\naws_access_key_id=O\naws_secret_access_key=s\n[empty]\n";
-    const CONFIG: &str = "[profile role]\nrole_arn=r\nsource_profile=other\n\
-                          [profile web]\nrole_arn=w\nweb_identity_token_file=/t\n\
-                          [profile sso]\nsso_session=x\n[profile tool]\ncredential_process=x\n";
-    const KEYS: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", "E"), ("AWS_SECRET_ACCESS_KEY", "s")];
-
-    #[test]
-    fn credentials_are_found_in_the_order_of_aws_tools() {
-        let of = |variables: &[(&str, &str)]| key(&settings(variables, CREDENTIALS, CONFIG));
-        assert_eq!(of(&[]), "D");
-        assert_eq!(of(&[("AWS_PROFILE", "other")]), "O");
-        assert_eq!(of(&KEYS), "E");
-        assert_eq!(of(&[KEYS[0], KEYS[1], ("AWS_PROFILE", "other")]), "E");
-        let mut named = settings(&KEYS, CREDENTIALS, CONFIG);
-        named.profile = Some("other".to_owned());
-        assert_eq!(key(&named), "O");
-        assert_eq!(of(&[("AWS_PROFILE", "web")]), "role w");
-        assert_eq!(key(&settings(&[], "", "")), "instance");
-        let web = [("AWS_WEB_IDENTITY_TOKEN_FILE", "/t"), ("AWS_ROLE_ARN", "r")];
-        assert_eq!(key(&settings(&web, "", "")), "role r");
-        let task = [("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "/v2")];
-        assert_eq!(key(&settings(&task, "", "")), "container");
-        let mut anonymous = settings(&KEYS, CREDENTIALS, CONFIG);
-        anonymous.anonymous = true;
-        assert_eq!(key(&anonymous), "anonymous");
-    }
-
-    #[test]
-    fn profiles_that_cannot_be_used_are_refused_by_name() {
-        let of = |profile| key(&settings(&[("AWS_PROFILE", profile)], CREDENTIALS, CONFIG));
-        assert!(of("role").contains("'role' has source_profile"), "{}", of("role"));
-        assert!(of("sso").contains("single sign-on"), "{}", of("sso"));
-        assert!(of("tool").contains("credential_process"), "{}", of("tool"));
-        assert!(of("none").contains("no profile 'none'"), "{}", of("none"));
-        assert!(of("empty").contains("'empty' has no credentials"), "{}", of("empty"));
-        let half = key(&settings(&KEYS[..1], CREDENTIALS, CONFIG));
-        assert!(half.contains("without its secret"), "{half}");
-    }
-
-    #[test]
-    fn region_and_endpoint_come_from_options_then_environment_then_profile() {
-        let config = "[default]\nregion=p\nendpoint_url=http://p\ns3=\n addressing_style=virtual\n";
-        let resolve = |settings: &StoreSettings| {
-            let access = S3Access::resolve(settings).unwrap();
-            std::fs::remove_dir_all(settings.environment.get("HOME").unwrap()).unwrap();
-            (access.region.unwrap(), access.endpoint.unwrap(), access.addressing)
-        };
-        let found = resolve(&settings(&KEYS, "", config));
-        let virtually = Some(Addressing::Virtual);
-        assert_eq!(found, ("p".to_owned(), "http://p".to_owned(), virtually));
-        let variables = [KEYS[0], KEYS[1], ("AWS_REGION", "e"), ("AWS_ENDPOINT_URL", "http://e")];
-        let found = resolve(&settings(&variables, "", config));
-        assert_eq!(found, ("e".to_owned(), "http://e".to_owned(), virtually));
-        let mut given = settings(&variables, "", config);
-        (given.region, given.endpoint) = (Some("o".to_owned()), Some("https://o:1".to_owned()));
-        given.addressing = Some(Addressing::Path);
-        let found = resolve(&given);
-        assert_eq!(found, ("o".to_owned(), "https://o:1".to_owned(), Some(Addressing::Path)));
-        for bad in ["localhost:9000", "ftp://a", "http://", "http://u:p@h", "http://h/?q"] {
-            assert!(check_endpoint(bad).is_err(), "{bad}");
-        }
-    }
-}
+mod tests;
