@@ -1,6 +1,6 @@
 //! Forgets backups, and collects what nobody needs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
@@ -11,6 +11,7 @@ use super::objects::{Creates, SMALL_LEN_MAX};
 use super::protocol::{Answer, Collected, Collector, Forget, Object, Request, Rules, Step};
 use super::repository::Repository;
 use super::session_record::SessionRecord;
+use super::tries::Tries;
 
 /// How a gc treats backups that are being made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,9 +151,10 @@ impl Repository {
             return Ok(false);
         }
         let key = Key::Backup(id);
-        // Where creates write over what is there, this must not be a backup.
-        if self.objects.carry_out(Request::Get(key)).await? == Answer::Missing {
-            self.objects.carry_out(Request::Create(key, Object::Tombstone(None))).await?;
+        let mut tries = Tries::default();
+        // An answer that it exists may mean that the store is busy.
+        while self.objects.carry_out(Request::Get(key)).await? == Answer::Missing {
+            tries.create(&self.objects, Request::Create(key, Object::Tombstone(None))).await?;
         }
         self.objects.carry_out(Request::Delete(session)).await?;
         Ok(true)
@@ -175,6 +177,7 @@ impl Repository {
         let mut sizes = BTreeMap::new();
         let mut garbage = Garbage::default();
         let mut patience = Patience::new(options);
+        let mut tries = Tries::default();
         loop {
             let deletions = machine.deletions().to_vec();
             if !deletions.is_empty() {
@@ -201,11 +204,18 @@ impl Repository {
                     garbage.bytes = condemned.iter().filter_map(|pack| sizes.get(pack)).sum();
                     return Ok(garbage);
                 }
+                Step::Request(request @ Request::Create(..)) => {
+                    machine.answer(tries.create(&self.objects, request).await?);
+                }
                 Step::Request(request) => machine.answer(self.objects.carry_out(request).await?),
                 Step::Reached(Collected::Running(session)) => {
                     match self.decide(session, &mut patience).await? {
                         Decision::End => {
-                            garbage.ended.push(session);
+                            // One that is to be ended again could not be ended before.
+                            if garbage.ended.last() != Some(&session) {
+                                garbage.ended.push(session);
+                                tries = Tries::default();
+                            }
                             machine.fence();
                         }
                         Decision::Wait => machine.look_again(),
@@ -215,30 +225,24 @@ impl Repository {
                         }
                     }
                 }
-                Step::Reached(Collected::Done(_)) => break,
+                Step::Reached(Collected::Lost(id)) => return Err(self.lost(id)),
+                Step::Reached(Collected::Done) => break,
             }
         }
-        garbage.lists = self.other_lists(&sizes.into_keys().collect()).await?;
+        garbage.lists = machine.lists().to_vec();
         Ok(garbage)
     }
 
-    /// Removes the lists of interrupted collectors none of whose packs is there, so that these
-    /// collectors cannot delete anything. Returns the others.
-    async fn other_lists(&self, packs: &BTreeSet<PackId>) -> Result<Vec<Id>> {
-        let mut others = Vec::new();
-        for listed in self.objects.list(Folder::Condemned).await? {
-            let Key::Condemned(id) = listed.key else { continue };
-            let Answer::Found(Object::Condemned(list)) =
-                self.objects.carry_out(Request::Get(listed.key)).await?
-            else {
-                continue;
-            };
-            match list.is_disjoint(packs) {
-                true => self.objects.delete(&listed.key.to_string()).await?,
-                false => others.push(id),
-            }
-        }
-        Ok(others)
+    fn lost(&self, id: Id) -> RepositoryError {
+        RepositoryError::new(
+            RepositoryErrorKind::Store,
+            format!(
+                "{} listed the object {} and does not list it any more, although such objects are \
+                 never removed; nothing was deleted",
+                self.name(),
+                Key::Backup(id)
+            ),
+        )
     }
 
     /// Removes the list of a gc that was interrupted. The caller knows that it does not run any more.
@@ -247,11 +251,11 @@ impl Repository {
     ///
     /// If there is no such list.
     pub async fn forget_list(&self, id: Id) -> Result<()> {
-        let name = Key::Condemned(id).to_string();
-        if self.objects.read(&name, u64::MAX).await?.is_none() {
+        let key = Key::Condemned(id);
+        if !self.objects.exists(key).await? {
             return Err(RepositoryError::not_found(format!("{} has no list {id}", self.name())));
         }
-        self.objects.delete(&name).await
+        self.objects.delete(&key.to_string()).await
     }
 
     /// Decides about a session that runs, perhaps after a while.

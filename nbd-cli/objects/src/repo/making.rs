@@ -2,16 +2,18 @@
 
 mod blocks;
 mod known;
+mod renewal;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use tokio::task::{AbortHandle, JoinHandle, JoinSet};
+use tokio::task::{JoinHandle, JoinSet};
 
 use self::blocks::{Prepared, prepare};
 use self::known::Known;
+use self::renewal::Renewal;
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Id, Key, PackId};
 use super::map::Map;
@@ -23,6 +25,7 @@ use super::root::{self, DISK_SIZE_MAX, Head, RootBuilder};
 use super::seal::{Hash, PACKS_MAX, Sealer};
 use super::session_record::SessionRecord;
 use super::stored::Stored;
+use super::tries::Tries;
 
 /// Packs that are sent at a time.
 const PUTS: usize = 4;
@@ -101,7 +104,7 @@ pub struct Session {
     pack: PackBuilder,
     next_pack: u32,
     puts: JoinSet<Result<()>>,
-    renewal: AbortHandle,
+    renewal: Renewal,
     data: u64,
     added: u64,
     found: u64,
@@ -114,12 +117,6 @@ enum Piece {
     /// A whole page of the base.
     Page(usize),
     Data(JoinHandle<Vec<Prepared>>),
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        self.renewal.abort();
-    }
 }
 
 impl Repository {
@@ -137,14 +134,18 @@ impl Repository {
         let record = SessionRecord { name: new.name.clone(), host: new.host.clone(), time };
         let objects = &self.objects;
         let mut writer = Writer::new(id, record.encode(&objects.sealer, id, 0)?, Rules::ALL);
-        self.drive(&mut writer).await?;
+        if let Step::Request(register) = writer.step() {
+            writer.answer(objects.carry_out(register).await?);
+        }
+        // What follows may take longer than a gc has patience.
+        let mut renewal = Renewal::start(Arc::clone(objects), id, record, RENEWAL);
+        self.drive(&mut writer, &mut renewal).await?;
         // Only now: what was condemned before is known.
         let base = match new.base {
             Some(base) => Some(Map::open(self, base).await?),
             None => None,
         };
         let known = Known::find(self, &writer, (id, &new.name), &new.like).await?;
-        let renewal = tokio::spawn(renew(self.clone(), id, record)).abort_handle();
         Ok(Session {
             repository: self.clone(),
             id,
@@ -170,20 +171,23 @@ impl Repository {
     }
 
     /// Carries the requests of a writer out, until it is ready or has ended.
-    async fn drive(&self, writer: &mut Writer) -> Result<Committed> {
+    async fn drive(&self, writer: &mut Writer, renewal: &mut Renewal) -> Result<Committed> {
+        let mut tries = Tries::default();
         loop {
-            match writer.step() {
+            let answer = match writer.step() {
                 Step::Reached(reached) => return Ok(reached),
-                Step::Request(request) => {
-                    let removes = matches!(request, Request::Delete(_));
-                    match self.objects.carry_out(request).await {
-                        Ok(answer) => writer.answer(answer),
-                        // The backup is there, or is not: the record is the next gc's to remove.
-                        Err(_) if removes => writer.answer(Answer::Done),
-                        Err(error) => return Err(error),
-                    }
+                Step::Request(request @ Request::Create(..)) => {
+                    tries.create(&self.objects, request).await?
                 }
-            }
+                Step::Request(request @ Request::Delete(_)) => {
+                    renewal.stop().await;
+                    // The backup is there, or is not: the record is the next gc's to remove.
+                    let _ = self.objects.carry_out(request).await;
+                    Answer::Done
+                }
+                Step::Request(request) => self.objects.carry_out(request).await?,
+            };
+            writer.answer(answer);
         }
     }
 }
@@ -202,17 +206,6 @@ fn check(new: &NewBackup) -> Result<()> {
         )));
     }
     Ok(())
-}
-
-/// Renews the record, so that a collector can tell a slow backup from one that was killed.
-async fn renew(repository: Repository, id: Id, record: SessionRecord) {
-    for counter in 1.. {
-        tokio::time::sleep(RENEWAL).await;
-        if let Ok(object) = record.encode(&repository.objects.sealer, id, counter) {
-            // A failure costs nothing but patience.
-            let _ = repository.objects.write(&Key::Session(id).to_string(), object).await;
-        }
-    }
 }
 
 impl Session {
@@ -352,6 +345,9 @@ impl Session {
     }
 
     async fn give(&mut self, piece: Piece) -> Result<()> {
+        if self.renewal.is_ended() {
+            return Err(self.ended());
+        }
         self.queue.push_back(piece);
         while self.queue.len() > PIECES {
             self.take().await?;
@@ -554,7 +550,7 @@ impl Session {
         let added = self.added + object.len() as u64;
         self.writer.commit(Backup { packs: root.packs().into(), object });
         let repository = self.repository.clone();
-        match repository.drive(&mut self.writer).await? {
+        match repository.drive(&mut self.writer, &mut self.renewal).await? {
             Committed::Yes => Ok(Made {
                 id: self.id,
                 data: self.data,
@@ -562,15 +558,19 @@ impl Session {
                 found: self.found,
                 packs: self.next_pack - 1,
             }),
-            Committed::Fenced | Committed::Ready => Err(RepositoryError::new(
-                RepositoryErrorKind::Fenced,
-                format!(
-                    "somebody ended the session {} of this backup ('repo gc' or 'repo \
-                     forget-session'), so there is no backup; make it again",
-                    self.id
-                ),
-            )),
+            Committed::Fenced | Committed::Ready => Err(self.ended()),
         }
+    }
+
+    fn ended(&self) -> RepositoryError {
+        RepositoryError::new(
+            RepositoryErrorKind::Fenced,
+            format!(
+                "somebody ended the session {} of this backup ('repo gc' or 'repo forget-session'), \
+                 so there is no backup; make it again",
+                self.id
+            ),
+        )
     }
 
     fn head(&self) -> Head {

@@ -24,6 +24,7 @@ mod session_record;
 mod stored;
 #[cfg(test)]
 mod tests;
+mod tries;
 
 pub use self::checking::{Checked, Problem};
 pub use self::collecting::{CollectOptions, Garbage, SessionInfo};

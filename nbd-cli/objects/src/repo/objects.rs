@@ -118,6 +118,16 @@ impl Objects {
         Ok(Some((found.bytes().await.map_err(failed)?, size)))
     }
 
+    /// Returns whether there is an object, whatever it holds.
+    pub(crate) async fn exists(&self, key: Key) -> Result<bool> {
+        let name = key.to_string();
+        match self.place.store.head(&self.path(&name)).await {
+            Ok(_) => Ok(true),
+            Err(Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(self.failed("look for", &name, &error)),
+        }
+    }
+
     pub(crate) async fn write(&self, name: &str, content: Bytes) -> Result<()> {
         let written = self.place.store.put(&self.path(name), content.into()).await;
         written.map(drop).map_err(|error| self.failed("write", name, &error))
@@ -186,9 +196,15 @@ impl Objects {
                     false => Answer::Exists,
                 }
             }
-            Request::Get(key) => match self.read(&key.to_string(), OBJECT_LEN_MAX).await? {
-                None => Answer::Missing,
-                Some(content) => Answer::Found(self.decode(key, content)?),
+            Request::Get(key) => match self.get(key).await {
+                // Who reads lists of others can go on.
+                Err(error)
+                    if matches!(key, Key::Condemned(_))
+                        && error.kind() == RepositoryErrorKind::Damaged =>
+                {
+                    Answer::Damaged
+                }
+                found => found?,
             },
             Request::List(folder) => {
                 Answer::Listed(self.list(folder).await?.into_iter().map(|it| it.key).collect())
@@ -197,6 +213,13 @@ impl Objects {
                 self.delete(&key.to_string()).await?;
                 Answer::Done
             }
+        })
+    }
+
+    async fn get(&self, key: Key) -> Result<Answer> {
+        Ok(match self.read(&key.to_string(), OBJECT_LEN_MAX).await? {
+            None => Answer::Missing,
+            Some(content) => Answer::Found(self.decode(key, content)?),
         })
     }
 

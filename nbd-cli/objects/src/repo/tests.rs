@@ -1,5 +1,7 @@
 //! Backups of disks in memory, into stores in memory and in folders.
 
+mod faults;
+
 use std::sync::Arc;
 
 use bytes::Bytes;

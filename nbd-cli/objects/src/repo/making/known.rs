@@ -3,21 +3,25 @@
 
 use std::collections::HashMap;
 
+use futures_util::{StreamExt as _, TryStreamExt as _};
 use object_store::GetRange;
 
 use super::super::error::{RepositoryError, Result};
 use super::super::id::{Folder, Id, Key, PackId};
 use super::super::map::Map;
 use super::super::objects::SMALL_LEN_MAX;
-use super::super::pack::{FOOTER_LEN, Footer, FrameKind};
+use super::super::pack::{Entry, FOOTER_LEN, Footer, FrameKind};
 use super::super::protocol::Writer;
 use super::super::repository::Repository;
 use super::super::seal::Hash;
 use super::super::session_record::SessionRecord;
 use super::super::stored::Stored;
 
-/// Most frames: 64 GiB of blocks, in about 70 MiB of memory. What is not known is sent again.
+/// Most frames of interrupted sessions, and of named backups: 64 GiB of blocks, in about 70 MiB of
+/// memory. What is not known is sent again.
 const FRAMES_MAX: usize = 1 << 20;
+/// Packs whose directories are read at a time.
+const READS: usize = 16;
 
 #[derive(Debug, Default)]
 pub(super) struct Known {
@@ -34,8 +38,8 @@ impl Known {
         self.pages.get(&hash).copied()
     }
 
-    fn is_full(&self) -> bool {
-        self.blocks.len() + self.pages.len() >= FRAMES_MAX
+    fn len(&self) -> usize {
+        self.blocks.len() + self.pages.len()
     }
 
     /// Looks for frames that a backup can use. The session of the writer is registered.
@@ -47,6 +51,7 @@ impl Known {
     ) -> Result<Self> {
         let mut known = Self::default();
         let objects = &repository.objects;
+        let mut packs = Vec::new();
         for session in objects.list(Folder::Sessions).await? {
             let Key::Session(id) = session.key else { continue };
             let record = match id == own {
@@ -57,36 +62,40 @@ impl Known {
             if record.is_none_or(|(record, _)| record.name != name) {
                 continue;
             }
+            // One that has ended: its packs are the backup's, or the next gc's.
+            if objects.exists(Key::Backup(id)).await? {
+                continue;
+            }
             for listed in objects.list(Folder::PacksOf(id)).await? {
                 if let Key::Pack(pack) = listed.key
                     && writer.may_refer(pack)
-                    && !known.is_full()
                 {
-                    known.add_pack(repository, pack).await?;
+                    packs.push(pack);
                 }
             }
         }
+        let mut entries =
+            futures_util::stream::iter(packs).map(|pack| entries(repository, pack)).buffered(READS);
+        while known.len() < FRAMES_MAX
+            && let Some(entries) = entries.try_next().await?
+        {
+            known.add(entries);
+        }
+        drop(entries);
+        let most = known.len() + FRAMES_MAX;
         for &like in like {
-            known.add_backup(repository, writer, like).await?;
+            known.add_backup(repository, writer, like, most).await?;
         }
         Ok(known)
     }
 
-    /// Adds the frames of a pack. One that is damaged or was deleted has none.
-    async fn add_pack(&mut self, repository: &Repository, pack: PackId) -> Result<()> {
-        let objects = &repository.objects;
-        let key = Key::Pack(pack);
-        let end = GetRange::Suffix(FOOTER_LEN as u64);
-        let Some((end, size)) = objects.read_some(key, end).await? else { return Ok(()) };
-        let Some(footer) = Footer::read(&end, size) else { return Ok(()) };
-        let Some(frame) = objects.read_range(key, footer.range()).await? else { return Ok(()) };
-        for entry in footer.entries(&objects.sealer, pack, &frame).unwrap_or_default() {
+    fn add(&mut self, entries: Vec<Entry>) {
+        for entry in entries {
             match entry.kind {
                 FrameKind::Block => self.blocks.insert(entry.stored.hash, entry.stored),
                 FrameKind::Page => self.pages.insert(entry.stored.hash, entry.stored),
             };
         }
-        Ok(())
     }
 
     async fn add_backup(
@@ -94,6 +103,7 @@ impl Known {
         repository: &Repository,
         writer: &Writer,
         backup: Id,
+        most: usize,
     ) -> Result<()> {
         let map = Map::open(repository, backup).await?;
         for number in 0..map.root().pages().len() {
@@ -103,7 +113,7 @@ impl Known {
                     self.blocks.insert(stored.hash, *stored);
                 }
             }
-            if self.is_full() {
+            if self.len() >= most {
                 return Err(RepositoryError::invalid(
                     "the backups of --like have more than 64 GiB of data; name fewer or smaller ones",
                 ));
@@ -111,4 +121,17 @@ impl Known {
         }
         Ok(())
     }
+}
+
+/// Reads which frames a pack has. One that is damaged or was deleted has none.
+async fn entries(repository: &Repository, pack: PackId) -> Result<Vec<Entry>> {
+    let objects = &repository.objects;
+    let key = Key::Pack(pack);
+    let end = GetRange::Suffix(FOOTER_LEN as u64);
+    let Some((end, size)) = objects.read_some(key, end).await? else { return Ok(Vec::new()) };
+    let Some(footer) = Footer::read(&end, size) else { return Ok(Vec::new()) };
+    let found = objects.read_range(key, footer.range()).await?;
+    Ok(found
+        .and_then(|frame| footer.entries(&objects.sealer, pack, &frame).ok())
+        .unwrap_or_default())
 }

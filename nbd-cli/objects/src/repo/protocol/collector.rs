@@ -21,7 +21,12 @@ pub(crate) struct Collector {
     round: Round,
     /// Backups that were tombstones in both rounds, with a root.
     shrinkable: BTreeSet<Id>,
-    deleted: u64,
+    /// Backups and tombstones that were listed in the first round.
+    names: BTreeSet<Id>,
+    /// Packs that were listed at the start; only the search ever uses them.
+    packs: BTreeSet<PackId>,
+    /// Lists of other collectors that stay.
+    lists: Vec<Id>,
 }
 
 /// A look at what is needed.
@@ -55,6 +60,15 @@ enum State {
     Delete(Vec<PackId>),
     Shrink(Vec<Id>),
     Forgive,
+    /// A name that the first list of backups had is not in the second one: nothing is deleted.
+    ForgiveLost(Id),
+    Lost(Id),
+    ListOthers,
+    /// Lists of other collectors.
+    ReadOthers(Vec<Key>),
+    /// The last one has these packs: is one of them there?
+    ListPacksAgain(Vec<Key>, Arc<BTreeSet<PackId>>),
+    RemoveOther(Vec<Key>),
     Ended,
 }
 
@@ -64,8 +78,11 @@ pub(crate) enum Collected {
     /// This session runs. [`Collector::fence`] ends it, [`Collector::look_again`] waits for it,
     /// [`Collector::give_up`] deletes nothing.
     Running(Id),
-    /// It is done: so many packs were deleted.
-    Done(u64),
+    /// The store's second list of backups lacks this one, which is never deleted, so its lists
+    /// cannot be relied on. Nothing was deleted.
+    Lost(Id),
+    /// It is done.
+    Done,
 }
 
 impl Collector {
@@ -77,13 +94,20 @@ impl Collector {
             condemned: BTreeSet::new(),
             round: Round::default(),
             shrinkable: BTreeSet::new(),
-            deleted: 0,
+            names: BTreeSet::new(),
+            packs: BTreeSet::new(),
+            lists: Vec::new(),
         }
     }
 
     /// Packs that are condemned.
     pub(crate) fn condemned(&self) -> &BTreeSet<PackId> {
         &self.condemned
+    }
+
+    /// Lists of other collectors that stay: packs of theirs are there, or they are damaged.
+    pub(crate) fn lists(&self) -> &[Id] {
+        &self.lists
     }
 
     /// Ends the session that runs.
@@ -129,13 +153,14 @@ impl Collector {
             State::ListPacks => Request::List(Folder::Packs),
             State::ListPins => Request::List(Folder::Pins),
             State::ListBackups => Request::List(Folder::Backups),
-            State::ReadPins(keys) | State::ReadBackups(keys) | State::Sessions(keys) => {
-                match keys.last() {
-                    Some(Key::Session(id)) => Request::Get(Key::Backup(*id)),
-                    Some(key) => Request::Get(*key),
-                    None => return Step::Reached(Collected::Done(self.deleted)),
-                }
-            }
+            State::ReadPins(keys)
+            | State::ReadBackups(keys)
+            | State::Sessions(keys)
+            | State::ReadOthers(keys) => match keys.last() {
+                Some(Key::Session(id)) => Request::Get(Key::Backup(*id)),
+                Some(key) => Request::Get(*key),
+                None => return Step::Reached(Collected::Done),
+            },
             State::Condemn => {
                 let list = Object::Condemned(Arc::new(self.condemned.clone()));
                 Request::Put(Key::Condemned(self.id), list)
@@ -143,7 +168,7 @@ impl Collector {
             State::ListSessions => Request::List(Folder::Sessions),
             State::Running(keys) | State::Fence(keys) | State::RemoveSession(keys) => {
                 let Some(Key::Session(id)) = keys.last() else {
-                    return Step::Reached(Collected::Done(self.deleted));
+                    return Step::Reached(Collected::Done);
                 };
                 match &self.state {
                     State::Running(_) => return Step::Reached(Collected::Running(*id)),
@@ -153,15 +178,22 @@ impl Collector {
             }
             State::Delete(packs) => match packs.last() {
                 Some(pack) => Request::Delete(Key::Pack(*pack)),
-                None => return Step::Reached(Collected::Done(self.deleted)),
+                None => return Step::Reached(Collected::Done),
             },
             State::Shrink(ids) => match (ids.last(), self.rules.keep_tombstones) {
                 (Some(id), true) => Request::Put(Key::Backup(*id), Object::Tombstone(None)),
                 (Some(id), false) => Request::Delete(Key::Backup(*id)),
-                (None, _) => return Step::Reached(Collected::Done(self.deleted)),
+                (None, _) => return Step::Reached(Collected::Done),
             },
-            State::Forgive => Request::Delete(Key::Condemned(self.id)),
-            State::Ended => return Step::Reached(Collected::Done(self.deleted)),
+            State::Forgive | State::ForgiveLost(_) => Request::Delete(Key::Condemned(self.id)),
+            State::Lost(id) => return Step::Reached(Collected::Lost(*id)),
+            State::ListOthers => Request::List(Folder::Condemned),
+            State::ListPacksAgain(..) => Request::List(Folder::Packs),
+            State::RemoveOther(keys) => match keys.last() {
+                Some(key) => Request::Delete(*key),
+                None => return Step::Reached(Collected::Done),
+            },
+            State::Ended => return Step::Reached(Collected::Done),
         })
     }
 
@@ -170,11 +202,10 @@ impl Collector {
         let state = std::mem::replace(&mut self.state, State::Ended);
         self.state = match (state, answer) {
             (State::ListPacks, Answer::Listed(keys)) => {
-                let packs = keys.iter().filter_map(|key| match key {
-                    Key::Pack(pack) => Some(*pack),
-                    _ => None,
-                });
-                self.condemned.extend(packs);
+                self.condemned.extend(packs(&keys));
+                if !self.rules.list_packs_again {
+                    self.packs.clone_from(&self.condemned);
+                }
                 State::ListPins
             }
             (State::ListPins, Answer::Listed(keys)) => Self::reading_pins(keys),
@@ -187,7 +218,10 @@ impl Collector {
                 }
                 Self::reading_pins(keys)
             }
-            (State::ListBackups, Answer::Listed(keys)) => self.reading_backups(keys),
+            (State::ListBackups, Answer::Listed(keys)) => match self.lost(&keys) {
+                Some(id) => State::ForgiveLost(id),
+                None => self.reading_backups(keys),
+            },
             (State::ReadBackups(mut keys), answer) => {
                 if let (Some(Key::Backup(id)), Answer::Found(object)) = (keys.pop(), answer) {
                     self.mark(id, object);
@@ -200,6 +234,8 @@ impl Collector {
                 false => self.looking_again(),
             },
             (State::Sessions(keys), Answer::Missing) => State::Running(keys),
+            // The backup is there, or the store was busy, which it tells in the same way.
+            (State::Fence(keys), Answer::Exists) => State::Sessions(keys),
             (State::Sessions(keys) | State::Fence(keys), _) => State::RemoveSession(keys),
             (State::RemoveSession(mut keys), _) => {
                 keys.pop();
@@ -207,15 +243,75 @@ impl Collector {
             }
             (State::Delete(mut packs), _) => {
                 packs.pop();
-                self.deleted += 1;
                 self.deleting(packs)
             }
             (State::Shrink(mut ids), _) => {
                 ids.pop();
                 Self::shrinking(ids)
             }
-            (_, _) => State::Ended,
+            (State::Forgive, _) => State::ListOthers,
+            (State::ForgiveLost(id), _) => State::Lost(id),
+            (state, answer) => self.answer_of_others(state, answer),
         };
+    }
+
+    /// Lists of interrupted collectors are removed when none of their packs is there: packs are
+    /// never written twice, so these collectors cannot delete anything any more. Packs are listed
+    /// after the list was read, because it may be of a collector that began later and lives.
+    fn answer_of_others(&mut self, state: State, answer: Answer) -> State {
+        match (state, answer) {
+            (State::ListOthers, Answer::Listed(keys)) => Self::reading_others(keys),
+            (State::ReadOthers(keys), Answer::Found(Object::Condemned(list))) => {
+                match self.rules.list_packs_again {
+                    true => State::ListPacksAgain(keys, list),
+                    false => self.judge(keys, list.is_disjoint(&self.packs)),
+                }
+            }
+            (State::ReadOthers(mut keys), Answer::Missing) => {
+                keys.pop();
+                Self::reading_others(keys)
+            }
+            (State::ReadOthers(keys), _) => self.judge(keys, false),
+            (State::ListPacksAgain(keys, list), Answer::Listed(listed)) => {
+                let is_over = !packs(&listed).any(|pack| list.contains(&pack));
+                self.judge(keys, is_over)
+            }
+            (State::RemoveOther(mut keys), _) => {
+                keys.pop();
+                Self::reading_others(keys)
+            }
+            (_, _) => State::Ended,
+        }
+    }
+
+    /// Decides about the list of another collector.
+    fn judge(&mut self, mut keys: Vec<Key>, is_over: bool) -> State {
+        if is_over {
+            return State::RemoveOther(keys);
+        }
+        if let Some(Key::Condemned(id)) = keys.pop() {
+            self.lists.push(id);
+        }
+        Self::reading_others(keys)
+    }
+
+    fn reading_others(keys: Vec<Key>) -> State {
+        if keys.is_empty() { State::Ended } else { State::ReadOthers(keys) }
+    }
+
+    /// Returns a backup that was listed in the first round and is not in the second one.
+    fn lost(&mut self, keys: &[Key]) -> Option<Id> {
+        let names = keys.iter().filter_map(|key| match key {
+            Key::Backup(id) => Some(*id),
+            _ => None,
+        });
+        let names: BTreeSet<_> = names.collect();
+        if !self.round.is_second {
+            self.names = names;
+            return None;
+        }
+        // Only where names are never deleted.
+        self.names.difference(&names).next().copied().filter(|_| self.rules.keep_tombstones)
     }
 
     fn reading_pins(keys: Vec<Key>) -> State {
@@ -272,4 +368,11 @@ impl Collector {
     fn shrinking(ids: Vec<Id>) -> State {
         if ids.is_empty() { State::Forgive } else { State::Shrink(ids) }
     }
+}
+
+fn packs(keys: &[Key]) -> impl Iterator<Item = PackId> {
+    keys.iter().filter_map(|key| match key {
+        Key::Pack(pack) => Some(*pack),
+        _ => None,
+    })
 }

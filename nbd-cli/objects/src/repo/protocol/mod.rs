@@ -73,6 +73,8 @@ pub(crate) enum Answer {
     Missing,
     /// The object.
     Found(Object),
+    /// The object holds something else than was written.
+    Damaged,
     /// The names of the objects.
     Listed(Vec<Key>),
 }
@@ -105,6 +107,8 @@ pub(crate) struct Rules {
     pub(crate) pin_first: bool,
     /// A tombstone stays for ever.
     pub(crate) keep_tombstones: bool,
+    /// Packs are listed after the list of another collector was read, and before it is removed.
+    pub(crate) list_packs_again: bool,
 }
 
 impl Rules {
@@ -118,5 +122,6 @@ impl Rules {
         heed_pins: true,
         pin_first: true,
         keep_tombstones: true,
+        list_packs_again: true,
     };
 }

@@ -16,6 +16,8 @@ pub(crate) struct Writer {
     rules: Rules,
     state: State,
     condemned: Vec<Arc<BTreeSet<PackId>>>,
+    /// A list cannot be read: any pack may be on it.
+    lacks_list: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -49,13 +51,14 @@ impl Writer {
             true => State::Register,
             false => State::ListCondemned,
         };
-        Self { id, record, rules, state, condemned: Vec::new() }
+        Self { id, record, rules, state, condemned: Vec::new(), lacks_list: false }
     }
 
     /// Returns whether the backup may refer to a pack that is in the store. Those of this session
     /// are not asked about.
     pub(crate) fn may_refer(&self, pack: PackId) -> bool {
-        !self.rules.heed_condemned || !self.condemned.iter().any(|list| list.contains(&pack))
+        let is_condemned = || self.condemned.iter().any(|list| list.contains(&pack));
+        !self.rules.heed_condemned || !(self.lacks_list || is_condemned())
     }
 
     /// Commits, once it is [`Committed::Ready`].
@@ -101,8 +104,11 @@ impl Writer {
             (State::ListCondemned, Answer::Listed(keys)) => self.reading(keys),
             (State::ReadCondemned(mut keys), answer) => {
                 keys.pop();
-                if let Answer::Found(Object::Condemned(list)) = answer {
-                    self.condemned.push(list);
+                match answer {
+                    Answer::Found(Object::Condemned(list)) => self.condemned.push(list),
+                    // It was removed meanwhile: its packs were kept, or are gone.
+                    Answer::Missing => {}
+                    _ => self.lacks_list = true,
                 }
                 self.reading(keys)
             }

@@ -1,0 +1,113 @@
+//! Stores that are busy, replies that are lost, and objects that others damaged or removed.
+
+use std::time::Duration;
+
+use super::super::id::Key;
+use super::super::protocol::{Answer, Object, Request};
+use super::*;
+use crate::testing::{Fault, TestStore};
+use crate::{Environment, StoreSettings, Timeouts};
+
+fn place_in(store: &TestStore) -> Place {
+    let variables = [("AWS_ACCESS_KEY_ID", "AKIAKEY"), ("AWS_SECRET_ACCESS_KEY", "s3cr3t")];
+    let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let settings = StoreSettings {
+        endpoint: Some(store.endpoint()),
+        environment: Environment::new(variables),
+        timeouts: Timeouts {
+            connect: Duration::from_secs(20),
+            idle: Duration::from_secs(20),
+            request: Duration::from_secs(20),
+            total: Duration::from_secs(20),
+        },
+        ..StoreSettings::default()
+    };
+    Place::open(&"s3://bucket/repo".parse().unwrap(), &settings).unwrap()
+}
+
+/// The first put of the name of a backup meets this fault.
+fn fail_once(store: &TestStore, fault: Fault) {
+    let mut is_met = false;
+    store.fail(move |seen| {
+        if seen.method == "PUT" && seen.key.contains("/backups/") && !is_met {
+            is_met = true;
+            return fault;
+        }
+        Fault::None
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commit_is_found_out_about_if_its_reply_is_lost_or_the_store_is_busy() {
+    for fault in [Fault::ReplyLost, Fault::Status(409), Fault::None] {
+        let store = TestStore::start().unwrap();
+        let repository = Repository::init(place_in(&store), None).await.unwrap();
+        let disk = disk(20, 9);
+        fail_once(&store, fault);
+        let made = back_up(&repository, "vm1", &disk, None).await;
+        assert!(content(&repository, made.id).await.unwrap() == disk, "{fault:?}");
+        assert!(names(&repository, "sessions").await.is_empty());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn session_is_ended_although_the_store_is_busy_or_the_reply_is_lost() {
+    for fault in [Fault::Status(409), Fault::ReplyLost] {
+        for by_gc in [true, false] {
+            let store = TestStore::start().unwrap();
+            let repository = Repository::init(place_in(&store), None).await.unwrap();
+            let disk = disk(20, 9);
+            let mut session = repository.begin(new("vm1", &disk, None)).await.unwrap();
+            give_all(&mut session, &disk).await;
+            fail_once(&store, fault);
+            if by_gc {
+                let garbage = repository.collect(&at_once()).await.unwrap();
+                assert_eq!(garbage.ended, [session.id()]);
+            } else {
+                assert!(repository.end_session(session.id()).await.unwrap());
+            }
+            assert_eq!(names(&repository, "backups").await.len(), 1);
+            let error = session.commit().await.unwrap_err();
+            assert_eq!(error.kind(), RepositoryErrorKind::Fenced);
+            assert_eq!(repository.check(100.0).await.unwrap().problems, []);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_list_of_a_gc_costs_time_and_no_backup() {
+    let repository = repository().await;
+    let disk = disk(40, 9);
+    let first = back_up(&repository, "vm1", &disk, None).await;
+    let list = Id::random().unwrap();
+    let name = Key::Condemned(list).to_string();
+    repository.objects.write(&name, "nonsense".into()).await.unwrap();
+    // Any pack may be on it.
+    let second = back_up(&repository, "vm1", &disk, Some(first.id)).await;
+    assert_eq!(second.found, 0);
+    assert!(second.added > first.added / 10 * 9, "{second:?} {first:?}");
+    repository.forget(first.id, false).await.unwrap();
+    let garbage = repository.collect(&at_once()).await.unwrap();
+    assert_eq!(garbage.lists, [list]);
+    assert!(content(&repository, second.id).await.unwrap() == disk);
+    repository.forget_list(list).await.unwrap();
+    let error = repository.forget_list(list).await.unwrap_err();
+    assert_eq!(error.kind(), RepositoryErrorKind::NotFound);
+    let third = back_up(&repository, "vm1", &disk, Some(second.id)).await;
+    assert!(third.added < second.added / 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn packs_of_a_session_that_has_ended_are_not_looked_at() {
+    let repository = repository().await;
+    let disk = disk(900, 7);
+    let id = {
+        let mut session = repository.begin(new("vm1", &disk, None)).await.unwrap();
+        give_all(&mut session, &disk[..700 * BLOCK_SIZE as usize]).await;
+        while !session.puts_are_done().await {}
+        session.id()
+    };
+    let tombstone = Request::Put(Key::Backup(id), Object::Tombstone(None));
+    assert_eq!(repository.objects.carry_out(tombstone).await.unwrap(), Answer::Done);
+    assert_eq!(back_up(&repository, "vm1", &disk, None).await.found, 0);
+}
