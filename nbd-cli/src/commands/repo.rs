@@ -39,8 +39,13 @@ pub(crate) fn run(args: &RepoArgs) -> Result<Outcome, CommandError> {
 
 async fn init(args: &InitArgs) -> Result<Outcome, CommandError> {
     let passphrase = args.store.passphrase()?;
+    if passphrase.is_some() && !args.encrypt {
+        return Err(CommandError::new(
+            "a passphrase is given, but not --encrypt; add --encrypt, or leave the passphrase out \
+             (--passphrase-file, NBD_PASSPHRASE_FILE)",
+        ));
+    }
     let place = args.store.new_place()?;
-    let passphrase = passphrase.filter(|_| args.encrypt);
     let made = Repository::init(place, passphrase.as_deref()).await.map_err(repository_error)?;
     if made.creates() == Creates::Overwriting {
         warn(

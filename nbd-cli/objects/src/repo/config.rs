@@ -94,6 +94,10 @@ fn check_of(master: &[u8; 32]) -> String {
     hex(&hmac(master, &[b"key check"]))
 }
 
+fn check_of_key(master: &[u8; 32], id: Id) -> String {
+    hex(&hmac(master, &[b"key ", id.to_string().as_bytes()]))
+}
+
 /// A key that unlocks the repository: the master key, wrapped by a passphrase.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -105,6 +109,9 @@ pub(crate) struct WrappedKey {
     salt: String,
     nonce: String,
     wrapped: String,
+    /// Says that this is a key of this master key: HMAC-SHA-256 of `key ` and its identity.
+    #[serde(default)]
+    check: String,
 }
 
 /// Work of a new key: 64 MiB, a quarter of a second.
@@ -114,7 +121,11 @@ const MEMORY_MAX: u64 = 512 << 20;
 
 impl WrappedKey {
     /// Wraps the master key.
-    pub(crate) fn wrap(master: &[u8; 32], passphrase: &[u8], repository: &str) -> Result<Self> {
+    pub(crate) fn wrap(
+        master: &[u8; 32],
+        passphrase: &[u8],
+        (repository, id): (&str, Id),
+    ) -> Result<Self> {
         let (mut salt, mut nonce, mut tag) = ([0; 16], [0; 12], [0; 16]);
         random(&mut salt)?;
         random(&mut nonce)?;
@@ -126,6 +137,7 @@ impl WrappedKey {
             salt: hex(&salt),
             nonce: hex(&nonce),
             wrapped: String::new(),
+            check: check_of_key(master, id),
         };
         let derived = key.derive(passphrase).ok_or_else(|| failed("scrypt"))?;
         let cipher = Cipher::aes_256_gcm();
@@ -152,6 +164,11 @@ impl WrappedKey {
         let associated = repository.as_bytes();
         let master = decrypt_aead(cipher, &derived, Some(&nonce), associated, sealed, tag).ok()?;
         master.try_into().ok()
+    }
+
+    /// Returns whether it was made by someone who had the master key, under this identity.
+    pub(crate) fn is_of(&self, master: &[u8; 32], id: Id) -> bool {
+        self.check == check_of_key(master, id)
     }
 
     /// Derives a key from a passphrase. Work and memory are bounded, whatever the object says.
@@ -204,13 +221,16 @@ mod tests {
 
     #[test]
     fn only_the_passphrase_unwraps_the_key() {
-        let key = WrappedKey::wrap(&[7; 32], b"correct horse", "id").unwrap();
+        let own = Id::from_bytes([3; 16]);
+        let key = WrappedKey::wrap(&[7; 32], b"correct horse", ("id", own)).unwrap();
         let text = key.encode().unwrap();
         assert!(!String::from_utf8_lossy(&text).contains("correct horse"));
         let key: WrappedKey = serde_json::from_slice(&text).unwrap();
         assert_eq!(key.unwrap(b"correct horse", "id"), Some([7; 32]));
         assert_eq!(key.unwrap(b"correct horsf", "id"), None);
         assert_eq!(key.unwrap(b"correct horse", "other"), None);
+        assert!(key.is_of(&[7; 32], own) && !key.is_of(&[8; 32], own));
+        assert!(!key.is_of(&[7; 32], Id::from_bytes([4; 16])));
         for change in [
             |key: &mut WrappedKey| key.log_n = 63,
             |key: &mut WrappedKey| key.r = u32::MAX,

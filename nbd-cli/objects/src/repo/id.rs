@@ -8,7 +8,7 @@ use super::error::{RepositoryError, RepositoryErrorKind, Result};
 
 /// The identity of a session, of the backup that it makes, of a gc or of a pin: 48 bits of the time,
 /// in milliseconds since 1970, and 80 random bits. Printed as 32 hexadecimal digits, so that names
-/// sort by time. Nothing depends on the time.
+/// sort by time. The protocol does not depend on the time.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Id([u8; 16]);
 
@@ -28,6 +28,11 @@ impl Id {
         let milliseconds = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
         bytes[..6].copy_from_slice(&milliseconds.to_be_bytes()[2..]);
         Ok(Self(bytes))
+    }
+
+    /// When it was made, in milliseconds since 1970, by the clock of who made it.
+    pub(crate) fn milliseconds(&self) -> u64 {
+        self.0[..6].iter().fold(0, |time, byte| time << 8 | u64::from(*byte))
     }
 
     /// Returns the identity with these bytes.

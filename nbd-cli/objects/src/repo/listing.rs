@@ -3,7 +3,7 @@
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use object_store::GetRange;
 
-use super::error::{RepositoryError, Result};
+use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Folder, Id, Key};
 use super::repository::Repository;
 use super::root::{self, Head, Kind, PREFIX_LEN};
@@ -50,8 +50,14 @@ impl Repository {
     async fn look(&self, id: Id) -> Result<Option<BackupInfo>> {
         let first = |length| GetRange::Bounded(0..length);
         let key = Key::Backup(id);
-        let Some((mut bytes, size)) = self.objects.read_some(key, first(FIRST_LEN)).await? else {
-            return Ok(None);
+        let (mut bytes, size) = match self.objects.read_some(key, first(FIRST_LEN)).await {
+            Ok(Some(found)) => found,
+            Ok(None) => return Ok(None),
+            // It is empty.
+            Err(error) if error.kind() == RepositoryErrorKind::Damaged => {
+                return Ok(Some(BackupInfo { id, head: Err(error), is_forgotten: false }));
+            }
+            Err(error) => return Err(error),
         };
         let damaged = || RepositoryError::damaged(format!("the object {key} is damaged"));
         let wanted = (PREFIX_LEN + root::head_length(&bytes).unwrap_or_default()) as u64;
@@ -78,13 +84,24 @@ impl Repository {
     ///
     /// # Errors
     ///
-    /// If no backup, or more than one, is meant.
+    /// If no backup, or more than one, is meant; and if one that cannot be read may be meant: one that
+    /// was begun later than the one that was found.
     pub async fn find(&self, text: &str) -> Result<(Id, Head)> {
         let (name, which) = text.rsplit_once('@').unwrap_or((text, "latest"));
         let all = self.list().await?;
         let live = all.iter().filter(|info| !info.is_forgotten);
         let heads = live.filter_map(|info| Some((info.id, info.head.as_ref().ok()?)));
         let own: Vec<_> = heads.filter(|(_, head)| head.name == name).collect();
+        // Of which disk they are is not known.
+        let live = all.iter().filter(|info| !info.is_forgotten && info.head.is_err());
+        let unreadable: Vec<_> = live.map(|info| info.id).collect();
+        if let Some(id) = Which::parse(which).and_then(|which| which.hidden(&own, &unreadable)) {
+            return Err(RepositoryError::damaged(format!(
+                "the backup {id} in {} cannot be read, and may be '{text}'; name another one as \
+                 '{name}@ID', or forget it ('repo forget --damaged {id}')",
+                self.name()
+            )));
+        }
         if own.is_empty() {
             let mut names: Vec<_> =
                 all.iter().filter_map(|info| Some(&*info.head.as_ref().ok()?.name)).collect();
@@ -98,9 +115,6 @@ impl Repository {
             )));
         }
         let found = match Which::parse(which) {
-            Some(Which::Latest) => own.last(),
-            Some(Which::Day(day)) => own.iter().rfind(|(_, head)| head.time / DAY == day),
-            Some(Which::AsOf(time)) => own.iter().rfind(|(_, head)| head.time < time),
             Some(Which::Id(start)) => {
                 let mut found = own.iter().filter(|(id, _)| id.to_string().starts_with(&start));
                 let first = found.next();
@@ -111,6 +125,7 @@ impl Repository {
                 }
                 first
             }
+            Some(which) => own.iter().rfind(|(_, head)| which.is_at(head.time)),
             None => {
                 return Err(RepositoryError::invalid(format!(
                     "'@{which}' is none of @latest, a day (@2026-11-20), a time \
@@ -137,6 +152,33 @@ enum Which {
 }
 
 impl Which {
+    /// Returns whether a backup of this time can be meant.
+    fn is_at(&self, begun: u64) -> bool {
+        match self {
+            Self::Latest => true,
+            Self::Day(day) => begun / DAY == *day,
+            Self::AsOf(time) => begun < *time,
+            Self::Id(_) => false,
+        }
+    }
+
+    /// Returns one of the unreadable backups, if it may be the one that is meant. When they were begun
+    /// is known from their identities.
+    fn hidden(&self, own: &[(Id, &Head)], unreadable: &[Id]) -> Option<Id> {
+        let found = own.iter().rfind(|(_, head)| self.is_at(head.time)).map(|(_, head)| head.time);
+        let mut meant = unreadable.iter().filter(|id| match self {
+            Self::Id(start) => {
+                let is_it = |id: &Id| id.to_string().starts_with(start);
+                is_it(id) && !own.iter().any(|(id, _)| is_it(id))
+            }
+            _ => {
+                self.is_at(id.milliseconds())
+                    && found.is_none_or(|found| id.milliseconds() >= found)
+            }
+        });
+        meant.next().copied()
+    }
+
     fn parse(text: &str) -> Option<Self> {
         if text == "latest" {
             return Some(Self::Latest);

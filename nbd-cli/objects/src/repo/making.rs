@@ -2,6 +2,8 @@
 
 mod blocks;
 mod known;
+mod new_backup;
+mod packs;
 mod renewal;
 
 use std::collections::VecDeque;
@@ -13,6 +15,9 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use self::blocks::{Prepared, prepare};
 use self::known::Known;
+use self::new_backup::check;
+pub use self::new_backup::{Made, NewBackup};
+use self::packs::Packs;
 use self::renewal::Renewal;
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Id, Key, PackId};
@@ -21,7 +26,7 @@ use super::pack::{FrameKind, PACK_SIZE, PackBuilder};
 use super::page::{BLOCK_SIZE, PAGE_BLOCKS, PAGE_SPAN, Page};
 use super::protocol::{Answer, Backup, Committed, Request, Rules, Step, Writer};
 use super::repository::Repository;
-use super::root::{self, DISK_SIZE_MAX, Head, RootBuilder};
+use super::root::{self, Head, RootBuilder};
 use super::seal::{Hash, PACKS_MAX, Sealer};
 use super::session_record::SessionRecord;
 use super::stored::Stored;
@@ -33,47 +38,6 @@ const PUTS: usize = 4;
 const PIECES: usize = 8;
 /// Interval at which the record of the session is renewed.
 const RENEWAL: Duration = Duration::from_secs(60);
-
-/// A backup that is to be made.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct NewBackup {
-    /// The name of the disk: 1 to 1024 bytes, without `@` and control characters.
-    pub name: String,
-    /// Size of the disk in bytes, at most [`DISK_SIZE_MAX`].
-    pub size: u64,
-    /// The machine that makes it, for those who list sessions.
-    pub host: String,
-    /// The export that is read.
-    pub export: Option<String>,
-    /// The dirty bitmap that starts with this backup.
-    pub bitmap: Option<String>,
-    /// The identity that the server knows for this backup.
-    pub identity: Option<String>,
-    /// The identity of the disk.
-    pub disk: Option<String>,
-    /// The backup on which this one builds: what is equal there is not sent again.
-    pub base: Option<Id>,
-    /// Other backups whose blocks are not sent again either.
-    pub like: Vec<Id>,
-}
-
-/// The result of a backup. Sizes are in bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Made {
-    /// Its identity.
-    pub id: Id,
-    /// Bytes of the disk that are not zero, in whole blocks.
-    pub data: u64,
-    /// Bytes that were added to the repository.
-    pub added: u64,
-    /// Bytes of the disk that were found in the repository: in the last backup, in those that were
-    /// named, or in an interrupted session.
-    pub found: u64,
-    /// Packs that were written.
-    pub packs: u32,
-}
 
 /// A backup that is being made. Give it the whole disk in order, by [`data`](Self::data),
 /// [`zero`](Self::zero) and [`unchanged`](Self::unchanged), and commit it.
@@ -91,6 +55,7 @@ pub struct Session {
     writer: Writer,
     base: Option<Map>,
     known: Arc<Known>,
+    packs: Packs,
     /// Blocks that were given.
     given: u64,
     /// What was given and is not yet in the map.
@@ -124,8 +89,7 @@ impl Repository {
     ///
     /// # Errors
     ///
-    /// If the name or the size is refused, if the base is of a disk of another size or was
-    /// forgotten, and as for all requests to the store.
+    /// If the name or the size is refused, if the base was forgotten or is damaged, and as for all requests to the store.
     pub async fn begin(&self, new: NewBackup) -> Result<Session> {
         check(&new)?;
         let id = Id::random()?;
@@ -145,7 +109,8 @@ impl Repository {
             Some(base) => Some(Map::open(self, base).await?),
             None => None,
         };
-        let known = Known::find(self, &writer, (id, &new.name), &new.like).await?;
+        let packs = Packs::list(self, &writer).await?;
+        let known = Known::find(self, &writer, &packs, (id, &new.name), &new.like).await?;
         Ok(Session {
             repository: self.clone(),
             id,
@@ -153,6 +118,7 @@ impl Repository {
             writer,
             base,
             known: Arc::new(known),
+            packs,
             given: 0,
             queue: VecDeque::new(),
             page: Page::default(),
@@ -190,22 +156,6 @@ impl Repository {
             writer.answer(answer);
         }
     }
-}
-
-fn check(new: &NewBackup) -> Result<()> {
-    let is_name = |name: &str| !name.contains('@') && !name.contains(char::is_control);
-    if new.name.is_empty() || new.name.len() > 1024 || !is_name(&new.name) {
-        return Err(RepositoryError::invalid(
-            "the name of a disk has 1 to 1024 bytes, and neither '@' nor control characters",
-        ));
-    }
-    if new.size > DISK_SIZE_MAX {
-        return Err(RepositoryError::invalid(format!(
-            "the disk has {} bytes; a backup has at most {DISK_SIZE_MAX}",
-            new.size
-        )));
-    }
-    Ok(())
 }
 
 impl Session {
@@ -259,13 +209,20 @@ impl Session {
     }
 
     /// Gives at most so many blocks that are as in the base, and returns how many were taken. The
-    /// next one, if there is one, has to be read and given as data.
+    /// next one, if there is one, has to be read and given as data: the repository does not have it
+    /// any more, or the base is of a smaller disk. If the sizes differ, that is so for the block in
+    /// which the smaller disk ends, too: its length is another one.
     ///
     /// # Errors
     ///
     /// If there is no base, and as for all requests to the store.
     pub async fn unchanged(&mut self, blocks: u64) -> Result<u64> {
-        let (begin, end) = (self.given, self.given.saturating_add(blocks).min(self.blocks()));
+        let base = self.base.as_ref().ok_or_else(no_base)?.size();
+        let same = match base == self.new.size {
+            true => self.blocks(),
+            false => base.min(self.new.size) / BLOCK_SIZE,
+        };
+        let (begin, end) = (self.given, self.given.saturating_add(blocks).min(same));
         while self.given < end {
             let number = (self.given / PAGE_BLOCKS) as usize;
             let page_end = ((number as u64 + 1) * PAGE_BLOCKS).min(self.blocks());
@@ -292,7 +249,7 @@ impl Session {
     }
 
     fn may_take(&self, block: Option<Stored>) -> Option<Option<Stored>> {
-        block.is_none_or(|stored| self.writer.may_refer(stored.pack)).then_some(block)
+        block.is_none_or(|stored| self.packs.holds(&stored)).then_some(block)
     }
 
     /// Returns whether a page of the base is taken as it is.
@@ -304,8 +261,8 @@ impl Session {
             return Ok(false);
         };
         Ok(page.as_ref().is_none_or(|page| {
-            self.writer.may_refer(page.stored.pack)
-                && base.root().packs_of(page).all(|pack| self.writer.may_refer(pack))
+            self.packs.holds(&page.stored)
+                && base.root().packs_of(page).all(|pack| self.packs.has(pack))
         }))
     }
 
@@ -336,8 +293,8 @@ impl Session {
             let end = page_end.min(blocks.end).min(base_blocks);
             let found = self.in_base(at..end).await?;
             let found = found.unwrap_or_else(|| vec![None; (end - at) as usize]);
-            let may_refer = |stored: &Stored| self.writer.may_refer(stored.pack);
-            expected.extend(found.into_iter().map(|block| block.filter(may_refer)));
+            let holds = |stored: &Stored| self.packs.holds(stored);
+            expected.extend(found.into_iter().map(|block| block.filter(holds)));
             at = end;
         }
         expected.resize((blocks.end - blocks.start) as usize, None);
@@ -449,7 +406,7 @@ impl Session {
     fn same_page(&self, number: usize, hash: Hash) -> Option<Stored> {
         let in_base = || {
             let page = self.base.as_ref()?.root().pages().get(number)?.as_ref()?;
-            let is_same = page.stored.hash == hash && self.writer.may_refer(page.stored.pack);
+            let is_same = page.stored.hash == hash && self.packs.holds(&page.stored);
             is_same.then_some(page.stored)
         };
         in_base().or_else(|| self.known.page(hash))

@@ -68,8 +68,15 @@ impl Objects {
 
     fn failed(&self, operation: &str, name: &str, error: &Error) -> RepositoryError {
         let object = format!("{} in {}", name, self.name());
-        let error = StoreError::of(operation, &object, error);
-        RepositoryError::new(RepositoryErrorKind::Store, error.to_string())
+        let error = StoreError::of(operation, &object, error).to_string();
+        // The store has the object, and says that it ends before the range that was asked for.
+        if error.contains(": the store answered 416")
+            || error.contains(": Wanted range starting at")
+        {
+            let message = format!("the object {name} is shorter than it was");
+            return RepositoryError::damaged(message);
+        }
+        RepositoryError::new(RepositoryErrorKind::Store, error)
     }
 
     /// Reads an object of at most `longest` bytes; `None` if there is none.

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use super::config::{Config, WrappedKey, random};
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::Id;
@@ -17,8 +19,8 @@ const CONFIG_NAME: &str = "repo.json";
 pub struct Repository {
     pub(crate) objects: Arc<Objects>,
     config: Config,
-    /// Of an encrypted repository.
-    master: Option<[u8; 32]>,
+    /// Of an encrypted repository: the master key, and the key that unlocked it.
+    master: Option<([u8; 32], Id)>,
 }
 
 impl fmt::Debug for Repository {
@@ -52,11 +54,11 @@ impl Repository {
             check_passphrase(passphrase)?;
             let mut key = [0; 32];
             random(&mut key)?;
-            master = Some(key);
+            master = Some((key, Id::random()?));
         }
-        let config = Config::new(id, creates, master.as_ref());
-        if let (Some(master), Some(passphrase)) = (&master, passphrase) {
-            add_key(&objects, &config, master, passphrase).await?;
+        let config = Config::new(id, creates, master.as_ref().map(|(master, _)| master));
+        if let (Some((master, key)), Some(passphrase)) = (&master, passphrase) {
+            add_key(&objects, &config, (master, *key), passphrase).await?;
         }
         // The last object: before it there is no repository.
         if !objects.create(CONFIG_NAME, config.encode()?.into()).await? {
@@ -70,7 +72,8 @@ impl Repository {
     /// # Errors
     ///
     /// If there is none, if this version does not know its format, and if the passphrase is missing
-    /// or wrong.
+    /// or wrong. With a passphrase, a repository that is not encrypted is refused: whoever can write
+    /// to the store could have replaced what says that it is.
     pub async fn open(place: Place, passphrase: Option<&[u8]>) -> Result<Self> {
         let objects = Objects::new(place, Sealer::default(), Creates::Exclusive);
         let name = objects.name().to_owned();
@@ -81,7 +84,15 @@ impl Repository {
         })?;
         let config = Config::decode(&content, &name)?;
         let master = match (config.is_encrypted(), passphrase) {
-            (false, _) => None,
+            (false, None) => None,
+            (false, Some(_)) => {
+                let message = format!(
+                    "{name} is not encrypted, but a passphrase was given; if it was encrypted once, \
+                     somebody changed its repo.json; otherwise leave the passphrase out \
+                     (--passphrase-file, NBD_PASSPHRASE_FILE)"
+                );
+                return Err(RepositoryError::new(RepositoryErrorKind::Key, message));
+            }
             (true, None) => {
                 let message = format!("{name} is encrypted; give its passphrase");
                 return Err(RepositoryError::new(RepositoryErrorKind::Key, message));
@@ -91,9 +102,9 @@ impl Repository {
         Ok(Self::unlocked(objects, config, master))
     }
 
-    fn unlocked(mut objects: Objects, config: Config, master: Option<[u8; 32]>) -> Self {
+    fn unlocked(mut objects: Objects, config: Config, master: Option<([u8; 32], Id)>) -> Self {
         objects.creates = config.creates().unwrap_or(Creates::Exclusive);
-        if let Some(master) = &master {
+        if let Some((master, _)) = &master {
             objects.sealer = Sealer::encrypting(master);
         }
         Self { objects: Arc::new(objects), config, master }
@@ -126,37 +137,65 @@ impl Repository {
     /// If the repository is not encrypted, or the passphrase is empty.
     pub async fn add_key(&self, passphrase: &[u8]) -> Result<Id> {
         check_passphrase(passphrase)?;
-        let master = self.master.as_ref().ok_or_else(|| self.not_encrypted())?;
-        add_key(&self.objects, &self.config, master, passphrase).await
+        let (master, _) = self.master()?;
+        let id = Id::random()?;
+        add_key(&self.objects, &self.config, (master, id), passphrase).await?;
+        Ok(id)
     }
 
-    /// Returns the identities of the keys, oldest first.
+    fn master(&self) -> Result<(&[u8; 32], Id)> {
+        let master = self.master.as_ref().map(|(master, key)| (master, *key));
+        master.ok_or_else(|| self.not_encrypted())
+    }
+
+    /// Returns the identities of the keys, oldest first. Those of another master key are none: an
+    /// interrupted `init` leaves them.
     ///
     /// # Errors
     ///
-    /// As for all requests to the store.
+    /// If the repository is not encrypted, and as for all requests to the store.
     pub async fn keys(&self) -> Result<Vec<Id>> {
-        keys(&self.objects).await
+        let (master, _) = self.master()?;
+        let mut keys = Vec::new();
+        for id in key_ids(&self.objects).await? {
+            if read_key(&self.objects, id).await?.is_some_and(|(key, _)| key.is_of(master, id)) {
+                keys.push(id);
+            }
+        }
+        Ok(keys)
     }
 
-    /// Removes a passphrase, by the identity of its key. The last one stays.
+    /// Removes a passphrase, by the identity of its key. The one by which the repository was opened
+    /// stays, so that there is always one.
     ///
     /// # Errors
     ///
-    /// If there is no such key, or it is the last one.
+    /// If there is no such key, if it is the one by which the repository was opened, and if another
+    /// process removes the others: then it stays.
     pub async fn remove_key(&self, key: Id) -> Result<()> {
-        let keys = self.keys().await?;
-        if !keys.contains(&key) {
-            return Err(RepositoryError::not_found(format!("{} has no key {key}", self.name())));
-        }
-        if keys.len() < 2 {
+        let (_, own) = self.master()?;
+        if key == own {
             return Err(RepositoryError::invalid(format!(
-                "{key} is the only key of {}: without it nothing could be read; add another one \
-                 first",
-                self.name()
+                "{key} is the key of the passphrase that was given: without any, nothing could be \
+                 read; to remove it, add another one, and give that",
             )));
         }
-        self.objects.delete(&key_name(key)).await
+        let Some((_, content)) = read_key(&self.objects, key).await? else {
+            return Err(RepositoryError::not_found(format!("{} has no key {key}", self.name())));
+        };
+        self.objects.delete(&key_name(key)).await?;
+        // Another process may have removed the own one.
+        if self.keys().await?.is_empty() {
+            self.objects.write(&key_name(key), content).await?;
+            return Err(RepositoryError::new(
+                RepositoryErrorKind::Fenced,
+                format!(
+                    "another process removes the other keys of {}, so {key} stays",
+                    self.name()
+                ),
+            ));
+        }
+        Ok(())
     }
 
     fn not_encrypted(&self) -> RepositoryError {
@@ -175,7 +214,7 @@ fn key_name(key: Id) -> String {
     format!("keys/{key}")
 }
 
-async fn keys(objects: &Objects) -> Result<Vec<Id>> {
+async fn key_ids(objects: &Objects) -> Result<Vec<Id>> {
     let names = objects.list_names("keys").await?;
     let id = |(name, _): &(String, u64)| name.strip_prefix("keys/")?.parse().ok();
     let mut keys: Vec<Id> = names.iter().filter_map(id).collect();
@@ -183,26 +222,29 @@ async fn keys(objects: &Objects) -> Result<Vec<Id>> {
     Ok(keys)
 }
 
+/// Reads a key, and its object; `None` if it is none.
+async fn read_key(objects: &Objects, id: Id) -> Result<Option<(WrappedKey, Bytes)>> {
+    let content = objects.read(&key_name(id), SMALL_LEN_MAX).await?;
+    Ok(content.and_then(|content| Some((serde_json::from_slice(&content).ok()?, content))))
+}
+
 async fn add_key(
     objects: &Objects,
     config: &Config,
-    master: &[u8; 32],
+    (master, id): (&[u8; 32], Id),
     passphrase: &[u8],
-) -> Result<Id> {
-    let id = Id::random()?;
-    let key = WrappedKey::wrap(master, passphrase, &config.id)?;
-    objects.write(&key_name(id), key.encode()?.into()).await?;
-    Ok(id)
+) -> Result<()> {
+    let key = WrappedKey::wrap(master, passphrase, (&config.id, id))?;
+    objects.write(&key_name(id), key.encode()?.into()).await
 }
 
-/// Returns the master key.
-async fn unlock(objects: &Objects, config: &Config, passphrase: &[u8]) -> Result<[u8; 32]> {
-    for id in keys(objects).await? {
-        let content = objects.read(&key_name(id), SMALL_LEN_MAX).await?;
-        let key = content.and_then(|it| serde_json::from_slice::<WrappedKey>(&it).ok());
-        let master = key.and_then(|key| key.unwrap(passphrase, &config.id));
+/// Returns the master key, and the key that has it.
+async fn unlock(objects: &Objects, config: &Config, passphrase: &[u8]) -> Result<([u8; 32], Id)> {
+    for id in key_ids(objects).await? {
+        let key = read_key(objects, id).await?;
+        let master = key.and_then(|(key, _)| key.unwrap(passphrase, &config.id));
         if let Some(master) = master.filter(|master| config.accepts(master)) {
-            return Ok(master);
+            return Ok((master, id));
         }
     }
     let message = format!("the passphrase is none of {}", objects.name());

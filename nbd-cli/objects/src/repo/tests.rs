@@ -299,11 +299,15 @@ async fn passphrases_are_added_and_removed_and_nothing_is_readable_without() {
     }
     let keys = repository.keys().await.unwrap();
     assert!(repository.remove_key(keys[0]).await.is_err());
-    repository.add_key(b"second").await.unwrap();
-    repository.remove_key(keys[0]).await.unwrap();
-    assert!(Repository::open(place.clone(), Some(b"first")).await.is_err());
-    let opened = Repository::open(place, Some(b"second")).await.unwrap();
+    let second = repository.add_key(b"second").await.unwrap();
+    let opened = Repository::open(place.clone(), Some(b"second")).await.unwrap();
+    opened.remove_key(keys[0]).await.unwrap();
+    assert!(Repository::open(place, Some(b"first")).await.is_err());
     assert!(content(&opened, made.id).await.unwrap() == text);
+    // The process that has the first passphrase does not know yet that it is gone.
+    let error = repository.remove_key(second).await.unwrap_err();
+    assert_eq!(error.kind(), RepositoryErrorKind::Fenced);
+    assert_eq!(opened.keys().await.unwrap(), [second]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -335,4 +339,157 @@ async fn resized_disk_builds_on_the_smaller_and_the_larger_one() {
     let third = back_up(&repository, "vm1", small, Some(second.id)).await;
     assert!(third.added < 200_000, "{third:?}");
     assert!(content(&repository, third.id).await.unwrap() == small);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn last_block_of_a_smaller_disk_is_not_taken_for_a_whole_one() {
+    let repository = repository().await;
+    let large = disk(700, 19);
+    let small = &large[..521 * BLOCK_SIZE as usize + 5];
+    let first = back_up(&repository, "vm1", small, None).await;
+    let second = back_up_dirty(&repository, &large, first.id, &[]).await;
+    assert!(content(&repository, second.id).await.unwrap() == large);
+    let third = back_up_dirty(&repository, small, second.id, &[]).await;
+    assert!(content(&repository, third.id).await.unwrap() == small);
+    assert!(third.added < 200_000, "{third:?}");
+    // A block that ends with the disk, and is a whole one then.
+    let whole = &large[..522 * BLOCK_SIZE as usize];
+    let fourth = back_up_dirty(&repository, whole, third.id, &[]).await;
+    assert!(content(&repository, fourth.id).await.unwrap() == whole);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_lost_or_cut_pack_held_is_sent_again() {
+    let place = place();
+    let repository = Repository::init(place.clone(), None).await.unwrap();
+    let disk = disk(700, 23);
+    let full = back_up(&repository, "vm1", &disk, None).await;
+    let packs = names(&repository, "packs").await;
+    assert!(packs.len() > 2, "{packs:?}");
+    let path = |name: &String| Path::from(format!("some/prefix/{name}"));
+    place.store.delete(&path(&packs[0])).await.unwrap();
+    let cut = place.store.get(&path(&packs[1])).await.unwrap().bytes().await.unwrap();
+    place.store.put(&path(&packs[1]), cut.slice(..0).into()).await.unwrap();
+    assert!(content(&repository, full.id).await.is_err());
+    // Each is built on the damaged one.
+    let dirty = back_up_dirty(&repository, &disk, full.id, &[3]).await;
+    assert!(content(&repository, dirty.id).await.unwrap() == disk);
+    let whole = back_up(&repository, "vm1", &disk, Some(full.id)).await;
+    assert!(content(&repository, whole.id).await.unwrap() == disk);
+    assert!(whole.found > 0);
+    // The last one has the map.
+    place.store.delete(&path(packs.last().unwrap())).await.unwrap();
+    let dirty = back_up_dirty(&repository, &disk, full.id, &[3]).await;
+    assert!(content(&repository, dirty.id).await.unwrap() == disk);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn key_of_an_interrupted_init_does_not_count() {
+    let (place, other) = (place(), place());
+    Repository::init(other.clone(), Some(b"secret")).await.unwrap();
+    let repository = Repository::init(place.clone(), Some(b"secret")).await.unwrap();
+    let own = repository.keys().await.unwrap();
+    let listed =
+        Repository::open(other.clone(), Some(b"secret")).await.unwrap().keys().await.unwrap();
+    let path = Path::from(format!("some/prefix/keys/{}", listed[0]));
+    let foreign = other.store.get(&path).await.unwrap().bytes().await.unwrap();
+    place.store.put(&path, foreign.into()).await.unwrap();
+    assert_eq!(repository.keys().await.unwrap(), own);
+    assert!(repository.remove_key(own[0]).await.is_err());
+    repository.remove_key(listed[0]).await.unwrap();
+    assert!(Repository::open(place, Some(b"secret")).await.is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn passphrase_is_refused_where_nothing_is_encrypted() {
+    let place = place();
+    Repository::init(place.clone(), Some(b"secret")).await.unwrap();
+    let path = Path::from("some/prefix/repo.json");
+    let config = place.store.get(&path).await.unwrap().bytes().await.unwrap();
+    let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    for field in ["encryption", "key-check"] {
+        config.as_object_mut().unwrap().remove(field).unwrap();
+    }
+    place.store.put(&path, config.to_string().into()).await.unwrap();
+    let error = Repository::open(place, Some(b"secret")).await.unwrap_err();
+    assert_eq!(error.kind(), RepositoryErrorKind::Key);
+}
+
+/// A memory, a folder and an S3 store.
+fn places() -> (Vec<Place>, tempfile::TempDir, crate::testing::TestStore) {
+    let folder = tempfile::tempdir().unwrap();
+    let url = folder.path().to_str().unwrap().parse().unwrap();
+    let in_folder = Place::open(&url, &crate::StoreSettings::default()).unwrap();
+    let store = crate::testing::TestStore::start().unwrap();
+    let url = "s3://bucket/some/prefix".parse().unwrap();
+    let keys = [("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b")];
+    let keys = keys.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let settings = crate::StoreSettings {
+        endpoint: Some(store.endpoint()),
+        environment: crate::Environment::new(keys),
+        ..crate::StoreSettings::default()
+    };
+    let on_store = Place::open(&url, &settings).unwrap();
+    (vec![place(), in_folder, on_store], folder, store)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn empty_and_cut_objects_are_damage_and_no_failure_of_the_store() {
+    let (places, _folder, _store) = places();
+    for place in places {
+        let repository = Repository::init(place.clone(), None).await.unwrap();
+        let disk = disk(200, 27);
+        let made = back_up(&repository, "vm1", &disk, None).await;
+        let path = |name: &str| name.split('/').fold(place.path.clone(), |path, it| path.join(it));
+        let pack = names(&repository, "packs").await.remove(0);
+        let good = place.store.get(&path(&pack)).await.unwrap().bytes().await.unwrap();
+        for length in [0, 1, 1_000_000] {
+            place.store.put(&path(&pack), good.slice(..length).into()).await.unwrap();
+            let told = Arc::new(std::sync::Mutex::new(0));
+            let tell = Arc::clone(&told);
+            let damage = Damage::Told(Arc::new(move |_, _| *tell.lock().unwrap() += 1));
+            let backup = repository.read(made.id, damage).await.unwrap();
+            backup.blocks(0..201).await.unwrap();
+            backup.close().await;
+            assert!(*told.lock().unwrap() > 50, "{length}");
+            assert!(!repository.check(0.0).await.unwrap().problems.is_empty());
+        }
+        place.store.put(&path(&pack), good.into()).await.unwrap();
+        // A session that was killed while its first pack was put.
+        let session = repository.begin(new("vm1", &disk, None)).await.unwrap();
+        let empty = format!("packs/{}/00000001", session.id());
+        place.store.put(&path(&empty), Bytes::new().into()).await.unwrap();
+        drop(session);
+        let second = back_up(&repository, "vm1", &disk, Some(made.id)).await;
+        assert!(content(&repository, second.id).await.unwrap() == disk);
+        place.store.put(&path(&format!("backups/{}", made.id)), Bytes::new().into()).await.unwrap();
+        let listed = repository.list().await.unwrap();
+        assert_eq!(listed.iter().filter(|info| info.head.is_err()).count(), 1);
+        assert_eq!(repository.find("vm1").await.unwrap().0, second.id);
+        assert_eq!(repository.check(0.0).await.unwrap().problems.len(), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn latest_backup_is_not_an_older_one_because_the_newest_cannot_be_read() {
+    let place = place();
+    let repository = Repository::init(place.clone(), None).await.unwrap();
+    let first = back_up(&repository, "vm1", &disk(3, 1), None).await;
+    let second = back_up(&repository, "vm1", &disk(3, 2), None).await;
+    let path = Path::from(format!("some/prefix/backups/{}", second.id));
+    let mut object = place.store.get(&path).await.unwrap().bytes().await.unwrap().to_vec();
+    object[40] ^= 1;
+    place.store.put(&path, object.into()).await.unwrap();
+    for name in ["vm1", "vm1@latest", "vm1@2999-01-01T00:00", &format!("vm1@{}", second.id)] {
+        let error = repository.find(name).await.unwrap_err();
+        assert_eq!(error.kind(), RepositoryErrorKind::Damaged, "{name}");
+        assert!(error.to_string().contains(&second.id.to_string()), "{error}");
+    }
+    assert_eq!(repository.find(&format!("vm1@{}", first.id)).await.unwrap().0, first.id);
+    assert_eq!(
+        repository.find("vm1@2001-01-01T00:00").await.unwrap_err().kind(),
+        RepositoryErrorKind::NotFound
+    );
+    repository.forget(second.id, true).await.unwrap();
+    assert_eq!(repository.find("vm1").await.unwrap().0, first.id);
 }

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use object_store::GetRange;
 
-use super::super::error::{RepositoryError, Result};
+use super::super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::super::id::{Folder, Id, Key, PackId};
 use super::super::map::Map;
 use super::super::objects::SMALL_LEN_MAX;
@@ -16,6 +16,7 @@ use super::super::repository::Repository;
 use super::super::seal::Hash;
 use super::super::session_record::SessionRecord;
 use super::super::stored::Stored;
+use super::packs::Packs;
 
 /// Most frames of interrupted sessions, and of named backups: 64 GiB of blocks, in about 70 MiB of
 /// memory. What is not known is sent again.
@@ -46,12 +47,13 @@ impl Known {
     pub(super) async fn find(
         repository: &Repository,
         writer: &Writer,
+        packs: &Packs,
         (own, name): (Id, &str),
         like: &[Id],
     ) -> Result<Self> {
         let mut known = Self::default();
         let objects = &repository.objects;
-        let mut packs = Vec::new();
+        let mut sent = Vec::new();
         for session in objects.list(Folder::Sessions).await? {
             let Key::Session(id) = session.key else { continue };
             let record = match id == own {
@@ -70,12 +72,12 @@ impl Known {
                 if let Key::Pack(pack) = listed.key
                     && writer.may_refer(pack)
                 {
-                    packs.push(pack);
+                    sent.push(pack);
                 }
             }
         }
         let mut entries =
-            futures_util::stream::iter(packs).map(|pack| entries(repository, pack)).buffered(READS);
+            futures_util::stream::iter(sent).map(|pack| entries(repository, pack)).buffered(READS);
         while known.len() < FRAMES_MAX
             && let Some(entries) = entries.try_next().await?
         {
@@ -84,7 +86,7 @@ impl Known {
         drop(entries);
         let most = known.len() + FRAMES_MAX;
         for &like in like {
-            known.add_backup(repository, writer, like, most).await?;
+            known.add_backup(repository, packs, like, most).await?;
         }
         Ok(known)
     }
@@ -101,7 +103,7 @@ impl Known {
     async fn add_backup(
         &mut self,
         repository: &Repository,
-        writer: &Writer,
+        packs: &Packs,
         backup: Id,
         most: usize,
     ) -> Result<()> {
@@ -109,7 +111,7 @@ impl Known {
         for number in 0..map.root().pages().len() {
             let page = map.page(number).await?;
             for stored in page.blocks.iter().flatten() {
-                if writer.may_refer(stored.pack) {
+                if packs.holds(stored) {
                     self.blocks.insert(stored.hash, *stored);
                 }
             }
@@ -123,15 +125,25 @@ impl Known {
     }
 }
 
-/// Reads which frames a pack has. One that is damaged or was deleted has none.
+/// Reads which frames a pack has. One that is damaged, empty or was deleted has none.
 async fn entries(repository: &Repository, pack: PackId) -> Result<Vec<Entry>> {
     let objects = &repository.objects;
     let key = Key::Pack(pack);
     let end = GetRange::Suffix(FOOTER_LEN as u64);
-    let Some((end, size)) = objects.read_some(key, end).await? else { return Ok(Vec::new()) };
+    let Some((end, size)) = unless_damaged(objects.read_some(key, end).await)? else {
+        return Ok(Vec::new());
+    };
     let Some(footer) = Footer::read(&end, size) else { return Ok(Vec::new()) };
-    let found = objects.read_range(key, footer.range()).await?;
+    let found = unless_damaged(objects.read_range(key, footer.range()).await)?;
     Ok(found
         .and_then(|frame| footer.entries(&objects.sealer, pack, &frame).ok())
         .unwrap_or_default())
+}
+
+/// What is damaged is not there.
+fn unless_damaged<T>(found: Result<Option<T>>) -> Result<Option<T>> {
+    match found {
+        Err(error) if error.kind() == RepositoryErrorKind::Damaged => Ok(None),
+        found => found,
+    }
 }

@@ -1,0 +1,63 @@
+//! What a backup is of, and its result.
+
+use super::super::error::{RepositoryError, Result};
+use super::super::id::Id;
+use super::super::root::DISK_SIZE_MAX;
+
+/// A backup that is to be made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NewBackup {
+    /// The name of the disk: 1 to 1024 bytes, without `@` and control characters.
+    pub name: String,
+    /// Size of the disk in bytes, at most [`DISK_SIZE_MAX`].
+    pub size: u64,
+    /// The machine that makes it, for those who list sessions.
+    pub host: String,
+    /// The export that is read.
+    pub export: Option<String>,
+    /// The dirty bitmap that starts with this backup.
+    pub bitmap: Option<String>,
+    /// The identity that the server knows for this backup.
+    pub identity: Option<String>,
+    /// The identity of the disk.
+    pub disk: Option<String>,
+    /// The backup on which this one builds: what is equal there is not sent again.
+    pub base: Option<Id>,
+    /// Other backups whose blocks are not sent again either.
+    pub like: Vec<Id>,
+}
+
+/// The result of a backup. Sizes are in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Made {
+    /// Its identity.
+    pub id: Id,
+    /// Bytes of the disk that are not zero, in whole blocks.
+    pub data: u64,
+    /// Bytes that were added to the repository.
+    pub added: u64,
+    /// Bytes of the disk that were found in the repository: in the last backup, in those that were
+    /// named, or in an interrupted session.
+    pub found: u64,
+    /// Packs that were written.
+    pub packs: u32,
+}
+
+/// Refuses names and sizes that cannot be.
+pub(super) fn check(new: &NewBackup) -> Result<()> {
+    let is_name = |name: &str| !name.contains('@') && !name.contains(char::is_control);
+    if new.name.is_empty() || new.name.len() > 1024 || !is_name(&new.name) {
+        return Err(RepositoryError::invalid(
+            "the name of a disk has 1 to 1024 bytes, and neither '@' nor control characters",
+        ));
+    }
+    if new.size > DISK_SIZE_MAX {
+        return Err(RepositoryError::invalid(format!(
+            "the disk has {} bytes; a backup has at most {DISK_SIZE_MAX}",
+            new.size
+        )));
+    }
+    Ok(())
+}
