@@ -60,6 +60,11 @@ impl Bench {
         ObjectCache::open(&CacheSettings { directory, is_optional: false, size: 64 << 20 }).unwrap()
     }
 
+    /// A task that has brought the last block may have the cache a moment longer than its reader.
+    fn wait_for_end_of_cache(&self) {
+        std::fs::File::open(self.directory.path().join("index")).unwrap().lock().unwrap();
+    }
+
     fn open_with(&self, cache: &ObjectCache) -> Result<ObjectStorage, StoreError> {
         let url: StoreUrl = "s3://bucket/disk.img".parse().unwrap();
         ObjectStorage::open(&url, &settings(&self.store), cache, never())
@@ -114,6 +119,7 @@ fn next_process_finds_the_blocks_and_asks_once_for_the_tag() {
     let bench = Bench::new(3 * BLOCK_LEN);
     assert!(bench.is_right(&bench.open().unwrap(), 0, 3 * BLOCK_LEN));
     bench.gets();
+    bench.wait_for_end_of_cache();
     let storage = bench.open().unwrap();
     assert!(bench.is_right(&storage, 0, 3 * BLOCK_LEN));
     assert_eq!(bench.gets().len(), 1, "only the opening asks the store");
@@ -280,7 +286,8 @@ fn plain_http_needs_no_credentials_and_keeps_the_query() {
     assert!(!error.to_string().contains("f00d"), "{error}");
 }
 
-/// Serves one block of the first byte of the query, always with one ETag. It ends with the process.
+/// Serves one block of the first byte of the query, always with one ETag; without a query, it leads
+/// to another place in the same folder. It ends with the process.
 fn serve_by_query() -> std::net::SocketAddr {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -290,7 +297,11 @@ fn serve_by_query() -> std::net::SocketAddr {
             let mut head = Vec::new();
             while !head.ends_with(b"\r\n\r\n") && stream.read_until(b'\n', &mut head).unwrap() > 0 {
             }
-            let query = head.iter().position(|byte| *byte == b'?').unwrap();
+            let Some(query) = head.iter().position(|byte| *byte == b'?') else {
+                let moved = "HTTP/1.1 302 Found\r\nlocation: new?n\r\nconnection: close\r\n\r\n";
+                stream.get_mut().write_all(moved.as_bytes()).unwrap();
+                continue;
+            };
             let last = BLOCK_LEN - 1;
             let mut reply = format!(
                 "HTTP/1.1 206 Partial Content\r\ncontent-range: bytes 0-{last}/{BLOCK_LEN}\r\n\
@@ -318,6 +329,17 @@ fn addresses_that_differ_in_their_query_share_no_block_of_the_cache() {
         storage.read_at(HostOffset::new(1024), &mut buffer).unwrap();
         assert_eq!(buffer, [query.as_bytes()[0]; 512]);
     }
+}
+
+#[test]
+fn relative_redirect_is_followed() {
+    let bench = Bench::new(1);
+    let url: StoreUrl = format!("http://{}/folder/old", serve_by_query()).parse().unwrap();
+    let storage =
+        ObjectStorage::open(&url, &settings(&bench.store), &bench.cache(), never()).unwrap();
+    let mut buffer = [0; 512];
+    storage.read_at(HostOffset::new(1024), &mut buffer).unwrap();
+    assert_eq!(buffer, [b'n'; 512]);
 }
 
 #[test]
