@@ -49,6 +49,8 @@ enum FileRule {
     Beneath(PathBuf),
     Any,
     None,
+    /// The image is in an archive, which names nothing outside.
+    InArchive,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -67,6 +69,11 @@ impl OpenPolicy {
     /// Allows no other file: only images without backing and data files can be opened.
     pub fn deny() -> Self {
         Self { files: FileRule::None, ..Self::default() }
+    }
+
+    /// Allows nothing, because the image is in an archive.
+    pub(crate) fn in_archive() -> Self {
+        Self { files: FileRule::InArchive, ..Self::default() }
     }
 
     /// Allows any file of the host: only for images whose creator is trusted as much as the user.
@@ -115,6 +122,14 @@ impl OpenPolicy {
 
     /// Resolves `name`, which the image at `image` contains, if it may be opened.
     pub(crate) fn resolve(&self, image: Option<&Path>, name: &OsStr) -> Result<NameTarget> {
+        if matches!(self.files, FileRule::InArchive) {
+            let name = name.to_string_lossy();
+            let detail = format!(
+                "the image refers to '{name}', but images in an archive stand alone: unpack the archive \
+                 first"
+            );
+            return Err(Error::new(ErrorKind::PolicyDenied, "open", detail));
+        }
         let directory =
             image.and_then(Path::parent).map(|directory| match directory.as_os_str().len() {
                 0 => Path::new("."),
@@ -187,7 +202,9 @@ impl OpenPolicy {
         }
         let root = match &self.files {
             FileRule::Any => return Ok(path),
-            FileRule::None => return Err(denied("no other file may be opened".into(), name)),
+            FileRule::None | FileRule::InArchive => {
+                return Err(denied("no other file may be opened".into(), name));
+            }
             FileRule::Beneath(root) => root.as_path(),
             FileRule::DirectoryOfImage => match directory {
                 Some(directory) => directory,

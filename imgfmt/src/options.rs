@@ -37,6 +37,16 @@ pub enum IncompleteDisk {
     Accepted,
 }
 
+/// Which names mean a disk in an archive of a virtual machine (OVA).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ArchiveNames {
+    /// `machine.ova` is its first disk, `machine.ova:2` and `machine.ova:disk.vmdk` are the others.
+    #[default]
+    All,
+    /// Only the latter: `machine.ova` is the file itself, as for QEMU.
+    Members,
+}
+
 /// Options for opening an image; created with [`OpenOptions::new`] and changed field by field.
 ///
 /// ```
@@ -55,6 +65,8 @@ pub struct OpenOptions {
     pub access: Access,
     /// Whether it is locked while it is open.
     pub locking: Locking,
+    /// Which names mean a disk in an archive.
+    pub archives: ArchiveNames,
     /// The use of the page cache, and when changes are durable: for the image and the files it names.
     pub cache: CacheMode,
     /// The other files that the image may name.

@@ -4,7 +4,8 @@
 //! The first bytes of a raw disk belong to the guest. A guest that writes a qcow2 header there
 //! turns its disk, at the next open by probing, into an image that names any file of the host as
 //! its backing file (CVE-2008-2004). Therefore [`Image`](crate::Image) refuses writes to the first
-//! sector of a raw image *found by probing* that would make it look like anything else.
+//! sector of a raw image *found by probing* that would make it look like anything else, an archive
+//! (tar) with images included.
 //!
 //! A header at the end of a file counts only if its checksum or its position is right: guest data
 //! does not match by accident. A guest gains nothing by writing such a header, because such a file is
@@ -19,6 +20,9 @@ use crate::units::HostOffset;
 
 /// How many bytes from the start decide on the format.
 pub(crate) const PROBE_LENGTH: usize = 512;
+
+/// The length of a header of a tar archive, in bytes.
+pub(crate) const TAR_BLOCK: usize = 512;
 
 const QCOW_MAGIC: &[u8] = b"QFI\xfb";
 
@@ -105,6 +109,30 @@ fn is_dmg_trailer(trailer: &[u8], offset: u64) -> bool {
     };
     // Magic, version 4, and the length of the trailer itself.
     trailer.starts_with(b"koly\0\0\0\x04\0\0\x02\0") && FORKS.into_iter().all(fits)
+}
+
+/// Whether this is the first header of a tar archive, by its checksum. An archive has no format: only
+/// its name makes it one. Raw disks that were probed must not look like one, whatever their names.
+pub(crate) fn is_archive(start: &[u8]) -> bool {
+    let Some(header) = start.first_chunk::<TAR_BLOCK>() else { return false };
+    let is_own = |place: usize| (148..156).contains(&place);
+    let bytes = header.iter().enumerate();
+    let sum = bytes.map(|(place, byte)| if is_own(place) { 32 } else { u64::from(*byte) }).sum();
+    tar_number(&header[148..156]) == Some(sum) && &header[257..262] == b"ustar"
+}
+
+/// A number in the header of a tar archive: octal in text, or binary.
+pub(crate) fn tar_number(field: &[u8]) -> Option<u64> {
+    if let [0x80, rest @ ..] = field {
+        let fits = rest.iter().rev().skip(8).all(|byte| *byte == 0);
+        let number = rest.iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
+        return fits.then_some(number);
+    }
+    let text = field.split(|byte| *byte == 0).next().unwrap_or_default().trim_ascii();
+    match text {
+        [] => Some(0),
+        _ => u64::from_str_radix(std::str::from_utf8(text).ok()?, 8).ok(),
+    }
 }
 
 /// Whether this is a compressed loop device: a shell script that says its version.

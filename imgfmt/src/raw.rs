@@ -7,7 +7,7 @@ use crate::format::Format;
 use crate::layer::{Layer, Walk, WritableLayer};
 use crate::mapping::{Content, FileSpan, Mapped};
 use crate::ordered_lock::{OrderedMutex, rank};
-use crate::probe::{PROBE_LENGTH, probe};
+use crate::probe::{PROBE_LENGTH, is_archive, probe};
 use crate::storage::{Capabilities, Durability, Speed, Storage, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 use crate::write_map::WriteMap;
@@ -71,13 +71,14 @@ impl Raw {
         let length = self.storage.read_at(HostOffset::new(0), &mut sector).map_err(io("read"))?;
         apply(&mut sector[offset.bytes() as usize..]);
         // A write past the present end of the file still belongs to the sector.
-        match probe(&sector[..length.max(self.size.min(PROBE_LENGTH as u64) as usize)]) {
-            Format::Raw => change(),
+        let sector = &sector[..length.max(self.size.min(PROBE_LENGTH as u64) as usize)];
+        match probe(sector) {
+            Format::Raw if !is_archive(sector) => change(),
             _ => Err(Error::new(
                 ErrorKind::PolicyDenied,
                 "write to",
-                "the first sector would then look like another image format, because this raw \
-                 image was found by probing; open it with the format 'raw' given",
+                "the first sector would then look like another image format or an archive, and this \
+                 raw image was found by probing; open it with the format 'raw' given",
             )
             .at(offset.bytes())),
         }

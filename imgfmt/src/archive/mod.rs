@@ -16,7 +16,8 @@ use self::tar::{Member, refused};
 use crate::access::Access;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
-use crate::options::OpenOptions;
+use crate::open_policy::OpenPolicy;
+use crate::options::{ArchiveNames, OpenOptions};
 use crate::storage::{Storage, StorageWindow};
 
 /// The longest descriptor that is read, in bytes.
@@ -25,6 +26,12 @@ const DESCRIPTOR_MAX: u64 = 4 << 20;
 /// Endings of the names of images.
 const IMAGES: &[&str] =
     &["vmdk", "vhd", "vpc", "vhdx", "vdi", "img", "raw", "qcow2", "qcow", "qed", "hdd"];
+
+/// How a disk in an archive is opened: it stands alone, because whoever made the archive decides what it
+/// names. A guest can make its own disk an archive, if the user calls that `.ova`.
+pub(crate) fn options(options: &OpenOptions) -> OpenOptions {
+    OpenOptions { policy: OpenPolicy::in_archive(), ..options.clone() }
+}
 
 /// Opens the disk in an archive that `path` means; `None` if it means a file.
 pub(crate) fn open(
@@ -60,9 +67,10 @@ pub(crate) fn open(
 /// comes first; with the format raw it is not looked into.
 fn split(path: &Path, options: &OpenOptions) -> Option<(PathBuf, Option<Vec<u8>>)> {
     if path.symlink_metadata().is_ok() {
-        let is_archive = has_ending(path.as_os_str().as_bytes(), "ova");
-        return (is_archive && options.format != Some(Format::Raw) && path.is_file())
-            .then(|| (path.to_owned(), None));
+        let is_archive = has_ending(path.as_os_str().as_bytes(), "ova")
+            && options.archives == ArchiveNames::All
+            && options.format != Some(Format::Raw);
+        return (is_archive && path.is_file()).then(|| (path.to_owned(), None));
     }
     let bytes = path.as_os_str().as_bytes();
     let places = bytes.iter().enumerate().filter(|(_, byte)| **byte == b':');
@@ -81,15 +89,9 @@ fn has_ending(name: &[u8], ending: &str) -> bool {
 
 fn find(storage: &Arc<dyn Storage>, wanted: Option<&[u8]>) -> Result<Member> {
     let members = tar::members(&**storage)?;
-    let named = |name: &[u8]| {
-        let name = name.strip_prefix(b"./").unwrap_or(name);
-        members
-            .iter()
-            .find(|member| member.name.strip_prefix(b"./").unwrap_or(&member.name) == name)
-    };
     let number = match wanted {
         None => 1,
-        Some(wanted) => match (named(wanted), number(wanted)) {
+        Some(wanted) => match (named(&members, wanted)?, number(wanted)) {
             (Some(member), _) => return usable(member),
             (None, Some(number)) => number,
             (None, None) => {
@@ -99,22 +101,39 @@ fn find(storage: &Arc<dyn Storage>, wanted: Option<&[u8]>) -> Result<Member> {
             }
         },
     };
-    let disks: Vec<Vec<u8>> = match members.iter().find(|member| has_ending(&member.name, "ovf")) {
-        Some(descriptor) => ovf::disks(&read(&**storage, descriptor)?)?,
+    let mut own = members.iter().filter(|member| !is_companion(&member.name));
+    let disks: Vec<ovf::Disk> = match own.find(|member| has_ending(&member.name, "ovf")) {
+        Some(descriptor) => {
+            // Refuses several of that name.
+            named(&members, &descriptor.name)?;
+            ovf::disks(&read(&**storage, descriptor)?)?
+        }
         None => {
             let is_image = |name: &[u8]| IMAGES.iter().any(|ending| has_ending(name, ending));
-            let images = members.iter().filter(|member| is_image(&member.name));
-            images.map(|member| member.name.clone()).collect()
+            let is_disk = |name: &[u8]| is_image(name) && !is_companion(name);
+            let images = members.iter().filter(|member| is_disk(&member.name));
+            images.map(|member| ovf::Disk::whole(member.name.clone())).collect()
         }
     };
-    let Some(name) = number.checked_sub(1).and_then(|index| disks.get(index)) else {
+    let Some(disk) = number.checked_sub(1).and_then(|index| disks.get(index)) else {
         let detail = format!("the archive has {} disks, and no disk {number}", disks.len());
         return Err(refused(ErrorKind::NotFound, detail));
     };
-    match named(name) {
+    if disk.is_delta {
+        let detail = format!(
+            "disk {number} is only the differences to another disk of the archive: unpack the archive \
+             first"
+        );
+        return Err(refused(ErrorKind::Unsupported, detail));
+    }
+    let found = match named(&members, &disk.href)? {
+        None => named(&members, &percent_decoded(&disk.href))?,
+        found => found,
+    };
+    match found {
         Some(member) => usable(member),
         None => {
-            let name = name.escape_ascii();
+            let name = disk.href.escape_ascii();
             let detail = format!(
                 "its descriptor names the disk '{name}', which the archive does not contain: it was cut \
                  off, or the disk is elsewhere"
@@ -122,6 +141,41 @@ fn find(storage: &Arc<dyn Storage>, wanted: Option<&[u8]>) -> Result<Member> {
             Err(refused(ErrorKind::InvalidFormat, detail))
         }
     }
+}
+
+/// The member of this name.
+fn named<'m>(members: &'m [Member], name: &[u8]) -> Result<Option<&'m Member>> {
+    let plain = |name: &'m [u8]| name.strip_prefix(b"./").unwrap_or(name);
+    let name = name.strip_prefix(b"./").unwrap_or(name);
+    let mut found = members.iter().filter(|member| plain(&member.name) == name);
+    match (found.next(), found.next()) {
+        (_, Some(_)) => {
+            let name = name.escape_ascii();
+            let detail = format!("the archive has several files '{name}': unpack it first");
+            Err(refused(ErrorKind::InvalidFormat, detail))
+        }
+        (found, None) => Ok(found),
+    }
+}
+
+/// Whether it is what macOS stores beside a file: its attributes.
+fn is_companion(name: &[u8]) -> bool {
+    name.rsplit(|byte| *byte == b'/').next().is_some_and(|last| last.starts_with(b"._"))
+}
+
+/// The path that a relative URI stands for.
+fn percent_decoded(uri: &[u8]) -> Vec<u8> {
+    let (mut path, mut rest) = (Vec::new(), uri);
+    while let [first, behind @ ..] = rest {
+        let digits = behind.first_chunk::<2>().filter(|_| *first == b'%');
+        let digits = digits.filter(|digits| digits.iter().all(u8::is_ascii_hexdigit));
+        let byte = digits.and_then(|digits| std::str::from_utf8(digits).ok());
+        match byte.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) => (path.push(byte), rest = &behind[2..]),
+            None => (path.push(*first), rest = behind),
+        };
+    }
+    path
 }
 
 fn number(wanted: &[u8]) -> Option<usize> {

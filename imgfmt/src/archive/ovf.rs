@@ -1,6 +1,8 @@
 //! The disks that an OVF descriptor names, in its order (DSP0243: `References` and `DiskSection`).
 //!
-//! Only the tags of files and disks are looked at, with their attributes.
+//! Only the tags of files and disks are looked at, with the attributes that matter.
+
+use std::collections::HashMap;
 
 use super::tar::refused;
 use crate::error::{ErrorKind, Result};
@@ -8,11 +10,29 @@ use crate::error::{ErrorKind, Result};
 /// Most files or disks that are looked at.
 const TAGS_MAX: usize = 4096;
 
-/// A tag: its name without a prefix, and its attributes.
-type Tag = (String, Vec<(String, String)>);
+/// The attributes that are read, without their prefixes.
+const ATTRIBUTES: [&str; 6] = ["id", "href", "compression", "chunkSize", "fileRef", "parentRef"];
 
-/// The names of the files with the disks.
-pub(super) fn disks(text: &[u8]) -> Result<Vec<Vec<u8>>> {
+/// A tag: its name without a prefix, and the first of each of its attributes that are read.
+type Tag = (String, Vec<(&'static str, String)>);
+
+/// A disk that has a file.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Disk {
+    /// The name of the file: a relative URI.
+    pub(super) href: Vec<u8>,
+    /// Whether it is only the differences to another disk.
+    pub(super) is_delta: bool,
+}
+
+impl Disk {
+    pub(super) fn whole(href: Vec<u8>) -> Self {
+        Self { href, is_delta: false }
+    }
+}
+
+/// The disks that have files.
+pub(super) fn disks(text: &[u8]) -> Result<Vec<Disk>> {
     let invalid = |detail: &str| refused(ErrorKind::InvalidFormat, detail);
     let text = std::str::from_utf8(text).map_err(|_| invalid("its descriptor is not UTF-8"))?;
     let (mut files, mut disks) = (Vec::new(), Vec::new());
@@ -28,10 +48,17 @@ pub(super) fn disks(text: &[u8]) -> Result<Vec<Vec<u8>>> {
             return Err(invalid("its descriptor names too many files"));
         }
     }
-    let mut names = Vec::new();
-    // A disk without a file is empty when the machine is made.
-    for reference in disks.iter().filter_map(|disk| attribute(disk, "fileRef")) {
-        let file = files.iter().find(|file| attribute(file, "id") == Some(reference));
+    let mut by_id = HashMap::new();
+    for file in &files {
+        if let Some(id) = attribute(file, "id") {
+            by_id.entry(id).or_insert(file);
+        }
+    }
+    let mut found = Vec::new();
+    for disk in &disks {
+        // A disk without a file is empty when the machine is made.
+        let Some(reference) = attribute(disk, "fileRef") else { continue };
+        let file = by_id.get(reference).copied();
         let href = file.and_then(|file| attribute(file, "href"));
         let (Some(file), Some(href)) = (file, href) else {
             return Err(invalid("its descriptor names a disk whose file it does not name"));
@@ -42,13 +69,14 @@ pub(super) fn disks(text: &[u8]) -> Result<Vec<Vec<u8>>> {
                 "the disks in it are compressed or split as files: unpack the archive first";
             return Err(refused(ErrorKind::Unsupported, detail));
         }
-        names.push(href.as_bytes().to_vec());
+        let is_delta = attribute(disk, "parentRef").is_some();
+        found.push(Disk { href: href.as_bytes().to_vec(), is_delta });
     }
-    Ok(names)
+    Ok(found)
 }
 
 fn attribute<'t>(tag: &'t Tag, name: &str) -> Option<&'t str> {
-    tag.1.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+    tag.1.iter().find(|(key, _)| *key == name).map(|(_, value)| value.as_str())
 }
 
 /// The next opening tag, and what is behind it.
@@ -72,8 +100,8 @@ fn next_tag(text: &str) -> Option<(Tag, &str)> {
 fn tag(text: &str) -> Option<(Tag, &str)> {
     let is_end = |byte: char| byte.is_ascii_whitespace() || matches!(byte, '>' | '/' | '=');
     let length = text.find(is_end)?;
-    let name = local(&text[..length]);
-    let (mut rest, mut attributes) = (&text[length..], Vec::new());
+    let name = local(&text[..length]).to_owned();
+    let (mut rest, mut attributes) = (&text[length..], Vec::<(&str, String)>::new());
     loop {
         rest = rest.trim_start_matches(|byte: char| byte.is_ascii_whitespace() || byte == '/');
         if let Some(behind) = rest.strip_prefix('>') {
@@ -84,23 +112,55 @@ fn tag(text: &str) -> Option<(Tag, &str)> {
         rest = rest[length..].trim_start().strip_prefix('=')?.trim_start();
         let quote = rest.chars().next().filter(|quote| matches!(quote, '"' | '\''))?;
         let (value, behind) = rest[1..].split_once(quote)?;
-        attributes.push((key, unescaped(value)));
+        let kept = ATTRIBUTES.into_iter().find(|kept| *kept == key);
+        if let Some(key) = kept.filter(|key| attributes.iter().all(|(other, _)| other != key)) {
+            attributes.push((key, unescaped(value)));
+        }
         rest = behind;
     }
 }
 
-fn local(name: &str) -> String {
-    name.rsplit(':').next().unwrap_or(name).to_owned()
+fn local(name: &str) -> &str {
+    name.rsplit(':').next().unwrap_or(name)
 }
 
+/// The text without references to characters. What is none of them remains as it is.
 fn unescaped(value: &str) -> String {
-    let mut value = value.to_owned();
-    for (escaped, plain) in
-        [("&lt;", "<"), ("&gt;", ">"), ("&quot;", "\""), ("&apos;", "'"), ("&amp;", "&")]
-    {
-        value = value.replace(escaped, plain);
+    /// The longest reference that is looked for, in bytes.
+    const REFERENCE_MAX: usize = 12;
+    let (mut text, mut rest) = (String::new(), value);
+    while let Some(place) = rest.find('&') {
+        text.push_str(&rest[..place]);
+        let reference = &rest[place + 1..];
+        let end = reference.bytes().take(REFERENCE_MAX).position(|byte| byte == b';');
+        let character = end.and_then(|end| Some((character(&reference[..end])?, end)));
+        (text, rest) = match character {
+            Some((character, end)) => {
+                (text + character.encode_utf8(&mut [0; 4]), &reference[end + 1..])
+            }
+            None => (text + "&", reference),
+        };
     }
-    value
+    text + rest
+}
+
+/// The character that is called so between `&` and `;`.
+fn character(name: &str) -> Option<char> {
+    match name {
+        "lt" => Some('<'),
+        "gt" => Some('>'),
+        "quot" => Some('"'),
+        "apos" => Some('\''),
+        "amp" => Some('&'),
+        _ => {
+            let number = name.strip_prefix('#')?;
+            let number = match number.strip_prefix('x') {
+                Some(digits) => u32::from_str_radix(digits, 16),
+                None => number.parse(),
+            };
+            char::from_u32(number.ok()?)
+        }
+    }
 }
 
 #[cfg(test)]
@@ -119,7 +179,39 @@ mod tests {
               <Disk ovf:diskId="empty" ovf:capacity="1"/>
               <Disk ovf:diskId="two" ovf:fileRef="file1"></Disk>
             </DiskSection></Envelope>"#;
-        assert_eq!(disks(text.as_bytes()).unwrap(), [&b"second.vmdk"[..], b"a & b.vmdk"]);
+        let wanted = [&b"second.vmdk"[..], b"a & b.vmdk"].map(|name| Disk::whole(name.to_vec()));
+        assert_eq!(disks(text.as_bytes()).unwrap(), wanted);
+    }
+
+    #[test]
+    fn disks_that_are_differences_to_others_are_told_from_whole_ones() {
+        let text = r#"<File id="f" href="a"/><File id="g" href="b"/>
+            <Disk diskId="one" fileRef="f"/><Disk fileRef="g" ovf:parentRef="one"/>"#;
+        let found = disks(text.as_bytes()).unwrap();
+        assert_eq!(found.iter().map(|disk| disk.is_delta).collect::<Vec<_>>(), [false, true]);
+    }
+
+    #[test]
+    fn references_to_characters_are_decoded_once() {
+        for (value, text) in [
+            ("a&#32;b&#x26;c&#xe4;", "a b&cä"),
+            ("&amp;lt;&lt;&#38;amp;", "&lt;<&amp;"),
+            (
+                "&;&#;&#x110000;&#99999999999999;&nosuch;&",
+                "&;&#;&#x110000;&#99999999999999;&nosuch;&",
+            ),
+            ("&é;", "&é;"),
+        ] {
+            assert_eq!(unescaped(value), text);
+        }
+    }
+
+    #[test]
+    fn only_the_first_of_each_attribute_that_is_read_is_kept() {
+        let others = "x='y' id='other' ".repeat(1000);
+        let text = format!("<File id='f' href='a' {others}/><Disk fileRef='f'/>");
+        assert_eq!(disks(text.as_bytes()).unwrap(), [Disk::whole(b"a".to_vec())]);
+        assert_eq!(tag(&text[1..]).unwrap().0.1.len(), 2);
     }
 
     #[test]

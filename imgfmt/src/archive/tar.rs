@@ -12,13 +12,19 @@
 use std::io;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::probe::{TAR_BLOCK as BLOCK, is_archive, tar_number};
 use crate::storage::Storage;
 use crate::units::HostOffset;
 
-const BLOCK: usize = 512;
-
 /// Most headers that are read: archives of machines have a few.
 const HEADERS_MAX: usize = 4096;
+
+/// Most blocks with extents of files with holes, in the whole archive: each has 21 of them.
+const EXTENSIONS_MAX: usize = 1 << 16;
+
+/// Where a header, and a block with extents, say that another block with extents follows.
+const IS_EXTENDED: usize = 482;
+const EXTENSION_GOES_ON: usize = 504;
 
 /// The longest name or list of attributes that is before a member, in bytes.
 const ATTRIBUTES_MAX: u64 = 64 << 10;
@@ -39,34 +45,29 @@ pub(super) struct Member {
 pub(super) fn starts(storage: &dyn Storage) -> io::Result<bool> {
     let mut header = [0; BLOCK];
     let read = storage.read_at(HostOffset::new(0), &mut header)?;
-    Ok(read == BLOCK && is_header(&header))
-}
-
-/// Whether its checksum is right.
-fn is_header(header: &[u8; BLOCK]) -> bool {
-    let is_own = |place: usize| (148..156).contains(&place);
-    let bytes = header.iter().enumerate();
-    let sum = bytes.map(|(place, byte)| if is_own(place) { 32 } else { u64::from(*byte) }).sum();
-    number(&header[148..156]) == Some(sum) && &header[257..262] == b"ustar"
+    Ok(read == BLOCK && is_archive(&header))
 }
 
 /// All files of an archive.
 pub(super) fn members(storage: &dyn Storage) -> Result<Vec<Member>> {
     let length = storage.len().map_err(|error| Error::from_io("find the size of", error))?;
     let (mut members, mut offset) = (Vec::new(), 0_u64);
-    let mut next = Attributes::default();
+    let (mut next, mut extensions) = (Attributes::default(), 0);
     for _ in 0..HEADERS_MAX {
         let mut header = [0; BLOCK];
         let read = storage.read_at(HostOffset::new(offset), &mut header);
         if read.map_err(|error| Error::from_io("read", error))? < BLOCK || header == [0; BLOCK] {
             return Ok(members);
         }
-        if !is_header(&header) {
+        if !is_archive(&header) {
             return Err(damaged(offset));
         }
-        let start = offset + BLOCK as u64;
-        let stated = number(&header[124..136]);
+        let mut start = offset + BLOCK as u64;
+        let stated = tar_number(&header[124..136]);
         let kind = header[156];
+        if kind == b'S' {
+            start = behind_extents(storage, &header, start, &mut extensions)?;
+        }
         let size = match kind {
             // Links and directories have no content, whatever is stated.
             b'1'..=b'6' => Some(0),
@@ -80,7 +81,8 @@ pub(super) fn members(storage: &dyn Storage) -> Result<Vec<Member>> {
             b'g' | b'K' => {}
             _ => {
                 let attributes = std::mem::take(&mut next);
-                let name = attributes.name.unwrap_or_else(|| name(&header));
+                let stated = attributes.sparse_name.or(attributes.name);
+                let name = stated.unwrap_or_else(|| name(&header));
                 let is_plain = matches!(kind, b'0' | 0 | b'7') && !attributes.is_sparse;
                 if !matches!(kind, b'1'..=b'6') {
                     members.push(Member { name, offset: start, length: size, is_plain });
@@ -93,10 +95,41 @@ pub(super) fn members(storage: &dyn Storage) -> Result<Vec<Member>> {
     Err(refused(ErrorKind::Unsupported, format!("the archive has more than {HEADERS_MAX} members")))
 }
 
+/// Where the content of a member begins whose holes are left out as in old GNU archives: behind the
+/// blocks with extents for which its header has no space. Its length does not count them.
+fn behind_extents(
+    storage: &dyn Storage,
+    header: &[u8; BLOCK],
+    mut start: u64,
+    extensions: &mut usize,
+) -> Result<u64> {
+    if &header[257..263] != b"ustar " {
+        return Err(damaged(start - BLOCK as u64));
+    }
+    let mut goes_on = header[IS_EXTENDED] != 0;
+    while goes_on {
+        *extensions += 1;
+        if *extensions > EXTENSIONS_MAX {
+            let detail = "the archive has files with too many holes: unpack it first";
+            return Err(refused(ErrorKind::Unsupported, detail));
+        }
+        let mut extension = [0; BLOCK];
+        let read = storage.read_at(HostOffset::new(start), &mut extension);
+        if read.map_err(|error| Error::from_io("read", error))? < BLOCK {
+            return Err(damaged(start));
+        }
+        goes_on = extension[EXTENSION_GOES_ON] != 0;
+        start += BLOCK as u64;
+    }
+    Ok(start)
+}
+
 /// What is said of the next member.
 #[derive(Debug, Default)]
 struct Attributes {
     name: Option<Vec<u8>>,
+    /// The true name, where the other one says how it is stored.
+    sparse_name: Option<Vec<u8>>,
     length: Option<u64>,
     is_sparse: bool,
 }
@@ -129,7 +162,12 @@ impl Attributes {
                     let size = std::str::from_utf8(value).ok().and_then(|text| text.parse().ok());
                     self.length = Some(size.ok_or_else(|| damaged(start))?);
                 }
-                _ if key.starts_with(b"GNU.sparse.") => self.is_sparse = true,
+                _ if key.starts_with(b"GNU.sparse.") => {
+                    self.is_sparse = true;
+                    if key == b"GNU.sparse.name" {
+                        self.sparse_name = Some(value.to_vec());
+                    }
+                }
                 _ => {}
             }
             rest = &rest[line.len()..];
@@ -156,20 +194,6 @@ fn name(header: &[u8; BLOCK]) -> Vec<u8> {
 
 fn until_zero(bytes: &[u8]) -> &[u8] {
     bytes.split(|byte| *byte == 0).next().unwrap_or_default()
-}
-
-/// A number, octal in text or binary.
-fn number(field: &[u8]) -> Option<u64> {
-    if let [0x80, rest @ ..] = field {
-        let fits = rest.iter().rev().skip(8).all(|byte| *byte == 0);
-        let number = rest.iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
-        return fits.then_some(number);
-    }
-    let text = until_zero(field).trim_ascii();
-    match text {
-        [] => Some(0),
-        _ => u64::from_str_radix(std::str::from_utf8(text).ok()?, 8).ok(),
-    }
 }
 
 fn damaged(offset: u64) -> Error {

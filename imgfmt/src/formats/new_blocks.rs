@@ -8,6 +8,7 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::block_table::{BlockTable, TableShape};
 use super::new::Planned;
@@ -95,6 +96,8 @@ pub(super) struct NewImage<B: NewBlocks> {
     blocks: B,
     shape: Shape,
     filling: OrderedMutex<{ rank::NEW_IMAGE }, Filling>,
+    /// Whether an operation has failed: data is then missing that its user wanted to write.
+    has_failed: AtomicBool,
 }
 
 /// What changes while it is filled.
@@ -127,8 +130,9 @@ impl<B: NewBlocks> NewImage<B> {
         let count = if shape.is_fixed { shape.blocks() } else { 0 };
         let table = shape.table.map(|table| BlockTable::new(Arc::clone(&storage), table));
         let filling = Filling { table, count, is_finished: false };
-        let new = Self { storage, blocks, shape, filling: OrderedMutex::new(filling) };
-        new.write_start().map_err(io("write to"))?;
+        let filling = OrderedMutex::new(filling);
+        let new = Self { storage, blocks, shape, filling, has_failed: AtomicBool::new(false) };
+        new.noted(new.write_start().map_err(io("write to")))?;
         Ok(Box::new(new))
     }
 
@@ -151,6 +155,14 @@ impl<B: NewBlocks> NewImage<B> {
             true => self.storage.set_len(self.shape.end(filling.count)),
             false => Ok(()),
         }
+    }
+
+    /// Notes an error: without a flush, the file then remains incomplete.
+    fn noted<T>(&self, result: Result<T>) -> Result<T> {
+        if result.is_err() {
+            self.has_failed.store(true, Ordering::Relaxed);
+        }
+        result
     }
 
     /// Where the bytes of a part of the disk are or come to be: pieces of the file in order, joined
@@ -282,15 +294,7 @@ impl<B: NewBlocks> WritableLayer for NewImage<B> {
     }
 
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
-        let mut rest = data;
-        let written = |error| io("write to")(error).at(offset.bytes());
-        for (place, length) in self.place(offset.bytes(), data.len() as u64)? {
-            let (piece, behind) = rest.split_at(length as usize);
-            self.storage
-                .write_at(HostOffset::new(place), piece, Durability::Cached)
-                .map_err(written)?;
-            rest = behind;
-        }
+        self.noted(self.write_data(offset, data))?;
         match durability {
             Durability::Cached => Ok(()),
             Durability::Fua => self.flush(),
@@ -312,6 +316,43 @@ impl<B: NewBlocks> WritableLayer for NewImage<B> {
             let detail = "a new image of this format has no fast way to do so; allow the slow one";
             return Err(Error::new(ErrorKind::NotFast, "write zeroes to", detail));
         }
+        self.noted(self.zero(range, mode))?;
+        match durability {
+            Durability::Cached => Ok(()),
+            Durability::Fua => self.flush(),
+        }
+    }
+
+    fn discard(&self, _: GuestRange, _: Durability) -> Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.noted(self.finish().map_err(io("write to")))?;
+        self.noted(self.storage.sync().map_err(io("flush")))
+    }
+
+    fn resize(&mut self, _: u64) -> Result<()> {
+        let detail = "the size of a new image of this format cannot be changed";
+        Err(Error::new(ErrorKind::Unsupported, "resize", detail))
+    }
+}
+
+impl<B: NewBlocks> NewImage<B> {
+    fn write_data(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
+        let mut rest = data;
+        let written = |error| io("write to")(error).at(offset.bytes());
+        for (place, length) in self.place(offset.bytes(), data.len() as u64)? {
+            let (piece, behind) = rest.split_at(length as usize);
+            self.storage
+                .write_at(HostOffset::new(place), piece, Durability::Cached)
+                .map_err(written)?;
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    fn zero(&self, range: GuestRange, mode: ZeroMode) -> Result<()> {
         let (mut position, end) = (range.offset().bytes(), range.end().bytes());
         while position < end {
             let (block, inside) =
@@ -326,28 +367,9 @@ impl<B: NewBlocks> WritableLayer for NewImage<B> {
             }
             position = stop;
         }
-        match durability {
-            Durability::Cached => Ok(()),
-            Durability::Fua => self.flush(),
-        }
-    }
-
-    fn discard(&self, _: GuestRange, _: Durability) -> Result<()> {
         Ok(())
     }
 
-    fn flush(&self) -> Result<()> {
-        self.finish().map_err(io("write to"))?;
-        self.storage.sync().map_err(io("flush"))
-    }
-
-    fn resize(&mut self, _: u64) -> Result<()> {
-        let detail = "the size of a new image of this format cannot be changed";
-        Err(Error::new(ErrorKind::Unsupported, "resize", detail))
-    }
-}
-
-impl<B: NewBlocks> NewImage<B> {
     fn write_zeroes_in_file(&self, place: u64, length: u64, mode: ZeroMode) -> io::Result<()> {
         // What is beyond the end is zero.
         let length = length.min(self.storage.len()?.saturating_sub(place));
@@ -360,8 +382,11 @@ impl<B: NewBlocks> NewImage<B> {
 
 impl<B: NewBlocks> Drop for NewImage<B> {
     fn drop(&mut self) {
-        // Whoever wants to know whether this works closes the image.
-        let _ = self.finish();
+        // Whoever wants to know whether this works closes the image. One without data that it should
+        // have must not look complete.
+        if !*self.has_failed.get_mut() {
+            let _ = self.finish();
+        }
     }
 }
 

@@ -18,11 +18,11 @@ use crate::options::OpenOptions;
 use crate::qcow2;
 use crate::storage::Storage;
 
-/// Opens a file, or a disk in an archive.
-fn open_to_read(path: &Path, options: &OpenOptions) -> Result<Arc<dyn Storage>> {
+/// Opens a file, or a disk in an archive; returns how what is in it is opened.
+fn open_to_read(path: &Path, options: &OpenOptions) -> Result<(Arc<dyn Storage>, OpenOptions)> {
     match archive::open(path, options, Access::ReadOnly)? {
-        Some(disk) => Ok(disk),
-        None => Ok(Arc::new(options.open_file(path, Access::ReadOnly)?)),
+        Some(disk) => Ok((disk, archive::options(options))),
+        None => Ok((Arc::new(options.open_file(path, Access::ReadOnly)?), options.clone())),
     }
 }
 
@@ -35,7 +35,7 @@ impl Image {
     /// As [`open`](Self::open), except those of other files.
     pub fn inspect_file(path: impl AsRef<Path>, options: &OpenOptions) -> Result<ImageInfo> {
         let path = path.as_ref();
-        let inspect = |file| chain::inspect(file, Some(path), options);
+        let inspect = |(file, options)| chain::inspect(file, Some(path), &options);
         open_to_read(path, options).and_then(inspect).map_err(|error| error.with_path(path))
     }
 
@@ -78,7 +78,7 @@ impl Image {
     /// that is only recognised; otherwise as [`inspect_file`](Self::inspect_file).
     pub fn inspect_chain(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Vec<ImageInfo>> {
         let path = path.as_ref();
-        let inspect = |file| chain::inspect_chain(file, Some(path), options);
+        let inspect = |(file, options)| chain::inspect_chain(file, Some(path), &options);
         open_to_read(path, options).and_then(inspect).map_err(|error| error.with_path(path))
     }
 

@@ -62,11 +62,11 @@ impl Image {
     /// A disk in an archive of a virtual machine (OVA) is opened for reading without unpacking it:
     /// `machine.ova` is its first disk, `machine.ova:2` the second, `machine.ova:disk.vmdk` that of
     /// this name. A file of the whole name comes first. With the format raw, an archive itself is the
-    /// disk.
+    /// disk. An image in an archive names no other file.
     ///
     /// If no format is given, it is detected from the first bytes of the file. In a raw image, the
     /// guest controls these bytes. A raw image that was detected therefore refuses writes to its
-    /// first sector that would make it look like another format. To allow all writes, give the
+    /// first sector that would make it look like another format or an archive. To allow all writes, give the
     /// format.
     ///
     /// # Errors
@@ -78,7 +78,7 @@ impl Image {
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
         let path = path.as_ref();
         if let Some(disk) = archive::open(path, options, options.access)? {
-            return Self::open_named(disk, Some(path), options)
+            return Self::open_named(disk, Some(path), &archive::options(options))
                 .map_err(|error| error.with_path(path));
         }
         let storage = options.open_file(path, options.access)?;

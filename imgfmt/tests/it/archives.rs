@@ -3,8 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-use imgfmt::{Access, CacheMode, CreateOptions, Durability, ErrorKind, Format, Image, OpenOptions};
-use imgfmt::{Subformat, VhdSize};
+use imgfmt::{
+    Access, ArchiveNames, CacheMode, CreateOptions, Durability, ErrorKind, Format, Image,
+};
+use imgfmt::{OpenOptions, OpenPolicy, Subformat, VhdSize};
 
 use crate::common::{self, Random, at, run, text};
 
@@ -113,6 +115,123 @@ fn an_archive_is_only_read_and_a_raw_disk_if_the_user_says_so() {
     assert!(refused(&member(&plain, "1")).to_string().contains("not an archive"));
     std::fs::write(member(&archive, "2"), [7; 512]).unwrap();
     assert_eq!(Image::open(member(&archive, "2"), &OpenOptions::new()).unwrap().size(), 512);
+}
+
+#[test]
+fn an_image_in_an_archive_names_no_other_file() {
+    if !common::has_tool("tar") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    machine(here);
+    std::fs::write(here.join("secret.img"), [7; 65536]).unwrap();
+    let overlay = CreateOptions::overlay("secret.img", Format::Raw);
+    Image::create(here.join("top.qcow2"), &overlay).unwrap();
+    let archive = pack(here, "guest.ova", &[], &["top.qcow2", "second.vhd"]);
+    let trusting = OpenOptions::new().policy(OpenPolicy::any_file().allow_format_probe());
+    for path in [archive.clone(), member(&archive, "top.qcow2")] {
+        let opened = [
+            Image::open(&path, &trusting).map(|_| ()),
+            Image::inspect_chain(&path, &trusting).map(|_| ()),
+        ];
+        for opened in opened {
+            let error = opened.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::PolicyDenied, "{error}");
+            assert!(error.to_string().contains("stand alone"), "{error}");
+        }
+    }
+    // As for QEMU, the file itself is a raw disk.
+    let mut members = OpenOptions::new();
+    members.archives = ArchiveNames::Members;
+    assert_eq!(Image::open(&archive, &members).unwrap().format(), Format::Raw);
+    assert_eq!(Image::open(member(&archive, "2"), &members).unwrap().format(), Format::Vpc);
+}
+
+/// Appends a member to an archive.
+fn append(archive: &mut Vec<u8>, (name, kind): (&str, u8), extents: usize, content: &[u8]) {
+    let mut header = [0; 512];
+    header[..name.len()].copy_from_slice(name.as_bytes());
+    header[124..136].copy_from_slice(format!("{:011o}\0", content.len()).as_bytes());
+    header[156] = kind;
+    header[257..265].copy_from_slice(b"ustar  \0");
+    header[482] = u8::from(extents > 4);
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+    header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+    archive.extend_from_slice(&header);
+    let blocks = extents.saturating_sub(4).div_ceil(21);
+    for block in 0..blocks {
+        let mut extension = [0; 512];
+        extension[504] = u8::from(block + 1 < blocks);
+        archive.extend_from_slice(&extension);
+    }
+    archive.extend_from_slice(content);
+    archive.resize(archive.len().next_multiple_of(512), 0);
+}
+
+#[test]
+fn members_behind_a_file_with_many_holes_are_found_where_they_are() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("holes.ova");
+    for extents in [4, 5, 25, 26, 100] {
+        // What looks like a member is within the content of the first one.
+        let mut inner = Vec::new();
+        append(&mut inner, ("wanted.img", b'0'), 0, &[9; 512]);
+        let mut archive = Vec::new();
+        append(&mut archive, ("holes.img", b'S'), extents, &inner);
+        append(&mut archive, ("wanted.img", b'0'), 0, &[7; 512]);
+        std::fs::write(&path, &archive).unwrap();
+        let image = Image::open(member(&path, "wanted.img"), &OpenOptions::new()).unwrap();
+        let mut found = [0; 512];
+        image.read_at(at(0), &mut found).unwrap();
+        assert_eq!(found, [7; 512], "{extents}");
+        // The blocks are cut off.
+        archive.truncate(512);
+        std::fs::write(&path, &archive).unwrap();
+        assert_eq!(refused(&member(&path, "1")).kind(), ErrorKind::InvalidFormat, "{extents}");
+    }
+}
+
+#[test]
+fn two_files_of_a_name_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("twice.ova");
+    let mut archive = Vec::new();
+    for (name, byte) in [("a.img", 1), ("b.img", 2), ("./a.img", 3)] {
+        append(&mut archive, (name, b'0'), 0, &[byte; 512]);
+    }
+    std::fs::write(&path, &archive).unwrap();
+    for wanted in [path.clone(), member(&path, "a.img"), member(&path, "3")] {
+        let error = refused(&wanted);
+        assert_eq!(error.kind(), ErrorKind::InvalidFormat, "{error}");
+        assert!(error.to_string().contains("several"), "{error}");
+    }
+    assert!(Image::open(member(&path, "b.img"), &OpenOptions::new()).is_ok());
+}
+
+#[test]
+fn names_are_found_as_other_programs_write_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("names.ova");
+    let descriptor = "<Envelope><File id='a' href='my%20disk&#46;img'/><File id='b' href='100%25'/>\
+                      <File id='c' href='delta.img'/><Disk diskId='one' fileRef='a'/>\
+                      <Disk fileRef='b'/><Disk fileRef='c' parentRef='one'/></Envelope>";
+    let mut archive = Vec::new();
+    append(&mut archive, ("._m.ovf", b'0'), 0, &[0xff; 163]);
+    append(&mut archive, ("m.ovf", b'0'), 0, descriptor.as_bytes());
+    for (name, byte) in [("my disk.img", 1), ("100%", 2), ("100%25", 3), ("delta.img", 4)] {
+        append(&mut archive, (name, b'0'), 0, &[byte; 512]);
+    }
+    std::fs::write(&path, &archive).unwrap();
+    for (wanted, byte) in [("1", 1), ("2", 3)] {
+        let mut found = [0; 512];
+        let image = Image::open(member(&path, wanted), &OpenOptions::new()).unwrap();
+        image.read_at(at(0), &mut found).unwrap();
+        assert_eq!(found, [byte; 512], "{wanted}: as it is first, then decoded");
+    }
+    // It is only the differences to another one.
+    assert_eq!(refused(&member(&path, "3")).kind(), ErrorKind::Unsupported);
 }
 
 #[test]

@@ -41,6 +41,30 @@ fn a_header_put_together_from_parts_is_refused_too() {
     assert_eq!(zero.unwrap_err().kind(), ErrorKind::PolicyDenied);
 }
 
+/// The first header of a tar archive.
+fn tar_header() -> [u8; 512] {
+    let mut header = [0; 512];
+    header[..6].copy_from_slice(b"a.disk");
+    header[124..135].copy_from_slice(b"00000001000");
+    header[156] = b'0';
+    header[257..263].copy_from_slice(b"ustar\0");
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+    header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+    header
+}
+
+#[test]
+fn a_header_of_an_archive_is_refused_too() {
+    let (_file, image) = probed();
+    let header = tar_header();
+    let error = image.write_at(at(0), &header, Durability::Cached).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::PolicyDenied);
+    image.write_at(at(1), &header[1..], Durability::Cached).unwrap();
+    let error = image.write_at(at(0), &header[..1], Durability::Cached).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::PolicyDenied);
+}
+
 #[test]
 fn other_writes_and_the_rest_of_the_disk_are_free() {
     let (_file, image) = probed();

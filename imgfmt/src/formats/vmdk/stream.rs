@@ -79,6 +79,8 @@ struct Written {
     /// The sectors of the tables.
     directory: Vec<u32>,
     is_finished: bool,
+    /// Whether an operation has failed: data is then missing that its user wanted to write.
+    has_failed: bool,
 }
 
 impl Stream {
@@ -100,11 +102,12 @@ impl Stream {
             table: Vec::new(),
             directory: vec![0; size.div_ceil(GRAIN * TABLE_GRAINS) as usize],
             is_finished: false,
+            has_failed: false,
         };
         Ok(Box::new(Self { storage, size, header, written: OrderedMutex::new(written) }))
     }
 
-    /// Writes at the end; returns the sector.
+    /// Writes at the end; returns the sector. After an error, the end is where it was.
     fn push(&self, written: &mut Written, bytes: &[u8]) -> io::Result<u32> {
         let sector = written.end / SECTOR;
         let padding = bytes.len().next_multiple_of(SECTOR as usize) - bytes.len();
@@ -120,15 +123,12 @@ impl Stream {
 
     /// Writes a marker and what it announces; returns the sector of the latter.
     fn push_marked(&self, written: &mut Written, marker: Marker, bytes: &[u8]) -> io::Result<u32> {
-        let mut sector = vec![0; SECTOR as usize];
+        let mut marked = vec![0; SECTOR as usize];
         let length = (bytes.len() as u64).div_ceil(SECTOR);
-        sector[..8].copy_from_slice(&length.to_le_bytes());
-        sector[12..16].copy_from_slice(&(marker as u32).to_le_bytes());
-        let first = self.push(written, &sector)?;
-        match bytes {
-            [] => Ok(first),
-            _ => self.push(written, bytes),
-        }
+        marked[..8].copy_from_slice(&length.to_le_bytes());
+        marked[12..16].copy_from_slice(&(marker as u32).to_le_bytes());
+        marked.extend_from_slice(bytes);
+        Ok(self.push(written, &marked)? + 1)
     }
 
     /// Writes the table of the grains before `next`, if there is any in it.
@@ -136,13 +136,15 @@ impl Stream {
         if written.table.is_empty() {
             return Ok(());
         }
-        let mut table = std::mem::take(&mut written.table);
+        let mut table = written.table.clone();
         table.resize(TABLE_GRAINS as usize, 0);
         let sector = self.push_marked(written, Marker::Table, &in_bytes(&table))?;
         let number = (written.next - 1) / TABLE_GRAINS;
         if let Some(entry) = written.directory.get_mut(number as usize) {
             *entry = sector;
         }
+        // Until here it can be done again.
+        written.table.clear();
         Ok(())
     }
 
@@ -164,14 +166,63 @@ impl Stream {
             return Ok(());
         }
         self.end_table(&mut written)?;
+        let end = written.end;
+        let finished = self.push_end(&mut written);
+        match finished {
+            Ok(()) => written.is_finished = true,
+            // So that it can be done again.
+            Err(_) => written.end = end,
+        }
+        finished
+    }
+
+    /// Writes what is behind the last table.
+    fn push_end(&self, written: &mut Written) -> io::Result<()> {
         let directory = in_bytes(&written.directory);
-        let sector = self.push_marked(&mut written, Marker::Directory, &directory)?;
+        let sector = self.push_marked(written, Marker::Directory, &directory)?;
         let mut footer = Header(self.header.0.clone());
         footer.set_places(None, sector.into(), DATA / SECTOR);
-        self.push_marked(&mut written, Marker::Footer, &footer.0)?;
-        self.push_marked(&mut written, Marker::End, &[])?;
-        written.is_finished = true;
+        self.push_marked(written, Marker::Footer, &footer.0)?;
+        self.push_marked(written, Marker::End, &[])?;
         Ok(())
+    }
+
+    /// Appends a grain; after an error this can be repeated.
+    fn append_grain(&self, offset: GuestOffset, encoded: &[u8]) -> Result<()> {
+        let mut written = self.written.lock();
+        let grain = offset.bytes() / GRAIN;
+        if grain < written.next || written.is_finished {
+            return Err(out_of_order(offset));
+        }
+        if written.end > END_MAX {
+            let detail = "the file would become larger than its format allows";
+            return Err(Error::new(ErrorKind::NoSpace, "write to", detail));
+        }
+        self.push_grain(&mut written, grain, encoded)
+            .map_err(io)
+            .map_err(|error| error.at(offset.bytes()))
+    }
+
+    /// Appends the grains that are not zero.
+    fn append_all(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
+        let (start, end) = (offset.bytes(), offset.bytes() + data.len() as u64);
+        if start % GRAIN != 0 || end % GRAIN != 0 && end != self.size {
+            return Err(out_of_order(offset));
+        }
+        for (grain, data) in (start / GRAIN..).zip(data.chunks(GRAIN as usize)) {
+            if !crate::zero::is_zero(data) {
+                self.append_grain(GuestOffset::new(grain * GRAIN), &encode(grain, data)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes an error: without [`close`](WritableLayer::close), the file then remains incomplete.
+    fn noted<T>(&self, result: Result<T>) -> Result<T> {
+        if result.is_err() {
+            self.written.lock().has_failed = true;
+        }
+        result
     }
 }
 
@@ -225,37 +276,18 @@ impl WritableLayer for Stream {
     }
 
     fn encode(&self, offset: GuestOffset, data: &[u8]) -> Result<Vec<u8>> {
-        encode(offset.bytes() / GRAIN, data)
+        self.noted(encode(offset.bytes() / GRAIN, data))
     }
 
     fn append(&self, offset: GuestOffset, encoded: &[u8]) -> Result<()> {
-        let mut written = self.written.lock();
-        let grain = offset.bytes() / GRAIN;
-        if grain < written.next || written.is_finished {
-            return Err(out_of_order(offset));
-        }
-        if written.end > END_MAX {
-            let detail = "the file would become larger than its format allows";
-            return Err(Error::new(ErrorKind::NoSpace, "write to", detail));
-        }
-        self.push_grain(&mut written, grain, encoded)
-            .map_err(io)
-            .map_err(|error| error.at(offset.bytes()))
+        self.noted(self.append_grain(offset, encoded))
     }
 
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
-        let (start, end) = (offset.bytes(), offset.bytes() + data.len() as u64);
-        if start % GRAIN != 0 || end % GRAIN != 0 && end != self.size {
-            return Err(out_of_order(offset));
-        }
-        for (grain, data) in (start / GRAIN..).zip(data.chunks(GRAIN as usize)) {
-            if !crate::zero::is_zero(data) {
-                self.append(GuestOffset::new(grain * GRAIN), &encode(grain, data)?)?;
-            }
-        }
+        self.noted(self.append_all(offset, data))?;
         match durability {
             Durability::Cached => Ok(()),
-            Durability::Fua => self.storage.sync().map_err(io),
+            Durability::Fua => self.flush(),
         }
     }
 
@@ -265,10 +297,11 @@ impl WritableLayer for Stream {
 
     fn write_zeroes(&self, range: GuestRange, _: ZeroMode, _: Speed, _: Durability) -> Result<()> {
         // What is not written is zero.
-        match range.offset().bytes() >= self.written.lock().next * GRAIN {
+        let is_behind = range.offset().bytes() >= self.written.lock().next * GRAIN;
+        self.noted(match is_behind {
             true => Ok(()),
             false => Err(out_of_order(range.offset())),
-        }
+        })
     }
 
     fn discard(&self, _: GuestRange, _: Durability) -> Result<()> {
@@ -277,11 +310,11 @@ impl WritableLayer for Stream {
 
     /// The image is complete only when it is closed.
     fn flush(&self) -> Result<()> {
-        self.storage.sync().map_err(io)
+        self.noted(self.storage.sync().map_err(io))
     }
 
     fn close(&self) -> Result<()> {
-        self.finish().map_err(io)?;
+        self.noted(self.finish().map_err(io))?;
         self.flush()
     }
 
@@ -293,8 +326,12 @@ impl WritableLayer for Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // Whoever wants to know whether this works closes the image.
-        let _ = self.finish();
+        let has_failed = self.written.lock().has_failed;
+        // Whoever wants to know whether this works closes the image. One without data that it should
+        // have must not look complete.
+        if !has_failed {
+            let _ = self.finish();
+        }
     }
 }
 
@@ -306,4 +343,76 @@ fn out_of_order(offset: GuestOffset) -> Error {
 
 fn io(error: io::Error) -> Error {
     Error::from_io("write to", error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::foreign_options::ForeignOptions;
+    use crate::storage::MemoryStorage;
+    use crate::testing::{FailingStorage, Fault};
+
+    fn begin() -> (Arc<FailingStorage>, Box<dyn WritableLayer>) {
+        let storage = FailingStorage::new(Arc::new(MemoryStorage::new(0)));
+        let options = ForeignOptions::default();
+        let new = NewForeign { size: 64 << 20, name: "a.vmdk".into(), options: &options };
+        let image = (plan(&new, 64 << 20).unwrap().begin)(Arc::clone(&storage) as _).unwrap();
+        (storage, image)
+    }
+
+    /// Fails one call, after some.
+    fn fail(storage: &FailingStorage, after: u64) {
+        let call = storage.calls() + after;
+        storage.set_fault(Some(Fault { calls: call..call + 1, code: 28 }));
+    }
+
+    fn value(grain: u64) -> u8 {
+        (grain % 251) as u8 + 1
+    }
+
+    fn write(image: &dyn WritableLayer, grain: u64) -> Result<()> {
+        let offset = GuestOffset::new(grain * GRAIN);
+        image.write_at(offset, &[value(grain); GRAIN as usize], Durability::Cached)
+    }
+
+    /// The grains that a reader finds, if the image looks complete.
+    fn grains(storage: &Arc<FailingStorage>) -> Option<Vec<u64>> {
+        let image =
+            crate::Image::from_storage(Arc::clone(storage) as _, &crate::OpenOptions::new());
+        let image = image.ok()?;
+        let mut found = vec![0; GRAIN as usize];
+        let mut is_there = |grain: &u64| {
+            image.read_at(GuestOffset::new(grain * GRAIN), &mut found).unwrap();
+            assert!(found.iter().all(|byte| *byte == found[0]));
+            found[0] == value(*grain)
+        };
+        Some((0..1024).filter(|grain| is_there(grain)).collect())
+    }
+
+    #[test]
+    fn an_image_that_lacks_data_does_not_look_complete_when_it_is_dropped() {
+        let (storage, image) = begin();
+        write(&*image, 0).unwrap();
+        fail(&storage, 0);
+        // The table of the first grain is written before the grain of the second one.
+        write(&*image, TABLE_GRAINS).unwrap_err();
+        drop(image);
+        assert_eq!(grains(&storage), None);
+    }
+
+    #[test]
+    fn what_failed_can_be_repeated_without_a_loss() {
+        for after in 0..6 {
+            let (storage, image) = begin();
+            write(&*image, 0).unwrap();
+            fail(&storage, after);
+            if write(&*image, TABLE_GRAINS).is_err() {
+                write(&*image, TABLE_GRAINS).unwrap();
+            }
+            if image.close().is_err() {
+                image.close().unwrap();
+            }
+            assert_eq!(grains(&storage), Some(vec![0, TABLE_GRAINS]), "{after}");
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::path::Path;
 
-use imgfmt::{Access, CacheMode, Format, Image, Locking, OpenOptions, OpenPolicy};
+use imgfmt::{Access, ArchiveNames, CacheMode, Format, Image, Locking, OpenOptions, OpenPolicy};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::remote::{Remotes, UnknownExport, allow_exports};
 use nbd_jobs::text::printable;
@@ -61,7 +61,9 @@ impl Place {
         };
         let location = location.map_err(|error| could_not_open(&name, &error.to_string()))?;
         let remotes = remotes();
-        let options = OpenOptions::new().policy(trusting(&remotes));
+        let mut options = OpenOptions::new().policy(trusting(&remotes));
+        // For QEMU, such a file is a raw disk. The other names mean nothing to it.
+        options.archives = ArchiveNames::Members;
         Ok(Self { location, options, remotes })
     }
 
