@@ -47,8 +47,11 @@ pub struct Checked {
 /// What the backups say about the packs.
 #[derive(Default)]
 struct Needs {
-    /// For each pack the end of its last frame that is needed, and the backups that need it.
-    packs: BTreeMap<PackId, (u64, BTreeSet<usize>)>,
+    /// For each pack the end of its last frame that is needed.
+    packs: BTreeMap<PackId, u64>,
+    /// What is wrong with packs. Which backups need them is looked up afterwards: it would be too
+    /// much to keep for each pack.
+    bad_packs: BTreeMap<PackId, Vec<String>>,
     names: Vec<(Id, String)>,
     /// Pages that were read: they are shared by many backups.
     pages: HashSet<(PackId, u32)>,
@@ -84,26 +87,26 @@ impl Repository {
             unneeded: sizes.keys().filter(|pack| !needs.packs.contains_key(pack)).count() as u64,
             ..Checked::default()
         };
-        let needed = std::mem::take(&mut needs.packs);
-        for (pack, (end, backups)) in &needed {
+        for (pack, end) in &needs.packs {
             let key = Key::Pack(*pack);
             let problem = match sizes.get(pack) {
                 None => format!("the pack {key} is missing"),
                 Some(size) if size < end => format!("the pack {key} is too short"),
                 Some(_) => continue,
             };
-            needs.problems.entry(problem).or_default().extend(backups);
+            needs.bad_packs.entry(*pack).or_default().push(problem);
         }
         let chosen = sizes.keys().filter(|_| is_chosen(percent)).copied();
         let reads = chosen.map(|pack| async move { (pack, self.check_pack(pack).await) });
         let mut reads = futures_util::stream::iter(reads).buffer_unordered(READS);
         while let Some((pack, found)) = reads.next().await {
             checked.read += 1;
-            for problem in found? {
-                let backups = needed.get(&pack).map(|(_, backups)| backups);
-                needs.problems.entry(problem).or_default().extend(backups.into_iter().flatten());
+            let found = found?;
+            if !found.is_empty() {
+                needs.bad_packs.entry(pack).or_default().extend(found);
             }
         }
+        self.name_backups(&mut needs).await?;
         let names = &needs.names;
         let named = |backups: BTreeSet<usize>| {
             backups.into_iter().filter_map(|number| names.get(number).cloned()).collect()
@@ -134,12 +137,12 @@ impl Repository {
             Err(error) => return Err(error),
         };
         for pack in map.root().packs() {
-            needs.packs.entry(*pack).or_default().1.insert(number);
+            needs.packs.entry(*pack).or_default();
         }
         for (page_number, page) in map.root().pages().iter().enumerate() {
             let Some(page) = page else { continue };
             let end = needs.packs.entry(page.stored.pack).or_default();
-            end.0 = end.0.max(page.stored.range().end);
+            *end = page.stored.range().end.max(*end);
             if !needs.pages.insert((page.stored.pack, page.stored.offset)) {
                 continue;
             }
@@ -163,8 +166,31 @@ impl Repository {
             }
             for stored in content.blocks.iter().flatten() {
                 let end = needs.packs.entry(stored.pack).or_default();
-                end.0 = end.0.max(stored.range().end);
-                end.1.insert(number);
+                *end = stored.range().end.max(*end);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes problems of packs those of the backups that need them.
+    async fn name_backups(&self, needs: &mut Needs) -> Result<()> {
+        let bad = std::mem::take(&mut needs.bad_packs);
+        for problem in bad.values().flatten() {
+            needs.problems.entry(problem.clone()).or_default();
+        }
+        if bad.is_empty() {
+            return Ok(());
+        }
+        for number in 0..needs.names.len() {
+            let map = match Map::open(self, needs.names[number].0).await {
+                Ok(map) => map,
+                // That is known already, or it was forgotten meanwhile.
+                Err(error) if error.kind() != RepositoryErrorKind::Store => continue,
+                Err(error) => return Err(error),
+            };
+            let packs = map.root().packs().iter().filter_map(|pack| bad.get(pack));
+            for problem in packs.flatten() {
+                needs.problems.entry(problem.clone()).or_default().insert(number);
             }
         }
         Ok(())
