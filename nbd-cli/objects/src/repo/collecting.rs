@@ -151,6 +151,10 @@ impl Repository {
             return Ok(false);
         }
         let key = Key::Backup(id);
+        if self.creates() == Creates::Overwriting {
+            // First, so that who creates the backup at the same time notices.
+            self.objects.carry_out(Request::Delete(session)).await?;
+        }
         let mut tries = Tries::default();
         // An answer that it exists may mean that the store is busy.
         while self.objects.carry_out(Request::Get(key)).await? == Answer::Missing {

@@ -22,6 +22,7 @@ use self::renewal::Renewal;
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Id, Key, PackId};
 use super::map::Map;
+use super::objects::Creates;
 use super::pack::{FrameKind, PACK_SIZE, PackBuilder};
 use super::page::{BLOCK_SIZE, PAGE_BLOCKS, PAGE_SPAN, Page};
 use super::protocol::{Answer, Backup, Committed, Request, Rules, Step, Writer};
@@ -69,6 +70,8 @@ pub struct Session {
     pack: PackBuilder,
     next_pack: u32,
     puts: JoinSet<Result<()>>,
+    /// The first pack that could not be sent: without it there is no backup.
+    failed: Option<RepositoryError>,
     renewal: Renewal,
     data: u64,
     added: u64,
@@ -128,6 +131,7 @@ impl Repository {
             pack: PackBuilder::new(PackId { session: id, number: 0 }),
             next_pack: 1,
             puts: JoinSet::new(),
+            failed: None,
             renewal,
             data: 0,
             added: 0,
@@ -143,6 +147,10 @@ impl Repository {
             let answer = match writer.step() {
                 Step::Reached(reached) => return Ok(reached),
                 Step::Request(request @ Request::Create(..)) => {
+                    if self.creates() == Creates::Overwriting {
+                        // There, only the record tells that the session was not ended.
+                        renewal.stop().await;
+                    }
                     tries.create(&self.objects, request).await?
                 }
                 Step::Request(request @ Request::Delete(_)) => {
@@ -462,14 +470,14 @@ impl Session {
 
     /// Waits for a pack that is being sent.
     async fn sent(&mut self) -> Result<()> {
-        match self.puts.join_next().await {
-            None => Ok(()),
-            Some(Ok(sent)) => sent,
-            Some(Err(error)) => {
-                let message = format!("a request was given up: {error}");
-                Err(RepositoryError::new(RepositoryErrorKind::Store, message))
-            }
+        let sent = self.puts.join_next().await.unwrap_or(Ok(Ok(()))).unwrap_or_else(|error| {
+            let message = format!("a request was given up: {error}");
+            Err(RepositoryError::new(RepositoryErrorKind::Store, message))
+        });
+        if let Err(error) = &sent {
+            self.failed.get_or_insert_with(|| error.clone());
         }
+        sent
     }
 
     /// Waits for what is being sent. Returns whether nothing is left to send but the open pack.
@@ -500,8 +508,16 @@ impl Session {
         while !self.puts.is_empty() {
             self.sent().await?;
         }
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
         let root = std::mem::take(&mut self.root).finish();
-        debug_assert_eq!(root.pages().len() as u64, self.new.size.div_ceil(PAGE_SPAN));
+        if root.pages().len() as u64 != self.new.size.div_ceil(PAGE_SPAN) {
+            return Err(RepositoryError::invalid(
+                "the map of the backup has another length than its disk; this is a fault of the \
+                 program",
+            ));
+        }
         let head = self.head();
         let object = root::encode(&self.repository.objects.sealer, self.id, &head, &root)?;
         let added = self.added + object.len() as u64;

@@ -197,6 +197,11 @@ impl Objects {
                 self.write(&key.to_string(), self.encode(key, object)?).await?;
                 Answer::Done
             }
+            Request::Create(Key::Backup(id), object @ Object::Live(_))
+                if self.creates == Creates::Overwriting =>
+            {
+                self.put_unless_ended(id, object).await?
+            }
             Request::Create(key, object) => {
                 match self.create(&key.to_string(), self.encode(key, object)?).await? {
                     true => Answer::Done,
@@ -221,6 +226,24 @@ impl Objects {
                 Answer::Done
             }
         })
+    }
+
+    /// Writes a backup where a create would write over the tombstone of its session.
+    /// [`Answer::Exists`] says that there is a tombstone now. What remains is in `FORMAT.md`.
+    async fn put_unless_ended(&self, id: Id, object: Object) -> Result<Answer> {
+        let (backup, session) = (Key::Backup(id), Key::Session(id));
+        if self.exists(backup).await? {
+            return Ok(Answer::Exists);
+        }
+        if self.exists(session).await? {
+            let written = self.write(&backup.to_string(), self.encode(backup, object)?).await;
+            // The record is removed before the tombstone is written.
+            if self.exists(session).await? {
+                return written.map(|()| Answer::Done);
+            }
+        }
+        self.write(&backup.to_string(), root::empty()).await?;
+        Ok(Answer::Exists)
     }
 
     async fn get(&self, key: Key) -> Result<Answer> {

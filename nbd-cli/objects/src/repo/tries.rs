@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
-use super::objects::Objects;
+use super::objects::{Creates, Objects};
 use super::protocol::{Answer, Request};
 
 /// Creates of one object at most.
@@ -27,7 +27,9 @@ impl Tries {
             tokio::time::sleep(PAUSE * 2_u32.pow((self.0 - 1).min(CREATES_MAX))).await;
         }
         self.0 += 1;
-        let is_last = self.0 >= CREATES_MAX;
+        // Where creates are puts, the client of the store has repeated it, and what is found does not
+        // say whether the session was ended.
+        let is_last = self.0 >= CREATES_MAX || objects.creates == Creates::Overwriting;
         match objects.carry_out(request).await {
             Err(error) if error.kind() == RepositoryErrorKind::Store && !is_last => {
                 tracing::warn!("{error}; the object is looked for");

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::super::id::Key;
-use super::super::protocol::{Answer, Object, Request};
+use super::super::objects::Objects;
+use super::super::protocol::{Answer, Backup, Object, Request};
 use super::*;
 use crate::testing::{Fault, TestStore};
 use crate::{Environment, StoreSettings, Timeouts};
@@ -110,4 +111,57 @@ async fn packs_of_a_session_that_has_ended_are_not_looked_at() {
     let tombstone = Request::Put(Key::Backup(id), Object::Tombstone(None));
     assert_eq!(repository.objects.carry_out(tombstone).await.unwrap(), Answer::Done);
     assert_eq!(back_up(&repository, "vm1", &disk, None).await.found, 0);
+}
+
+/// As if the store ignored `If-None-Match`.
+fn overwriting(mut repository: Repository) -> Repository {
+    let mut objects = Objects::clone(&repository.objects);
+    objects.creates = Creates::Overwriting;
+    repository.objects = Arc::new(objects);
+    repository
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn session_that_was_ended_makes_no_backup_where_creates_overwrite() {
+    let repository = overwriting(repository().await);
+    let disk = disk(20, 9);
+    let made = back_up(&repository, "vm1", &disk, None).await;
+    assert!(content(&repository, made.id).await.unwrap() == disk);
+    let mut session = repository.begin(new("vm1", &disk, None)).await.unwrap();
+    give_all(&mut session, &disk).await;
+    let id = session.id();
+    assert!(repository.end_session(id).await.unwrap());
+    repository.collect(&at_once()).await.unwrap();
+    let error = session.commit().await.unwrap_err();
+    assert_eq!(error.kind(), RepositoryErrorKind::Fenced);
+    assert_eq!(repository.list().await.unwrap().len(), 1);
+    assert_eq!(repository.check(100.0).await.unwrap().problems, []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tombstone_is_put_back_where_creates_overwrite() {
+    // The record of the session is gone when it is looked for the first or the second time.
+    for gone in [1, 2] {
+        let store = TestStore::start().unwrap();
+        let repository = Repository::init(place_in(&store), None).await.unwrap();
+        let repository = overwriting(repository);
+        let disk = disk(20, 9);
+        let mut session = repository.begin(new("vm1", &disk, None)).await.unwrap();
+        give_all(&mut session, &disk).await;
+        let (backup, mut looks) = (Key::Backup(session.id()), 0);
+        store.fail(move |seen| {
+            looks += u32::from(seen.method == "HEAD" && seen.key.contains("/sessions/"));
+            let is_it = seen.method == "HEAD" && seen.key.contains("/sessions/") && looks == gone;
+            if is_it { Fault::Status(404) } else { Fault::None }
+        });
+        let error = session.commit().await.unwrap_err();
+        assert_eq!(error.kind(), RepositoryErrorKind::Fenced);
+        let found = repository.objects.carry_out(Request::Get(backup)).await.unwrap();
+        assert_eq!(found, Answer::Found(Object::Tombstone(None)));
+        // Nor is it written over later.
+        let live = Object::Live(Backup { packs: Arc::new([]), object: "a backup".into() });
+        let created = repository.objects.carry_out(Request::Create(backup, live)).await.unwrap();
+        assert_eq!(created, Answer::Exists);
+        assert!(repository.list().await.unwrap().is_empty());
+    }
 }
