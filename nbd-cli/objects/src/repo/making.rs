@@ -4,6 +4,7 @@ mod blocks;
 mod known;
 mod new_backup;
 mod packs;
+mod puts;
 mod renewal;
 
 use std::collections::VecDeque;
@@ -11,13 +12,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinHandle;
 
 use self::blocks::{Prepared, prepare};
 use self::known::Known;
 use self::new_backup::check;
 pub use self::new_backup::{Made, NewBackup};
 use self::packs::Packs;
+use self::puts::Puts;
 use self::renewal::Renewal;
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Id, Key, PackId};
@@ -33,8 +35,6 @@ use super::session_record::SessionRecord;
 use super::stored::Stored;
 use super::tries::Tries;
 
-/// Packs that are sent at a time.
-const PUTS: usize = 4;
 /// Pieces of data that are compressed at a time.
 const PIECES: usize = 8;
 /// Interval at which the record of the session is renewed.
@@ -69,9 +69,7 @@ pub struct Session {
     pages_len: usize,
     pack: PackBuilder,
     next_pack: u32,
-    puts: JoinSet<Result<()>>,
-    /// The first pack that could not be sent: without it there is no backup.
-    failed: Option<RepositoryError>,
+    puts: Puts,
     renewal: Renewal,
     data: u64,
     added: u64,
@@ -130,8 +128,7 @@ impl Repository {
             pages_len: 0,
             pack: PackBuilder::new(PackId { session: id, number: 0 }),
             next_pack: 1,
-            puts: JoinSet::new(),
-            failed: None,
+            puts: Puts::default(),
             renewal,
             data: 0,
             added: 0,
@@ -460,24 +457,7 @@ impl Session {
         let name = Key::Pack(full.id()).to_string();
         let content = full.finish(&self.repository.objects.sealer)?;
         self.added += content.len() as u64;
-        while self.puts.len() >= PUTS {
-            self.sent().await?;
-        }
-        let objects = Arc::clone(&self.repository.objects);
-        self.puts.spawn(async move { objects.write(&name, content).await });
-        Ok(())
-    }
-
-    /// Waits for a pack that is being sent.
-    async fn sent(&mut self) -> Result<()> {
-        let sent = self.puts.join_next().await.unwrap_or(Ok(Ok(()))).unwrap_or_else(|error| {
-            let message = format!("a request was given up: {error}");
-            Err(RepositoryError::new(RepositoryErrorKind::Store, message))
-        });
-        if let Err(error) = &sent {
-            self.failed.get_or_insert_with(|| error.clone());
-        }
-        sent
+        self.puts.send(&self.repository.objects, name, content).await
     }
 
     /// Waits for what is being sent. Returns whether nothing is left to send but the open pack.
@@ -486,7 +466,7 @@ impl Session {
         while !self.queue.is_empty() {
             self.take().await.unwrap();
         }
-        self.sent().await.unwrap();
+        self.puts.sent().await.unwrap();
         self.puts.is_empty()
     }
 
@@ -505,12 +485,7 @@ impl Session {
         }
         self.send_pages().await?;
         self.send_pack().await?;
-        while !self.puts.is_empty() {
-            self.sent().await?;
-        }
-        if let Some(error) = self.failed.take() {
-            return Err(error);
-        }
+        self.puts.finish().await?;
         let root = std::mem::take(&mut self.root).finish();
         if root.pages().len() as u64 != self.new.size.div_ceil(PAGE_SPAN) {
             return Err(RepositoryError::invalid(
