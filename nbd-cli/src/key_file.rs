@@ -157,8 +157,7 @@ impl KeyFile {
     /// Its content. From now on this process leaves no core dump, and others of the same user may
     /// not look into its memory.
     fn read(&self) -> Result<Bytes, String> {
-        // A system without this is no reason to refuse the disk.
-        let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+        leave_no_dump();
         // Held meanwhile, so that several images that are opened at once ask only once.
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(bytes) = &*kept {
@@ -185,6 +184,13 @@ impl KeyFile {
         }
         Ok(bytes)
     }
+}
+
+/// From now on this process leaves no core dump, and others of the same user may not look into its
+/// memory.
+pub(crate) fn leave_no_dump() {
+    // A system without this is no reason to refuse the disk.
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
 }
 
 /// Standard input, without the buffer of the standard library, which would keep what it has read.

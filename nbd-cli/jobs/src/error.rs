@@ -45,6 +45,9 @@ pub struct JobError {
 }
 
 impl JobError {
+    /// How a key is given; the end of an error about an encrypted image.
+    pub const KEY_ADVICE: &str = "give the file with its passphrase with --key-file";
+
     /// Creates an error; `message` is the whole sentence.
     pub fn new(kind: JobErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: without_error_numbers(message.into()), could_be_shared: false }
@@ -73,10 +76,9 @@ impl JobError {
                 };
                 Self::new(kind, advice)
             }
-            (imgfmt::ErrorKind::KeyRequired, _) => Self::new(
-                kind,
-                format!("{error}; give the file with its passphrase with --key-file"),
-            ),
+            (imgfmt::ErrorKind::KeyRequired, _) => {
+                Self::new(kind, format!("{error}; {}", Self::KEY_ADVICE))
+            }
             (_, Some(_)) => Self::new(kind, format!("{error} ({raw_option})")),
             _ => Self::image(kind, error),
         }

@@ -15,7 +15,7 @@ use crate::key_values::KeyValues;
 use crate::location::Location;
 use crate::object::ObjectUrl;
 use crate::qemu_name::{
-    BackingInName, DriverSettings, FormatInName, NameInImage, NamedImage, from_json,
+    BackingInName, DriverSettings, FormatInName, GivenInName, NameInImage, NamedImage, from_json,
     from_key_values, from_name_in_image, has_scheme, path_in,
 };
 use crate::remote::{Remotes, backing_file};
@@ -130,6 +130,20 @@ impl ImageLocation {
             Self::Export { .. } | Self::Object(_) => true,
             Self::Described { location, .. } => location.is_remote(),
         }
+    }
+
+    /// Returns the ids of the secrets that its name gives for it and for the described images below.
+    pub fn key_secrets(&self) -> Vec<&str> {
+        fn given(backing: &BackingInName) -> Option<&GivenInName> {
+            match backing {
+                BackingInName::Given(given) => Some(given),
+                BackingInName::AsNamed | BackingInName::Ignored => None,
+            }
+        }
+        let Self::Described { backing, settings, .. } = self else { return Vec::new() };
+        let below = std::iter::successors(given(backing), |image| given(&image.backing));
+        let all = std::iter::once(settings).chain(below.map(|image| &image.settings));
+        all.filter_map(|settings| settings.key_secret.as_deref()).collect()
     }
 
     /// Returns the file or export, and the options with the format and the backing file that its

@@ -92,6 +92,7 @@ pub mod remote;
 #[cfg(feature = "object-storage")]
 pub mod repository;
 mod restore;
+pub mod secret;
 pub mod server_report;
 #[cfg(feature = "server")]
 pub mod serving;

@@ -1,17 +1,13 @@
 //! `--object`: secrets, TLS credentials and access lists, by their ids.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read as _};
 use std::path::PathBuf;
 
 use imgfmt::Passphrase;
 use nbd_server::tls::{Matching, Rule, Verdict};
 
 use crate::key_values::KeyValues;
-
-/// The maximum length of a file with a secret, in bytes.
-const SECRET_MAX: u64 = 8 << 20;
+use crate::secret::Secret;
 
 /// The defined objects.
 #[derive(Debug, Default)]
@@ -25,25 +21,6 @@ pub(super) enum Object {
     Secret(Secret),
     TlsCredentials(TlsCredentials),
     Authorization(Authorization),
-}
-
-/// The source of a password.
-#[derive(Clone, PartialEq, Eq)]
-pub(super) struct Secret {
-    pub(super) source: SecretSource,
-    pub(super) format: SecretFormat,
-}
-
-#[derive(Clone, PartialEq, Eq)]
-pub(super) enum SecretSource {
-    Data(String),
-    File(PathBuf),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum SecretFormat {
-    Raw,
-    Base64,
 }
 
 /// Credentials for one end of a connection.
@@ -77,12 +54,6 @@ pub(super) enum Authorization {
     },
     /// A list in a JSON file.
     ListFile(PathBuf),
-}
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Secret").field("format", &self.format).finish_non_exhaustive()
-    }
 }
 
 impl Objects {
@@ -186,59 +157,6 @@ impl Endpoint {
         match self {
             Self::Server => "server",
             Self::Client => "client",
-        }
-    }
-}
-
-impl Secret {
-    fn new(properties: &mut KeyValues) -> Result<Self, String> {
-        for encrypted in ["keyid", "iv"] {
-            if properties.take(encrypted).is_some() {
-                return Err(format!("'{encrypted}' is not supported: secrets are not encrypted"));
-            }
-        }
-        let source = match (properties.take("data"), properties.take("file")) {
-            (Some(data), None) => SecretSource::Data(data),
-            (None, Some(file)) => SecretSource::File(file.into()),
-            (Some(_), Some(_)) => return Err("'file' and 'data' are mutually exclusive".to_owned()),
-            (None, None) => return Err("Either 'file' or 'data' must be provided".to_owned()),
-        };
-        let format = match properties.take("format").as_deref() {
-            None | Some("raw") => SecretFormat::Raw,
-            Some("base64") => SecretFormat::Base64,
-            Some(other) => return Err(not_accepted("format", other)),
-        };
-        Ok(Self { source, format })
-    }
-
-    /// Reads the secret. All bytes of a file count.
-    fn read(&self) -> Result<Passphrase, String> {
-        let bytes = match &self.source {
-            SecretSource::Data(data) => data.clone().into_bytes(),
-            SecretSource::File(path) => {
-                let failed = |error: io::Error| {
-                    imgfmt::Error::from_io("read the secret in", error).with_path(path).to_string()
-                };
-                let mut bytes = Vec::with_capacity(64 << 10);
-                let file = File::open(path).map_err(failed)?;
-                file.take(SECRET_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
-                if bytes.len() as u64 > SECRET_MAX {
-                    return Err(failed(io::ErrorKind::FileTooLarge.into()));
-                }
-                bytes
-            }
-        };
-        match self.format {
-            SecretFormat::Raw => Ok(Passphrase::new(bytes)),
-            SecretFormat::Base64 => {
-                // Made passphrases, so that their memory is overwritten.
-                let text: String =
-                    String::from_utf8_lossy(&bytes).split_ascii_whitespace().collect();
-                drop(Passphrase::new(bytes));
-                let decoded = openssl::base64::decode_block(&text);
-                drop(Passphrase::new(text.into_bytes()));
-                decoded.map(Passphrase::new).map_err(|_| "a secret is not valid base64".to_owned())
-            }
         }
     }
 }

@@ -4,11 +4,11 @@ use std::ffi::{OsStr, OsString};
 
 use imgfmt::Format;
 use nbd_jobs::getopt::{Getopt, Known};
-use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::text::printable;
 
 use super::known::Opt;
 use super::refusal::Refusal;
+use super::secrets::Secrets;
 use crate::output::ReportFormat;
 
 /// The options and operands of one command.
@@ -16,6 +16,8 @@ use crate::output::ReportFormat;
 pub(super) struct Arguments {
     given: Vec<(Opt, OsString)>,
     pub(super) operands: Vec<OsString>,
+    /// The objects of `--object`.
+    pub(super) secrets: Secrets,
 }
 
 impl Arguments {
@@ -36,11 +38,11 @@ impl Arguments {
             }
             given.push(option);
         }
-        let arguments = Self { given, operands: words.into_operands() };
-        for (_, object) in arguments.given.iter().filter(|(option, _)| *option == Opt::Object) {
-            check_object(&as_text(object)?)?;
+        let mut secrets = Secrets::default();
+        for (_, object) in given.iter().filter(|(option, _)| *option == Opt::Object) {
+            secrets.read(&as_text(object)?)?;
         }
-        Ok(Some(arguments))
+        Ok(Some(Self { given, operands: words.into_operands(), secrets }))
     }
 
     /// Returns whether an option is given.
@@ -82,8 +84,7 @@ impl Arguments {
     ///
     /// If one is not valid UTF-8.
     pub(super) fn lists(&self) -> Result<Vec<String>, Refusal> {
-        let all = self.given.iter().filter(|(given, _)| *given == Opt::Options);
-        all.map(|(_, value)| as_text(value)).collect()
+        self.in_order(&[Opt::Options]).map(|(_, value)| as_text(value)).collect()
     }
 
     /// Returns how many of these options are given.
@@ -130,24 +131,6 @@ fn as_text(value: impl AsRef<OsStr>) -> Result<String, Refusal> {
     let value = value.as_ref();
     let text = value.to_str().map(str::to_owned);
     text.ok_or_else(|| Refusal::new(format!("'{}' is not valid UTF-8", value.display())))
-}
-
-/// Refuses objects that would have to be used. A secret alone does nothing.
-fn check_object(text: &str) -> Result<(), Refusal> {
-    let mut properties = KeyValues::parse(text, Some("qom-type")).map_err(Refusal::new)?;
-    let kind = properties.take("qom-type").unwrap_or_default();
-    if properties.take("id").is_none() {
-        return Err(Refusal::new("Parameter 'id' is missing"));
-    }
-    match kind.as_str() {
-        "secret" => Ok(()),
-        "" => Err(Refusal::new("Parameter 'qom-type' is missing")),
-        kind => Err(Refusal::new(format!(
-            "--object {} is not supported; for a server with TLS give the URI nbds://…, whose \
-             parameters name the credentials",
-            printable(kind)
-        ))),
-    }
 }
 
 /// Parses the name of a format.

@@ -147,6 +147,8 @@ fn options(
     options.write = from.options.clone();
     (options.write.format, options.write.access) = (Some(format), Access::ReadWrite);
     options.write.locking = Locking::Auto;
+    // The keys of the source are not those of the target.
+    options.write.passphrases.clear();
     (options.remotes, options.reconnecting) = (from.remotes.clone(), from.remotes.clone());
     options.destination = match arguments.has(Opt::NoCreate) {
         true => Destination::Existing,

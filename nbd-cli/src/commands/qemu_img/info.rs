@@ -12,7 +12,7 @@ use crate::output::{Output, ReportFormat, printable};
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let format = arguments.output()?;
-    let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::None)?;
+    let place = Place::to_describe(arguments, arguments.only_operand()?, Opt::Format, Opt::None)?;
     let is_chain = arguments.has(Opt::BackingChain);
     let described = match is_chain {
         true => describe_chain(place.location.clone(), &place.options, &place.remotes),

@@ -23,6 +23,8 @@ struct LayerFile {
     is_raw: bool,
     /// Whether its data may lie in other files than that, where an offset would mislead.
     is_scattered: bool,
+    /// Whether its data cannot be read at an offset of its file.
+    is_encrypted: bool,
 }
 
 struct Printer {
@@ -48,12 +50,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let layers = layers(&place)?;
     let is_raw = layers.first().is_some_and(|layer| layer.is_raw);
     let mut printer = Printer { format, layers, start, end, is_first: true, output: Output::new() };
-    if format == ReportFormat::Text {
-        printer.output.line(&row("Offset", "Length", "Mapped to", "File"))?;
-    }
     match location {
         // The server does not know the map of an image inside its export.
         ImageLocation::Export { uri, .. } if is_raw => {
+            printer.begin()?;
             let server = ServerArgs::default();
             let (connector, cancellation) = (server.connector(uri), signals::cancellation());
             let add = |_, entry| printer.add(entry);
@@ -61,6 +61,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         }
         _ => {
             let image = place.open()?;
+            printer.begin()?;
             // With one file only, no data can be in another one.
             let has_other_files = image.files().count() > 1;
             for layer in &mut printer.layers {
@@ -91,16 +92,24 @@ fn layers(place: &Place) -> Result<Vec<LayerFile>, Refusal> {
         };
         let format = image.info.format;
         let is_scattered = !matches!(format, Format::Raw | Format::Qcow2);
-        layers.push(LayerFile { name, is_raw: format == Format::Raw, is_scattered });
+        let is_encrypted = image.info.encryption.is_some();
+        layers.push(LayerFile { name, is_raw: format == Format::Raw, is_scattered, is_encrypted });
     }
     Ok(layers)
 }
 
 impl Printer {
+    fn begin(&mut self) -> Result<(), CommandError> {
+        match self.format {
+            ReportFormat::Json => Ok(()),
+            ReportFormat::Text => self.output.line(&row("Offset", "Length", "Mapped to", "File")),
+        }
+    }
+
     fn add(&mut self, mut entry: MapEntry) -> Result<(), CommandError> {
         let layer = self.layers.get(entry.depth as usize);
         let is_raw = layer.is_some_and(|layer| layer.is_raw);
-        if layer.is_some_and(|layer| layer.is_scattered) {
+        if layer.is_some_and(|layer| layer.is_scattered || layer.is_encrypted) {
             entry.offset = None;
         }
         match (is_raw && entry.present, entry.zero && entry.offset.is_some()) {

@@ -24,6 +24,7 @@ mod progress;
 mod rebase;
 mod refusal;
 mod resize;
+mod secrets;
 mod snapshot;
 mod text;
 

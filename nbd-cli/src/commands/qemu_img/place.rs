@@ -33,6 +33,26 @@ impl Place {
         format: Opt,
         cache: Opt,
     ) -> Result<Self, Refusal> {
+        let mut place = Self::to_describe(arguments, operand, format, cache)?;
+        for id in place.location.key_secrets() {
+            let passphrase =
+                arguments.secrets.passphrase(id).map_err(|why| place.not_opened(&why))?;
+            place.options.passphrases.push(passphrase);
+        }
+        Ok(place)
+    }
+
+    /// As [`new`](Self::new), for commands that need no key.
+    ///
+    /// # Errors
+    ///
+    /// If one of them is malformed.
+    pub(super) fn to_describe(
+        arguments: &Arguments,
+        operand: &OsStr,
+        format: Opt,
+        cache: Opt,
+    ) -> Result<Self, Refusal> {
         let is_options = arguments.has(Opt::ImageOpts);
         if is_options && arguments.has(format) {
             return Err(Refusal::usage("--image-opts and --format are mutually exclusive"));
@@ -108,7 +128,12 @@ impl Place {
         }
     }
 
-    fn open_with(&self, options: &OpenOptions) -> Result<Image, Refusal> {
+    /// Opens it with other options.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be opened.
+    pub(super) fn open_with(&self, options: &OpenOptions) -> Result<Image, Refusal> {
         let image = self.location.open_or_name(options, &self.remotes, "-f raw");
         image.map_err(|error| self.not_opened(&error.to_string()))
     }

@@ -7,6 +7,10 @@ use nbd_jobs::text::without_error_numbers;
 
 use crate::error::{CommandError, CommandErrorKind};
 
+/// How the key of an image is given here.
+const KEY_ADVICE: &str = "give its passphrase with --object secret,id=ID,file=FILE and the id in its \
+                          options, as key-secret=ID (LUKS) or encrypt.key-secret=ID (qcow2)";
+
 /// Why a command was not carried out.
 #[derive(Debug)]
 pub(super) struct Refusal {
@@ -19,7 +23,8 @@ pub(super) struct Refusal {
 
 impl Refusal {
     pub(super) fn new(message: impl Into<String>) -> Self {
-        let message = Some(without_error_numbers(message.into()));
+        let message = message.into().replace(JobError::KEY_ADVICE, KEY_ADVICE);
+        let message = Some(without_error_numbers(message));
         Self { message, is_usage: false, code: 1 }
     }
 

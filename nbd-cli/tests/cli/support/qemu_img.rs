@@ -51,6 +51,8 @@ const FILES: &[&str] = &[
     "qemu-img create -q --object secret,id=s,data=x -f luks -o key-secret=s,iter-time=10 a.luks 1M",
     "qemu-img create -q --object secret,id=s,data=x -f qcow2 \
      -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 locked.qcow2 1M",
+    "qemu-io --object secret,id=s,data=x -c write_-P_7_0_128k --image-opts \
+     driver=qcow2,encrypt.key-secret=s,file.filename=locked.qcow2",
     "qemu-img create -q -f vmdk sparse.vmdk 1M",
     "mkdir sub",
     "qemu-img create -q -f qcow2 -b ../raw.img -F raw sub/up.qcow2",
