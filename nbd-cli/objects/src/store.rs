@@ -1,6 +1,7 @@
 //! Opens stores.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey, S3ConditionalPut};
@@ -30,6 +31,8 @@ pub struct Place {
     pub name: String,
     /// Its address with that of its store, which is different for different objects.
     pub identity: String,
+    /// Where it is, if it is a folder.
+    pub directory: Option<PathBuf>,
 }
 
 impl fmt::Debug for Place {
@@ -62,7 +65,7 @@ impl Place {
                 let path = key_path(&name, key)?;
                 let (store, endpoint) = s3(bucket, settings)?;
                 let identity = format!("{endpoint} {name}");
-                Ok(Self { store: Arc::new(store), path, name, identity })
+                Ok(Self { store: Arc::new(store), path, name, identity, directory: None })
             }
             StoreUrl::Http(url) => {
                 let store = HttpBuilder::new()
@@ -73,12 +76,14 @@ impl Place {
                     // Its text would have the URL.
                     .map_err(|_| StoreError::invalid(format!("{name} is not a usable address")))?;
                 let (path, identity) = (Path::default(), http_identity(&name, url));
-                Ok(Self { store: Arc::new(store), path, name, identity })
+                Ok(Self { store: Arc::new(store), path, name, identity, directory: None })
             }
             StoreUrl::Directory(directory) => {
                 let store = LocalFileSystem::new_with_prefix(directory).map_err(failed)?;
                 let (path, identity) = (Path::default(), name.clone());
-                Ok(Self { store: Arc::new(store.with_fsync(true)), path, name, identity })
+                let directory = std::fs::canonicalize(directory).ok();
+                let store = Arc::new(store.with_fsync(true));
+                Ok(Self { store, path, name, identity, directory })
             }
         }
     }

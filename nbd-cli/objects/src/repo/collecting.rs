@@ -11,6 +11,7 @@ use super::objects::{Creates, SMALL_LEN_MAX};
 use super::protocol::{Answer, Collected, Collector, Forget, Object, Request, Rules, Step};
 use super::repository::Repository;
 use super::session_record::SessionRecord;
+use super::staging::remove_staged;
 use super::tries::Tries;
 
 /// How a gc treats backups that are being made.
@@ -233,6 +234,7 @@ impl Repository {
                 Step::Reached(Collected::Done) => break,
             }
         }
+        remove_staged(&self.objects).await?;
         garbage.lists = machine.lists().to_vec();
         Ok(garbage)
     }

@@ -21,6 +21,7 @@ mod retention;
 mod root;
 mod seal;
 mod session_record;
+mod staging;
 mod stored;
 #[cfg(test)]
 mod tests;

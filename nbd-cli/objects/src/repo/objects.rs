@@ -62,6 +62,11 @@ impl Objects {
         &self.place.name
     }
 
+    /// Where the repository is, if it is a folder.
+    pub(crate) fn directory(&self) -> Option<&std::path::Path> {
+        self.place.directory.as_deref()
+    }
+
     fn path(&self, name: &str) -> Path {
         name.split('/').fold(self.place.path.clone(), |path, part| path.join(part))
     }

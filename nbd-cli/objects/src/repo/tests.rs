@@ -16,7 +16,7 @@ use crate::Place;
 fn place() -> Place {
     let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
     let (path, name) = (Path::from("some/prefix"), "memory".to_owned());
-    Place { store, path, name: name.clone(), identity: name }
+    Place { store, path, name: name.clone(), identity: name, directory: None }
 }
 
 async fn repository() -> Repository {

@@ -107,7 +107,13 @@ mod tests {
     fn objects(creates: Creates) -> Arc<Objects> {
         let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
         let name = "memory".to_owned();
-        let place = Place { store, path: Path::default(), name: name.clone(), identity: name };
+        let place = Place {
+            store,
+            path: Path::default(),
+            name: name.clone(),
+            identity: name,
+            directory: None,
+        };
         Arc::new(Objects::new(place, Sealer::default(), creates))
     }
 

@@ -165,3 +165,26 @@ async fn tombstone_is_put_back_where_creates_overwrite() {
         assert!(repository.list().await.unwrap().is_empty());
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parts_of_packs_are_removed_from_a_folder_when_their_session_has_ended() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = folder.path().to_str().unwrap().parse().unwrap();
+    let place = Place::open(&url, &StoreSettings::default()).unwrap();
+    let repository = Repository::init(place, None).await.unwrap();
+    let disk = disk(20, 9);
+    let made = back_up(&repository, "vm1", &disk, None).await;
+    let part = |id: Id, name: &str| {
+        let directory = folder.path().join(format!("packs/{id}"));
+        std::fs::create_dir_all(&directory).unwrap();
+        std::fs::write(directory.join(name), "a part").unwrap();
+        directory.join(name)
+    };
+    let ended = part(made.id, "00000009#1");
+    let others = [part(made.id, "notes#1"), part(made.id, "00000009#a")];
+    let running = part(Id::random().unwrap(), "00000000#2");
+    repository.collect(&at_once()).await.unwrap();
+    assert!(!ended.exists());
+    assert!(others.iter().all(|it| it.exists()) && running.exists());
+    assert!(content(&repository, made.id).await.unwrap() == disk);
+}
