@@ -84,6 +84,17 @@ pub struct FileSpan<'a> {
     pub(crate) may_pass_end: bool,
     /// Whether there may be holes that have not been looked for.
     pub(crate) may_have_holes: bool,
+    /// Whether the file of the layer has these bytes at that offset. False if the storage decrypts
+    /// them: then the file has other bytes, and may have them elsewhere.
+    pub(crate) is_file_content: bool,
+}
+
+impl FileSpan<'_> {
+    /// Returns whether the file of the layer has these very bytes at [`offset`](Self::offset): not
+    /// if they are encrypted there.
+    pub fn is_file_content(&self) -> bool {
+        self.is_file_content
+    }
 }
 
 /// The place of bytes in another form in the file of the layer that has them.
@@ -135,7 +146,7 @@ struct MappedPart {
 enum Source {
     Hole,
     Zero,
-    File { storage: usize, offset: HostOffset },
+    File { storage: usize, offset: HostOffset, is_file_content: bool },
     Encoded(Encoded),
 }
 
@@ -152,11 +163,12 @@ impl ReadMap {
                 Source::Hole => Content::Hole,
                 Source::Zero => Content::Zero,
                 Source::Encoded(encoded) => Content::Encoded(encoded),
-                Source::File { storage, offset } => Content::File(FileSpan {
+                Source::File { storage, offset, is_file_content } => Content::File(FileSpan {
                     storage: &self.storages[storage],
                     offset,
                     may_pass_end: false,
                     may_have_holes: false,
+                    is_file_content,
                 }),
             };
             Mapping { range: part.range, content, depth: part.depth }
@@ -169,13 +181,13 @@ impl ReadMap {
             Content::Hole => Source::Hole,
             Content::Zero => Source::Zero,
             Content::Encoded(encoded) => Source::Encoded(encoded),
-            Content::File(FileSpan { storage, offset, .. }) => {
+            Content::File(FileSpan { storage, offset, is_file_content, .. }) => {
                 let known = self.storages.iter().position(|known| Arc::ptr_eq(known, storage));
                 let storage = known.unwrap_or_else(|| {
                     self.storages.push(Arc::clone(storage));
                     self.storages.len() - 1
                 });
-                Source::File { storage, offset }
+                Source::File { storage, offset, is_file_content }
             }
         };
         let part = MappedPart { range: mapping.range, source, depth: mapping.depth };
@@ -195,8 +207,8 @@ impl MappedPart {
             && match (self.source, next.source) {
                 (Source::Hole, Source::Hole) | (Source::Zero, Source::Zero) => true,
                 (
-                    Source::File { storage, offset },
-                    Source::File { storage: after, offset: continued },
+                    Source::File { storage, offset, .. },
+                    Source::File { storage: after, offset: continued, .. },
                 ) => storage == after && offset.checked_add(self.range.length()) == Some(continued),
                 _ => false,
             }

@@ -108,6 +108,7 @@ impl Layer for Raw {
             offset: host(range.offset()),
             may_pass_end: false,
             may_have_holes: false,
+            is_file_content: self.format == Format::Raw,
         };
         walk.push_file(self, range, file, Content::Hole)
     }

@@ -10,13 +10,13 @@ use super::memory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ordered_lock::{OrderedMutex, rank};
 
-/// Iterations of PBKDF2 for one slot and one passphrase, counted per block of output: about a minute.
-/// `cryptsetup` and QEMU choose what takes one or two seconds, about 10 million of SHA-1 a second on
-/// fast machines; `--iter-time 10000` is ten seconds.
-const ITERATIONS_MAX: u64 = 200_000_000;
-/// Blocks of 1 KiB that Argon2 may fill for one slot and one passphrase, 16 GiB. `cryptsetup`
-/// chooses 1 GiB and about 4 passes, more if the user wants it.
-const ARGON2_BLOCKS_MAX: u64 = 16 << 20;
+/// What may be done to try one slot. PBKDF2: about two minutes of SHA-256. `cryptsetup` and QEMU choose
+/// what takes one or two seconds, about 10 million iterations of SHA-1 a second on fast machines;
+/// `--iter-time 10000` is ten seconds. Argon2: 16 GiB; `cryptsetup` chooses 1 GiB and about 4 passes,
+/// more if the user wants it.
+const SLOT_MAX: Work = Work { iterations: 200_000_000, blocks: 16 << 20 };
+/// What may be done to try all slots of a header with one passphrase: there may be 32.
+const HEADER_MAX: Work = Work { iterations: 400_000_000, blocks: 128 << 20 };
 /// Memory for Argon2 in KiB: the maximum of `cryptsetup`.
 const ARGON2_MEMORY_MAX: u32 = 4 << 20;
 /// Threads that a header may ask for. They are worked through one after the other.
@@ -33,28 +33,59 @@ pub(super) enum Kdf {
     Argon2 { is_id: bool, passes: u32, memory_kib: u32, lanes: u32, salt: Vec<u8> },
 }
 
-/// The work that may still be done to try one slot with one passphrase.
+/// Work on the derivation of keys.
+#[derive(Clone, Copy, Debug)]
+struct Work {
+    /// Iterations of PBKDF2 with SHA-256, counted per block of output.
+    iterations: u64,
+    /// Blocks of 1 KiB that Argon2 fills.
+    blocks: u64,
+}
+
+impl Work {
+    fn without(self, other: Self) -> Option<Self> {
+        Some(Self {
+            iterations: self.iterations.checked_sub(other.iterations)?,
+            blocks: self.blocks.checked_sub(other.blocks)?,
+        })
+    }
+}
+
+/// The work that may still be done to try the slots of a header with one passphrase.
 #[derive(Debug)]
 pub(super) struct Budget {
-    iterations: u64,
-    blocks: u64,
+    slot: Work,
+    header: Work,
 }
 
 impl Default for Budget {
     fn default() -> Self {
-        Self { iterations: ITERATIONS_MAX, blocks: ARGON2_BLOCKS_MAX }
+        Self { slot: SLOT_MAX, header: HEADER_MAX }
     }
 }
 
 impl Budget {
+    /// Another slot begins.
+    pub(super) fn begin_slot(&mut self) {
+        self.slot = SLOT_MAX;
+    }
+
     /// Takes work that costs as much as this many iterations of PBKDF2.
     pub(super) fn charge(&mut self, iterations: u64) -> Result<()> {
-        self.iterations = self.iterations.checked_sub(iterations).ok_or_else(|| {
-            unsupported(
-                "its encryption header asks for so many iterations of PBKDF2 that trying a key slot \
-                 takes minutes, which is refused",
-            )
+        self.take(Work { iterations, blocks: 0 }, || {
+            "its encryption header asks for so many iterations of PBKDF2 that trying a key slot takes \
+             minutes, which is refused"
+                .to_owned()
+        })
+    }
+
+    /// Takes work before it is done; `too_much` says that the slot asks for too much of it.
+    fn take(&mut self, work: Work, too_much: impl FnOnce() -> String) -> Result<()> {
+        let slot = self.slot.without(work).ok_or_else(|| unsupported(too_much()))?;
+        self.header = self.header.without(work).ok_or_else(|| {
+            unsupported("trying the key slots before took as much work as is allowed")
         })?;
+        self.slot = slot;
         Ok(())
     }
 }
@@ -94,7 +125,8 @@ pub(super) fn pbkdf2(
         return Err(invalid("its encryption header asks for no iterations of PBKDF2"));
     }
     let blocks = key.len().div_ceil(hash.size()) as u64;
-    budget.charge(blocks.saturating_mul(iterations.into()))?;
+    let iterations_in_all = blocks.saturating_mul(iterations.into());
+    budget.charge(iterations_in_all.saturating_mul(super::hash::cost(hash)))?;
     openssl::pkcs5::pbkdf2_hmac(secret, salt, iterations as usize, hash, key)
         .map_err(|error| library(&error))
 }
@@ -108,21 +140,18 @@ fn argon2(
     budget: &mut Budget,
 ) -> Result<()> {
     let too_much = |what: String| {
-        unsupported(format!(
-            "its encryption header asks for {what} to derive a key, which is refused"
-        ))
+        format!("its encryption header asks for {what} to derive a key, which is refused")
     };
     if memory_kib > ARGON2_MEMORY_MAX {
-        return Err(too_much(format!("{memory_kib} KiB of memory")));
+        return Err(unsupported(too_much(format!("{memory_kib} KiB of memory"))));
     }
     if lanes > ARGON2_LANES_MAX {
-        return Err(too_much(format!("{lanes} threads")));
+        return Err(unsupported(too_much(format!("{lanes} threads"))));
     }
-    let cost = u64::from(passes).saturating_mul(memory_kib.into());
-    budget.blocks = budget
-        .blocks
-        .checked_sub(cost)
-        .ok_or_else(|| too_much(format!("{passes} passes over {memory_kib} KiB of memory")))?;
+    let blocks = u64::from(passes).saturating_mul(memory_kib.into());
+    budget.take(Work { iterations: 0, blocks }, || {
+        too_much(format!("{passes} passes over {memory_kib} KiB of memory"))
+    })?;
     let params = Params::new(memory_kib, passes, lanes, Some(key.len())).map_err(strange)?;
     let _held = MEMORY_USER.lock();
     let too_little = || {
@@ -195,15 +224,50 @@ mod tests {
         // --iter-time 10000, with a digest of the key.
         assert!(budget.charge(100_000_000).and_then(|()| budget.charge(2_000_000)).is_ok());
         let (gibibyte, passes) = (1 << 20, 12);
-        assert!(gibibyte * passes <= budget.blocks);
+        assert!(gibibyte * passes <= budget.slot.blocks);
     }
 
     #[test]
     fn the_budget_covers_all_that_is_derived_for_a_slot() {
         let kdf = Kdf::Pbkdf2 { hash: "sha1".into(), iterations: 1000, salt: vec![1; 32] };
-        let mut budget = Budget { iterations: 3000, blocks: 0 };
+        let work = Work { iterations: 3000, blocks: 0 };
+        let mut budget = Budget { slot: work, header: SLOT_MAX };
         // 32 bytes are two blocks of SHA-1.
         assert!(kdf.derive(b"x", 32, &mut budget).is_ok());
         assert!(kdf.derive(b"x", 32, &mut budget).is_err());
+    }
+
+    #[test]
+    fn all_slots_of_a_header_together_take_no_more_than_its_budget() {
+        let mut budget = Budget::default();
+        let mut taken = 0;
+        for _slot in 0..32 {
+            budget.begin_slot();
+            assert!(budget.charge(SLOT_MAX.iterations + 1).is_err(), "a slot is too expensive");
+            match budget.charge(SLOT_MAX.iterations - 1) {
+                Ok(()) => taken += SLOT_MAX.iterations - 1,
+                Err(error) => assert!(error.to_string().contains("slots before"), "{error}"),
+            }
+        }
+        assert!(taken <= HEADER_MAX.iterations && taken > SLOT_MAX.iterations, "{taken}");
+        // What Argon2 would do counts before it is done.
+        let kdf =
+            Kdf::Argon2 { is_id: true, passes: 1, memory_kib: 64, lanes: 1, salt: vec![1; 16] };
+        let header = Work { iterations: 0, blocks: 150 };
+        let mut budget = Budget { slot: SLOT_MAX, header };
+        let derived = [(); 3].map(|()| kdf.derive(b"x", 32, &mut budget).is_ok());
+        assert_eq!(derived, [true, true, false]);
+    }
+
+    #[test]
+    fn iterations_of_slow_hashes_cost_more() {
+        let left = |hash: &str| {
+            let kdf = Kdf::Pbkdf2 { hash: hash.into(), iterations: 1000, salt: vec![1; 32] };
+            let mut budget = Budget::default();
+            kdf.derive(b"x", 16, &mut budget).unwrap();
+            SLOT_MAX.iterations - budget.slot.iterations
+        };
+        assert_eq!(["sha1", "sha256", "sha512"].map(left), [1000, 1000, 2000]);
+        assert_eq!(left("ripemd160"), 4000);
     }
 }

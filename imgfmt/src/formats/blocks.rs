@@ -151,6 +151,7 @@ impl Source<'_> {
                     offset: HostOffset::new(offset),
                     may_pass_end: false,
                     may_have_holes: false,
+                    is_file_content: true,
                 };
                 match self.is_preallocated {
                     true => walk.push_file(self.layer, range, file, Content::Zero),

@@ -274,8 +274,13 @@ impl<B: NewBlocks> Layer for NewImage<B> {
                 Some(offset) => {
                     let storage = &self.storage;
                     // A block may end behind what was written of it.
-                    let file =
-                        FileSpan { storage, offset, may_pass_end: true, may_have_holes: false };
+                    let file = FileSpan {
+                        storage,
+                        offset,
+                        may_pass_end: true,
+                        may_have_holes: false,
+                        is_file_content: true,
+                    };
                     walk.push_file(self, range, file, Content::Zero)?
                 }
             };

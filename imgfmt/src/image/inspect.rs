@@ -68,8 +68,8 @@ impl Image {
     }
 
     /// Returns information about the image in a file and about all layers of its backing chain, the
-    /// image first. Their disks and data files are not opened, so encrypted layers, which cannot be
-    /// opened, are described as well. The access option has no effect.
+    /// image first. Their disks and data files are not opened, so encrypted layers are described
+    /// without their keys. The access option has no effect.
     ///
     /// # Errors
     ///

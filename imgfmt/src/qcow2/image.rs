@@ -70,7 +70,7 @@ impl Qcow2 {
         })
     }
 
-    /// The encryption of the image. Only an image that was opened for inspection can have one.
+    /// The encryption of the image, as its header describes it without the key.
     pub(crate) fn encryption(&self) -> Result<Option<Encryption>> {
         let header = self.metadata.header();
         match header.encryption_method {

@@ -62,7 +62,7 @@ impl Qcow2 {
             has_data_file: header.has_data_file(),
         };
         let key = key_of(&*file, &header, options, purpose)?;
-        let luks_header = header.luks_header().unwrap_or(None);
+        let luks_header = header.stated_luks_header().unwrap_or(None);
         let snapshots_offset = header.snapshots_offset;
         let metadata = Arc::new(MetadataFile::new(tracked, path, header, is_writable));
         let preallocated = Preallocated::new(Arc::clone(&metadata));

@@ -336,11 +336,27 @@ fn damaged_places_of_the_luks_header_are_refused() {
     let disk = Disk::of_kind(0);
     let original = std::fs::read(&disk.path).unwrap();
     let magic = original.windows(4).position(|word| word == [0x05, 0x37, 0xbe, 0x77]).unwrap();
-    for (offset, value) in [(8, 0), (8, u64::MAX), (8, 1 << 40), (8, 512), (16, 0), (16, 512)] {
+    let past_the_end = original.len() as u64 / 65536 * 65536;
+    let offsets = [0, u64::MAX, 1 << 50, 512, past_the_end].map(|value| (8, value));
+    let lengths = [0, 512, (16 << 20) + 1, 1 << 39, 1 << 50, u64::MAX].map(|value| (16, value));
+    for (offset, value) in offsets.into_iter().chain(lengths) {
         let mut bytes = original.clone();
         bytes[magic + offset..magic + offset + 8].copy_from_slice(&u64::to_be_bytes(value));
         std::fs::write(&disk.path, &bytes).unwrap();
         assert!(disk.open(Access::ReadWrite).is_err(), "{offset} {value}");
+        if value != past_the_end {
+            // It is not refused for the end of the file alone.
+            let file = std::fs::File::options().write(true).open(&disk.path).unwrap();
+            file.set_len(1 << 40).unwrap();
+            assert!(disk.open(Access::ReadWrite).is_err(), "{offset} {value}");
+            file.set_len(original.len() as u64).unwrap();
+        }
+        // One that is possible, but too small, is found when the key is needed.
+        if (offset, value) != (16, 512) {
+            let checked = Image::check_file(&disk.path, &OpenOptions::new(), Repair::Leaks);
+            let repaired = checked.unwrap().leaks_repaired;
+            assert_eq!(repaired, 0, "{offset} {value}: it may be the LUKS header");
+        }
         let said = Image::inspect_file(&disk.path, &OpenOptions::new()).unwrap();
         assert!(said.encryption.is_some());
     }
@@ -351,4 +367,36 @@ fn damaged_places_of_the_luks_header_are_refused() {
     assert!(disk.open(Access::ReadWrite).is_err());
     let checked = Image::check_file(&disk.path, &OpenOptions::new(), Repair::Leaks).unwrap();
     assert_eq!(checked.leaks_repaired, 0, "it may be the LUKS header");
+}
+
+#[test]
+fn an_image_with_a_luks_header_that_says_it_is_not_encrypted_is_refused_and_keeps_its_keys() {
+    if !has_tools() {
+        return;
+    }
+    let disk = Disk::of_kind(0);
+    let image = disk.change();
+    image.write_at(at(0), &[7; 100_000], Durability::Cached).unwrap();
+    image.close().unwrap();
+    let sound = std::fs::read(&disk.path).unwrap();
+    let mut damaged = sound.clone();
+    damaged[32..36].fill(0);
+    std::fs::write(&disk.path, &damaged).unwrap();
+    let mut command = std::process::Command::new("qemu-io");
+    let opened = command.args(["-r", "-c", "read 0 512"]).arg(&disk.path).output().unwrap();
+    assert!(!opened.status.success(), "QEMU refuses it too");
+    for access in [Access::ReadOnly, Access::ReadWrite] {
+        for options in [options(access), OpenOptions::new().access(access)] {
+            let error = Image::open(&disk.path, &options).unwrap_err();
+            assert!(error.to_string().contains("where a LUKS header is"), "{error}");
+        }
+    }
+    for repair in [Repair::None, Repair::Leaks, Repair::All] {
+        let report = Image::check_file(&disk.path, &OpenOptions::new(), repair).unwrap();
+        assert_eq!((report.corruptions, report.leaks), (1, 0), "{repair:?}: {report:?}");
+        assert!(std::fs::read(&disk.path).unwrap() == damaged, "{repair:?} has written");
+    }
+    // With the method back, nothing is lost.
+    std::fs::write(&disk.path, &sound).unwrap();
+    assert!(disk.decrypted_by_qemu()[..100_000] == [7; 100_000]);
 }

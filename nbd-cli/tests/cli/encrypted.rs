@@ -77,6 +77,38 @@ fn an_encrypted_disk_is_converted_compared_and_mapped_with_its_key_file() {
 }
 
 #[test]
+fn the_map_of_an_encrypted_disk_leads_to_no_ciphertext() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let (luks, key) = volume(&disk, &qemu_img);
+    let secret = format!("secret,id=s,file={key}");
+    let qcow2 = disk.beside("disk.qcow2");
+    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let start = ["convert", "--object", &secret, "-f", "raw", "-O", "qcow2", "-o", options];
+    peer(&qemu_img, &[&start[..], &[disk.path(), &qcow2]].concat());
+    let keys = [(&luks, "driver=luks,key-secret=s"), (&qcow2, "driver=qcow2,encrypt.key-secret=s")];
+    for (image, driver) in keys {
+        let driver = format!("{driver},file.filename={image}");
+        let map = ["map", "--output=json", "--object", &secret, "--image-opts", &driver];
+        let theirs: serde_json::Value =
+            serde_json::from_slice(&peer(&qemu_img, &map).into_bytes()).expect("a map of qemu-img");
+        let map = ["image", "map", "--json", "--key-file", &key, image];
+        let ours: serde_json::Value =
+            serde_json::from_str(&nbd_cli(&map).success()).expect("a map");
+        let data = |map: &serde_json::Value| -> Vec<(u64, u64)> {
+            let parts = map.as_array().expect("an array").iter();
+            assert!(parts.clone().all(|part| part.get("offset").is_none()), "{map}");
+            let data = parts.filter(|part| part["data"] == true);
+            data.map(|part| (part["start"].as_u64(), part["length"].as_u64()))
+                .map(|(start, length)| (start.expect("a number"), length.expect("a number")))
+                .collect()
+        };
+        assert_eq!(data(&ours), data(&theirs), "{image}");
+        assert!(!data(&ours).is_empty());
+    }
+}
+
+#[test]
 fn the_form_of_qemu_nbd_takes_secrets_as_qemu_does() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
     let disk = Disk::sparse();

@@ -7,6 +7,7 @@ use zeroize::Zeroizing;
 use super::slot::Slot;
 use crate::crypto::cipher::SectorCipher;
 use crate::crypto::error::invalid;
+use crate::crypto::kdf::Budget;
 use crate::error::{Error, ErrorKind, Result};
 use crate::passphrase::Passphrase;
 use crate::storage::Storage;
@@ -46,8 +47,9 @@ impl Header {
         let mut failed = BTreeMap::new();
         for passphrase in passphrases {
             let bytes = passphrase.bytes()?;
+            let mut budget = Budget::default();
             for slot in &self.slots {
-                match slot.open(storage, base, &bytes) {
+                match slot.open(storage, base, &bytes, &mut budget) {
                     Ok(Some(key)) => return self.cipher(key),
                     Ok(None) => {}
                     // Another slot may be the right one.

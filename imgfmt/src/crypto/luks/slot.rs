@@ -71,19 +71,21 @@ impl Slot {
         storage: &dyn Storage,
         base: u64,
         passphrase: &[u8],
+        budget: &mut Budget,
     ) -> Result<Option<Zeroizing<Vec<u8>>>> {
-        let mut budget = Budget::default();
+        budget.begin_slot();
         budget.charge(u64::from(self.stripes) * u64::from(self.key_length))?;
         let split_hash = hash::by_name(&self.split_hash)?;
-        let derived = self.kdf.derive(passphrase, self.area_key_length as usize, &mut budget)?;
+        // Before the expensive step.
         let mut material = Zeroizing::new(vec![0; self.material_length() as usize]);
         read_exact(storage, base, self.offset, &mut material)?;
+        let derived = self.kdf.derive(passphrase, self.area_key_length as usize, budget)?;
         let cipher = SectorCipher::new(&self.cipher.0, &self.cipher.1, derived)?;
         cipher.apply(Direction::Decrypt, 0, SECTOR, &mut material)?;
         let length = self.key_length as usize;
         let stripes = &material[..length * self.stripes as usize];
         let key = split::merge(stripes, length, split_hash)?;
-        Ok(if self.digest.fits(&key, &mut budget)? { Some(key) } else { None })
+        Ok(if self.digest.fits(&key, budget)? { Some(key) } else { None })
     }
 }
 

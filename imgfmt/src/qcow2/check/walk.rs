@@ -97,16 +97,19 @@ impl Checker<'_> {
         self.count_tables()
     }
 
-    /// Counts the header without which the disk can never be decrypted. If its place is not known,
-    /// nothing may be freed.
+    /// Counts the header without which the disk can never be decrypted, also if the disk is said not
+    /// to be encrypted. If its place is not known, nothing may be freed.
     fn count_luks_header(&mut self) {
-        match self.image.metadata.header().luks_header() {
+        let header = self.image.metadata.header();
+        // Fails if one is needed that the header does not name.
+        match header.luks_header().and_then(|_| header.stated_luks_header()) {
             Ok(None) => {}
             Ok(Some((offset, length))) => {
                 self.is_incomplete |= !self.add(offset, length, 1, "the LUKS header");
             }
             Err(_) => {
-                self.damage("the LUKS header is missing, not aligned or out of bounds".into());
+                let message = "the LUKS header is missing, too large, not aligned or out of bounds";
+                self.damage(message.into());
                 self.is_incomplete = true;
             }
         }
@@ -119,7 +122,11 @@ impl Checker<'_> {
             self.say(found.message().to_owned());
             match found.repaired_by_clearing() {
                 Some(bits) => self.false_autoclear |= bits,
-                None => self.is_contradictory = true,
+                None => {
+                    // Either half may be wrong, so nothing is known to be free.
+                    self.is_contradictory = true;
+                    self.is_incomplete = true;
+                }
             }
         }
     }

@@ -59,6 +59,7 @@ impl Qcow2 {
             offset: host,
             may_pass_end: true,
             may_have_holes: false,
+            is_file_content: !self.data.is_encrypted(),
         };
         match walk.holes == Holes::Told && self.preallocated.may_be(walk.lookup) {
             true => walk.push_file(self, range, file, Content::Zero),

@@ -2,11 +2,11 @@
 //!
 //! No sound program writes them: a bit was damaged, or a program changed one field of the header
 //! without the others. Some are harmless, and a repair clears them. For others it is unknown which
-//! half is wrong, and whether the disk is in this file or in a data file; then nothing is read or
-//! written.
+//! half is wrong, and so whether the disk is in this file or in a data file, or whether it is
+//! encrypted; then nothing is read or written.
 
 use crate::error::Result;
-use crate::qcow2::on_disk::header::{Header, autoclear};
+use crate::qcow2::on_disk::header::{ENCRYPTION_LUKS, Header, autoclear};
 use crate::qcow2::on_disk::words::invalid;
 
 /// A feature bit that the rest of the header contradicts.
@@ -22,6 +22,9 @@ pub(in crate::qcow2) enum Contradiction {
     RawWithBacking,
     /// Bitmaps, without the extension that locates them.
     BitmapsWithoutDirectory,
+    /// The place of a LUKS header, and data that is not encrypted with LUKS: the method may be what
+    /// was damaged.
+    EncryptionHeaderNotUsed,
 }
 
 impl Contradiction {
@@ -43,6 +46,10 @@ impl Contradiction {
             Self::BitmapsWithoutDirectory => {
                 "the header says that there are bitmaps (autoclear bit 0), but not where"
             }
+            Self::EncryptionHeaderNotUsed => {
+                "the header says where a LUKS header is, but not that the data is encrypted with \
+                 LUKS, and which of both is wrong is not known"
+            }
         }
     }
 
@@ -51,7 +58,9 @@ impl Contradiction {
         match self {
             Self::RawWithoutDataFile | Self::RawWithBacking => Some(autoclear::RAW_DATA_FILE),
             Self::BitmapsWithoutDirectory => Some(autoclear::BITMAPS),
-            Self::DataFileNotUsed | Self::DataFileWithoutName => None,
+            Self::DataFileNotUsed | Self::DataFileWithoutName | Self::EncryptionHeaderNotUsed => {
+                None
+            }
         }
     }
 
@@ -60,7 +69,10 @@ impl Contradiction {
     fn is_harmless(self) -> bool {
         match self {
             Self::RawWithBacking | Self::BitmapsWithoutDirectory => true,
-            Self::RawWithoutDataFile | Self::DataFileNotUsed | Self::DataFileWithoutName => false,
+            Self::RawWithoutDataFile
+            | Self::DataFileNotUsed
+            | Self::DataFileWithoutName
+            | Self::EncryptionHeaderNotUsed => false,
         }
     }
 }
@@ -82,6 +94,10 @@ impl Header {
         }
         if self.autoclear & autoclear::BITMAPS != 0 && self.bitmaps().is_none() {
             found.push(Contradiction::BitmapsWithoutDirectory);
+        }
+        let names_luks_header = self.extensions.encryption_header.is_some();
+        if names_luks_header && self.encryption_method != ENCRYPTION_LUKS {
+            found.push(Contradiction::EncryptionHeaderNotUsed);
         }
         found
     }

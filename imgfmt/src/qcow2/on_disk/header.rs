@@ -79,6 +79,8 @@ const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
 pub(crate) const SNAPSHOTS_MAX: u32 = 65536;
 const BACKING_NAME_MAX: u32 = 1023;
 const OFFSET_LIMIT: u64 = 1 << 56;
+/// The maximum length of a LUKS header in bytes; QEMU writes 2 MB.
+const LUKS_HEADER_MAX: u64 = 16 << 20;
 
 /// Methods of encryption.
 pub(crate) const ENCRYPTION_AES: u32 = 1;
@@ -157,6 +159,7 @@ impl Header {
         header.check_features()?;
         if purpose == Purpose::Use {
             header.refuse_contradictions()?;
+            header.refuse_luks_header_past(file_length)?;
         }
         Ok(header)
     }
@@ -307,19 +310,41 @@ impl Header {
     /// The place of the LUKS header, if the data is encrypted with LUKS: the clusters that it
     /// touches are its own.
     pub(crate) fn luks_header(&self) -> Result<Option<(HostOffset, u64)>> {
-        if self.encryption_method != ENCRYPTION_LUKS {
-            return Ok(None);
+        match self.encryption_method {
+            ENCRYPTION_LUKS => match self.stated_luks_header()? {
+                None => {
+                    Err(invalid("it is encrypted with LUKS, but does not say where the header is"))
+                }
+                place => Ok(place),
+            },
+            _ => Ok(None),
         }
-        let Some((offset, length)) = self.extensions.encryption_header else {
-            return Err(invalid("it is encrypted with LUKS, but does not say where the header is"));
-        };
-        let cluster = self.geometry.cluster_size();
+    }
+
+    /// The place that the header gives for a LUKS header, whether the data is said to be encrypted
+    /// or not.
+    pub(crate) fn stated_luks_header(&self) -> Result<Option<(HostOffset, u64)>> {
+        let Some((offset, length)) = self.extensions.encryption_header else { return Ok(None) };
         let end = offset.checked_add(length);
-        let fits = offset != 0 && length != 0 && end.is_some_and(|end| end <= OFFSET_LIMIT);
-        match fits && offset.is_multiple_of(cluster) {
+        let fits = offset != 0
+            && (1..=LUKS_HEADER_MAX).contains(&length)
+            && end.is_some_and(|end| end <= OFFSET_LIMIT);
+        match fits && offset.is_multiple_of(self.geometry.cluster_size()) {
             true => Ok(Some((HostOffset::new(offset), length))),
             false => Err(invalid(format!(
-                "its LUKS header ({length} bytes at offset {offset}) is not aligned or out of bounds"
+                "its LUKS header ({length} bytes at offset {offset}) is too large, not aligned or \
+                 out of bounds"
+            ))),
+        }
+    }
+
+    fn refuse_luks_header_past(&self, file_length: u64) -> Result<()> {
+        let Some((offset, length)) = self.luks_header()? else { return Ok(()) };
+        let file_end = file_length.checked_next_multiple_of(self.geometry.cluster_size());
+        match offset.bytes() + length <= file_end.unwrap_or(u64::MAX) {
+            true => Ok(()),
+            false => Err(invalid(format!(
+                "its LUKS header ({length} bytes at offset {offset}) ends past the end of the file"
             ))),
         }
     }

@@ -21,7 +21,8 @@ pub struct MapEntry {
     pub data: bool,
     /// Whether the data is compressed.
     pub compressed: bool,
-    /// Offset of the data in the file of its layer, or in the export.
+    /// Offset of the data in the file of its layer, or in the export; none if the file has it in
+    /// another form.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
 }

@@ -77,7 +77,10 @@ fn parts<E: From<imgfmt::Error>>(
     }
     for mapping in image.map_read(extent.range)?.mappings() {
         each(match mapping.content {
-            Content::File(span) => part(mapping.range, false, Some(span.offset.bytes())),
+            Content::File(span) => {
+                let offset = span.is_file_content().then(|| span.offset.bytes());
+                part(mapping.range, false, offset)
+            }
             Content::Encoded(_) => part(mapping.range, true, None),
             _ => part(mapping.range, false, None),
         })?;
