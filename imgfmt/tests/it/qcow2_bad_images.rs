@@ -29,7 +29,7 @@ fn refusal(path: &Path) -> imgfmt::Error {
 fn impossible_header_fields_are_refused() {
     let Some((_directory, path)) = made("") else { return };
     let good = std::fs::read(&path).unwrap();
-    let cases: [(usize, &[u8], ErrorKind); 18] = [
+    let cases: [(usize, &[u8], ErrorKind); 19] = [
         (4, &9u32.to_be_bytes(), ErrorKind::Unsupported), // version
         (20, &8u32.to_be_bytes(), ErrorKind::InvalidFormat), // cluster_bits
         (20, &22u32.to_be_bytes(), ErrorKind::InvalidFormat), // cluster_bits
@@ -37,7 +37,8 @@ fn impossible_header_fields_are_refused() {
         (24, &u64::MAX.to_be_bytes(), ErrorKind::InvalidFormat), // size
         (24, &(1u64 << 63).to_be_bytes(), ErrorKind::InvalidFormat), // size
         (24, &(1u64 << 62).to_be_bytes(), ErrorKind::InvalidFormat), // size: L1 too small
-        (32, &2u32.to_be_bytes(), ErrorKind::Unsupported), // crypt_method
+        (32, &2u32.to_be_bytes(), ErrorKind::InvalidFormat), // crypt_method, without a LUKS header
+        (32, &3u32.to_be_bytes(), ErrorKind::Unsupported), // crypt_method
         (36, &u32::MAX.to_be_bytes(), ErrorKind::InvalidFormat), // l1_size
         (40, &(1u64 << 50).to_be_bytes(), ErrorKind::InvalidFormat), // l1_table_offset
         (40, &(u64::MAX - 4).to_be_bytes(), ErrorKind::InvalidFormat), // l1_table_offset
