@@ -125,7 +125,8 @@ pub struct CreateOptions {
     pub data_file: Option<(OsString, DataFile)>,
     /// What only formats of other programs have.
     pub foreign: ForeignOptions,
-    /// Called repeatedly while zeroes are written for [`Preallocation::Full`], which may take long:
+    /// Called repeatedly while zeroes are written for [`Preallocation::Full`] and while the tables
+    /// of other programs' formats are made, which may take long:
     /// `true` cancels the creation and removes the new files.
     pub give_up: fn() -> bool,
 }

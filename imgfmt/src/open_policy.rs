@@ -167,6 +167,15 @@ impl OpenPolicy {
                 let target = Box::new(self.allowed(*target, directory, name)?);
                 NameTarget::WithBacking(target, self.allowed_backing(backing, directory, name)?)
             }
+            // Names of disks in archives look like those of a kind.
+            NameTarget::Denied if is_in_archive(name) => {
+                let name = name.to_string_lossy();
+                let detail = format!(
+                    "the image refers to '{name}', but a disk in an archive cannot be below an image: \
+                     convert it to a file"
+                );
+                return Err(Error::new(ErrorKind::PolicyDenied, "open", detail));
+            }
             NameTarget::Denied => {
                 let scheme = String::from_utf8_lossy(scheme_of(name).unwrap_or_default());
                 let why = format!("names of the kind '{scheme}:' are not allowed");
@@ -264,6 +273,10 @@ fn scheme_of(name: &OsStr) -> Option<&[u8]> {
     let end = name.as_bytes().iter().position(|byte| matches!(byte, b':' | b'/'))?;
     let (scheme, rest) = name.as_bytes().split_at(end);
     (rest[0] == b':').then_some(scheme)
+}
+
+fn is_in_archive(name: &OsStr) -> bool {
+    scheme_of(name).is_some_and(|scheme| scheme.to_ascii_lowercase().ends_with(b".ova"))
 }
 
 fn denied(why: String, name: &OsStr) -> Error {

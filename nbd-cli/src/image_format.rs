@@ -16,6 +16,10 @@ pub struct ImageFormat(Format);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewImageFormat(Format);
 
+/// A format that backups are restored to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RestoredFormat(Format);
+
 impl ImageFormat {
     /// QEMU's copy-on-write format.
     pub const QCOW2: Self = Self(Format::Qcow2);
@@ -29,6 +33,12 @@ impl From<ImageFormat> for Format {
 
 impl From<NewImageFormat> for Format {
     fn from(format: NewImageFormat) -> Self {
+        format.0
+    }
+}
+
+impl From<RestoredFormat> for Format {
+    fn from(format: RestoredFormat) -> Self {
         format.0
     }
 }
@@ -80,6 +90,19 @@ impl ValueParserFactory for NewImageFormat {
         ImageFormatParser {
             can_be: Format::can_be_made,
             otherwise: "is known, but such images cannot be made; make a qcow2 or raw image",
+            made: Self,
+        }
+    }
+}
+
+impl ValueParserFactory for RestoredFormat {
+    type Parser = ImageFormatParser<Self>;
+
+    fn value_parser() -> Self::Parser {
+        ImageFormatParser {
+            can_be: |format| matches!(format, Format::Raw | Format::Qcow2),
+            otherwise: "is known, but backups are restored to raw or qcow2; convert that afterwards with \
+                        'nbd-cli image convert'",
             made: Self,
         }
     }

@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
 use crate::options::{ArchiveNames, OpenOptions};
-use crate::storage::{Storage, StorageWindow};
+use crate::storage::{FileIdentity, Storage, StorageWindow};
 
 /// The longest descriptor that is read, in bytes.
 const DESCRIPTOR_MAX: u64 = 4 << 20;
@@ -33,12 +33,21 @@ pub(crate) fn options(options: &OpenOptions) -> OpenOptions {
     OpenOptions { policy: OpenPolicy::in_archive(), ..options.clone() }
 }
 
+/// A disk in an archive.
+#[derive(Debug)]
+pub(crate) struct ArchiveDisk {
+    pub(crate) storage: Arc<dyn Storage>,
+    /// The archive.
+    pub(crate) path: PathBuf,
+    pub(crate) identity: Option<FileIdentity>,
+}
+
 /// Opens the disk in an archive that `path` means; `None` if it means a file.
 pub(crate) fn open(
     path: &Path,
     options: &OpenOptions,
     access: Access,
-) -> Result<Option<Arc<dyn Storage>>> {
+) -> Result<Option<ArchiveDisk>> {
     let Some((archive, wanted)) = split(path, options) else { return Ok(None) };
     let storage: Arc<dyn Storage> = Arc::new(options.open_file(&archive, Access::ReadOnly)?);
     let is_tar = tar::starts(&*storage);
@@ -58,9 +67,10 @@ pub(crate) fn open(
         return Err(refused(ErrorKind::ReadOnly, detail).with_path(&archive));
     }
     let found = find(&storage, wanted.as_deref()).map_err(|error| error.with_path(&archive))?;
+    let identity = storage.identity();
     let window = StorageWindow::new(storage, found.offset, Some(found.length));
     let window = window.map_err(|error| Error::from_io("read", error).with_path(&archive))?;
-    Ok(Some(Arc::new(window)))
+    Ok(Some(ArchiveDisk { storage: Arc::new(window), path: archive, identity }))
 }
 
 /// The archive and what is wanted of it, if the name is that of an archive. A file of the whole name

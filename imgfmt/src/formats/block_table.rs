@@ -80,13 +80,20 @@ impl BlockTable {
         Self { storage, shape, pages: BTreeMap::new(), ages: VecDeque::new() }
     }
 
-    /// Writes all of it.
-    pub(super) fn fill(&mut self, entry: impl Fn(u64) -> u64) -> io::Result<()> {
+    /// Writes all of it, unless it is given up.
+    pub(super) fn fill(
+        &mut self,
+        entry: impl Fn(u64) -> u64,
+        give_up: fn() -> bool,
+    ) -> io::Result<()> {
         const FILLED: u64 = 1 << 20;
         let TableShape { entries, numbers, .. } = self.shape;
         let per_piece = FILLED / numbers.length() as u64;
         let mut bytes = Vec::new();
         for first in (0..entries).step_by(per_piece as usize) {
+            if give_up() {
+                return Err(io::Error::other("it was given up"));
+            }
             let count = per_piece.min(entries - first) as usize;
             bytes.resize(count * numbers.length(), 0);
             for (index, bytes) in (first..).zip(bytes.chunks_exact_mut(numbers.length())) {

@@ -28,11 +28,12 @@ pub(crate) struct Planned {
     pub(crate) block_size: u64,
     /// The length of the file in bytes, by the number of blocks that are stored.
     pub(crate) length: Box<dyn Fn(u64) -> u64>,
-    /// Makes it in an empty storage.
+    /// Makes it in an empty storage, unless the function, which is asked repeatedly, gives it up.
     pub(crate) begin: Box<Begin>,
 }
 
-pub(crate) type Begin = dyn FnOnce(Arc<dyn Storage>) -> Result<Box<dyn WritableLayer>>;
+pub(crate) type Begin =
+    dyn FnOnce(Arc<dyn Storage>, fn() -> bool) -> Result<Box<dyn WritableLayer>>;
 
 impl fmt::Debug for Planned {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -29,6 +29,11 @@ pub(super) trait NewBlocks: Send + Sync + fmt::Debug + 'static {
         block
     }
 
+    /// The block of the disk whose entry has an index; `None` if it has another purpose.
+    fn block(&self, index: u64) -> Option<u64> {
+        Some(index)
+    }
+
     /// Whether all entries are 0 if nothing is stored, as in a new file.
     const IS_FREE_ZERO: bool = false;
 
@@ -121,35 +126,41 @@ impl<B: NewBlocks> NewImage<B> {
             true => of_none + fixed.unwrap_or(count) * stride + behind,
             false => of_none + behind,
         };
-        let begin = move |storage| Ok(Self::begin(storage, blocks, shape)? as _);
+        let begin = move |storage, give_up| Ok(Self::begin(storage, blocks, shape, give_up)? as _);
         Planned { size, block_size, length: Box::new(length), begin: Box::new(begin) }
     }
 
     /// Begins an image in an empty storage.
-    fn begin(storage: Arc<dyn Storage>, blocks: B, shape: Shape) -> Result<Box<Self>> {
+    fn begin(
+        storage: Arc<dyn Storage>,
+        blocks: B,
+        shape: Shape,
+        give_up: fn() -> bool,
+    ) -> Result<Box<Self>> {
         let count = if shape.is_fixed { shape.blocks() } else { 0 };
         let table = shape.table.map(|table| BlockTable::new(Arc::clone(&storage), table));
         let filling = Filling { table, count, is_finished: false };
         let filling = OrderedMutex::new(filling);
         let new = Self { storage, blocks, shape, filling, has_failed: AtomicBool::new(false) };
-        new.noted(new.write_start().map_err(io("write to")))?;
+        new.noted(new.write_start(give_up).map_err(io("write to")))?;
         Ok(Box::new(new))
     }
 
-    fn write_start(&self) -> io::Result<()> {
+    fn write_start(&self, give_up: fn() -> bool) -> io::Result<()> {
         let Shape { is_fixed, .. } = self.shape;
         for (offset, bytes) in &self.shape.parts {
             self.storage.write_at(HostOffset::new(*offset), bytes, Durability::Cached)?;
         }
         let mut filling = self.filling.lock();
-        if let Some(table) = &mut filling.table {
-            if !B::IS_FREE_ZERO {
-                table.fill(|index| self.blocks.free(index))?;
-            }
-            for block in (0..self.shape.blocks()).take_while(|_| is_fixed) {
-                let stored = self.blocks.stored(block, self.shape.end(block));
-                table.set(self.blocks.index(block), stored)?;
-            }
+        let count = filling.count;
+        if let Some(table) = &mut filling.table
+            && (is_fixed || !B::IS_FREE_ZERO)
+        {
+            let entry = |index| match self.blocks.block(index) {
+                Some(block) if block < count => self.blocks.stored(block, self.shape.end(block)),
+                _ => self.blocks.free(index),
+            };
+            table.fill(entry, give_up)?;
         }
         match is_fixed {
             true => self.storage.set_len(self.shape.end(filling.count)),

@@ -20,6 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::foreign_options::Subformat;
 use crate::format::Format;
 use crate::formats::{self, NewForeign, Planned};
+use crate::layer::Filling;
 use crate::options::OpenOptions;
 use crate::qcow2;
 use crate::storage::{Durability, FileStorage, Storage as _};
@@ -32,6 +33,8 @@ impl Image {
     ///
     /// The new image is on stable storage on return, except with
     /// [`CacheMode::Unsafe`](crate::CacheMode::Unsafe). Dropping it without a change syncs nothing.
+    /// An image of [compressed grains](crate::Subformat::StreamOptimized) is complete, and on stable
+    /// storage, only when it is [closed](Self::close).
     ///
     /// # Errors
     ///
@@ -100,15 +103,19 @@ fn create_foreign(
     let named = |error: Error| error.with_path(path);
     let planned = plan_foreign(path, options).map_err(named)?;
     let length = (planned.length)(0);
-    // The contents are put on stable storage when they are complete.
+    // The contents are put on stable storage when there are any.
     let syncs = std::mem::replace(&mut made.syncs, false);
     made.create(path, |_| Ok(()))?;
     let storage = Arc::new(open.open_file(path, Access::ReadWrite)?);
     let direct = storage.direct_alignment();
     let file = storage.identity().map(|identity| NamedFile { path: path.to_owned(), identity });
-    let image = (planned.begin)(storage).map_err(named)?;
+    let image = (planned.begin)(storage, options.give_up).map_err(named)?;
     if options.preallocation != Preallocation::Off {
         set_space_aside_for(path, length)?;
+    }
+    // Others are complete, and readable, only when they are closed.
+    if syncs && image.filling() == Filling::AnyOrder {
+        image.flush().map_err(named)?;
     }
     let top = Driver::New(NewImage { format: options.format, image });
     let files = file.into_iter().collect();
@@ -148,7 +155,8 @@ pub(crate) fn plan_foreign(path: &Path, options: &CreateOptions) -> Result<Plann
         }
         Preallocation::Metadata | Preallocation::Full => {
             let detail = format!(
-                "this preallocation is not possible for {what} images; make a fixed one, for which                  space can be set aside (falloc)"
+                "this preallocation is not possible for {what} images; make a fixed one, for which \
+                 space can be set aside (falloc)"
             );
             return Err(invalid(detail));
         }

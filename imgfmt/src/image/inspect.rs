@@ -15,18 +15,44 @@ use crate::error::Result;
 use crate::format::Format;
 use crate::info::ImageInfo;
 use crate::options::OpenOptions;
-use crate::qcow2;
+use crate::qcow2::{self, CheckReport, Repair};
 use crate::storage::Storage;
 
 /// Opens a file, or a disk in an archive; returns how what is in it is opened.
 fn open_to_read(path: &Path, options: &OpenOptions) -> Result<(Arc<dyn Storage>, OpenOptions)> {
     match archive::open(path, options, Access::ReadOnly)? {
-        Some(disk) => Ok((disk, archive::options(options))),
+        Some(disk) => Ok((disk.storage, archive::options(options))),
         None => Ok((Arc::new(options.open_file(path, Access::ReadOnly)?), options.clone())),
     }
 }
 
 impl Image {
+    /// Checks the qcow2 image in a file and, if `repair` says so, repairs it. No other process may
+    /// use it meanwhile. The files it names are not examined.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` for formats that cannot be checked; otherwise as [`open`](Self::open).
+    pub fn check_file(
+        path: impl AsRef<Path>,
+        options: &OpenOptions,
+        repair: Repair,
+    ) -> Result<CheckReport> {
+        let path = path.as_ref();
+        let check = || match repair {
+            Repair::None => {
+                let (storage, options) = open_to_read(path, options)?;
+                chain::check_storage(storage, Some(path), &options, repair)
+            }
+            // Refused in an archive.
+            Repair::Leaks | Repair::All => match archive::open(path, options, Access::ReadWrite)? {
+                Some(disk) => chain::check_storage(disk.storage, Some(path), options, repair),
+                None => chain::check(path, options, repair),
+            },
+        };
+        check().map_err(|error| error.with_path(path))
+    }
+
     /// Returns information about the image in a file. The files it names are not opened, so that an
     /// image of unknown origin can be inspected safely. The access option has no effect.
     ///

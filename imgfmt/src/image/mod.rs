@@ -20,7 +20,7 @@ use crate::access::Access;
 use crate::archive;
 use crate::cache_mode::CacheMode;
 use crate::chain;
-use crate::driver::{BackingLayer, Chain};
+use crate::driver::{BackingLayer, Chain, NamedFile};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::info::ImageInfo;
@@ -78,8 +78,14 @@ impl Image {
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
         let path = path.as_ref();
         if let Some(disk) = archive::open(path, options, options.access)? {
-            return Self::open_named(disk, Some(path), &archive::options(options))
-                .map_err(|error| error.with_path(path));
+            let opened = Self::open_named(disk.storage, Some(path), &archive::options(options));
+            let mut image = opened.map_err(|error| error.with_path(path))?;
+            if let Some(identity) = disk.identity {
+                // Its file has another name than the disk.
+                image.chain.others.retain(|other| other != path);
+                image.chain.files.insert(0, NamedFile { path: disk.path, identity });
+            }
+            return Ok(image);
         }
         let storage = options.open_file(path, options.access)?;
         Self::open_named(Arc::new(storage), Some(path), options)
@@ -252,21 +258,6 @@ impl Image {
         (info.backing_name, info.backing_format) = self.chain.top.recorded_backing();
         info.qcow2 = qcow2;
         Ok(info)
-    }
-
-    /// Checks the qcow2 image in a file and, if `repair` says so, repairs it. No other process may
-    /// use it meanwhile. The files it names are not examined.
-    ///
-    /// # Errors
-    ///
-    /// `Unsupported` for formats that cannot be checked; otherwise as [`open`](Self::open).
-    pub fn check_file(
-        path: impl AsRef<Path>,
-        options: &OpenOptions,
-        repair: Repair,
-    ) -> Result<CheckReport> {
-        let path = path.as_ref();
-        chain::check(path, options, repair).map_err(|error| error.with_path(path))
     }
 
     /// Checks the qcow2 image in any storage, as [`check_file`](Self::check_file) does.

@@ -4,7 +4,9 @@
 use std::io;
 use std::sync::Arc;
 
-use super::{Capabilities, Durability, Speed, Storage, StorageExtent, TryRead, ZeroMode};
+use super::{
+    Capabilities, DirectAlignment, Durability, Speed, Storage, StorageExtent, TryRead, ZeroMode,
+};
 use crate::units::HostOffset;
 
 /// A part of another storage. With a size, it never accesses bytes after the part; without one, it
@@ -108,6 +110,14 @@ impl Storage for StorageWindow {
 
     fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
         self.inner.next_extent(self.inside(offset, length)?, length)
+    }
+
+    fn is_known_data(&self, offset: HostOffset, length: u64) -> bool {
+        self.inside(offset, length).is_ok_and(|place| self.inner.is_known_data(place, length))
+    }
+
+    fn direct_alignment(&self) -> Option<DirectAlignment> {
+        self.inner.direct_alignment()
     }
 
     fn readahead(&self, offset: HostOffset, length: u64) -> io::Result<()> {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use imgfmt::{
     Access, ArchiveNames, CacheMode, CreateOptions, Durability, ErrorKind, Format, Image,
 };
-use imgfmt::{OpenOptions, OpenPolicy, Subformat, VhdSize};
+use imgfmt::{OpenOptions, OpenPolicy, Repair, Subformat, VhdSize};
 
 use crate::common::{self, Random, at, run, text};
 
@@ -146,6 +146,36 @@ fn an_image_in_an_archive_names_no_other_file() {
     members.archives = ArchiveNames::Members;
     assert_eq!(Image::open(&archive, &members).unwrap().format(), Format::Raw);
     assert_eq!(Image::open(member(&archive, "2"), &members).unwrap().format(), Format::Vpc);
+}
+
+#[test]
+fn an_image_in_an_archive_is_checked_and_not_repaired() {
+    if !common::has_tool("tar") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    Image::create(here.join("a.qcow2"), &CreateOptions::new(Format::Qcow2, 1 << 20)).unwrap();
+    let archive = pack(here, "a.ova", &[], &["a.qcow2"]);
+    for path in [archive.clone(), member(&archive, "1")] {
+        let report = Image::check_file(&path, &OpenOptions::new(), Repair::None).unwrap();
+        assert_eq!((report.leaks, report.corruptions), (0, 0));
+        let error = Image::check_file(&path, &OpenOptions::new(), Repair::All).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ReadOnly, "{error}");
+        // Its file is the archive.
+        let image = Image::open(&path, &OpenOptions::new()).unwrap();
+        let files: Vec<_> = image.files().map(|(path, _)| path.to_owned()).collect();
+        assert_eq!((files, image.other_layers().count()), (vec![archive.clone()], 0));
+    }
+}
+
+#[test]
+fn a_disk_in_an_archive_is_not_below_an_image() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut overlay = CreateOptions::overlay("a.ova:1", Format::Raw);
+    overlay.size = Some(1 << 20);
+    let error = Image::create(directory.path().join("top.qcow2"), &overlay).unwrap_err();
+    assert!(error.to_string().contains("convert it to a file"), "{error}");
 }
 
 /// Appends a member to an archive.

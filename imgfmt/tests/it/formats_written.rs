@@ -6,6 +6,7 @@
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use imgfmt::jobs::{Background, ConvertOptions, JobContext, SourceReader, convert};
 use imgfmt::storage::MemoryStorage;
@@ -20,6 +21,9 @@ use crate::judge::subjects::rounds;
 
 /// The kinds of images that are made: format, what QEMU calls it, and how.
 type Kind = (Format, &'static str, fn(&mut CreateOptions));
+
+/// The largest disk of a VMDK in one file, in bytes.
+const VMDK_MAX: u64 = 2_198_754_295_808;
 
 const KINDS: &[Kind] = &[
     (Format::Vdi, "static=off", |_| {}),
@@ -323,6 +327,9 @@ fn what_is_not_possible_is_refused_before_there_is_a_file() {
     refused(Format::Vpc, (2040 << 30) + 1, &|_| {}, "2040 GiB");
     refused(Format::Vhdx, (64 << 40) + 1, &|_| {}, "64 TiB");
     refused(Format::Vmdk, (2 << 40) + 1, &|_| {}, "2 TiB");
+    // The tables need space as well when the disk is full.
+    refused(Format::Vmdk, VMDK_MAX + 1, &|_| {}, "2198754295808");
+    refused(Format::Vmdk, 0, &|_| {}, "0 bytes");
     refused(Format::Vdi, u64::MAX, &|_| {}, "2^63");
     let block = |create: &mut CreateOptions| create.foreign.block_size = Some(3 << 20);
     refused(Format::Vhdx, 1 << 20, &block, "power of two");
@@ -336,8 +343,46 @@ fn what_is_not_possible_is_refused_before_there_is_a_file() {
         create.foreign.hardware_version = Some("4\"\nparentCID=0".into());
     };
     refused(Format::Vmdk, 1 << 20, &word, "letters");
-    let name = |create: &mut CreateOptions| create.foreign.final_name = Some("a\"\nb".into());
-    refused(Format::Vmdk, 1 << 20, &name, "quotes");
+}
+
+#[test]
+fn a_vmdk_is_made_whatever_its_name_and_versions_are() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a\"\nb.vmdk");
+    let mut create = CreateOptions::new(Format::Vmdk, 1 << 20);
+    create.foreign.hardware_version = Some("vmx-13".into());
+    Image::create(&path, &create).unwrap().close().unwrap();
+    assert_eq!(Image::open(&path, &OpenOptions::new()).unwrap().size(), 1 << 20);
+    assert!(std::fs::read(&path).unwrap().windows(6).any(|found| found == b"vmx-13"));
+}
+
+#[test]
+fn a_new_image_is_complete_before_it_is_closed() {
+    let directory = tempfile::tempdir().unwrap();
+    for format in [Format::Vdi, Format::Vpc, Format::Vhdx, Format::Vmdk] {
+        let path = directory.path().join(format.name());
+        let create = CreateOptions::new(format, 8 << 20);
+        let image = Image::create(&path, &create).unwrap();
+        // As after a loss of power.
+        let copy = directory.path().join("copy");
+        std::fs::copy(&path, &copy).unwrap();
+        let found = Image::open(&copy, &OpenOptions::new()).unwrap();
+        assert_eq!((found.format(), found.size()), (format, image.size()));
+        image.close().unwrap();
+    }
+}
+
+#[test]
+fn making_a_large_table_can_be_given_up() {
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.vdi");
+    let mut create = CreateOptions::new(Format::Vdi, 8 << 40);
+    // Each MiB of the table asks.
+    create.give_up = || ASKED.fetch_add(1, Ordering::Relaxed) == 2;
+    let error = Image::create(&path, &create).unwrap_err();
+    assert!(error.to_string().contains("given up"), "{error}");
+    assert!(!path.exists());
 }
 
 #[test]
@@ -362,7 +407,7 @@ fn a_disk_of_two_tebibytes_is_filled_at_both_ends() {
         (Format::Vdi, 4 << 40),
         (Format::Vpc, 2040 << 30),
         (Format::Vhdx, 64 << 40),
-        (Format::Vmdk, 2 << 40),
+        (Format::Vmdk, VMDK_MAX),
     ] {
         let path = directory.path().join(format.name());
         let image = Image::create(&path, &options(&(format, "", |_| {}), size)).unwrap();

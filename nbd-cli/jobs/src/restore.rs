@@ -173,7 +173,8 @@ pub async fn restore_image(
         }
         (other, _) => {
             return Err(JobError::invalid(format!(
-                "{} images cannot be written; restore to raw or qcow2",
+                "a backup is not restored to a {} image; restore it to raw or qcow2, and convert \
+                 that with 'nbd-cli image convert'",
                 other.description()
             )));
         }

@@ -21,7 +21,7 @@ use crate::async_runtime::block_on;
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
-use crate::image_format::{NewImageFormat, name_of_another_format};
+use crate::image_format::{RestoredFormat, name_of_another_format};
 use crate::location_parser::LocationParser;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable, warn};
@@ -60,7 +60,7 @@ pub struct RestoreArgs {
 
     /// Format of the new file, or of the image on a device.
     #[arg(short = 'O', long, value_name = "FORMAT", default_value = "raw")]
-    pub output_format: NewImageFormat,
+    pub output_format: RestoredFormat,
 
     /// Read both sides again at the end and compare checksums.
     #[arg(long)]

@@ -103,6 +103,38 @@ fn an_interrupted_conversion_leaves_nothing() {
 }
 
 #[test]
+fn the_qemu_img_front_end_makes_what_qemu_img_makes() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let from = source(directory.path());
+    let path = |name: &str| directory.path().join(name).to_str().expect("text").to_owned();
+    for format in ["vdi", "vpc", "vhdx", "vmdk"] {
+        let to = path(format);
+        let options = ["qemu-img", "convert", "-f", "raw", "-S", "0", "-O", format, &from, &to];
+        nbd_cli(&options).success();
+    }
+    let to = path("by-geometry");
+    let operands = [format!("if={from}"), format!("of={to}")];
+    nbd_cli(&["qemu-img", "dd", "-f", "raw", "-O", "vpc", &operands[0], &operands[1]]).success();
+    let sizes = [path("vpc"), to].map(|path| {
+        let info = nbd_cli(&["image", "info", "--json", &path]).success();
+        let info: Value = serde_json::from_str(&info).expect("JSON");
+        info["virtual-size"].as_u64()
+    });
+    assert_eq!(sizes[0], sizes[1], "both by the geometry");
+}
+
+#[test]
+fn a_backup_is_not_restored_to_a_format_that_restore_does_not_write() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let from = source(directory.path());
+    let to = directory.path().join("disk.vdi");
+    let to = to.to_str().expect("text");
+    let outcome = nbd_cli(&["restore", "-f", "raw", "-O", "vdi", &from, to]);
+    assert_ne!(outcome.code, Some(0), "{outcome:?}");
+    assert!(outcome.stderr.contains("image convert"), "{outcome:?}");
+}
+
+#[test]
 fn the_disks_of_an_archive_are_sources_of_commands() {
     tools!(tar = "tar");
     let directory = tempfile::tempdir().expect("a directory");
@@ -133,4 +165,7 @@ fn the_disks_of_an_archive_are_sources_of_commands() {
     }
     nbd_cli(&["image", "compare", "-f", "raw", &from, &archive]).success();
     nbd_cli(&["image", "resize", &disk, "+1M"]).failure();
+    // As for QEMU, the archive itself is a raw disk.
+    let info = nbd_cli(&["qemu-img", "info", "--output=json", &archive]).success();
+    assert!(info.contains("\"format\": \"raw\""), "{info}");
 }

@@ -37,10 +37,14 @@ impl NewBlocks for Vhdx {
         block + block / self.chunk_ratio
     }
 
-    fn free(&self, index: u64) -> u64 {
+    fn block(&self, index: u64) -> Option<u64> {
         // The entries between are for bitmaps, which there are none of.
-        let is_of_block = index % (self.chunk_ratio + 1) != self.chunk_ratio;
-        if is_of_block { self.free } else { 0 }
+        let (chunk, place) = (index / (self.chunk_ratio + 1), index % (self.chunk_ratio + 1));
+        (place != self.chunk_ratio).then_some(chunk * self.chunk_ratio + place)
+    }
+
+    fn free(&self, index: u64) -> u64 {
+        self.block(index).map_or(0, |_| self.free)
     }
 
     fn stored(&self, _: u64, offset: u64) -> u64 {

@@ -25,6 +25,7 @@ use super::blocks::{Piece, Place, Source, lacks};
 use super::file::ImageFile;
 use super::foreign::{ForeignImage, Identity, OpenFile, Opening, Parent};
 use super::new::{NewForeign, Planned, missing, too_large};
+use crate::create_options::invalid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::foreign_options::Subformat;
 use crate::layer::{Backing, Layer, Walk};
@@ -74,6 +75,9 @@ pub(super) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
     let size = new.size_in(SECTOR)?;
     if size / SECTOR > SECTORS_MAX {
         return Err(too_large(size, "VMDK in one file", "2 TiB"));
+    }
+    if size == 0 {
+        return Err(invalid("a VMDK of 0 bytes is not possible: nothing could open it"));
     }
     match new.options.subformat {
         Subformat::Dynamic => new::plan(new, size),

@@ -13,7 +13,7 @@ use crate::create_options::invalid;
 use crate::error::Result;
 use crate::foreign_options::VmdkAdapter;
 use crate::formats::block_table::{Numbers, TableShape};
-use crate::formats::new::{NewForeign, Planned, random};
+use crate::formats::new::{NewForeign, Planned, random, too_large};
 use crate::formats::new_blocks::{NewBlocks, NewImage, Shape};
 
 /// The size of a grain in bytes, and the grains of a table.
@@ -54,6 +54,11 @@ pub(super) fn plan(new: &NewForeign<'_>, size: u64) -> Result<Planned> {
     let directory = copy + directory_sectors + tables * TABLE_SECTORS;
     let end = directory + directory_sectors + tables * TABLE_SECTORS;
     let data = (end * SECTOR).next_multiple_of(GRAIN);
+    // When the disk is full.
+    if data + size.next_multiple_of(GRAIN) > SECTORS_MAX * SECTOR {
+        let most = "2 TiB with the tables of the disk: 2198754295808 bytes";
+        return Err(too_large(size, "VMDK in one file", most));
+    }
     let mut header = Header::new(size, if new.options.zeroed_grains { 2 } else { 1 });
     header.set_flags(if new.options.zeroed_grains { 0b111 } else { 0b11 });
     header.set_places(Some(copy), directory, data / SECTOR);
@@ -136,16 +141,18 @@ pub(super) fn descriptor(new: &NewForeign<'_>, size: u64, kind: &str) -> Result<
     let hardware = new.options.hardware_version.as_deref().unwrap_or("4");
     // The largest there is: which tools the guest has is not known.
     let tools = new.options.tools_version.as_deref().unwrap_or("2147483647");
-    let is_word =
-        |word: &str| word.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'.');
+    let is_word = |word: &str| {
+        word.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte))
+    };
     if !is_word(hardware) || !is_word(tools) {
-        return Err(invalid("a version of hardware or tools consists of letters, digits and dots"));
+        return Err(invalid(
+            "a version of hardware or tools consists of letters, digits, dots, hyphens and underscores",
+        ));
     }
     let is_quotable = |byte: &u8| !matches!(byte, b'"' | b'\n' | b'\r' | 0);
-    let name = new.name().as_bytes();
-    if !name.iter().all(is_quotable) {
-        return Err(invalid("the name of a VMDK cannot contain quotes or line ends"));
-    }
+    // The extent is in this file, whatever its name is.
+    let name = Some(new.name().as_bytes()).filter(|name| name.iter().all(is_quotable));
+    let name = name.unwrap_or(b"disk.vmdk");
     // All ones and the value before it have meanings of their own.
     let id = u32_le_at(&random()?, 0) & 0x7fff_ffff;
     let mut text = format!(

@@ -55,7 +55,8 @@ pub(super) fn plan(new: &NewForeign<'_>, size: u64) -> Result<Planned> {
         let tables_length = tables * (SECTOR + TABLE_GRAINS * 4);
         DATA + count * (GRAIN + SECTOR) + tables_length + directory + 4 * SECTOR
     };
-    let begin = move |storage| Ok(Stream::begin(storage, size, header, text)? as _);
+    let begin =
+        move |storage, _: fn() -> bool| Ok(Stream::begin(storage, size, header, text)? as _);
     Ok(Planned { size, block_size: GRAIN, length: Box::new(length), begin: Box::new(begin) })
 }
 
@@ -356,7 +357,8 @@ mod tests {
         let storage = FailingStorage::new(Arc::new(MemoryStorage::new(0)));
         let options = ForeignOptions::default();
         let new = NewForeign { size: 64 << 20, name: "a.vmdk".into(), options: &options };
-        let image = (plan(&new, 64 << 20).unwrap().begin)(Arc::clone(&storage) as _).unwrap();
+        let planned = plan(&new, 64 << 20).unwrap();
+        let image = (planned.begin)(Arc::clone(&storage) as _, || false).unwrap();
         (storage, image)
     }
 

@@ -24,6 +24,7 @@ use crate::output::warn;
 use crate::progress::{ProgressArgs, RateArgs};
 use crate::serving::CacheMode;
 use crate::shown::Shown;
+use crate::signals;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -180,6 +181,7 @@ fn options(
     exists: bool,
 ) -> Result<ConvertOptions, CommandError> {
     let mut create = CreateOptions::new(format, 0);
+    create.give_up = || signals::caught().is_some();
     args.qcow2.apply(&mut create)?;
     args.format_options.apply(&mut create)?;
     let locks = args.open.trust.locks;

@@ -3,7 +3,7 @@
 use std::num::{NonZeroU64, NonZeroUsize};
 
 use imgfmt::jobs::{Background, Clusters, RateLimit};
-use imgfmt::{Access, Format, Locking, Preallocation};
+use imgfmt::{Access, Format, Locking, Preallocation, Subformat};
 use nbd_jobs::convert::{ConvertOptions, CopiedBitmaps, Destination, convert};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::qemu_name::{BackingInName, DriverSettings};
@@ -137,7 +137,11 @@ fn options(
                     "-S 0 is not supported with -n: zeroes may become holes; preallocate the target",
                 ));
             }
-            create.preallocation = Preallocation::Falloc;
+            // The blocks of other formats are in the file or not, and zero either way.
+            let is_fixed = create.foreign.subformat == Subformat::Fixed;
+            if matches!(format, Format::Raw | Format::Qcow2) || is_fixed {
+                create.preallocation = Preallocation::Falloc;
+            }
         }
     }
     let mut options = ConvertOptions::new(create);

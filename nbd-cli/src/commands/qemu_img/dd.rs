@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use imgfmt::{CreateOptions, Durability, Format, GuestOffset, Image, Locking, is_zero};
+use imgfmt::{CreateOptions, Durability, Format, GuestOffset, Image, Locking, VhdSize, is_zero};
 use nbd_jobs::Durable;
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::target::{self, Existing, NewFile};
@@ -100,6 +100,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     let mut create = CreateOptions::new(format.unwrap_or(Format::Raw), 0);
     create.size = Some(size.next_multiple_of(SECTOR));
+    // As in QEMU, the geometry counts.
+    create.foreign.vhd_size = VhdSize::Geometry;
     create.foreign.final_name = path.file_name().map(Into::into);
     write(&path, &create, |new| copy(&image, new, start, size))?;
     Ok(0)
