@@ -7,15 +7,41 @@ use std::path::{Path, PathBuf};
 const GROUPS: &str = "/sys/fs/cgroup";
 
 /// Bytes that can be used now without the system or a control group running out of memory: what is
-/// available of the machine's memory, and no more than the limits of the groups of this process.
+/// available of the machine's memory, and no more than what the groups of this process have left.
 pub(super) fn available() -> u64 {
     let free = fs::read_to_string("/proc/meminfo").ok().and_then(|text| available_in(&text));
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let limits = limit_files(&groups).into_iter().filter_map(|file| {
-        // Without a limit it has the word 'max'.
-        fs::read_to_string(file).ok()?.trim().parse().ok()
+    let left = left_in_groups(Path::new(GROUPS), &groups);
+    left.into_iter().chain(free).min().unwrap_or_else(total)
+}
+
+/// The bytes that the most limited of the groups has left. What it uses to cache files that nobody
+/// used lately can be had.
+fn left_in_groups(root: &Path, groups: &str) -> Option<u64> {
+    // Without a limit it has the word 'max'.
+    let number =
+        |file: PathBuf| -> Option<u64> { fs::read_to_string(file).ok()?.trim().parse().ok() };
+    let left = limit_files(root, groups).into_iter().filter_map(|file| {
+        let directory = file.parent()?.to_owned();
+        let limit = number(file)?;
+        let used = ["memory.current", "memory.usage_in_bytes"]
+            .into_iter()
+            .find_map(|name| number(directory.join(name)))
+            .unwrap_or(0);
+        let statistics = fs::read_to_string(directory.join("memory.stat")).unwrap_or_default();
+        Some(limit.saturating_sub(used.saturating_sub(inactive_file(&statistics))))
     });
-    limits.chain(free).min().unwrap_or_else(total)
+    left.min()
+}
+
+/// The bytes in the page cache that nobody used lately, of a group and the groups in it.
+fn inactive_file(statistics: &str) -> u64 {
+    let of = |name: &str| {
+        let mut lines = statistics.lines().filter_map(|line| line.split_once(' '));
+        lines.find(|(key, _)| *key == name).and_then(|(_, value)| value.trim().parse().ok())
+    };
+    // The first is what version 1 says of all groups below.
+    of("total_inactive_file").or_else(|| of("inactive_file")).unwrap_or(0)
 }
 
 /// All of the machine's memory in bytes.
@@ -33,15 +59,15 @@ fn available_in(meminfo: &str) -> Option<u64> {
 
 /// The files with the limits of a process, of its own groups and of those above them. In a container
 /// some of them do not exist.
-fn limit_files(groups: &str) -> Vec<PathBuf> {
+fn limit_files(root: &Path, groups: &str) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for line in groups.lines() {
         let mut fields = line.splitn(3, ':').skip(1);
         let (Some(controllers), Some(group)) = (fields.next(), fields.next()) else { continue };
         let (root, names): (_, &[&str]) = match controllers {
-            "" => (PathBuf::from(GROUPS), &["memory.max", "memory.high"]),
+            "" => (root.to_owned(), &["memory.max", "memory.high"]),
             list if list.split(',').any(|name| name == "memory") => {
-                (Path::new(GROUPS).join("memory"), &["memory.limit_in_bytes"])
+                (root.join("memory"), &["memory.limit_in_bytes"])
             }
             _ => continue,
         };
@@ -67,11 +93,35 @@ mod tests {
 
     #[test]
     fn limits_of_both_versions_of_control_groups_and_of_the_groups_above_are_looked_for() {
-        let found = limit_files("0::/a/b\n");
+        let found = limit_files(Path::new(GROUPS), "0::/a/b\n");
         let expected = ["a/b/memory.max", "a/b/memory.high", "a/memory.max", "memory.max"];
         assert!(expected.iter().all(|name| found.contains(&Path::new(GROUPS).join(name))));
-        let found = limit_files("7:cpu,memory:/a\n6:pids:/a\nnonsense\n");
+        let found = limit_files(Path::new(GROUPS), "7:cpu,memory:/a\n6:pids:/a\nnonsense\n");
         let names = ["memory/a/memory.limit_in_bytes", "memory/memory.limit_in_bytes"];
         assert_eq!(found, names.map(|name| Path::new(GROUPS).join(name)));
+    }
+    #[test]
+    fn what_a_group_uses_already_is_not_available() {
+        let root = tempfile::tempdir().unwrap();
+        let put = |name: &str, text: &str| {
+            let file = root.path().join(name);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, text).unwrap();
+        };
+        let left = |groups: &str| left_in_groups(root.path(), groups);
+        assert_eq!(left("0::/a/b\n"), None);
+        put("a/memory.max", "1000\n");
+        put("a/b/memory.max", "max\n");
+        assert_eq!(left("0::/a/b\n"), Some(1000));
+        put("a/memory.current", "900\n");
+        assert_eq!(left("0::/a/b\n"), Some(100));
+        put("a/memory.stat", "anon 700\ninactive_file 150\n");
+        assert_eq!(left("0::/a/b\n"), Some(250));
+        put("a/memory.current", "1900\n");
+        assert_eq!(left("0::/a/b\n"), Some(0));
+        put("memory/c/memory.limit_in_bytes", "5000\n");
+        put("memory/c/memory.usage_in_bytes", "2000\n");
+        put("memory/c/memory.stat", "inactive_file 10\ntotal_inactive_file 500\n");
+        assert_eq!(left("4:memory:/c\n"), Some(3500));
     }
 }

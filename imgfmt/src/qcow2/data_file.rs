@@ -15,6 +15,10 @@ use crate::units::{GuestOffset, GuestRange, HostOffset, span};
 const EXTENSION_PART: u64 = 4;
 const EXTENSION_MIN: u64 = 1 << 20;
 const EXTENSION_MAX: u64 = 64 << 20;
+/// In place of where the file was extended to: it never is.
+const NEVER: u64 = u64::MAX;
+/// The same: it may have been, and is not any more, because space has become scarce.
+const NO_MORE: u64 = u64::MAX - 1;
 
 /// The destination of guest data. This type knows nothing about clusters.
 #[derive(Debug)]
@@ -137,7 +141,8 @@ impl DataFile {
     }
 
     /// Called before a write up to `end`: extends the file beyond that, if writes in the file are
-    /// faster than writes at its end. Failures do not matter, and are not tried again for some time.
+    /// faster than writes at its end. Failures do not matter, and are not tried again for some time, or
+    /// if space is scarce, as long as the image is open.
     pub(in crate::qcow2) fn extend_ahead(&self, end: HostOffset) {
         let (end, known) = (end.bytes(), self.extended_to.load(Acquire));
         // An external file has the length of the disk.
@@ -148,17 +153,20 @@ impl DataFile {
         let target = end.saturating_add(part).next_multiple_of(EXTENSION_MIN);
         // Others do not wait until it is done: their writes extend the file themselves.
         let is_first = self.extended_to.compare_exchange(known, target, AcqRel, Acquire).is_ok();
-        if is_first
-            && let Err(error) = self.storage.extend(target)
-            && error.kind() == io::ErrorKind::Unsupported
-        {
-            self.extended_to.store(u64::MAX, Release);
+        if is_first && let Err(error) = self.storage.extend(target) {
+            match error.kind() {
+                io::ErrorKind::Unsupported => self.extended_to.store(NEVER, Release),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                    self.extended_to.store(NO_MORE, Release);
+                }
+                _ => {}
+            }
         }
     }
 
     /// Whether the file may have been extended beyond what was written.
     pub(in crate::qcow2) fn is_extended(&self) -> bool {
-        !matches!(self.extended_to.load(Acquire), 0 | u64::MAX)
+        !matches!(self.extended_to.load(Acquire), 0 | NEVER)
     }
 
     /// Makes the file at least `end` bytes long. No other write may run. A length takes up no space.
@@ -272,6 +280,21 @@ mod tests {
         }
         assert_eq!((storage.calls() - calls, storage.len().unwrap()), (1, length));
         assert!(!data.is_extended());
+    }
+
+    #[test]
+    fn when_space_is_scarce_no_more_is_taken_ahead_and_the_file_is_still_cut() {
+        let (storage, metadata) = opened(true);
+        let data = DataFile::new(Arc::new(metadata), false);
+        let (calls, length) = (storage.calls(), storage.len().unwrap());
+        storage.set_fault(Some(Fault { calls: 0..u64::MAX, code: libc::ENOSPC }));
+        data.extend_ahead(HostOffset::new(length + (1 << 20)));
+        storage.set_fault(None);
+        for clusters in 1..100 {
+            data.extend_ahead(HostOffset::new(length + (clusters << 28)));
+        }
+        assert_eq!(storage.calls() - calls, 1);
+        assert!(data.is_extended(), "a part may have been allocated");
     }
 
     #[test]

@@ -9,6 +9,9 @@ use rustix::process::{Resource, getrlimit};
 use super::{FileStorage, Kind};
 use crate::storage::Storage as _;
 
+/// The file system must have this many times the space that is taken ahead: other files need some too.
+const SPARE: u64 = 16;
+
 impl FileStorage {
     /// Allocates space from the end of the file up to `length`.
     ///
@@ -28,11 +31,33 @@ impl FileStorage {
         let Some(missing) = length.checked_sub(end).filter(|missing| *missing > 0) else {
             return Ok(());
         };
+        let system = rustix::fs::fstatvfs(&self.file)?;
+        if !is_to_spare(system.f_bavail.saturating_mul(system.f_frsize), missing) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         loop {
             match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), end, missing) {
                 Err(Errno::INTR) => {}
                 other => return other.map_err(io::Error::from),
             }
         }
+    }
+}
+
+/// Whether a file system with so many free bytes has so many to spare.
+fn is_to_spare(free: u64, missing: u64) -> bool {
+    missing <= free / SPARE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn space_is_taken_ahead_only_where_much_more_is_free() {
+        const MIB: u64 = 1 << 20;
+        assert!(is_to_spare(16 * MIB, MIB));
+        assert!(!is_to_spare(16 * MIB - 1, MIB) && !is_to_spare(12 * MIB, 5 * MIB));
+        assert!(!is_to_spare(0, 1) && !is_to_spare(u64::MAX, u64::MAX));
     }
 }
