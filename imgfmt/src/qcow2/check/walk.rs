@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use super::checker::{ActiveEntry, Checker, Fix, READ_AHEAD, TableUse};
+use crate::bytes::u32_at;
 use crate::error::Result;
 use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK, table_of};
@@ -14,6 +15,11 @@ const L1_RESERVED: u64 = !(COPIED | OFFSET_MASK);
 const REFCOUNT_TABLE_RESERVED: u64 = 511;
 /// The maximum number of references past the end of the file that are stored one by one.
 const BEYOND_MAX: usize = 1 << 20;
+/// The start of a LUKS header of version 1, the place of its field `payload-offset`, and the unit of
+/// that (LUKS1 On-Disk Format Specification, section 2.1).
+const LUKS_START: &[u8] = b"LUKS\xba\xbe\0\x01";
+const LUKS_PAYLOAD: usize = 104;
+const LUKS_SECTOR: u64 = 512;
 
 impl Checker<'_> {
     /// Counts the clusters that `length` bytes at `offset` touch, `weight` times. Returns whether
@@ -106,6 +112,11 @@ impl Checker<'_> {
             Ok(None) => {}
             Ok(Some((offset, length))) => {
                 self.is_incomplete |= !self.add(offset, length, 1, "the LUKS header");
+                if self.luks_payload(offset).is_none_or(|start| start > length) {
+                    let message = "the LUKS header is elsewhere, or longer, than the header says";
+                    self.damage(message.into());
+                    self.is_incomplete = true;
+                }
             }
             Err(_) => {
                 let message = "the LUKS header is missing, too large, not aligned or out of bounds";
@@ -113,6 +124,14 @@ impl Checker<'_> {
                 self.is_incomplete = true;
             }
         }
+    }
+
+    /// Where a LUKS header says that it ends, in bytes from its start; `None` if there is none.
+    fn luks_payload(&self, offset: HostOffset) -> Option<u64> {
+        let mut start = [0; LUKS_PAYLOAD + 4];
+        let length = self.image.metadata.file.read_at(offset, &mut start).ok()?;
+        let is_luks = length == start.len() && start.starts_with(LUKS_START);
+        is_luks.then(|| u64::from(u32_at(&start, LUKS_PAYLOAD)) * LUKS_SECTOR)
     }
 
     /// Records feature bits that contradict the rest of the header.
