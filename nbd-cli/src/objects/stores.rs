@@ -154,7 +154,8 @@ impl ObjectArgs {
             let _ = sender.send(open.await);
         });
         let opened = opened.recv().map_err(|_| failed("the request was given up".to_owned()))?;
-        opened.map_err(|error| failed(error.to_string()))
+        let opened: Arc<dyn Storage> = opened.map_err(|error| failed(error.to_string()))?;
+        Ok(opened)
     }
 
     /// Returns the cache of this process. The first object decides where it is.

@@ -86,6 +86,8 @@ fn damaged_packs_are_named_and_the_rest_is_restored() {
     let restored = disk.beside("restored");
     says(nbd_cli(&["restore", &name, &restored]), &[&session]);
     assert!(!Path::new(&restored).exists());
+    let list = json(&["repo", "list", "--json", &repository]);
+    assert_eq!(list["readers"].as_array().map(Vec::len), Some(0), "{list}");
     let skipped = nbd_cli(&["restore", "--skip-damaged", &name, &restored]);
     assert_eq!(skipped.code, Some(1), "{skipped:?}");
     let said =
@@ -105,6 +107,7 @@ fn encrypted_repository_needs_its_passphrase() {
     std::fs::write(&second, "battery staple").expect("it is written");
     let refused = nbd_cli(&["repo", "init", "--encrypt", &repository]);
     assert!(refused.code == Some(1) && refused.stderr.contains("--passphrase-file"), "{refused:?}");
+    says(nbd_cli(&["repo", "init", "--passphrase-file", &first, &repository]), &["add --encrypt"]);
     nbd_cli(&["repo", "init", "--encrypt", "--passphrase-file", &first, &repository]).success();
     let with_first = ["--passphrase-file", &*first];
     nbd_cli(&[&["backup", "--name", "vm1"], &with_first[..], &[disk.path(), &repository]].concat())
@@ -202,6 +205,19 @@ fn bitmap_of_another_server_is_used_only_for_the_backup_that_it_follows() {
     let made = parsed(backup(&["-B", "b0", "--verify=all"]).success());
     assert_eq!(made["incremental"], true, "{made}");
     assert!(made["read"].as_u64() <= Some(512 << 10), "{made}");
+    // The bitmap is that of a backup that is gone: not of the one before.
+    backup(&["-B", "b0"]).success();
+    nbd_cli(&["repo", "forget", &repository, "vm@latest"]).success();
+    says(backup(&["-B", "b0"]), &["was forgotten", "--full"]);
+    nbd_cli(&["repo", "gc", "--idle", "1ms", &repository]).success();
+    says(backup(&["-B", "b0"]), &["was forgotten", "--full"]);
+    let full = parsed(backup(&["-B", "b0", "--full"]).success());
+    let head = Path::new(&repository).join("backups").join(full["id"].as_str().expect("text"));
+    let good = std::fs::read(&head).expect("a backup");
+    std::fs::write(&head, &good[..40]).expect("it is written");
+    says(backup(&["-B", "b0"]), &["cannot be read", "--full"]);
+    std::fs::write(&head, good).expect("it is written");
+    backup(&["-B", "b0"]).success();
     let restored = directory.beside("restored.img");
     nbd_cli(&["restore", &format!("backup:{repository}/vm"), &restored]).success();
     are_equal(&qemu_img, &disk, &restored);

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::Storage;
-use nbd_objects::repo::{Damage, Repository};
+use nbd_objects::repo::{Damage, OpenBackup, Repository};
 
 use super::options::repository_error;
 use crate::JobError;
@@ -25,7 +24,8 @@ pub fn split_address(text: &str) -> Option<(&str, &str)> {
     is_complete.then_some((repository, backup))
 }
 
-/// Opens a backup as a disk that is read only: a raw image. It is pinned until it is dropped.
+/// Opens a backup as a disk that is read only: a raw image. It is pinned until it is closed or dropped.
+/// Close it where others may still hold it: reads that were given up.
 ///
 /// # Errors
 ///
@@ -34,7 +34,7 @@ pub async fn open_disk(
     repository: &Repository,
     backup: &str,
     damage: Damage,
-) -> Result<Arc<dyn Storage>, JobError> {
+) -> Result<Arc<OpenBackup>, JobError> {
     let (id, _) = repository.find(backup).await.map_err(repository_error)?;
     let disk = repository.read(id, damage).await.map_err(repository_error)?;
     Ok(Arc::new(disk))

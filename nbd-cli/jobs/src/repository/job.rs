@@ -43,6 +43,8 @@ pub(super) struct Work<'a> {
     pub(super) like: Vec<Id>,
     /// The backup on which this one is built.
     pub(super) base: Option<Id>,
+    /// The size of its disk, if only the dirty parts are to be read.
+    pub(super) base_size: Option<u64>,
 }
 
 /// Reads in order, several at a time.
@@ -87,6 +89,15 @@ impl Work<'_> {
     ) -> Result<BackedUpToRepository, JobError> {
         let started = Instant::now();
         let size = source.size().unwrap_or_default();
+        if let Some(before) = self.base_size.filter(|&before| dirty.is_some() && before != size) {
+            return Err(JobError::new(
+                JobErrorKind::Base,
+                format!(
+                    "the disk has {size} bytes, and {before} in the last backup, so its bitmap does \
+                     not tell what changed; add --full to read the whole disk"
+                ),
+            ));
+        }
         let extents = |source: &Source| match dirty {
             Some((client, bitmap)) => {
                 Extents::Dirty(Box::new(DirtyExtents::new(client.clone(), bitmap, 0)))
@@ -208,19 +219,10 @@ impl Work<'_> {
         made: &Made,
     ) -> Result<u64, JobError> {
         let opened = self.repository.read(made.id, Damage::Refused).await;
-        let storage: Arc<dyn Storage> = Arc::new(opened.map_err(repository_error)?);
-        let raw = OpenOptions::new().format(Format::Raw);
-        let image = tokio::task::spawn_blocking(move || Image::from_storage(storage, &raw)).await;
-        let image = image.map_err(|error| JobError::given_up("read", &error))?;
-        let image = image.map_err(|error| JobError::image(JobErrorKind::Destination, error))?;
-        let copy = Source::image(Arc::new(image));
-        let unit = source.alignment().max(4096);
-        let source = source.again();
-        let verification = Arc::new(Verification::new(source, copy, unit, extents, self.context));
-        let result = verification.run(self.options.requests.get()).await;
-        // Its pin is removed by a call that blocks.
-        let dropped = tokio::task::spawn_blocking(move || drop(verification));
-        let _ = dropped.await;
+        let opened = Arc::new(opened.map_err(repository_error)?);
+        let result = self.compare(source, extents, Arc::clone(&opened) as _).await;
+        // Reads that were given up may still hold it.
+        opened.close().await;
         match result {
             Err(error) if error.kind() == JobErrorKind::Mismatch => {
                 let forgotten = self.repository.forget(made.id, true).await;
@@ -235,6 +237,23 @@ impl Work<'_> {
             }
             result => result,
         }
+    }
+
+    async fn compare(
+        &self,
+        source: &Source,
+        extents: Extents,
+        storage: Arc<dyn Storage>,
+    ) -> Result<u64, JobError> {
+        let raw = OpenOptions::new().format(Format::Raw);
+        let image = tokio::task::spawn_blocking(move || Image::from_storage(storage, &raw)).await;
+        let image = image.map_err(|error| JobError::given_up("read", &error))?;
+        let image = image.map_err(|error| JobError::image(JobErrorKind::Destination, error))?;
+        let copy = Source::image(Arc::new(image));
+        let unit = source.alignment().max(4096);
+        let source = source.again();
+        let verification = Arc::new(Verification::new(source, copy, unit, extents, self.context));
+        verification.run(self.options.requests.get()).await
     }
 }
 

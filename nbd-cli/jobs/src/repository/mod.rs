@@ -48,7 +48,8 @@ pub async fn backup_to_repository(
         like.push(repository.find(name).await.map_err(repository_error)?.0);
     }
     let last = earlier.first().cloned();
-    let mut work = Work { repository, options, context, like, base: last.as_ref().map(|it| it.0) };
+    let base = last.as_ref().map(|it| it.0);
+    let mut work = Work { repository, options, context, like, base, base_size: None };
     match disk {
         DiskToBackUp::Image(image) => {
             if options.bitmap.is_some() {
@@ -62,9 +63,16 @@ pub async fn backup_to_repository(
         DiskToBackUp::Served(served) => match &**served {
             BackupSource::Export(uri) => {
                 options.connect.tls.check([uri])?;
-                let dirty = match (&options.bitmap, last) {
-                    (Some(bitmap), Some((_, last))) if !options.full => {
-                        check_bitmap(uri, bitmap, &last)?;
+                let dirty = match &options.bitmap {
+                    Some(bitmap) if !options.full && last.is_some() => {
+                        // Not the newest by the time in it: clocks are set back, and the newest may
+                        // have been forgotten or damaged since.
+                        let last = repository.last(&options.name).await;
+                        let last = last.map_err(repository_error)?;
+                        let base = earlier.iter().find(|(id, _)| Some(*id) == last);
+                        let (id, head) = base.ok_or_else(|| not_the_last(bitmap, &options.name))?;
+                        check_bitmap(uri, bitmap, head)?;
+                        (work.base, work.base_size) = (Some(*id), Some(head.size));
                         Some(bitmap.as_str())
                     }
                     _ => None,
@@ -98,13 +106,21 @@ fn check_bitmap(uri: &NbdUri, bitmap: &str, last: &Head) -> Result<(), JobError>
     } else {
         return Ok(());
     };
-    Err(JobError::new(
+    Err(not_of(bitmap, &last.name, &why))
+}
+
+fn not_the_last(bitmap: &str, name: &str) -> JobError {
+    not_of(bitmap, name, "it was forgotten, cannot be read, or was made while another one was made")
+}
+
+fn not_of(bitmap: &str, name: &str, why: &str) -> JobError {
+    JobError::new(
         JobErrorKind::Base,
         format!(
             "the last backup of '{}' may not be the one with which the bitmap '{}' started: {why}; \
              add --full to read the whole disk",
-            printable(&last.name),
+            printable(name),
             printable(bitmap)
         ),
-    ))
+    )
 }

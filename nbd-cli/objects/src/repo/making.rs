@@ -54,6 +54,8 @@ pub struct Session {
     new: NewBackup,
     time: u64,
     writer: Writer,
+    /// The last backup of this name, when this one began.
+    last: Option<Id>,
     base: Option<Map>,
     known: Arc<Known>,
     packs: Packs,
@@ -74,6 +76,8 @@ pub struct Session {
     data: u64,
     added: u64,
     found: u64,
+    /// Whether something that was given did not get into the map or the store.
+    has_failed: bool,
 }
 
 #[derive(Debug)]
@@ -110,6 +114,7 @@ impl Repository {
             Some(base) => Some(Map::open(self, base).await?),
             None => None,
         };
+        let last = self.last(&new.name).await?;
         let packs = Packs::list(self, &writer).await?;
         let known = Known::find(self, &writer, &packs, (id, &new.name), &new.like).await?;
         Ok(Session {
@@ -117,6 +122,7 @@ impl Repository {
             id,
             time,
             writer,
+            last,
             base,
             known: Arc::new(known),
             packs,
@@ -133,6 +139,7 @@ impl Repository {
             data: 0,
             added: 0,
             found: 0,
+            has_failed: false,
             new,
         })
     }
@@ -310,11 +317,26 @@ impl Session {
         if self.renewal.is_ended() {
             return Err(self.ended());
         }
+        self.check_sound()?;
+        // Until all went well; and for good if this is dropped at an await.
+        self.has_failed = true;
         self.queue.push_back(piece);
         while self.queue.len() > PIECES {
             self.take().await?;
         }
+        self.has_failed = false;
         Ok(())
+    }
+
+    /// Refuses to go on after a failure: what was given then is nowhere.
+    fn check_sound(&self) -> Result<()> {
+        match self.has_failed {
+            true => Err(RepositoryError::new(
+                RepositoryErrorKind::Store,
+                "a part of the backup could not be sent, so there is no backup; make it again",
+            )),
+            false => Ok(()),
+        }
     }
 
     /// Moves the first of the queue into the map.
@@ -477,6 +499,7 @@ impl Session {
     /// [`RepositoryErrorKind::Fenced`] if somebody else ended the session: there is no backup. If a
     /// request fails, there may be one.
     pub async fn commit(mut self) -> Result<Made> {
+        self.check_sound()?;
         if self.given != self.blocks() {
             return Err(RepositoryError::invalid("a part of the disk was not given"));
         }
@@ -498,15 +521,37 @@ impl Session {
         let added = self.added + object.len() as u64;
         self.writer.commit(Backup { packs: root.packs().into(), object });
         let repository = self.repository.clone();
+        let last = self.begin_to_be_last().await?;
         match repository.drive(&mut self.writer, &mut self.renewal).await? {
-            Committed::Yes => Ok(Made {
-                id: self.id,
-                data: self.data,
-                added,
-                found: self.found,
-                packs: self.next_pack - 1,
-            }),
+            Committed::Yes => {
+                // The backup is complete, whatever becomes of this.
+                let _ = self.stay_last(last).await;
+                Ok(Made {
+                    id: self.id,
+                    data: self.data,
+                    added,
+                    found: self.found,
+                    packs: self.next_pack - 1,
+                })
+            }
             Committed::Fenced | Committed::Ready => Err(self.ended()),
+        }
+    }
+
+    /// Makes this the last backup of its name, or none, if another one was committed meanwhile: with
+    /// which of them a bitmap started is not known.
+    async fn begin_to_be_last(&self) -> Result<Id> {
+        let is_alone = self.repository.last(&self.new.name).await? == self.last;
+        let last = if is_alone { self.id } else { Id::random()? };
+        self.repository.set_last(&self.new.name, last).await?;
+        Ok(last)
+    }
+
+    /// Looks whether another backup of this name was committed at the same moment.
+    async fn stay_last(&self, last: Id) -> Result<()> {
+        match self.repository.last(&self.new.name).await? == Some(last) {
+            true => Ok(()),
+            false => self.repository.set_last(&self.new.name, Id::random()?).await,
         }
     }
 

@@ -493,3 +493,85 @@ async fn latest_backup_is_not_an_older_one_because_the_newest_cannot_be_read() {
     repository.forget(second.id, true).await.unwrap();
     assert_eq!(repository.find("vm1").await.unwrap().0, first.id);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn last_backup_of_a_name_is_known_whatever_became_of_it() {
+    let repository = repository().await;
+    let disk = disk(3, 1);
+    assert_eq!(repository.last("vm1").await.unwrap(), None);
+    for _ in 0..2 {
+        let made = back_up(&repository, "vm1", &disk, None).await;
+        assert_eq!(repository.last("vm1").await.unwrap(), Some(made.id));
+        back_up(&repository, "other", &disk, None).await;
+        repository.forget(made.id, false).await.unwrap();
+        repository.collect(&at_once()).await.unwrap();
+        assert_eq!(repository.last("vm1").await.unwrap(), Some(made.id));
+    }
+    // With which of two a bitmap started is not known.
+    let mut first = repository.begin(new("vm1", &disk, None)).await.unwrap();
+    let mut second = repository.begin(new("vm1", &disk, None)).await.unwrap();
+    give_all(&mut first, &disk).await;
+    give_all(&mut second, &disk).await;
+    let mut third = repository.begin(new("vm1", &disk, None)).await.unwrap();
+    give_all(&mut third, &disk).await;
+    second.commit().await.unwrap();
+    first.commit().await.unwrap();
+    third.commit().await.unwrap();
+    let last = repository.last("vm1").await.unwrap();
+    assert!(repository.list().await.unwrap().iter().all(|info| Some(info.id) != last));
+    // The next one is the last again: it began when both had ended.
+    let made = back_up(&repository, "vm1", &disk, None).await;
+    assert_eq!(repository.last("vm1").await.unwrap(), Some(made.id));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn backup_of_which_a_part_was_not_sent_is_never_committed() {
+    use crate::testing::Fault;
+    let (places, _folder, store) = places();
+    let repository = Repository::init(places[2].clone(), None).await.unwrap();
+    let disk = disk(700, 29);
+    let mut session = repository.begin(new("vm1", &disk, None)).await.unwrap();
+    let mut refused = false;
+    store.fail(move |seen| {
+        let is_first = seen.key.contains("/packs/") && !std::mem::replace(&mut refused, true);
+        if is_first { Fault::Status(403) } else { Fault::None }
+    });
+    // The caller goes on after the error.
+    for piece in disk.chunks(8 * BLOCK_SIZE as usize) {
+        let _ = session.data(Bytes::copy_from_slice(piece)).await;
+    }
+    session.commit().await.unwrap_err();
+    assert!(repository.list().await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reader_that_fails_leaves_no_pin_and_does_not_hang() {
+    let place = place();
+    let repository = Repository::init(place.clone(), None).await.unwrap();
+    let made = back_up(&repository, "vm1", &disk(20, 31), None).await;
+    let path = |name: &str| Path::from(format!("some/prefix/{name}"));
+    let pack = names(&repository, "packs").await.remove(0);
+    let good = place.store.get(&path(&pack)).await.unwrap().bytes().await.unwrap();
+    // A read whose task panics ends, for all who wait for it.
+    let damage = Damage::Told(Arc::new(|_, _| panic!("as the test wants")));
+    let backup = Arc::new(repository.read(made.id, damage).await.unwrap());
+    let page = backup.blocks(0..1).await;
+    assert!(page.is_ok());
+    let mut bad = good.to_vec();
+    bad[100] ^= 1;
+    bad[400_000] ^= 1;
+    place.store.put(&path(&pack), bad.into()).await.unwrap();
+    assert!(backup.blocks(1..20).await.is_err());
+    // Others still hold it.
+    let other = Arc::clone(&backup);
+    backup.close().await;
+    assert!(names(&repository, "pins").await.is_empty());
+    drop(other);
+    // A backup that cannot be read.
+    let name = format!("backups/{}", made.id);
+    let mut object = place.store.get(&path(&name)).await.unwrap().bytes().await.unwrap().to_vec();
+    *object.last_mut().unwrap() ^= 1;
+    place.store.put(&path(&name), object.into()).await.unwrap();
+    repository.read(made.id, Damage::Refused).await.unwrap_err();
+    assert!(names(&repository, "pins").await.is_empty());
+}

@@ -1,11 +1,11 @@
 //! Restores a backup in a repository.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
 
 use clap::Args;
-use imgfmt::{Format, Image, OpenOptions};
+use imgfmt::{Format, Image, OpenOptions, Storage};
 use nbd_jobs::repository::{open_disk, split_address};
 use nbd_jobs::{
     JobContext, JobError, JobErrorKind, RestoreCheck, RestoreOptions, Restored, restore_image,
@@ -66,19 +66,18 @@ pub(super) async fn restore(
     let storage = open_disk(&repository, backup, damage).await?;
     // What the disk holds is never taken for an image.
     let raw = OpenOptions::new().format(Format::Raw);
-    let image = Image::from_storage(Arc::clone(&storage), &raw);
-    let image = image.map_err(|error| JobError::image(JobErrorKind::Source, error))?;
+    let disk: Arc<dyn Storage> = Arc::clone(&storage) as _;
     // Every block is checked against its hash when it is read.
     options.check = RestoreCheck::Off;
     let name = format!("backup:{address}");
-    let restored = restore_image(image, &name, &args.destination.location, &options, context).await;
-    // The last owner removes the pin, by a call that blocks.
-    let (sender, dropped) = mpsc::channel::<()>();
-    std::thread::spawn(move || {
-        drop(storage);
-        drop(sender);
-    });
-    let _ = dropped.recv();
+    let restored = match Image::from_storage(disk, &raw) {
+        Ok(image) => {
+            restore_image(image, &name, &args.destination.location, &options, context).await
+        }
+        Err(error) => Err(JobError::image(JobErrorKind::Source, error)),
+    };
+    // Reads that were given up may still hold it.
+    storage.close().await;
     let count = damaged.load(Ordering::Relaxed);
     if restored.is_ok() && count > 0 {
         return Err(CommandError::new(format!(

@@ -61,9 +61,10 @@ impl Reader {
         };
     }
 
-    /// Ends the use of the backup.
+    /// Ends the use of the backup, or the attempt at it: the pin may be there although its request
+    /// failed.
     pub(crate) fn end(&mut self) {
-        if matches!(self.state, State::Reading(_)) {
+        if self.state != State::Ended {
             self.state = State::Unpin;
         }
     }

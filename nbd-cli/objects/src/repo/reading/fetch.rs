@@ -29,9 +29,33 @@ struct Group {
     blocks: Vec<(u64, Stored)>,
 }
 
+/// Ends a fetch when it is dropped, even by a panic: others wait for it.
+struct Ending<'a> {
+    disk: &'a Disk,
+    blocks: &'a [u64],
+    fetch: &'a Fetch,
+    result: Result<()>,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        {
+            let mut cache = self.disk.cache.lock().unwrap_or_else(PoisonError::into_inner);
+            self.blocks.iter().for_each(|&block| cache.fail(block));
+        }
+        self.fetch.end(std::mem::replace(&mut self.result, Ok(())));
+    }
+}
+
+fn given_up() -> Result<()> {
+    let message = "a read of the repository was given up";
+    Err(RepositoryError::new(RepositoryErrorKind::Store, message))
+}
+
 impl Disk {
     /// Reads blocks into the cache, and ends the fetch.
     pub(super) async fn fetch(self: Arc<Self>, blocks: Vec<u64>, fetch: &Fetch) {
+        let mut ending = Ending { disk: &self, blocks: &blocks, fetch, result: given_up() };
         let mut result = Ok(());
         let groups = self.groups(&blocks, &mut result).await;
         let requests = groups.into_iter().map(|group| self.read_group(group));
@@ -41,12 +65,7 @@ impl Disk {
                 self.settle(block, bytes.map(Some), &mut result);
             }
         }
-        {
-            // Whatever happened, nobody waits for these any more.
-            let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-            blocks.iter().for_each(|&block| cache.fail(block));
-        }
-        fetch.end(result);
+        ending.result = result;
     }
 
     /// Finds where blocks are, and sorts them by requests.
