@@ -32,7 +32,7 @@ impl Tries {
         let is_last = self.0 >= CREATES_MAX || objects.creates == Creates::Overwriting;
         match objects.carry_out(request).await {
             Err(error) if error.kind() == RepositoryErrorKind::Store && !is_last => {
-                tracing::warn!("{error}; the object is looked for");
+                tracing::debug!("{error}; the object is looked for");
                 Ok(Answer::Exists)
             }
             Ok(Answer::Exists) if self.0 > CREATES_MAX => Err(RepositoryError::new(
