@@ -23,8 +23,8 @@ use crate::signals;
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Object stores (s3://, https:// and http:// URLs)")]
 pub struct ObjectArgs {
-    /// Address of the S3 store, such as https://s3.example.org or http://localhost:8333; by default
-    /// that in AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile, otherwise Amazon's.
+    /// Address of the S3 store, such as http://localhost:8333; by default that in
+    /// AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile, otherwise Amazon's.
     #[arg(long, value_name = "URL", hide_short_help = true)]
     pub endpoint: Option<String>,
 
@@ -73,9 +73,9 @@ pub struct ObjectArgs {
 /// Places of a bucket's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum AddressingChoice {
-    /// The path: https://host/bucket/key.
+    /// The path: HOST/BUCKET/KEY.
     Path,
-    /// The host: https://bucket.host/key.
+    /// The host: BUCKET.HOST/KEY.
     Virtual,
 }
 
