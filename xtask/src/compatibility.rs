@@ -22,7 +22,7 @@ const CHOICES: &[Choice] = &[
     alone("nbd-proto", &["--no-default-features"]),
     alone("nbd-proto", &["--all-features"]),
     alone("imgfmt", &["--no-default-features"]),
-    alone("imgfmt", &["--all-features"]),
+    alone("imgfmt", &["--all-features", "--features", "openssl/vendored"]),
     alone("nbd-client", &["--no-default-features"]),
     alone("nbd-client", &["--all-features", "--features", "openssl/vendored"]),
     alone("nbd-server", &["--no-default-features"]),

@@ -44,6 +44,9 @@ const PEERS: &[Peer] = &[
     Peer { program: "busybox", package: "busybox-static" },
     Peer { program: "script", package: "bsdutils" },
     Peer { program: "ldd", package: "libc-bin" },
+    // Single crates and fuzz targets link the system's OpenSSL.
+    Peer { program: "pkg-config", package: "pkg-config" },
+    Peer { program: "/usr/include/openssl/ssl.h", package: "libssl-dev" },
     // In directories that are not on every user's search path.
     Peer { program: "/usr/sbin/cryptsetup", package: "cryptsetup-bin" },
     Peer { program: "/sbin/mke2fs", package: "e2fsprogs" },
