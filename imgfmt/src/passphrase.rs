@@ -8,7 +8,10 @@ use zeroize::Zeroizing;
 /// A passphrase, or the content of a key file: any bytes. Its memory is overwritten when the last
 /// clone is dropped, and its `Debug` form does not contain it.
 #[derive(Clone)]
-pub struct Passphrase(Source);
+pub struct Passphrase(
+    #[cfg_attr(not(feature = "encryption"), expect(dead_code, reason = "nothing is decrypted"))]
+    Source,
+);
 
 #[derive(Clone)]
 #[cfg_attr(not(feature = "encryption"), expect(dead_code, reason = "nothing is decrypted"))]

@@ -89,7 +89,10 @@ pub fn from_name_in_image(text: &str) -> Result<(NameInImage, BackingInName), St
         return Ok((NameInImage::File(path.into()), BackingInName::AsNamed));
     }
     match text.strip_prefix("json:") {
-        Some(object) => from_json(object).map(|named| (named.name, named.backing)),
+        Some(object) => match from_json(object)? {
+            named if named.settings.key_secret.is_some() => Err(settings::NO_SECRETS.to_owned()),
+            named => Ok((named.name, named.backing)),
+        },
         None => Ok((NameInImage::Export(Box::new(from_name(text)?)), BackingInName::AsNamed)),
     }
 }

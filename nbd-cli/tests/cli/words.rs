@@ -17,6 +17,9 @@ fn a_name_that_speaks_of_another_format_is_remarked_on() {
     assert!(made.stderr.is_empty(), "{made:?}");
     made.success();
     let converted = nbd_cli(&["image", "convert", &image, &disk.beside("y.vmdk")]);
+    assert!(converted.stderr.contains("add --output-format vmdk"), "{converted:?}");
+    converted.success();
+    let converted = nbd_cli(&["image", "convert", &image, &disk.beside("y.qed")]);
     assert!(converted.stderr.contains("choose a name"), "{converted:?}");
     converted.success();
     let converted = nbd_cli(&["image", "convert", &image, &disk.beside("z.QCOW2")]);

@@ -20,6 +20,10 @@ const QCOW2_TUNING: [&str; 6] = [
     "pass-discard-other",
 ];
 
+/// The answer to names with the id of a secret where no secrets are given.
+pub(super) const NO_SECRETS: &str = "encrypt.key-secret and key-secret name a secret, and there is none; \
+                                     give the file of the passphrase with --key-file";
+
 /// Options of the file driver without an effect that clients see.
 const FILE_TUNING: [&str; 4] =
     ["aio-max-batch", "pr-manager", "drop-cache", "x-check-cache-dropped"];
@@ -138,6 +142,9 @@ impl DriverSettings {
     /// As [`check`](Self::check).
     pub fn apply_to(&self, options: &mut OpenOptions) -> Result<(), String> {
         self.check(options.access, options.cache)?;
+        if self.key_secret.is_some() && options.passphrases.is_empty() {
+            return Err(NO_SECRETS.to_owned());
+        }
         options.locking = self.locking_or(options.locking);
         options.cache = self.cache.applied_to(options.cache);
         options.metadata_cache_bytes = self.metadata_cache.or(options.metadata_cache_bytes);
