@@ -19,7 +19,7 @@ use crate::observer::{JobContext, Observer};
 use crate::text::printable;
 use crate::{ConnectOptions, JobError, JobErrorKind};
 
-/// Time limit of each request of the control socket before the copy. They may wait for those of
+/// Time limit of each request of the control socket before the copy, unless the user gives one. They may wait for those of
 /// others, and the server may flush the disk.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -55,7 +55,8 @@ pub(super) async fn backup(
         // If this process is killed, no other process ends the checkpoint.
         lifetime: Lifetime::Connection,
     };
-    let mut socket = Socket::open(server.socket, PATIENCE).await?;
+    let mut socket =
+        Socket::open(server.socket, options.connect.timeout.unwrap_or(PATIENCE)).await?;
     // Checked before the bitmap restarts.
     if let Some(base) = base {
         refuse_wrong(work, base, &export, &mut socket).await?;

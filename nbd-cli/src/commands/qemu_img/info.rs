@@ -1,5 +1,6 @@
 //! `qemu-img info`.
 
+use imgfmt::Passphrase;
 use nbd_jobs::image_report::{DescribedImage, describe, describe_chain};
 use serde_json::{Value, json};
 
@@ -12,7 +13,12 @@ use crate::output::{Output, ReportFormat, printable};
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let format = arguments.output()?;
-    let place = Place::to_describe(arguments, arguments.only_operand()?, Opt::Format, Opt::None)?;
+    let mut place =
+        Place::to_describe(arguments, arguments.only_operand()?, Opt::Format, Opt::None)?;
+    if !place.location.key_secrets().is_empty() {
+        // Nothing is decrypted, so it stands for all secrets, also for those that are not given.
+        place.options.passphrases.push(Passphrase::new(Vec::new()));
+    }
     let is_chain = arguments.has(Opt::BackingChain);
     let described = match is_chain {
         true => describe_chain(place.location.clone(), &place.options, &place.remotes),
