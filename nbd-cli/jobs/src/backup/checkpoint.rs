@@ -19,8 +19,8 @@ use crate::observer::{JobContext, Observer};
 use crate::text::printable;
 use crate::{ConnectOptions, JobError, JobErrorKind};
 
-/// Time limit of each request of the control socket before the copy, unless the user gives one. They may wait for those of
-/// others, and the server may flush the disk.
+/// Time limit of each request of the control socket before the copy, unless the user gives one. They
+/// may wait for those of others, and the server may flush the disk.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The control socket, the export of the disk, and the address of the server.
@@ -68,7 +68,8 @@ pub(super) async fn backup(
         Err(error) => Err(error),
     };
     let outcome = if result.is_ok() { Outcome::Success } else { Outcome::Failure };
-    // A server that answers late would have ended the checkpoint of a backup that is then discarded.
+    // A server that answers late would have ended the checkpoint of a backup that is then
+    // discarded.
     socket.wait_without_limit();
     let ended = socket.call(Request::CheckpointEnd { export, outcome }).await;
     match (result, ended) {
