@@ -2,12 +2,15 @@
 //! address of its metrics, and the rates between two moments.
 //!
 //! ```no_run
+//! use std::time::Duration;
+//!
 //! use nbd_jobs::watch::{Activity, WatchSource};
 //!
+//! let limit = Duration::from_secs(10);
 //! let source: WatchSource = "/run/nbd.control".parse()?;
-//! let before = source.fetch()?;
-//! std::thread::sleep(std::time::Duration::from_secs(1));
-//! let activity = Activity::between(&before, &source.fetch()?);
+//! let before = source.fetch(limit)?;
+//! std::thread::sleep(Duration::from_secs(1));
+//! let activity = Activity::between(&before, &source.fetch(limit)?);
 //! for export in &activity.exports {
 //!     println!("{}: {:?}", export.name, export.traffic.rates);
 //! }
