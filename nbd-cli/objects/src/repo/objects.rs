@@ -16,14 +16,13 @@ use super::reader::Reader;
 use super::root::{self, Kind};
 use super::seal::{CONDEMNED, FramePlace, Hash, Sealer};
 use super::stored::push;
+use crate::transport::WHOLE_MAX;
 use crate::{Place, StoreError};
 
 /// The first bytes of a condemned list.
 const LIST_MAGIC: &[u8; 8] = b"nbdlist1";
 /// Longest condemned list, in bytes.
 const LIST_LEN_MAX: usize = 256 << 20;
-/// Longest object that is read whole, in bytes.
-const OBJECT_LEN_MAX: u64 = 512 << 20;
 /// Longest object that is neither a backup nor a list, in bytes.
 pub(crate) const SMALL_LEN_MAX: u64 = 64 << 10;
 
@@ -252,7 +251,7 @@ impl Objects {
     }
 
     async fn get(&self, key: Key) -> Result<Answer> {
-        Ok(match self.read(&key.to_string(), OBJECT_LEN_MAX).await? {
+        Ok(match self.read(&key.to_string(), WHOLE_MAX).await? {
             None => Answer::Missing,
             Some(content) => Answer::Found(self.decode(key, content)?),
         })

@@ -13,9 +13,9 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use super::connection::{Connection, broken};
 use super::failure::failed;
 
-/// Longest reply to requests without a range, in bytes: lists, results and small objects. They are
+/// Longest reply to requests without a range, in bytes: lists, results and whole objects. They are
 /// kept in memory.
-const WHOLE_MAX: u64 = 64 << 20;
+pub(crate) const WHOLE_MAX: u64 = 512 << 20;
 
 /// What a body may do.
 #[derive(Clone, Copy, Debug)]

@@ -29,6 +29,8 @@ use tokio::time::{Instant, timeout_at};
 use crate::error::Result;
 use crate::settings::{StoreSettings, Timeouts};
 
+pub(crate) use body::WHOLE_MAX;
+
 use body::{BodyLimits, ReplyBody};
 use connection::{Connection, Dialer, Origin};
 use failure::failed;

@@ -7,6 +7,7 @@ use super::super::objects::Objects;
 use super::super::protocol::{Answer, Backup, Object, Request};
 use super::*;
 use crate::testing::{Fault, TestStore};
+use crate::transport::WHOLE_MAX;
 use crate::{Environment, StoreSettings, Timeouts};
 
 fn place_in(store: &TestStore) -> Place {
@@ -187,4 +188,18 @@ async fn parts_of_packs_are_removed_from_a_folder_when_their_session_has_ended()
     assert!(!ended.exists());
     assert!(others.iter().all(|it| it.exists()) && running.exists());
     assert!(content(&repository, made.id).await.unwrap() == disk);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn backup_of_a_disk_of_many_terabytes_is_read_by_one_request() {
+    let store = TestStore::start().unwrap();
+    let repository = Repository::init(place_in(&store), None).await.unwrap();
+    // Such a map may have more than 64 MiB.
+    let long = Bytes::from(vec![7; 65 << 20]);
+    repository.objects.write("backups/long", long.clone()).await.unwrap();
+    store.take_seen();
+    let read = repository.objects.read("backups/long", WHOLE_MAX).await.unwrap();
+    assert!(read.is_some_and(|read| read == long));
+    let gets = store.take_seen();
+    assert_eq!(gets.len(), 1, "{gets:?}");
 }
