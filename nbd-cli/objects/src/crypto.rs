@@ -1,15 +1,15 @@
-//! The digests of signed requests, by OpenSSL.
+//! Digests and signatures, by OpenSSL.
 
 use object_store::client::{
     CryptoProvider, DigestAlgorithm, DigestContext, HmacContext, Signer, SigningAlgorithm,
 };
 use object_store::{Error, Result};
-use openssl::error::ErrorStack;
-use openssl::hash::MessageDigest;
-use openssl::pkey::PKey;
-use openssl::sha::Sha256;
+use openssl::sha::{Sha256, sha256};
 
-/// Digests and signatures by OpenSSL.
+/// Length of the blocks that SHA-256 works on, in bytes.
+const HMAC_BLOCK: usize = 64;
+
+/// The digests of signed requests.
 #[derive(Debug)]
 pub(crate) struct OpenSsl;
 
@@ -26,7 +26,7 @@ impl CryptoProvider for OpenSsl {
     fn hmac(&self, algorithm: DigestAlgorithm, secret: &[u8]) -> Result<Box<dyn HmacContext>> {
         match algorithm {
             DigestAlgorithm::Sha256 => {
-                Ok(Box::new(Hmac { key: secret.to_owned(), data: Vec::new(), digest: Vec::new() }))
+                Ok(Box::new(Hmac { key: secret.to_owned(), data: Vec::new(), digest: [0; 32] }))
             }
             _ => Err(unsupported("another digest than SHA-256")),
         }
@@ -57,7 +57,7 @@ impl DigestContext for Digest {
 struct Hmac {
     key: Vec<u8>,
     data: Vec<u8>,
-    digest: Vec<u8>,
+    digest: [u8; 32],
 }
 
 impl HmacContext for Hmac {
@@ -66,15 +66,48 @@ impl HmacContext for Hmac {
     }
 
     fn finish(&mut self) -> Result<&[u8]> {
-        self.digest = hmac(&self.key, &self.data)
-            .map_err(|error| Error::Generic { store: "OpenSSL", source: Box::new(error) })?;
+        self.digest = hmac(&self.key, &[&self.data]);
         Ok(&self.digest)
     }
 }
 
-fn hmac(key: &[u8], data: &[u8]) -> Result<Vec<u8>, ErrorStack> {
-    let key = PKey::hmac(key)?;
-    openssl::sign::Signer::new(MessageDigest::sha256(), &key)?.sign_oneshot_to_vec(data)
+/// HMAC-SHA-256 (RFC 2104).
+pub(crate) fn hmac(key: &[u8], parts: &[&[u8]]) -> [u8; 32] {
+    let hashed;
+    let key = match key.len() > HMAC_BLOCK {
+        true => {
+            hashed = sha256(key);
+            &hashed[..]
+        }
+        false => key,
+    };
+    let padded = |with: u8| {
+        let mut block = [with; HMAC_BLOCK];
+        block.iter_mut().zip(key).for_each(|(byte, key)| *byte ^= key);
+        block
+    };
+    let mut inner = Sha256::new();
+    inner.update(&padded(0x36));
+    parts.iter().for_each(|part| inner.update(part));
+    let mut outer = Sha256::new();
+    outer.update(&padded(0x5c));
+    outer.update(&inner.finish());
+    outer.finish()
+}
+
+/// Returns bytes as hexadecimal digits, in lower case.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Returns the bytes of at most 1024 hexadecimal digits.
+pub(crate) fn from_hex(text: &str) -> Option<Vec<u8>> {
+    let is_hex = text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if !is_hex || !text.len().is_multiple_of(2) || text.len() > 1024 {
+        return None;
+    }
+    let pair = |at| u8::from_str_radix(text.get(at..at + 2)?, 16).ok();
+    (0..text.len()).step_by(2).map(pair).collect()
 }
 
 fn unsupported(what: &str) -> Error {
@@ -85,11 +118,7 @@ fn unsupported(what: &str) -> Error {
 mod tests {
     use super::*;
 
-    fn hex(bytes: &[u8]) -> String {
-        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-
-    /// RFC 4231, test case 2; FIPS 180-4's "abc".
+    /// RFC 4231, test cases 2 and 6; FIPS 180-4's "abc".
     #[test]
     fn digests_are_those_of_the_standards() {
         let mut digest = OpenSsl.digest(DigestAlgorithm::Sha256).unwrap();
@@ -102,5 +131,17 @@ mod tests {
         hmac.update(b"for nothing?");
         let expected = "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843";
         assert_eq!(hex(hmac.finish().unwrap()), expected);
+        let data = b"Test Using Larger Than Block-Size Key - Hash Key First";
+        let expected = "60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54";
+        assert_eq!(hex(&super::hmac(&[0xaa; 131], &[&data[..20], &data[20..]])), expected);
+    }
+
+    #[test]
+    fn hexadecimal_digits_are_read_as_they_are_printed() {
+        let bytes: Vec<u8> = (0..=255).collect();
+        assert_eq!(from_hex(&hex(&bytes)), Some(bytes));
+        for bad in ["0", "0g", "+1", "\u{e9}", &"00".repeat(513)] {
+            assert_eq!(from_hex(bad), None, "{bad}");
+        }
     }
 }

@@ -11,7 +11,7 @@ use object_store::path::Path;
 use object_store::{BackoffConfig, ObjectStore, RetryConfig};
 
 use crate::credentials::{S3Access, Source, of_instance};
-use crate::crypto::OpenSsl;
+use crate::crypto::{OpenSsl, hex};
 use crate::error::{Result, StoreError};
 use crate::location::StoreUrl;
 use crate::settings::{Addressing, StoreSettings, Timeouts};
@@ -93,7 +93,7 @@ impl Place {
 fn http_identity(name: &str, url: &str) -> String {
     let url = url.split('#').next().unwrap_or_default();
     let digest = openssl::sha::sha256(url.as_bytes());
-    digest.iter().fold(format!("{name} "), |text, byte| text + &format!("{byte:02x}"))
+    format!("{name} {}", hex(&digest))
 }
 
 /// The path of a key. Keys that object_store would change are refused.

@@ -18,6 +18,7 @@ use object_store::{GetOptions, GetRange, ObjectStore as _, PutPayload};
 use openssl::hash::{MessageDigest, hash};
 use tokio::sync::mpsc;
 
+use crate::crypto::{from_hex, hex};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::location::StoreUrl;
 use crate::runtime::runtime;
@@ -375,9 +376,7 @@ fn multipart_tag(parts: &[Part]) -> Option<String> {
     let all = parts.iter().all(is_md5);
     let mut sums = Vec::new();
     for part in parts.iter().filter(|_| all) {
-        for digits in part.md5.as_bytes().chunks(2) {
-            sums.push(u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?);
-        }
+        sums.extend(from_hex(&part.md5)?);
     }
     let sum = hash(MessageDigest::md5(), &sums).ok()?;
     all.then(|| format!("{}-{}", hex(&sum), parts.len()))
@@ -385,10 +384,6 @@ fn multipart_tag(parts: &[Part]) -> Option<String> {
 
 fn sha256(data: &[u8]) -> String {
     hex(&openssl::sha::sha256(data))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The failure of an upload.

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::crypto::hex;
+
 /// Largest file that is read, in bytes: 10,000 parts have 2 MiB.
 const FILE_MAX: u64 = 16 << 20;
 
@@ -38,8 +40,8 @@ impl Record {
     /// Opens the record of the push with this identity.
     pub(super) fn open(directory: Option<&Path>, identity: &str) -> Self {
         let digest = openssl::sha::sha256(identity.as_bytes());
-        let name: String = digest[..16].iter().map(|byte| format!("{byte:02x}")).collect();
-        let path = directory.map(|directory| directory.join(format!("{name}.push")));
+        let name = format!("{}.push", hex(&digest[..16]));
+        let path = directory.map(|directory| directory.join(name));
         let state = path.as_deref().and_then(read).unwrap_or_default();
         Self { path, state, unwritten: 0 }
     }

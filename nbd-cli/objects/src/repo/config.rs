@@ -4,10 +4,10 @@ use openssl::symm::{Cipher, decrypt_aead, encrypt_aead};
 use serde::{Deserialize, Serialize};
 
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
-use super::id::Id;
+use super::id::{Id, random};
 use super::objects::Creates;
 use super::page::{BLOCK_SIZE, PAGE_BLOCKS};
-use super::seal::hmac;
+use crate::crypto::{from_hex, hex, hmac};
 
 const FORMAT: &str = "nbd-cli backup repository";
 const VERSION: u32 = 1;
@@ -192,27 +192,6 @@ fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
 
 fn failed(what: &str) -> RepositoryError {
     RepositoryError::new(RepositoryErrorKind::Key, format!("OpenSSL does not offer {what}"))
-}
-
-/// Fills a buffer with random bytes.
-pub(crate) fn random(buffer: &mut [u8]) -> Result<()> {
-    let filled = openssl::rand::rand_bytes(buffer);
-    filled.map_err(|error| {
-        let message = format!("the system gives no random numbers: {error}");
-        RepositoryError::new(RepositoryErrorKind::Invalid, message)
-    })
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn from_hex(text: &str) -> Option<Vec<u8>> {
-    if !text.is_ascii() || !text.len().is_multiple_of(2) || text.len() > 1024 {
-        return None;
-    }
-    let pair = |at| u8::from_str_radix(text.get(at..at + 2)?, 16).ok();
-    (0..text.len()).step_by(2).map(pair).collect()
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::error::{RepositoryError, RepositoryErrorKind, Result};
+use super::error::{RepositoryError, Result};
 
 /// The identity of a session, of the backup that it makes, of a gc or of a pin: 48 bits of the time,
 /// in milliseconds since 1970, and 80 random bits. Printed as 32 hexadecimal digits, so that names
@@ -20,10 +20,7 @@ impl Id {
     /// If the system gives no random numbers.
     pub fn random() -> Result<Self> {
         let mut bytes = [0; 16];
-        openssl::rand::rand_bytes(&mut bytes).map_err(|error| {
-            let message = format!("the system gives no random numbers: {error}");
-            RepositoryError::new(RepositoryErrorKind::Invalid, message)
-        })?;
+        random(&mut bytes)?;
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let milliseconds = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
         bytes[..6].copy_from_slice(&milliseconds.to_be_bytes()[2..]);
@@ -68,6 +65,13 @@ impl FromStr for Id {
         }
         u128::from_str_radix(text, 16).map(|number| Self(number.to_be_bytes())).map_err(|_| ())
     }
+}
+
+/// Fills a buffer with random bytes.
+pub(crate) fn random(buffer: &mut [u8]) -> Result<()> {
+    openssl::rand::rand_bytes(buffer).map_err(|error| {
+        RepositoryError::invalid(format!("the system gives no random numbers: {error}"))
+    })
 }
 
 /// A pack: the session that wrote it, and its number there.

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::config::{Config, WrappedKey, random};
+use super::config::{Config, WrappedKey};
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
-use super::id::Id;
+use super::id::{Id, random};
 use super::objects::{Creates, Objects, SMALL_LEN_MAX};
 use super::seal::Sealer;
 use crate::Place;

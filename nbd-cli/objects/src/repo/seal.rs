@@ -3,11 +3,12 @@
 
 use std::fmt;
 
-use openssl::sha::{Sha256, sha256};
+use openssl::sha::sha256;
 use openssl::symm::{Cipher, decrypt_aead, encrypt_aead};
 
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::Id;
+use crate::crypto::hmac;
 
 /// Bytes that encryption adds.
 const TAG_LEN: usize = 16;
@@ -218,38 +219,12 @@ fn nonce(place: FramePlace) -> [u8; 12] {
     nonce
 }
 
-/// HMAC-SHA-256 (RFC 2104) with a key of 32 bytes.
-pub(crate) fn hmac(key: &[u8; 32], parts: &[&[u8]]) -> [u8; 32] {
-    let padded = |with: u8| {
-        let mut block = [with; 64];
-        block.iter_mut().zip(key).for_each(|(byte, key)| *byte ^= key);
-        block
-    };
-    let mut inner = Sha256::new();
-    inner.update(&padded(0x36));
-    parts.iter().for_each(|part| inner.update(part));
-    let mut outer = Sha256::new();
-    outer.update(&padded(0x5c));
-    outer.update(&inner.finish());
-    outer.finish()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn place(number: u32) -> FramePlace {
         FramePlace { session: Id::from_bytes([7; 16]), number, offset: 9 }
-    }
-
-    #[test]
-    fn hmac_is_that_of_the_rfc() {
-        // RFC 4231, case 2, with the key padded by zeroes as the RFC pads short keys.
-        let mut key = [0; 32];
-        key[..4].copy_from_slice(b"Jefe");
-        let mac = hmac(&key, &[b"what do ya want ", b"for nothing?"]);
-        assert_eq!(mac[..4], [0x5b, 0xdc, 0xc1, 0x46]);
-        assert_eq!(mac[28..], [0x64, 0xec, 0x38, 0x43]);
     }
 
     #[test]

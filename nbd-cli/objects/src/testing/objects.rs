@@ -6,6 +6,8 @@ use bytes::Bytes;
 use hyper::{Method, StatusCode};
 use openssl::hash::{MessageDigest, hash};
 
+use crate::crypto::hex;
+
 /// An object.
 #[derive(Clone, Debug)]
 pub(super) struct Object {
@@ -269,9 +271,5 @@ fn bounds(range: &str, length: usize) -> Option<std::ops::Range<usize>> {
 }
 
 pub(super) fn md5_hex(data: &[u8]) -> String {
-    let digest = hash(MessageDigest::md5(), data);
-    digest.map_or_else(
-        |_| String::new(),
-        |digest| digest.iter().map(|byte| format!("{byte:02x}")).collect(),
-    )
+    hash(MessageDigest::md5(), data).map_or_else(|_| String::new(), |digest| hex(&digest))
 }
