@@ -12,6 +12,7 @@ mod making;
 mod map;
 mod objects;
 mod pack;
+mod pack_list;
 mod page;
 mod protocol;
 mod reader;

@@ -11,6 +11,7 @@ use object_store::{Error, GetOptions, GetRange, ObjectStoreExt as _, PutMode, Pu
 
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Folder, Id, Key, PackId};
+use super::pack_list::{push_packs, read_packs};
 use super::protocol::{Answer, Backup, Object, Request};
 use super::reader::Reader;
 use super::root::{self, Kind};
@@ -311,16 +312,8 @@ impl Objects {
 }
 
 fn encode_list(sealer: &Sealer, id: Id, packs: &BTreeSet<PackId>) -> Result<Bytes> {
-    let mut sessions: Vec<_> = packs.iter().map(|pack| pack.session).collect();
-    sessions.dedup();
     let mut content = Vec::new();
-    push(&mut content, sessions.len());
-    sessions.iter().for_each(|session| content.extend_from_slice(session.bytes()));
-    push(&mut content, packs.len());
-    for pack in packs {
-        push(&mut content, sessions.binary_search(&pack.session).unwrap_or_default());
-        content.extend_from_slice(&pack.number.to_le_bytes());
-    }
+    push_packs(&mut content, packs.iter());
     if content.len() > LIST_LEN_MAX {
         return Err(RepositoryError::invalid("there are too many packs to delete at once"));
     }
@@ -341,15 +334,8 @@ fn decode_list(sealer: &Sealer, id: Id, object: &[u8]) -> Option<BTreeSet<PackId
     let hash = Hash(reader.array()?);
     let content = sealer.open(list_place(id), reader.0, length, hash).ok()?;
     let mut reader = Reader(&content);
-    let sessions = (0..reader.count(16)?)
-        .map(|_| reader.array().map(Id::from_bytes))
-        .collect::<Option<Vec<_>>>()?;
-    let mut packs = BTreeSet::new();
-    for _ in 0..reader.count(8)? {
-        let session = *sessions.get(reader.u32()? as usize)?;
-        packs.insert(PackId { session, number: reader.u32()? });
-    }
-    reader.0.is_empty().then_some(packs)
+    let packs = read_packs(&mut reader)?;
+    reader.0.is_empty().then(|| packs.into_iter().collect())
 }
 
 #[cfg(test)]

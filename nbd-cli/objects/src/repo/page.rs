@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use super::id::{Id, PackId};
+use super::id::PackId;
+use super::pack_list::{push_packs, read_packs};
 use super::reader::Reader;
 use super::seal::OVERHEAD;
 use super::stored::{Stored, push, stored};
@@ -40,16 +41,8 @@ impl Page {
     /// Encodes the page: sessions, packs, blocks, each behind its number.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let packs = self.packs();
-        let mut sessions: Vec<_> = packs.iter().map(|pack| pack.session).collect();
-        sessions.dedup();
         let mut bytes = Vec::with_capacity(12 + packs.len() * 8 + self.blocks.len() * 28);
-        push(&mut bytes, sessions.len());
-        sessions.iter().for_each(|session| bytes.extend_from_slice(session.bytes()));
-        push(&mut bytes, packs.len());
-        for pack in &packs {
-            push(&mut bytes, sessions.binary_search(&pack.session).unwrap_or_default());
-            bytes.extend_from_slice(&pack.number.to_le_bytes());
-        }
+        push_packs(&mut bytes, packs.iter());
         let places: HashMap<_, _> = packs.iter().zip(1u16..).collect();
         push(&mut bytes, self.blocks.len());
         for block in &self.blocks {
@@ -69,14 +62,7 @@ impl Page {
     /// Decodes a page of so many blocks; `None` if it is malformed.
     pub(crate) fn decode(bytes: &[u8], blocks: usize) -> Option<Self> {
         let mut reader = Reader(bytes);
-        let sessions = (0..reader.count(16)?)
-            .map(|_| reader.array().map(Id::from_bytes))
-            .collect::<Option<Vec<_>>>()?;
-        let mut packs = Vec::new();
-        for _ in 0..reader.count(8)? {
-            let session = *sessions.get(usize::try_from(reader.u32()?).ok()?)?;
-            packs.push(PackId { session, number: reader.u32()? });
-        }
+        let packs = read_packs(&mut reader)?;
         if reader.count(2)? != blocks {
             return None;
         }
@@ -93,6 +79,7 @@ impl Page {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use super::super::id::Id;
     use super::super::seal::Hash;
     use super::super::stored::PACK_BYTES_MAX;
     use super::*;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{RepositoryError, Result};
 use super::id::{Id, PackId};
+use super::pack_list::{push_packs, read_packs};
 use super::page::{PAGE_LEN_MAX, PAGE_SPAN};
 use super::reader::Reader;
 use super::seal::{FramePlace, Hash, OVERHEAD, ROOT, Sealer};
@@ -177,17 +178,8 @@ impl Root {
     }
 
     fn encode(&self) -> Vec<u8> {
-        let mut sessions: Vec<_> = self.packs.iter().map(|pack| pack.session).collect();
-        sessions.sort_unstable();
-        sessions.dedup();
         let mut bytes = Vec::new();
-        push(&mut bytes, sessions.len());
-        sessions.iter().for_each(|session| bytes.extend_from_slice(session.bytes()));
-        push(&mut bytes, self.packs.len());
-        for pack in &self.packs {
-            push(&mut bytes, sessions.binary_search(&pack.session).unwrap_or_default());
-            bytes.extend_from_slice(&pack.number.to_le_bytes());
-        }
+        push_packs(&mut bytes, self.packs.iter());
         let numbers: HashMap<_, _> = self.packs.iter().zip(1u32..).collect();
         push(&mut bytes, self.pages.len());
         for page in &self.pages {
@@ -215,15 +207,7 @@ impl Root {
     /// Decodes the body of a backup of a disk of `size` bytes; `None` if it is malformed.
     fn decode(bytes: &[u8], size: u64) -> Option<Self> {
         let mut reader = Reader(bytes);
-        let sessions = (0..reader.count(16)?)
-            .map(|_| reader.array().map(Id::from_bytes))
-            .collect::<Option<Vec<_>>>()?;
-        let count = reader.count(8)?;
-        let mut root = Self { packs: Vec::with_capacity(count), ..Self::default() };
-        for _ in 0..count {
-            let session = *sessions.get(reader.u32()? as usize)?;
-            root.packs.push(PackId { session, number: reader.u32()? });
-        }
+        let mut root = Self { packs: read_packs(&mut reader)?, ..Self::default() };
         let pages = reader.count(4)?;
         if pages as u64 != size.div_ceil(PAGE_SPAN) {
             return None;
@@ -306,18 +290,18 @@ pub(crate) fn empty() -> Bytes {
 
 /// Returns the tombstone of a backup.
 pub(crate) fn forgotten(object: &Bytes) -> Bytes {
-    let mut object = object.to_vec();
-    if let Some(kind) = object.get_mut(MAGIC.len()) {
-        *kind = 1;
-    }
-    object.into()
+    with_kind(object, 1)
 }
 
 /// Returns the backup that a tombstone still has.
 pub(crate) fn live(object: &Bytes) -> Bytes {
+    with_kind(object, 0)
+}
+
+fn with_kind(object: &Bytes, kind: u8) -> Bytes {
     let mut object = object.to_vec();
-    if let Some(kind) = object.get_mut(MAGIC.len()) {
-        *kind = 0;
+    if let Some(place) = object.get_mut(MAGIC.len()) {
+        *place = kind;
     }
     object.into()
 }
