@@ -4,14 +4,13 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use futures_util::StreamExt as _;
 
-use super::error::{RepositoryErrorKind, Result};
+use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Folder, Id, Key, PackId};
 use super::listing::BackupInfo;
 use super::map::Map;
 use super::pack::{Footer, FrameKind};
 use super::page::{BLOCK_SIZE, PAGE_LEN_MAX};
 use super::repository::Repository;
-use super::seal::FramePlace;
 use super::stored::PACK_BYTES_MAX;
 
 /// Packs read at a time.
@@ -225,16 +224,11 @@ impl Repository {
             let mut problems = Vec::new();
             for entry in entries {
                 let stored = entry.stored;
-                let place = FramePlace {
-                    session: pack.session,
-                    number: pack.number,
-                    offset: stored.offset,
-                };
                 let longest = match entry.kind {
                     FrameKind::Block => BLOCK_SIZE as usize,
                     FrameKind::Page => PAGE_LEN_MAX,
                 };
-                let opened = sealer.open_unknown(place, part(stored.range()), longest);
+                let opened = sealer.open_unknown(stored.place(), part(stored.range()), longest);
                 let why = match opened {
                     Ok(content) if sealer.hash(&content) == stored.hash => continue,
                     Ok(_) => "holds something else than was written".to_owned(),
@@ -254,7 +248,7 @@ impl Repository {
             problems
         };
         tokio::task::spawn_blocking(look).await.map_err(|error| {
-            super::error::RepositoryError::invalid(format!("a pack could not be checked: {error}"))
+            RepositoryError::invalid(format!("a pack could not be checked: {error}"))
         })
     }
 }

@@ -4,13 +4,12 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::error::{RepositoryError, Result};
-use super::id::{Id, Key};
+use super::id::{Id, Key, PackId};
 use super::objects::Objects;
 use super::page::{BLOCK_SIZE, PAGE_BLOCKS, Page};
 use super::protocol::{Answer, Object, Request};
 use super::repository::Repository;
 use super::root::{self, Head, PageRoot, Root};
-use super::seal::FramePlace;
 
 /// Pages that are kept: 256 are 8 GiB of a disk, in about 8 MiB of memory.
 const PAGES_KEPT: usize = 256;
@@ -177,11 +176,6 @@ impl Map {
 
     fn open_page(&self, number: usize, page: &PageRoot, frame: &[u8]) -> Result<Page> {
         let stored = page.stored;
-        let place = FramePlace {
-            session: stored.pack.session,
-            number: stored.pack.number,
-            offset: stored.offset,
-        };
         let damaged = |why: &str| {
             RepositoryError::damaged(format!(
                 "the map page {number} of the backup {} in {} {why}",
@@ -189,13 +183,14 @@ impl Map {
                 Key::Pack(stored.pack)
             ))
         };
-        let content = self.objects.sealer.open(place, frame, page.content as usize, stored.hash);
+        let content =
+            self.objects.sealer.open(stored.place(), frame, page.content as usize, stored.hash);
         let content = content.map_err(|broken| damaged(&broken.to_string()))?;
         Page::decode(&content, self.blocks_of(number)).ok_or_else(|| damaged("is malformed"))
     }
 }
 
 /// The error of a pack that is not there.
-pub(crate) fn missing(pack: super::id::PackId) -> RepositoryError {
+pub(crate) fn missing(pack: PackId) -> RepositoryError {
     RepositoryError::damaged(format!("the pack {} is missing", Key::Pack(pack)))
 }

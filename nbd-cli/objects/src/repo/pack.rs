@@ -75,7 +75,7 @@ impl PackBuilder {
     }
 
     fn place(&self, offset: u32) -> FramePlace {
-        FramePlace { session: self.id.session, number: self.id.number, offset }
+        FramePlace::in_pack(self.id, offset)
     }
 
     /// Appends the directory and the footer.
@@ -144,7 +144,7 @@ impl Footer {
         pack: PackId,
         frame: &[u8],
     ) -> std::result::Result<Vec<Entry>, String> {
-        let place = FramePlace { session: pack.session, number: pack.number, offset: self.offset };
+        let place = FramePlace::in_pack(pack, self.offset);
         let directory = sealer.open(place, frame, self.content, self.hash);
         let directory = directory.map_err(|broken| format!("its directory {broken}"))?;
         let malformed = || "its directory is malformed".to_owned();
@@ -210,11 +210,7 @@ mod tests {
             for (index, entry) in entries.iter().enumerate() {
                 let range = entry.stored.range();
                 let frame = &pack[range.start as usize..range.end as usize];
-                let place = FramePlace {
-                    session: id.session,
-                    number: id.number,
-                    offset: entry.stored.offset,
-                };
+                let place = entry.stored.place();
                 let content = sealer.open(place, frame, 1000 * index, entry.stored.hash).unwrap();
                 assert_eq!(content, vec![index as u8; 1000 * index]);
             }

@@ -7,7 +7,7 @@ use openssl::sha::sha256;
 use openssl::symm::{Cipher, decrypt_aead, encrypt_aead};
 
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
-use super::id::Id;
+use super::id::{Id, PackId};
 use crate::crypto::hmac;
 
 /// Bytes that encryption adds.
@@ -41,6 +41,12 @@ pub(crate) struct FramePlace {
     pub(crate) number: u32,
     /// The offset there, in bytes.
     pub(crate) offset: u32,
+}
+
+impl FramePlace {
+    pub(crate) fn in_pack(pack: PackId, offset: u32) -> Self {
+        Self { session: pack.session, number: pack.number, offset }
+    }
 }
 
 /// Instead of a number of a pack: the object of a backup. Offset 0 is its head, 1 its body.

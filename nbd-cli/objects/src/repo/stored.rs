@@ -2,7 +2,7 @@
 
 use super::id::PackId;
 use super::reader::Reader;
-use super::seal::Hash;
+use super::seal::{FramePlace, Hash};
 
 /// Longest pack that is read, in bytes.
 pub(crate) const PACK_BYTES_MAX: u32 = 64 << 20;
@@ -23,6 +23,11 @@ impl Stored {
     pub(crate) fn range(&self) -> std::ops::Range<u64> {
         let start = u64::from(self.offset);
         start..start + u64::from(self.length)
+    }
+
+    /// The place to which encryption binds the frame.
+    pub(crate) fn place(&self) -> FramePlace {
+        FramePlace::in_pack(self.pack, self.offset)
     }
 }
 

@@ -9,7 +9,7 @@ use super::super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::super::id::{Key, PackId};
 use super::super::map::missing;
 use super::super::page::{BLOCK_SIZE, PAGE_BLOCKS};
-use super::super::seal::{FramePlace, Sealer};
+use super::super::seal::Sealer;
 use super::super::stored::Stored;
 use super::cache::Fetch;
 use super::{Damage, Disk};
@@ -150,13 +150,11 @@ fn open(
     frame: &[u8],
     length: usize,
 ) -> Result<Bytes> {
-    let pack = stored.pack;
-    let place = FramePlace { session: pack.session, number: pack.number, offset: stored.offset };
-    sealer.open(place, frame, length, stored.hash).map(Bytes::from).map_err(|broken| {
+    sealer.open(stored.place(), frame, length, stored.hash).map(Bytes::from).map_err(|broken| {
         RepositoryError::damaged(format!(
             "the block at offset {} of the disk, in {}, {broken}",
             block * BLOCK_SIZE,
-            Key::Pack(pack)
+            Key::Pack(stored.pack)
         ))
     })
 }
