@@ -14,7 +14,8 @@ use self::cache::{Cache, Found};
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::Id;
 use super::map::Map;
-use super::page::{BLOCK_SIZE, PAGE_BLOCKS};
+use super::objects::Objects;
+use super::page::{BLOCK_SIZE, PAGE_BLOCKS, PAGE_SPAN};
 use super::protocol::{Reader, Rules, Step};
 use super::repository::Repository;
 use super::root::Head;
@@ -60,7 +61,7 @@ pub struct OpenBackup {
 #[derive(Debug)]
 struct Disk {
     map: Map,
-    objects: Arc<super::objects::Objects>,
+    objects: Arc<Objects>,
     cache: Mutex<Cache>,
     damage: Damage,
 }
@@ -224,6 +225,35 @@ impl OpenBackup {
         (offset / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE), length)
     }
 
+    /// Returns the kind of the bytes at an offset, and an offset up to which it is the same. Reads
+    /// one page of the map at most: `None` if it would need another one.
+    fn kind_at(&self, offset: u64, may_wait: &mut bool) -> Option<(ExtentKind, u64)> {
+        let map = &self.disk.map;
+        let page_end = (offset / PAGE_SPAN + 1) * PAGE_SPAN;
+        let number = (offset / PAGE_SPAN) as usize;
+        if map.is_zero(number) {
+            return Some((ExtentKind::Hole, page_end));
+        }
+        let page = match map.kept(number) {
+            Some(page) => page,
+            None if !std::mem::take(may_wait) => return None,
+            None => {
+                let disk = Arc::clone(&self.disk);
+                match wait(async move { disk.map.page(number).await }) {
+                    Ok(page) => page,
+                    // A page that cannot be read has no holes.
+                    Err(_) => return Some((ExtentKind::Data, page_end)),
+                }
+            }
+        };
+        let block = offset / BLOCK_SIZE;
+        let mut rest = page.blocks.iter().skip((block % PAGE_BLOCKS) as usize).map(Option::is_some);
+        let is_data = rest.next().unwrap_or(true);
+        let same = rest.take_while(|other| *other == is_data).count() as u64;
+        let kind = if is_data { ExtentKind::Data } else { ExtentKind::Hole };
+        Some((kind, (block + 1 + same) * BLOCK_SIZE))
+    }
+
     /// Copies a range out of its blocks.
     fn copy(offset: u64, blocks: &[Option<Bytes>], buffer: &mut [u8]) {
         let mut skip = (offset % BLOCK_SIZE) as usize;
@@ -288,44 +318,15 @@ impl Storage for OpenBackup {
     }
 
     fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
-        let (offset, map) = (offset.bytes(), &self.disk.map);
-        let end = offset.saturating_add(length).min(map.size());
-        let (mut at, mut kind) = (offset, None);
+        let offset = offset.bytes();
+        let end = offset.saturating_add(length).min(self.disk.map.size());
+        let (mut at, mut kind, mut may_wait) = (offset, None, true);
         while at < end {
-            let number = (at / BLOCK_SIZE / PAGE_BLOCKS) as usize;
-            let page_end = (number as u64 + 1) * PAGE_BLOCKS * BLOCK_SIZE;
-            if map.is_zero(number) {
-                if kind.is_some_and(|kind| kind != ExtentKind::Hole) {
-                    break;
-                }
-                kind = Some(ExtentKind::Hole);
-                at = page_end;
-                continue;
-            }
-            let page = match map.kept(number) {
-                Some(page) => page,
-                // A page that cannot be read has no holes.
-                None => {
-                    let disk = Arc::clone(&self.disk);
-                    match wait(async move { disk.map.page(number).await }) {
-                        Ok(page) => page,
-                        Err(_) if kind.is_none_or(|kind| kind == ExtentKind::Data) => {
-                            kind = Some(ExtentKind::Data);
-                            at = page_end;
-                            continue;
-                        }
-                        Err(_) => break,
-                    }
-                }
-            };
-            let block = page.blocks.get((at / BLOCK_SIZE % PAGE_BLOCKS) as usize);
-            let is_data = block.is_none_or(Option::is_some);
-            let own = if is_data { ExtentKind::Data } else { ExtentKind::Hole };
-            if kind.is_some_and(|kind| kind != own) {
+            let Some((own, own_end)) = self.kind_at(at, &mut may_wait) else { break };
+            if *kind.get_or_insert(own) != own {
                 break;
             }
-            kind = Some(own);
-            at = (at / BLOCK_SIZE + 1) * BLOCK_SIZE;
+            at = own_end;
         }
         let length = at.min(end).saturating_sub(offset);
         match kind {
@@ -335,7 +336,8 @@ impl Storage for OpenBackup {
     }
 
     fn is_known_data(&self, offset: HostOffset, length: u64) -> bool {
-        let blocks = offset.bytes() / BLOCK_SIZE..(offset.bytes() + length).div_ceil(BLOCK_SIZE);
+        let end = offset.bytes().saturating_add(length);
+        let blocks = offset.bytes() / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE);
         if blocks.end - blocks.start > STEP {
             return false;
         }

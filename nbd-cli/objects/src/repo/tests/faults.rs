@@ -203,3 +203,28 @@ async fn backup_of_a_disk_of_many_terabytes_is_read_by_one_request() {
     let gets = store.take_seen();
     assert_eq!(gets.len(), 1, "{gets:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn extent_of_a_backup_costs_one_request_for_its_map() {
+    let store = TestStore::start().unwrap();
+    let repository = Repository::init(place_in(&store), None).await.unwrap();
+    // Two pages that are not read together, and are all data.
+    let (page, zero) = (BLOCK_SIZE * PAGE_BLOCKS, 15 * PAGE_BLOCKS);
+    let new = NewBackup { name: "vm1".into(), size: 17 * page, ..NewBackup::default() };
+    let mut session = repository.begin(new).await.unwrap();
+    session.zero(zero).await.unwrap();
+    give_all(&mut session, &vec![1; 2 * page as usize]).await;
+    let made = session.commit().await.unwrap();
+    let backup = repository.read(made.id, Damage::Refused).await.unwrap();
+    store.take_seen();
+    let extents = tokio::task::spawn_blocking(move || {
+        let extent = |page: u64, at: u64| backup.next_extent(HostOffset::new(at * page), 17 * page);
+        [15, 16, 15, 0].map(|at| extent(page, at).unwrap())
+    });
+    let extents = extents.await.unwrap();
+    let lengths = extents.map(|extent| (extent.kind, extent.length / page));
+    let (hole, data) = (imgfmt::ExtentKind::Hole, imgfmt::ExtentKind::Data);
+    assert_eq!(lengths, [(data, 1), (data, 1), (data, 2), (hole, 15)]);
+    let seen = store.take_seen();
+    assert_eq!(seen.iter().filter(|seen| seen.key.contains("/packs/")).count(), 2, "{seen:?}");
+}
