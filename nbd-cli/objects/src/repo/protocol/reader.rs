@@ -8,7 +8,6 @@ use super::{Answer, Backup, Object, Request, Rules, Step};
 pub(crate) struct Reader {
     pin: Id,
     backup: Id,
-    rules: Rules,
     is_pinned: bool,
     state: State,
 }
@@ -25,19 +24,20 @@ enum State {
 impl Reader {
     pub(crate) fn new(pin: Id, backup: Id, rules: Rules) -> Self {
         let state = if rules.pin_first { State::Pin } else { State::Read };
-        Self { pin, backup, rules, is_pinned: false, state }
+        Self { pin, backup, is_pinned: false, state }
     }
 
     /// Returns the next request, or the backup while it may be read, or `None` at the end.
     pub(crate) fn step(&self) -> Step<Option<Backup>> {
         Step::Request(match &self.state {
-            State::Pin => Request::Put(Key::Pin(self.pin), Object::Pin(self.backup)),
             State::Read => Request::Get(Key::Backup(self.backup)),
-            State::Reading(backup) if !self.is_pinned => {
-                let _ = backup;
+            State::Reading(backup) if self.is_pinned => {
+                return Step::Reached(Some(backup.clone()));
+            }
+            // Only the search ever pins a backup that is read already.
+            State::Pin | State::Reading(_) => {
                 Request::Put(Key::Pin(self.pin), Object::Pin(self.backup))
             }
-            State::Reading(backup) => return Step::Reached(Some(backup.clone())),
             State::Unpin => Request::Delete(Key::Pin(self.pin)),
             State::Ended => return Step::Reached(None),
         })
