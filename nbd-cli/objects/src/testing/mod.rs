@@ -217,7 +217,9 @@ async fn serve(
         lock(&shared.faults)(&seen)
     };
     match fault {
-        Fault::Status(status) => return Ok(reply(Answer::error(status, "AsWanted"), None, &fault)),
+        Fault::Status(status) => {
+            return Ok(reply(Answer::error(status, "AsWanted"), false, &fault));
+        }
         Fault::WholeObject => parsed.range = None,
         Fault::NoCondition => parsed.if_match = None,
         Fault::WrongRange => parsed.range = Some("bytes=1-2".to_owned()),
@@ -229,18 +231,18 @@ async fn serve(
     match fault {
         Fault::ReplyLost => Err(std::io::Error::other("the reply is lost")),
         Fault::Hang => std::future::pending().await,
-        _ => Ok(reply(answer, is_head.then_some(()), &fault)),
+        _ => Ok(reply(answer, is_head, &fault)),
     }
 }
 
-fn reply(answer: Answer, head: Option<()>, fault: &Fault) -> Response<Broken> {
+fn reply(answer: Answer, is_head: bool, fault: &Fault) -> Response<Broken> {
     let length = answer.body.len();
     let (whole, end) = match fault {
         Fault::Cut(kept) => (answer.body.slice(..length.min(*kept)), End::Break),
         Fault::Stall(kept) => (answer.body.slice(..length.min(*kept)), End::Stall),
         _ => (answer.body, End::Regular),
     };
-    let body = Broken { data: Some(whole).filter(|_| head.is_none()), end };
+    let body = Broken { data: (!is_head).then_some(whole), end };
     let mut response = Response::new(body);
     *response.status_mut() = answer.status;
     for (name, value) in answer.headers {
