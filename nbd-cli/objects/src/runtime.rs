@@ -2,11 +2,15 @@
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle, Runtime};
 
 /// Threads that drive requests. TLS and signatures are their only work.
 const THREADS: usize = 2;
+
+/// How often a wait looks whether the caller was interrupted.
+pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 static RUNTIME: Mutex<Option<Runtime>> = Mutex::new(None);
 

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::shown::shown;
 
 use super::cache_file::{BLOCK_LEN, CacheFile, Entry, Key};
 
@@ -74,8 +75,7 @@ impl Cache {
         let opened = match &settings.directory {
             Some(directory) => match CacheFile::open(directory, capacity) {
                 Err(error) if !settings.is_optional => {
-                    let why = error.to_string();
-                    let why = why.split(" (os error").next().unwrap_or_default();
+                    let why = shown(&error.to_string());
                     let why = format!("cannot use the cache in '{}': {why}", directory.display());
                     return Err(StoreError::new(StoreErrorKind::Local, why));
                 }

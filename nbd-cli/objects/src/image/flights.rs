@@ -2,16 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
 
 use bytes::Bytes;
 
 use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::runtime::LOOK_EVERY;
 
 use super::cache_file::Key;
-
-/// How often a wait looks whether the caller was interrupted.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// The block that a request fetches.
 #[derive(Debug, Default)]

@@ -4,7 +4,6 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::time::Duration;
 
 use imgfmt::storage::TryRead;
 use imgfmt::{Capabilities, Durability, HostOffset, Storage};
@@ -13,15 +12,13 @@ use openssl::sha::Sha256;
 
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::location::StoreUrl;
+use crate::runtime::LOOK_EVERY;
 use crate::settings::StoreSettings;
 use crate::store::Place;
 
 use super::cache_file::{BLOCK_LEN, Key};
 use super::fetch::{ObjectCache, PinnedObject};
 use super::sequences::{AHEAD_MAX, Sequences};
-
-/// How often a wait looks whether the caller was interrupted.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Blocks that may have to be read again because they gave way before they were read.
 const TRIES: usize = 8;
@@ -64,10 +61,7 @@ impl ObjectStorage {
             return Err(StoreError::invalid(why));
         }
         let place = Place::open(url, settings)?;
-        let opened = {
-            let cache = cache.clone();
-            open(place, cache)
-        };
+        let opened = open(place, cache.clone());
         let object = Arc::new(complete(cache, opened, &is_interrupted)??);
         let (cache, sequences) = (cache.clone(), Mutex::default());
         Ok(Self { object, cache, sequences, is_interrupted })
@@ -266,7 +260,7 @@ fn pinned(name: &str, reply: &GetResult) -> Result<(String, u64)> {
 
 /// Runs a request on the threads of requests, and waits for it. The calling thread may drive a
 /// runtime.
-pub(crate) fn complete<T: Send + 'static>(
+fn complete<T: Send + 'static>(
     cache: &ObjectCache,
     work: impl Future<Output = T> + Send + 'static,
     is_interrupted: &Interrupted,

@@ -6,7 +6,6 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -21,8 +20,9 @@ use tokio::sync::mpsc;
 use crate::crypto::{from_hex, hex};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::location::StoreUrl;
-use crate::runtime::runtime;
+use crate::runtime::{LOOK_EVERY, runtime};
 use crate::settings::StoreSettings;
+use crate::shown::shown;
 use crate::store::{key_path, s3};
 
 use record::{Part, Record};
@@ -38,9 +38,6 @@ const OBJECT_MAX: u64 = 5 << 40;
 
 /// Memory for the parts in flight, in bytes.
 const IN_FLIGHT: u64 = 64 << 20;
-
-/// How often a wait looks whether the caller was interrupted.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// How an image is put on a store.
 #[derive(Clone, Debug, Default)]
@@ -142,8 +139,7 @@ pub fn push(
 }
 
 fn unreadable(source: &PushSource, error: &std::io::Error) -> StoreError {
-    let text = error.to_string();
-    let why = text.split(" (os error").next().unwrap_or_default();
+    let why = shown(&error.to_string());
     StoreError::new(StoreErrorKind::Local, format!("cannot read '{}': {why}", source.name))
 }
 

@@ -7,6 +7,7 @@ use openssl::x509::X509VerifyResult;
 
 use crate::error::{Result, StoreError};
 use crate::settings::StoreSettings;
+use crate::shown::shown;
 
 /// Where distributions keep the authorities. An OpenSSL that the program brings along does not know.
 const BUNDLES: [&str; 5] = [
@@ -34,8 +35,7 @@ pub(super) fn connector(settings: &StoreSettings) -> Result<SslConnector> {
     if let Some(file) = given.or_else(named) {
         let mut store = openssl::x509::store::X509StoreBuilder::new().map_err(failed)?;
         let pem = std::fs::read(file).map_err(|error| unreadable(file, &error.to_string()))?;
-        let certificates = openssl::x509::X509::stack_from_pem(&pem)
-            .map_err(|_| unreadable(file, "it has no certificates in the form PEM"))?;
+        let certificates = openssl::x509::X509::stack_from_pem(&pem).unwrap_or_default();
         if certificates.is_empty() {
             return Err(unreadable(file, "it has no certificates in the form PEM"));
         }
@@ -61,7 +61,7 @@ fn trust_this_machine(builder: &mut SslConnectorBuilder, named: Option<&str>) {
 }
 
 fn unreadable(file: &Path, why: &str) -> StoreError {
-    let why = why.split(" (os error").next().unwrap_or_default();
+    let why = shown(why);
     StoreError::invalid(format!("cannot use the authorities in '{}': {why}", file.display()))
 }
 
