@@ -6,9 +6,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::error::{RepositoryError, Result};
 
-/// The identity of a session, of the backup that it makes, of a gc or of a pin: 48 bits of the time,
-/// in milliseconds since 1970, and 80 random bits. Printed as 32 hexadecimal digits, so that names
-/// sort by time. The protocol does not depend on the time.
+/// The identity of a session, of the backup that it makes, of a gc or of a pin: 48 bits of the
+/// time, in milliseconds since 1970, and 80 random bits. Printed as 32 hexadecimal digits, so that
+/// names sort by time. The protocol does not depend on the time.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Id([u8; 16]);
 
@@ -27,7 +27,7 @@ impl Id {
         Ok(Self(bytes))
     }
 
-    /// When it was made, in milliseconds since 1970, by the clock of who made it.
+    /// When it was made, in milliseconds since 1970, by the clock of its maker.
     pub(crate) fn milliseconds(&self) -> u64 {
         self.0[..6].iter().fold(0, |time, byte| time << 8 | u64::from(*byte))
     }
@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn names_are_read_as_they_are_printed() {
-        let id = Id::random().unwrap();
+        let id = Id::from_bytes([0xa5; 16]);
         let pack = PackId { session: id, number: 0x1f };
         for key in
             [Key::Pack(pack), Key::Backup(id), Key::Session(id), Key::Condemned(id), Key::Pin(id)]
@@ -187,7 +187,7 @@ mod tests {
             format!("elsewhere/{name}"),
             name.clone(),
         ] {
-            assert!(other.parse::<Key>().is_err() || other == format!("backups/{name}"), "{other}");
+            assert!(other.parse::<Key>().is_err(), "{other}");
         }
     }
 

@@ -113,14 +113,16 @@ mod tests {
     #[test]
     fn newest_of_each_period_is_kept() {
         let all = Retention::default();
-        // 20000 is Thursday 2024-10-04 or so; three of one day, and one of each of three weeks.
+        // 20000 is Friday, 2024-10-04. There are three backups of the day after it, and one of each
+        // of the three Saturdays before that.
         let days = [19_900, 19_980, 19_987, 19_994, 20_000, 20_001, 20_001, 20_001];
         assert_eq!(kept(Retention { last: 2, ..all }, &days), [20_001, 20_001]);
         assert_eq!(kept(Retention { daily: 2, ..all }, &days), [20_000, 20_001]);
         assert_eq!(kept(Retention { daily: 100, ..all }, &days).len(), 6);
         assert_eq!(kept(Retention { yearly: 9, ..all }, &days), [20_001]);
-        assert_eq!(kept(Retention { daily: 1, weekly: 2, ..all }, &days).len(), 2);
-        assert!(kept(Retention { weekly: 2, ..all }, &days).len() == 2);
+        assert_eq!(kept(Retention { weekly: 2, ..all }, &days), [19_994, 20_001]);
+        assert_eq!(kept(Retention { daily: 2, weekly: 2, ..all }, &days), [19_994, 20_000, 20_001]);
+        assert_eq!(kept(Retention { monthly: 2, ..all }, &days), [19_994, 20_001]);
         assert!(Retention::default().is_empty() && kept(all, &days).is_empty());
     }
 

@@ -203,7 +203,8 @@ impl World {
                 let is_create = matches!(request, Request::Create(..));
                 let mut worlds = Vec::new();
                 if is_create {
-                    // The store is busy and answers so, or its reply is lost and the request repeated.
+                    // The store is busy and answers so, or its reply is lost and the request
+                    // repeated.
                     let mut busy = machine.clone();
                     busy.answer(Answer::Exists);
                     worlds.push((store.clone(), actor(busy.clone(), stage.clone(), is_done)));
@@ -306,8 +307,7 @@ fn search(start: World, states_max: usize) -> Result<usize, (String, usize)> {
     unreachable!("a search ends")
 }
 
-/// A repository with the backup 1, the pack of the interrupted session 9, and a pack that nobody
-/// needs.
+/// A repository with the backup 1 and the pack of the interrupted session 9.
 fn repository() -> Store {
     let mut store = Store::default();
     store.objects.insert(Key::Backup(id(1)), Object::Live(backup(&[pack(1)])));
