@@ -11,7 +11,7 @@ use super::protocol::{Answer, Object, Request};
 use super::repository::Repository;
 use super::root::{self, Head, PageRoot, Root};
 
-/// Pages that are kept: 256 are 8 GiB of a disk, in about 8 MiB of memory.
+/// Pages that are kept: 256 are 8 GiB of a disk, in about 6 MiB of memory.
 const PAGES_KEPT: usize = 256;
 /// Pages that one request reads, if they are next to each other.
 const PAGES_READ: usize = 16;
@@ -62,7 +62,7 @@ impl Pages {
 }
 
 impl Map {
-    /// Opens the map of a backup that nobody deletes: it is pinned, or a session is registered.
+    /// Opens the map of a backup. Its packs stay, because it is pinned or a session is registered.
     pub(crate) async fn open(repository: &Repository, id: Id) -> Result<Self> {
         let found = repository.objects.carry_out(Request::Get(Key::Backup(id))).await?;
         match found {

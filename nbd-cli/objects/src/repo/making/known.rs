@@ -18,8 +18,8 @@ use super::super::session_record::SessionRecord;
 use super::super::stored::Stored;
 use super::packs::Packs;
 
-/// Most frames of interrupted sessions, and of named backups: 64 GiB of blocks, in about 70 MiB of
-/// memory. What is not known is sent again.
+/// Most frames of interrupted sessions, and of named backups: 64 GiB of blocks, in about 122 MiB of
+/// memory each. What is not known is sent again.
 const FRAMES_MAX: usize = 1 << 20;
 /// Packs whose directories are read at a time.
 const READS: usize = 16;
