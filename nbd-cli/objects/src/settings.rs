@@ -15,7 +15,8 @@ pub struct StoreSettings {
     pub endpoint: Option<String>,
     /// The region. By default that of the environment or profile, then `us-east-1`.
     pub region: Option<String>,
-    /// The profile in the AWS files. A profile that is named here comes before keys in the environment.
+    /// The profile in the AWS files. A profile that is named here comes before keys in the
+    /// environment.
     pub profile: Option<String>,
     /// Where requests have the name of the bucket.
     pub addressing: Option<Addressing>,

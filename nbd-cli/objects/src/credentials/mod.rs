@@ -59,8 +59,8 @@ impl S3Access {
     ///
     /// # Errors
     ///
-    /// If a file cannot be read, a profile does not exist, or its credentials are of a kind that is not
-    /// supported.
+    /// If a file cannot be read, a profile does not exist, or its credentials are of a kind that is
+    /// not supported.
     pub(crate) fn resolve(settings: &StoreSettings) -> Result<Self> {
         let environment = &settings.environment;
         let profile = Profile::read(settings)?;
@@ -107,7 +107,7 @@ fn check_endpoint(endpoint: &str) -> Result<()> {
 /// A profile of the AWS files.
 struct Profile {
     name: String,
-    /// Whether somebody asked for it.
+    /// Whether the settings or the environment name it.
     is_named: bool,
     settings: Section,
 }
@@ -144,7 +144,7 @@ impl Profile {
     }
 
     fn source(&self, is_first: bool, environment: &Environment) -> Result<Source> {
-        // Who names a profile does not want those of the environment, whatever they are.
+        // The user of a named profile does not want those of the environment, whatever they are.
         if !is_first {
             let in_environment = keys(
                 "the environment",
@@ -172,8 +172,8 @@ impl Profile {
         of_surroundings(environment)
     }
 
-    /// Whether the profile has a role that another profile or the machine assumes. It comes before a
-    /// web identity in the environment.
+    /// Whether the profile has a role that another profile or the machine assumes. It comes before
+    /// a web identity in the environment.
     fn assumes_role(&self) -> bool {
         self.get("role_arn").is_some() && self.get("web_identity_token_file").is_none()
     }
@@ -282,7 +282,8 @@ fn of_surroundings(environment: &Environment) -> Result<Source> {
     }
 }
 
-/// Makes the provider of an instance's credentials. Elsewhere nothing answers, so it must not be patient.
+/// Makes the provider of an instance's credentials. Elsewhere nothing answers, so it must not be
+/// patient.
 pub(crate) fn of_instance(settings: &StoreSettings) -> Result<AwsCredentialProvider> {
     let limit = Duration::from_secs(2);
     let timeouts = Timeouts { connect: limit, idle: limit, request: limit, total: limit };

@@ -19,10 +19,11 @@ const CACHE_SIZE_MAX: u64 = 1 << 40;
 /// The place and size of a cache.
 #[derive(Clone, Debug)]
 pub struct CacheSettings {
-    /// The directory; it is made if it does not exist. By default the cache is in the directory for temporary
-    /// files, and ends with the process.
+    /// The directory; it is made if it does not exist. By default the cache is in the directory for
+    /// temporary files, and ends with the process.
     pub directory: Option<PathBuf>,
-    /// Whether the process goes on with a temporary cache, or none, if the directory cannot be used.
+    /// Whether the process goes on with a temporary cache, or none, if the directory cannot be
+    /// used.
     pub is_optional: bool,
     /// Limit of its data, in bytes.
     pub size: u64,
@@ -58,7 +59,7 @@ struct Slot {
     is_checked: bool,
     /// Whether it was used since the hand went past it.
     is_used: bool,
-    /// Those who read or write it now: it must not be overwritten.
+    /// Calls that read or write it now: it must not be overwritten.
     users: u32,
 }
 
@@ -194,7 +195,7 @@ fn read_and_check(
 }
 
 impl State {
-    /// Returns a slot that is nobody's, for its new data.
+    /// Returns a slot that is not in use, for its new data.
     fn reserve(&mut self, key: Key) -> Option<usize> {
         if self.map.contains_key(&key) {
             return None;

@@ -11,8 +11,8 @@
 //! | 60..64 | CRC-32 of the bytes before |
 //!
 //! Numbers are little-endian. Before a slot is overwritten, its entry is cleared; the new entry is
-//! written after the data. Whatever a crash leaves of that, an entry that is complete has the sum of
-//! the data that belongs to it, and data with another sum is not used.
+//! written after the data. Whatever a crash leaves of that, an entry that is complete has the sum
+//! of the data that belongs to it, and data with another sum is not used.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
@@ -87,8 +87,8 @@ pub(super) struct CacheFile {
 }
 
 impl CacheFile {
-    /// Opens the cache in a directory, and returns its entries by slot. While another process uses that
-    /// cache, it makes one that has no name and ends with this process.
+    /// Opens the cache in a directory, and returns its entries by slot. While another process uses
+    /// that cache, it makes one that has no name and ends with this process.
     ///
     /// # Errors
     ///

@@ -24,8 +24,8 @@ const REQUESTS_MAX: usize = 16;
 
 /// The cache of all objects of a process.
 ///
-/// It is bounded, and kept on the local disk; a crash of the process costs blocks at most. Clones are
-/// the same cache.
+/// It is bounded, and kept on the local disk; a crash of the process costs blocks at most. Clones
+/// are the same cache.
 #[derive(Clone)]
 pub struct ObjectCache {
     pub(super) cache: Arc<Cache>,
@@ -102,7 +102,7 @@ impl ObjectCache {
         Err(StoreError::new(StoreErrorKind::Unavailable, why))
     }
 
-    /// Keeps a block, then hands it out: who comes later finds it in the cache.
+    /// Keeps a block, then hands it out: later readers find it in the cache.
     async fn land(&self, run: &mut Run, data: Bytes) {
         self.keep(run.key(), data.clone()).await;
         run.land(data);

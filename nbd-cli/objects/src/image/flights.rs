@@ -50,8 +50,8 @@ impl Flights {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned()
     }
 
-    /// Registers those blocks of a range that are neither here nor excluded, as runs of at most `longest`
-    /// neighbours. The caller fetches each run.
+    /// Registers those blocks of a range that are neither here nor excluded, as runs of at most
+    /// `longest` neighbours. The caller fetches each run.
     pub(super) fn begin(
         self: &Arc<Self>,
         object: [u8; 16],

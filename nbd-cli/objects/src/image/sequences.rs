@@ -23,8 +23,8 @@ struct Sequence {
 }
 
 impl Sequences {
-    /// Records a read of blocks, and returns the blocks behind them to be read ahead. `count` is the number
-    /// of blocks of the object.
+    /// Records a read of blocks, and returns the blocks behind them to be read ahead. `count` is
+    /// the number of blocks of the object.
     pub(super) fn read(&mut self, read: Range<u64>, count: u64) -> Range<u64> {
         let continues = |sequence: &Sequence| {
             (sequence.next.saturating_sub(1)..=sequence.next).contains(&read.start)

@@ -79,8 +79,8 @@ pub struct Pushed {
 
 /// Puts an image on a store. Blocks; `progress` is called on this thread with the bytes done.
 ///
-/// The object appears when all parts are there. What an interrupted push sent is used by the next one
-/// of the same image to the same address, if it is still the same.
+/// The object appears when all parts are there. What an interrupted push sent is used by the next
+/// one of the same image to the same address, if it is still the same.
 ///
 /// # Errors
 ///

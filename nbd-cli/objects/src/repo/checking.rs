@@ -58,13 +58,13 @@ struct Needs {
 }
 
 impl Repository {
-    /// Checks that every backup can be read: its objects, its map, that its packs are there and long
-    /// enough; and reads `percent` of the packs, chosen at random, and compares everything in them
-    /// with its hash.
+    /// Checks that every backup can be read: its objects, its map, that its packs are there and
+    /// long enough; and reads `percent` of the packs, chosen at random, and compares everything in
+    /// them with its hash.
     ///
     /// # Errors
     ///
-    /// As for all requests to the store. Damage is no error.
+    /// As for all requests to the store. Damage is not an error.
     pub async fn check(&self, percent: f64) -> Result<Checked> {
         let mut needs = Needs::default();
         let listed = self.list().await?;

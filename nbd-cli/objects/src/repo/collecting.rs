@@ -1,4 +1,4 @@
-//! Forgets backups, and collects what nobody needs.
+//! Forgets backups, and deletes the packs that no backup needs.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -64,8 +64,8 @@ impl Repository {
     ///
     /// # Errors
     ///
-    /// If its object is damaged, unless `damaged` says that this is known; and as for all requests to
-    /// the store.
+    /// If its object is damaged, unless `damaged` says that this is known; and as for all requests
+    /// to the store.
     pub async fn forget(&self, id: Id, damaged: bool) -> Result<bool> {
         let mut machine = Forget::new(id);
         loop {
@@ -153,7 +153,7 @@ impl Repository {
         }
         let key = Key::Backup(id);
         if self.creates() == Creates::Overwriting {
-            // First, so that who creates the backup at the same time notices.
+            // First, so that a writer that creates the backup at the same time notices.
             self.objects.carry_out(Request::Delete(session)).await?;
         }
         let mut tries = Tries::default();
@@ -251,7 +251,8 @@ impl Repository {
         )
     }
 
-    /// Removes the list of a gc that was interrupted. The caller knows that it does not run any more.
+    /// Removes the list of a gc that was interrupted. The caller knows that it does not run any
+    /// more.
     ///
     /// # Errors
     ///

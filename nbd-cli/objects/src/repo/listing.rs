@@ -32,7 +32,7 @@ impl Repository {
     ///
     /// # Errors
     ///
-    /// As for all requests to the store. A damaged backup is no error.
+    /// As for all requests to the store. A damaged backup is not an error.
     pub async fn list(&self) -> Result<Vec<BackupInfo>> {
         let listed = self.objects.list(Folder::Backups).await?;
         // Nothing is behind the prefix of a tombstone that is left for its name alone.
@@ -48,8 +48,8 @@ impl Repository {
         Ok(found)
     }
 
-    /// Returns which backup of this name was committed last, whatever became of it since. The identity
-    /// is of no backup if two were made at the same time.
+    /// Returns which backup of this name was committed last, whatever became of it since. The
+    /// identity is of no backup if two were made at the same time.
     ///
     /// # Errors
     ///
@@ -99,14 +99,14 @@ impl Repository {
         Ok(Some(BackupInfo { id, head, is_forgotten: kind == Some(Kind::Forgotten) }))
     }
 
-    /// Finds the backup that a text names: `NAME@latest` or `NAME`, `NAME@2026-11-20` (the newest of
-    /// this day, in UTC), `NAME@2026-11-20T18:30` (the newest that was begun before), `NAME@ID` (the
-    /// first digits of its identity are enough).
+    /// Finds the backup that a text names: `NAME@latest` or `NAME`, `NAME@2026-11-20` (the newest
+    /// of this day, in UTC), `NAME@2026-11-20T18:30` (the newest that was begun before), `NAME@ID`
+    /// (the first digits of its identity are enough).
     ///
     /// # Errors
     ///
-    /// If no backup, or more than one, is meant; and if one that cannot be read may be meant: one that
-    /// was begun later than the one that was found.
+    /// If no backup, or more than one, is meant; and if one that cannot be read may be meant: one
+    /// that was begun later than the one that was found.
     pub async fn find(&self, text: &str) -> Result<(Id, Head)> {
         let (name, which) = text.rsplit_once('@').unwrap_or((text, "latest"));
         let all = self.list().await?;
@@ -183,8 +183,8 @@ impl Which {
         }
     }
 
-    /// Returns one of the unreadable backups, if it may be the one that is meant. When they were begun
-    /// is known from their identities.
+    /// Returns one of the unreadable backups, if it may be the one that is meant. When they were
+    /// begun is known from their identities.
     fn hidden(&self, own: &[(Id, &Head)], unreadable: &[Id]) -> Option<Id> {
         let found = own.iter().rfind(|(_, head)| self.is_at(head.time)).map(|(_, head)| head.time);
         let mut meant = unreadable.iter().filter(|id| match self {

@@ -97,7 +97,8 @@ impl Repository {
     ///
     /// # Errors
     ///
-    /// If the name or the size is refused, if the base was forgotten or is damaged, and as for all requests to the store.
+    /// If the name or the size is refused, if the base was forgotten or is damaged, and as for all
+    /// requests to the store.
     pub async fn begin(&self, new: NewBackup) -> Result<Session> {
         check(&new)?;
         let id = Id::random()?;

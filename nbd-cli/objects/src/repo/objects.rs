@@ -100,8 +100,8 @@ impl Objects {
         found.bytes().await.map(Some).map_err(failed)
     }
 
-    /// Reads a part of an object; `None` if there is no object. An object that ends before the range
-    /// is an error.
+    /// Reads a part of an object; `None` if there is no object. An object that ends before the
+    /// range is an error.
     pub(crate) async fn read_range(&self, key: Key, range: Range<u64>) -> Result<Option<Bytes>> {
         let wanted = range.end.saturating_sub(range.start);
         let found = self.read_some(key, GetRange::Bounded(range)).await?;
@@ -214,7 +214,7 @@ impl Objects {
                 }
             }
             Request::Get(key) => match self.get(key).await {
-                // Who reads lists of others can go on.
+                // Readers of the lists of others can go on.
                 Err(error)
                     if matches!(key, Key::Condemned(_))
                         && error.kind() == RepositoryErrorKind::Damaged =>

@@ -47,9 +47,9 @@ impl std::fmt::Debug for Damage {
 
 /// A backup that is open for reading: a [`Storage`] that cannot be written to.
 ///
-/// It is pinned: a gc keeps it, even if it is forgotten meanwhile. [`close`](Self::close) removes the
-/// pin, and so does dropping it, by a call that blocks; if neither happens, the pin stays until
-/// somebody removes it.
+/// It is pinned: a gc keeps it, even if it is forgotten meanwhile. [`close`](Self::close) removes
+/// the pin, and so does dropping it, by a call that blocks; if neither happens, the pin stays until
+/// it is removed by its identity.
 #[derive(Debug)]
 pub struct OpenBackup {
     disk: Arc<Disk>,

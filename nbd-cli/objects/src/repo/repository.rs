@@ -72,8 +72,8 @@ impl Repository {
     /// # Errors
     ///
     /// If there is none, if this version does not know its format, and if the passphrase is missing
-    /// or wrong. With a passphrase, a repository that is not encrypted is refused: whoever can write
-    /// to the store could have replaced what says that it is.
+    /// or wrong. With a passphrase, a repository that is not encrypted is refused: those who can
+    /// write to the store could have replaced what says that it is.
     pub async fn open(place: Place, passphrase: Option<&[u8]>) -> Result<Self> {
         let objects = Objects::new(place, Sealer::default(), Creates::Exclusive);
         let name = objects.name().to_owned();

@@ -1,5 +1,5 @@
-//! The object of a backup: a head, which tells what it is, and a body, which lists its map pages and
-//! the packs that it needs. A tombstone is the same with another kind.
+//! The object of a backup: a head, which tells what it is, and a body, which lists its map pages
+//! and the packs that it needs. A tombstone is the same with another kind.
 
 use std::collections::HashMap;
 
@@ -112,8 +112,8 @@ impl RootBuilder {
         self.root.pages.len()
     }
 
-    /// Adds a page of so many bytes, so many blocks of which are not zero, in these packs. [`place`](Self::place) says where
-    /// it is.
+    /// Adds a page of so many bytes, so many blocks of which are not zero, in these packs.
+    /// [`place`](Self::place) says where it is.
     pub(crate) fn page(&mut self, content: u32, data_blocks: u16, packs: &[PackId]) -> Result<()> {
         let first = u32::try_from(self.root.references.len()).unwrap_or(u32::MAX);
         let count = u16::try_from(packs.len()).unwrap_or(u16::MAX);
@@ -279,7 +279,7 @@ fn checksum(stored: &[u8]) -> Hash {
     Sealer::default().hash(stored)
 }
 
-/// Returns an object that is no backup.
+/// Returns a tombstone without a backup.
 pub(crate) fn empty() -> Bytes {
     let mut object = Vec::with_capacity(PREFIX_LEN);
     object.extend_from_slice(MAGIC);

@@ -142,8 +142,8 @@ impl Sealer {
         packed
     }
 
-    /// The second step: encrypts what [`compress`](Self::compress) returned, where the repository is
-    /// encrypted. No two frames may have the same place.
+    /// The second step: encrypts what [`compress`](Self::compress) returned, where the repository
+    /// is encrypted. No two frames may have the same place.
     pub(crate) fn seal(&self, place: FramePlace, packed: Vec<u8>) -> Result<Vec<u8>> {
         let Some(keys) = &self.keys else { return Ok(packed) };
         let mut tag = [0; TAG_LEN];

@@ -1,4 +1,5 @@
-//! Files that writers into a folder left when they were killed: parts of packs, which no list shows.
+//! Files that writers into a folder left when they were killed: parts of packs, which no list
+//! shows.
 
 use std::path::{Path, PathBuf};
 

@@ -27,8 +27,8 @@ impl Tries {
             tokio::time::sleep(PAUSE * 2_u32.pow((self.0 - 1).min(CREATES_MAX))).await;
         }
         self.0 += 1;
-        // Where creates are puts, the client of the store has repeated it, and what is found does not
-        // say whether the session was ended.
+        // Where creates are puts, the client of the store has repeated it, and what is found does
+        // not say whether the session was ended.
         let is_last = self.0 >= CREATES_MAX || objects.creates == Creates::Overwriting;
         match objects.carry_out(request).await {
             Err(error) if error.kind() == RepositoryErrorKind::Store && !is_last => {

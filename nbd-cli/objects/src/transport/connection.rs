@@ -137,8 +137,8 @@ impl Dialer {
     }
 }
 
-/// Returns the first connection to one of several addresses. One that does not answer soon is waited
-/// for while the next ones are tried (RFC 8305, section 5).
+/// Returns the first connection to one of several addresses. One that does not answer soon is
+/// waited for while the next ones are tried (RFC 8305, section 5).
 async fn first<A, S, F>(
     addresses: impl IntoIterator<Item = A>,
     connect: impl Fn(A) -> F,

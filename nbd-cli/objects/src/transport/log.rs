@@ -1,12 +1,12 @@
-//! The log line of a request, at the level debug. It has neither headers nor the values of a query, which can
-//! be secrets.
+//! The log line of a request, at the level debug. Of the headers it has the range, and of the query
+//! the parts that are not secrets.
 
 use std::time::Instant;
 
 use hyper::header::RANGE;
 use object_store::client::{HttpError, HttpRequest, HttpResponse};
 
-/// Parts of a query that are no secrets, with their values.
+/// Parts of a query that are not secrets, with their values.
 const SHOWN: [&str; 5] = ["list-type", "prefix", "partNumber", "uploads", "delete"];
 
 /// A request that has begun.

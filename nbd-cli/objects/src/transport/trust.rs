@@ -9,7 +9,8 @@ use crate::error::{Result, StoreError};
 use crate::settings::StoreSettings;
 use crate::shown::shown;
 
-/// Where distributions keep the authorities. An OpenSSL that the program brings along does not know.
+/// Where distributions keep the authorities. An OpenSSL that the program brings along does not
+/// know.
 const BUNDLES: [&str; 5] = [
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",

@@ -12,8 +12,8 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// [`Fenced`](crate::repo::RepositoryErrorKind::Fenced) if somebody else ended the session: there
-    /// is no backup. If a request fails, there may be one.
+    /// [`Fenced`](crate::repo::RepositoryErrorKind::Fenced) if another process ended the session:
+    /// there is no backup. If a request fails, there may be one.
     pub async fn commit(mut self) -> Result<Made> {
         self.check_sound()?;
         if self.given != self.blocks() {
@@ -54,8 +54,8 @@ impl Session {
         }
     }
 
-    /// Makes this the last backup of its name, or none, if another one was committed meanwhile: with
-    /// which of them a bitmap started is not known.
+    /// Makes this the last backup of its name, or none, if another one was committed meanwhile:
+    /// with which of them a bitmap started is not known.
     async fn begin_to_be_last(&self) -> Result<Id> {
         let is_alone = self.repository.last(&self.new.name).await? == self.last;
         let last = if is_alone { self.id } else { Id::random()? };

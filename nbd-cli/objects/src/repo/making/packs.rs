@@ -12,8 +12,8 @@ use super::super::stored::Stored;
 pub(super) struct Packs(Vec<(PackId, u32)>);
 
 impl Packs {
-    /// Lists the packs. The session of the writer is registered, and it knows what is condemned: what
-    /// is there now stays.
+    /// Lists the packs. The session of the writer is registered, and it knows what is condemned:
+    /// what is there now stays.
     pub(super) async fn list(repository: &Repository, writer: &Writer) -> Result<Self> {
         let listed = repository.objects.list(Folder::Packs).await?;
         let packs = listed.into_iter().filter_map(|listed| match listed.key {

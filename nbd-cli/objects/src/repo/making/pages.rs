@@ -115,7 +115,8 @@ impl Session {
         Ok(stored)
     }
 
-    /// Puts all pages into packs. They are together there, so that a reader gets many by one request.
+    /// Puts all pages into packs. They are together there, so that a reader gets many by one
+    /// request.
     pub(super) async fn send_pages(&mut self) -> Result<()> {
         if self.pack.len() + self.pages_len > PACK_SIZE {
             self.send_pack().await?;

@@ -40,7 +40,7 @@ impl Renewal {
         Self { stop: Some(stop), task: Some(task), is_ended }
     }
 
-    /// Returns whether somebody ended the session, as far as it is known.
+    /// Returns whether the session was ended, as far as it is known.
     pub(super) fn is_ended(&self) -> bool {
         self.is_ended.load(Ordering::Relaxed)
     }

@@ -36,7 +36,7 @@ struct Round {
     pinned: BTreeSet<Id>,
     /// Packs of live and of pinned backups.
     needed: BTreeSet<PackId>,
-    /// Tombstones with a root that nobody has pinned.
+    /// Tombstones with a root that are not pinned.
     forgotten: BTreeSet<Id>,
 }
 

@@ -1,4 +1,5 @@
-//! The protocol by which writers, collectors and readers share a repository without locks and clocks.
+//! The protocol by which writers, collectors and readers share a repository without locks and
+//! clocks.
 //!
 //! Each party is a machine: it gives one request at a time and takes its answer. A driver carries
 //! the requests out; a test searches all orders in which the requests of several parties can reach
