@@ -228,3 +228,23 @@ async fn extent_of_a_backup_costs_one_request_for_its_map() {
     let seen = store.take_seen();
     assert_eq!(seen.iter().filter(|seen| seen.key.contains("/packs/")).count(), 2, "{seen:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_does_not_miss_packs_of_a_backup_that_was_forgotten_meanwhile() {
+    let store = TestStore::start().unwrap();
+    let repository = Repository::init(place_in(&store), None).await.unwrap();
+    let made = back_up(&repository, "vm1", &disk(400, 9), None).await;
+    let packs = names(&repository, "packs").await;
+    assert!(packs.len() > 1, "the last one has the map");
+    repository.objects.delete(&packs[0]).await.unwrap();
+    let problems = repository.check(100.0).await.unwrap().problems;
+    assert_eq!(problems.len(), 1);
+    assert_eq!(problems[0].backups, [(made.id, "vm1".to_owned())]);
+    // It is listed and opened, and then it is gone.
+    let (key, mut reads) = (Key::Backup(made.id).to_string(), 0);
+    store.fail(move |seen| {
+        reads += u32::from(seen.key.ends_with(&key));
+        if reads > 2 { Fault::Status(404) } else { Fault::None }
+    });
+    assert_eq!(repository.check(100.0).await.unwrap().problems, []);
+}
