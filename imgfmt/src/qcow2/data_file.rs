@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::metadata::metadata_file::MetadataFile;
-use crate::storage::{Durability, Speed, Storage, Tracked, ZeroMode};
+use crate::storage::{Capabilities, Durability, Speed, Storage, Tracked, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
 
 /// By how much the file is extended at once for writes at its end, in bytes: by this part of its
@@ -60,7 +60,7 @@ impl DataFile {
         self.encryption = Encryption::Open;
     }
 
-    /// The data is encrypted, and nobody knows the key.
+    /// The data is encrypted, and the key is not known: no data is read or written from now on.
     pub(in crate::qcow2) fn lock(&mut self) {
         self.encryption = Encryption::Locked;
     }
@@ -70,16 +70,6 @@ impl DataFile {
         self.encryption != Encryption::None
     }
 
-    fn refuse_if_locked(&self) -> Result<()> {
-        match self.encryption {
-            Encryption::Locked => {
-                let detail = "its disk is encrypted, and it was opened without the key";
-                Err(self.metadata.named(Error::new(ErrorKind::KeyRequired, "write to", detail)))
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// Sets a separate file for the data; `is_synced` says that all of it is on stable storage.
     pub(in crate::qcow2) fn attach(&mut self, storage: Arc<dyn Storage>, is_synced: bool) {
         let tracked = Arc::new(Tracked::new(storage, is_synced));
@@ -87,8 +77,18 @@ impl DataFile {
         self.attached = Some(tracked);
     }
 
-    pub(in crate::qcow2) fn storage(&self) -> &Arc<dyn Storage> {
-        &self.storage
+    /// The storage of the data as the disk has it.
+    pub(in crate::qcow2) fn storage(&self) -> Result<&Arc<dyn Storage>> {
+        if self.encryption == Encryption::Locked {
+            let detail = "it is encrypted, and the image was opened without the key";
+            let error = Error::new(ErrorKind::KeyRequired, "use the disk of", detail);
+            return Err(self.metadata.named(error));
+        }
+        Ok(&self.storage)
+    }
+
+    pub(in crate::qcow2) fn capabilities(&self) -> Capabilities {
+        self.storage.capabilities()
     }
 
     /// Whether data has a separate file, where its offsets are those of the disk.
@@ -103,8 +103,7 @@ impl DataFile {
         data: &[u8],
         guest: GuestOffset,
     ) -> Result<()> {
-        self.refuse_if_locked()?;
-        self.storage
+        self.storage()?
             .write_at(host, data, Durability::Cached)
             .map_err(|error| self.error(error, guest))
     }
@@ -116,12 +115,12 @@ impl DataFile {
         length: u64,
         guest: GuestOffset,
     ) -> Result<()> {
-        self.refuse_if_locked()?;
+        let storage = self.storage()?;
         // Encrypted zeroes are written like data.
         if !self.is_encrypted() {
             self.will_reach(host + length, guest)?;
         }
-        self.storage
+        storage
             .write_zeroes(host, length, ZeroMode::KeepAllocated, Speed::Any)
             .map_err(|error| self.error(error, guest))
     }
@@ -255,8 +254,8 @@ mod tests {
     }
 
     fn bytes_of(data: &DataFile) -> Vec<u8> {
-        let mut bytes = vec![9; data.storage().len().unwrap() as usize];
-        data.storage().read_exact_at(HostOffset::new(0), &mut bytes).unwrap();
+        let mut bytes = vec![9; data.storage.len().unwrap() as usize];
+        data.storage.read_exact_at(HostOffset::new(0), &mut bytes).unwrap();
         bytes
     }
 
@@ -264,10 +263,27 @@ mod tests {
     fn zeroes_past_the_end_make_the_file_longer_and_cut_off_nothing() {
         let (_, data) = external(&[1; 512]);
         data.write_zeroes(HostOffset::new(1024), 512, GuestOffset::new(1024)).unwrap();
-        assert_eq!(data.storage().len().unwrap(), 1536);
+        assert_eq!(data.storage.len().unwrap(), 1536);
         data.write_zeroes(HostOffset::new(256), 256, GuestOffset::new(256)).unwrap();
         let bytes = bytes_of(&data);
         assert_eq!((bytes.len(), bytes[255], bytes[256], bytes[1535]), (1536, 1, 0, 0));
+    }
+
+    #[test]
+    fn without_the_key_neither_data_nor_its_storage_is_had() {
+        let (storage, metadata) = opened(true);
+        let mut data = DataFile::new(Arc::new(metadata), false);
+        data.lock();
+        let (calls, host, guest) = (storage.calls(), HostOffset::new(512), GuestOffset::new(0));
+        let refused = [
+            data.storage().map(|_| ()),
+            data.write(host, &[1; 512], guest),
+            data.write_zeroes(host, 512, guest),
+        ];
+        for refused in refused {
+            assert_eq!(refused.unwrap_err().kind(), ErrorKind::KeyRequired);
+        }
+        assert_eq!(storage.calls(), calls);
     }
 
     #[test]

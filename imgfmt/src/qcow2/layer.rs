@@ -63,7 +63,7 @@ impl WritableLayer for Qcow2 {
             minimum_size: 1,
             fast_zero: can_map,
             discard: can_map,
-            ..self.data.storage().capabilities()
+            ..self.data.capabilities()
         }
     }
 

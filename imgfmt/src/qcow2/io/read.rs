@@ -55,7 +55,7 @@ impl Qcow2 {
         walk: &mut Walk<'_>,
     ) -> Result<Mapped> {
         let file = FileSpan {
-            storage: self.data.storage(),
+            storage: self.data.storage()?,
             offset: host,
             may_pass_end: true,
             may_have_holes: false,

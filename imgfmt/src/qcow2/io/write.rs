@@ -86,7 +86,7 @@ impl Qcow2 {
             return Ok(None);
         }
         let [(host, ..)] = segments[..] else { return Ok(None) };
-        let Some(map) = WriteMap::new(self.data.storage(), host, range.length()) else {
+        let Some(map) = WriteMap::new(self.data.storage()?, host, range.length()) else {
             return Ok(None);
         };
         let map = map.with(recorded, lease).reporting_to(Arc::clone(&self.metadata) as _);
