@@ -92,15 +92,16 @@ pub(crate) trait WritableLayer: Layer {
     fn append(&self, offset: GuestOffset, encoded: &[u8]) -> Result<()> {
         self.write_at(offset, encoded, Durability::Cached)
     }
-    fn write_zeroes(
-        &self,
-        range: GuestRange,
-        mode: ZeroMode,
-        speed: Speed,
-        durability: Durability,
-    ) -> Result<()>;
-    fn discard(&self, range: GuestRange, durability: Durability) -> Result<()>;
+    fn write_zeroes(&self, range: GuestRange, mode: ZeroMode, speed: Speed) -> Result<()>;
+    fn discard(&self, range: GuestRange) -> Result<()>;
     fn flush(&self) -> Result<()>;
+    /// Flushes after a change that has to be durable. Zeroes and discards leave that to their caller.
+    fn flush_if(&self, durability: Durability) -> Result<()> {
+        match durability {
+            Durability::Cached => Ok(()),
+            Durability::Fua => self.flush(),
+        }
+    }
     /// Marks the disk durably as incomplete or complete, if the format supports that.
     fn mark_incomplete(&self, _is_incomplete: bool) -> Result<()> {
         Ok(())

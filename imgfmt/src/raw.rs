@@ -88,13 +88,6 @@ impl Raw {
     pub(crate) fn storage(&self) -> &dyn Storage {
         &*self.storage
     }
-
-    fn sync_if(&self, durability: Durability) -> Result<()> {
-        match durability {
-            Durability::Cached => Ok(()),
-            Durability::Fua => self.flush(),
-        }
-    }
 }
 
 impl Layer for Raw {
@@ -151,13 +144,7 @@ impl WritableLayer for Raw {
         Ok(WriteMap::new(&self.storage, host(offset), length).map(WriteMap::durable_alone))
     }
 
-    fn write_zeroes(
-        &self,
-        range: GuestRange,
-        mode: ZeroMode,
-        speed: Speed,
-        durability: Durability,
-    ) -> Result<()> {
+    fn write_zeroes(&self, range: GuestRange, mode: ZeroMode, speed: Speed) -> Result<()> {
         self.guarded(range.offset(), zero_start(range), || {
             let result =
                 self.storage.write_zeroes(host(range.offset()), range.length(), mode, speed);
@@ -170,19 +157,17 @@ impl WritableLayer for Raw {
                 _ => Error::from_io("write zeroes to", error),
             })
         })
-        .map_err(at(range.offset()))?;
-        self.sync_if(durability)
+        .map_err(at(range.offset()))
     }
 
-    fn discard(&self, range: GuestRange, durability: Durability) -> Result<()> {
+    fn discard(&self, range: GuestRange) -> Result<()> {
         let result = self.guarded(range.offset(), zero_start(range), || {
             self.storage.punch_hole(host(range.offset()), range.length()).map_err(io("discard"))
         });
         match result {
             // A discard is advice: where it is impossible, nothing happens.
             Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
-            Err(error) => Err(error.at(range.offset().bytes())),
-            Ok(()) => self.sync_if(durability),
+            result => result.map_err(at(range.offset())),
         }
     }
 

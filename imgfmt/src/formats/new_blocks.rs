@@ -311,35 +311,22 @@ impl<B: NewBlocks> WritableLayer for NewImage<B> {
 
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
         self.noted(self.write_data(offset, data))?;
-        match durability {
-            Durability::Cached => Ok(()),
-            Durability::Fua => self.flush(),
-        }
+        self.flush_if(durability)
     }
 
     fn try_write_at(&self, _: GuestOffset, _: &[u8]) -> Result<TryWrite> {
         Ok(TryWrite::WouldBlock)
     }
 
-    fn write_zeroes(
-        &self,
-        range: GuestRange,
-        mode: ZeroMode,
-        speed: Speed,
-        durability: Durability,
-    ) -> Result<()> {
+    fn write_zeroes(&self, range: GuestRange, mode: ZeroMode, speed: Speed) -> Result<()> {
         if speed == Speed::FastOnly {
             let detail = "a new image of this format has no fast way to do so; allow the slow one";
             return Err(Error::new(ErrorKind::NotFast, "write zeroes to", detail));
         }
-        self.noted(self.zero(range, mode))?;
-        match durability {
-            Durability::Cached => Ok(()),
-            Durability::Fua => self.flush(),
-        }
+        self.noted(self.zero(range, mode))
     }
 
-    fn discard(&self, _: GuestRange, _: Durability) -> Result<()> {
+    fn discard(&self, _: GuestRange) -> Result<()> {
         Ok(())
     }
 

@@ -101,9 +101,10 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
-        let durability = self.durability(durability);
-        let result = self.writable()?.write_zeroes(range, mode, speed, durability);
-        result.map_err(|error| self.name(error))
+        let image = self.writable()?;
+        let zeroed = image.write_zeroes(range, mode, speed);
+        let durable = zeroed.and_then(|()| image.flush_if(self.durability(durability)));
+        durable.map_err(|error| self.name(error))
     }
 
     /// Declares the content of a range unneeded, so that its space can be freed. The range then
@@ -117,8 +118,10 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
-        let durability = self.durability(durability);
-        self.writable()?.discard(range, durability).map_err(|error| self.name(error))
+        let image = self.writable()?;
+        let discarded = image.discard(range);
+        let durable = discarded.and_then(|()| image.flush_if(self.durability(durability)));
+        durable.map_err(|error| self.name(error))
     }
 
     /// Waits until the data of all writes that returned before is on stable storage.

@@ -110,26 +110,16 @@ impl WritableLayer for Qcow2 {
         Ok(())
     }
 
-    fn write_zeroes(
-        &self,
-        range: GuestRange,
-        mode: ZeroMode,
-        speed: Speed,
-        durability: Durability,
-    ) -> Result<()> {
+    fn write_zeroes(&self, range: GuestRange, mode: ZeroMode, speed: Speed) -> Result<()> {
         self.metadata.refuse_if_corrupt()?;
-        let recorded = self.bitmaps.before_change(self, range)?;
-        self.zero_range(range, mode, speed)?;
-        drop(recorded);
-        self.flush_if(durability)
+        let _recorded = self.bitmaps.before_change(self, range)?;
+        self.zero_range(range, mode, speed)
     }
 
-    fn discard(&self, range: GuestRange, durability: Durability) -> Result<()> {
+    fn discard(&self, range: GuestRange) -> Result<()> {
         self.metadata.refuse_if_corrupt()?;
-        let recorded = self.bitmaps.before_change(self, range)?;
-        self.discard_range(range)?;
-        drop(recorded);
-        self.flush_if(durability)
+        let _recorded = self.bitmaps.before_change(self, range)?;
+        self.discard_range(range)
     }
 
     fn flush(&self) -> Result<()> {
@@ -146,15 +136,6 @@ impl WritableLayer for Qcow2 {
 
     fn resize(&mut self, size: u64) -> Result<()> {
         Self::resize(self, size)
-    }
-}
-
-impl Qcow2 {
-    fn flush_if(&self, durability: Durability) -> Result<()> {
-        match durability {
-            Durability::Cached => Ok(()),
-            Durability::Fua => self.flusher().flush_for_caller(),
-        }
     }
 }
 

@@ -286,17 +286,14 @@ impl WritableLayer for Stream {
 
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
         self.noted(self.append_all(offset, data))?;
-        match durability {
-            Durability::Cached => Ok(()),
-            Durability::Fua => self.flush(),
-        }
+        self.flush_if(durability)
     }
 
     fn try_write_at(&self, _: GuestOffset, _: &[u8]) -> Result<TryWrite> {
         Ok(TryWrite::WouldBlock)
     }
 
-    fn write_zeroes(&self, range: GuestRange, _: ZeroMode, _: Speed, _: Durability) -> Result<()> {
+    fn write_zeroes(&self, range: GuestRange, _: ZeroMode, _: Speed) -> Result<()> {
         // What is not written is zero.
         let is_behind = range.offset().bytes() >= self.written.lock().next * GRAIN;
         self.noted(match is_behind {
@@ -305,7 +302,7 @@ impl WritableLayer for Stream {
         })
     }
 
-    fn discard(&self, _: GuestRange, _: Durability) -> Result<()> {
+    fn discard(&self, _: GuestRange) -> Result<()> {
         Ok(())
     }
 
