@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 
 use super::checker::{ActiveEntry, Checker, Fix, READ_AHEAD, TableUse};
-use crate::bytes::u32_at;
 use crate::error::Result;
+use crate::luks;
 use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK, table_of};
 use crate::qcow2::on_disk::snapshot;
@@ -15,11 +15,6 @@ const L1_RESERVED: u64 = !(COPIED | OFFSET_MASK);
 const REFCOUNT_TABLE_RESERVED: u64 = 511;
 /// The maximum number of references past the end of the file that are stored one by one.
 const BEYOND_MAX: usize = 1 << 20;
-/// The start of a LUKS header of version 1, the place of its field `payload-offset`, and the unit of
-/// that (LUKS1 On-Disk Format Specification, section 2.1).
-const LUKS_START: &[u8] = b"LUKS\xba\xbe\0\x01";
-const LUKS_PAYLOAD: usize = 104;
-const LUKS_SECTOR: u64 = 512;
 
 impl Checker<'_> {
     /// Counts the clusters that `length` bytes at `offset` touch, `weight` times. Returns whether
@@ -126,12 +121,11 @@ impl Checker<'_> {
         }
     }
 
-    /// Where a LUKS header says that it ends, in bytes from its start; `None` if there is none.
+    /// Where a LUKS header of version 1 says that it ends, in bytes from its start; `None` if there is
+    /// none.
     fn luks_payload(&self, offset: HostOffset) -> Option<u64> {
-        let mut start = [0; LUKS_PAYLOAD + 4];
-        let length = self.image.metadata.file.read_at(offset, &mut start).ok()?;
-        let is_luks = length == start.len() && start.starts_with(LUKS_START);
-        is_luks.then(|| u64::from(u32_at(&start, LUKS_PAYLOAD)) * LUKS_SECTOR)
+        let header = luks::read(&*self.image.metadata.file, offset.bytes()).ok()??;
+        header.payload_offset.filter(|_| header.version == 1)
     }
 
     /// Records feature bits that contradict the rest of the header.
