@@ -9,12 +9,14 @@ use crate::bytes::{u16_at, u32_at, u64_at};
 use crate::storage::Storage;
 use crate::units::HostOffset;
 
-const MAGIC: &[u8] = b"LUKS\xba\xbe";
-const HEADER_LENGTH: usize = 592;
-const SECTOR: u64 = 512;
-const SLOTS: usize = 8;
+pub(crate) const MAGIC: &[u8] = b"LUKS\xba\xbe";
+pub(crate) const SECTOR: u64 = 512;
+/// The length of a header of version 1, which ends with its slots.
+pub(crate) const HEADER_LENGTH: usize = 592;
+const SLOTS_START: usize = 208;
 const SLOT_LENGTH: usize = 48;
-const SLOT_ACTIVE: u32 = 0x00ac_71f3;
+/// The state of a slot in use.
+pub(crate) const SLOT_ACTIVE: u32 = 0x00ac_71f3;
 /// The end of the text of a version 2 header, at most.
 const JSON_END_MAX: u64 = 4 << 20;
 const JSON_START: u64 = 4096;
@@ -118,14 +120,11 @@ fn details(header: &[u8]) -> LuksDetails {
     // XTS has two keys of the same length.
     let keys = if mode == "xts" { 2 } else { 1 };
     let bits = u64::from(u32_at(header, 108)) * 8 / keys;
-    let slots = (0..SLOTS).map(|index| {
-        let at = 208 + index * SLOT_LENGTH;
-        LuksSlot {
-            is_active: u32_at(header, at) == SLOT_ACTIVE,
-            iterations: u32_at(header, at + 4),
-            key_offset: u64::from(u32_at(header, at + 40)) * SECTOR,
-            stripes: u32_at(header, at + 44),
-        }
+    let slots = slots_of(header).map(|slot| LuksSlot {
+        is_active: u32_at(slot, 0) == SLOT_ACTIVE,
+        iterations: u32_at(slot, 4),
+        key_offset: u64::from(u32_at(slot, 40)) * SECTOR,
+        stripes: u32_at(slot, 44),
     });
     LuksDetails {
         cipher: format!("{name}-{bits}"),
@@ -136,6 +135,11 @@ fn details(header: &[u8]) -> LuksDetails {
         master_key_iterations: u32_at(header, 164),
         slots: slots.collect(),
     }
+}
+
+/// The slots of a header of version 1.
+pub(crate) fn slots_of(header: &[u8]) -> impl Iterator<Item = &[u8]> {
+    header.get(SLOTS_START..HEADER_LENGTH).unwrap_or_default().chunks_exact(SLOT_LENGTH)
 }
 
 /// Where the first segment of data begins, from the text in a header of version 2: the first member

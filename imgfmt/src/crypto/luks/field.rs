@@ -5,10 +5,8 @@ use crate::error::{Error, Result};
 use crate::storage::Storage;
 use crate::units::HostOffset;
 
-pub(super) const MAGIC: &[u8] = b"LUKS\xba\xbe";
 /// The second header of version 2.
 pub(super) const MAGIC_SECONDARY: &[u8] = b"SKUL\xba\xbe";
-pub(super) const SECTOR: u64 = 512;
 
 /// Reads a part of a header.
 pub(super) fn read_exact(

@@ -80,9 +80,8 @@ fn slot_of(number: u32, slot: &Value, digest: &Value, header_length: u64) -> Res
         digest: digest_of(digest)?,
     };
     found.check()?;
-    let length = found.material_length();
-    let end = found.offset.checked_add(length);
-    if found.offset < 2 * header_length || length > json::large(area, "size")? || end.is_none() {
+    let is_too_small = found.material_length() > json::large(area, "size")?;
+    if found.offset < 2 * header_length || is_too_small || found.end() == u64::MAX {
         return Err(invalid("a key slot overlaps the LUKS header or is too small"));
     }
     Ok(found)

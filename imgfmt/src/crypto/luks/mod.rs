@@ -12,7 +12,7 @@ mod slot;
 mod v1;
 mod v2;
 
-use self::field::{MAGIC, SECTOR, read_error, read_exact};
+use self::field::{read_error, read_exact};
 use self::header::Header;
 #[cfg(feature = "test-util")]
 pub use self::v2::seal;
@@ -20,6 +20,7 @@ use super::cipher::SectorCipher;
 use super::error::{invalid, unsupported};
 use crate::bytes::u16_at;
 use crate::error::{ErrorKind, Result};
+use crate::luks::{MAGIC, SECTOR};
 use crate::passphrase::Passphrase;
 use crate::storage::Storage;
 
@@ -66,7 +67,7 @@ pub(crate) fn unlock_within(
     if header.version != 1 {
         return Err(unsupported("its data is encrypted with LUKS, but not with version 1"));
     }
-    if header.slots.iter().any(|slot| slot.offset + slot.material_length() > length) {
+    if header.slots.iter().any(|slot| slot.end() > length) {
         return Err(invalid("a key slot of its LUKS header lies past the end of that header"));
     }
     let cipher = header.find_key(storage, base, passphrases)?;

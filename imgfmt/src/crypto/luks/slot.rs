@@ -10,12 +10,11 @@ use crate::crypto::hash;
 use crate::crypto::kdf::{Budget, Kdf, pbkdf2};
 use crate::crypto::split::{self, STRIPES};
 use crate::error::Result;
+use crate::luks::SECTOR;
 use crate::storage::Storage;
 
 /// The maximum length of a key, in bytes: two keys of AES-256.
 pub(super) const KEY_MAX: u32 = 64;
-/// Key material is encrypted in sectors of this size, numbered from 0.
-const SECTOR: usize = 512;
 
 /// A slot in use.
 #[derive(Debug)]
@@ -47,7 +46,12 @@ pub(super) struct Digest {
 impl Slot {
     /// The length of its key material in bytes, of complete sectors.
     pub(super) fn material_length(&self) -> u64 {
-        (u64::from(self.key_length) * u64::from(self.stripes)).next_multiple_of(SECTOR as u64)
+        (u64::from(self.key_length) * u64::from(self.stripes)).next_multiple_of(SECTOR)
+    }
+
+    /// Where its key material ends, in bytes from the start of the header; the maximum if that is more.
+    pub(super) fn end(&self) -> u64 {
+        self.offset.saturating_add(self.material_length())
     }
 
     /// Refuses sizes that no program writes.
@@ -81,7 +85,8 @@ impl Slot {
         read_exact(storage, base, self.offset, &mut material)?;
         let derived = self.kdf.derive(passphrase, self.area_key_length as usize, budget)?;
         let cipher = SectorCipher::new(&self.cipher.0, &self.cipher.1, derived)?;
-        cipher.apply(Direction::Decrypt, 0, SECTOR, &mut material)?;
+        // Numbered from 0, whatever the size of the sectors of the data is.
+        cipher.apply(Direction::Decrypt, 0, SECTOR as usize, &mut material)?;
         let length = self.key_length as usize;
         let stripes = &material[..length * self.stripes as usize];
         let key = split::merge(stripes, length, split_hash)?;

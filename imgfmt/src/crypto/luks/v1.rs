@@ -13,22 +13,21 @@
 //! | 168 | 40 | UUID |
 //! | 208 | 8 × 48 | slots: state (4), iterations (4), salt (32), start of the key material in sectors (4), stripes (4) |
 
-use super::field::{SECTOR, read_exact, text};
+use super::field::{read_exact, text};
 use super::header::Header;
 use super::slot::{Digest, Slot};
 use crate::bytes::u32_at;
 use crate::crypto::error::invalid;
 use crate::crypto::kdf::Kdf;
 use crate::error::Result;
+use crate::luks::{HEADER_LENGTH, SECTOR, SLOT_ACTIVE, slots_of};
 use crate::storage::Storage;
 
-const LENGTH: usize = 592;
-const SLOT_LENGTH: usize = 48;
-const SLOT_ACTIVE: u32 = 0x00ac_71f3;
+/// The state of a slot that is not in use.
 const SLOT_EMPTY: u32 = 0x0000_dead;
 
 pub(super) fn read(storage: &dyn Storage, base: u64) -> Result<Header> {
-    let mut bytes = [0; LENGTH];
+    let mut bytes = [0; HEADER_LENGTH];
     read_exact(storage, base, 0, &mut bytes)?;
     let cipher = (text(&bytes[8..40])?, text(&bytes[40..72])?);
     let hash = text(&bytes[72..104])?;
@@ -41,8 +40,8 @@ pub(super) fn read(storage: &dyn Storage, base: u64) -> Result<Header> {
         digest: bytes[112..132].to_vec(),
     };
     let mut slots = Vec::new();
-    for (index, at) in (0u32..).zip((208..LENGTH).step_by(SLOT_LENGTH)) {
-        match u32_at(&bytes, at) {
+    for (index, slot) in (0u32..).zip(slots_of(&bytes)) {
+        match u32_at(slot, 0) {
             SLOT_ACTIVE => {}
             SLOT_EMPTY => continue,
             state => {
@@ -51,21 +50,20 @@ pub(super) fn read(storage: &dyn Storage, base: u64) -> Result<Header> {
                 )));
             }
         }
-        let salt = bytes[at + 8..at + 40].to_vec();
+        let salt = slot[8..40].to_vec();
         let slot = Slot {
             number: index,
-            kdf: Kdf::Pbkdf2 { hash: hash.clone(), iterations: u32_at(&bytes, at + 4), salt },
+            kdf: Kdf::Pbkdf2 { hash: hash.clone(), iterations: u32_at(slot, 4), salt },
             cipher: cipher.clone(),
             area_key_length: key_length,
-            offset: u64::from(u32_at(&bytes, at + 40)) * SECTOR,
+            offset: u64::from(u32_at(slot, 40)) * SECTOR,
             key_length,
-            stripes: u32_at(&bytes, at + 44),
+            stripes: u32_at(slot, 44),
             split_hash: hash.clone(),
             digest: digest.clone(),
         };
         slot.check()?;
-        let end = slot.offset + slot.material_length();
-        if slot.offset < LENGTH as u64 || payload != 0 && end > payload {
+        if slot.offset < HEADER_LENGTH as u64 || payload != 0 && slot.end() > payload {
             return Err(invalid(format!(
                 "key slot {index} of its LUKS header overlaps the header or the data"
             )));

@@ -15,14 +15,16 @@
 use openssl::hash::{DigestBytes, hash};
 use serde_json::Value;
 
-use super::field::{MAGIC, MAGIC_SECONDARY, SECTOR, read_exact, text};
+use super::field::{MAGIC_SECONDARY, read_exact, text};
 use super::header::Header;
 use super::json;
 use super::keyslots::slots_of;
+use super::slot::Slot;
 use crate::bytes::{u16_at, u64_at};
 use crate::crypto::error::{invalid, library, unsupported};
 use crate::crypto::hash::by_name;
 use crate::error::Result;
+use crate::luks::{MAGIC, SECTOR};
 use crate::storage::Storage;
 
 const BINARY: usize = 4096;
@@ -131,7 +133,7 @@ fn decode(copy: &Copy) -> Result<Header> {
         return Err(invalid("its encrypted data does not consist of complete sectors"));
     }
     let (slots, unusable) = slots_of(text, segment_name, copy.length)?;
-    let slots_end = slots.iter().map(|slot| slot.offset + slot.material_length()).max();
+    let slots_end = slots.iter().map(Slot::end).max();
     if payload != 0 && payload < slots_end.unwrap_or(0).max(2 * copy.length) {
         return Err(invalid("its encrypted data overlaps its LUKS header"));
     }
@@ -154,9 +156,8 @@ fn refuse_requirements(text: &Value) -> Result<()> {
     let Some(names) = mandatory.and_then(Value::as_array).filter(|names| !names.is_empty()) else {
         return Ok(());
     };
-    let names: Vec<_> =
-        names.iter().map(|name| name.as_str().unwrap_or("?").escape_debug()).collect();
-    let names: Vec<String> = names.into_iter().map(|name| name.to_string()).collect();
+    let names = names.iter().map(|name| name.as_str().unwrap_or("?").escape_debug().to_string());
+    let names: Vec<_> = names.collect();
     Err(unsupported(format!(
         "its LUKS header requires '{}', which is not supported",
         names.join("', '")
