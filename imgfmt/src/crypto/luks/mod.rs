@@ -42,9 +42,9 @@ pub(crate) struct Volume {
 /// slot of it. Takes as long as the header wants, up to minutes.
 pub(crate) fn unlock(storage: &dyn Storage, passphrases: &[Passphrase]) -> Result<Volume> {
     let header = read(storage, 0)?;
-    let cipher = header.find_key(storage, 0, passphrases)?;
     let Header { payload: start, size, sector_size, first_number, .. } = header;
     let length = storage.len().map_err(read_error)?;
+    // Before the expensive step.
     if start == 0 {
         return Err(unsupported("it is a detached LUKS header, and its data is in another file"));
     }
@@ -53,6 +53,7 @@ pub(crate) fn unlock(storage: &dyn Storage, passphrases: &[Passphrase]) -> Resul
             "its encrypted data begins or ends past the end of the file of {length} bytes"
         )));
     }
+    let cipher = header.find_key(storage, 0, passphrases)?;
     Ok(Volume { cipher, start, size, sector_size, first_number })
 }
 

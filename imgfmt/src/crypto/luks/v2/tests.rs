@@ -107,6 +107,17 @@ fn a_wrong_passphrase_is_called_wrong_and_slots_that_were_not_tried_are_named() 
 }
 
 #[test]
+fn data_that_is_not_in_the_file_is_refused_before_a_key_is_derived() {
+    for (offset, said) in [("0", "detached"), ("68719476736", "past the end of the file")] {
+        let mut text = text(&[slot(&pbkdf2(1000, SALT))], 1);
+        text["segments"]["0"]["offset"] = json!(offset);
+        // Without a passphrase no key can be derived.
+        let error = crate::crypto::luks::unlock(&volume(&text), &[]).unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+    }
+}
+
+#[test]
 fn a_slot_belongs_to_the_first_digest_that_names_it() {
     let mut text = text(&[slot(&pbkdf2(1000, SALT))], 2);
     text["digests"]["0"]["segments"] = json!([]);
