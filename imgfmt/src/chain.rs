@@ -39,26 +39,12 @@ pub(crate) fn open(
 }
 
 /// Checks a qcow2 image by itself, without the files it names.
-pub(crate) fn check(path: &Path, options: &OpenOptions, repair: Repair) -> Result<CheckReport> {
-    let access = match repair {
-        Repair::None => Access::ReadOnly,
-        Repair::Leaks | Repair::All => Access::ReadWrite,
-    };
-    let storage = Arc::new(options.open_file(path, access)?);
-    check_storage(storage, Some(path), options, repair)
-}
-
-/// The same for any storage.
 pub(crate) fn check_storage(
     storage: Arc<dyn Storage>,
     path: Option<&Path>,
     options: &OpenOptions,
     repair: Repair,
 ) -> Result<CheckReport> {
-    let access = match repair {
-        Repair::None => Access::ReadOnly,
-        Repair::Leaks | Repair::All => Access::ReadWrite,
-    };
     let format = format_of(&*storage, options)?;
     if format != Format::Qcow2 {
         let detail = match format {
@@ -69,7 +55,7 @@ pub(crate) fn check_storage(
         };
         return Err(Error::new(ErrorKind::Unsupported, "check", detail));
     }
-    let options = OpenOptions { access, snapshot: None, ..options.clone() };
+    let options = OpenOptions { access: repair.access(), snapshot: None, ..options.clone() };
     let mut image = Qcow2::open(storage, path, &options, Purpose::Check)?;
     let report = image.check(repair)?;
     if report.corruptions_repaired > 0 {

@@ -19,10 +19,14 @@ use crate::qcow2::{self, CheckReport, Repair};
 use crate::storage::Storage;
 
 /// Opens a file, or a disk in an archive; returns how what is in it is opened.
-fn open_to_read(path: &Path, options: &OpenOptions) -> Result<(Arc<dyn Storage>, OpenOptions)> {
-    match archive::open(path, options, Access::ReadOnly)? {
+fn open_file(
+    path: &Path,
+    options: &OpenOptions,
+    access: Access,
+) -> Result<(Arc<dyn Storage>, OpenOptions)> {
+    match archive::open(path, options, access)? {
         Some(disk) => Ok((disk.storage, archive::options(options))),
-        None => Ok((Arc::new(options.open_file(path, Access::ReadOnly)?), options.clone())),
+        None => Ok((Arc::new(options.open_file(path, access)?), options.clone())),
     }
 }
 
@@ -39,18 +43,11 @@ impl Image {
         repair: Repair,
     ) -> Result<CheckReport> {
         let path = path.as_ref();
-        let check = || match repair {
-            Repair::None => {
-                let (storage, options) = open_to_read(path, options)?;
-                chain::check_storage(storage, Some(path), &options, repair)
-            }
-            // Refused in an archive.
-            Repair::Leaks | Repair::All => match archive::open(path, options, Access::ReadWrite)? {
-                Some(disk) => chain::check_storage(disk.storage, Some(path), options, repair),
-                None => chain::check(path, options, repair),
-            },
-        };
-        check().map_err(|error| error.with_path(path))
+        let check =
+            |(storage, options)| chain::check_storage(storage, Some(path), &options, repair);
+        open_file(path, options, repair.access())
+            .and_then(check)
+            .map_err(|error| error.with_path(path))
     }
 
     /// Returns information about the image in a file. The files it names are not opened, so that an
@@ -62,7 +59,9 @@ impl Image {
     pub fn inspect_file(path: impl AsRef<Path>, options: &OpenOptions) -> Result<ImageInfo> {
         let path = path.as_ref();
         let inspect = |(file, options)| chain::inspect(file, Some(path), &options);
-        open_to_read(path, options).and_then(inspect).map_err(|error| error.with_path(path))
+        open_file(path, options, Access::ReadOnly)
+            .and_then(inspect)
+            .map_err(|error| error.with_path(path))
     }
 
     /// Returns information about the image in any storage, like
@@ -105,7 +104,9 @@ impl Image {
     pub fn inspect_chain(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Vec<ImageInfo>> {
         let path = path.as_ref();
         let inspect = |(file, options)| chain::inspect_chain(file, Some(path), &options);
-        open_to_read(path, options).and_then(inspect).map_err(|error| error.with_path(path))
+        open_file(path, options, Access::ReadOnly)
+            .and_then(inspect)
+            .map_err(|error| error.with_path(path))
     }
 
     /// Returns information about the image in any storage and about all layers of its backing

@@ -1,5 +1,7 @@
 //! The options and the results of a check.
 
+use crate::access::Access;
+
 /// The permitted repairs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Repair {
@@ -10,6 +12,16 @@ pub enum Repair {
     Leaks,
     /// All possible ones.
     All,
+}
+
+impl Repair {
+    /// How the image is opened for it.
+    pub(crate) fn access(self) -> Access {
+        match self {
+            Self::None => Access::ReadOnly,
+            Self::Leaks | Self::All => Access::ReadWrite,
+        }
+    }
 }
 
 /// The result of a check.
