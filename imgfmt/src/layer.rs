@@ -53,14 +53,15 @@ pub(crate) trait Layer: Send + Sync + fmt::Debug {
     }
 }
 
-/// How an image can be filled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Filling {
-    /// With any writes, in any order.
-    AnyOrder,
-    /// In units of this many bytes from the start to the end, each of which is encoded on its own and
-    /// then appended. Units that are left out are zero.
-    InOrder { unit: u64 },
+/// A new image that is filled from the start to the end, in units each of which is encoded on its own
+/// and then appended. Units that are left out are zero.
+pub(crate) trait FilledInOrder: Send + Sync {
+    /// The size of a unit in bytes.
+    fn unit(&self) -> u64;
+    /// Encodes a unit. Several threads may do that at once.
+    fn encode(&self, offset: GuestOffset, data: &[u8]) -> Result<Vec<u8>>;
+    /// Writes the next unit, which was encoded.
+    fn append(&self, offset: GuestOffset, encoded: &[u8]) -> Result<()>;
 }
 
 /// An image that can be changed. Methods that change it are not called if it was opened read-only.
@@ -78,19 +79,10 @@ pub(crate) trait WritableLayer: Layer {
     fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
         self.write_at(offset, data, Durability::Cached)
     }
-    /// How a new image of this kind can be filled.
-    fn filling(&self) -> Filling {
-        Filling::AnyOrder
-    }
-    /// Encodes a unit that [`append`](Self::append) writes, if it is filled in order. Several threads may
-    /// do that.
-    fn encode(&self, offset: GuestOffset, _data: &[u8]) -> Result<Vec<u8>> {
-        let detail = "the format has no encoded units";
-        Err(Error::new(ErrorKind::Unsupported, "write to", detail).at(offset.bytes()))
-    }
-    /// Writes the next unit, which was encoded.
-    fn append(&self, offset: GuestOffset, encoded: &[u8]) -> Result<()> {
-        self.write_at(offset, encoded, Durability::Cached)
+    /// The image as one that is filled in order, if it has to be. It is complete, and can be read, only
+    /// when it is closed.
+    fn filled_in_order(&self) -> Option<&dyn FilledInOrder> {
+        None
     }
     fn write_zeroes(&self, range: GuestRange, mode: ZeroMode, speed: Speed) -> Result<()>;
     fn discard(&self, range: GuestRange) -> Result<()>;

@@ -20,7 +20,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::foreign_options::Subformat;
 use crate::format::Format;
 use crate::formats::{self, NewForeign, Planned};
-use crate::layer::Filling;
 use crate::options::OpenOptions;
 use crate::qcow2;
 use crate::storage::{Durability, FileStorage, Storage as _};
@@ -114,7 +113,7 @@ fn create_foreign(
         set_space_aside_for(path, length)?;
     }
     // Others are complete, and readable, only when they are closed.
-    if syncs && image.filling() == Filling::AnyOrder {
+    if syncs && image.filled_in_order().is_none() {
         image.flush().map_err(named)?;
     }
     let top = Driver::New(NewImage { format: options.format, image });

@@ -24,7 +24,7 @@ use crate::driver::{BackingLayer, Chain, NamedFile};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::info::ImageInfo;
-use crate::layer::{Filling, Layer, WritableLayer};
+use crate::layer::{FilledInOrder, Layer, WritableLayer};
 use crate::options::OpenOptions;
 use crate::qcow2::{CheckReport, Qcow2, Repair};
 use crate::storage::{Capabilities, DirectAlignment, FileIdentity, Storage};
@@ -219,19 +219,10 @@ impl Image {
         resized.map_err(|error| self.name(error))
     }
 
-    /// How the image can be filled, and what fills it, if it can be changed.
-    pub(crate) fn filling(&self) -> Filling {
-        self.chain.top.writable().map_or(Filling::AnyOrder, |image| image.filling())
-    }
-
-    /// Encodes a unit of an image that is filled in order.
-    pub(crate) fn encode(&self, offset: GuestOffset, data: &[u8]) -> Result<Vec<u8>> {
-        self.writable()?.encode(offset, data).map_err(|error| self.name(error))
-    }
-
-    /// Appends a unit to an image that is filled in order.
-    pub(crate) fn append(&self, offset: GuestOffset, encoded: &[u8]) -> Result<()> {
-        self.writable()?.append(offset, encoded).map_err(|error| self.name(error))
+    /// The image as one that is filled in order, if it has to be. Its errors do not [name](Self::name)
+    /// the image.
+    pub(crate) fn filled_in_order(&self) -> Option<&dyn FilledInOrder> {
+        self.chain.top.writable()?.filled_in_order()
     }
 
     /// Allocates all clusters of a new, empty image.

@@ -18,7 +18,7 @@ use super::new::{DESCRIPTOR, GRAIN, Header, SECTORS_MAX, TABLE_GRAINS, descripto
 use super::sparse::{DIRECTORY_AT_END, MARKER_LENGTH};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::new::{NewForeign, Planned};
-use crate::layer::{Filling, Layer, Walk, WritableLayer};
+use crate::layer::{FilledInOrder, Layer, Walk, WritableLayer};
 use crate::mapping::Mapped;
 use crate::ordered_lock::{OrderedMutex, rank};
 use crate::storage::{Capabilities, Durability, Speed, Storage, TryWrite, ZeroMode};
@@ -266,14 +266,9 @@ impl Layer for Stream {
     }
 }
 
-impl WritableLayer for Stream {
-    fn capabilities(&self) -> Capabilities {
-        let preferred_size = GRAIN as u32;
-        Capabilities { minimum_size: preferred_size, preferred_size, ..Capabilities::default() }
-    }
-
-    fn filling(&self) -> Filling {
-        Filling::InOrder { unit: GRAIN }
+impl FilledInOrder for Stream {
+    fn unit(&self) -> u64 {
+        GRAIN
     }
 
     fn encode(&self, offset: GuestOffset, data: &[u8]) -> Result<Vec<u8>> {
@@ -282,6 +277,17 @@ impl WritableLayer for Stream {
 
     fn append(&self, offset: GuestOffset, encoded: &[u8]) -> Result<()> {
         self.noted(self.append_grain(offset, encoded))
+    }
+}
+
+impl WritableLayer for Stream {
+    fn capabilities(&self) -> Capabilities {
+        let preferred_size = GRAIN as u32;
+        Capabilities { minimum_size: preferred_size, preferred_size, ..Capabilities::default() }
+    }
+
+    fn filled_in_order(&self) -> Option<&dyn FilledInOrder> {
+        Some(self)
     }
 
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {

@@ -9,10 +9,17 @@ use crate::image::Image;
 use crate::jobs::error::{JobError, JobErrorKind};
 use crate::jobs::observer::{JobContext, Meter};
 use crate::jobs::range::span;
+use crate::layer::FilledInOrder;
 use crate::ordered_lock::{OrderedMutex, rank};
 use crate::storage::{Durability, Speed, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
 use crate::zero::{Content, is_zero, runs};
+
+/// A destination that is written in order, and whose turn it is.
+pub(super) struct InOrder<'a> {
+    pub(super) image: &'a dyn FilledInOrder,
+    pub(super) turns: Turns,
+}
 
 /// A copy of a complete disk.
 pub(super) struct Copy<'a> {
@@ -24,8 +31,8 @@ pub(super) struct Copy<'a> {
     /// Nothing smaller is written, and zeroes are looked for in this unit; in bytes.
     pub(super) unit: u64,
     pub(super) clusters: Clusters,
-    /// Whose turn it is, if the destination is written in order.
-    pub(super) turns: Option<Turns>,
+    /// The destination, if it is written in order.
+    pub(super) in_order: Option<InOrder<'a>>,
     pub(super) context: &'a JobContext,
     pub(super) meter: &'a Meter<'a>,
 }
@@ -61,7 +68,7 @@ impl Copy<'_> {
         agenda: &OrderedMutex<{ rank::AGENDA }, Agenda<'_>>,
         failed: &AtomicBool,
     ) -> Result<(), JobError> {
-        let _ended = self.turns.as_ref().map(Turns::ended_by_panic);
+        let _ended = self.turns().map(Turns::ended_by_panic);
         let mut buffer = vec![0; PIECE.max(self.unit) as usize];
         while !failed.load(Ordering::Relaxed) {
             self.context.cancellation.check()?;
@@ -73,7 +80,7 @@ impl Copy<'_> {
             };
             done.inspect_err(|_| {
                 failed.store(true, Ordering::Relaxed);
-                self.turns.iter().for_each(Turns::end);
+                self.turns().into_iter().for_each(Turns::end);
             })?;
         }
         Ok(())
@@ -93,20 +100,20 @@ impl Copy<'_> {
                     return Ok(());
                 }
                 let buffer = &mut buffer[..work.range.length() as usize];
-                match &self.turns {
-                    Some(turns) => self.copy_in_order(work, turns, buffer)?,
+                match &self.in_order {
+                    Some(in_order) => self.copy_in_order(work, in_order, buffer)?,
                     None => self.copy(work.range, buffer)?,
                 }
                 self.meter.add(work.range.length());
             }
             Content::Zero => {
-                if let Some(turns) = &self.turns
+                if let Some(turns) = self.turns()
                     && !turns.wait_for(work.number)
                 {
                     return Ok(());
                 }
                 self.zero(work.range)?;
-                self.turns.iter().for_each(Turns::pass);
+                self.turns().into_iter().for_each(Turns::pass);
                 self.meter.add_hole(work.range.length());
             }
         }
@@ -140,21 +147,25 @@ impl Copy<'_> {
         Ok(())
     }
 
+    fn turns(&self) -> Option<&Turns> {
+        self.in_order.as_ref().map(|in_order| &in_order.turns)
+    }
+
     /// Reads and encodes a piece, and appends it when it is its turn. What is zero is left out.
     fn copy_in_order(
         &self,
         work: CopyRange,
-        turns: &Turns,
+        InOrder { image, turns }: &InOrder<'_>,
         buffer: &mut [u8],
     ) -> Result<(), JobError> {
+        let failed = |error| JobError::destination(self.destination.name(error));
         let mut encoded = Vec::new();
         if self.read(work.range, buffer)? == Content::Data {
             let starts = (work.range.offset().bytes()..).step_by(self.unit as usize);
             for (start, unit) in starts.zip(buffer.chunks(self.unit as usize)) {
                 if !is_zero(unit) {
                     let offset = GuestOffset::new(start);
-                    let unit = self.destination.encode(offset, unit);
-                    encoded.push((offset, unit.map_err(JobError::destination)?));
+                    encoded.push((offset, image.encode(offset, unit).map_err(failed)?));
                 }
             }
         }
@@ -162,7 +173,7 @@ impl Copy<'_> {
             return Ok(());
         }
         for (offset, unit) in encoded {
-            self.destination.append(offset, &unit).map_err(JobError::destination)?;
+            image.append(offset, &unit).map_err(failed)?;
         }
         turns.pass();
         Ok(())

@@ -9,12 +9,11 @@ mod turns;
 pub use self::bitmaps::copy_bitmaps;
 pub use self::options::{Background, Clusters, ConvertOptions, SourceReader};
 
-use self::copier::Copy;
+use self::copier::{Copy, InOrder};
 use self::turns::Turns;
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
 use crate::image::Image;
-use crate::layer::Filling;
 
 /// Unit of zero detection in a raw image, in bytes.
 const RAW_UNIT: u64 = 4096;
@@ -77,10 +76,10 @@ pub fn convert(
     }
     let qcow2 = destination.info().map_err(JobError::destination)?.qcow2;
     let meter = Meter::begin(context, size);
-    let filling = destination.filling();
-    let unit = match filling {
-        Filling::InOrder { unit } => unit,
-        Filling::AnyOrder => qcow2.map_or(RAW_UNIT, |qcow2| qcow2.cluster_size),
+    let in_order = destination.filled_in_order();
+    let unit = match in_order {
+        Some(image) => image.unit(),
+        None => qcow2.map_or(RAW_UNIT, |qcow2| qcow2.cluster_size),
     };
     let copy = Copy {
         source,
@@ -88,7 +87,7 @@ pub fn convert(
         destination,
         background: options.background,
         unit,
-        turns: matches!(filling, Filling::InOrder { .. }).then(Turns::default),
+        in_order: in_order.map(|image| InOrder { image, turns: Turns::default() }),
         clusters: options.clusters,
         context,
         meter: &meter,
