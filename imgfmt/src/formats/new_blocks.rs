@@ -181,7 +181,7 @@ impl<B: NewBlocks> NewImage<B> {
     fn place(&self, start: u64, length: u64) -> Result<Vec<(u64, u64)>> {
         let shape = &self.shape;
         if shape.is_fixed {
-            return Ok(self.fixed(start, length));
+            return Ok(vec![(shape.data + start, length)]);
         }
         let mut filling = self.filling.lock();
         filling.is_finished = false;
@@ -200,9 +200,16 @@ impl<B: NewBlocks> NewImage<B> {
         Ok(pieces)
     }
 
-    /// The same if every block has its place.
-    fn fixed(&self, start: u64, length: u64) -> Vec<(u64, u64)> {
-        vec![(self.shape.data + start, length)]
+    /// Where a part of the disk is in the file, if it is stored there, and where on the disk the block
+    /// of it ends.
+    fn stored_at(&self, position: u64) -> Result<(Option<u64>, u64)> {
+        let shape = &self.shape;
+        let (block, inside) = (position / shape.block_size, position % shape.block_size);
+        let place = match shape.is_fixed {
+            true => Some(shape.data + position),
+            false => self.find(&mut self.filling.lock(), block)?.map(|data| data + inside),
+        };
+        Ok((place, position - inside + shape.block_size))
     }
 
     /// Where the data of a block is.
@@ -271,13 +278,8 @@ impl<B: NewBlocks> Layer for NewImage<B> {
     fn map(&self, range: GuestRange, walk: &mut Walk<'_>) -> Result<Mapped> {
         let (mut position, end) = (range.offset().bytes(), range.end().bytes());
         while position < end {
-            let (block, inside) =
-                (position / self.shape.block_size, position % self.shape.block_size);
-            let stop = (position - inside + self.shape.block_size).min(end);
-            let offset = match self.shape.is_fixed {
-                true => Some(self.shape.data + position),
-                false => self.find(&mut self.filling.lock(), block)?.map(|data| data + inside),
-            };
+            let (offset, block_end) = self.stored_at(position)?;
+            let stop = block_end.min(end);
             walk.spend(1);
             let range = span(position, stop);
             let mapped = match offset.map(HostOffset::new) {
@@ -358,13 +360,8 @@ impl<B: NewBlocks> NewImage<B> {
     fn zero(&self, range: GuestRange, mode: ZeroMode) -> Result<()> {
         let (mut position, end) = (range.offset().bytes(), range.end().bytes());
         while position < end {
-            let (block, inside) =
-                (position / self.shape.block_size, position % self.shape.block_size);
-            let stop = (position - inside + self.shape.block_size).min(end);
-            let place = match self.shape.is_fixed {
-                true => Some(self.shape.data + position),
-                false => self.find(&mut self.filling.lock(), block)?.map(|data| data + inside),
-            };
+            let (place, block_end) = self.stored_at(position)?;
+            let stop = block_end.min(end);
             if let Some(place) = place {
                 self.write_zeroes_in_file(place, stop - position, mode).map_err(io("write to"))?;
             }
