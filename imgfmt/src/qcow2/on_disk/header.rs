@@ -310,15 +310,12 @@ impl Header {
     /// The place of the LUKS header, if the data is encrypted with LUKS: the clusters that it
     /// touches are its own.
     pub(crate) fn luks_header(&self) -> Result<Option<(HostOffset, u64)>> {
-        match self.encryption_method {
-            ENCRYPTION_LUKS => match self.stated_luks_header()? {
-                None => {
-                    Err(invalid("it is encrypted with LUKS, but does not say where the header is"))
-                }
-                place => Ok(place),
-            },
-            _ => Ok(None),
+        if self.encryption_method != ENCRYPTION_LUKS {
+            return Ok(None);
         }
+        let place = self.stated_luks_header()?;
+        let missing = || invalid("it is encrypted with LUKS, but does not say where the header is");
+        place.map(Some).ok_or_else(missing)
     }
 
     /// The place that the header gives for a LUKS header, whether the data is said to be encrypted
