@@ -13,7 +13,7 @@ pub enum Subformat {
     /// Every block has its place from the start: VDI, VHD and VHDX.
     Fixed,
     /// Grains are compressed, and the file is written from the start to the end, as OVA archives
-    /// need it: VMDK. It is no image until it is [closed](crate::Image::close): what a flush or a FUA
+    /// need it: VMDK. It is not an image until it is [closed](crate::Image::close): what a flush or a FUA
     /// write has made durable cannot be read before that.
     StreamOptimized,
 }

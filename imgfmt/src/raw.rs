@@ -45,7 +45,7 @@ impl Raw {
     /// The disk in an encrypted volume, which `storage` decrypts.
     #[cfg(feature = "encryption")]
     pub(crate) fn decrypted(storage: crate::crypto::Encrypted) -> Result<Self> {
-        // Nobody probes what is in an encrypted volume.
+        // What is in an encrypted volume is not probed.
         let raw = Self::new(Arc::new(storage), FirstSector::Free)?;
         Ok(Self { format: Format::Luks, ..raw })
     }

@@ -27,7 +27,7 @@ const DESCRIPTOR_MAX: u64 = 4 << 20;
 const IMAGES: &[&str] =
     &["vmdk", "vhd", "vpc", "vhdx", "vdi", "img", "raw", "qcow2", "qcow", "qed", "hdd"];
 
-/// How a disk in an archive is opened: it stands alone, because whoever made the archive decides what it
+/// How a disk in an archive is opened: it stands alone, because the author of the archive decides what it
 /// names. A guest can make its own disk an archive, if the user calls that `.ova`.
 pub(crate) fn options(options: &OpenOptions) -> OpenOptions {
     OpenOptions { policy: OpenPolicy::in_archive(), ..options.clone() }

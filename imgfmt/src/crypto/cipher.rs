@@ -118,7 +118,7 @@ impl SectorCipher {
         Ok(cipher)
     }
 
-    /// Whether a sector that is written by two threads at once may have blocks that nobody wrote: in
+    /// Whether a sector that is written by two threads at once may have blocks that neither wrote: in
     /// CBC the decryption of a block needs the one before it.
     pub(super) fn blocks_depend(&self) -> bool {
         self.mode == Mode::Cbc

@@ -15,8 +15,8 @@ pub(super) fn available() -> u64 {
     left.into_iter().chain(free).min().unwrap_or_else(total)
 }
 
-/// The bytes that the most limited of the groups has left. What it uses to cache files that nobody
-/// used lately can be had.
+/// The bytes that the most limited of the groups has left. The page cache of files that were
+/// not used lately counts as left, because the system frees it.
 fn left_in_groups(root: &Path, groups: &str) -> Option<u64> {
     // Without a limit it has the word 'max'.
     let number =
@@ -34,7 +34,7 @@ fn left_in_groups(root: &Path, groups: &str) -> Option<u64> {
     left.min()
 }
 
-/// The bytes in the page cache that nobody used lately, of a group and the groups in it.
+/// The bytes in the page cache that were not used lately, of a group and the groups in it.
 fn inactive_file(statistics: &str) -> u64 {
     let of = |name: &str| {
         let mut lines = statistics.lines().filter_map(|line| line.split_once(' '));
@@ -100,6 +100,7 @@ mod tests {
         let names = ["memory/a/memory.limit_in_bytes", "memory/memory.limit_in_bytes"];
         assert_eq!(found, names.map(|name| Path::new(GROUPS).join(name)));
     }
+
     #[test]
     fn what_a_group_uses_already_is_not_available() {
         let root = tempfile::tempdir().unwrap();

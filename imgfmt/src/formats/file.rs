@@ -317,7 +317,7 @@ mod tests {
     fn a_file_whose_size_cannot_be_found_is_named() {
         let path = Path::new("extent.vmdk");
         let error = ImageFile::sharing(Arc::new(Failing), Some(path), 2).unwrap_err();
-        // Whoever opens it may know the disk only.
+        // The caller may know the disk only.
         assert_eq!(error.with_path("disk.vmdk").path(), Some(path));
     }
 

@@ -2,8 +2,8 @@
 //!
 //! Blocks are added to the end of the file in the order in which they are first written to; several
 //! threads may write at once. The table of blocks stays in the file, whatever the size of the disk: a
-//! few pages of it are kept. Nobody reads such a file before it is complete, so the order in which
-//! data and tables are written does not matter, and [`finish`](NewImage::finish) writes what is left.
+//! few pages of it are kept. No program opens such a file before it is complete, so the order in
+//! which data and tables are written does not matter, and [`finish`](NewImage::finish) writes what is left.
 
 use std::fmt;
 use std::io;
@@ -382,8 +382,8 @@ impl<B: NewBlocks> NewImage<B> {
 
 impl<B: NewBlocks> Drop for NewImage<B> {
     fn drop(&mut self) {
-        // Whoever wants to know whether this works closes the image. One without data that it should
-        // have must not look complete.
+        // A caller that has to know whether this works closes the image. One that lacks data must not
+        // look complete.
         if !*self.has_failed.get_mut() {
             let _ = self.finish();
         }

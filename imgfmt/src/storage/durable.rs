@@ -55,7 +55,7 @@ fn is_full(error: &io::Error) -> bool {
 
 /// Returns what a durable write that found no space is to report. If the bytes have space, its sync
 /// failed, which may have taken the error of data that was written before: the system reports that
-/// once. Then it is no lack of space of this write.
+/// once. Then this write does not lack space.
 fn cause(error: io::Error, write: impl FnOnce() -> io::Result<usize>) -> io::Error {
     match write() {
         Ok(_) => Errno::IO.into(),

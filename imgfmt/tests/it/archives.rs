@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use imgfmt::{
     Access, ArchiveNames, CacheMode, CreateOptions, Durability, ErrorKind, Format, Image,
+    OpenOptions, OpenPolicy, Repair, Subformat, VhdSize,
 };
-use imgfmt::{OpenOptions, OpenPolicy, Repair, Subformat, VhdSize};
 
 use crate::common::{self, Random, at, run, text};
 

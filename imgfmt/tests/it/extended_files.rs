@@ -1,5 +1,5 @@
-//! Images past the page cache get space ahead of their writes: it does not outlive them, and whoever
-//! is killed leaves nothing else.
+//! Images past the page cache get space ahead of their writes: it does not outlive them, and a killed
+//! program leaves nothing else.
 
 use std::fs;
 use std::path::Path;
@@ -61,7 +61,7 @@ fn space_that_was_taken_ahead_is_given_back_when_the_image_is_closed() {
 }
 
 #[test]
-fn a_killed_writer_leaves_space_that_is_no_part_of_the_image() {
+fn a_killed_writer_leaves_space_that_is_not_a_part_of_the_image() {
     let directory = tempfile::tempdir().unwrap();
     let [path, left] = ["disk", "left"].map(|name| directory.path().join(name));
     fs::write(&path, [0; 4096]).unwrap();

@@ -173,7 +173,7 @@ fn threads_fill_an_image_at_once() {
     }
 }
 
-/// The places of a header that are no one's but the program's or the moment's: offset and length.
+/// The fields of a header that depend on the program or on the moment: offset and length.
 fn own_fields(format: Format) -> &'static [(usize, usize)] {
     match format {
         // The text, and two identifiers.
@@ -401,7 +401,7 @@ fn a_complete_image_is_not_opened_for_writing_nor_replaced() {
 }
 
 #[test]
-fn a_disk_of_two_tebibytes_is_filled_at_both_ends() {
+fn large_disks_are_filled_from_one_end_to_the_other() {
     let directory = tempfile::tempdir().unwrap();
     for (format, size) in [
         (Format::Vdi, 4 << 40),

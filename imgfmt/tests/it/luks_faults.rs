@@ -45,8 +45,8 @@ fn a_disk_that_cannot_grow_stays_as_it_was() {
     let (memory, storage, mut image) = volume("aes-xts-plain64", "512");
     let (size, before, length) = (image.size(), content(&image), memory.len().unwrap());
     // The third write, after about a megabyte.
-    let calls = storage.calls() + 2..u64::MAX;
-    storage.set_fault(Some(Fault { calls: calls.start..calls.start + 1, code: ENOSPC }));
+    let call = storage.calls() + 2;
+    storage.set_fault(Some(Fault { calls: call..call + 1, code: ENOSPC }));
     let error = image.resize(size + 4 * MIB, Shrink::Refuse).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
     assert!(storage.failed() > 0 && memory.len().unwrap() == length);
@@ -81,7 +81,7 @@ fn a_disk_that_grows_reads_as_zero_at_every_moment() {
 }
 
 #[test]
-fn sizes_that_are_no_sectors_are_refused_with_the_reason() {
+fn sizes_that_are_not_whole_sectors_are_refused_with_the_reason() {
     if !has_tool("cryptsetup") {
         return;
     }
@@ -117,7 +117,7 @@ fn a_sector_of_cbc_is_not_read_while_it_is_written() {
 }
 
 #[test]
-fn a_file_that_is_no_volume_is_called_that() {
+fn a_file_that_is_not_a_volume_is_refused_as_such() {
     let storage = Arc::new(MemoryStorage::new(8 * MIB));
     let error = Image::from_storage(storage as _, &OpenOptions::new().format(Format::Luks));
     let error = error.unwrap_err();

@@ -273,7 +273,7 @@ fn without_the_right_passphrase_nothing_is_opened() {
 }
 
 #[test]
-fn nobody_gets_at_the_ciphertext() {
+fn the_ciphertext_is_not_handed_out() {
     if !has_tool("cryptsetup") {
         return;
     }

@@ -20,7 +20,7 @@ const HEADER_LENGTH: u32 = 384;
 /// The number of blocks in the file, in the header.
 const COUNT: u64 = 388;
 
-/// The table's only user.
+/// How a VDI numbers its blocks.
 #[derive(Debug)]
 struct Vdi;
 

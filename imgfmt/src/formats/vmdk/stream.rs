@@ -331,8 +331,8 @@ impl WritableLayer for Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         let has_failed = self.written.lock().has_failed;
-        // Whoever wants to know whether this works closes the image. One without data that it should
-        // have must not look complete.
+        // A caller that has to know whether this works closes the image. One that lacks data must not
+        // look complete.
         if !has_failed {
             let _ = self.finish();
         }

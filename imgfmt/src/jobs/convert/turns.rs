@@ -14,7 +14,7 @@ pub(super) struct Turns {
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    /// A piece will never be written: nobody need wait any more.
+    /// A piece will never be written: no thread need wait any more.
     is_over: bool,
 }
 

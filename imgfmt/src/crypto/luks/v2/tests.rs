@@ -1,4 +1,4 @@
-//! Headers whose checksum is right, with texts of anybody.
+//! Headers whose checksum is right, with texts of any kind.
 
 use serde_json::json;
 
@@ -125,7 +125,7 @@ fn a_slot_belongs_to_the_first_digest_that_names_it() {
 }
 
 #[test]
-fn names_that_are_no_numbers_are_refused() {
+fn names_that_are_not_numbers_are_refused() {
     for name in ["01", "-1", "4294967296", "x", ""] {
         let mut text = text(&[slot(&pbkdf2(1000, SALT))], 1);
         text["keyslots"][name] = slot(&pbkdf2(1000, SALT));
