@@ -147,10 +147,11 @@ impl Encrypted {
         offset.is_multiple_of(self.sector()) && (length as u64).is_multiple_of(self.sector())
     }
 
-    /// The length of a read that is to be made, if it does not reach past the end.
-    fn within(&self, offset: u64, length: usize) -> io::Result<usize> {
-        let rest = self.len()?.saturating_sub(offset);
-        Ok(usize::try_from(rest).unwrap_or(usize::MAX).min(length))
+    /// The length of a read that does not reach past the size that the header gives. The end of the
+    /// other storage is found by reading.
+    fn within(&self, offset: u64, length: usize) -> usize {
+        let rest = self.volume.size.map_or(u64::MAX, |size| size.saturating_sub(offset));
+        usize::try_from(rest).unwrap_or(usize::MAX).min(length)
     }
 }
 
@@ -163,7 +164,7 @@ impl Storage for Encrypted {
 
     fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize> {
         let offset = offset.bytes();
-        let length = self.within(offset, buffer.len())?;
+        let length = self.within(offset, buffer.len());
         if length == 0 {
             return Ok(0);
         }
