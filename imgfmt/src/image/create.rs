@@ -74,10 +74,10 @@ fn create(path: &Path, options: &CreateOptions) -> Result<Image> {
         return Image::open(path, &open);
     }
     let syncs = open.cache != CacheMode::Unsafe;
-    let mut made = NewFiles { paths: Vec::new(), syncs };
     if formats::entry(options.format).is_some() {
-        return create_foreign(path, options, &open, made);
+        return create_foreign(path, options, &open, syncs);
     }
+    let mut made = NewFiles { paths: Vec::new(), syncs };
     let (size, content) = plan(path, options)?;
     if let Some(data_path) = data_file(path, options) {
         made.create(&data_path, |file| file.set_len(size))?;
@@ -87,7 +87,9 @@ fn create(path: &Path, options: &CreateOptions) -> Result<Image> {
     // Preallocation is not synced.
     open.is_synced = syncs && options.preallocation != Preallocation::Falloc;
     let image = Image::open(path, &open)?;
-    made.sync_names()?;
+    if syncs {
+        made.sync_names()?;
+    }
     made.keep();
     Ok(image)
 }
@@ -97,13 +99,13 @@ fn create_foreign(
     path: &Path,
     options: &CreateOptions,
     open: &OpenOptions,
-    mut made: NewFiles,
+    syncs: bool,
 ) -> Result<Image> {
     let named = |error: Error| error.with_path(path);
     let planned = plan_foreign(path, options).map_err(named)?;
     let length = (planned.length)(0);
     // The contents are put on stable storage when there are any.
-    let syncs = std::mem::replace(&mut made.syncs, false);
+    let mut made = NewFiles { paths: Vec::new(), syncs: false };
     made.create(path, |_| Ok(()))?;
     let storage = Arc::new(open.open_file(path, Access::ReadWrite)?);
     let direct = storage.direct_alignment();
@@ -124,8 +126,9 @@ fn create_foreign(
     if (options.give_up)() {
         return Err(Error::new(ErrorKind::Io, "create", "it was given up").with_path(path));
     }
-    made.syncs = syncs;
-    made.sync_names()?;
+    if syncs {
+        made.sync_names()?;
+    }
     made.keep();
     Ok(image)
 }
@@ -246,7 +249,7 @@ fn plan(path: &Path, options: &CreateOptions) -> Result<(u64, Parts)> {
 /// New files that are removed again unless everything succeeds.
 struct NewFiles {
     paths: Vec<PathBuf>,
-    /// Whether each is put on stable storage.
+    /// Whether the content of each is put on stable storage.
     syncs: bool,
 }
 
@@ -270,7 +273,7 @@ impl NewFiles {
 
     /// Puts the names of the files on stable storage.
     fn sync_names(&self) -> Result<()> {
-        for path in self.paths.iter().filter(|_| self.syncs) {
+        for path in &self.paths {
             let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
             let directory = File::open(directory.unwrap_or(Path::new(".")));
             let synced = directory.and_then(|directory| directory.sync_all());
