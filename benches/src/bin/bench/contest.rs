@@ -16,7 +16,7 @@ use super::statistics::median_sample;
 /// The main contender of this workspace. Its other contenders have this prefix and `-`, and are not
 /// peers.
 pub(crate) const OURS: &str = "ours";
-/// The contender that does the least work that the row allows. It is no peer.
+/// The contender that does the least work that the row allows. It is not a peer.
 pub(crate) const FLOOR: &str = "floor";
 
 /// One row.
