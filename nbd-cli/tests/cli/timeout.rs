@@ -111,6 +111,13 @@ fn a_control_socket_that_says_nothing_ends_every_client_in_words() {
     let said = nbd_cli(&["top", "--once", "--timeout", "200ms", &address]);
     says(said, &[&silent, "has not answered for 0.2 s"]);
     assert!(!std::fs::exists(&target).expect("a directory"), "no backup has begun");
+    #[cfg(feature = "object-storage")]
+    {
+        nbd_cli(&["repo", "init", &target]).success();
+        let disk = ["backup", "--name", "vm", "--control", &silent, "--export", "vm"];
+        let said = nbd_cli(&[&disk[..], &["--timeout", "200ms", &target]].concat());
+        says(said, &[&silent, "has not answered for 0.2 s"]);
+    }
     // A shell does not wait for long, and completes nothing.
     let words = ["nbd-cli", "control", &silent, "remove-export", ""];
     let completed = nbd_cli(&[&["completions", "--"], &words[..]].concat());

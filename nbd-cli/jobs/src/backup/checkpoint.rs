@@ -21,7 +21,7 @@ use crate::{ConnectOptions, JobError, JobErrorKind};
 
 /// Time limit of each request of the control socket before the copy, unless the user gives one. They
 /// may wait for those of others, and the server may flush the disk.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The control socket, the export of the disk, and the address of the server.
 #[derive(Clone, Copy)]
@@ -55,8 +55,7 @@ pub(super) async fn backup(
         // If this process is killed, no other process ends the checkpoint.
         lifetime: Lifetime::Connection,
     };
-    let mut socket =
-        Socket::open(server.socket, options.connect.timeout.unwrap_or(PATIENCE)).await?;
+    let mut socket = Socket::open(server.socket, &options.connect).await?;
     // Checked before the bitmap restarts.
     if let Some(base) = base {
         refuse_wrong(work, base, &export, &mut socket).await?;
@@ -110,8 +109,8 @@ async fn unless_cancelled(
 pub(crate) struct Socket(Option<Conversation>);
 
 impl Socket {
-    pub(crate) async fn open(path: &Path, limit: Duration) -> Result<Self, JobError> {
-        let path = path.to_owned();
+    pub(crate) async fn open(path: &Path, connect: &ConnectOptions) -> Result<Self, JobError> {
+        let (path, limit) = (path.to_owned(), connect.timeout.unwrap_or(PATIENCE));
         let opened = tokio::task::spawn_blocking(move || Conversation::begin(&path, limit)).await;
         opened.map_err(|error| JobError::given_up("request", &error))?.map(|it| Self(Some(it)))
     }
@@ -237,7 +236,8 @@ mod tests {
             stream.write_all(b"{\"result\":{}}\n").unwrap();
             line
         });
-        let mut socket = Socket::open(&path, limit).await.unwrap();
+        let connect = ConnectOptions { timeout: Some(limit), ..ConnectOptions::default() };
+        let mut socket = Socket::open(&path, &connect).await.unwrap();
         socket.wait_without_limit();
         let end = Request::CheckpointEnd { export: String::new(), outcome: Outcome::Success };
         socket.call(end).await.unwrap();

@@ -9,7 +9,7 @@ use nbd_proto::NbdUri;
 
 use super::job::{Described, Work};
 use super::options::BackedUpToRepository;
-use crate::backup::checkpoint::{PATIENCE, Server, Socket, not_understood, uri_of_view};
+use crate::backup::checkpoint::{Server, Socket, not_understood, uri_of_view};
 use crate::control::{IfMissing, IfUnusable, Lifetime, Listing, Outcome, Request};
 use crate::{JobError, JobErrorKind};
 
@@ -24,7 +24,7 @@ pub(super) async fn backup(
     server: Server<'_>,
     earlier: &[(Id, Head)],
 ) -> Result<BackedUpToRepository, JobError> {
-    let mut socket = Socket::open(server.socket, PATIENCE).await?;
+    let mut socket = Socket::open(server.socket, &work.options.connect).await?;
     let export = server.export.to_owned();
     let bitmap = work.options.bitmap.clone();
     let base = match &bitmap {
