@@ -23,7 +23,8 @@ use crate::location::Location;
 use crate::object::ObjectUrl;
 use crate::{JobContext, JobError, JobErrorKind};
 
-/// An open source.
+/// An open source. Clones refer to the same one.
+#[derive(Clone)]
 pub(crate) enum Source {
     Nbd {
         client: Client,
@@ -54,20 +55,6 @@ impl Source {
         let is_own = |size: &u64| size.next_multiple_of(512) == image.size();
         let size = disk_size.filter(is_own).unwrap_or_else(|| image.size());
         Self::Image { image, size }
-    }
-
-    /// Returns the same source once more.
-    #[cfg(feature = "object-storage")]
-    pub(crate) fn again(&self) -> Self {
-        match self {
-            Self::Nbd { client, uri } => Self::Nbd { client: client.clone(), uri: uri.clone() },
-            Self::File { storage, path, size } => {
-                Self::File { storage: storage.clone(), path: path.clone(), size: *size }
-            }
-            Self::Image { image, size } => Self::Image { image: image.clone(), size: *size },
-            Self::Standard => Self::Standard,
-            Self::Null => Self::Null,
-        }
     }
 
     /// Opens a server's export or a file for reading.

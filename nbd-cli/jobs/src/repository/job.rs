@@ -251,8 +251,8 @@ impl Work<'_> {
         let image = image.map_err(|error| JobError::image(JobErrorKind::Destination, error))?;
         let copy = Source::image(Arc::new(image));
         let unit = source.alignment().max(4096);
-        let source = source.again();
-        let verification = Arc::new(Verification::new(source, copy, unit, extents, self.context));
+        let verification =
+            Arc::new(Verification::new(source.clone(), copy, unit, extents, self.context));
         verification.run(self.options.requests.get()).await
     }
 }
