@@ -1,21 +1,14 @@
 //! Backups of a disk in use: a checkpoint is started, backed up and ended through the control socket
 //! of its server.
 
-use std::path::Path;
-
 use imgfmt::Uuid;
 use nbd_objects::repo::{Head, Id};
-use nbd_proto::NbdUri;
 
 use super::job::{Described, Work};
 use super::options::BackedUpToRepository;
 use crate::backup::checkpoint::{Server, Socket, not_understood, uri_of_view};
 use crate::control::{IfMissing, IfUnusable, Lifetime, Listing, Outcome, Request};
 use crate::{JobError, JobErrorKind};
-
-pub(super) fn server<'a>(socket: &'a Path, export: &'a str, uri: Option<&'a NbdUri>) -> Server<'a> {
-    Server { socket, export, uri }
-}
 
 /// Starts a checkpoint, backs it up, and ends it with the result: the bitmap restarts only when the
 /// backup is durable.

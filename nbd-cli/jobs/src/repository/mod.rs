@@ -15,6 +15,7 @@ use self::job::{Described, Work};
 use self::options::earlier;
 pub use self::options::{BackedUpToRepository, DiskToBackUp, RepositoryOptions, repository_error};
 use crate::backup::BackupSource;
+use crate::backup::checkpoint::Server;
 use crate::copy::check_concurrency;
 use crate::copy::source::Source;
 use crate::text::printable;
@@ -85,7 +86,7 @@ pub async fn backup_to_repository(
                 work.run_served(uri, dirty, &described).await
             }
             BackupSource::Checkpoint { socket, export, uri } => {
-                let server = checkpoint::server(socket, export, uri.as_ref());
+                let server = Server { socket, export, uri: uri.as_ref() };
                 checkpoint::backup(&mut work, server, &earlier).await
             }
         },
