@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use nbd_jobs::date::date_and_time;
 use nbd_jobs::repository::repository_error;
+use nbd_jobs::size::rounded;
 use nbd_objects::repo::{BackupInfo, Checked, Garbage, Repository, SessionInfo};
 use serde::Serialize;
 
 use super::args::{GcArgs, ListArgs, StatsArgs};
 use super::store::described;
-use super::text::{bytes, format};
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable};
 
@@ -97,7 +97,7 @@ pub(super) async fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
     let sessions = repository.sessions().await.map_err(repository_error)?;
     let readers = repository.pins().await.map_err(repository_error)?;
     let mut output = Output::new();
-    match format(args.json) {
+    match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json => output.json(&List {
             backups: backups.iter().map(Backup::of).collect(),
             sessions: sessions.iter().map(Session::of).collect(),
@@ -174,7 +174,7 @@ pub(super) fn check(
         packs_unneeded: checked.unneeded,
     };
     let mut output = Output::new();
-    match format(json) {
+    match ReportFormat::from_json_flag(json) {
         ReportFormat::Json => output.json(&report)?,
         ReportFormat::Text => {
             for problem in &report.problems {
@@ -192,7 +192,7 @@ pub(super) fn check(
                 printable(repository.name()),
                 report.backups,
                 report.packs,
-                bytes(report.bytes),
+                rounded(report.bytes),
                 report.packs_read,
                 report.packs_unneeded,
             ))?;
@@ -212,7 +212,7 @@ struct Gc {
 
 pub(super) fn garbage(garbage: &Garbage, args: &GcArgs) -> Result<(), CommandError> {
     let mut output = Output::new();
-    match format(args.json) {
+    match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json => output.json(&Gc {
             packs: garbage.packs,
             bytes: garbage.bytes,
@@ -224,7 +224,7 @@ pub(super) fn garbage(garbage: &Garbage, args: &GcArgs) -> Result<(), CommandErr
                 output.line(&format!("ended: the interrupted backup {session}"))?;
             }
             let verb = if args.dry_run { "would be deleted" } else { "deleted" };
-            output.line(&format!("{verb}: {} packs, {}", garbage.packs, bytes(garbage.bytes)))?;
+            output.line(&format!("{verb}: {} packs, {}", garbage.packs, rounded(garbage.bytes)))?;
         }
     }
     output.finish()
@@ -276,7 +276,7 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
         disks: disks.into_values().collect(),
     };
     let mut output = Output::new();
-    match format(args.json) {
+    match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json => output.json(&stats)?,
         ReportFormat::Text => {
             for disk in &stats.disks {
@@ -284,16 +284,16 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
                     "{}: {} backups, {} with {} of data, {} added",
                     printable(&disk.name),
                     disk.backups,
-                    bytes(disk.size),
-                    bytes(disk.data),
-                    bytes(disk.added)
+                    rounded(disk.size),
+                    rounded(disk.data),
+                    rounded(disk.added)
                 ))?;
             }
             output.line(&format!(
                 "{}: {} packs, {}, {}",
                 printable(repository.name()),
                 stats.packs,
-                bytes(stats.bytes),
+                rounded(stats.bytes),
                 if stats.encrypted { "encrypted" } else { "not encrypted" }
             ))?;
         }

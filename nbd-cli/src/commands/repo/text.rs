@@ -1,10 +1,9 @@
 //! Words and lines of the commands.
 
-use nbd_jobs::size::rounded;
 use nbd_objects::repo::Id;
 
 use crate::error::{CommandError, Outcome};
-use crate::output::{Output, ReportFormat};
+use crate::output::Output;
 
 pub(super) fn id(text: &str) -> Result<Id, String> {
     text.parse().map_err(|()| "an identity has 32 hexadecimal digits".to_owned())
@@ -22,14 +21,4 @@ pub(super) fn line(text: &str) -> Result<Outcome, CommandError> {
     output.line(text)?;
     output.finish()?;
     Ok(Outcome::Success)
-}
-
-/// The form of a report.
-pub(super) fn format(json: bool) -> ReportFormat {
-    ReportFormat::from_json_flag(json)
-}
-
-/// Bytes for people.
-pub(super) fn bytes(count: u64) -> String {
-    rounded(count)
 }
