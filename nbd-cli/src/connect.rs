@@ -119,6 +119,16 @@ pub struct ConnectionArgs {
 }
 
 impl ConnectionArgs {
+    /// Refuses more connections, or `requests` in flight, than a job may have.
+    pub(crate) fn check(&self, requests: NonZeroUsize) -> Result<(), CommandError> {
+        if requests.get() > 4096 || self.connections.get() > 256 {
+            return Err(CommandError::new(
+                "--requests is limited to 4096 and --connections to 256; give smaller numbers",
+            ));
+        }
+        Ok(())
+    }
+
     /// Returns the options for jobs.
     pub(crate) fn options(&self, tls: &TlsArgs) -> ConnectOptions {
         let mut options = ConnectOptions::default();

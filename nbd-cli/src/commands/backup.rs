@@ -18,17 +18,13 @@ use crate::shown::Shown;
 use crate::signals::{self, EndSignals, Hangup};
 
 pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
+    args.connection.check(args.requests)?;
     #[cfg(feature = "object-storage")]
     if args.repository.name.is_some() {
         return repository::run(&args, cancelled_by_signal);
     }
     args.assign_operands()?;
     let args = &args;
-    if args.requests.get() > 4096 || args.connection.connections.get() > 256 {
-        return Err(CommandError::new(
-            "--requests is limited to 4096 and --connections to 256; give smaller numbers",
-        ));
-    }
     if args.control.is_none() || args.source.is_some() {
         args.tls.check(&args.source)?;
     }
@@ -101,11 +97,7 @@ fn options(args: &BackupArgs) -> BackupOptions {
         (_, true) => Leftover::Restart,
         _ => Leftover::Refuse,
     };
-    options.verify = match args.verify {
-        None => nbd_jobs::Verify::Nothing,
-        Some(Verify::Copied) => nbd_jobs::Verify::Copied,
-        Some(Verify::All) => nbd_jobs::Verify::All,
-    };
+    options.verify = args.verified();
     options.policy = args.trust().policy();
     options.locking = args.locks.locking();
     options.sharing = if args.share.force_share { Sharing::Shared } else { Sharing::Exclusive };

@@ -172,11 +172,7 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
             args.sparse
         )));
     }
-    if args.requests.get() > 4096 || args.connection.connections.get() > 256 {
-        return Err(CommandError::new(
-            "--requests is limited to 4096 and --connections to 256; give smaller numbers",
-        ));
-    }
+    args.connection.check(args.requests)?;
     if args.checksum.is_some() && args.destination.location == Location::Standard {
         return Err(CommandError::new(
             "--checksum prints on standard output, which is the destination; give another destination",

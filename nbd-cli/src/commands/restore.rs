@@ -123,11 +123,7 @@ struct RestoreReport {
 }
 
 pub(crate) fn run(args: &RestoreArgs) -> Result<Outcome, CommandError> {
-    if args.requests.get() > 4096 || args.connection.connections.get() > 256 {
-        return Err(CommandError::new(
-            "--requests is limited to 4096 and --connections to 256; give smaller numbers",
-        ));
-    }
+    args.connection.check(args.requests)?;
     args.tls.check(args.destination.location.uri())?;
     if let Location::File(path) = &args.destination.location
         && let Some(why) =

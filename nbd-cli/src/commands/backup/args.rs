@@ -186,6 +186,15 @@ pub enum Verify {
 }
 
 impl BackupArgs {
+    /// The data to compare at the end.
+    pub(super) fn verified(&self) -> nbd_jobs::Verify {
+        match self.verify {
+            None => nbd_jobs::Verify::Nothing,
+            Some(Verify::Copied) => nbd_jobs::Verify::Copied,
+            Some(Verify::All) => nbd_jobs::Verify::All,
+        }
+    }
+
     /// The files that images may name. A backup has no use for keys.
     pub(super) fn trust(&self) -> TrustArgs {
         let (trust_image, locks) = (self.trust_image, self.locks);

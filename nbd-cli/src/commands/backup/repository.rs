@@ -13,7 +13,7 @@ use nbd_jobs::{BackupSource, Cancellation, JobContext};
 use nbd_proto::NbdUri;
 use serde::Serialize;
 
-use super::args::{BackupArgs, Verify};
+use super::args::BackupArgs;
 use crate::async_runtime::runtime;
 use crate::commands::repo::open;
 use crate::error::{CommandError, Outcome};
@@ -44,11 +44,6 @@ pub(super) fn run(
     args: &BackupArgs,
     cancelled: fn() -> Result<Cancellation, CommandError>,
 ) -> Result<Outcome, CommandError> {
-    if args.requests.get() > 4096 || args.connection.connections.get() > 256 {
-        return Err(CommandError::new(
-            "--requests is limited to 4096 and --connections to 256; give smaller numbers",
-        ));
-    }
     let (disk, repository) = operands(args)?;
     let shown = Shown::new(args.summary.visibility());
     let runtime = runtime()?;
@@ -119,11 +114,7 @@ fn options(args: &BackupArgs) -> RepositoryOptions {
     options.bitmap.clone_from(&args.bitmap);
     options.full = args.repository.full;
     options.like.clone_from(&args.repository.like);
-    options.verify = match args.verify {
-        None => nbd_jobs::Verify::Nothing,
-        Some(Verify::Copied) => nbd_jobs::Verify::Copied,
-        Some(Verify::All) => nbd_jobs::Verify::All,
-    };
+    options.verify = args.verified();
     options
 }
 
