@@ -6,6 +6,8 @@ mod report;
 #[cfg(feature = "object-storage")]
 mod repository;
 
+use std::num::NonZeroUsize;
+
 use nbd_jobs::{
     BackupOptions, BackupSource, Cancellation, JobContext, Leftover, Sharing, UnknownBase,
 };
@@ -18,7 +20,7 @@ use crate::shown::Shown;
 use crate::signals::{self, EndSignals, Hangup};
 
 pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
-    args.connection.check(args.requests)?;
+    args.connection.check(args.requests.unwrap_or(NonZeroUsize::MIN))?;
     #[cfg(feature = "object-storage")]
     if args.repository.name.is_some() {
         return repository::run(&args, cancelled_by_signal);
@@ -88,7 +90,7 @@ fn source(args: &BackupArgs) -> Result<BackupSource, CommandError> {
 fn options(args: &BackupArgs) -> BackupOptions {
     let mut options = BackupOptions::default();
     options.connect = args.connection.options(&args.tls);
-    options.requests = args.requests;
+    options.requests = args.requests.unwrap_or(options.requests);
     options.bitmap.clone_from(&args.bitmap);
     options.base.clone_from(&args.base);
     options.unknown_base = if args.trust_base { UnknownBase::Trust } else { UnknownBase::Refuse };

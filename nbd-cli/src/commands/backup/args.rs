@@ -122,9 +122,9 @@ pub struct BackupArgs {
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub connection: ConnectionArgs,
 
-    /// Requests in flight.
-    #[arg(short = 'R', long, value_name = "N", default_value = "32")]
-    pub requests: NonZeroUsize,
+    /// Requests in flight [default: 32; 8 with --name].
+    #[arg(short = 'R', long, value_name = "N")]
+    pub requests: Option<NonZeroUsize>,
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]

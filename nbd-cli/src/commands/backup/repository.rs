@@ -109,7 +109,7 @@ fn operands(args: &BackupArgs) -> Result<(DiskToBackUp, OsString), CommandError>
 fn options(args: &BackupArgs) -> RepositoryOptions {
     let mut options = RepositoryOptions::default();
     options.connect = args.connection.options(&args.tls);
-    options.requests = args.requests.min(options.requests);
+    options.requests = args.requests.unwrap_or(options.requests);
     options.name = args.repository.name.clone().unwrap_or_default();
     options.bitmap.clone_from(&args.bitmap);
     options.full = args.repository.full;
