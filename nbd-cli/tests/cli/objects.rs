@@ -61,6 +61,10 @@ fn image_by_url_is_read_by_every_command_that_reads_images() {
     stored.run(&["copy", "-q", URL, &copied]).success();
     let image = std::fs::read(stored.disk.beside("disk.qcow2")).expect("an image");
     assert!(std::fs::read(&copied).expect("a copy") == image, "the bytes of the object");
+    let repository = stored.disk.beside("repository");
+    stored.run(&["repo", "init", &repository]).success();
+    stored.run(&["backup", "-q", "--name", "vm", URL, &repository]).success();
+    assert_eq!(sum(&format!("backup:{repository}/vm")), sum(raw));
     let seen = stored.store.take_seen();
     assert!(seen.iter().all(|seen| seen.is_signed && seen.method == "GET"), "{seen:?}");
 }

@@ -97,12 +97,9 @@ fn operands(args: &BackupArgs) -> Result<(DiskToBackUp, OsString), CommandError>
     }
     let source = source.ok_or_else(|| CommandError::new("give the disk"))?;
     let location = ImageLocation::parse(source)?;
-    let locking = match args.share.force_share {
-        true => imgfmt::Locking::Shared,
-        false => args.locks.locking(),
-    };
-    let options = imgfmt::OpenOptions::new().policy(args.trust().policy()).locking(locking);
-    let image = location.open(&options, &Remotes::default()).map_err(advise_sharing)?;
+    let options = args.share.apply(args.trust().options());
+    let remotes = Remotes::default().objects(args.repository.passphrase.objects.opener());
+    let image = location.open(&options, &remotes).map_err(advise_sharing)?;
     Ok((DiskToBackUp::Image(Arc::new(image)), repository.clone()))
 }
 
