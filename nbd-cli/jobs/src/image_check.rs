@@ -105,10 +105,10 @@ pub fn check(
         }
         ImageLocation::Object(url) if repair != Repair::None => return Err(read_only(url)),
         ImageLocation::Object(url) => {
-            let storage = remotes.open_object(url)?;
-            let checked = Image::check_storage(storage.clone(), options, Repair::None)
+            let (storage, options) = (remotes.open_object(url)?, url.options(options));
+            let checked = Image::check_storage(storage.clone(), &options, Repair::None)
                 .map_err(|error| error.with_path(url.to_string()));
-            (checked, Image::inspect_storage(storage, options).is_ok())
+            (checked, Image::inspect_storage(storage, &options).is_ok())
         }
         file => {
             let checked = Image::check_file(file.path(), options, repair);

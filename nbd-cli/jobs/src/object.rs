@@ -43,13 +43,16 @@ impl ObjectUrl {
         self.0.strip_prefix(BACKUP)
     }
 
-    /// Returns the options for opening it. A backup is a disk: what it holds is never taken for an
-    /// image, unless the user says so.
+    /// Returns the format of the image in it, if it is known; `given` is what the user says. A backup
+    /// is a disk: what it holds is never taken for an image, unless the user says so.
+    pub(crate) fn format_or(&self, given: Option<Format>) -> Option<Format> {
+        given.or(self.backup().map(|_| Format::Raw))
+    }
+
+    /// Returns the options for opening it.
     pub(crate) fn options(&self, options: &OpenOptions) -> OpenOptions {
         let mut options = options.clone();
-        if self.backup().is_some() {
-            options.format = options.format.or(Some(Format::Raw));
-        }
+        options.format = self.format_or(options.format);
         options
     }
 

@@ -222,3 +222,20 @@ fn bitmap_of_another_server_is_used_only_for_the_backup_that_it_follows() {
     nbd_cli(&["restore", &format!("backup:{repository}/vm"), &restored]).success();
     are_equal(&qemu_img, &disk, &restored);
 }
+
+#[test]
+fn disk_in_a_backup_is_never_taken_for_an_image() {
+    let disk = Disk::sparse();
+    let repository = repository(&disk);
+    let inside = disk.beside("inside.qcow2");
+    nbd_cli(&["image", "create", "--format", "qcow2", &inside, "1M"]).success();
+    let source =
+        format!(r#"json:{{"driver":"raw","file":{{"driver":"file","filename":"{inside}"}}}}"#);
+    nbd_cli(&["backup", "-q", "--name", "vm", &source, &repository]).success();
+    let name = format!("backup:{repository}/vm");
+    assert_eq!(json(&["image", "info", "--json", &name])["format"], "raw");
+    let checked = nbd_cli(&["image", "check", &name]);
+    assert_eq!(checked.code, Some(63), "raw disks are not checked: {checked:?}");
+    nbd_cli(&["image", "check", "--format", "qcow2", &name]).success();
+    nbd_cli(&["image", "compare", "-f", "raw", &inside, &name]).success();
+}

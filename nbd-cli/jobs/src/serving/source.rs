@@ -50,9 +50,7 @@ impl ServeOptions {
         }
         self.open(qemu_name::path_in(source)).map_err(|error| explained(error, self))
     }
-}
 
-impl ServeOptions {
     /// Makes an export of the image in an object of a store. Blocks, and must not be called by asynchronous
     /// tasks.
     ///
@@ -66,11 +64,7 @@ impl ServeOptions {
             );
             return Err(JobError::invalid(why).into());
         }
-        let mut own = self.clone();
-        if url.backup().is_some() {
-            // What the disk holds is never taken for an image.
-            own.format = own.format.or(Some(Format::Raw));
-        }
+        let own = Self { format: url.format_or(self.format), ..self.clone() };
         let image = own.open_storage(self.remotes.open_object(url)?)?;
         Ok(own.exported(image)?)
     }
