@@ -33,7 +33,6 @@ pub(super) struct Opened {
 }
 
 /// The control sockets of a server that starts.
-#[derive(Default)]
 pub(super) struct ControlSockets {
     pub(super) own: Option<ControlSocket>,
     /// That of the other server, if this one has another path or none.
@@ -55,13 +54,10 @@ impl ControlSockets {
             CommandError::new(format!("cannot use the control socket that was taken over: {error}"))
         })?;
         let Some(path) = path else { return Ok(Self { own: None, others: adopted }) };
-        if let Some(own) = adopted {
-            if own.is_at(path) {
-                return Ok(Self { own: Some(own), others: None });
-            }
-            return Ok(Self { own: Some(open_control(path, goes_on).await?), others: Some(own) });
+        if adopted.as_ref().is_some_and(|adopted| adopted.is_at(path)) {
+            return Ok(Self { own: adopted, others: None });
         }
-        Ok(Self { own: Some(open_control(path, goes_on).await?), others: None })
+        Ok(Self { own: Some(open_control(path, goes_on).await?), others: adopted })
     }
 
     /// From now on this server alone has them: the other one's is removed.
