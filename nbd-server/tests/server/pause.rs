@@ -453,15 +453,9 @@ fn a_client_of_an_export_that_is_removed_during_a_pause_does_not_go_on_with_the_
     exports.set_default("other");
     let mut client = relay.connect(ReplyMode::Simple);
     assert_eq!(client.write(0, b"before"), Ok(()));
-    let Paused { listeners, connections, .. } = relay.pause();
+    let paused = relay.pause();
     exports.remove("").unwrap();
-    let mut server = Server::new(relay.config.clone(), exports);
-    let address = ListenAddress::Unix(relay.path());
-    relay.server = Some(relay.runtime.block_on(async move {
-        server.go_on(listeners, connections).unwrap();
-        server.listen(&address).await.unwrap();
-        server.start()
-    }));
+    relay.go_on(exports, Some(paused));
     client.expect_end();
     assert_eq!(relay.connect(ReplyMode::Simple).read(0, 6), [0; 6], "it is another disk");
 }
