@@ -28,14 +28,15 @@ const LENGTH_MAX: u64 = 8 << 20;
 /// The maximum length of a line of a terminal in bytes.
 const LINE_MAX: usize = 4096;
 
-type Bytes = Zeroizing<Vec<u8>>;
+/// The content of a file, overwritten on drop.
+pub(crate) type Bytes = Zeroizing<Vec<u8>>;
 
 /// The passphrases of encrypted images.
 #[derive(Clone, Debug, Default, Args)]
 pub struct KeyArgs {
     /// A file with the passphrase of an encrypted image or of one below it, all bytes of it (as with
     /// cryptsetup and QEMU, a line break at the end counts). '-' asks for it, or reads standard input
-    /// if that is no terminal; /dev/fd/N reads a descriptor. May be repeated.
+    /// if that is not a terminal; /dev/fd/N reads a descriptor. May be repeated.
     #[arg(
         long, value_name = "FILE", value_parser = OsStringValueParser::new().map(KeyFile::new)
     )]
@@ -189,7 +190,7 @@ impl KeyFile {
 /// From now on this process leaves no core dump, and others of the same user may not look into its
 /// memory.
 pub(crate) fn leave_no_dump() {
-    // A system without this is no reason to refuse the disk.
+    // Where the system refuses this, the disk is opened nevertheless.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
 }
 
@@ -202,7 +203,8 @@ impl Read for Descriptor {
     }
 }
 
-fn read_all(file: impl Read) -> io::Result<Bytes> {
+/// Reads at most 8 MiB.
+pub(crate) fn read_all(file: impl Read) -> io::Result<Bytes> {
     // Of the full size at once: a buffer that grows leaves copies behind.
     let mut bytes = Zeroizing::new(vec![0; 64 << 10]);
     let (mut file, mut length) = (file.take(LENGTH_MAX + 1), 0);

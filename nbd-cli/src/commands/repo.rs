@@ -46,7 +46,9 @@ async fn init(args: &InitArgs) -> Result<Outcome, CommandError> {
         ));
     }
     let place = args.store.new_place()?;
-    let made = Repository::init(place, passphrase.as_deref()).await.map_err(repository_error)?;
+    let made = Repository::init(place, passphrase.as_deref().map(Vec::as_slice))
+        .await
+        .map_err(repository_error)?;
     if made.creates() == Creates::Overwriting {
         warn(
             "this store ignores If-None-Match, so gc never ends an interrupted backup: end it with \

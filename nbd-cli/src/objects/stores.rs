@@ -42,7 +42,7 @@ pub struct ObjectArgs {
     #[arg(long, value_name = "PLACE", value_enum, hide_short_help = true)]
     pub addressing: Option<AddressingChoice>,
 
-    /// Do not sign requests: for objects that everybody may read.
+    /// Do not sign requests: for objects that are public.
     #[arg(long, hide_short_help = true)]
     pub anonymous: bool,
 
@@ -148,7 +148,8 @@ impl ObjectArgs {
         let (sender, opened) = std::sync::mpsc::channel();
         nbd_objects::runtime()?.spawn(async move {
             let open = async {
-                let repository = Repository::open(place, passphrase.as_deref()).await;
+                let passphrase = passphrase.as_deref().map(Vec::as_slice);
+                let repository = Repository::open(place, passphrase).await;
                 open_disk(&repository.map_err(repository_error)?, &backup, Damage::Refused).await
             };
             let _ = sender.send(open.await);
@@ -176,9 +177,7 @@ impl ObjectArgs {
         }
         Ok(cache.insert(ObjectCache::open(&settings)?).clone())
     }
-}
 
-impl ObjectArgs {
     /// Returns the directory of the cache, and of the records of uploads.
     pub(crate) fn cache_directory(&self) -> Option<PathBuf> {
         self.cache_dir.clone().or_else(usual_directory)

@@ -146,6 +146,11 @@ impl Objects {
         }
     }
 
+    /// Returns whether there are secrets.
+    pub(super) fn has_secrets(&self) -> bool {
+        self.objects.values().any(|object| matches!(object, Object::Secret(_)))
+    }
+
     /// Returns whether there is a secret of that id.
     pub(super) fn has_secret(&self, id: &str) -> bool {
         matches!(self.objects.get(id), Some(Object::Secret(_)))

@@ -37,6 +37,11 @@ impl std::fmt::Debug for OpenedSource {
 }
 
 impl Options {
+    /// Returns whether there are secrets (`--object secret`), which [`open`](Self::open) may read.
+    pub fn has_secrets(&self) -> bool {
+        self.objects.has_secrets()
+    }
+
     /// Opens the image as an export. Temporary files go to `temporary_directory`, or to the system's.
     /// Blocks, and must not be called by asynchronous tasks.
     ///

@@ -8,6 +8,7 @@ use nbd_server::export::Export;
 
 use super::refusal::{Refusal, complain};
 use crate::connect::ServerArgs;
+use crate::key_file::leave_no_dump;
 use crate::serving::temporary_directory;
 use crate::shown::warnings;
 
@@ -17,6 +18,9 @@ use crate::shown::warnings;
 ///
 /// If the options contradict each other or the image cannot be opened.
 pub(super) fn open(options: &Options) -> Result<Arc<dyn Export>, Refusal> {
+    if options.has_secrets() {
+        leave_no_dump();
+    }
     let context = JobContext { observer: warnings(), ..JobContext::default() };
     let remotes = ServerArgs::default().remotes();
     let opened = options.open(&context, temporary_directory(), &remotes)?;

@@ -13,6 +13,7 @@ use nbd_objects::{Place, StoreUrl};
 
 use crate::error::CommandError;
 use crate::file_path::FilePathParser;
+use crate::key_file::Bytes;
 use crate::objects::ObjectArgs;
 use crate::output::printable;
 use crate::passphrase::read_passphrase;
@@ -43,7 +44,7 @@ pub struct PassphraseArgs {
 
 impl StoreArgs {
     /// Reads the passphrase, if its file is given.
-    pub(crate) fn passphrase(&self) -> Result<Option<Vec<u8>>, CommandError> {
+    pub(crate) fn passphrase(&self) -> Result<Option<Bytes>, CommandError> {
         self.passphrase.read()
     }
 
@@ -51,7 +52,7 @@ impl StoreArgs {
     pub(super) fn new_place(&self) -> Result<Place, CommandError> {
         if let StoreUrl::Directory(path) = url(&self.repository)? {
             let mut builder = std::fs::DirBuilder::new();
-            // Backups are nobody else's business.
+            // Other users must not read the backups.
             builder.recursive(true).mode(0o700).create(&path).map_err(|error| {
                 CommandError::new(format!("cannot make the folder '{}': {error}", path.display()))
             })?;
@@ -67,7 +68,7 @@ impl StoreArgs {
 
 impl PassphraseArgs {
     /// Reads the passphrase, if its file is given.
-    pub(crate) fn read(&self) -> Result<Option<Vec<u8>>, CommandError> {
+    pub(crate) fn read(&self) -> Result<Option<Bytes>, CommandError> {
         self.passphrase_file.as_deref().map(read_passphrase).transpose()
     }
 }
@@ -104,7 +105,7 @@ pub(crate) async fn open(
     passphrase: &PassphraseArgs,
 ) -> Result<Repository, CommandError> {
     let (place, passphrase) = (place(repository, &passphrase.objects)?, passphrase.read()?);
-    let opened = Repository::open(place, passphrase.as_deref()).await;
+    let opened = Repository::open(place, passphrase.as_deref().map(Vec::as_slice)).await;
     Ok(opened.map_err(|error| match passphrase {
         None => {
             let text = error.to_string();
