@@ -1,4 +1,4 @@
-//! The packages in a bare Debian root: installed and used as by somebody who has nothing else.
+//! The packages in a bare Debian root: installed and used where there is nothing else.
 
 use std::fs;
 use std::path::{Path, PathBuf};

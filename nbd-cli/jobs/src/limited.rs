@@ -121,7 +121,7 @@ mod tests {
     const LIMIT: Duration = Duration::from_millis(200);
 
     #[test]
-    fn a_server_that_accepts_nobody_is_given_up() {
+    fn a_server_that_accepts_no_client_is_given_up() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("full");
         let listener = UnixListener::bind(&path).unwrap();

@@ -9,11 +9,11 @@
 //!   SERVING                    ---------------->  exits
 //! ```
 //!
-//! Descriptors travel over the same unix socket. The control socket is among them, so that it is there
-//! at every moment: who connects to it meanwhile is served by the one that goes on. Only one of both has the images open. Until
-//! SERVING the predecessor can go on: it says ABANDONED, waits until the successor has closed the
-//! connection, and opens its images again. A successor that is READY and loses the predecessor
-//! serves, because no other program does.
+//! Descriptors travel over the same unix socket. The control socket is among them, so that it has a
+//! listener at every moment: clients that connect meanwhile are served by the program that goes on.
+//! Only one of both has the images open. Until SERVING the predecessor can go on: it says ABANDONED,
+//! waits until the successor has closed the connection, and opens its images again. A successor that
+//! is READY and loses the predecessor serves, because no other program does.
 
 mod predecessor;
 mod successor;

@@ -160,7 +160,7 @@ async fn a_client_that_waits_for_each_request_is_known_as_one_until_it_sends_sev
         serve(&mut turn, 2 * REQUEST_COST);
     }
     assert!(turn.is_light());
-    // A part of a long payload is no small request.
+    // A part of a long payload is not a small request.
     turn.spend_in_bulk(1);
     turn.rest();
     assert!(!turn.is_light());

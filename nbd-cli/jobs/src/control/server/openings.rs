@@ -1,5 +1,5 @@
-//! What is being opened, also by threads for which nobody waits any more: a program that takes over
-//! must find all of it closed, and nothing is opened from then on.
+//! What is being opened, also by threads for which no request waits any more: a program that takes
+//! over must find all of it closed, and nothing is opened from then on.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -88,7 +88,7 @@ impl ControlSocket {
     ///
     /// # Errors
     ///
-    /// If it is no unix socket with a file, and those of the system.
+    /// If it is not a unix socket with a file, and those of the system.
     pub fn adopt(PausedListener { socket, origin }: PausedListener) -> io::Result<Self> {
         let ListenerOrigin::UnixFile { path, identity } = origin else {
             return Err(io::Error::other("the control socket of the other server has no file"));
