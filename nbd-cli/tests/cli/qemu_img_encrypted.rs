@@ -64,13 +64,13 @@ fn encrypted_images_are_opened_with_their_secrets_alike() {
 
 #[test]
 fn an_encrypted_image_is_described_without_its_secret_which_is_never_shown() {
-    tools!(_qemu_img = "qemu-img");
+    tools!(qemu_img = "qemu-img");
     let directory = tempfile::tempdir().unwrap();
     let here = directory.path();
     let secret = "secret,id=s,data=never-shown";
     let create =
         format!("create -q --object {secret} -f luks -o key-secret=s,iter-time=10 a.luks 1M");
-    let made = run(Command::new("qemu-img").args(words(&create)).current_dir(here));
+    let made = run(Command::new(qemu_img).args(words(&create)).current_dir(here));
     assert_eq!(made.code, Some(0), "{made:?}");
     let luks = "--image-opts driver=luks,key-secret=s,file.filename=a.luks";
     let described = ours(here, &words(&format!("info {luks}")));

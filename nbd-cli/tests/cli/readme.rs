@@ -166,6 +166,7 @@ fn readme_commands_of_copying_run() {
     paste("docs/copy.md");
 }
 
+#[cfg(feature = "object-storage")]
 #[test]
 fn readme_commands_of_repositories_run() {
     paste("docs/backup-repository.md");
