@@ -82,6 +82,7 @@ mod new_files;
 #[cfg(feature = "object-storage")]
 mod objects;
 mod qemu_img_beside;
+mod qemu_img_convert;
 mod qemu_img_encrypted;
 mod qemu_img_formats;
 mod qemu_nbd_backing;

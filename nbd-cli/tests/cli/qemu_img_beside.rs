@@ -442,7 +442,6 @@ fn what_is_not_supported_is_refused_by_name_and_changes_nothing() {
         ("create old.img 1M", "several names"),
         ("convert -B base.img -F raw -O qcow2 old.img new.img", "-B"),
         ("convert --salvage old.img new.img", "--salvage"),
-        ("convert old.img old.img new.img", "one source"),
         ("convert -n -S 0 old.img new.img", "-S 0"),
         ("info --object tls-creds-x509,id=a,dir=b old.img", "tls-creds-x509"),
         ("info --image-opts driver=rbd,pool=a", "rbd"),

@@ -210,6 +210,10 @@ impl Conversion<'_> {
             _ => (to, JobErrorKind::Destination),
         };
         match error.into_image_error() {
+            // Of several sources, the one at fault is named already.
+            Ok(error) if kind == JobErrorKind::Source && !self.options.more.is_empty() => {
+                JobError::image(kind, error)
+            }
             Ok(error) => location.named(kind, error),
             Err(error) => error.into(),
         }

@@ -19,13 +19,15 @@
 
 mod bitmaps;
 mod job;
+mod joined;
 mod options;
 mod reader;
 
 use std::sync::Arc;
 
-use imgfmt::Format;
 use imgfmt::jobs::SourceReader;
+use imgfmt::{Format, Image};
+use nbd_client::ExportStorage;
 
 use self::job::Conversion;
 pub use self::options::{ConvertOptions, CopiedBitmaps, Destination};
@@ -51,7 +53,9 @@ pub fn convert(
     options: &ConvertOptions,
     context: &JobContext,
 ) -> Result<(), JobError> {
-    refuse_same_export(from.uri(), to.uri())?;
+    for from in std::iter::once(from).chain(&options.more) {
+        refuse_same_export(from.uri(), to.uri())?;
+    }
     if let ImageLocation::Described { .. } = to {
         return Err(JobError::invalid(
             "the new image is given by its name, and its format by --output-format",
@@ -60,13 +64,13 @@ pub fn convert(
     if let ImageLocation::Object(url) = to {
         return Err(read_only(url));
     }
-    let opened = from.open_disk_or_image(&options.read, &options.reconnecting);
-    let (source, export) = opened.map_err(JobError::advise_sharing)?;
+    let (source, export) = open_sources(from, options).map_err(JobError::advise_sharing)?;
     let bitmaps = bitmaps::of_source(&source, from, options.bitmaps, &*context.observer)?;
     let reader = export.map(|export| {
         Arc::new(ExportReader::new(export, from.to_string())) as Arc<dyn SourceReader>
     });
-    let is_remote = from.is_remote() || to.is_remote();
+    let is_remote =
+        from.is_remote() || to.is_remote() || options.more.iter().any(ImageLocation::is_remote);
     let source = &source;
     let copy = Conversion { options, source, reader, from, bitmaps, is_remote, context };
     let (format, exists) = (options.create.format, options.destination == Destination::Existing);
@@ -81,6 +85,20 @@ pub fn convert(
         ImageLocation::Export { uri, .. } if format == Format::Raw => copy.to_server(to, uri),
         _ => copy.replace(to),
     }
+}
+
+/// Opens the source, or all of them as one disk; the export if there is one that is the disk.
+fn open_sources(
+    from: &ImageLocation,
+    options: &ConvertOptions,
+) -> Result<(Image, Option<Arc<ExportStorage>>), JobError> {
+    if options.more.is_empty() {
+        return from.open_disk_or_image(&options.read, &options.reconnecting);
+    }
+    let all = std::iter::once(from).chain(&options.more);
+    let opened =
+        all.map(|from| Ok((from.clone(), from.open(&options.read, &options.reconnecting)?)));
+    Ok((joined::join(opened.collect::<Result<_, JobError>>()?)?, None))
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use imgfmt::jobs::{Background, Clusters};
 use imgfmt::{CacheMode, CreateOptions, OpenOptions};
 
+use crate::image_location::ImageLocation;
 use crate::remote::Remotes;
 use crate::target::Durable;
 
@@ -17,7 +18,9 @@ pub struct ConvertOptions {
     pub create: CreateOptions,
     /// Whether the destination exists. By default it is created.
     pub destination: Destination,
-    /// Options for opening the source.
+    /// Sources that follow the first one, as parts of one disk. By default none.
+    pub more: Vec<ImageLocation>,
+    /// Options for opening the sources.
     pub read: OpenOptions,
     /// Options for opening an existing image; the format and the access are set by the job.
     pub write: OpenOptions,
@@ -48,6 +51,7 @@ impl ConvertOptions {
         Self {
             create,
             destination: Destination::default(),
+            more: Vec::new(),
             read: OpenOptions::new(),
             write: OpenOptions::new(),
             remotes: Remotes::default(),

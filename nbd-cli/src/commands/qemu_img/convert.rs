@@ -1,5 +1,6 @@
 //! `qemu-img convert`.
 
+use std::ffi::OsString;
 use std::num::{NonZeroU64, NonZeroUsize};
 
 use imgfmt::jobs::{Background, Clusters, RateLimit};
@@ -29,21 +30,24 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     if let Some(text) = help(format, &lists) {
         return text::print(&text);
     }
-    let (from, to) = match &arguments.operands[..] {
-        [from, to] => (from, to),
-        [] | [_] => return Err(Refusal::usage("Must specify image file name")),
-        _ => {
-            return Err(Refusal::new(
-                "only one source image can be converted here; join several with 'nbd-cli copy' or cat",
-            ));
-        }
+    let [from, more @ .., to] = &arguments.operands[..] else {
+        return Err(Refusal::usage("Must specify image file name"));
     };
-    let from = Place::new(arguments, from, Opt::Format, Opt::SourceCache)?;
+    let source = |operand: &OsString| Place::new(arguments, operand, Opt::Format, Opt::SourceCache);
+    let from = source(from)?;
+    let more = more.iter().map(source).collect::<Result<Vec<_>, _>>()?;
+    if !more.is_empty() {
+        refuse_for_several(arguments)?;
+    }
     let to = Place::parse(to, arguments.has(Opt::TargetImageOpts))?;
     let (to, said) = target_of(arguments, &to)?;
     format = said.unwrap_or(format);
     check_options(arguments, format)?;
-    let options = options(arguments, &from, format, &lists)?;
+    let mut options = options(arguments, &from, format, &lists)?;
+    for place in more {
+        options.read.passphrases.extend(place.options.passphrases);
+        options.more.push(place.location);
+    }
     if let (ImageLocation::File(path), false) = (to, arguments.has(Opt::NoCreate)) {
         refuse_impossible(path, &options.create)
             .map_err(|error| error.about(&path.to_string_lossy()))?;
@@ -55,6 +59,17 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     progress.end_with(&result);
     result?;
     Ok(0)
+}
+
+/// Refuses what several sources cannot have.
+fn refuse_for_several(arguments: &Arguments) -> Result<(), Refusal> {
+    if arguments.has(Opt::Bitmaps) {
+        return Err(Refusal::new("Copying bitmaps only possible with single source"));
+    }
+    if arguments.has(Opt::Snapshot) {
+        return Err(Refusal::new("No support for concatenating multiple snapshot"));
+    }
+    Ok(())
 }
 
 /// Returns the target, and the format that its name says: it may say nothing else.
