@@ -16,6 +16,9 @@ pub const CACHE_SIZE_MIN: u64 = 64 << 20;
 /// Largest cache, in bytes: the index of a larger one would take too much memory.
 const CACHE_SIZE_MAX: u64 = 1 << 40;
 
+/// Largest cache without a name, in bytes: every process can have one.
+const UNNAMED_MAX: u64 = 256 << 20;
+
 /// The place and size of a cache.
 #[derive(Clone, Debug)]
 pub struct CacheSettings {
@@ -25,7 +28,7 @@ pub struct CacheSettings {
     /// Whether the process goes on with a temporary cache, or none, if the directory cannot be
     /// used.
     pub is_optional: bool,
-    /// Limit of its data, in bytes.
+    /// Limit of its data, in bytes. A cache that ends with its process has at most 256 MiB.
     pub size: u64,
 }
 
@@ -88,6 +91,8 @@ impl Cache {
         let Ok((file, entries)) = opened else {
             return Ok(Self { file: None, state: Mutex::default() });
         };
+        let unnamed_max = usize::try_from(UNNAMED_MAX / BLOCK_LEN as u64).unwrap_or(usize::MAX);
+        let capacity = if file.is_named() { capacity } else { capacity.min(unnamed_max) };
         let mut state = State { capacity, ..State::default() };
         for (index, entry) in entries.into_iter().enumerate() {
             if let Some(entry) = entry {
@@ -268,6 +273,22 @@ mod tests {
     fn read(cache: &Cache, block: u64) -> Option<[u8; 3]> {
         let mut buffer = [0; 3];
         cache.read(key(block), 1, &mut buffer).then_some(buffer)
+    }
+
+    #[test]
+    fn caches_that_end_with_their_processes_are_small() {
+        let directory = tempfile::tempdir().unwrap();
+        let size = 1 << 30;
+        let of = |directory: Option<&std::path::Path>| {
+            let directory = directory.map(std::path::Path::to_owned);
+            Cache::open(&CacheSettings { directory, is_optional: true, size }).unwrap()
+        };
+        let blocks = |bytes: u64| (bytes / BLOCK_LEN as u64) as usize;
+        let first = of(Some(directory.path()));
+        assert_eq!(first.state().capacity, blocks(size));
+        // Another one uses the directory, or there is none.
+        assert_eq!(of(Some(directory.path())).state().capacity, blocks(256 << 20));
+        assert_eq!(of(None).state().capacity, blocks(256 << 20));
     }
 
     #[test]

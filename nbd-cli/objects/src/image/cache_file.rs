@@ -119,6 +119,11 @@ impl CacheFile {
         Ok((Self { blocks, index: Some(index) }, entries))
     }
 
+    /// Returns whether the cache stays when this process ends.
+    pub(super) fn is_named(&self) -> bool {
+        self.index.is_some()
+    }
+
     /// Makes a cache that ends with this process.
     ///
     /// # Errors
