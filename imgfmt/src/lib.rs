@@ -100,6 +100,9 @@ mod write_map;
 pub mod zero;
 
 pub use access::{Access, BitmapDurability, Locking};
+#[cfg(feature = "test-util")]
+#[doc(hidden)]
+pub use archive::disk_in as disk_in_archive;
 pub use backing_file::{BackingFile, BackingOptions, NameTarget};
 pub use backup::{Backup, BackupBase, BackupIdentity, BeganAfter, ContentSum, NotAUuid, Uuid};
 pub use bitmap::{

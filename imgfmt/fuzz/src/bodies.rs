@@ -3,6 +3,8 @@
 //!
 //! A body panics when something is wrong; it says nothing otherwise.
 
+#[path = "archives.rs"]
+pub(crate) mod archives;
 #[path = "bitmaps.rs"]
 pub(crate) mod bitmaps;
 #[path = "damaged.rs"]
@@ -34,7 +36,7 @@ use imgfmt::{
 type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub(crate) const TARGETS: [Target; 16] = [
+pub(crate) const TARGETS: [Target; 18] = [
     ("header", header),
     ("l2_walk", l2_walk),
     ("refcounts", refcounts),
@@ -51,6 +53,8 @@ pub(crate) const TARGETS: [Target; 16] = [
     ("qcow", foreign::qcow),
     ("parallels", foreign::parallels),
     ("luks2", luks::luks2),
+    ("tar", archives::tar),
+    ("ovf", archives::ovf),
 ];
 
 /// No more of a disk than this is looked at.

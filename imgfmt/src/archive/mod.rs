@@ -73,6 +73,17 @@ pub(crate) fn open(
     Ok(Some(ArchiveDisk { storage: Arc::new(window), path: archive, identity }))
 }
 
+/// Returns which bytes of an archive are the disk that is wanted of it.
+///
+/// # Errors
+///
+/// If it is damaged or has no such disk.
+#[cfg(feature = "test-util")]
+pub fn disk_in(storage: &Arc<dyn Storage>, wanted: Option<&[u8]>) -> Result<std::ops::Range<u64>> {
+    let found = find(storage, wanted)?;
+    Ok(found.offset..found.offset + found.length)
+}
+
 /// The archive and what is wanted of it, if the name is that of an archive. A file of the whole name
 /// comes first; with the format raw it is not looked into.
 fn split(path: &Path, options: &OpenOptions) -> Option<(PathBuf, Option<Vec<u8>>)> {

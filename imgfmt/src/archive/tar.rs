@@ -29,6 +29,9 @@ const EXTENSION_GOES_ON: usize = 504;
 /// The longest name or list of attributes that is before a member, in bytes.
 const ATTRIBUTES_MAX: u64 = 64 << 10;
 
+/// The longest name, in bytes: no file has a longer path, and all names are in memory at once.
+const NAME_MAX: usize = 4096;
+
 /// A file in an archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Member {
@@ -144,7 +147,7 @@ impl Attributes {
         let read = storage.read_exact_at(HostOffset::new(start), &mut bytes);
         read.map_err(|error| Error::from_io("read", error))?;
         if kind == b'L' {
-            self.name = Some(until_zero(&bytes).to_vec());
+            self.name = Some(stated_name(until_zero(&bytes), start)?);
             return Ok(());
         }
         let mut rest = &bytes[..];
@@ -157,7 +160,7 @@ impl Attributes {
                 text.iter().position(|byte| *byte == b'=').ok_or_else(|| damaged(start))?;
             let (key, value) = (&text[..equals], &text[equals + 1..]);
             match key {
-                b"path" => self.name = Some(value.to_vec()),
+                b"path" => self.name = Some(stated_name(value, start)?),
                 b"size" => {
                     let size = std::str::from_utf8(value).ok().and_then(|text| text.parse().ok());
                     self.length = Some(size.ok_or_else(|| damaged(start))?);
@@ -165,7 +168,7 @@ impl Attributes {
                 _ if key.starts_with(b"GNU.sparse.") => {
                     self.is_sparse = true;
                     if key == b"GNU.sparse.name" {
-                        self.sparse_name = Some(value.to_vec());
+                        self.sparse_name = Some(stated_name(value, start)?);
                     }
                 }
                 _ => {}
@@ -173,6 +176,14 @@ impl Attributes {
             rest = &rest[line.len()..];
         }
         Ok(())
+    }
+}
+
+/// A name that comes before its member, at `start`.
+fn stated_name(name: &[u8], start: u64) -> Result<Vec<u8>> {
+    match name.len() {
+        0..=NAME_MAX => Ok(name.to_vec()),
+        _ => Err(damaged(start)),
     }
 }
 
@@ -203,4 +214,39 @@ fn damaged(offset: u64) -> Error {
 
 pub(super) fn refused(kind: ErrorKind, detail: impl Into<String>) -> Error {
     Error::new(kind, "open", detail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::MemoryStorage;
+
+    fn member(kind: u8, content: &[u8]) -> Vec<u8> {
+        let mut header = [0; BLOCK];
+        header[124..135].copy_from_slice(format!("{:011o}", content.len()).as_bytes());
+        header[148..156].fill(b' ');
+        header[156] = kind;
+        header[257..265].copy_from_slice(b"ustar\x0000");
+        let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+        header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        let mut bytes = [&header[..], content].concat();
+        bytes.resize(bytes.len().next_multiple_of(BLOCK), 0);
+        bytes
+    }
+
+    #[test]
+    fn names_that_no_file_can_have_are_refused() {
+        for (length, is_read) in [(NAME_MAX, true), (NAME_MAX + 1, false)] {
+            let name = "n".repeat(length);
+            let line = format!(" path={name}\n");
+            let line = format!("{}{line}", line.len() + 4);
+            for before in [member(b'L', name.as_bytes()), member(b'x', line.as_bytes())] {
+                let archive = MemoryStorage::from_bytes(&[before, member(b'0', b"disk")].concat());
+                match members(&archive) {
+                    Ok(found) => assert!(is_read && found[0].name == name.as_bytes()),
+                    Err(error) => assert!(!is_read && error.kind() == ErrorKind::InvalidFormat),
+                }
+            }
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::bodies::bitmaps::entry;
 use super::bodies::handmade::{COMPRESSED, COPIED, Handmade, field};
-use super::bodies::{foreign, foreign_vhdx, foreign_vmdk, luks};
+use super::bodies::{archives, foreign, foreign_vhdx, foreign_vmdk, luks};
 
 type Seed = (&'static str, &'static str, Vec<u8>);
 
@@ -19,6 +19,7 @@ pub(super) fn seeds() -> Vec<Seed> {
     seeds.extend(foreign_vmdk::seeds());
     seeds.extend(foreign_vhdx::seeds());
     seeds.extend(luks::seeds());
+    seeds.extend(archives::seeds());
     seeds
 }
 
