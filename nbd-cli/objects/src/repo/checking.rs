@@ -55,6 +55,8 @@ struct Needs {
     /// Pages that were read: they are shared by many backups.
     pages: HashSet<(PackId, u32)>,
     problems: BTreeMap<String, BTreeSet<usize>>,
+    /// The problems that are packs which are not there.
+    missing: HashSet<String>,
 }
 
 impl Repository {
@@ -89,7 +91,11 @@ impl Repository {
         for (pack, end) in &needs.packs {
             let key = Key::Pack(*pack);
             let problem = match sizes.get(pack) {
-                None => format!("the pack {key} is missing"),
+                None => {
+                    let problem = format!("the pack {key} is missing");
+                    needs.missing.insert(problem.clone());
+                    problem
+                }
                 Some(size) if size < end => format!("the pack {key} is too short"),
                 Some(_) => continue,
             };
@@ -171,19 +177,25 @@ impl Repository {
         Ok(())
     }
 
-    /// Makes problems of packs those of the backups that need them.
+    /// Makes problems of packs those of the backups that need them. A backup that was forgotten
+    /// meanwhile has none: a gc may have deleted its packs.
     async fn name_backups(&self, needs: &mut Needs) -> Result<()> {
         let bad = std::mem::take(&mut needs.bad_packs);
         for problem in bad.values().flatten() {
             needs.problems.entry(problem.clone()).or_default();
         }
-        if bad.is_empty() {
+        if needs.problems.is_empty() {
             return Ok(());
         }
+        let mut gone = BTreeSet::new();
         for number in 0..needs.names.len() {
             let map = match Map::open(self, needs.names[number].0).await {
                 Ok(map) => map,
-                // That is known already, or it was forgotten meanwhile.
+                Err(error) if error.kind() == RepositoryErrorKind::NotFound => {
+                    gone.insert(number);
+                    continue;
+                }
+                // That is known already.
                 Err(error) if error.kind() != RepositoryErrorKind::Store => continue,
                 Err(error) => return Err(error),
             };
@@ -192,6 +204,15 @@ impl Repository {
                 needs.problems.entry(problem.clone()).or_default().insert(number);
             }
         }
+        if gone.is_empty() {
+            return Ok(());
+        }
+        let missing = &needs.missing;
+        needs.problems.retain(|problem, backups| {
+            let is_of_none = backups.is_empty() && !missing.contains(problem);
+            backups.retain(|number| !gone.contains(number));
+            is_of_none || !backups.is_empty()
+        });
         Ok(())
     }
 

@@ -240,11 +240,19 @@ async fn check_does_not_miss_packs_of_a_backup_that_was_forgotten_meanwhile() {
     let problems = repository.check(100.0).await.unwrap().problems;
     assert_eq!(problems.len(), 1);
     assert_eq!(problems[0].backups, [(made.id, "vm1".to_owned())]);
-    // It is listed and opened, and then it is gone.
-    let (key, mut reads) = (Key::Backup(made.id).to_string(), 0);
-    store.fail(move |seen| {
-        reads += u32::from(seen.key.ends_with(&key));
-        if reads > 2 { Fault::Status(404) } else { Fault::None }
-    });
-    assert_eq!(repository.check(100.0).await.unwrap().problems, []);
+    // It is listed, and perhaps opened, and then it is gone. At last its map is deleted, too.
+    for (most, deleted) in [(1, None), (2, None), (2, packs.last())] {
+        if let Some(deleted) = deleted {
+            repository.objects.delete(deleted).await.unwrap();
+        }
+        let (key, mut reads) = (Key::Backup(made.id).to_string(), 0);
+        store.fail(move |seen| {
+            let is_it = seen.key.ends_with(&key);
+            reads += u32::from(is_it);
+            if is_it && reads > most { Fault::Status(404) } else { Fault::None }
+        });
+        let found = repository.check(100.0).await.unwrap();
+        assert_eq!(found.problems, [], "{most} {deleted:?}");
+        assert_eq!(found.backups, u64::from(most > 1), "{most}: it was opened");
+    }
 }
