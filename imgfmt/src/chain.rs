@@ -15,7 +15,7 @@ use crate::access::{Access, Locking};
 use crate::backing_file::{BackingFile, NameTarget};
 #[cfg(feature = "encryption")]
 use crate::crypto;
-use crate::driver::{BackingLayer, Chain, Driver, Foreign, NamedFile};
+use crate::driver::{BackingLayer, Chain, Driver, Foreign, LayerFile, NamedFile};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::formats::{self, Opening};
@@ -131,6 +131,8 @@ struct Files {
     named: Vec<NamedFile>,
     /// The others, as they are called where they are named.
     others: Vec<PathBuf>,
+    /// Those of the layers that were opened.
+    opened: Vec<LayerFile>,
 }
 
 impl Files {
@@ -174,8 +176,9 @@ fn open_layers(mut layer: Unopened, files: &mut Files) -> Result<Chain> {
         below.insert(0, backing);
         top = image;
     }
+    let layers = std::mem::take(&mut files.opened);
     let (files, others) = (std::mem::take(&mut files.named), std::mem::take(&mut files.others));
-    Ok(Chain { top, below, files, others })
+    Ok(Chain { top, below, files, others, layers })
 }
 
 /// Refuses a backing file whose chain would be too long with the image at `path` above it. Other
@@ -231,6 +234,7 @@ fn open_layer(layer: Unopened, files: &mut Files) -> Result<Opened> {
     let identity = storage.identity();
     files.note(path.as_deref(), identity, shown.as_deref().unwrap_or(Path::new("")));
     let format = format_of(&*storage, &options)?;
+    files.opened.push(LayerFile { identity, format });
     refuse_options(format, &options)?;
     if format == Format::Raw {
         let first_sector = match options.format {

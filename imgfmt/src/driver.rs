@@ -56,6 +56,15 @@ pub(crate) struct Chain {
     pub(crate) files: Vec<NamedFile>,
     /// Other files and storages that were opened, as they are called where they are named.
     pub(crate) others: Vec<PathBuf>,
+    /// The files and the formats of all layers, from the top to the bottom.
+    pub(crate) layers: Vec<LayerFile>,
+}
+
+/// What a layer is stored in.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LayerFile {
+    pub(crate) identity: Option<FileIdentity>,
+    pub(crate) format: Format,
 }
 
 /// A file that was opened by a name.

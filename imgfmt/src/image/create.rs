@@ -120,7 +120,7 @@ fn create_foreign(
     }
     let top = Driver::New(NewImage { format: options.format, image });
     let files = file.into_iter().collect();
-    let chain = Chain { top, below: Vec::new(), files, others: Vec::new() };
+    let chain = Chain { top, below: Vec::new(), files, others: Vec::new(), layers: Vec::new() };
     let cache = open.cache;
     let image = Image { chain, path: Some(path.into()), access: Access::ReadWrite, cache, direct };
     if (options.give_up)() {

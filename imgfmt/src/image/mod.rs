@@ -26,7 +26,7 @@ use crate::format::Format;
 use crate::info::ImageInfo;
 use crate::layer::{FilledInOrder, Layer, WritableLayer};
 use crate::options::OpenOptions;
-use crate::qcow2::{CheckReport, Qcow2, Repair};
+use crate::qcow2::{Below, CheckReport, Populated, Qcow2, Repair};
 use crate::storage::{Capabilities, DirectAlignment, FileIdentity, Storage};
 use crate::units::{GuestOffset, GuestRange};
 
@@ -147,6 +147,16 @@ impl Image {
         std::iter::once(self.size()).chain(below).collect()
     }
 
+    /// Returns the depth of the layer below the image that is stored in the file at `path`, and the
+    /// format of that layer: the backing file has depth 2. `None` if no layer is; layers on servers
+    /// have no file. Blocks.
+    pub fn layer_in(&self, path: &Path) -> Option<(u32, Format)> {
+        let identity = FileIdentity::of(path)?;
+        let mut layers = self.chain.layers.iter().zip(1..).skip(1);
+        let found = layers.find(|(layer, _)| layer.identity == Some(identity));
+        found.map(|(layer, depth)| (depth, layer.format))
+    }
+
     /// Returns the image's format.
     pub fn format(&self) -> Format {
         self.chain.top.format()
@@ -223,6 +233,23 @@ impl Image {
     /// the image.
     pub(crate) fn filled_in_order(&self) -> Option<&dyn FilledInOrder> {
         self.chain.top.writable()?.filled_in_order()
+    }
+
+    /// The size in bytes of the parts of the disk that a qcow2 image has or has not.
+    pub(crate) fn subcluster_size(&self) -> Option<u64> {
+        self.qcow2().map(Qcow2::subcluster_size)
+    }
+
+    /// Gives a qcow2 image content of its own where it has none; see [`Qcow2::populate`].
+    pub(crate) fn populate(
+        &self,
+        range: GuestRange,
+        below: Below<'_>,
+        keeps_zeroes: bool,
+    ) -> Result<Populated> {
+        let range = self.check_change("write to", range.offset(), range.length())?;
+        let populated = self.qcow2().map(|image| image.populate(range, below, keeps_zeroes));
+        populated.unwrap_or_else(|| Ok(Populated::default())).map_err(|error| self.name(error))
     }
 
     /// Allocates all clusters of a new, empty image.

@@ -1,8 +1,8 @@
 //! Jobs on whole disks, from image to image.
 //!
 //! [`convert`] copies a disk into another image, [`compare`] finds the first difference of two,
-//! [`commit`] writes an overlay into its backing file, [`rebase`] prepares one for another backing file,
-//! and [`measure`] says how large a copy would be. The images are opened by the caller, in any
+//! [`commit`] writes an overlay into its backing file, [`stream`] copies into one what is below it,
+//! [`rebase`] prepares one for another backing file, and [`measure`] says how large a copy would be. The images are opened by the caller, in any
 //! storage. Each function has an example.
 //!
 //! A job takes plain options and a [`JobContext`]: an [`Observer`], which receives progress, and a
@@ -20,6 +20,7 @@ mod observer;
 mod range;
 mod rate_limit;
 mod rebase;
+mod stream;
 
 pub use self::cancellation::Cancellation;
 pub use self::commit::{Committed, commit};
@@ -32,3 +33,4 @@ pub use self::measure::{MeasuredDisk, Measurement, measure};
 pub use self::observer::{JobContext, Observer, Progress};
 pub use self::rate_limit::RateLimit;
 pub use self::rebase::{Rebased, rebase};
+pub use self::stream::{Streamed, ToStream, measure_stream, stream};

@@ -132,6 +132,11 @@ impl Qcow2 {
         }
     }
 
+    /// The size of a subcluster in bytes.
+    pub(crate) fn subcluster_size(&self) -> u64 {
+        self.geometry().subcluster_size()
+    }
+
     pub(in crate::qcow2) fn geometry(&self) -> Geometry {
         self.mapping.geometry()
     }

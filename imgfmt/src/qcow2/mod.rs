@@ -27,6 +27,7 @@ pub(crate) use bitmap::no_bitmap;
 pub use check::{CheckReport, Repair};
 pub(crate) use image::Qcow2;
 pub use info::{BitmapEntry, Qcow2Info};
+pub(crate) use io::populate::{Below, Populated};
 pub(crate) use metadata::backing_change::change_backing;
 pub(crate) use metadata::seal::seal;
 pub(crate) use on_disk::incomplete::incomplete_header;

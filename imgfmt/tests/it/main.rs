@@ -96,6 +96,7 @@ mod refcounts_that_lie;
 mod repair_interrupted;
 mod repair_keeps_data;
 mod sidecar_locked;
+mod stream_beside_qemu;
 mod sync_that_fails_elsewhere;
 mod sync_that_loses_writes;
 mod syncing;

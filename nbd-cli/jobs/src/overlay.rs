@@ -1,9 +1,9 @@
-//! Commits overlays into their backing files, and gives them other ones.
+//! Commits overlays into their backing files, gives them other ones, and copies these into them.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
-use imgfmt::jobs::{self, JobErrorKind as Kind};
+use imgfmt::jobs::{self, JobErrorKind as Kind, Streamed, ToStream};
 use imgfmt::storage::FileStorage;
 use imgfmt::{Access, Format, Image, Locking, OpenOptions};
 
@@ -128,6 +128,99 @@ pub fn copy_what_differs(
         }
     })?;
     image.close().map_err(|error| JobError::image(JobErrorKind::Destination, error))
+}
+
+/// The layers below an overlay after [`stream_overlay`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StreamBase<'a> {
+    /// None: the overlay stands alone.
+    Nothing,
+    /// This file, which is one of the present layers. A relative name starts at the directory of the
+    /// overlay.
+    File(&'a Path),
+}
+
+/// Copies into the overlay at `path` what the layers above `base` provide, and then makes `base` its
+/// backing file. The disk does not change, and its bitmaps stay valid. After an interruption the
+/// overlay shows the same disk; the next call goes on. `options` open the overlay. Blocks, and must not
+/// be called by asynchronous tasks.
+///
+/// # Errors
+///
+/// If the chain cannot be opened or read, if the overlay is not a qcow2 image, has internal snapshots
+/// or is in use, if `base` is not a layer below it, or if there is no space.
+pub fn stream_overlay(
+    path: &Path,
+    options: &OpenOptions,
+    base: StreamBase<'_>,
+    context: &JobContext,
+) -> Result<Streamed, JobError> {
+    let image = Image::open(path, &options.clone().access(Access::ReadWrite)).map_err(opening)?;
+    let Some(Base { depth, backing }) = find_base(path, &image, base)? else {
+        return Ok(Streamed::default());
+    };
+    let again = |error: &dyn std::fmt::Display| {
+        JobError::destination(format!(
+            "{error}; the disk is unchanged, and what was copied is kept: stream it again"
+        ))
+    };
+    let streamed =
+        jobs::stream(&image, depth, &context.for_images()).map_err(|error| match error.kind() {
+            Kind::InvalidArgument | Kind::Interrupted => error.into(),
+            _ => again(&error),
+        })?;
+    // Everything is on stable storage before the name goes.
+    image.close().map_err(|error| again(&error))?;
+    if depth != Some(2) {
+        let backing = backing.as_ref().map(|(name, format)| (name.as_os_str(), *format));
+        Image::change_backing_file(path, options, backing).map_err(|error| again(&error))?;
+    }
+    Ok(streamed)
+}
+
+/// Returns how much [`stream_overlay`] would copy. Nothing is changed.
+///
+/// # Errors
+///
+/// As [`stream_overlay`], but for those of reading and writing data.
+pub fn measure_stream(
+    path: &Path,
+    options: &OpenOptions,
+    base: StreamBase<'_>,
+    context: &JobContext,
+) -> Result<ToStream, JobError> {
+    let image = Image::open(path, options).map_err(opening)?;
+    match find_base(path, &image, base)? {
+        Some(base) => Ok(jobs::measure_stream(&image, base.depth, &context.for_images())?),
+        None => Ok(ToStream::default()),
+    }
+}
+
+/// A layer of a chain.
+struct Base {
+    /// `None` is below all layers.
+    depth: Option<u32>,
+    /// The name and the format that the overlay is to record.
+    backing: Option<(OsString, Format)>,
+}
+
+/// Finds the layer; `None` if the overlay has no backing file, and needs none.
+fn find_base(path: &Path, image: &Image, base: StreamBase<'_>) -> Result<Option<Base>, JobError> {
+    let info = image.info().map_err(|error| JobError::image(JobErrorKind::Source, error))?;
+    let shown = path.display();
+    let StreamBase::File(name) = base else {
+        let is_alone = info.qcow2.is_some() && info.backing_name.is_none();
+        return Ok((!is_alone).then_some(Base { depth: None, backing: None }));
+    };
+    let file = path.parent().unwrap_or(Path::new("")).join(name);
+    let Some((depth, format)) = image.layer_in(&file) else {
+        let file = file.display();
+        let kind = JobErrorKind::InvalidArgument;
+        let message = format!("cannot stream into '{shown}': '{file}' is not a layer below it");
+        return Err(JobError::new(kind, message));
+    };
+    let backing = Some((name.as_os_str().to_owned(), format));
+    Ok(Some(Base { depth: Some(depth), backing }))
 }
 
 fn opening(error: imgfmt::Error) -> JobError {

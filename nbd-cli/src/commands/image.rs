@@ -17,6 +17,7 @@ mod push;
 mod rebase;
 mod resize;
 mod snapshot;
+mod stream;
 
 use std::ffi::OsString;
 
@@ -63,6 +64,8 @@ pub enum ImageCommand {
     Rebase(rebase::RebaseArgs),
     /// Write the contents of an overlay into its backing file
     Commit(commit::CommitArgs),
+    /// Copy into an overlay what its backing files provide
+    Stream(stream::StreamArgs),
     /// List, create, apply and delete internal snapshots
     Snapshot(snapshot::SnapshotArgs),
     /// Put an image on an object store
@@ -83,7 +86,8 @@ impl ImageCommand {
             | Self::Convert(_)
             | Self::Resize(_)
             | Self::Rebase(_)
-            | Self::Commit(_) => true,
+            | Self::Commit(_)
+            | Self::Stream(_) => true,
             #[cfg(feature = "object-storage")]
             Self::Push(_) => true,
             Self::Snapshot(args) => args.command.writes(),
@@ -103,6 +107,7 @@ pub(crate) fn run(args: ImageArgs) -> Result<Outcome, CommandError> {
         ImageCommand::Amend(args) => amend::run(&args),
         ImageCommand::Rebase(args) => rebase::run(&args),
         ImageCommand::Commit(args) => commit::run(&args),
+        ImageCommand::Stream(args) => stream::run(&args),
         ImageCommand::Snapshot(args) => snapshot::run(&args),
         #[cfg(feature = "object-storage")]
         ImageCommand::Push(args) => push::run(&args),

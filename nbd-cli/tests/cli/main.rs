@@ -59,6 +59,7 @@ mod image_map_depth;
 mod image_on_server;
 mod image_other_formats_made;
 mod image_qemu_names;
+mod image_stream;
 mod image_tls;
 mod info_can;
 mod info_json;

@@ -4,6 +4,7 @@ pub(super) mod compress;
 pub(super) mod cow;
 pub(super) mod erase;
 pub(super) mod plan;
+pub(crate) mod populate;
 pub(super) mod preallocate;
 pub(super) mod read;
 pub(super) mod write;

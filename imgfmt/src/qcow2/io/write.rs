@@ -98,10 +98,20 @@ impl Qcow2 {
     /// false, with nothing changed, if `lookup` allows only metadata in memory and that does not
     /// suffice.
     fn write_step(&self, start: GuestOffset, data: &[u8], lookup: Lookup) -> Result<bool> {
+        let (first, count) = self.geometry().guest_clusters(range_of(start, data));
+        let Some(_stripes) = self.clusters.lock(first, count, lookup) else { return Ok(false) };
+        self.write_locked(start, data, lookup)
+    }
+
+    /// As [`write_step`](Self::write_step), for a caller that holds the stripes of all clusters.
+    pub(super) fn write_locked(
+        &self,
+        start: GuestOffset,
+        data: &[u8],
+        lookup: Lookup,
+    ) -> Result<bool> {
         let geometry = self.geometry();
         let range = range_of(start, data);
-        let (first, count) = geometry.guest_clusters(range);
-        let Some(_stripes) = self.clusters.lock(first, count, lookup) else { return Ok(false) };
         let _lease = self.clusters.lease_to_write()?;
         let table = match lookup {
             Lookup::MayRead => Some(self.mapping.table_for_write(start, self)?),
@@ -207,11 +217,11 @@ fn range_of(start: GuestOffset, data: &[u8]) -> GuestRange {
 }
 
 /// The part of `data`, which begins at `start` of the disk, for a range within it.
-fn part_of(data: &[u8], start: GuestOffset, range: GuestRange) -> &[u8] {
+pub(super) fn part_of(data: &[u8], start: GuestOffset, range: GuestRange) -> &[u8] {
     &data[(range.offset() - start) as usize..(range.end() - start) as usize]
 }
 
 /// See [`STEP_BYTES`]. A step is within one slice of an L2 table.
-fn step_bytes(mapping: &MappingTables) -> u64 {
+pub(super) fn step_bytes(mapping: &MappingTables) -> u64 {
     STEP_BYTES.max(mapping.geometry().cluster_size()).min(mapping.slices.coverage())
 }

@@ -1,0 +1,202 @@
+//! Copies what the layers below an overlay provide into the overlay.
+
+use super::error::{JobError, JobErrorKind};
+use super::observer::{JobContext, Meter};
+use super::range::{span, whole};
+use crate::error::{Error, ErrorKind};
+use crate::extent::{Extent, ExtentKind};
+use crate::image::Image;
+use crate::qcow2::Below;
+use crate::units::GuestRange;
+
+/// Size of a copy step, in bytes.
+const STEP: u64 = 1 << 20;
+
+/// The result of a [`stream`]. Sizes are in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Streamed {
+    /// Bytes copied into the overlay.
+    pub data: u64,
+    /// Bytes that the overlay records as zero.
+    pub zeroes: u64,
+}
+
+/// What a [`stream`] would read and record, found without reading data. Sizes are in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ToStream {
+    /// Bytes that are data in the layers below.
+    pub data: u64,
+    /// Bytes that are known to be zero there.
+    pub zeroes: u64,
+}
+
+/// Copies into the qcow2 image `overlay`, opened for writing, what the layers between it and the
+/// layer of depth `base` provide (the backing file has depth 2), as QEMU's `block-stream` does; all
+/// layers below it, if `base` is `None`. Data that is zero becomes zero clusters. Clusters that the
+/// overlay has, also discarded ones, stay as they are.
+///
+/// The disk does not change, and others may write to it meanwhile: what they write stays. Bitmaps
+/// record nothing. After an error or a crash, another call goes on. When it has succeeded, the layers
+/// between are not needed any more: [close](Image::close) the overlay; then
+/// [`Image::change_backing_file`] can set the base as backing file, or none.
+///
+/// # Errors
+///
+/// `InvalidArgument` if `overlay` is not a qcow2 image or has internal snapshots, which show the
+/// layers below too, or if the chain has no layer of depth `base` below it; `Source` if a layer below
+/// cannot be read; `Destination`, also if there is no space; `Interrupted`.
+///
+/// ```
+/// use imgfmt::jobs::{JobContext, stream};
+/// use imgfmt::{CreateOptions, Format, Image, OpenOptions};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let directory = tempfile::tempdir()?;
+/// # let (base, top) = (directory.path().join("base.img"), directory.path().join("top.qcow2"));
+/// std::fs::write(&base, vec![7; 1 << 20])?;
+/// let overlay = Image::create(&top, &CreateOptions::overlay("base.img", Format::Raw))?;
+///
+/// assert_eq!(stream(&overlay, None, &JobContext::default())?.data, 1 << 20);
+/// overlay.close()?;
+/// Image::change_backing_file(&top, &OpenOptions::new(), None)?;
+/// # Ok(())
+/// # }
+/// ```
+pub fn stream(
+    overlay: &Image,
+    base: Option<u32>,
+    context: &JobContext,
+) -> Result<Streamed, JobError> {
+    let mut job = Streaming::new(overlay, base)?;
+    let meter = Meter::begin(context, overlay.size());
+    for extent in overlay.extents(whole(overlay)) {
+        context.cancellation.check()?;
+        let extent = extent.map_err(JobError::source)?;
+        if job.comes_from_between(&extent) {
+            job.copy(&extent, context)?;
+        }
+        match extent.kind {
+            ExtentKind::Data => meter.add(extent.range.length()),
+            _ => meter.add_hole(extent.range.length()),
+        }
+    }
+    Ok(job.streamed)
+}
+
+/// Returns how much [`stream`] would copy.
+///
+/// # Errors
+///
+/// As [`stream`], without those of writing and of reading data.
+pub fn measure_stream(
+    overlay: &Image,
+    base: Option<u32>,
+    context: &JobContext,
+) -> Result<ToStream, JobError> {
+    let job = Streaming::new(overlay, base)?;
+    let mut found = ToStream::default();
+    for extent in overlay.extents(whole(overlay)) {
+        context.cancellation.check()?;
+        let extent = extent.map_err(JobError::source)?;
+        match extent.kind {
+            _ if !job.comes_from_between(&extent) => {}
+            ExtentKind::Data => found.data += extent.range.length(),
+            _ => found.zeroes += extent.range.length(),
+        }
+    }
+    Ok(found)
+}
+
+struct Streaming<'a> {
+    overlay: &'a Image,
+    base: Option<u32>,
+    /// Size in bytes of the parts of the disk that the overlay has or has not.
+    unit: u64,
+    buffer: Vec<u8>,
+    /// What lies before has been copied.
+    done: u64,
+    streamed: Streamed,
+}
+
+impl<'a> Streaming<'a> {
+    fn new(overlay: &'a Image, base: Option<u32>) -> Result<Self, JobError> {
+        let refuse = |detail: &str| {
+            let error = overlay.name(Error::new(ErrorKind::Unsupported, "stream into", detail));
+            Err(JobError::image(JobErrorKind::InvalidArgument, error))
+        };
+        let Some(unit) = overlay.subcluster_size() else {
+            return refuse("only a qcow2 image can take what is below it");
+        };
+        let info = overlay.info().map_err(JobError::destination)?.qcow2;
+        if info.is_some_and(|info| !info.snapshots.is_empty()) {
+            return refuse(
+                "it has internal snapshots, which show the layers below too; delete them first",
+            );
+        }
+        let layers = overlay.layer_sizes().len() as u64;
+        if base.is_some_and(|base| base < 2 || u64::from(base) > layers) {
+            return refuse("the base is not one of the layers below it");
+        }
+        let (buffer, streamed) = (Vec::new(), Streamed::default());
+        Ok(Self { overlay, base, unit, buffer, done: 0, streamed })
+    }
+
+    fn comes_from_between(&self, extent: &Extent) -> bool {
+        extent.depth >= 2 && self.base.is_none_or(|base| extent.depth < base)
+    }
+
+    /// Copies an extent, and what else is in the overlay's subclusters at both of its ends.
+    fn copy(&mut self, extent: &Extent, context: &JobContext) -> Result<(), JobError> {
+        let (unit, size) = (self.unit, self.overlay.size());
+        let (start, end) = (extent.range.offset().bytes(), extent.range.end().bytes());
+        let outer = span(
+            (start - start % unit).max(self.done),
+            end.checked_next_multiple_of(unit).unwrap_or(size).min(size),
+        );
+        if outer.is_empty() {
+            return Ok(());
+        }
+        let inner_end = if end == size { end } else { end - end % unit };
+        let inner = span(start.next_multiple_of(unit), inner_end).intersection(outer);
+        if extent.kind == ExtentKind::Data || inner.is_empty() {
+            self.copy_data(outer, context)?;
+        } else {
+            self.copy_data(span(outer.offset().bytes(), inner.offset().bytes()), context)?;
+            self.populate(inner, Below::Zeroes)?;
+            self.copy_data(span(inner.end().bytes(), outer.end().bytes()), context)?;
+        }
+        self.done = outer.end().bytes();
+        Ok(())
+    }
+
+    /// Copies a range that begins and ends where subclusters do, or ends with the disk.
+    fn copy_data(&mut self, range: GuestRange, context: &JobContext) -> Result<(), JobError> {
+        let step = STEP.max(self.unit);
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(step as usize, 0);
+        let mut position = range.offset().bytes();
+        while position < range.end().bytes() {
+            context.cancellation.check()?;
+            let stop = ((position / step + 1) * step).min(range.end().bytes());
+            let part = span(position, stop);
+            let data = &mut buffer[..part.length() as usize];
+            context.keep_rate(part.length(), || false)?;
+            // Where the overlay has content by now, that is read, and not used.
+            self.overlay.read_at(part.offset(), data).map_err(JobError::source)?;
+            self.populate(part, Below::Data(data))?;
+            position = stop;
+        }
+        self.buffer = buffer;
+        Ok(())
+    }
+
+    fn populate(&mut self, range: GuestRange, below: Below<'_>) -> Result<(), JobError> {
+        let populated = self.overlay.populate(range, below, self.base.is_some());
+        let populated = populated.map_err(JobError::destination)?;
+        self.streamed.data += populated.data;
+        self.streamed.zeroes += populated.zeroes;
+        Ok(())
+    }
+}
