@@ -26,7 +26,8 @@ pub use self::cancellation::Cancellation;
 pub use self::commit::{Committed, commit};
 pub use self::compare::{CompareOptions, Compared, compare};
 pub use self::convert::{
-    Background, Clusters, ConvertOptions, Converted, SourceReader, convert, copy_bitmaps,
+    Background, Clusters, ConvertOptions, Converted, SourceReader, Unreadable, Zeroes, convert,
+    copy_bitmaps,
 };
 pub use self::error::{JobError, JobErrorKind};
 pub use self::measure::{MeasuredDisk, Measurement, measure};

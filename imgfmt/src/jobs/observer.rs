@@ -6,7 +6,9 @@ use std::sync::Arc;
 use super::cancellation::Cancellation;
 use super::error::JobError;
 use super::rate_limit::RateLimit;
+use crate::error::Error;
 use crate::ordered_lock::{OrderedMutex, rank};
+use crate::units::GuestRange;
 
 /// The progress of a job. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,6 +29,9 @@ pub struct Progress {
 pub trait Observer: Send + Sync {
     /// The job made progress.
     fn progress(&self, _progress: &Progress) {}
+
+    /// A part of the source could not be read, and is zero in the destination.
+    fn unreadable(&self, _range: GuestRange, _error: &Error) {}
 }
 
 /// An observer that ignores everything.

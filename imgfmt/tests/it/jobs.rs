@@ -104,10 +104,10 @@ fn overlay(directory: &Path) -> (std::path::PathBuf, std::path::PathBuf) {
 fn a_conversion_tells_its_progress_to_the_end() {
     let bytes = sparse_bytes();
     let source = disk(&bytes);
-    for background in [Background::Zero, Background::Unknown] {
+    for background in [Background::Zero, Background::Unknown, Background::Compared] {
         let destination = disk(&match background {
             Background::Zero => vec![0; 8 << 20],
-            Background::Unknown => vec![3; 8 << 20],
+            _ => vec![3; 8 << 20],
         });
         let mut options = ConvertOptions::default();
         options.background = background;

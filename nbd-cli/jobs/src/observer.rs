@@ -7,7 +7,7 @@ use std::time::Duration;
 use imgfmt::jobs::RateLimit;
 
 use crate::cancellation::Cancellation;
-use crate::text::printable;
+use crate::text::{printable, without_error_numbers};
 
 /// The phase of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +56,14 @@ pub trait Observer: Send + Sync {
 
     /// A warning for the user, in one sentence. The job continues.
     fn warning(&self, _text: &str) {}
+
+    /// A part of the source could not be read, and is zero in the destination; `why` is a sentence.
+    fn unreadable(&self, start: u64, length: u64, why: &str) {
+        self.warning(&format!(
+            "{length} bytes at offset {start} of the source cannot be read, and are zero in the \
+             destination: {why}"
+        ));
+    }
 
     /// A file cannot be locked, because its file system has no locks. May be called more than once
     /// for one file.
@@ -118,6 +126,11 @@ impl imgfmt::jobs::Observer for ImageObserver {
             holes: progress.holes,
             total: Some(progress.total),
         });
+    }
+
+    fn unreadable(&self, range: imgfmt::GuestRange, error: &imgfmt::Error) {
+        let why = without_error_numbers(error.to_string());
+        self.0.unreadable(range.offset().bytes(), range.length(), &why);
     }
 }
 

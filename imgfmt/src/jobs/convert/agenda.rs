@@ -2,7 +2,8 @@
 
 use std::collections::VecDeque;
 
-use super::options::Background;
+use super::options::{Background, Unreadable};
+use super::salvage::is_lost;
 use crate::extent::ExtentKind;
 use crate::image::{Extents, Image};
 use crate::jobs::error::JobError;
@@ -28,7 +29,11 @@ pub(super) struct CopyRange {
 
 /// All parts of a disk that have to be written, in order; each is a number of complete units.
 pub(super) struct Agenda<'a> {
+    source: &'a Image,
     extents: Extents<&'a Image>,
+    /// Everything before this was walked through.
+    walked: u64,
+    unreadable: Unreadable,
     size: u64,
     unit: u64,
     background: Background,
@@ -47,10 +52,14 @@ impl<'a> Agenda<'a> {
         source: &'a Image,
         unit: u64,
         background: Background,
+        unreadable: Unreadable,
         meter: &'a Meter<'a>,
     ) -> Self {
         Self {
+            source,
             extents: source.extents(whole(source)),
+            walked: 0,
+            unreadable,
             size: source.size(),
             unit,
             background,
@@ -71,7 +80,7 @@ impl<'a> Agenda<'a> {
             if self.is_complete {
                 return Ok(None);
             }
-            let next = self.extents.next().transpose();
+            let next = self.next_extent().transpose();
             // After an error the walk ends: that is not the end of the disk, nor zeroes up to it.
             self.is_complete = next.is_err();
             match next.map_err(JobError::source)? {
@@ -79,9 +88,27 @@ impl<'a> Agenda<'a> {
                     self.zero_until(self.size);
                     self.is_complete = true;
                 }
-                Some(extent) if extent.kind == ExtentKind::Data => self.data(extent.range),
+                Some((ExtentKind::Data, range)) => self.data(range),
                 Some(_) => {}
             }
+        }
+    }
+
+    /// What is not known, because its metadata is damaged, is read as data.
+    fn next_extent(&mut self) -> Option<crate::error::Result<(ExtentKind, GuestRange)>> {
+        match self.extents.next()? {
+            Ok(extent) => {
+                self.walked = extent.range.end().bytes();
+                Some(Ok((extent.kind, extent.range)))
+            }
+            Err(error) if self.unreadable == Unreadable::Zeroed && is_lost(&error) => {
+                let start = self.walked;
+                self.walked = ((start / self.unit + 1) * self.unit).min(self.size);
+                self.extents = self.source.extents(span(self.walked, self.size));
+                let range = span(start, self.walked);
+                (!range.is_empty()).then_some(Ok((ExtentKind::Data, range)))
+            }
+            Err(error) => Some(Err(error)),
         }
     }
 
@@ -123,7 +150,7 @@ impl<'a> Agenda<'a> {
         let range = span(self.done, end);
         match self.background {
             Background::Zero => self.meter.add_hole(range.length()),
-            Background::Unknown => {
+            Background::Unknown | Background::Compared => {
                 self.found.push_back(CopyRange { range, content: Content::Zero, number: 0 });
             }
         }

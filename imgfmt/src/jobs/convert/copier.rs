@@ -3,8 +3,10 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::agenda::{Agenda, CopyRange, PIECE};
-use super::options::{Background, Clusters, SourceReader};
+use super::options::{Background, Clusters, SourceReader, Unreadable, Zeroes};
+use super::salvage::read_salvaging;
 use super::turns::Turns;
+use crate::extent::ExtentKind;
 use crate::image::Image;
 use crate::jobs::error::{JobError, JobErrorKind};
 use crate::jobs::observer::{JobContext, Meter};
@@ -31,6 +33,8 @@ pub(super) struct Copy<'a> {
     /// Nothing smaller is written, and zeroes are looked for in this unit; in bytes.
     pub(super) unit: u64,
     pub(super) clusters: Clusters,
+    pub(super) zeroes: Zeroes,
+    pub(super) unreadable: Unreadable,
     /// The destination, if it is written in order.
     pub(super) in_order: Option<InOrder<'a>>,
     pub(super) context: &'a JobContext,
@@ -40,7 +44,8 @@ pub(super) struct Copy<'a> {
 impl Copy<'_> {
     /// Copies everything with this many threads.
     pub(super) fn run(&self, jobs: usize) -> Result<(), JobError> {
-        let agenda = Agenda::new(self.source, self.unit, self.background, self.meter);
+        let (background, unreadable) = (self.background, self.unreadable);
+        let agenda = Agenda::new(self.source, self.unit, background, unreadable, self.meter);
         let agenda = &OrderedMutex::new(agenda);
         // One thread failed: the others need not go on.
         let failed = &AtomicBool::new(false);
@@ -124,12 +129,20 @@ impl Copy<'_> {
         if self.read(range, buffer)? == Content::Zero {
             return match self.background {
                 Background::Zero => Ok(()),
-                Background::Unknown => self.zero(range),
+                Background::Unknown | Background::Compared => self.zero(range),
             };
         }
-        for run in runs(buffer, self.unit as usize) {
-            let start = range.offset().bytes() + run.start as u64;
-            let data = &buffer[run.start..run.end];
+        if self.background == Background::Compared {
+            return self.copy_differences(range, buffer);
+        }
+        self.write(range.offset().bytes(), buffer)
+    }
+
+    /// Writes data that begins where a unit does.
+    fn write(&self, start: u64, data: &[u8]) -> Result<(), JobError> {
+        for run in runs(data, self.unit as usize) {
+            let start = start + run.start as u64;
+            let data = &data[run.start..run.end];
             let offset = GuestOffset::new(start);
             let written = match run.content {
                 Content::Zero if self.background == Background::Zero => continue,
@@ -143,6 +156,25 @@ impl Copy<'_> {
                 Content::Data => self.destination.write_at(offset, data, Durability::Cached),
             };
             written.map_err(JobError::destination)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the units of a piece that differ from what the destination reads as.
+    fn copy_differences(&self, range: GuestRange, data: &[u8]) -> Result<(), JobError> {
+        let (start, unit) = (range.offset().bytes(), self.unit as usize);
+        let mut there = vec![0; data.len()];
+        self.destination.read_at(range.offset(), &mut there).map_err(JobError::destination)?;
+        let units = data.chunks(unit).zip(there.chunks(unit));
+        let differ: Vec<_> = units.map(|(new, old)| new != old).collect();
+        let mut first = 0;
+        for same in differ.chunk_by(|one, next| one == next) {
+            let end = first + same.len();
+            if same[0] {
+                let bytes = first * unit..(end * unit).min(data.len());
+                self.write(start + bytes.start as u64, &data[bytes])?;
+            }
+            first = end;
         }
         Ok(())
     }
@@ -186,7 +218,14 @@ impl Copy<'_> {
                 .read(range.offset(), buffer)
                 .map_err(|message| JobError::new(JobErrorKind::Source, message)),
             None => {
-                self.source.read_at(range.offset(), buffer).map_err(JobError::source)?;
+                match self.unreadable {
+                    Unreadable::Refused => {
+                        self.source.read_at(range.offset(), buffer).map_err(JobError::source)?;
+                    }
+                    Unreadable::Zeroed => {
+                        read_salvaging(self.source, range.offset(), buffer, self.context)?;
+                    }
+                }
                 Ok(Content::Data)
             }
         }
@@ -208,14 +247,45 @@ impl Copy<'_> {
                 self.destination.write_compressed(offset, &padded)
             }
             // The destination keeps its content beyond the end of the source.
-            Background::Unknown if tail.len() < room => {
-                self.destination.write_at(offset, tail, Durability::Cached)
-            }
-            Background::Unknown => self.destination.write_compressed(offset, tail),
+            _ if tail.len() < room => self.destination.write_at(offset, tail, Durability::Cached),
+            _ => self.destination.write_compressed(offset, tail),
         }
     }
 
+    /// Sets a range of complete units to zero, where it is not.
     fn zero(&self, range: GuestRange) -> Result<(), JobError> {
+        if self.background != Background::Compared {
+            return self.write_zeroes(range);
+        }
+        let (unit, end) = (self.unit, range.end().bytes());
+        let mut done = range.offset().bytes();
+        for extent in self.destination.extents(range) {
+            self.context.cancellation.check()?;
+            let extent = extent.map_err(JobError::destination)?;
+            if extent.kind == ExtentKind::Data {
+                let start = (extent.range.offset().bytes() / unit * unit).max(done);
+                let stop = extent.range.end().bytes().checked_next_multiple_of(unit);
+                done = stop.unwrap_or(end).min(end).max(done);
+                self.write_zeroes(span(start, done))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_zeroes(&self, range: GuestRange) -> Result<(), JobError> {
+        if self.zeroes == Zeroes::Data {
+            let (mut position, end) = (range.offset().bytes(), range.end().bytes());
+            let zeroes = vec![0; (end - position).min(PIECE) as usize];
+            while position < end {
+                self.context.cancellation.check()?;
+                let length = (end - position).min(PIECE);
+                let (offset, data) = (GuestOffset::new(position), &zeroes[..length as usize]);
+                let written = self.destination.write_at(offset, data, Durability::Cached);
+                written.map_err(JobError::destination)?;
+                position += length;
+            }
+            return Ok(());
+        }
         let (mode, speed) = (ZeroMode::MayUnmap, Speed::Any);
         let zeroed = self.destination.write_zeroes(range, mode, speed, Durability::Cached);
         zeroed.map_err(JobError::destination)

@@ -4,10 +4,11 @@ mod agenda;
 mod bitmaps;
 mod copier;
 mod options;
+mod salvage;
 mod turns;
 
 pub use self::bitmaps::copy_bitmaps;
-pub use self::options::{Background, Clusters, ConvertOptions, SourceReader};
+pub use self::options::{Background, Clusters, ConvertOptions, SourceReader, Unreadable, Zeroes};
 
 use self::copier::{Copy, InOrder};
 use self::turns::Turns;
@@ -89,6 +90,8 @@ pub fn convert(
         unit,
         in_order: in_order.map(|image| InOrder { image, turns: Turns::default() }),
         clusters: options.clusters,
+        zeroes: options.zeroes,
+        unreadable: options.unreadable,
         context,
         meter: &meter,
     };

@@ -14,6 +14,8 @@ pub enum Background {
     /// Unknown: everything is written.
     #[default]
     Unknown,
+    /// Unknown, and read: only what differs is written, as into an overlay of another image.
+    Compared,
 }
 
 /// The form of written clusters.
@@ -24,6 +26,28 @@ pub enum Clusters {
     Plain,
     /// Compressed, if that saves space and the format supports it.
     Compressed,
+}
+
+/// The form of written zeroes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Zeroes {
+    /// Holes, or what takes the least space.
+    #[default]
+    Holes,
+    /// Data: their space is allocated.
+    Data,
+}
+
+/// What becomes of parts of the source that cannot be read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Unreadable {
+    /// They end the conversion.
+    #[default]
+    Refused,
+    /// Sectors that are damaged, or that the system cannot read from their disk, are zero in the
+    /// destination, and the observer is [told](crate::jobs::Observer::unreadable). Other failures,
+    /// such as a lost connection, still end the conversion.
+    Zeroed,
 }
 
 /// Reads the disk of a source that reports holes in its answers, such as a server's export.
@@ -47,6 +71,10 @@ pub struct ConvertOptions {
     pub background: Background,
     /// The form of written clusters.
     pub clusters: Clusters,
+    /// The form of written zeroes, where the background is not zero.
+    pub zeroes: Zeroes,
+    /// What becomes of parts of the source that cannot be read. A `reader` has to return them.
+    pub unreadable: Unreadable,
     /// Reads the source in place of the image itself, which still provides its extents.
     pub reader: Option<Arc<dyn SourceReader>>,
 }
@@ -57,6 +85,8 @@ impl Default for ConvertOptions {
             threads: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             background: Background::default(),
             clusters: Clusters::default(),
+            zeroes: Zeroes::default(),
+            unreadable: Unreadable::default(),
             reader: None,
         }
     }
@@ -68,6 +98,8 @@ impl std::fmt::Debug for ConvertOptions {
             .field("threads", &self.threads)
             .field("background", &self.background)
             .field("clusters", &self.clusters)
+            .field("zeroes", &self.zeroes)
+            .field("unreadable", &self.unreadable)
             .finish_non_exhaustive()
     }
 }

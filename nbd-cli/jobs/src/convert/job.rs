@@ -89,12 +89,19 @@ impl Conversion<'_> {
             .access(Access::ReadWrite)
             // An unfinished image need not be durable: one sync at the end is enough.
             .cache(self.options.cache.unwrap_or(CacheMode::Unsafe))
-            .policy(OpenPolicy::deny())
+            .policy(match self.options.create.backing {
+                Some(_) => self.options.create.open.policy.clone(),
+                None => OpenPolicy::deny(),
+            })
     }
 
     fn fill(&self, image: Image, path: &Path) -> Result<(), JobError> {
         let to = ImageLocation::File(path.to_owned());
-        self.copy(&image, &to, Background::Zero)?;
+        let background = match self.options.create.backing {
+            Some(_) => Background::Compared,
+            None => Background::Zero,
+        };
+        self.copy(&image, &to, background)?;
         copy_bitmaps(self.source, &image, &self.bitmaps).map_err(|error| self.named(&to, error))?;
         image.close().map_err(in_destination)
     }
@@ -198,6 +205,7 @@ impl Conversion<'_> {
         options.threads = self.options.threads.unwrap_or(options.threads);
         options.background = background;
         options.clusters = self.options.clusters;
+        (options.zeroes, options.unreadable) = (self.options.zeroes, self.options.unreadable);
         options.reader.clone_from(&self.reader);
         let converted = jobs::convert(self.source, image, &options, &self.context.for_images());
         converted.map(drop).map_err(|error| self.named(to, error))

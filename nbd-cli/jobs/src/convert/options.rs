@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use imgfmt::jobs::{Background, Clusters};
+use imgfmt::jobs::{Background, Clusters, Unreadable, Zeroes};
 use imgfmt::{CacheMode, CreateOptions, OpenOptions};
 
 use crate::image_location::ImageLocation;
@@ -14,7 +14,7 @@ use crate::target::Durable;
 #[non_exhaustive]
 pub struct ConvertOptions {
     /// The properties of a new image. The size is that of the source; the format applies to an
-    /// existing image as well.
+    /// existing image as well. With a backing file, only what differs from it is written.
     pub create: CreateOptions,
     /// Whether the destination exists. By default it is created.
     pub destination: Destination,
@@ -35,6 +35,10 @@ pub struct ConvertOptions {
     pub clusters: Clusters,
     /// The earlier contents of an existing disk.
     pub background: Background,
+    /// The form of zeroes that are written into an existing disk.
+    pub zeroes: Zeroes,
+    /// What becomes of parts of the source that cannot be read. An export has to return them all.
+    pub unreadable: Unreadable,
     /// Number of threads. By default the number of cores, and 8 with a server.
     pub threads: Option<NonZeroUsize>,
     /// The use of the page cache for the destination, if it is a file or a block device. By default
@@ -59,6 +63,8 @@ impl ConvertOptions {
             bitmaps: CopiedBitmaps::default(),
             clusters: Clusters::default(),
             background: Background::default(),
+            zeroes: Zeroes::default(),
+            unreadable: Unreadable::default(),
             threads: None,
             cache: None,
             durable: Durable::Later,

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::num::{NonZeroU64, NonZeroUsize};
 
-use imgfmt::jobs::{Background, Clusters, RateLimit};
+use imgfmt::jobs::{Background, Clusters, RateLimit, Unreadable, Zeroes};
 use imgfmt::{Access, Format, Locking, Preallocation, Subformat};
 use nbd_jobs::convert::{ConvertOptions, CopiedBitmaps, Destination, convert};
 use nbd_jobs::image_location::ImageLocation;
@@ -22,6 +22,8 @@ use super::text;
 
 /// Most threads that `-m` may ask for.
 const PARALLEL_MAX: usize = 16;
+const NO_BACKING_FOR_SEVERAL: &str = "Having a backing file for the target makes no sense when \
+                                      concatenating multiple input images";
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let format = arguments.format(Opt::TargetFormat)?;
@@ -48,12 +50,15 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         options.read.passphrases.extend(place.options.passphrases);
         options.more.push(place.location);
     }
+    if !options.more.is_empty() && options.create.backing.is_some() {
+        return Err(Refusal::new(NO_BACKING_FOR_SEVERAL));
+    }
     if let (ImageLocation::File(path), false) = (to, arguments.has(Opt::NoCreate)) {
         refuse_impossible(path, &options.create)
             .map_err(|error| error.about(&path.to_string_lossy()))?;
     }
     let rate_limit = rate(arguments)?;
-    let progress = Percentage::begin(arguments.wants_progress())?;
+    let progress = Percentage::begin_for(arguments)?;
     let context = JobContext { rate_limit, ..progress.context() };
     let result = convert(&from.location, to, &options, &context);
     progress.end_with(&result);
@@ -68,6 +73,12 @@ fn refuse_for_several(arguments: &Arguments) -> Result<(), Refusal> {
     }
     if arguments.has(Opt::Snapshot) {
         return Err(Refusal::new("No support for concatenating multiple snapshot"));
+    }
+    if arguments.has(Opt::Salvage) {
+        return Err(Refusal::new("--salvage is supported for a single source only"));
+    }
+    if arguments.has(Opt::Backing) {
+        return Err(Refusal::new(NO_BACKING_FOR_SEVERAL));
     }
     Ok(())
 }
@@ -113,15 +124,13 @@ fn check_options(arguments: &Arguments, format: Format) -> Result<(), Refusal> {
     if has(Opt::Compress) && !matches!(format, Format::Qcow2 | Format::Vmdk) {
         return Err(Refusal::new("Compression not supported for this file format"));
     }
-    if has(Opt::Backing) || has(Opt::BackingFormat) {
+    if has(Opt::Backing) && has(Opt::TargetIsZero) {
         return Err(Refusal::new(
-            "-B is not supported: make an overlay with 'create -b', and compare it with the source",
+            "Cannot use --target-is-zero when the destination image has a backing file",
         ));
     }
-    if has(Opt::Salvage) {
-        return Err(Refusal::new(
-            "--salvage is not supported: an unreadable part of the source ends the conversion",
-        ));
+    if has(Opt::Salvage) && has(Opt::CopyRange) {
+        return Err(Refusal::new("Cannot use copy offloading in salvaging mode"));
     }
     if has(Opt::Compress) && has(Opt::CopyRange) {
         return Err(Refusal::new("Cannot enable copy offloading when -c is used"));
@@ -135,9 +144,12 @@ fn options(
     format: Format,
     lists: &[String],
 ) -> Result<ConvertOptions, Refusal> {
-    let new = NewImage::new(format, lists)?;
-    new.refuse_backing()?;
+    let mut new = NewImage::new(format, lists)?;
+    if !arguments.has(Opt::NoCreate) {
+        new.set_backing(arguments.text(Opt::Backing)?, arguments.text(Opt::BackingFormat)?)?;
+    }
     let mut create = new.create;
+    let mut zeroes = Zeroes::Holes;
     if let Some(text) = arguments.text(Opt::SparseSize)? {
         let size = size_argument("buffer size for sparse output", &text)?;
         if !size.is_multiple_of(SECTOR) {
@@ -146,12 +158,9 @@ fn options(
                  {SECTOR}. Select 0 to disable sparse detection (fully allocates output)."
             )));
         }
-        if size == 0 && create.preallocation == Preallocation::Off {
-            if arguments.has(Opt::NoCreate) {
-                return Err(Refusal::new(
-                    "-S 0 is not supported with -n: zeroes may become holes; preallocate the target",
-                ));
-            }
+        if size == 0 && arguments.has(Opt::NoCreate) {
+            zeroes = Zeroes::Data;
+        } else if size == 0 && create.preallocation == Preallocation::Off {
             // The blocks of other formats are in the file or not, and zero either way.
             let is_fixed = create.foreign.subformat == Subformat::Fixed;
             if matches!(format, Format::Raw | Format::Qcow2) || is_fixed {
@@ -182,9 +191,14 @@ fn options(
         options.clusters = Clusters::Compressed;
     }
     options.background = match arguments.has(Opt::TargetIsZero) {
-        true => Background::Zero,
-        false => Background::Unknown,
+        _ if arguments.has(Opt::Backing) && format == Format::Qcow2 => Background::Compared,
+        true if zeroes == Zeroes::Holes => Background::Zero,
+        _ => Background::Unknown,
     };
+    options.zeroes = zeroes;
+    if arguments.has(Opt::Salvage) {
+        options.unreadable = Unreadable::Zeroed;
+    }
     options.threads = parallel(arguments)?;
     options.cache = arguments.text(Opt::Cache)?.as_deref().map(parse_cache).transpose()?;
     options.write.cache = options.cache.unwrap_or_default();

@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nbd_jobs::{JobContext, Observer, TemporaryFile};
 
+use super::arguments::Arguments;
+use super::known::Opt;
 use super::refusal::{Refusal, complain};
 use crate::signals;
 
@@ -13,6 +15,8 @@ use crate::signals;
 /// before; otherwise on standard error when SIGUSR1 asks.
 pub(super) struct Percentage {
     is_shown: bool,
+    /// Whether warnings of unreadable parts are left out.
+    is_quiet: bool,
     /// The last that was shown.
     shown: Mutex<Option<f64>>,
 }
@@ -24,8 +28,21 @@ impl Percentage {
     ///
     /// If the system refuses to catch SIGUSR1.
     pub(super) fn begin(is_wanted: bool) -> Result<Arc<Self>, Refusal> {
+        Self::begin_as(is_wanted, false)
+    }
+
+    /// Starts at 0 % if `-p` is given, and is silent about unreadable parts if `-q` is.
+    ///
+    /// # Errors
+    ///
+    /// As [`begin`](Self::begin).
+    pub(super) fn begin_for(arguments: &Arguments) -> Result<Arc<Self>, Refusal> {
+        Self::begin_as(arguments.wants_progress(), arguments.has(Opt::Quiet))
+    }
+
+    fn begin_as(is_shown: bool, is_quiet: bool) -> Result<Arc<Self>, Refusal> {
         signals::watch_requests()?;
-        let new = Self { is_shown: is_wanted, shown: Mutex::new(None) };
+        let new = Self { is_shown, is_quiet, shown: Mutex::new(None) };
         new.show(0.0);
         Ok(Arc::new(new))
     }
@@ -94,6 +111,15 @@ impl Observer for Percentage {
 
     fn warning(&self, text: &str) {
         complain(&format!("warning: {text}"));
+    }
+
+    fn unreadable(&self, start: u64, length: u64, why: &str) {
+        if !self.is_quiet {
+            complain(&format!(
+                "warning: error while reading offset {start}: {why}; {length} bytes are zero in the \
+                 target"
+            ));
+        }
     }
 
     fn unlocked(&self, _: &Path) {}
