@@ -7,6 +7,7 @@ use crate::foreign_options::ForeignOptions;
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
 use crate::options::OpenOptions;
+use crate::passphrase::NewKey;
 
 /// The compression of clusters of a new qcow2 image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -123,6 +124,11 @@ pub struct CreateOptions {
     /// it in its own working directory, so an absolute one is better. Not possible with a backing
     /// file.
     pub data_file: Option<(OsString, DataFile)>,
+    /// The key of an encrypted image, a LUKS volume or qcow2: LUKS version 1 with AES-256 in XTS
+    /// mode, as QEMU makes it. A new LUKS volume reads as noise until it is written. Of the kinds of
+    /// preallocation an encrypted qcow2 image can have [`Full`](Preallocation::Full) only; it has no
+    /// data file.
+    pub encryption: Option<NewKey>,
     /// What only formats of other programs have.
     pub foreign: ForeignOptions,
     /// Called repeatedly while zeroes are written for [`Preallocation::Full`] and while the tables
@@ -148,6 +154,7 @@ impl CreateOptions {
             lazy_refcounts: LazyRefcounts::default(),
             preallocation: Preallocation::default(),
             data_file: None,
+            encryption: None,
             foreign: ForeignOptions::default(),
             give_up: || false,
         }

@@ -13,8 +13,10 @@ pub(crate) const MAGIC: &[u8] = b"LUKS\xba\xbe";
 pub(crate) const SECTOR: u64 = 512;
 /// The length of a header of version 1, which ends with its slots.
 pub(crate) const HEADER_LENGTH: usize = 592;
-const SLOTS_START: usize = 208;
-const SLOT_LENGTH: usize = 48;
+pub(crate) const SLOTS_START: usize = 208;
+pub(crate) const SLOT_LENGTH: usize = 48;
+/// The length of a new header of version 1 with the key material of its slots, in bytes.
+pub(crate) const NEW_HEADER_LENGTH: u64 = 2_068_480;
 /// The state of a slot in use.
 pub(crate) const SLOT_ACTIVE: u32 = 0x00ac_71f3;
 /// The end of the text of a version 2 header, at most.

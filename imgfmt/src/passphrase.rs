@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use zeroize::Zeroizing;
 
@@ -52,6 +53,47 @@ impl Passphrase {
                 Err(why) => Err(Error::new(ErrorKind::InvalidInput, "open", why)),
             },
         }
+    }
+}
+
+/// A new passphrase of an encrypted image, and how much work each guess at it takes.
+#[derive(Clone, Debug)]
+pub struct NewKey {
+    pub(crate) passphrase: Passphrase,
+    #[cfg_attr(not(feature = "encryption"), expect(dead_code, reason = "nothing is encrypted"))]
+    pub(crate) iteration_time: Duration,
+}
+
+impl NewKey {
+    /// Takes a passphrase, of at least one byte, that two seconds of this processor's time are spent
+    /// on, as in QEMU and `cryptsetup`.
+    pub fn new(passphrase: Passphrase) -> Self {
+        Self { passphrase, iteration_time: Duration::from_secs(2) }
+    }
+
+    /// Sets how much of this processor's time opening the image takes. At least 100 000 iterations of
+    /// PBKDF2 with SHA-256 are done, and at most 20 million.
+    #[must_use]
+    pub fn iteration_time(mut self, time: Duration) -> Self {
+        self.iteration_time = time;
+        self
+    }
+
+    /// The same key, whose passphrase has been read: it is the same whenever it is used.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if it cannot be read or is empty.
+    #[cfg(feature = "encryption")]
+    pub(crate) fn read(&self) -> crate::Result<Self> {
+        use crate::error::{Error, ErrorKind};
+
+        let bytes = self.passphrase.bytes()?;
+        if bytes.is_empty() {
+            let detail = "the new passphrase is empty";
+            return Err(Error::new(ErrorKind::InvalidInput, "encrypt", detail));
+        }
+        Ok(Self { passphrase: Passphrase(Source::Given(bytes)), ..self.clone() })
     }
 }
 

@@ -128,7 +128,7 @@ impl KeyArgs {
 }
 
 impl KeyFile {
-    fn new(path: OsString) -> Self {
+    pub(crate) fn new(path: OsString) -> Self {
         Self { path: path.into(), kept: Arc::default() }
     }
 
@@ -155,6 +155,33 @@ impl KeyFile {
         *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(bytes.clone());
     }
 
+    /// A new passphrase, which is asked for twice on a terminal.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read or is empty, or the user has not typed it twice.
+    pub(crate) fn new_passphrase(&self) -> Result<Passphrase, CommandError> {
+        leave_no_dump();
+        let is_asked = self.is_standard_input() && isatty(io::stdin());
+        let has_asked = || self.kept.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        if is_asked && !has_asked() {
+            let failed = |_| CommandError::new("the new passphrase cannot be read");
+            let first = ask(b"New passphrase: ").map_err(failed)?;
+            let second = ask(b"The new passphrase again: ").map_err(failed)?;
+            if *first != *second {
+                return Err(CommandError::new(
+                    "the two passphrases are not the same; nothing was changed",
+                ));
+            }
+            if first.is_empty() {
+                return Err(CommandError::new("the new passphrase is empty"));
+            }
+            self.keep(&first);
+        }
+        let mut bytes = self.read().map_err(CommandError::new)?;
+        Ok(Passphrase::new(std::mem::take(&mut *bytes)))
+    }
+
     /// Its content. From now on this process leaves no core dump, and others of the same user may
     /// not look into its memory.
     fn read(&self) -> Result<Bytes, String> {
@@ -165,7 +192,7 @@ impl KeyFile {
             return Ok(bytes.clone());
         }
         let bytes = match self.is_standard_input() {
-            true if isatty(io::stdin()) => ask(),
+            true if isatty(io::stdin()) => ask(b"Passphrase: "),
             true => read_all(Descriptor),
             false => File::open(&self.path).and_then(read_all),
         };
@@ -228,7 +255,7 @@ pub(crate) fn read_all(file: impl Read) -> io::Result<Bytes> {
 }
 
 /// Asks for a passphrase on the terminal without showing it.
-fn ask() -> io::Result<Bytes> {
+fn ask(prompt: &[u8]) -> io::Result<Bytes> {
     let terminal = File::options().read(true).write(true).open("/dev/tty")?;
     let before = tcgetattr(&terminal)?;
     let mut silent = before.clone();
@@ -240,7 +267,7 @@ fn ask() -> io::Result<Bytes> {
     };
     let bytes = signals::with_restored_terminal(restore, || {
         tcsetattr(&terminal, OptionalActions::Flush, &silent)?;
-        (&terminal).write_all(b"Passphrase: ")?;
+        (&terminal).write_all(prompt)?;
         let bytes = read_line(&terminal);
         (&terminal).write_all(b"\n").and(bytes)
     });

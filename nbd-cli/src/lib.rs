@@ -18,6 +18,7 @@ mod key_file;
 mod location_parser;
 pub mod locking;
 mod logging;
+mod new_key;
 pub mod objects;
 mod output;
 #[cfg(feature = "object-storage")]

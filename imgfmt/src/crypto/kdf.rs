@@ -1,6 +1,8 @@
 //! Derivation of keys from passphrases, with bounded costs: a header is untrusted, and one that
 //! demands hours of work or all memory is refused.
 
+use std::time::Duration;
+
 use argon2::{Algorithm, Argon2, Block, Params, Version};
 use openssl::hash::MessageDigest;
 use zeroize::{Zeroize as _, Zeroizing};
@@ -21,6 +23,13 @@ const HEADER_MAX: Work = Work { iterations: 400_000_000, blocks: 128 << 20 };
 const ARGON2_MEMORY_MAX: u32 = 4 << 20;
 /// Threads that a header may ask for. They are worked through one after the other.
 const ARGON2_LANES_MAX: u32 = 64;
+
+/// Iterations of PBKDF2 for a new slot: a guess takes at least some hundredths of a second.
+const ITERATIONS_MIN: u32 = 100_000;
+/// All eight slots of a header can have as many within [`HEADER_MAX`].
+const ITERATIONS_MAX: u32 = 20_000_000;
+/// What is measured to find out how fast this processor is.
+const MEASURED_MIN: Duration = Duration::from_millis(40);
 
 /// Held while Argon2 fills memory: several images that are opened together take it one after the
 /// other.
@@ -129,6 +138,31 @@ pub(super) fn pbkdf2(
     budget.charge(iterations_in_all.saturating_mul(super::hash::cost(hash)))?;
     openssl::pkcs5::pbkdf2_hmac(secret, salt, iterations as usize, hash, key)
         .map_err(|error| library(&error))
+}
+
+/// Iterations of PBKDF2 that fill `length` bytes in this much time of this processor, within bounds.
+/// The time that other programs take from this thread does not count.
+pub(super) fn iterations_within(time: Duration, length: usize, hash: MessageDigest) -> Result<u32> {
+    let mut key = Zeroizing::new(vec![0; length]);
+    let mut iterations = ITERATIONS_MIN / 10;
+    loop {
+        let before = processor_time();
+        openssl::pkcs5::pbkdf2_hmac(b"measured", &[0; 32], iterations as usize, hash, &mut key)
+            .map_err(|error| library(&error))?;
+        let taken = processor_time().saturating_sub(before);
+        if taken >= MEASURED_MIN || iterations >= ITERATIONS_MAX / 2 {
+            let per_nanosecond = f64::from(iterations) / taken.as_nanos().max(1) as f64;
+            let found = per_nanosecond * time.as_nanos() as f64;
+            // Floats saturate in this conversion.
+            return Ok((found as u32).clamp(ITERATIONS_MIN, ITERATIONS_MAX));
+        }
+        iterations *= 2;
+    }
+}
+
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
 }
 
 fn argon2(
@@ -257,6 +291,21 @@ mod tests {
         let mut budget = Budget { slot: SLOT_MAX, header };
         let derived = [(); 3].map(|()| kdf.derive(b"x", 32, &mut budget).is_ok());
         assert_eq!(derived, [true, true, false]);
+    }
+
+    #[test]
+    fn new_slots_have_as_many_iterations_as_the_time_allows_within_bounds() {
+        let hash = MessageDigest::sha256();
+        let within = |time| iterations_within(time, 64, hash).unwrap();
+        assert_eq!(within(Duration::ZERO), ITERATIONS_MIN);
+        assert_eq!(within(Duration::MAX), ITERATIONS_MAX);
+        // A header with eight of the most expensive slots is opened.
+        let mut budget = Budget::default();
+        for _slot in 0..8 {
+            budget.begin_slot();
+            let slot = budget.charge(2 * u64::from(ITERATIONS_MAX) + 64 * 4000);
+            slot.and_then(|()| budget.charge(u64::from(ITERATIONS_MAX / 8))).unwrap();
+        }
     }
 
     #[test]

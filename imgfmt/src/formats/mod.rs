@@ -94,8 +94,7 @@ pub(crate) fn entry(format: Format) -> Option<&'static Entry> {
 impl Format {
     /// Returns whether new images of this format can be made.
     pub fn can_be_made(self) -> bool {
-        matches!(self, Self::Raw | Self::Qcow2)
-            || entry(self).is_some_and(|entry| entry.plan.is_some())
+        self.is_writable() || entry(self).is_some_and(|entry| entry.plan.is_some())
     }
 
     /// Returns whether images of this format can be opened, or only detected.

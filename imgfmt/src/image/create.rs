@@ -20,7 +20,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::foreign_options::Subformat;
 use crate::format::Format;
 use crate::formats::{self, NewForeign, Planned};
+use crate::luks::{NEW_HEADER_LENGTH, SECTOR};
 use crate::options::OpenOptions;
+use crate::passphrase::NewKey;
 use crate::qcow2;
 use crate::storage::{Durability, FileStorage, Storage as _};
 use crate::units::GuestOffset;
@@ -58,13 +60,15 @@ impl Image {
         path: impl AsRef<Path>,
         options: &CreateOptions,
     ) -> Result<NewOnDevice> {
-        create_on_device(path.as_ref(), options)
+        let options = with_read_key(options).map_err(|error| error.with_path(path.as_ref()))?;
+        create_on_device(path.as_ref(), &options)
     }
 }
 
 /// Makes a new file of the image's kind, or an image on a block device, and opens it. An existing
 /// file is never touched.
 fn create(path: &Path, options: &CreateOptions) -> Result<Image> {
+    let options = &with_read_key(options).map_err(|error| error.with_path(path))?;
     let mut open = writable(path, options);
     if is_block_device(path) {
         let new = create_on_device(path, options)?;
@@ -82,7 +86,7 @@ fn create(path: &Path, options: &CreateOptions) -> Result<Image> {
     if let Some(data_path) = data_file(path, options) {
         made.create(&data_path, |file| file.set_len(size))?;
     }
-    made.create(path, |file| fill(file, options.format, size, &content))?;
+    made.create(path, |file| fill(file, options, size, &content, syncs))?;
     preallocate(path, options, &open)?;
     // Preallocation is not synced.
     open.is_synced = syncs && options.preallocation != Preallocation::Falloc;
@@ -144,6 +148,7 @@ pub(crate) fn plan_foreign(path: &Path, options: &CreateOptions) -> Result<Plann
         let detail = format!("a new {what} image has neither a backing file nor a data file");
         return Err(invalid(detail));
     }
+    refuse_contradicting_encryption(options)?;
     let Some(size) = options.size else {
         return Err(invalid("a size is needed where no backing file has one"));
     };
@@ -215,7 +220,18 @@ fn plan(path: &Path, options: &CreateOptions) -> Result<(u64, Parts)> {
             backing_size(path, name, *format, options).map_err(named)?;
         }
     }
-    let content = match options.format {
+    refuse_contradicting_encryption(options).map_err(named)?;
+    let mut content = match options.format {
+        Format::Luks if options.backing.is_some() || options.data_file.is_some() => {
+            return Err(named(invalid(
+                "an encrypted volume has neither a backing file nor a data file",
+            )));
+        }
+        Format::Luks if !size.is_multiple_of(SECTOR) => {
+            let detail = "the size of an encrypted volume has to be a multiple of 512 bytes";
+            return Err(named(invalid(detail)));
+        }
+        Format::Luks => vec![(0, vec![0; NEW_HEADER_LENGTH as usize])],
         Format::Raw if options.backing.is_some() => {
             return Err(named(invalid("a raw image cannot have a backing file")));
         }
@@ -232,7 +248,7 @@ fn plan(path: &Path, options: &CreateOptions) -> Result<(u64, Parts)> {
             return Err(named(Error::new(ErrorKind::Unsupported, "create", detail)));
         }
     };
-    if size > i64::MAX as u64 {
+    if size > i64::MAX as u64 - NEW_HEADER_LENGTH {
         return Err(named(invalid("a disk of 2^63 bytes or more is not possible")));
     }
     if options.format == Format::Raw && options.data_file.is_some() {
@@ -243,7 +259,60 @@ fn plan(path: &Path, options: &CreateOptions) -> Result<(u64, Parts)> {
         let detail = "an image with a backing file has neither a data file nor preallocation";
         return Err(named(invalid(detail)));
     }
+    if let (Some(key), Some((_, place))) = (&options.encryption, content.last_mut()) {
+        // The expensive step.
+        let header = new_luks_header(key).map_err(named)?;
+        place[..header.len()].copy_from_slice(&header);
+    }
     Ok((size, content))
+}
+
+/// The options with a key that does not change any more.
+#[cfg(feature = "encryption")]
+fn with_read_key(options: &CreateOptions) -> Result<CreateOptions> {
+    let encryption = options.encryption.as_ref().map(NewKey::read).transpose()?;
+    Ok(CreateOptions { encryption, ..options.clone() })
+}
+
+#[cfg(not(feature = "encryption"))]
+fn with_read_key(options: &CreateOptions) -> Result<CreateOptions> {
+    Ok(options.clone())
+}
+
+#[cfg(feature = "encryption")]
+fn new_luks_header(key: &NewKey) -> Result<Vec<u8>> {
+    crate::crypto::luks::new_header(key)
+}
+
+#[cfg(not(feature = "encryption"))]
+fn new_luks_header(_: &NewKey) -> Result<Vec<u8>> {
+    let detail = "this program was built without encryption";
+    Err(Error::new(ErrorKind::Unsupported, "encrypt", detail))
+}
+
+/// Refuses encryption where it is not possible, and preallocation that would show noise.
+fn refuse_contradicting_encryption(options: &CreateOptions) -> Result<()> {
+    let is_encrypted = options.encryption.is_some();
+    let detail = match (options.format, options.preallocation) {
+        (Format::Luks, _) if !is_encrypted => {
+            let detail = "an encrypted volume needs a passphrase";
+            return Err(Error::new(ErrorKind::KeyRequired, "create", detail));
+        }
+        (Format::Luks, Preallocation::Metadata) => {
+            "an encrypted volume has no metadata to preallocate; set its space aside (falloc) or write \
+             zeroes (full)"
+        }
+        _ if !is_encrypted => return Ok(()),
+        (Format::Luks, _) => return Ok(()),
+        (Format::Qcow2, _) if options.data_file.is_some() => "an encrypted image has no data file",
+        (Format::Qcow2, Preallocation::Metadata | Preallocation::Falloc) => {
+            "the clusters of an encrypted image would read as noise with this preallocation; leave it out, \
+             or let zeroes be written (full)"
+        }
+        (Format::Qcow2, _) => return Ok(()),
+        _ => "only qcow2 images and LUKS volumes are encrypted",
+    };
+    Err(invalid(detail))
 }
 
 /// New files that are removed again unless everything succeeds.
@@ -346,6 +415,10 @@ fn open_to_write(path: &Path) -> rustix::io::Result<OwnedFd> {
 fn writable(path: &Path, options: &CreateOptions) -> OpenOptions {
     let mut open = options.open.clone().format(options.format).access(Access::ReadWrite);
     open.snapshot = None;
+    if let Some(key) = &options.encryption {
+        // The first that is tried.
+        open.passphrases.insert(0, key.passphrase.clone());
+    }
     if let Some(data_path) = data_file(path, options) {
         open.policy = open.policy.allow_file(data_path);
     }
@@ -369,12 +442,29 @@ fn write_zeroes(path: &Path, options: &CreateOptions, open: &OpenOptions) -> Res
 }
 
 /// Writes parts of a new file, each at its offset.
-fn fill(file: &File, format: Format, size: u64, content: &[(u64, Vec<u8>)]) -> io::Result<()> {
-    if format == Format::Raw {
-        file.set_len(size)?;
+fn fill(
+    file: &File,
+    options: &CreateOptions,
+    size: u64,
+    content: &[(u64, Vec<u8>)],
+    syncs: bool,
+) -> io::Result<()> {
+    match options.format {
+        Format::Raw => file.set_len(size)?,
+        Format::Luks => file.set_len(size + NEW_HEADER_LENGTH)?,
+        _ => {}
     }
+    let is_encrypted = options.encryption.is_some();
     for (offset, bytes) in content {
-        file.write_all_at(bytes, *offset)?;
+        // The file is an image when all keys are in it.
+        let held_back = if is_encrypted && *offset == 0 { SECTOR as usize } else { 0 };
+        file.write_all_at(&bytes[held_back..], offset + held_back as u64)?;
+    }
+    if let (true, Some((0, bytes))) = (is_encrypted, content.first()) {
+        if syncs {
+            file.sync_all()?;
+        }
+        file.write_all_at(&bytes[..SECTOR as usize], 0)?;
     }
     Ok(())
 }

@@ -13,6 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
 use crate::options::OpenOptions;
+use crate::passphrase::NewKey;
 use crate::qcow2;
 use crate::storage::{Durability, FileStorage, Speed, Storage, ZeroMode};
 use crate::unfinished::Unfinished;
@@ -38,6 +39,8 @@ pub struct NewOnDevice {
     /// The space after the metadata: offset and length in bytes.
     unused: (u64, u64),
     preallocation: Preallocation,
+    /// The key of an encrypted image.
+    key: Option<NewKey>,
 }
 
 impl NewOnDevice {
@@ -63,6 +66,7 @@ impl NewOnDevice {
             format: options.format,
             unused,
             preallocation: options.preallocation,
+            key: options.encryption.clone(),
         })
     }
 
@@ -90,14 +94,17 @@ impl NewOnDevice {
         image.close()
     }
 
-    /// Opens the image, to fill it or to inspect it. The format is the one in which it was created,
-    /// regardless of the options.
+    /// Opens the image, to fill it or to inspect it. The format and the key are those with which it
+    /// was created, regardless of the options.
     ///
     /// # Errors
     ///
     /// As [`Image::open`].
     pub fn open(&self, options: &OpenOptions) -> Result<Image> {
-        let options = options.clone().format(self.format);
+        let mut options = options.clone().format(self.format);
+        if let Some(key) = &self.key {
+            options.passphrases.insert(0, key.passphrase.clone());
+        }
         Image::open_named(Arc::clone(&self.storage) as Arc<dyn Storage>, Some(&self.path), &options)
             .map_err(|error| error.with_path(&self.path))
     }
@@ -132,6 +139,10 @@ fn refuse_what_devices_lack(options: &CreateOptions) -> Result<()> {
     if options.data_file.is_some() {
         return Err(invalid("an image on a block device cannot have a data file beside it"));
     }
+    if options.encryption.is_some() && options.preallocation != Preallocation::Off {
+        let detail = "an encrypted image on a block device cannot be preallocated";
+        return Err(invalid(detail));
+    }
     Ok(())
 }
 
@@ -146,9 +157,14 @@ fn lay_out(
     let room = storage.len().map_err(io("look at"))?;
     let metadata_end =
         parts.iter().map(|(offset, bytes)| offset + bytes.len() as u64).max().unwrap_or(0);
-    let needed = if options.format == Format::Raw { size } else { metadata_end };
+    let needed = match options.format {
+        Format::Raw => size,
+        Format::Luks => size + metadata_end,
+        _ => metadata_end,
+    };
     if needed.max(SIGNATURE_LENGTH as u64) > room {
-        let what = if options.format == Format::Raw { "the disk" } else { "an empty image of it" };
+        let is_whole = matches!(options.format, Format::Raw | Format::Luks);
+        let what = if is_whole { "the disk" } else { "an empty image of it" };
         let detail = format!("{what} takes up {needed} bytes, and the device has {room}");
         return Err(Error::new(ErrorKind::NoSpace, "create an image on", detail));
     }

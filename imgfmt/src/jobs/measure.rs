@@ -11,6 +11,7 @@ use crate::extent::ExtentKind;
 use crate::format::Format;
 use crate::formats;
 use crate::image::{Image, plan_foreign};
+use crate::luks::NEW_HEADER_LENGTH;
 use crate::qcow2;
 
 /// The disk whose copy is measured.
@@ -63,6 +64,8 @@ pub fn measure(
         return foreign(disk, size, create, context);
     }
     if create.format != Format::Qcow2 {
+        let header = if create.format == Format::Luks { NEW_HEADER_LENGTH } else { 0 };
+        let size = size.saturating_add(header);
         return Ok(Measurement { required: size, fully_allocated: size, bitmaps: None });
     }
     qcow2::check_sizes(create)
@@ -145,8 +148,10 @@ fn qcow2_file(size: u64, data: u64, create: &CreateOptions) -> Option<Measuremen
     let clusters = size.div_ceil(cluster);
     let l2_tables = clusters.div_ceil(cluster / entry);
     let l1 = l2_tables.div_ceil(cluster / 8);
+    let luks = create.encryption.as_ref().map_or(0, |_| NEW_HEADER_LENGTH.div_ceil(cluster));
     // One cluster is the header.
-    let counted = clusters.checked_add(l2_tables + l1 + 1)?;
+    let others = l1 + 1 + luks;
+    let counted = clusters.checked_add(l2_tables + others)?;
     let per_block = cluster * 8 / u64::from(create.refcount_bits);
     // The blocks count themselves and the table that lists them: repeat until nothing changes.
     let (mut blocks, mut table) = (0, 0);
@@ -158,7 +163,7 @@ fn qcow2_file(size: u64, data: u64, create: &CreateOptions) -> Option<Measuremen
         }
         (blocks, table) = (needed, listed);
     }
-    let tables = (l2_tables + l1 + 1 + blocks + table).checked_mul(cluster)?;
+    let tables = (l2_tables + others + blocks + table).checked_mul(cluster)?;
     Some(Measurement {
         bitmaps: None,
         required: tables.checked_add(data.checked_mul(cluster)?)?,

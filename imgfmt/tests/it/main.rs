@@ -47,6 +47,7 @@ mod crash_of_bitmaps;
 mod crash_with_sidecar;
 mod direct_io;
 mod direct_io_of_images;
+mod encrypted_create;
 mod entries_that_alias;
 mod errors_at_every_call;
 mod examples;

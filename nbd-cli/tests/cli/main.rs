@@ -4,6 +4,7 @@
 
 mod bitmap;
 mod encrypted;
+mod encrypted_create;
 mod support;
 
 mod backup_after_kill;

@@ -1,19 +1,21 @@
 //! LUKS, versions 1 and 2: opens an encrypted volume by a passphrase.
 //!
 //! The layout follows the LUKS1 On-Disk Format Specification 1.2.3 and the LUKS2 On-Disk Format
-//! Specification 1.1. A header is untrusted: every offset, length and cost in it has a bound. Nothing
-//! here changes a header.
+//! Specification 1.1. A header is untrusted: every offset, length and cost in it has a bound. New
+//! headers are of version 1.
 
 mod field;
 mod header;
 mod json;
 mod keyslots;
+mod new;
 mod slot;
 mod v1;
 mod v2;
 
 use self::field::{read_error, read_exact};
 use self::header::Header;
+pub(crate) use self::new::new_header;
 #[cfg(feature = "test-util")]
 pub use self::v2::seal;
 use super::cipher::SectorCipher;

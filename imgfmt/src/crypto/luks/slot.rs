@@ -16,6 +16,9 @@ use crate::storage::Storage;
 /// The maximum length of a key, in bytes: two keys of AES-256.
 pub(super) const KEY_MAX: u32 = 64;
 
+/// The length of the digest of a key in a header of version 1, in bytes.
+const DIGEST_LENGTH: usize = 20;
+
 /// A slot in use.
 #[derive(Debug)]
 pub(super) struct Slot {
@@ -92,9 +95,34 @@ impl Slot {
         let key = split::merge(stripes, length, split_hash)?;
         Ok(if self.digest.fits(&key, budget)? { Some(key) } else { None })
     }
+
+    /// The key material with which this passphrase opens the slot. `key` is the key of the volume.
+    pub(super) fn seal(&self, key: &[u8], passphrase: &[u8]) -> Result<Zeroizing<Vec<u8>>> {
+        let hash = hash::by_name(&self.split_hash)?;
+        let mut material = split::split(key, self.stripes as usize, hash)?;
+        // A buffer that grows would leave a copy behind.
+        if material.len() as u64 != self.material_length() {
+            let mut padded = Zeroizing::new(vec![0; self.material_length() as usize]);
+            padded[..material.len()].copy_from_slice(&material);
+            material = padded;
+        }
+        let mut budget = Budget::default();
+        let derived = self.kdf.derive(passphrase, self.area_key_length as usize, &mut budget)?;
+        let cipher = SectorCipher::new(&self.cipher.0, &self.cipher.1, derived)?;
+        cipher.apply(Direction::Encrypt, 0, SECTOR as usize, &mut material)?;
+        Ok(material)
+    }
 }
 
 impl Digest {
+    /// The digest of a key.
+    pub(super) fn of(key: &[u8], hash: &str, iterations: u32, salt: Vec<u8>) -> Result<Self> {
+        let mut digest = vec![0; DIGEST_LENGTH];
+        let function = hash::by_name(hash)?;
+        pbkdf2(key, (&salt, iterations, function), &mut digest, &mut Budget::default())?;
+        Ok(Self { hash: hash.to_owned(), iterations, salt, digest })
+    }
+
     fn fits(&self, key: &[u8], budget: &mut Budget) -> Result<bool> {
         let hash = hash::by_name(&self.hash)?;
         let mut digest = vec![0; self.digest.len()];

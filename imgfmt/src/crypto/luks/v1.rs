@@ -20,11 +20,33 @@ use crate::bytes::u32_at;
 use crate::crypto::error::invalid;
 use crate::crypto::kdf::Kdf;
 use crate::error::Result;
-use crate::luks::{HEADER_LENGTH, SECTOR, SLOT_ACTIVE, slots_of};
+use crate::luks::{HEADER_LENGTH, SECTOR, SLOT_ACTIVE, SLOT_LENGTH, slots_of};
 use crate::storage::Storage;
 
 /// The state of a slot that is not in use.
-const SLOT_EMPTY: u32 = 0x0000_dead;
+pub(super) const SLOT_EMPTY: u32 = 0x0000_dead;
+
+/// The bytes of a slot in use, whose keys are derived by PBKDF2.
+pub(super) fn slot_bytes(slot: &Slot) -> [u8; SLOT_LENGTH] {
+    let (iterations, salt) = match &slot.kdf {
+        Kdf::Pbkdf2 { iterations, salt, .. } => (*iterations, &salt[..]),
+        Kdf::Argon2 { .. } => (0, &[][..]),
+    };
+    let mut bytes = empty_slot(slot.offset, slot.stripes);
+    bytes[..4].copy_from_slice(&SLOT_ACTIVE.to_be_bytes());
+    bytes[4..8].copy_from_slice(&iterations.to_be_bytes());
+    bytes[8..8 + salt.len()].copy_from_slice(salt);
+    bytes
+}
+
+/// The bytes of a slot that is not in use; `offset` is the place of its key material.
+pub(super) fn empty_slot(offset: u64, stripes: u32) -> [u8; SLOT_LENGTH] {
+    let mut bytes = [0; SLOT_LENGTH];
+    bytes[..4].copy_from_slice(&SLOT_EMPTY.to_be_bytes());
+    bytes[40..44].copy_from_slice(&((offset / SECTOR) as u32).to_be_bytes());
+    bytes[44..].copy_from_slice(&stripes.to_be_bytes());
+    bytes
+}
 
 pub(super) fn read(storage: &dyn Storage, base: u64) -> Result<Header> {
     let mut bytes = [0; HEADER_LENGTH];

@@ -5,6 +5,7 @@
 //! cluster 1..    refcount table
 //! then           refcount blocks
 //! then           L1 table
+//! then           LUKS header of an encrypted image
 //! ```
 
 use std::os::unix::ffi::OsStrExt as _;
@@ -13,9 +14,10 @@ use crate::create_options::{
     CompressionType, CreateOptions, DataFile, L2Entries, LazyRefcounts, Qcow2Version, invalid,
 };
 use crate::error::Result;
+use crate::luks::NEW_HEADER_LENGTH;
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::geometry::Geometry;
-use crate::qcow2::on_disk::header::{MAGIC, autoclear, compatible, incompatible};
+use crate::qcow2::on_disk::header::{ENCRYPTION_LUKS, MAGIC, autoclear, compatible, incompatible};
 use crate::qcow2::on_disk::refcount_entry::write_entry;
 
 const HEADER_LENGTH: u32 = 112;
@@ -40,15 +42,17 @@ struct Layout {
     refcount_table: u64,
     refcount_blocks: u64,
     l1: u64,
+    luks: u64,
 }
 
 impl Layout {
     fn total(self) -> u64 {
-        1 + self.refcount_table + self.refcount_blocks + self.l1
+        1 + self.refcount_table + self.refcount_blocks + self.l1 + self.luks
     }
 }
 
-/// The parts of a new image with a disk of `size` bytes: offset and content.
+/// The parts of a new image with a disk of `size` bytes: offset and content. The last one of an
+/// encrypted image is the place of the LUKS header, which is empty.
 pub(crate) fn layout(size: u64, options: &CreateOptions) -> Result<Vec<(u64, Vec<u8>)>> {
     let geometry = geometry(options)?;
     let cluster = geometry.cluster_size();
@@ -60,7 +64,10 @@ pub(crate) fn layout(size: u64, options: &CreateOptions) -> Result<Vec<(u64, Vec
             "a disk of {size} bytes is too large for clusters of {cluster} bytes; choose larger ones"
         )));
     }
-    let mut layout = Layout { l1: geometry.clusters_of(l1_entries * 8), ..Layout::default() };
+    let luks_length = options.encryption.as_ref().map_or(0, |_| NEW_HEADER_LENGTH);
+    let l1_clusters = geometry.clusters_of(l1_entries * 8);
+    let luks = geometry.clusters_of(luks_length);
+    let mut layout = Layout { l1: l1_clusters, luks, ..Layout::default() };
     // The blocks count themselves and the table that lists them: repeat until nothing changes.
     loop {
         let blocks = layout.total().div_ceil(geometry.block_entries());
@@ -81,15 +88,20 @@ pub(crate) fn layout(size: u64, options: &CreateOptions) -> Result<Vec<(u64, Vec
     for used in 0..layout.total() as usize {
         write_entry(&mut blocks, used, geometry.refcount_order, 1);
     }
-    let l1_offset =
-        if layout.l1 == 0 { 0 } else { (blocks_start + layout.refcount_blocks) * cluster };
+    let blocks_end = blocks_start + layout.refcount_blocks;
+    let l1_offset = if layout.l1 == 0 { 0 } else { blocks_end * cluster };
+    let luks_offset = (blocks_end + layout.l1) * cluster;
+    let places = (l1_offset, luks_offset);
     let mut parts = vec![
-        (0, header(size, l1_offset, l1_entries, layout, geometry, options)?),
+        (0, header(size, places, l1_entries, layout, geometry, options)?),
         (cluster, table),
         (blocks_start * cluster, blocks),
     ];
     if layout.l1 > 0 {
         parts.push((l1_offset, vec![0; (layout.l1 * cluster) as usize]));
+    }
+    if layout.luks > 0 {
+        parts.push((luks_offset, vec![0; (layout.luks * cluster) as usize]));
     }
     Ok(parts)
 }
@@ -135,7 +147,7 @@ fn geometry(options: &CreateOptions) -> Result<Geometry> {
 
 fn header(
     size: u64,
-    l1_offset: u64,
+    (l1_offset, luks_offset): (u64, u64),
     l1_entries: u64,
     layout: Layout,
     geometry: Geometry,
@@ -148,7 +160,8 @@ fn header(
     bytes.extend([0; 12]); // backing_file_offset and backing_file_size: see below
     bytes.extend(geometry.cluster_bits.to_be_bytes());
     bytes.extend(size.to_be_bytes());
-    bytes.extend(0u32.to_be_bytes()); // crypt_method
+    let is_encrypted = options.encryption.is_some();
+    bytes.extend(if is_encrypted { ENCRYPTION_LUKS } else { 0 }.to_be_bytes());
     bytes.extend((l1_entries as u32).to_be_bytes());
     bytes.extend(l1_offset.to_be_bytes());
     bytes.extend(geometry.cluster_size().to_be_bytes()); // refcount_table_offset
@@ -162,6 +175,10 @@ fn header(
     }
     if let Some((name, _)) = &options.data_file {
         extension::push(&mut bytes, extension::DATA_FILE_NAME, name.as_bytes());
+    }
+    if is_encrypted {
+        let place = [luks_offset, NEW_HEADER_LENGTH].map(u64::to_be_bytes).concat();
+        extension::push(&mut bytes, extension::ENCRYPTION_HEADER, &place);
     }
     if is_v3 && geometry.cluster_size() > 4096 {
         let mut names = Vec::new();

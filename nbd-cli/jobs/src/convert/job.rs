@@ -97,9 +97,12 @@ impl Conversion<'_> {
 
     fn fill(&self, image: Image, path: &Path) -> Result<(), JobError> {
         let to = ImageLocation::File(path.to_owned());
-        let background = match self.options.create.backing {
-            Some(_) => Background::Compared,
-            None => Background::Zero,
+        let create = &self.options.create;
+        let background = match (&create.backing, create.format) {
+            (Some(_), _) => Background::Compared,
+            // A new volume reads as noise.
+            (None, Format::Luks) => Background::Unknown,
+            (None, _) => Background::Zero,
         };
         self.copy(&image, &to, background)?;
         copy_bitmaps(self.source, &image, &self.bitmaps).map_err(|error| self.named(&to, error))?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 use imgfmt::jobs::{Background, Clusters};
-use imgfmt::{CreateOptions, Format};
+use imgfmt::{CreateOptions, Format, NewKey};
 use nbd_jobs::convert::{ConvertOptions, CopiedBitmaps, Destination, convert};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::size::parse_duration;
@@ -20,6 +20,7 @@ use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::{NewImageFormat, name_of_another_format};
 use crate::locking::ShareArgs;
+use crate::new_key::NewKeyArgs;
 use crate::output::warn;
 use crate::progress::{ProgressArgs, RateArgs};
 use crate::serving::CacheMode;
@@ -30,6 +31,7 @@ const AFTER_HELP: &str = "\
 Examples:
   nbd-cli image convert --output-format qcow2 disk.img disk.qcow2
   nbd-cli image convert -O qcow2 --compress --compression-type zstd disk.img small.qcow2
+  nbd-cli image convert -O qcow2 --encrypt --new-key-file - disk.img secret.qcow2
   nbd-cli image convert --snapshot monday disk.qcow2 monday.img
   nbd-cli image convert -O qcow2 --bitmaps disk.qcow2 copy.qcow2
   nbd-cli image convert disk.qcow2 nbd://localhost/disk
@@ -122,6 +124,15 @@ pub struct ConvertArgs {
     #[command(flatten)]
     pub progress: ProgressArgs,
 
+    /// Encrypt the new image with LUKS (AES-256, XTS) and the passphrase in --new-key-file; always the
+    /// case with --output-format luks. --key-file is for the source.
+    #[arg(long, requires = "new_key_file", conflicts_with_all = ["no_create", "compress"])]
+    pub encrypt: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub new_key: NewKeyArgs,
+
     /// Print the new image, like `nbd-cli image info --json`.
     #[arg(long)]
     pub json: bool,
@@ -184,6 +195,7 @@ fn options(
     create.give_up = || signals::caught().is_some();
     args.qcow2.apply(&mut create)?;
     args.format_options.apply(&mut create)?;
+    create.encryption = encryption(args, format, exists)?;
     let locks = args.open.trust.locks;
     create.open = create.open.locking(locks.locking());
     let mut options = ConvertOptions::new(create);
@@ -215,6 +227,26 @@ fn options(
         options.durable = Durable::Now;
     }
     Ok(options)
+}
+
+/// The key of an encrypted new image.
+fn encryption(
+    args: &ConvertArgs,
+    format: Format,
+    exists: bool,
+) -> Result<Option<NewKey>, CommandError> {
+    let is_wanted = !exists && (args.encrypt || format == Format::Luks);
+    match (&args.new_key.new_key_file, is_wanted) {
+        (Some(file), true) => args.new_key.iter_time.key(file).map(Some),
+        (None, true) => Err(CommandError::new(
+            "an encrypted image needs a passphrase; add --new-key-file FILE, or --new-key-file - to be \
+             asked",
+        )),
+        (Some(_), false) => Err(CommandError::new(
+            "--new-key-file is for a new encrypted image; add --encrypt, or leave it out",
+        )),
+        (None, false) => Ok(None),
+    }
 }
 
 /// Refuses options that contradict each other.

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use imgfmt::{
-    CompressionType, CreateOptions, DataFile, Format, Image, L2Entries, LazyRefcounts, OpenPolicy,
-    Qcow2Version,
+    CompressionType, CreateOptions, DataFile, Format, Image, L2Entries, LazyRefcounts, NewKey,
+    OpenPolicy, Qcow2Version,
 };
 use nbd_jobs::remote::allow_exports;
 use nbd_jobs::size::ByteSize;
@@ -18,7 +18,9 @@ use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
 use crate::image_format::{ImageFormat, NewImageFormat, name_of_another_format};
+use crate::key_file::KeyArgs;
 use crate::locking::LockArgs;
+use crate::new_key::IterTimeArgs;
 use crate::output::warn;
 use crate::shown::warnings;
 use crate::signals;
@@ -27,6 +29,7 @@ const AFTER_HELP: &str = "\
 Examples:
   nbd-cli image create disk.img 20G
   nbd-cli image create --format qcow2 --compression-type zstd disk.qcow2 20G
+  nbd-cli image create --format qcow2 --encrypt --key-file - disk.qcow2 20G
   nbd-cli image create --format qcow2 --backing nbd://localhost/base --backing-format raw o.qcow2
   nbd-cli image create --format qcow2 --backing base.qcow2 --backing-format qcow2 overlay.qcow2
 
@@ -79,6 +82,19 @@ pub struct CreateArgs {
     /// Allow QEMU to leave refcounts wrong while the image is open; it repairs them after a crash.
     #[arg(long, help_heading = "Options for qcow2")]
     pub lazy_refcounts: bool,
+
+    /// Encrypt the image with LUKS (AES-256, XTS); always the case with --format luks. The first
+    /// --key-file has the passphrase.
+    #[arg(long, requires = "key_file")]
+    pub encrypt: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub keys: KeyArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub iter_time: IterTimeArgs,
 
     /// Print the new image, like `nbd-cli image info --json`.
     #[arg(long)]
@@ -221,6 +237,9 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     if args.lazy_refcounts {
         options.lazy_refcounts = LazyRefcounts::On;
     }
+    options.encryption = encryption(args, options.format)?;
+    // For an encrypted backing file.
+    options.open.passphrases = args.keys.passphrases();
     options.give_up = || signals::caught().is_some();
     let create = |path: &Path| {
         Image::create(path, &options).map_err(|error| match signals::stop_if_interrupted() {
@@ -246,6 +265,20 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
         print_json(&args.path, &args.locks.options().format(options.format))?;
     }
     Ok(Outcome::Success)
+}
+
+/// The key of an encrypted image.
+fn encryption(args: &CreateArgs, format: Format) -> Result<Option<NewKey>, CommandError> {
+    match (args.keys.key_file.first(), args.encrypt || format == Format::Luks) {
+        (Some(file), true) => args.iter_time.key(file).map(Some),
+        (None, true) => Err(CommandError::new(
+            "an encrypted image needs a passphrase; add --key-file FILE, or --key-file - to be asked",
+        )),
+        (Some(_), false) if args.backing.is_none() => Err(CommandError::new(
+            "--key-file is given, but nothing is encrypted; add --encrypt, or leave it out",
+        )),
+        (_, false) => Ok(None),
+    }
 }
 
 /// Converts to the library's preallocation.

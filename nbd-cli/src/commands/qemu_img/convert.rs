@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::num::{NonZeroU64, NonZeroUsize};
 
 use imgfmt::jobs::{Background, Clusters, RateLimit, Unreadable, Zeroes};
-use imgfmt::{Access, Format, Locking, Preallocation, Subformat};
+use imgfmt::{Access, CreateOptions, Format, Locking, Preallocation, Subformat};
 use nbd_jobs::convert::{ConvertOptions, CopiedBitmaps, Destination, convert};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::qemu_name::{BackingInName, DriverSettings};
@@ -144,7 +144,7 @@ fn options(
     format: Format,
     lists: &[String],
 ) -> Result<ConvertOptions, Refusal> {
-    let mut new = NewImage::new(format, lists)?;
+    let mut new = NewImage::new(format, lists, &arguments.secrets)?;
     if !arguments.has(Opt::NoCreate) {
         new.set_backing(arguments.text(Opt::Backing)?, arguments.text(Opt::BackingFormat)?)?;
     }
@@ -164,7 +164,7 @@ fn options(
             // The blocks of other formats are in the file or not, and zero either way.
             let is_fixed = create.foreign.subformat == Subformat::Fixed;
             if matches!(format, Format::Raw | Format::Qcow2) || is_fixed {
-                create.preallocation = Preallocation::Falloc;
+                create.preallocation = complete(&create);
             }
         }
     }
@@ -206,6 +206,15 @@ fn options(
         options.durable = Durable::Now;
     }
     Ok(options)
+}
+
+/// The preallocation of an image without holes.
+fn complete(create: &CreateOptions) -> Preallocation {
+    match create.encryption {
+        // Space that was only set aside would decrypt to noise.
+        Some(_) => Preallocation::Full,
+        None => Preallocation::Falloc,
+    }
 }
 
 fn parallel(arguments: &Arguments) -> Result<Option<NonZeroUsize>, Refusal> {

@@ -63,7 +63,7 @@ fn described(
     lists: &[String],
     size: Option<u64>,
 ) -> Result<NewImage, Refusal> {
-    let mut new = NewImage::new(format, lists)?;
+    let mut new = NewImage::new(format, lists, &arguments.secrets)?;
     new.set_backing(arguments.text(Opt::Backing)?, arguments.text(Opt::BackingFormat)?)?;
     if size.is_some() && new.create.size.is_some() {
         return Err(Refusal::new("The image size must be specified only once"));

@@ -23,12 +23,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     let size = arguments.text(Opt::Size)?.map(|text| size_argument("image size", &text));
     let size = size.transpose()?;
-    if !matches!(format, Format::Raw | Format::Qcow2) {
+    if !matches!(format, Format::Raw | Format::Qcow2 | Format::Luks) {
         return Err(Refusal::new(format!(
             "Block driver '{format}' does not support size measurement"
         )));
     }
-    let new = NewImage::new(format, &lists)?;
+    let new = NewImage::new(format, &lists, &arguments.secrets)?;
     new.refuse_backing()?;
     let create = new.create;
     let image = match (&arguments.operands[..], size) {

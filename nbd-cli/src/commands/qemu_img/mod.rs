@@ -13,6 +13,7 @@ mod compare;
 mod convert;
 mod create;
 mod dd;
+mod encryption;
 mod help;
 mod info;
 mod known;

@@ -12,8 +12,10 @@ use nbd_jobs::qemu_numbers::parse_size;
 use nbd_jobs::text::printable;
 
 use super::arguments::parse_format;
+use super::encryption::{self, Encrypted};
 use super::place::{remotes, trusting};
 use super::refusal::Refusal;
+use super::secrets::Secrets;
 use crate::signals;
 
 /// QEMU's disks consist of these, in bytes.
@@ -33,12 +35,21 @@ const QCOW2_OPTIONS: &[(&str, &str)] = &[
     ("compression_type=<str>", "Compression of clusters: zlib or zstd"),
     ("data_file=<str>", "File name of a new external data file"),
     ("data_file_raw=<bool (on/off)>", "Whether the data file stays a valid raw image"),
+    ("encrypt.format=<str>", "Encrypt the image: luks"),
+    ("encrypt.iter-time=<num>", "Milliseconds that trying a passphrase takes"),
+    ("encrypt.key-secret=<str>", "ID of the secret with the passphrase"),
     ("extended_l2=<bool (on/off)>", "Whether clusters have subclusters"),
     ("lazy_refcounts=<bool (on/off)>", "Whether refcounts may be updated late"),
     ("nocow=<bool (on/off)>", "Only off"),
     ("preallocation=<str>", "Preallocation mode (allowed values: off, metadata, falloc, full)"),
     ("refcount_bits=<num>", "Width of a reference count entry in bits"),
     ("size=<size>", "Virtual disk size"),
+];
+
+const LUKS_OPTIONS: &[(&str, &str)] = &[
+    ("iter-time=<num>", "Milliseconds that trying a passphrase takes"),
+    ("key-secret=<str>", "ID of the secret with the passphrase"),
+    ("preallocation=<str>", "Preallocation mode (allowed values: off, falloc, full)"),
 ];
 
 /// The properties of a new image, and the words with which they are reported.
@@ -48,6 +59,7 @@ pub(super) struct NewImage {
     compat: Option<String>,
     preallocation: Option<String>,
     nocow: bool,
+    encrypted: Encrypted,
     /// What is reported of other programs' formats.
     said: Vec<(&'static str, String)>,
     /// `backing_file` and `backing_fmt`, which other options may override.
@@ -61,6 +73,7 @@ pub(super) fn help(format: Format, lists: &[String]) -> Option<String> {
     let options = match format {
         Format::Qcow2 => QCOW2_OPTIONS,
         Format::Raw => RAW_OPTIONS,
+        Format::Luks => LUKS_OPTIONS,
         other => foreign_options::known(other),
     };
     let mut text = match format {
@@ -82,7 +95,11 @@ impl NewImage {
     /// # Errors
     ///
     /// If an option is unknown, malformed or not supported.
-    pub(super) fn new(format: Format, lists: &[String]) -> Result<Self, Refusal> {
+    pub(super) fn new(
+        format: Format,
+        lists: &[String],
+        secrets: &Secrets,
+    ) -> Result<Self, Refusal> {
         let mut create = CreateOptions::new(format, 0);
         (create.size, create.give_up) = (None, || signals::caught().is_some());
         create.open.policy = trusting(&remotes());
@@ -91,13 +108,16 @@ impl NewImage {
             compat: None,
             preallocation: None,
             nocow: false,
+            encrypted: Encrypted::default(),
             said: Vec::new(),
             backing: (None, None),
         };
         let mut options = KeyValues::parse(&lists.join(","), None).map_err(Refusal::new)?;
         new.take_common(&mut options)?;
+        new.encrypted = encryption::take(format, &mut options, secrets)?;
+        new.create.encryption.clone_from(&new.encrypted.key);
         match format {
-            Format::Raw => {}
+            Format::Raw | Format::Luks => {}
             Format::Qcow2 => new.take_qcow2(&mut options)?,
             _ => {
                 // Without an option, the geometry counts, as in QEMU.
@@ -109,12 +129,6 @@ impl NewImage {
         }
         match options.left_over() {
             None => Ok(new),
-            Some(key) if key.starts_with("encrypt") && format == Format::Qcow2 => {
-                Err(Refusal::new(format!(
-                    "'{}' is not supported: encrypted images cannot be made here",
-                    printable(key)
-                )))
-            }
             Some(key) => Err(Refusal::new(format!("Invalid parameter '{}'", printable(key)))),
         }
     }
@@ -124,7 +138,9 @@ impl NewImage {
         self.preallocation = options.take("preallocation");
         self.create.preallocation = match self.preallocation.as_deref() {
             None | Some("off") => Preallocation::Off,
-            Some("metadata") if self.create.format != Format::Raw => Preallocation::Metadata,
+            Some("metadata") if !matches!(self.create.format, Format::Raw | Format::Luks) => {
+                Preallocation::Metadata
+            }
             Some("falloc") => Preallocation::Falloc,
             Some("full") => Preallocation::Full,
             Some(other) => return Err(not_accepted("preallocation", other)),
@@ -232,6 +248,7 @@ impl NewImage {
         };
         let is_qcow2 = create.format == Format::Qcow2;
         if is_qcow2 {
+            self.encrypted.said.iter().for_each(|(key, value)| add(key, value));
             add("cluster_size", &create.cluster_size.to_string());
             add("extended_l2", on_off(create.l2_entries == L2Entries::Extended));
             self.preallocation.iter().for_each(|text| add("preallocation", text));
@@ -260,6 +277,9 @@ impl NewImage {
             add("refcount_bits", &create.refcount_bits.to_string());
         }
         self.said.iter().for_each(|(key, value)| add(key, value));
+        if !is_qcow2 {
+            self.encrypted.said.iter().for_each(|(key, value)| add(key, value));
+        }
         if self.nocow {
             add("nocow", "off");
         }
