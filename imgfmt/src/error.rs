@@ -5,6 +5,7 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -196,6 +197,7 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = Escaping(f);
         write!(f, "cannot {}", self.0.operation)?;
         match &self.0.path {
             Some(path) => write!(f, " '{}'", path.display())?,
@@ -205,6 +207,21 @@ impl fmt::Display for Error {
             write!(f, " at offset {offset}")?;
         }
         write!(f, ": {}", self.0.detail)
+    }
+}
+
+/// Escapes the characters that control a terminal or the direction of text: names are those of
+/// images, and their authors are not trusted.
+struct Escaping<'a, 'f>(&'a mut fmt::Formatter<'f>);
+
+impl fmt::Write for Escaping<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let is_direction = |c| matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        let is_plain = |c: char| !c.is_control() && !is_direction(c);
+        text.chars().try_for_each(|c| match is_plain(c) {
+            true => self.0.write_char(c),
+            false => write!(self.0, "{}", c.escape_default()),
+        })
     }
 }
 
@@ -279,6 +296,14 @@ pub(crate) fn system_words(error: &io::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_that_an_image_holds_control_no_terminal() {
+        let detail = "the image refers to 'a\x1b[2J\r\n\u{202e}ü\\'";
+        let error = Error::new(ErrorKind::PolicyDenied, "open", detail).with_path("b\x07");
+        let expected = r"cannot open 'b\u{7}': the image refers to 'a\u{1b}[2J\r\n\u{202e}ü\'";
+        assert_eq!(error.to_string(), expected);
+    }
 
     #[test]
     fn an_error_names_operation_file_place_and_reason() {
