@@ -6,7 +6,7 @@ use futures_util::StreamExt as _;
 
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Folder, Id, Key, PackId};
-use super::listing::BackupInfo;
+use super::listing::{BackupInfo, bytes_of};
 use super::map::Map;
 use super::pack::{Footer, FrameKind};
 use super::page::{BLOCK_SIZE, PAGE_LEN_MAX};
@@ -84,7 +84,7 @@ impl Repository {
         let mut checked = Checked {
             backups: needs.names.len() as u64,
             packs: sizes.len() as u64,
-            bytes: sizes.values().sum(),
+            bytes: bytes_of(sizes.values()),
             unneeded: sizes.keys().filter(|pack| !needs.packs.contains_key(pack)).count() as u64,
             ..Checked::default()
         };

@@ -7,6 +7,7 @@ use futures_util::future::join_all;
 
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Folder, Id, Key, PackId};
+use super::listing::bytes_of;
 use super::objects::{Creates, SMALL_LEN_MAX};
 use super::protocol::{Answer, Collected, Collector, Forget, Object, Request, Rules, Step};
 use super::repository::Repository;
@@ -113,7 +114,7 @@ impl Repository {
     /// As for all requests to the store.
     pub async fn space(&self) -> Result<(u64, u64)> {
         let listed = self.objects.list(Folder::Packs).await?;
-        Ok((listed.len() as u64, listed.iter().map(|listed| listed.size).sum()))
+        Ok((listed.len() as u64, bytes_of(listed.iter().map(|listed| &listed.size))))
     }
 
     /// Lists the pins: who reads which backup.
@@ -192,8 +193,9 @@ impl Repository {
                 // If one fails, the list stays: a deletion may still be on its way.
                 join_all(deleting).await.into_iter().collect::<Result<Vec<_>>>()?;
                 garbage.packs += deletions.len() as u64;
-                garbage.bytes +=
-                    deletions.iter().filter_map(|pack| sizes.remove(pack)).sum::<u64>();
+                let deleted: Vec<_> =
+                    deletions.iter().filter_map(|pack| sizes.remove(pack)).collect();
+                garbage.bytes = garbage.bytes.saturating_add(bytes_of(&deleted));
                 machine.deleted();
                 continue;
             }
@@ -206,7 +208,7 @@ impl Repository {
                 Step::Request(Request::Put(Key::Condemned(_), _)) if options.dry_run => {
                     let condemned = machine.condemned();
                     garbage.packs = condemned.len() as u64;
-                    garbage.bytes = condemned.iter().filter_map(|pack| sizes.get(pack)).sum();
+                    garbage.bytes = bytes_of(condemned.iter().filter_map(|pack| sizes.get(pack)));
                     return Ok(garbage);
                 }
                 Step::Request(request @ Request::Create(..)) => {

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::shown::printable;
+
 /// What kind of error it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -33,8 +35,9 @@ pub struct RepositoryError {
 pub type Result<T> = std::result::Result<T, RepositoryError>;
 
 impl RepositoryError {
+    /// Names in `message` may be those of anyone who can write to the store.
     pub(crate) fn new(kind: RepositoryErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into() }
+        Self { kind, message: printable(&message.into()).collect() }
     }
 
     pub(crate) fn damaged(message: impl Into<String>) -> Self {
@@ -62,3 +65,14 @@ impl fmt::Display for RepositoryError {
 }
 
 impl std::error::Error for RepositoryError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_in_a_repository_control_no_terminal() {
+        let error = RepositoryError::not_found("it has backups of: a\x1b[2J\r\nb\u{202e}c");
+        assert_eq!(error.to_string(), "it has backups of: a [2J  b c");
+    }
+}

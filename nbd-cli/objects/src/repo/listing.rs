@@ -27,6 +27,11 @@ pub struct BackupInfo {
     pub is_forgotten: bool,
 }
 
+/// The sum of sizes, which are what the store says.
+pub(crate) fn bytes_of<'a>(sizes: impl IntoIterator<Item = &'a u64>) -> u64 {
+    sizes.into_iter().fold(0, |sum, size| sum.saturating_add(*size))
+}
+
 impl Repository {
     /// Lists the backups, oldest first, with those that were forgotten since the last gc.
     ///
@@ -250,6 +255,12 @@ fn milliseconds(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_that_a_store_invents_are_added() {
+        assert_eq!(bytes_of(&[u64::MAX, 1, u64::MAX]), u64::MAX);
+        assert_eq!(bytes_of(&[2, 3]), 5);
+    }
 
     #[test]
     fn backups_are_named_by_day_time_and_identity() {

@@ -264,7 +264,7 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
         }
         let disk = disks.entry(head.name.clone()).or_default();
         disk.backups += 1;
-        disk.added += head.added;
+        disk.added = disk.added.saturating_add(head.added);
         (disk.name, disk.size, disk.data) = (head.name, head.size, head.data);
     }
     let (packs, total) = repository.space().await.map_err(repository_error)?;
