@@ -346,6 +346,7 @@ impl ImageLocation {
     /// If it is a malformed name of a server.
     pub fn beside(&self, name: &OsStr) -> Result<Self, JobError> {
         if let Some(url) = name.to_str().and_then(ObjectUrl::of) {
+            url.refuse_moving().map_err(|error| JobError::invalid(error.to_string()))?;
             return Ok(Self::Object(url));
         }
         if let Some(name) = name.to_str().filter(|name| has_scheme(name)) {

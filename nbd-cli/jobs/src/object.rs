@@ -43,6 +43,26 @@ impl ObjectUrl {
         self.0.strip_prefix(BACKUP)
     }
 
+    /// Refuses a name that an image must not record, because it may be another disk later or elsewhere:
+    /// a backup that is not named by its whole ID, or in a repository by a relative path.
+    ///
+    /// # Errors
+    ///
+    /// A sentence with the remedy.
+    pub fn refuse_moving(&self) -> io::Result<()> {
+        let Some(address) = self.backup() else { return Ok(()) };
+        let id = address.rsplit_once('@').map_or("", |(_, id)| id);
+        let has_id = id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if has_id && (address.starts_with('/') || address.contains("://")) {
+            return Ok(());
+        }
+        Err(io::Error::other(format!(
+            "an image cannot name {self}, which may be another disk later; name the backup by the \
+             absolute path or the URL of its repository and by its whole ID, as in \
+             backup:/srv/backups/vm1@ID ('nbd-cli repo list' shows the IDs)"
+        )))
+    }
+
     /// Returns the format of the image in it, if it is known; `given` is what the user says. A backup
     /// is a disk: what it holds is never taken for an image, unless the user says so.
     pub(crate) fn format_or(&self, given: Option<Format>) -> Option<Format> {

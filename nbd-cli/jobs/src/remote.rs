@@ -160,7 +160,9 @@ pub fn allow_exports(policy: OpenPolicy, remotes: &Remotes) -> OpenPolicy {
         let objects = remotes.objects.clone();
         let opener = move |name: &str| {
             let malformed = || io::Error::other("the URL of an object is malformed");
-            objects.open(&ObjectUrl::of(name).ok_or_else(malformed)?)
+            let url = ObjectUrl::of(name).ok_or_else(malformed)?;
+            url.refuse_moving()?;
+            objects.open(&url)
         };
         policy.allow_scheme(*scheme, Arc::new(opener))
     });

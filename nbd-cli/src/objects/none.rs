@@ -1,5 +1,8 @@
 //! In place of object stores, in a program without them.
 
+use std::ffi::{OsStr, OsString};
+use std::io;
+
 use clap::Args;
 use nbd_jobs::object::ObjectOpener;
 
@@ -12,5 +15,11 @@ impl ObjectArgs {
     #[allow(clippy::unused_self, reason = "as in the program with object stores")]
     pub(crate) fn opener(&self) -> ObjectOpener {
         ObjectOpener::default()
+    }
+
+    /// Returns the name itself: without object stores there are no backups in repositories.
+    #[allow(clippy::unused_self, reason = "as in the program with object stores")]
+    pub(crate) fn pinned(&self, name: &OsStr) -> io::Result<OsString> {
+        Ok(name.to_owned())
     }
 }

@@ -1,5 +1,6 @@
 //! Object stores: the options, and what opens objects.
 
+use std::ffi::{OsStr, OsString};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use imgfmt::Storage;
+use nbd_jobs::JobError;
 use nbd_jobs::object::{ObjectOpener, ObjectUrl};
 use nbd_jobs::repository::{open_disk, repository_error, split_address};
 use nbd_jobs::size::{ByteSize, parse_duration};
@@ -133,8 +135,49 @@ impl ObjectArgs {
         Ok(Arc::new(storage))
     }
 
+    /// Returns the name that an image may record for the backing file `name`: for a backup in a
+    /// repository, one that is the same disk for ever, with the ID of what `@latest` is now.
+    pub(crate) fn pinned(&self, name: &OsStr) -> std::io::Result<OsString> {
+        let url = name.to_str().and_then(ObjectUrl::of);
+        let Some(address) = url.as_ref().and_then(ObjectUrl::backup) else {
+            return Ok(name.to_owned());
+        };
+        let find = |repository: Repository, backup: String| async move {
+            let (id, _) = repository.find(&backup).await.map_err(repository_error)?;
+            Ok((id, backup))
+        };
+        let (id, backup) = self.in_repository(address, find)?;
+        let disk = backup.rsplit_once('@').map_or(&*backup, |(disk, _)| disk);
+        // It was split before.
+        let repository = split_address(address).map_or("", |(repository, _)| repository);
+        let repository = match repository.contains("://") {
+            true => OsString::from(repository),
+            false => std::path::absolute(repository)?.into(),
+        };
+        let mut pinned = OsString::from("backup:");
+        pinned.push(repository);
+        pinned.push(format!("/{disk}@{id}"));
+        Ok(pinned)
+    }
+
     /// Opens a backup in a repository. Its passphrase is in the file that the environment names.
     fn open_backup(&self, address: &str) -> std::io::Result<Arc<dyn Storage>> {
+        let opened = self.in_repository(address, |repository, backup| async move {
+            open_disk(&repository, &backup, Damage::Refused).await
+        })?;
+        Ok(opened)
+    }
+
+    /// Calls `find` with an open repository and the name of a backup in it.
+    fn in_repository<T, F>(
+        &self,
+        address: &str,
+        find: impl FnOnce(Repository, String) -> F + Send + 'static,
+    ) -> std::io::Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, JobError>> + Send,
+    {
         let failed =
             |why: String| std::io::Error::other(format!("cannot open backup:{address}: {why}"));
         let (repository, backup) = split_address(address).ok_or_else(|| {
@@ -150,13 +193,12 @@ impl ObjectArgs {
             let open = async {
                 let passphrase = passphrase.as_deref().map(Vec::as_slice);
                 let repository = Repository::open(place, passphrase).await;
-                open_disk(&repository.map_err(repository_error)?, &backup, Damage::Refused).await
+                find(repository.map_err(repository_error)?, backup).await
             };
             let _ = sender.send(open.await);
         });
         let opened = opened.recv().map_err(|_| failed("the request was given up".to_owned()))?;
-        let opened: Arc<dyn Storage> = opened.map_err(|error| failed(error.to_string()))?;
-        Ok(opened)
+        opened.map_err(|error| failed(error.to_string()))
     }
 
     /// Returns the cache of this process. The first object decides where it is.

@@ -83,3 +83,59 @@ fn a_killed_stream_leaves_the_disk_and_goes_on() {
     std::fs::rename(&base, path("kept.img")).expect("it is not needed");
     are_equal(&qemu_img, &overlay, &path("kept.img"));
 }
+
+#[cfg(feature = "object-storage")]
+#[test]
+fn a_backup_is_used_at_once_and_streamed_until_its_repository_is_not_needed() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    let (repository, overlay) = (disk.beside("repository"), disk.beside("machine.qcow2"));
+    nbd_cli(&["repo", "init", &repository]).success();
+    nbd_cli(&["backup", "--name", "vm", disk.path(), &repository]).success();
+    let latest = format!("backup:{repository}/vm@latest");
+    let create = ["image", "create", "-f", "qcow2", "-b", &latest, "-F", "raw", &overlay];
+    nbd_cli(&create).success();
+    // The overlay stays on the backup that it was made on.
+    let flat = disk.beside("flat.img");
+    std::fs::copy(disk.path(), &flat).expect("a copy");
+    peer(&qemu_io, &["-f", "raw", "-c", "write -P 99 0 1M", disk.path()]);
+    nbd_cli(&["backup", "--name", "vm", disk.path(), &repository]).success();
+    let name = info(&qemu_img, &overlay)["backing-filename"].as_str().expect("text").to_owned();
+    assert!(name.starts_with(&format!("backup:{repository}/vm@")) && name.len() > 50, "{name}");
+
+    // Served at once: a guest reads, writes, zeroes and discards before anything is copied.
+    let commands = ["write -P 7 1M 100k", "write -z 3M 128k", "read 2M 1M"];
+    let mut guest = format!("{} -f raw -d unmap -c 'discard 5M 64k'", qemu_io.display());
+    let mut arguments = vec!["-f", "raw", "-c", "write -z 5M 64k"];
+    for command in &commands {
+        guest.push_str(&format!(" -c '{command}'"));
+        arguments.extend(["-c", *command]);
+    }
+    guest.push_str(" \"$uri\"");
+    nbd_cli(&["serve", "--trust-image", "--run", &guest, &overlay]).success();
+    arguments.push(&flat);
+    peer(&qemu_io, &arguments);
+    let same = ["image", "compare", "--trust-image", &overlay, &flat];
+    nbd_cli(&same).success();
+    nbd_cli(&["image", "stream", "--trust-image", &overlay]).success();
+    std::fs::remove_dir_all(&repository).expect("it is not needed any more");
+    is_clean(&qemu_img, &overlay);
+    are_equal(&qemu_img, &overlay, &flat);
+}
+
+#[cfg(feature = "object-storage")]
+#[test]
+fn an_image_that_names_a_backup_without_its_id_is_refused() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let (repository, overlay) = (disk.beside("repository"), disk.beside("machine.qcow2"));
+    nbd_cli(&["repo", "init", &repository]).success();
+    nbd_cli(&["backup", "--name", "vm", disk.path(), &repository]).success();
+    let latest = format!("backup:{repository}/vm@latest");
+    peer(
+        &qemu_img,
+        &["create", "-q", "-f", "qcow2", "-u", "-b", &latest, "-F", "raw", &overlay, "8M"],
+    );
+    let outcome = nbd_cli(&["image", "map", "--trust-image", &overlay]);
+    says(outcome, &["may be another disk later", "repo list"]);
+}

@@ -14,6 +14,7 @@ use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 
 use super::format_options::FormatOptions;
 use super::info::print_json;
+use super::open::pinned;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
@@ -221,7 +222,8 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     options.size = args.size.map(ByteSize::bytes);
     options.open.locking = args.locks.locking();
     options.open.policy = allow_exports(OpenPolicy::any_file(), &ServerArgs::default().remotes());
-    options.backing = args.backing.clone().zip(args.backing_format.map(Format::from));
+    let backing = args.backing.as_deref().map(pinned);
+    options.backing = backing.transpose()?.zip(args.backing_format.map(Format::from));
     args.qcow2.apply(&mut options)?;
     args.format_options.apply(&mut options)?;
     options.foreign.final_name = args.path.file_name().map(Into::into);

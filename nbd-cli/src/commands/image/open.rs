@@ -1,5 +1,6 @@
 //! Opens the images of the commands, and explains failures.
 
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use clap::Args;
@@ -12,6 +13,7 @@ use crate::error::CommandError;
 use crate::image_format::ImageFormat;
 use crate::key_file::KeyArgs;
 use crate::locking::{LockArgs, ShareArgs};
+use crate::objects::ObjectArgs;
 
 /// Options for opening an existing image.
 #[derive(Clone, Debug, Default, Args)]
@@ -92,6 +94,13 @@ pub(in crate::commands) fn options(format: Option<ImageFormat>, trust: &TrustArg
         Some(format) => options.format(format.into()),
         None => options,
     }
+}
+
+/// Returns the name that an image may record for a backing file: that of a backup in a repository has
+/// the ID of the backup.
+pub(in crate::commands) fn pinned(name: &OsStr) -> Result<OsString, CommandError> {
+    let pinned = ObjectArgs::default().pinned(name);
+    pinned.map_err(|error| CommandError::new(error.to_string()))
 }
 
 /// Returns the error with the option that would allow the refused operation.

@@ -8,7 +8,7 @@ use imgfmt::{Format, Image};
 use nbd_jobs::overlay::copy_what_differs;
 
 use super::info::print_json;
-use super::open::{OpenArgs, explained};
+use super::open::{OpenArgs, explained, pinned};
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
@@ -66,7 +66,9 @@ pub struct RebaseArgs {
 
 pub(crate) fn run(args: &RebaseArgs) -> Result<Outcome, CommandError> {
     let format = args.backing_format.map(Format::from);
-    let new = args.backing.as_deref().zip(format);
+    let backing = args.backing.as_deref().map(pinned);
+    let backing = backing.transpose()?;
+    let new = backing.as_deref().zip(format);
     if let Some(new) = new {
         // Before anything is copied.
         Image::check_chain_length(&args.path, &args.open.options(), new)?;
