@@ -64,6 +64,7 @@ mod fuzz_corpus;
 mod holes;
 mod jobs;
 mod jobs_compare;
+mod jobs_salvage;
 mod large_disks;
 mod late_io;
 mod locks;

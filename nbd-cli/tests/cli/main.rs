@@ -83,6 +83,7 @@ mod mount_files;
 mod new_files;
 #[cfg(feature = "object-storage")]
 mod objects;
+mod qemu_img_bench;
 mod qemu_img_beside;
 mod qemu_img_convert;
 mod qemu_img_encrypted;

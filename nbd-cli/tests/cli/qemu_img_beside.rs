@@ -443,7 +443,6 @@ fn what_is_not_supported_is_refused_by_name_and_changes_nothing() {
         ("convert --salvage old.img old.img new.img", "--salvage"),
         ("info --object tls-creds-x509,id=a,dir=b old.img", "tls-creds-x509"),
         ("info --image-opts driver=rbd,pool=a", "rbd"),
-        ("bench old.img", "bench"),
         ("resize -f raw --preallocation=full old.img 1M", "--preallocation"),
         ("rebase -c -b x -F raw old.img", "-c"),
     ] {

@@ -58,6 +58,17 @@ pub(super) enum Opt {
     Base,
     Drop,
     Force,
+    Count,
+    Depth,
+    Offset,
+    BufferSize,
+    StepSize,
+    Aio,
+    Native,
+    Write,
+    Pattern,
+    FlushInterval,
+    NoDrain,
     /// An option that a command does not have.
     None,
 }
@@ -263,4 +274,24 @@ pub(super) const DD: &[Known<Opt>] = &[
     value(b'O', "output-format", Opt::TargetFormat),
     flag(b'U', "force-share", Opt::Share),
     value(0, "object", Opt::Object),
+];
+
+pub(super) const BENCH: &[Known<Opt>] = &[
+    flag(b'h', "help", Opt::Help),
+    flag(b'q', "quiet", Opt::Quiet),
+    value(b'f', "format", Opt::Format),
+    flag(0, "image-opts", Opt::ImageOpts),
+    value(b't', "cache", Opt::Cache),
+    value(b'c', "count", Opt::Count),
+    value(b's', "buffer-size", Opt::BufferSize),
+    value(b'd', "depth", Opt::Depth),
+    value(b'o', "offset", Opt::Offset),
+    value(b'S', "step-size", Opt::StepSize),
+    value(b'i', "aio", Opt::Aio),
+    flag(b'n', "native", Opt::Native),
+    flag(b'w', "write", Opt::Write),
+    value(0, "pattern", Opt::Pattern),
+    value(0, "flush-interval", Opt::FlushInterval),
+    flag(0, "no-drain", Opt::NoDrain),
+    flag(b'U', "force-share", Opt::Share),
 ];

@@ -6,6 +6,7 @@
 
 mod amend;
 mod arguments;
+mod bench;
 mod bitmap;
 mod check;
 mod commit;
@@ -71,6 +72,14 @@ const COMMANDS: &[Command] = &[
         options: known::AMEND,
         writes: false,
         run: amend::run,
+    },
+    Command {
+        name: "bench",
+        meaning: "Measure how fast requests to an image are",
+        operands: "FILE",
+        options: known::BENCH,
+        writes: true,
+        run: bench::run,
     },
     Command {
         name: "bitmap",
@@ -226,10 +235,7 @@ fn carry_out(words: Vec<OsString>, found: &mut Option<&'static str>) -> Result<u
         }
     };
     let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
-        return Err(match name.as_str() {
-            "bench" => Refusal::new("'bench' is not supported; use 'nbd-cli bench'"),
-            _ => Refusal::usage(format!("Command not found: {}", printable(&name))),
-        });
+        return Err(Refusal::usage(format!("Command not found: {}", printable(&name))));
     };
     *found = Some(command.name);
     let mut words: Vec<_> = words.collect();
