@@ -60,7 +60,6 @@ impl Passphrase {
 #[derive(Clone, Debug)]
 pub struct NewKey {
     pub(crate) passphrase: Passphrase,
-    #[cfg_attr(not(feature = "encryption"), expect(dead_code, reason = "nothing is encrypted"))]
     pub(crate) iteration_time: Duration,
 }
 
