@@ -1,16 +1,21 @@
 //! Checks a repository.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+mod backups;
+mod directories;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use futures_util::StreamExt as _;
 
+use self::directories::Directories;
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Folder, Id, Key, PackId};
-use super::listing::{BackupInfo, bytes_of};
+use super::listing::bytes_of;
 use super::map::Map;
 use super::pack::{Footer, FrameKind};
 use super::page::{BLOCK_SIZE, PAGE_LEN_MAX};
 use super::repository::Repository;
+use super::seal::{Hash, Sealer};
 use super::stored::PACK_BYTES_MAX;
 
 /// Packs read at a time.
@@ -51,65 +56,53 @@ struct Needs {
     /// What is wrong with packs. Which backups need them is looked up afterwards: it would be too
     /// much to keep for each pack.
     bad_packs: BTreeMap<PackId, Vec<String>>,
+    /// Packs that backups need and that are not there, or too short.
+    lost_packs: BTreeMap<PackId, String>,
     names: Vec<(Id, String)>,
-    /// Pages that were read: they are shared by many backups.
-    pages: HashSet<(PackId, u32)>,
+    /// Pages that were read, and what backups say of them: they are shared by many backups.
+    pages: HashSet<Hash>,
+    /// Packs that were read whole and are as they were written: where their directories are, and
+    /// the block of each that is shorter than others: its offset and its length, in bytes.
+    sound: HashMap<PackId, (Footer, Option<(u32, u32)>)>,
+    directories: Directories,
+    /// Last blocks that were read: pack, offset, length in bytes.
+    last: HashSet<(PackId, u32, usize)>,
     problems: BTreeMap<String, BTreeSet<usize>>,
-    /// The problems that are packs which are not there.
-    missing: HashSet<String>,
 }
 
 impl Repository {
     /// Checks that every backup can be read: its objects, its map, that its packs are there and
-    /// long enough; and reads `percent` of the packs, chosen at random, and compares everything in
-    /// them with its hash.
+    /// long enough, and the last block of its disk; and reads `percent` of the packs, chosen at
+    /// random, compares everything in them with its hash, and what the maps say of it.
     ///
     /// # Errors
     ///
     /// As for all requests to the store. Damage is not an error.
     pub async fn check(&self, percent: f64) -> Result<Checked> {
         let mut needs = Needs::default();
+        let read = self.read_packs(percent, &mut needs).await?;
         let listed = self.list().await?;
         for info in listed.iter().filter(|info| !info.is_forgotten) {
             self.check_backup(info, &mut needs).await?;
         }
-        let packs = self.objects.list(Folder::Packs).await?;
-        let sizes: BTreeMap<_, _> = packs
-            .iter()
-            .filter_map(|listed| match listed.key {
-                Key::Pack(pack) => Some((pack, listed.size)),
-                _ => None,
-            })
-            .collect();
+        // Those that backups need which were made meanwhile are there now.
+        let sizes = self.pack_sizes().await?;
         let mut checked = Checked {
             backups: needs.names.len() as u64,
             packs: sizes.len() as u64,
             bytes: bytes_of(sizes.values()),
+            read,
             unneeded: sizes.keys().filter(|pack| !needs.packs.contains_key(pack)).count() as u64,
             ..Checked::default()
         };
         for (pack, end) in &needs.packs {
             let key = Key::Pack(*pack);
             let problem = match sizes.get(pack) {
-                None => {
-                    let problem = format!("the pack {key} is missing");
-                    needs.missing.insert(problem.clone());
-                    problem
-                }
+                None => format!("the pack {key} is missing"),
                 Some(size) if size < end => format!("the pack {key} is too short"),
                 Some(_) => continue,
             };
-            needs.bad_packs.entry(*pack).or_default().push(problem);
-        }
-        let chosen = sizes.keys().filter(|_| is_chosen(percent)).copied();
-        let reads = chosen.map(|pack| async move { (pack, self.check_pack(pack).await) });
-        let mut reads = futures_util::stream::iter(reads).buffer_unordered(READS);
-        while let Some((pack, found)) = reads.next().await {
-            checked.read += 1;
-            let found = found?;
-            if !found.is_empty() {
-                needs.bad_packs.entry(pack).or_default().extend(found);
-            }
+            needs.lost_packs.insert(*pack, problem);
         }
         self.name_backups(&mut needs).await?;
         let names = &needs.names;
@@ -124,57 +117,38 @@ impl Repository {
         Ok(checked)
     }
 
-    async fn check_backup(&self, info: &BackupInfo, needs: &mut Needs) -> Result<()> {
-        let number = needs.names.len();
-        let name = info.head.as_ref().map_or_else(|_| "?".to_owned(), |head| head.name.clone());
-        needs.names.push((info.id, name));
-        let map = match Map::open(self, info.id).await {
-            Ok(map) => map,
-            Err(error) if error.kind() == RepositoryErrorKind::Damaged => {
-                needs.problems.entry(error.to_string()).or_default().insert(number);
-                return Ok(());
-            }
-            // It was forgotten meanwhile.
-            Err(error) if error.kind() == RepositoryErrorKind::NotFound => {
-                needs.names.pop();
-                return Ok(());
-            }
-            Err(error) => return Err(error),
-        };
-        for pack in map.root().packs() {
-            needs.packs.entry(*pack).or_default();
+    async fn pack_sizes(&self) -> Result<BTreeMap<PackId, u64>> {
+        let packs = self.objects.list(Folder::Packs).await?;
+        let sizes = packs.iter().filter_map(|listed| match listed.key {
+            Key::Pack(pack) => Some((pack, listed.size)),
+            _ => None,
+        });
+        Ok(sizes.collect())
+    }
+
+    /// Reads so many packs, in percent, and returns their number.
+    async fn read_packs(&self, percent: f64, needs: &mut Needs) -> Result<u64> {
+        if percent <= 0.0 {
+            return Ok(0);
         }
-        for (page_number, page) in map.root().pages().iter().enumerate() {
-            let Some(page) = page else { continue };
-            let end = needs.packs.entry(page.stored.pack).or_default();
-            *end = page.stored.range().end.max(*end);
-            if !needs.pages.insert((page.stored.pack, page.stored.offset)) {
-                continue;
-            }
-            let content = match map.page(page_number).await {
-                Ok(content) => content,
-                Err(error) if error.kind() == RepositoryErrorKind::Damaged => {
-                    needs.problems.entry(error.to_string()).or_default().insert(number);
-                    // Other backups with this page are named as well.
-                    needs.pages.remove(&(page.stored.pack, page.stored.offset));
-                    continue;
+        let sizes = self.pack_sizes().await?;
+        let chosen = sizes.into_keys().filter(|_| is_chosen(percent));
+        let reads = chosen.map(|pack| async move { (pack, self.check_pack(pack).await) });
+        let mut reads = futures_util::stream::iter(reads).buffer_unordered(READS);
+        let mut count = 0;
+        while let Some((pack, found)) = reads.next().await {
+            count += 1;
+            match found? {
+                None => {}
+                Some(Found { problems, footer: Some(footer), short }) if problems.is_empty() => {
+                    needs.sound.insert(pack, (footer, short));
                 }
-                Err(error) => return Err(error),
-            };
-            let listed: BTreeSet<_> = map.root().packs_of(page).collect();
-            if content.packs().iter().any(|pack| !listed.contains(pack)) {
-                let message = format!(
-                    "the backup {} does not list a pack that its page {page_number} needs",
-                    info.id
-                );
-                needs.problems.entry(message).or_default().insert(number);
-            }
-            for stored in content.blocks.iter().flatten() {
-                let end = needs.packs.entry(stored.pack).or_default();
-                *end = stored.range().end.max(*end);
+                Some(Found { problems, .. }) => {
+                    needs.bad_packs.entry(pack).or_default().extend(problems);
+                }
             }
         }
-        Ok(())
+        Ok(count)
     }
 
     /// Makes problems of packs those of the backups that need them. A backup that was forgotten
@@ -184,94 +158,121 @@ impl Repository {
         for problem in bad.values().flatten() {
             needs.problems.entry(problem.clone()).or_default();
         }
-        if needs.problems.is_empty() {
+        // Those are no problem without a backup.
+        let lost = std::mem::take(&mut needs.lost_packs);
+        if needs.problems.is_empty() && lost.is_empty() {
             return Ok(());
         }
         let mut gone = BTreeSet::new();
         for number in 0..needs.names.len() {
             let map = match Map::open(self, needs.names[number].0).await {
                 Ok(map) => map,
+                Err(error) if error.kind() == RepositoryErrorKind::Damaged => {
+                    needs.problems.entry(error.to_string()).or_default().insert(number);
+                    continue;
+                }
                 Err(error) if error.kind() == RepositoryErrorKind::NotFound => {
                     gone.insert(number);
                     continue;
                 }
-                // That is known already.
-                Err(error) if error.kind() != RepositoryErrorKind::Store => continue,
                 Err(error) => return Err(error),
             };
-            let packs = map.root().packs().iter().filter_map(|pack| bad.get(pack));
-            for problem in packs.flatten() {
+            let packs = map.root().packs();
+            let damaged = packs.iter().filter_map(|pack| bad.get(pack)).flatten();
+            for problem in damaged.chain(packs.iter().filter_map(|pack| lost.get(pack))) {
                 needs.problems.entry(problem.clone()).or_default().insert(number);
             }
         }
-        if gone.is_empty() {
-            return Ok(());
-        }
-        let missing = &needs.missing;
-        needs.problems.retain(|problem, backups| {
-            let is_of_none = backups.is_empty() && !missing.contains(problem);
+        needs.problems.retain(|_, backups| {
+            let is_of_none = backups.is_empty();
             backups.retain(|number| !gone.contains(number));
             is_of_none || !backups.is_empty()
         });
         Ok(())
     }
 
-    /// Reads a pack whole; returns what is wrong with it.
-    async fn check_pack(&self, pack: PackId) -> Result<Vec<String>> {
+    /// Reads a pack whole; returns what is wrong with it. `None` if it is not there any more.
+    async fn check_pack(&self, pack: PackId) -> Result<Option<Found>> {
         let key = Key::Pack(pack);
         let read = self.objects.read(&key.to_string(), u64::from(PACK_BYTES_MAX)).await;
         let content = match read {
             Ok(Some(content)) => content,
             // A gc deleted it meanwhile. If it is needed, that is noticed elsewhere.
-            Ok(None) => return Ok(Vec::new()),
+            Ok(None) => return Ok(None),
             Err(error) if error.kind() == RepositoryErrorKind::Damaged => {
-                return Ok(vec![error.to_string()]);
+                return Ok(Some(Found::bad(error.to_string())));
             }
             Err(error) => return Err(error),
         };
         let sealer = self.objects.sealer.clone();
-        let look = move || {
-            let damaged = |why: &str| vec![format!("the pack {key} is damaged: {why}")];
-            let Some(footer) = Footer::read(&content, content.len() as u64) else {
-                return damaged("its end is missing or changed");
-            };
-            let part = |range: std::ops::Range<u64>| {
-                content.get(range.start as usize..range.end as usize).unwrap_or_default()
-            };
-            let entries = match footer.entries(&sealer, pack, part(footer.range())) {
-                Ok(entries) => entries,
-                Err(why) => return damaged(&why),
-            };
-            let mut problems = Vec::new();
-            for entry in entries {
-                let stored = entry.stored;
-                let longest = match entry.kind {
-                    FrameKind::Block => BLOCK_SIZE as usize,
-                    FrameKind::Page => PAGE_LEN_MAX,
-                };
-                let opened = sealer.open_unknown(stored.place(), part(stored.range()), longest);
-                let why = match opened {
-                    Ok(content) if sealer.hash(&content) == stored.hash => continue,
-                    Ok(_) => "holds something else than was written".to_owned(),
-                    Err(broken) => broken.to_string(),
-                };
-                problems.push(format!(
-                    "the pack {key} is damaged: its frame at byte {} {why}",
-                    stored.offset
-                ));
-            }
-            // One line for a pack that is damaged throughout.
-            let count = problems.len();
-            problems.truncate(3);
-            if count > problems.len() {
-                problems.push(format!("the pack {key} has {count} damaged frames"));
-            }
-            problems
-        };
-        tokio::task::spawn_blocking(look).await.map_err(|error| {
+        let look = move || look(&sealer, pack, &content);
+        tokio::task::spawn_blocking(look).await.map(Some).map_err(|error| {
             RepositoryError::invalid(format!("a pack could not be checked: {error}"))
         })
     }
+}
+
+/// What was found in a pack.
+struct Found {
+    /// What is wrong.
+    problems: Vec<String>,
+    footer: Option<Footer>,
+    /// Offset and length, in bytes, of a block that is shorter than others.
+    short: Option<(u32, u32)>,
+}
+
+impl Found {
+    fn bad(problem: String) -> Self {
+        Self { problems: vec![problem], footer: None, short: None }
+    }
+}
+
+/// Compares everything in a pack with its hash.
+fn look(sealer: &Sealer, pack: PackId, content: &[u8]) -> Found {
+    let key = Key::Pack(pack);
+    let damaged = |why: &str| format!("the pack {key} is damaged: {why}");
+    let Some(footer) = Footer::read(content, content.len() as u64) else {
+        return Found::bad(damaged("its end is missing or changed"));
+    };
+    let part = |range: std::ops::Range<u64>| {
+        content.get(range.start as usize..range.end as usize).unwrap_or_default()
+    };
+    let entries = match footer.entries(sealer, pack, part(footer.range())) {
+        Ok(entries) => entries,
+        Err(why) => return Found::bad(damaged(&why)),
+    };
+    let (mut problems, mut short) = (Vec::new(), None);
+    for entry in entries {
+        let stored = entry.stored;
+        let (is_block, longest) = match entry.kind {
+            FrameKind::Block => (true, BLOCK_SIZE as usize),
+            FrameKind::Page => (false, PAGE_LEN_MAX),
+        };
+        let opened = sealer.open_unknown(stored.place(), part(stored.range()), longest);
+        let why = match opened {
+            Ok(content) if sealer.hash(&content) != stored.hash => {
+                "holds something else than was written".to_owned()
+            }
+            // The last one of the disk.
+            Ok(content) if is_block && content.len() < longest => {
+                let own = (stored.offset, content.len() as u32);
+                if short.replace(own).is_none() {
+                    continue;
+                }
+                "is a second block of less than 64 KiB".to_owned()
+            }
+            Ok(_) => continue,
+            Err(broken) => broken.to_string(),
+        };
+        problems.push(damaged(&format!("its frame at byte {} {why}", stored.offset)));
+    }
+    // One line for a pack that is damaged throughout.
+    let count = problems.len();
+    problems.truncate(3);
+    if count > problems.len() {
+        problems.push(format!("the pack {key} has {count} damaged frames"));
+    }
+    Found { problems, footer: Some(footer), short }
 }
 
 /// Returns true so often, in percent. Which packs a check reads must not depend on the packs, or it

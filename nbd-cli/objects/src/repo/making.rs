@@ -19,8 +19,8 @@ use tokio::task::JoinHandle;
 
 use self::blocks::{Prepared, prepare};
 use self::known::Known;
-use self::new_backup::check;
 pub use self::new_backup::{Made, NewBackup};
+use self::new_backup::{check, first_look};
 use self::packs::Packs;
 use self::puts::Puts;
 use self::renewal::Renewal;
@@ -60,6 +60,8 @@ pub struct Session {
     /// The last backup of this name, when this one began.
     last: Option<Id>,
     base: Option<Map>,
+    /// The first of the pages of the base that are looked at.
+    first_look: usize,
     known: Arc<Known>,
     packs: Packs,
     /// Blocks that were given.
@@ -127,6 +129,7 @@ impl Repository {
             time,
             writer,
             last,
+            first_look: first_look(base.as_ref().map_or(0, |base| base.root().pages().len()))?,
             base,
             known: Arc::new(known),
             packs,

@@ -1,6 +1,7 @@
 //! Backups of disks in memory, into stores in memory and in folders.
 
 mod faults;
+mod maps;
 
 use std::sync::Arc;
 

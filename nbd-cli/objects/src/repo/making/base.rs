@@ -4,6 +4,7 @@ use super::super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::super::page::{BLOCK_SIZE, PAGE_BLOCKS};
 use super::super::seal::Hash;
 use super::super::stored::Stored;
+use super::new_backup::LOOKS;
 use super::{Piece, Session};
 
 impl Session {
@@ -27,7 +28,7 @@ impl Session {
             let page_end = ((number as u64 + 1) * PAGE_BLOCKS).min(self.blocks());
             if self.given.is_multiple_of(PAGE_BLOCKS)
                 && end >= page_end
-                && self.is_shared(number)?
+                && self.is_shared(number).await?
             {
                 self.given = page_end;
                 self.give(Piece::Page(number)).await?;
@@ -52,17 +53,29 @@ impl Session {
     }
 
     /// Returns whether a page of the base is taken as it is.
-    fn is_shared(&self, number: usize) -> Result<bool> {
+    async fn is_shared(&self, number: usize) -> Result<bool> {
         let base = self.base.as_ref().ok_or_else(no_base)?;
         // Its last page has another number of blocks, if the disk was resized.
         let Some(page) = base.root().pages().get(number).filter(|_| base.size() == self.new.size)
         else {
             return Ok(false);
         };
-        Ok(page.as_ref().is_none_or(|page| {
-            self.packs.holds(&page.stored)
-                && base.root().packs_of(page).all(|pack| self.packs.has(pack))
-        }))
+        let Some(page) = page else { return Ok(true) };
+        let packs: Vec<_> = base.root().packs_of(page).collect();
+        if !self.packs.holds(&page.stored) || !packs.iter().all(|&pack| self.packs.has(pack)) {
+            return Ok(false);
+        }
+        let pages = base.root().pages().len();
+        if (number + pages - self.first_look) % pages >= LOOKS {
+            return Ok(true);
+        }
+        // What is lost in a backup would be lost in all later ones.
+        match base.page(number).await {
+            Ok(content) => Ok(content.packs().iter().all(|pack| packs.contains(pack))
+                && content.blocks.iter().flatten().all(|block| self.packs.holds(block))),
+            Err(error) if error.kind() == RepositoryErrorKind::Damaged => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Returns where the base has these blocks, which are of one page; `None` if that is lost.
