@@ -102,7 +102,29 @@ impl FromTests {
             rounds: ("IMGFMT_FUZZ_ROUNDS", "30"),
             ..Self::imgfmt("fuzz_corpus")
         },
+        Self {
+            name: "store-kills",
+            description: "commands on an object store killed or cut off at any request",
+            unit: "runs",
+            ..Self::stores("kills")
+        },
+        Self {
+            name: "store-faults",
+            description: "commands on an object store that fails at any request",
+            unit: "runs",
+            ..Self::stores("faults")
+        },
     ];
+
+    const fn stores(module: &'static str) -> Self {
+        Self {
+            package: "nbd-cli",
+            test: "stores",
+            rounds: ("NBD_STORE_POINTS", "1"),
+            seed: "NBD_SEED",
+            ..Self::imgfmt(module)
+        }
+    }
 
     const fn imgfmt(module: &'static str) -> Self {
         Self {

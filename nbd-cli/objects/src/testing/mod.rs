@@ -30,8 +30,12 @@ pub enum Fault {
     None,
     /// It is refused with this status, and has no effect.
     Status(u16),
+    /// It has no effect, and the connection breaks.
+    Dropped,
     /// It has its effect, and the connection breaks before the reply.
     ReplyLost,
+    /// It has no effect, and the reply is a page for people that says that all is well.
+    Nonsense,
     /// It has its effect, and nothing answers.
     Hang,
     /// The reply has this many bytes of its body, then the connection breaks.
@@ -50,6 +54,10 @@ pub enum Fault {
     Late(u64),
 }
 
+/// All objects of a store at one moment, without what is being uploaded.
+#[derive(Clone, Debug, Default)]
+pub struct Contents(BTreeMap<String, objects::Object>);
+
 /// A request that the store has seen.
 #[derive(Clone, Debug)]
 pub struct Seen {
@@ -63,6 +71,8 @@ pub struct Seen {
     pub query: String,
     /// The header `Range`.
     pub range: Option<String>,
+    /// The length of its body, in bytes.
+    pub length: usize,
     /// Whether it was signed.
     pub is_signed: bool,
 }
@@ -131,6 +141,23 @@ impl TestStore {
     #[must_use]
     pub fn object(&self, key: &str) -> Option<Bytes> {
         lock(&self.shared.objects).objects.get(key).map(|object| object.data.clone())
+    }
+
+    /// Returns all objects as they are now.
+    #[must_use]
+    pub fn contents(&self) -> Contents {
+        Contents(lock(&self.shared.objects).objects.clone())
+    }
+
+    /// Has these objects and no others from now on.
+    pub fn set_contents(&self, contents: &Contents) {
+        lock(&self.shared.objects).objects.clone_from(&contents.0);
+    }
+
+    /// Returns the keys of all objects: `/bucket/key`.
+    #[must_use]
+    pub fn keys(&self) -> Vec<String> {
+        lock(&self.shared.objects).objects.keys().cloned().collect()
     }
 
     /// Returns the number of uploads that are neither complete nor given up.
@@ -210,6 +237,7 @@ async fn serve(
             key: parsed.key.clone(),
             query,
             range: parsed.range.clone(),
+            length: parsed.body.len(),
             is_signed: header("authorization").is_some(),
         };
         log.push(seen.clone());
@@ -220,6 +248,8 @@ async fn serve(
         Fault::Status(status) => {
             return Ok(reply(Answer::error(status, "AsWanted"), false, &fault));
         }
+        Fault::Dropped => return Err(std::io::Error::other("the request is lost")),
+        Fault::Nonsense => return Ok(reply(Answer::page(), false, &fault)),
         Fault::WholeObject => parsed.range = None,
         Fault::NoCondition => parsed.if_match = None,
         Fault::WrongRange => parsed.range = Some("bytes=1-2".to_owned()),

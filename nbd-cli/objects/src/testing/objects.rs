@@ -70,6 +70,11 @@ impl Answer {
         Self::new(status, body)
     }
 
+    /// What a proxy says that wants its user to log in.
+    pub(super) fn page() -> Self {
+        Self::new(200, "<html><body>Welcome to this network!</body></html>")
+    }
+
     fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.headers.push((name, value.into()));
         self

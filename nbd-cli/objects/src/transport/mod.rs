@@ -7,6 +7,7 @@ mod body;
 mod connection;
 mod failure;
 mod limiter;
+mod listing;
 mod log;
 mod pool;
 mod redirect;
@@ -18,11 +19,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use hyper::body::Incoming;
 use hyper::header::{HOST, HeaderValue, LOCATION, USER_AGENT};
-use hyper::{Method, Uri};
+use hyper::http::response::Parts;
+use hyper::{Method, StatusCode, Uri};
 use object_store::ClientOptions;
 use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse,
+    HttpResponseBody,
 };
 use tokio::time::{Instant, timeout_at};
 
@@ -128,6 +132,7 @@ impl Transport {
         let origin = Origin::of(request.uri())?;
         let limits = BodyLimits { idle: shared.timeouts.idle, deadline, length: 0 };
         let limits = limits.of(request.headers());
+        let is_list = listing::is_wanted(request.uri());
         prepare(&mut request)?;
         loop {
             let (mut connection, is_used) = match shared.pool.take(&origin) {
@@ -137,7 +142,18 @@ impl Transport {
             // The server may have closed a connection that was used before.
             let again = (is_used && is_safe(request.method())).then(|| request.clone());
             match connection.send(request, shared.timeouts.idle).await {
-                Ok(reply) => return self.receive(reply, connection, origin, limits).await,
+                Ok(reply) => {
+                    let (head, body) = self.receive(reply, connection, origin, limits);
+                    let body = match head.status {
+                        // What it says of signatures and keys stays here.
+                        status if status.is_client_error() || status.is_server_error() => {
+                            refusal::summarised(body).await.into()
+                        }
+                        StatusCode::OK if is_list => listing::checked(body).await?.into(),
+                        _ => HttpResponseBody::new(body),
+                    };
+                    return Ok(HttpResponse::from_parts(head, body));
+                }
                 Err(refused) => match (refused.unsent.map(|unsent| *unsent).or(again), is_used) {
                     (Some(unsent), true) => request = unsent,
                     _ => return Err(refused.error),
@@ -146,24 +162,17 @@ impl Transport {
         }
     }
 
-    async fn receive(
+    fn receive(
         &self,
-        reply: hyper::Response<hyper::body::Incoming>,
+        reply: hyper::Response<Incoming>,
         connection: Connection,
         origin: Origin,
         limits: BodyLimits,
-    ) -> Result<HttpResponse, HttpError> {
-        let (parts, incoming) = reply.into_parts();
+    ) -> (Parts, ReplyBody) {
+        let (head, incoming) = reply.into_parts();
         let shared = Arc::clone(&self.shared);
         let back = Box::new(move |connection| shared.pool.put(origin, connection));
-        let is_refusal = parts.status.is_client_error() || parts.status.is_server_error();
-        let body = ReplyBody::new(incoming, connection, limits, back);
-        let body = match is_refusal {
-            // What it says of signatures and keys stays here.
-            true => refusal::summarised(body).await.into(),
-            false => object_store::client::HttpResponseBody::new(body),
-        };
-        Ok(HttpResponse::from_parts(parts, body))
+        (head, ReplyBody::new(incoming, connection, limits, back))
     }
 }
 

@@ -256,3 +256,23 @@ async fn check_does_not_miss_packs_of_a_backup_that_was_forgotten_meanwhile() {
         assert_eq!(found.backups, u64::from(most > 1), "{most}: it was opened");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn page_of_a_proxy_is_not_taken_for_an_empty_list() {
+    for folder in ["packs", "pins", "backups", "sessions"] {
+        let store = TestStore::start().unwrap();
+        let repository = Repository::init(place_in(&store), None).await.unwrap();
+        let disk = disk(20, 9);
+        let made = back_up(&repository, "vm1", &disk, None).await;
+        let gone = back_up(&repository, "vm1", &disk[..100], None).await;
+        repository.forget(gone.id, false).await.unwrap();
+        store.fail(move |seen| {
+            let is_it = seen.query.contains("list-type") && seen.query.contains(folder);
+            if is_it { Fault::Nonsense } else { Fault::None }
+        });
+        let error = repository.collect(&at_once()).await.unwrap_err();
+        assert!(error.to_string().contains("not a list of objects"), "{error}");
+        store.fail(|_| Fault::None);
+        assert!(content(&repository, made.id).await.unwrap() == disk, "{folder}");
+    }
+}

@@ -1,0 +1,86 @@
+//! Lists of objects.
+//!
+//! The client of the store takes any text for a list, an empty one if it finds no objects in it, and
+//! the page of a proxy, too. Those who delete what is not listed rely on complete lists.
+
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use hyper::Uri;
+use object_store::client::{HttpError, HttpErrorKind};
+
+use super::body::ReplyBody;
+use super::failure::failed;
+
+/// Returns whether a request asks for a list.
+pub(super) fn is_wanted(uri: &Uri) -> bool {
+    uri.query().is_some_and(|query| query.split('&').any(|part| part == "list-type=2"))
+}
+
+/// Reads a reply, and refuses it unless it is a whole list, which says whether another one follows.
+pub(super) async fn checked(mut body: ReplyBody) -> Result<Bytes, HttpError> {
+    let mut list = Vec::new();
+    while let Some(frame) = body.frame().await {
+        if let Ok(data) = frame?.into_data() {
+            list.extend_from_slice(&data);
+        }
+    }
+    if !is_list(&String::from_utf8_lossy(&list)) {
+        let why = "the reply is not a list of objects; if there is a proxy between, it made it";
+        return Err(failed(HttpErrorKind::Decode, why));
+    }
+    Ok(list.into())
+}
+
+fn is_list(text: &str) -> bool {
+    let text = text.trim_start_matches('\u{feff}').trim();
+    let text = match text.strip_prefix("<?xml") {
+        Some(rest) => rest.split_once("?>").map_or("", |(_, rest)| rest.trim_start()),
+        None => text,
+    };
+    let inside = text.strip_prefix("<ListBucketResult");
+    let inside =
+        inside.filter(|rest| rest.starts_with(|next: char| next == '>' || next.is_whitespace()));
+    let Some(inside) = inside.and_then(|rest| rest.strip_suffix("</ListBucketResult>")) else {
+        return false;
+    };
+    inside.contains("<IsTruncated>false</IsTruncated>")
+        || (inside.contains("<IsTruncated>true</IsTruncated>")
+            && inside.contains("<NextContinuationToken>"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_whole_list_is_a_list() {
+        let list = |inside: &str| format!("<ListBucketResult>{inside}</ListBucketResult>");
+        let whole = list("<IsTruncated>false</IsTruncated>");
+        assert!(is_list(&whole));
+        let begun =
+            "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<ListBucketResult xmlns=\"http://s3\">";
+        assert!(is_list(&whole.replace("<ListBucketResult>", begun)));
+        let token =
+            "<IsTruncated>true</IsTruncated><NextContinuationToken>x</NextContinuationToken>";
+        assert!(is_list(&list(token)));
+        for other in [
+            "",
+            "<html><body>Welcome</body></html>",
+            "<?xml version=\"1.0\"",
+            "<Error><Code>SlowDown</Code></Error>",
+            &list(""),
+            &list("<IsTruncated>true</IsTruncated>"),
+            &whole[..whole.len() - 1],
+            &whole.replace("<ListBucketResult>", "<ListBucketResults>"),
+        ] {
+            assert!(!is_list(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn lists_are_told_by_their_query() {
+        let is_wanted = |uri: &str| is_wanted(&uri.parse().unwrap());
+        assert!(is_wanted("http://h/b?list-type=2&prefix=x"));
+        assert!(!is_wanted("http://h/b/list-type=2") && !is_wanted("http://h/b?prefix=list-type"));
+    }
+}
