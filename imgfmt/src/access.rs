@@ -45,3 +45,13 @@ pub enum BitmapDurability {
     #[default]
     PowerLoss,
 }
+
+/// Whether a qcow2 image may be opened that is not encrypted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ExpectedEncryption {
+    /// It may: its header says whether it is.
+    #[default]
+    AsFound,
+    /// It may not: the caller says that it is encrypted with LUKS.
+    Luks,
+}

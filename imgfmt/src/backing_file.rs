@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::access::Locking;
+use crate::access::{ExpectedEncryption, Locking};
 use crate::cache_mode::CacheMode;
 use crate::format::Format;
 use crate::storage::Storage;
@@ -38,6 +38,8 @@ pub struct BackingOptions {
     pub cache: Option<CacheMode>,
     /// The memory for metadata tables, in bytes, in place of the image's.
     pub metadata_cache_bytes: Option<u64>,
+    /// Whether it must be encrypted.
+    pub encryption: ExpectedEncryption,
     /// The backing file below this one.
     pub backing: BackingFile,
 }

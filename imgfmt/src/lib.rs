@@ -99,7 +99,7 @@ mod units;
 mod write_map;
 pub mod zero;
 
-pub use access::{Access, BitmapDurability, Locking};
+pub use access::{Access, BitmapDurability, ExpectedEncryption, Locking};
 #[cfg(feature = "test-util")]
 #[doc(hidden)]
 pub use archive::disk_in as disk_in_archive;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::access::{Access, BitmapDurability, Locking};
+use crate::access::{Access, BitmapDurability, ExpectedEncryption, Locking};
 use crate::backing_file::BackingFile;
 use crate::cache_mode::CacheMode;
 use crate::error::Result;
@@ -84,6 +84,8 @@ pub struct OpenOptions {
     /// The treatment of an image whose disk is incomplete; incomplete backing files are always
     /// refused.
     pub incomplete: IncompleteDisk,
+    /// Whether the image, if it is a qcow2 image, must be encrypted. What is below it may be not.
+    pub encryption: ExpectedEncryption,
     /// The passphrases of encrypted images of the chain. Each is tried until one opens the image.
     pub passphrases: Vec<Passphrase>,
     pub(crate) on_unlocked: OnUnlocked,

@@ -97,6 +97,7 @@ pub(super) fn layer_below(
         cache: given.cache.unwrap_or(options.cache),
         metadata_cache_bytes: given.metadata_cache_bytes.or(options.metadata_cache_bytes),
         backing: given.backing,
+        encryption: given.encryption,
         incomplete: IncompleteDisk::Refused,
         ..options.clone()
     };

@@ -6,7 +6,7 @@ use std::sync::{Arc, MutexGuard};
 
 use super::bitmap::Bitmaps;
 use super::check::{Mode, not_repaired};
-use crate::access::Access;
+use crate::access::{Access, ExpectedEncryption};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layer::{Backing, Layer};
 use crate::options::OpenOptions;
@@ -228,7 +228,15 @@ fn key_of(
     if purpose != Purpose::Use {
         return Ok(None);
     }
-    let Some((offset, length)) = header.luks_header()? else { return Ok(None) };
+    let Some((offset, length)) = header.luks_header()? else {
+        return match options.encryption {
+            ExpectedEncryption::AsFound => Ok(None),
+            ExpectedEncryption::Luks => {
+                let detail = "No encryption in image header, but options specified format 'luks'";
+                Err(Error::new(ErrorKind::InvalidInput, "open", detail))
+            }
+        };
+    };
     if header.has_data_file() {
         let detail = "it is encrypted and has a data file, which is not supported together";
         return Err(Error::new(ErrorKind::Unsupported, "open", detail));

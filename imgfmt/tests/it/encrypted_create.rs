@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use imgfmt::jobs::{Background, Clusters, ConvertOptions, JobContext, convert};
 use imgfmt::{
-    Access, CreateOptions, DataFile, Durability, Encryption, ErrorKind, Format, Image, L2Entries,
-    NewKey, OpenOptions, Passphrase, Preallocation, Qcow2Version, Repair,
+    Access, BackingFile, BackingOptions, CreateOptions, DataFile, Durability, Encryption,
+    ErrorKind, ExpectedEncryption, Format, Image, L2Entries, NewKey, OpenOptions, Passphrase,
+    Preallocation, Qcow2Version, Repair,
 };
 
 use crate::common::{Random, at, has_tool, run, text};
@@ -273,5 +274,25 @@ fn encryption_that_is_not_possible_is_refused_before_there_is_a_file() {
         change(&mut options);
         let error = refused(&options);
         assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+    }
+}
+
+#[test]
+fn a_plain_image_that_is_said_to_be_encrypted_is_refused_and_may_be_below_one_that_is() {
+    let place = Place::new();
+    drop(Image::create(place.path("base"), &CreateOptions::new(Format::Qcow2, MIB)).unwrap());
+    let mut create = encrypted(Format::Qcow2, MIB);
+    create.backing = Some(("base".into(), Format::Qcow2));
+    drop(Image::create(place.path("overlay"), &create).unwrap());
+    for access in [Access::ReadOnly, Access::ReadWrite] {
+        let mut options = opening(Format::Qcow2, access);
+        options.encryption = ExpectedEncryption::Luks;
+        let error = Image::open(place.path("base"), &options).unwrap_err();
+        assert!(error.to_string().contains("No encryption in image header"), "{error}");
+        drop(Image::open(place.path("overlay"), &options).unwrap());
+        let mut below = BackingOptions::default();
+        below.encryption = ExpectedEncryption::Luks;
+        options.backing = BackingFile::Given(Box::new(below));
+        assert!(Image::open(place.path("overlay"), &options).is_err());
     }
 }

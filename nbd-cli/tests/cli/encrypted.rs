@@ -134,6 +134,14 @@ fn the_form_of_qemu_nbd_takes_secrets_as_qemu_does() {
         // The server ends with its client.
         peer(&qemu_io, &write);
     }
+    // A plain image that is said to be encrypted takes in nothing.
+    let plain = disk.beside("plain.qcow2");
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &plain, "1M"]);
+    let said =
+        format!("driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.filename={plain}");
+    let outcome = qemu_nbd(&["--object", &data, "--image-opts", &said]);
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    assert!(outcome.stderr.contains("No encryption in image header"), "{outcome:?}");
     let wrong = ["--object", &data, "--image-opts", "driver=luks,key-secret=t,file.filename=x"];
     let outcome = qemu_nbd(&wrong);
     assert!(outcome.stderr.contains("No secret with id 't'"), "{outcome:?}");

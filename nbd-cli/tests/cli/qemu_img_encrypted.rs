@@ -38,6 +38,10 @@ fn encrypted_images_are_opened_with_their_secrets_alike() {
         convert SECRET -O raw locked.qcow2 new.img
         convert SECRET -f luks -O raw a.luks new.img
         compare SECRET JSON disk.qcow2
+        map SECRET --image-opts driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.filename=locked.qcow2
+        map SECRET --image-opts driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.filename=disk.qcow2
+        map --image-opts driver=qcow2,encrypt.format=luks,file.filename=disk.qcow2
+        map SECRET --image-opts driver=qcow2,encrypt.key-secret=s,file.filename=disk.qcow2
         compare SECRET JSON JSON
         compare SECRET LUKS driver=qcow2,encrypt.key-secret=s,file.filename=locked.qcow2
         compare WRONG JSON disk.qcow2

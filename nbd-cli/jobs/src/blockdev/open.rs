@@ -212,6 +212,7 @@ pub(super) fn backing_file(
     opened.format = disk.format;
     opened.locking = Some(locking).filter(|locking| *locking != Locking::Auto);
     opened.cache = Some(cache);
+    opened.encryption = disk.settings.encryption;
     opened.metadata_cache_bytes = disk.settings.metadata_cache;
     opened.backing = backing_file(options, &disk.backing)?;
     Ok(BackingFile::Given(Box::new(opened)))

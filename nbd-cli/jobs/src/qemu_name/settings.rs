@@ -1,6 +1,6 @@
 //! The options of QEMU's block drivers that change how a disk is used, not which disk it is.
 
-use imgfmt::{Access, BackingOptions, CacheMode, Locking, OpenOptions};
+use imgfmt::{Access, BackingOptions, CacheMode, ExpectedEncryption, Locking, OpenOptions};
 #[cfg(feature = "server")]
 use nbd_server::export::filters::{DetectZeroes, Discard};
 
@@ -71,6 +71,8 @@ pub struct DriverSettings {
     pub metadata_cache: Option<u64>,
     /// The id of the secret that opens its encryption; `None`: not given.
     pub key_secret: Option<String>,
+    /// Whether a qcow2 image must be encrypted.
+    pub encryption: ExpectedEncryption,
     /// The treatment of discards; `None`: not given.
     #[cfg(feature = "server")]
     pub discard: Option<Discard>,
@@ -145,6 +147,7 @@ impl DriverSettings {
         if self.key_secret.is_some() && options.passphrases.is_empty() {
             return Err(NO_SECRETS.to_owned());
         }
+        options.encryption = self.encryption;
         options.locking = self.locking_or(options.locking);
         options.cache = self.cache.applied_to(options.cache);
         options.metadata_cache_bytes = self.metadata_cache.or(options.metadata_cache_bytes);
@@ -153,6 +156,7 @@ impl DriverSettings {
 
     /// Changes the options for opening the image as a backing file.
     pub fn apply_to_backing(&self, options: &mut BackingOptions) {
+        options.encryption = self.encryption;
         let locking = self.locking_or(Locking::Auto);
         options.locking = Some(locking).filter(|locking| *locking != Locking::Auto);
         if self.cache != CacheSwitches::default() {
@@ -252,7 +256,9 @@ impl DriverSettings {
         }
         let mut encrypt = options.take_below("encrypt");
         match encrypt.take("format").as_deref() {
-            None | Some("luks") => {}
+            None => {}
+            // An image that is not would take in plain text.
+            Some("luks") => self.encryption = ExpectedEncryption::Luks,
             Some(other) => return Err(format!("encrypt.format={other} is not supported")),
         }
         self.take_luks(&mut encrypt)?;

@@ -122,6 +122,7 @@ fn choices(
     let policy = allow_exports(OpenPolicy::any_file().allow_format_probe(), remotes);
     Ok(ServeOptions {
         passphrases: passphrases(options, disk)?,
+        encryption: disk.settings.encryption,
         context: context.clone(),
         temporary_directory: None,
         format: disk.format,

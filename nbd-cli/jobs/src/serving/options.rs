@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use imgfmt::storage::FileStorage;
 use imgfmt::{
-    Access, BackingFile, BitmapDurability, BitmapState, CacheMode, Format, Image, Locking,
-    OpenOptions, OpenPolicy, Passphrase, Storage,
+    Access, BackingFile, BitmapDurability, BitmapState, CacheMode, ExpectedEncryption, Format,
+    Image, Locking, OpenOptions, OpenPolicy, Passphrase, Storage,
 };
 use nbd_server::export::filters::{FilterOptions, Window};
 use nbd_server::export::{CountedLayers, Export, ImageExport};
@@ -90,6 +90,8 @@ pub struct ServeOptions {
     pub backing: BackingFile,
     /// The passphrases of encrypted layers. By default none.
     pub passphrases: Vec<Passphrase>,
+    /// Whether a qcow2 image must be encrypted.
+    pub encryption: ExpectedEncryption,
     /// Connects to re-exported servers.
     pub remotes: Remotes,
     /// The other files that the image may name. By default those in its directory.
@@ -237,6 +239,7 @@ impl ServeOptions {
         options.metadata_cache_bytes = self.metadata_cache;
         options.snapshot.clone_from(&self.snapshot);
         options.passphrases.clone_from(&self.passphrases);
+        options.encryption = self.encryption;
         options
     }
 
