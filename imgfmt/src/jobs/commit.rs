@@ -3,6 +3,7 @@
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
 use super::range::{span, whole};
+use super::snapshots;
 use crate::extent::ExtentKind;
 use crate::image::{Image, Shrink};
 use crate::storage::{Durability, Speed, ZeroMode};
@@ -32,6 +33,7 @@ pub struct Committed {
 ///
 /// # Errors
 ///
+/// `InvalidArgument` if `overlay` has internal snapshots, which show the backing file too;
 /// `DoesNotFit` if `backing` cannot grow enough; `Source`, `Destination`, `Interrupted`.
 ///
 /// ```
@@ -64,6 +66,7 @@ pub fn commit(
     backing: &mut Image,
     context: &JobContext,
 ) -> Result<Committed, JobError> {
+    snapshots::refuse(overlay, "commit")?;
     if backing.size() < overlay.size() {
         let resized = backing.resize(overlay.size(), Shrink::Refuse);
         resized.map_err(|error| JobError::image(JobErrorKind::DoesNotFit, error))?;

@@ -3,6 +3,7 @@
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
 use super::range::{read_padded, whole};
+use super::snapshots;
 use crate::error::{Error, ErrorKind};
 use crate::image::Image;
 use crate::storage::Durability;
@@ -26,8 +27,8 @@ pub struct Rebased {
 ///
 /// # Errors
 ///
-/// `InvalidArgument` if `overlay` is a raw image; `Source`, `Destination`, `Interrupted`. The
-/// contents of the disk are unchanged then.
+/// `InvalidArgument` if `overlay` is a raw image or has internal snapshots, which show the backing
+/// file too; `Source`, `Destination`, `Interrupted`. The contents of the disk are unchanged then.
 ///
 /// ```
 /// use imgfmt::jobs::{JobContext, rebase};
@@ -57,6 +58,7 @@ pub fn rebase(
         let error = overlay.name(Error::new(ErrorKind::Unsupported, "rebase", detail));
         return Err(JobError::image(JobErrorKind::InvalidArgument, error));
     };
+    snapshots::refuse(overlay, "rebase")?;
     let step = STEP.max(cluster);
     let meter = Meter::begin(context, overlay.size());
     let mut rebased = Rebased::default();

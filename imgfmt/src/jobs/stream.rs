@@ -3,6 +3,7 @@
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
 use super::range::{span, whole};
+use super::snapshots;
 use crate::error::{Error, ErrorKind};
 use crate::extent::{Extent, ExtentKind};
 use crate::image::Image;
@@ -129,12 +130,7 @@ impl<'a> Streaming<'a> {
         let Some(unit) = overlay.subcluster_size() else {
             return refuse("only a qcow2 image can take what is below it");
         };
-        let info = overlay.info().map_err(JobError::destination)?.qcow2;
-        if info.is_some_and(|info| !info.snapshots.is_empty()) {
-            return refuse(
-                "it has internal snapshots, which show the layers below too; delete them first",
-            );
-        }
+        snapshots::refuse(overlay, "stream into")?;
         let layers = overlay.layer_sizes().len() as u64;
         if base.is_some_and(|base| base < 2 || u64::from(base) > layers) {
             return refuse("the base is not one of the layers below it");

@@ -169,6 +169,30 @@ fn a_rebase_onto_what_cannot_be_changes_nothing() {
 }
 
 #[test]
+fn an_internal_snapshot_keeps_what_it_shows_of_the_layers_below() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    let (image, flat) = (disk.beside("image.qcow2"), disk.beside("flat.img"));
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", "-b", disk.path(), "-F", "raw", &image]);
+    peer(&qemu_img, &["snapshot", "-c", "before", &image]);
+    write(&qemu_io, &image, "write -P 1 0 2M");
+    let changes: [&[&str]; 5] = [
+        &["image", "rebase", "--no-backing", &image],
+        &["image", "commit", &image],
+        &["image", "stream", &image],
+        &["qemu-img", "rebase", "-b", "", &image],
+        &["qemu-img", "commit", &image],
+    ];
+    for change in changes {
+        let outcome = nbd_cli(change);
+        assert_eq!(outcome.code, Some(1), "{change:?}");
+        assert!(outcome.stderr.contains("internal snapshots"), "{change:?}: {}", outcome.stderr);
+    }
+    peer(&qemu_img, &["convert", "-l", "before", "-O", "raw", &image, &flat]);
+    are_equal(&qemu_img, &flat, disk.path());
+}
+
+#[test]
 fn after_a_commit_the_backing_file_holds_the_same_disk() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
     let disk = Disk::sparse();
