@@ -58,6 +58,7 @@ mod image_long_chains;
 mod image_look;
 mod image_map_depth;
 mod image_on_server;
+mod image_options;
 mod image_other_formats_made;
 mod image_qemu_names;
 mod image_stream;

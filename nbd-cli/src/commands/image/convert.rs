@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 use imgfmt::jobs::{Background, Clusters};
-use imgfmt::{CreateOptions, Format, NewKey};
+use imgfmt::{CreateOptions, Format, NewKey, Qcow2Version};
 use nbd_jobs::convert::{ConvertOptions, CopiedBitmaps, Destination, convert};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::size::parse_duration;
@@ -195,6 +195,9 @@ fn options(
     create.give_up = || signals::caught().is_some();
     args.qcow2.apply(&mut create)?;
     args.format_options.apply(&mut create)?;
+    if args.bitmaps && create.version == Qcow2Version::V2 {
+        return Err(CommandError::new("--bitmaps needs version 3 of qcow2; omit compat=0.10"));
+    }
     create.encryption = encryption(args, format, exists)?;
     let locks = args.open.trust.locks;
     create.open = create.open.locking(locks.locking());

@@ -233,7 +233,9 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
             options.format
         )));
     }
-    options.preallocation = preallocation(args, options.format)?;
+    if args.preallocation != Preallocation::Off {
+        options.preallocation = preallocation(args, options.format)?;
+    }
     let kind = if args.data_file_raw { DataFile::Raw } else { DataFile::Plain };
     options.data_file = args.data_file.clone().map(|name| (name, kind));
     if args.lazy_refcounts {
