@@ -58,10 +58,10 @@ fn a_streamed_disk_is_the_same_without_its_backing_file() {
         let image = Image::open(&made.path, &options()).unwrap();
         let measured = measure_stream(&image, None, &JobContext::default()).unwrap();
         let streamed = stream(&image, None, &JobContext::default()).unwrap();
-        // Clusters are copied whole.
-        assert!(streamed.data + streamed.zeroes >= measured.data, "{subject:?}");
-        // Zeroes need no entry in an image of version 2 that stands alone.
+        // Zeroes need no entry in an image of version 2 that stands alone, even if they are data below.
         if !subject.options.contains("0.10") {
+            // Clusters are copied whole.
+            assert!(streamed.data + streamed.zeroes >= measured.data, "{subject:?}");
             assert_eq!(from_below(&image), 0, "{subject:?}");
         }
         assert!(read(&image) == made.content, "{subject:?}");
