@@ -154,15 +154,25 @@ pub trait Storage: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     ///
-    /// Any error of the medium; a part of the data may have been written then.
-    fn write_at(&self, offset: HostOffset, data: &[u8], durability: Durability) -> io::Result<()>;
+    /// Any error of the medium; a part of the data may have been written then. By default
+    /// `ReadOnlyFilesystem`, for storages that are only read.
+    fn write_at(
+        &self,
+        _offset: HostOffset,
+        _data: &[u8],
+        _durability: Durability,
+    ) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
 
     /// Changes the length; new bytes read as zero.
     ///
     /// # Errors
     ///
-    /// `Unsupported` if the length is fixed, otherwise any error of the medium.
-    fn set_len(&self, length: u64) -> io::Result<()>;
+    /// `Unsupported` if the length is fixed, as by default, otherwise any error of the medium.
+    fn set_len(&self, _length: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Allocates space from the end of the storage up to `length`, so that writes there do not have to
     /// wait for each other. New bytes read as zero. The storage never becomes shorter by this, even
@@ -180,9 +190,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     ///
-    /// `Unsupported` if this is not possible (nothing has changed then), otherwise any error of the
-    /// medium.
-    fn punch_hole(&self, offset: HostOffset, length: u64) -> io::Result<()>;
+    /// `Unsupported` if this is not possible, as by default (nothing has changed then), otherwise any
+    /// error of the medium.
+    fn punch_hole(&self, _offset: HostOffset, _length: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Waits until all earlier writes are on stable storage.
     ///

@@ -136,18 +136,6 @@ impl Storage for Counting {
         self.file.try_read_at(offset, buffer)
     }
 
-    fn write_at(&self, _: HostOffset, _: &[u8], _: Durability) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn set_len(&self, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn punch_hole(&self, _: HostOffset, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }

@@ -93,7 +93,6 @@ mod qcow2_write_at_once;
 mod raw_file;
 mod raw_model;
 mod raw_probed;
-mod read_only;
 mod refcounts_that_lie;
 mod repair_interrupted;
 mod repair_keeps_data;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use crate::storage::{Durability, FileIdentity, Storage, TryRead};
+use crate::storage::{FileIdentity, Storage, TryRead};
 use crate::units::HostOffset;
 
 /// A change of a range of the file.
@@ -123,18 +123,6 @@ impl Storage for Overlay {
             self.apply(offset.bytes(), buffer);
         }
         Ok(read)
-    }
-
-    fn write_at(&self, _: HostOffset, _: &[u8], _: Durability) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn set_len(&self, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn punch_hole(&self, _: HostOffset, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -5,8 +5,7 @@ use std::sync::Arc;
 
 use imgfmt::storage::StorageExtent;
 use imgfmt::{
-    Durability, ExtentKind, Format, GuestOffset, GuestRange, HostOffset, Image, OpenOptions,
-    Storage,
+    ExtentKind, Format, GuestOffset, GuestRange, HostOffset, Image, OpenOptions, Storage,
 };
 
 use crate::error::{JobError, JobErrorKind};
@@ -62,10 +61,6 @@ impl JoinedDisks {
     }
 }
 
-fn read_only() -> io::Error {
-    io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "it is only read")
-}
-
 impl Storage for JoinedDisks {
     fn len(&self) -> io::Result<u64> {
         Ok(self.end)
@@ -111,18 +106,6 @@ impl Storage for JoinedDisks {
 
     fn is_known_data(&self, _: HostOffset, _: u64) -> bool {
         false
-    }
-
-    fn write_at(&self, _: HostOffset, _: &[u8], _: Durability) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn set_len(&self, _: u64) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn punch_hole(&self, _: HostOffset, _: u64) -> io::Result<()> {
-        Err(read_only())
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use imgfmt::storage::{FileIdentity, StorageExtent};
 use imgfmt::{
-    Access, BackingFile, BackingOptions, CacheMode, CreateOptions, Durability, Format, GuestOffset,
-    GuestRange, Holes, HostOffset, Image, L2Entries, Locking, Lookup, Mapped, Mapping, OpenOptions,
-    OpenPolicy, Storage, TryRead,
+    Access, BackingFile, BackingOptions, CacheMode, CreateOptions, Format, GuestOffset, GuestRange,
+    Holes, HostOffset, Image, L2Entries, Locking, Lookup, Mapped, Mapping, OpenOptions, OpenPolicy,
+    Storage, TryRead,
 };
 
 use super::error::OpenError;
@@ -138,10 +138,6 @@ fn over_image(overlay: &Path, base: Image) -> imgfmt::Result<Image> {
 #[derive(Debug)]
 struct ImageStorage(Image);
 
-fn read_only() -> io::Error {
-    io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "it is only read")
-}
-
 impl Storage for ImageStorage {
     fn len(&self) -> io::Result<u64> {
         Ok(self.0.size())
@@ -157,18 +153,6 @@ impl Storage for ImageStorage {
 
     fn try_read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<TryRead> {
         self.0.try_read_at(GuestOffset::new(offset.bytes()), buffer).map_err(io::Error::other)
-    }
-
-    fn write_at(&self, _: HostOffset, _: &[u8], _: Durability) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn set_len(&self, _: u64) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn punch_hole(&self, _: HostOffset, _: u64) -> io::Result<()> {
-        Err(read_only())
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use imgfmt::storage::TryRead;
-use imgfmt::{Capabilities, Durability, HostOffset, Storage};
+use imgfmt::{Capabilities, HostOffset, Storage};
 use object_store::{GetOptions, GetRange, GetResult};
 use openssl::sha::Sha256;
 
@@ -185,18 +185,6 @@ impl Storage for ObjectStorage {
         Ok(())
     }
 
-    fn write_at(&self, _: HostOffset, _: &[u8], _: Durability) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn set_len(&self, _: u64) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn punch_hole(&self, _: HostOffset, _: u64) -> io::Result<()> {
-        Err(read_only())
-    }
-
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }
@@ -206,10 +194,6 @@ impl Storage for ObjectStorage {
         capabilities.preferred_size = 64 << 10;
         capabilities
     }
-}
-
-fn read_only() -> io::Error {
-    io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "objects of a store are read-only")
 }
 
 impl fmt::Debug for ObjectStorage {

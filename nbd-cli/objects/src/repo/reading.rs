@@ -7,7 +7,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use bytes::Bytes;
-use imgfmt::storage::{Durability, StorageExtent, TryRead};
+use imgfmt::storage::{StorageExtent, TryRead};
 use imgfmt::{ExtentKind, HostOffset, Storage};
 
 use self::cache::{Cache, Found};
@@ -212,10 +212,6 @@ fn wait<T: Send + 'static>(
     }
 }
 
-fn read_only() -> io::Error {
-    io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "backups are only read")
-}
-
 impl OpenBackup {
     /// The blocks of a range within the disk.
     fn blocks_of(&self, offset: u64, length: usize) -> (std::ops::Range<u64>, usize) {
@@ -299,18 +295,6 @@ impl Storage for OpenBackup {
         let Some(found) = found else { return Ok(TryRead::WouldBlock) };
         Self::copy(offset.bytes(), &found, buffer);
         Ok(TryRead::Complete)
-    }
-
-    fn write_at(&self, _: HostOffset, _: &[u8], _: Durability) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn set_len(&self, _: u64) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn punch_hole(&self, _: HostOffset, _: u64) -> io::Result<()> {
-        Err(read_only())
     }
 
     fn sync(&self) -> io::Result<()> {
