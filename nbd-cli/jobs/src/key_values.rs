@@ -70,6 +70,12 @@ impl KeyValues {
         self.values.remove(key).flatten()
     }
 
+    /// Returns the value of a key.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.values.get(key)?.as_deref()
+    }
+
     /// Removes a key whose value is null, and returns whether there was one.
     pub fn take_null(&mut self, key: &str) -> bool {
         let is_null = self.values.get(key).is_some_and(Option::is_none);

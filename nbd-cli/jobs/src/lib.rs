@@ -60,6 +60,7 @@ pub mod date;
 #[cfg(feature = "devices")]
 pub mod devices;
 mod digest;
+pub mod disk_options;
 mod error;
 mod files;
 pub mod foreign_options;

@@ -1,13 +1,10 @@
 //! `-o`: the options that only one format has.
 
 use clap::Args;
-use imgfmt::{
-    CompressionType, CreateOptions, Format, L2Entries, LazyRefcounts, Preallocation, Qcow2Version,
-};
-use nbd_jobs::foreign_options;
+use imgfmt::{CreateOptions, Format};
 use nbd_jobs::key_values::KeyValues;
-use nbd_jobs::qemu_numbers::parse_size;
 use nbd_jobs::text::printable;
+use nbd_jobs::{disk_options, foreign_options};
 
 use crate::error::CommandError;
 use crate::output::Output;
@@ -45,6 +42,10 @@ impl FormatOptions {
             other => foreign_options::known(other),
         };
         let mut output = Output::new();
+        if known.is_empty() {
+            let format = create.format;
+            output.line(&format!("{format} images have no such options; see --help"))?;
+        }
         for (option, meaning) in known {
             output.line(&format!("{option:<34} {meaning}"))?;
         }
@@ -56,8 +57,14 @@ impl FormatOptions {
     pub(super) fn apply(&self, create: &mut CreateOptions) -> Result<(), CommandError> {
         let mut options =
             KeyValues::parse(&self.options.join(","), None).map_err(CommandError::new)?;
-        if matches!(create.format, Format::Raw | Format::Qcow2) {
-            take_own(create, &mut options).map_err(CommandError::new)?;
+        if matches!(create.format, Format::Raw | Format::Qcow2)
+            && let Some(name) = options.take("preallocation")
+        {
+            let found = disk_options::preallocation(&name, create.format);
+            create.preallocation = found.map_err(CommandError::new)?;
+        }
+        if create.format == Format::Qcow2 {
+            disk_options::take_qcow2(&mut options, create).map_err(CommandError::new)?;
         }
         foreign_options::take(create.format, &mut options, &mut create.foreign)
             .map_err(CommandError::new)?;
@@ -70,51 +77,4 @@ impl FormatOptions {
             ))),
         }
     }
-}
-
-/// Sets the options of raw and qcow2 images; those that are not given stay as they are.
-fn take_own(create: &mut CreateOptions, options: &mut KeyValues) -> Result<(), String> {
-    let refused = |key: &str, value: &str| {
-        format!("Parameter '{key}' does not accept value '{}'", printable(value))
-    };
-    let is_qcow2 = create.format == Format::Qcow2;
-    if let Some(value) = options.take("preallocation") {
-        create.preallocation = match value.as_str() {
-            "off" => Preallocation::Off,
-            "metadata" if is_qcow2 => Preallocation::Metadata,
-            "falloc" => Preallocation::Falloc,
-            "full" => Preallocation::Full,
-            other => return Err(refused("preallocation", other)),
-        };
-    }
-    if !is_qcow2 {
-        return Ok(());
-    }
-    if let Some(value) = options.take("cluster_size") {
-        create.cluster_size = parse_size(&value).ok_or_else(|| refused("cluster_size", &value))?;
-    }
-    if let Some(value) = options.take("refcount_bits") {
-        create.refcount_bits = value.parse().map_err(|_| refused("refcount_bits", &value))?;
-    }
-    if let Some(value) = options.take("compat") {
-        create.version = match value.as_str() {
-            "0.10" | "v2" => Qcow2Version::V2,
-            "1.1" | "v3" => Qcow2Version::V3,
-            other => return Err(refused("compat", other)),
-        };
-    }
-    if let Some(value) = options.take("compression_type") {
-        create.compression = match value.as_str() {
-            "zlib" => CompressionType::Zlib,
-            "zstd" => CompressionType::Zstd,
-            other => return Err(refused("compression_type", other)),
-        };
-    }
-    if let Some(is_on) = options.take_switch("extended_l2")? {
-        create.l2_entries = if is_on { L2Entries::Extended } else { L2Entries::Standard };
-    }
-    if let Some(is_on) = options.take_switch("lazy_refcounts")? {
-        create.lazy_refcounts = if is_on { LazyRefcounts::On } else { LazyRefcounts::Off };
-    }
-    Ok(())
 }

@@ -1,12 +1,13 @@
 //! `qemu-img amend`.
 
 use imgfmt::{Amendment, Image, LazyRefcounts, Qcow2Version};
+use nbd_jobs::disk_options::not_accepted;
 use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::text::printable;
 
 use super::arguments::Arguments;
 use super::known::Opt;
-use super::options::{not_accepted, take_size};
+use super::options::take_size;
 use super::place::Place;
 use super::progress::Percentage;
 use super::refusal::Refusal;
@@ -62,7 +63,8 @@ fn amendment(lists: &[String]) -> Result<Amendment, Refusal> {
     amendment.lazy_refcounts =
         lazy.map(|is_on| if is_on { LazyRefcounts::On } else { LazyRefcounts::Off });
     if let Some(bits) = options.take("refcount_bits") {
-        let number = bits.parse().map_err(|_| not_accepted("refcount_bits", &bits))?;
+        let number =
+            bits.parse().map_err(|_| Refusal::new(not_accepted("refcount_bits", &bits)))?;
         amendment.refcount_bits = Some(number);
     }
     amendment.size = take_size(&mut options, "size")?;

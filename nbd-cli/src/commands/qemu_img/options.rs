@@ -2,14 +2,11 @@
 
 use std::fmt::Write as _;
 
-use imgfmt::{
-    CompressionType, CreateOptions, DataFile, Format, L2Entries, LazyRefcounts, Preallocation,
-    Qcow2Version, VhdSize,
-};
-use nbd_jobs::foreign_options;
+use imgfmt::{CompressionType, CreateOptions, DataFile, Format, L2Entries, LazyRefcounts, VhdSize};
 use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::qemu_numbers::parse_size;
 use nbd_jobs::text::printable;
+use nbd_jobs::{disk_options, foreign_options};
 
 use super::arguments::parse_format;
 use super::encryption::{self, Encrypted};
@@ -136,15 +133,10 @@ impl NewImage {
     fn take_common(&mut self, options: &mut KeyValues) -> Result<(), Refusal> {
         self.create.size = take_size(options, "size")?;
         self.preallocation = options.take("preallocation");
-        self.create.preallocation = match self.preallocation.as_deref() {
-            None | Some("off") => Preallocation::Off,
-            Some("metadata") if !matches!(self.create.format, Format::Raw | Format::Luks) => {
-                Preallocation::Metadata
-            }
-            Some("falloc") => Preallocation::Falloc,
-            Some("full") => Preallocation::Full,
-            Some(other) => return Err(not_accepted("preallocation", other)),
-        };
+        if let Some(name) = &self.preallocation {
+            let found = disk_options::preallocation(name, self.create.format);
+            self.create.preallocation = found.map_err(Refusal::new)?;
+        }
         if let Some(nocow) = options.take_switch("nocow").map_err(Refusal::new)? {
             if nocow {
                 return Err(Refusal::new(
@@ -159,28 +151,8 @@ impl NewImage {
 
     fn take_qcow2(&mut self, options: &mut KeyValues) -> Result<(), Refusal> {
         let create = &mut self.create;
-        self.compat = options.take("compat");
-        create.version = match self.compat.as_deref() {
-            None | Some("1.1" | "v3") => Qcow2Version::V3,
-            Some("0.10" | "v2") => Qcow2Version::V2,
-            Some(other) => return Err(not_accepted("compat", other)),
-        };
-        create.cluster_size = take_size(options, "cluster_size")?.unwrap_or(create.cluster_size);
-        if let Some(bits) = options.take("refcount_bits") {
-            let number = bits.parse().map_err(|_| not_accepted("refcount_bits", &bits))?;
-            create.refcount_bits = number;
-        }
-        create.compression = match options.take("compression_type").as_deref() {
-            None | Some("zlib") => CompressionType::Zlib,
-            Some("zstd") => CompressionType::Zstd,
-            Some(other) => return Err(not_accepted("compression_type", other)),
-        };
-        if options.take_switch("extended_l2").map_err(Refusal::new)? == Some(true) {
-            create.l2_entries = L2Entries::Extended;
-        }
-        if options.take_switch("lazy_refcounts").map_err(Refusal::new)? == Some(true) {
-            create.lazy_refcounts = LazyRefcounts::On;
-        }
+        self.compat = options.get("compat").map(str::to_owned);
+        disk_options::take_qcow2(options, create).map_err(Refusal::new)?;
         let is_raw = options.take_switch("data_file_raw").map_err(Refusal::new)?.unwrap_or(false);
         create.data_file = match (options.take("data_file"), is_raw) {
             (Some(name), true) => Some((name.into(), DataFile::Raw)),
@@ -294,25 +266,13 @@ fn on_off(is_on: bool) -> &'static str {
     if is_on { "on" } else { "off" }
 }
 
-pub(super) fn not_accepted(key: &str, value: &str) -> Refusal {
-    let value = printable(value);
-    Refusal::new(format!("Parameter '{key}' does not accept value '{value}'"))
-}
-
 /// Removes a size from a list.
 ///
 /// # Errors
 ///
 /// If it is not a size.
 pub(super) fn take_size(options: &mut KeyValues, key: &str) -> Result<Option<u64>, Refusal> {
-    let Some(text) = options.take(key) else { return Ok(None) };
-    match parse_size(&text).filter(|size| i64::try_from(*size).is_ok()) {
-        Some(size) => Ok(Some(size)),
-        None => Err(Refusal::new(format!(
-            "Parameter '{key}' expects a size below 8E, not '{}'",
-            printable(&text)
-        ))),
-    }
+    disk_options::take_size(options, key).map_err(Refusal::new)
 }
 
 /// Parses a size on the command line.
