@@ -4,7 +4,7 @@
 
 use nbd_objects::testing::Fault;
 
-use crate::support::{Fate, Random, World, cases, is_thorough, points, seed, some};
+use crate::support::{Fate, is_thorough, judge, seed};
 
 const FAULTS: [Fault; 7] = [
     Fault::ReplyLost,
@@ -17,32 +17,10 @@ const FAULTS: [Fault; 7] = [
 ];
 
 fn met(only: &[&str], is_encrypted: bool) {
-    let world = World::new(is_encrypted);
-    let mut random = Random::new(seed());
-    let mut judged = 0;
-    for case in cases(&world).iter().filter(|case| only.contains(&case.name)) {
-        let count = world.scene(&case.contents).count(&case.arguments);
-        for point in points(count, &mut random) {
-            let always = FAULTS[random.below(FAULTS.len())];
-            let once = FAULTS.map(Fate::Once);
-            let all = [&once[..], &[Fate::Always(always)]].concat();
-            for fate in some(&all, 2, &mut random) {
-                let context = format!("{}, request {point} of {count}, {fate:?}", case.name);
-                let scene = world.scene(&case.contents);
-                let (outcome, _) = scene.run_until(&case.arguments, point, fate);
-                if std::env::var_os("NBD_STORE_SHOW").is_some() {
-                    println!("{context}: {outcome:?}");
-                }
-                outcome.assert_is_clear(&context);
-                (case.after)(&scene, &outcome, &context);
-                let again = scene.run(&case.arguments);
-                again.assert_is_clear(&context);
-                (case.again)(&scene, &again, &context);
-                judged += 1;
-            }
-        }
-    }
-    println!("judged: {judged}");
+    judge(only, is_encrypted, |random| {
+        let always = FAULTS[random.below(FAULTS.len())];
+        [&FAULTS.map(Fate::Once)[..], &[Fate::Always(always)]].concat()
+    });
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod cases;
 mod disks;
+mod judge;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -13,8 +14,8 @@ use nbd_objects::testing::{Contents, Fault, TestStore};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::Value;
 
-pub(crate) use cases::{World, cases, is_thorough, points, seed, some};
-pub(crate) use disks::Random;
+pub(crate) use cases::is_thorough;
+pub(crate) use judge::{judge, seed};
 
 /// Where the repository is.
 pub(crate) const REPOSITORY: &str = "s3://bucket/repo";

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use nbd_objects::testing::Contents;
 use serde_json::Value;
 
-use super::disks::{Random, noise};
+use super::disks::noise;
 use super::{Outcome, REPOSITORY, Scene};
 
 /// A repository with backups, some of them forgotten, and the disks they were made of.
@@ -361,34 +361,7 @@ fn key_remove(world: &World) -> Case<'_> {
     case(world, "repo key remove", &remove, None, again)
 }
 
-/// The requests of a command that meet a fault: so many of `count`, or all, as the environment says.
-pub(crate) fn points(count: usize, random: &mut Random) -> Vec<usize> {
-    let wanted = std::env::var("NBD_STORE_POINTS").ok().and_then(|it| it.parse().ok());
-    let mut points: Vec<usize> = (0..count).collect();
-    let wanted = wanted.unwrap_or(1).min(count);
-    for index in 0..wanted {
-        points.swap(index, index + random.below(count - index));
-    }
-    points.truncate(wanted);
-    points.sort_unstable();
-    points
-}
-
 /// Whether there is time for all fates of each request, and for large disks.
 pub(crate) fn is_thorough() -> bool {
     std::env::var_os("NBD_SEED").is_some()
-}
-
-/// All of these, or so many of them.
-pub(crate) fn some<T: Copy>(all: &[T], count: usize, random: &mut Random) -> Vec<T> {
-    let mut chosen = all.to_vec();
-    while !is_thorough() && chosen.len() > count {
-        chosen.swap_remove(random.below(chosen.len()));
-    }
-    chosen
-}
-
-/// A seed from the environment, or always the same one.
-pub(crate) fn seed() -> u64 {
-    std::env::var("NBD_SEED").ok().and_then(|it| it.parse().ok()).unwrap_or(1)
 }
