@@ -11,24 +11,23 @@ use object_store::client::{HttpError, HttpErrorKind};
 use super::body::ReplyBody;
 use super::failure::failed;
 
+/// Longest list, in bytes: it has at most 1000 objects, and no key is longer than 1024 bytes, each of
+/// which XML may write as six.
+pub(super) const LIST_MAX: u64 = 16 << 20;
+
 /// Returns whether a request asks for a list.
 pub(super) fn is_wanted(uri: &Uri) -> bool {
     uri.query().is_some_and(|query| query.split('&').any(|part| part == "list-type=2"))
 }
 
 /// Reads a reply, and refuses it unless it is a whole list, which says whether another one follows.
-pub(super) async fn checked(mut body: ReplyBody) -> Result<Bytes, HttpError> {
-    let mut list = Vec::new();
-    while let Some(frame) = body.frame().await {
-        if let Ok(data) = frame?.into_data() {
-            list.extend_from_slice(&data);
-        }
-    }
+pub(super) async fn checked(body: ReplyBody) -> Result<Bytes, HttpError> {
+    let list = body.collect().await?.to_bytes();
     if !is_list(&String::from_utf8_lossy(&list)) {
         let why = "the reply is not a list of objects; if there is a proxy between, it made it";
         return Err(failed(HttpErrorKind::Decode, why));
     }
-    Ok(list.into())
+    Ok(list)
 }
 
 fn is_list(text: &str) -> bool {

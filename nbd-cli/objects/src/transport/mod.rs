@@ -131,8 +131,11 @@ impl Transport {
         let shared = &self.shared;
         let origin = Origin::of(request.uri())?;
         let limits = BodyLimits { idle: shared.timeouts.idle, deadline, length: 0 };
-        let limits = limits.of(request.headers());
+        let mut limits = limits.of(request.headers());
         let is_list = listing::is_wanted(request.uri());
+        if is_list {
+            limits.length = listing::LIST_MAX;
+        }
         prepare(&mut request)?;
         loop {
             let (mut connection, is_used) = match shared.pool.take(&origin) {
