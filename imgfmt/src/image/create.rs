@@ -292,27 +292,28 @@ fn new_luks_header(_: &NewKey) -> Result<Vec<u8>> {
 
 /// Refuses encryption where it is not possible, and preallocation that would show noise.
 fn refuse_contradicting_encryption(options: &CreateOptions) -> Result<()> {
-    let is_encrypted = options.encryption.is_some();
-    let detail = match (options.format, options.preallocation) {
-        (Format::Luks, _) if !is_encrypted => {
-            let detail = "an encrypted volume needs a passphrase";
-            return Err(Error::new(ErrorKind::KeyRequired, "create", detail));
-        }
+    if options.encryption.is_none() {
+        return match options.format {
+            Format::Luks => {
+                let detail = "an encrypted volume needs a passphrase";
+                Err(Error::new(ErrorKind::KeyRequired, "create", detail))
+            }
+            _ => Ok(()),
+        };
+    }
+    Err(invalid(match (options.format, options.preallocation) {
         (Format::Luks, Preallocation::Metadata) => {
             "an encrypted volume has no metadata to preallocate; set its space aside (falloc) or write \
              zeroes (full)"
         }
-        _ if !is_encrypted => return Ok(()),
-        (Format::Luks, _) => return Ok(()),
         (Format::Qcow2, _) if options.data_file.is_some() => "an encrypted image has no data file",
         (Format::Qcow2, Preallocation::Metadata | Preallocation::Falloc) => {
             "the clusters of an encrypted image would read as noise with this preallocation; leave it out, \
              or let zeroes be written (full)"
         }
-        (Format::Qcow2, _) => return Ok(()),
+        (Format::Luks | Format::Qcow2, _) => return Ok(()),
         _ => "only qcow2 images and LUKS volumes are encrypted",
-    };
-    Err(invalid(detail))
+    }))
 }
 
 /// New files that are removed again unless everything succeeds.
