@@ -35,7 +35,8 @@ pub struct ToStream {
 
 /// Copies into the qcow2 image `overlay`, opened for writing, what the layers between it and the
 /// layer of depth `base` provide (the backing file has depth 2), as QEMU's `block-stream` does; all
-/// layers below it, if `base` is `None`. Data that is zero becomes zero clusters. Clusters that the
+/// layers below it, if `base` is `None`. Data that is zero becomes zero clusters; version 2 of the
+/// format has none, so there it is written with a base, and otherwise left out. Clusters that the
 /// overlay has, also discarded ones, stay as they are.
 ///
 /// The disk does not change, and others may write to it meanwhile: what they write stays. Bitmaps
@@ -47,7 +48,7 @@ pub struct ToStream {
 ///
 /// `InvalidArgument` if `overlay` is not a qcow2 image or has internal snapshots, which show the
 /// layers below too, or if the chain has no layer of depth `base` below it; `Source` if a layer below
-/// cannot be read; `Destination`, also if there is no space; `Interrupted`.
+/// cannot be read; `Destination`, also if space runs out; `Interrupted`.
 ///
 /// ```
 /// use imgfmt::jobs::{JobContext, stream};
