@@ -1,6 +1,6 @@
 //! Commits overlays into their backing files, gives them other ones, and copies these into them.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::path::Path;
 
 use imgfmt::jobs::{self, JobErrorKind as Kind, Streamed, ToStream};
@@ -148,7 +148,7 @@ pub enum StreamBase<'a> {
 /// # Errors
 ///
 /// If the chain cannot be opened or read, if the overlay is not a qcow2 image, has internal snapshots
-/// or is in use, if `base` is not a layer below it, or if there is no space.
+/// or is in use, if `base` is not a layer below it, or if space runs out.
 pub fn stream_overlay(
     path: &Path,
     options: &OpenOptions,
@@ -156,9 +156,12 @@ pub fn stream_overlay(
     context: &JobContext,
 ) -> Result<Streamed, JobError> {
     let image = Image::open(path, &options.clone().access(Access::ReadWrite)).map_err(opening)?;
-    let Some(Base { depth, backing }) = find_base(path, &image, base)? else {
-        return Ok(Streamed::default());
+    let base = match base {
+        StreamBase::Nothing if stands_alone(&image)? => return Ok(Streamed::default()),
+        StreamBase::Nothing => None,
+        StreamBase::File(name) => Some(find_layer(path, &image, name)?),
     };
+    let depth = base.as_ref().map(|base| base.depth);
     let again = |error: &dyn std::fmt::Display| {
         JobError::destination(format!(
             "{error}; the disk is unchanged, and what was copied is kept: stream it again"
@@ -172,7 +175,7 @@ pub fn stream_overlay(
     // Everything is on stable storage before the name goes.
     image.close().map_err(|error| again(&error))?;
     if depth != Some(2) {
-        let backing = backing.as_ref().map(|(name, format)| (name.as_os_str(), *format));
+        let backing = base.as_ref().map(|base| (base.name, base.format));
         Image::change_backing_file(path, options, backing).map_err(|error| again(&error))?;
     }
     Ok(streamed)
@@ -190,37 +193,37 @@ pub fn measure_stream(
     context: &JobContext,
 ) -> Result<ToStream, JobError> {
     let image = Image::open(path, options).map_err(opening)?;
-    match find_base(path, &image, base)? {
-        Some(base) => Ok(jobs::measure_stream(&image, base.depth, &context.for_images())?),
-        None => Ok(ToStream::default()),
-    }
+    let depth = match base {
+        StreamBase::Nothing if stands_alone(&image)? => return Ok(ToStream::default()),
+        StreamBase::Nothing => None,
+        StreamBase::File(name) => Some(find_layer(path, &image, name)?.depth),
+    };
+    Ok(jobs::measure_stream(&image, depth, &context.for_images())?)
 }
 
-/// A layer of a chain.
-struct Base {
-    /// `None` is below all layers.
-    depth: Option<u32>,
-    /// The name and the format that the overlay is to record.
-    backing: Option<(OsString, Format)>,
+/// A layer of a chain, by the name that the overlay is to record.
+struct NamedLayer<'a> {
+    depth: u32,
+    name: &'a OsStr,
+    format: Format,
 }
 
-/// Finds the layer; `None` if the overlay has no backing file, and needs none.
-fn find_base(path: &Path, image: &Image, base: StreamBase<'_>) -> Result<Option<Base>, JobError> {
+/// Returns whether the image is one that could have a backing file, and has none.
+fn stands_alone(image: &Image) -> Result<bool, JobError> {
     let info = image.info().map_err(|error| JobError::image(JobErrorKind::Source, error))?;
-    let shown = path.display();
-    let StreamBase::File(name) = base else {
-        let is_alone = info.qcow2.is_some() && info.backing_name.is_none();
-        return Ok((!is_alone).then_some(Base { depth: None, backing: None }));
-    };
+    Ok(info.qcow2.is_some() && info.backing_name.is_none())
+}
+
+fn find_layer<'a>(path: &Path, image: &Image, name: &'a Path) -> Result<NamedLayer<'a>, JobError> {
     let file = path.parent().unwrap_or(Path::new("")).join(name);
-    let Some((depth, format)) = image.layer_in(&file) else {
-        let file = file.display();
-        let kind = JobErrorKind::InvalidArgument;
-        let message = format!("cannot stream into '{shown}': '{file}' is not a layer below it");
-        return Err(JobError::new(kind, message));
-    };
-    let backing = Some((name.as_os_str().to_owned(), format));
-    Ok(Some(Base { depth: Some(depth), backing }))
+    match image.layer_in(&file) {
+        Some((depth, format)) => Ok(NamedLayer { depth, name: name.as_os_str(), format }),
+        None => Err(JobError::invalid(format!(
+            "cannot stream into '{}': '{}' is not a layer below it",
+            path.display(),
+            file.display()
+        ))),
+    }
 }
 
 fn opening(error: imgfmt::Error) -> JobError {
