@@ -158,7 +158,7 @@ impl Repository {
         for problem in bad.values().flatten() {
             needs.problems.entry(problem.clone()).or_default();
         }
-        // Those are no problem without a backup.
+        // Without a backup that needs them they do no harm.
         let lost = std::mem::take(&mut needs.lost_packs);
         if needs.problems.is_empty() && lost.is_empty() {
             return Ok(());

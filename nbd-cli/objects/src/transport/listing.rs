@@ -1,7 +1,7 @@
 //! Lists of objects.
 //!
 //! The client of the store takes any text for a list, an empty one if it finds no objects in it, and
-//! the page of a proxy, too. Those who delete what is not listed rely on complete lists.
+//! the page of a proxy, too. A collector deletes what is not listed, so its lists have to be complete.
 
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
