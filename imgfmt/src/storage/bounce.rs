@@ -25,7 +25,7 @@ type Buffers = OrderedMutex<{ rank::BOUNCE_BUFFERS }, Vec<Memory>>;
 
 /// Memory that contains an aligned part.
 #[derive(Debug)]
-struct Memory {
+pub(super) struct Memory {
     bytes: Vec<u8>,
     /// Where the aligned part begins.
     start: usize,
@@ -65,17 +65,23 @@ fn class(length: usize) -> (usize, usize) {
 }
 
 impl Memory {
-    fn new(size: usize, alignment: usize) -> Self {
+    /// Zeroes, of which `size` bytes are aligned.
+    pub(super) fn new(size: usize, alignment: usize) -> Self {
         let bytes = vec![0; size + alignment];
         // Never resized, so it never moves.
         let start = bytes.as_ptr().addr().wrapping_neg() % alignment;
         Self { bytes, start }
     }
+
+    /// The first `length` aligned bytes.
+    pub(super) fn aligned(&self, length: usize) -> &[u8] {
+        &self.bytes[self.start..][..length]
+    }
 }
 
 impl Bounce<'_> {
     pub(crate) fn bytes(&self) -> &[u8] {
-        &self.memory.bytes[self.memory.start..][..self.length]
+        self.memory.aligned(self.length)
     }
 
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {

@@ -8,9 +8,8 @@ use openssl::hash::{Hasher, MessageDigest, hash};
 
 use crate::error::{JobError, JobErrorKind};
 use crate::text::printable;
+use crate::zeroes::ZEROES;
 
-/// Bytes of zeroes that a digest is given at a time.
-static ZEROES: [u8; BLOCK] = [0; BLOCK];
 /// Size of a block of [`ChecksumAlgorithm::Blkhash`], in bytes.
 const BLOCK: usize = 64 << 10;
 /// Digests of blocks of zeroes that the outer digest is given at a time.
@@ -207,7 +206,8 @@ impl Digest {
     }
 
     fn zero_blocks(&mut self, mut blocks: u64) -> Result<(), JobError> {
-        let zero = hash(self.algorithm.digest(), &ZEROES).map_err(|error| failed(&error))?;
+        let zero =
+            hash(self.algorithm.digest(), &ZEROES[..BLOCK]).map_err(|error| failed(&error))?;
         let digests = zero.repeat(blocks.min(ZERO_BLOCKS) as usize);
         self.length += blocks * BLOCK as u64;
         while blocks > 0 {

@@ -108,6 +108,7 @@ pub mod text;
 mod unix_socket;
 #[cfg(feature = "server")]
 pub mod users;
+mod zeroes;
 
 pub use self::backup::{
     BackedUp, BackupOptions, BackupSource, Leftover, Sharing, UnknownBase, backup,

@@ -20,13 +20,11 @@ use crate::connect::{self, ConnectOptions, failed};
 use crate::lanes;
 use crate::location::Location;
 use crate::target::{Durable, NewFile, device};
+use crate::zeroes::ZEROES;
 use crate::{JobContext, JobError, JobErrorKind};
 
 /// Threads that write to an image at a time: much of their work is not I/O.
 const IMAGE_WRITERS: usize = 4;
-
-/// Zeroes to write where there is no better way.
-static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// An open destination.
 pub(crate) enum Destination {
