@@ -6,8 +6,10 @@ mod common;
 #[path = "../fuzz/src/handmade.rs"]
 mod handmade;
 
+use std::path::Path;
+
 use handmade::{COPIED, Handmade, field};
-use imgfmt::{Format, Image, OpenOptions, OpenPolicy};
+use imgfmt::{CreateOptions, Durability, Format, Image, OpenOptions, OpenPolicy};
 
 /// The peak of the memory this process has taken so far.
 fn peak_bytes() -> Option<u64> {
@@ -16,13 +18,33 @@ fn peak_bytes() -> Option<u64> {
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
+/// Makes, opens and walks through sparse disks of 1 TiB, whose tables have up to 64 MiB.
+fn sparse_disks(directory: &Path) {
+    const SIZE: u64 = 1 << 40;
+    let path = directory.join("sparse");
+    for format in [Format::Vmdk, Format::Vhdx] {
+        let image = Image::create(&path, &CreateOptions::new(format, SIZE)).unwrap();
+        let data = [7; 65536];
+        image.write_at(common::at(SIZE / 2), &data, Durability::Cached).unwrap();
+        image.close().unwrap();
+        let image = Image::open(&path, &OpenOptions::new().format(format)).unwrap();
+        image.read_at(common::at(SIZE / 2), &mut [0; 512]).unwrap();
+        assert!(image.extents(common::range(0, SIZE)).all(|extent| extent.is_ok()));
+        std::fs::remove_file(&path).unwrap();
+    }
+}
+
 #[test]
-fn hostile_images_take_no_more_memory_than_the_limits_allow() {
-    let Some(before) = peak_bytes() else {
+fn hostile_and_large_images_take_no_more_memory_than_the_limits_allow() {
+    let Some(started) = peak_bytes() else {
         println!("skipped: this system does not tell the peak of a process's memory");
         return;
     };
     let directory = tempfile::tempdir().unwrap();
+    sparse_disks(directory.path());
+    let before = peak_bytes().unwrap();
+    println!("peak at the start {started}, after the sparse disks {before}");
+    assert!(before - started < 32 << 20, "sparse disks took {} bytes", before - started);
     let path = directory.path().join("disk.qcow2");
     let fields32 = [
         field::BACKING_LENGTH,

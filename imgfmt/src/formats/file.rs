@@ -16,12 +16,16 @@ use crate::mapping::Lookup;
 use crate::ordered_lock::{OrderedRwLock, rank};
 use crate::storage::{Storage, TryRead};
 use crate::units::HostOffset;
+use crate::zero::is_zero;
 
 /// The length of a page in bytes.
 const PAGE: u64 = 4096;
 
 /// Most pages that are kept: 4 MiB.
 const PAGES_MAX: u64 = 1024;
+
+/// In what blocks zeroes are counted, in bytes.
+const ZEROES_BLOCK: usize = 512;
 
 /// Longest name of a backing file in bytes.
 const BACKING_NAME_MAX: u32 = 1023;
@@ -235,8 +239,13 @@ impl<'f> Cursor<'f> {
         let page = self.held[0].as_ref().filter(|(held, _)| *held == offset / PAGE);
         let bytes = page.and_then(|(_, page)| page.get((offset % PAGE) as usize..));
         let length = usize::try_from(length).unwrap_or(usize::MAX);
-        let bytes = bytes.unwrap_or_default().iter().take(length);
-        bytes.take_while(|byte| **byte == 0).count() as u64
+        let bytes = bytes.unwrap_or_default();
+        let bytes = bytes.get(..length).unwrap_or(bytes);
+        // A large disk has many: in blocks, and byte by byte only in the last one.
+        let blocks = bytes.chunks(ZEROES_BLOCK).take_while(|block| is_zero(block)).count();
+        let start = (blocks * ZEROES_BLOCK).min(bytes.len());
+        let rest = bytes[start..].iter().take(ZEROES_BLOCK).take_while(|byte| **byte == 0);
+        (start + rest.count()) as u64
     }
 
     pub(super) fn u32_le(&mut self, offset: u64, guest: u64) -> Result<Option<u32>> {

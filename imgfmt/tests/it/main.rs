@@ -55,6 +55,7 @@ mod extended_files;
 mod extents;
 mod formats_by_hand;
 mod formats_damaged;
+mod formats_large;
 mod formats_vhdx;
 mod formats_vmdk;
 mod formats_vs_qemu;

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 
 use super::group::Group;
 use super::options::Options;
-use super::{bitmaps, checkpoints, copies, direct, image_tools, large, qcow2, tls};
+use super::{bitmaps, checkpoints, copies, direct, image_formats, image_tools, large, qcow2, tls};
 
 /// The group of the rows that serve a raw file.
 pub(crate) const RAW: &str = "raw";
@@ -20,6 +20,7 @@ pub(crate) const GROUPS: &[Group] = &[
     direct::DIRECT,
     direct::DURABLE,
     image_tools::GROUP,
+    image_formats::GROUP,
     bitmaps::GROUP,
     checkpoints::GROUP,
     tls::GROUP,

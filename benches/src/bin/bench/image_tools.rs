@@ -120,7 +120,7 @@ fn prepare(lab: &Lab<'_>) -> Result<()> {
 }
 
 /// Writes a sparse disk of `size` bytes.
-fn fill(path: &Path, size: u64) -> std::io::Result<()> {
+pub(crate) fn fill(path: &Path, size: u64) -> std::io::Result<()> {
     let mut file = File::create(path)?;
     let mut random = XorShift::new();
     let mut buffer = vec![0; STRETCH_BYTES];
@@ -150,7 +150,7 @@ fn check(command: &mut Command, lab: &Lab<'_>) -> Result<Sample> {
 }
 
 /// Runs a tool over a disk of `size` bytes.
-fn timed(command: &mut Command, size: u64) -> Result<Sample> {
+pub(crate) fn timed(command: &mut Command, size: u64) -> Result<Sample> {
     let (elapsed, usage) = process::run_to_end(command)?;
     Ok(Sample::new(ClientResult::timed(size as f64 / MEBIBYTE, elapsed), usage))
 }

@@ -28,6 +28,7 @@ mod fleecing;
 mod group;
 mod groups;
 mod huge_image;
+mod image_formats;
 mod image_tools;
 mod interrupt;
 mod lab;
