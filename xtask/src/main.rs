@@ -15,6 +15,7 @@ mod install;
 mod machine;
 mod man;
 mod peers;
+mod seaweedfs;
 mod soak;
 mod tidy;
 

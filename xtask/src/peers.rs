@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 
 use crate::apt::{self, Sources, apt_get, can_install};
 use crate::command::{is_installed, run_step};
-use crate::machine;
+use crate::{machine, seaweedfs};
 
 /// A program that the tests use, and the Debian package that contains it.
 struct Peer {
@@ -44,6 +44,8 @@ const PEERS: &[Peer] = &[
     Peer { program: "busybox", package: "busybox-static" },
     Peer { program: "script", package: "bsdutils" },
     Peer { program: "ldd", package: "libc-bin" },
+    // Installs the object store of the tests.
+    Peer { program: "pip3", package: "python3-pip" },
     // Single crates and fuzz targets link the system's OpenSSL.
     Peer { program: "pkg-config", package: "pkg-config" },
     Peer { program: "/usr/include/openssl/ssl.h", package: "libssl-dev" },
@@ -62,6 +64,7 @@ const PEERS: &[Peer] = &[
 pub(crate) fn ensure_installed() -> Result<()> {
     ensure_programs()?;
     machine::ensure();
+    seaweedfs::ensure();
     Ok(())
 }
 

@@ -99,6 +99,8 @@ mod readme;
 mod reconnect;
 #[cfg(feature = "object-storage")]
 mod repository;
+#[cfg(feature = "object-storage")]
+mod seaweedfs;
 mod serve_access;
 mod serve_bitmaps_survive;
 mod serve_cache;

@@ -10,6 +10,8 @@ pub(crate) mod machine;
 pub(crate) mod mount;
 pub(crate) mod qemu_img;
 pub(crate) mod qemu_nbd;
+#[cfg(feature = "object-storage")]
+pub(crate) mod seaweedfs;
 mod server;
 pub(crate) mod service_manager;
 pub(crate) mod tls;
