@@ -197,10 +197,17 @@ fn bitmap_of_another_server_is_used_only_for_the_backup_that_it_follows() {
         made
     };
     let parsed = |text: String| serde_json::from_str::<Value>(&text).expect("JSON");
+    // What the bitmap does not tell is read, and why is said.
+    let reads_all = |why: &str| {
+        let made = backup(&["-B", "b0"]);
+        assert!(made.stderr.contains(why) && made.stderr.contains("the whole disk"), "{made:?}");
+        let made = parsed(made.success());
+        assert_eq!(made["incremental"], false, "{made}");
+        made
+    };
     // One without the bitmap is none that it follows.
     backup(&[]).success();
-    says(backup(&["-B", "b0"]), &["may not be the one", "--full"]);
-    backup(&["-B", "b0", "--full"]).success();
+    reads_all("without a bitmap");
     super::backup_chain::change(&qemu_io, &disk);
     let made = parsed(backup(&["-B", "b0", "--verify=all"]).success());
     assert_eq!(made["incremental"], true, "{made}");
@@ -208,16 +215,19 @@ fn bitmap_of_another_server_is_used_only_for_the_backup_that_it_follows() {
     // The bitmap is that of a backup that is gone: not of the one before.
     backup(&["-B", "b0"]).success();
     nbd_cli(&["repo", "forget", &repository, "vm@latest"]).success();
-    says(backup(&["-B", "b0"]), &["was forgotten", "--full"]);
+    reads_all("was forgotten");
+    nbd_cli(&["repo", "forget", &repository, "vm@latest"]).success();
     nbd_cli(&["repo", "gc", "--idle", "1ms", &repository]).success();
-    says(backup(&["-B", "b0"]), &["was forgotten", "--full"]);
-    let full = parsed(backup(&["-B", "b0", "--full"]).success());
+    let full = reads_all("was forgotten");
     let head = Path::new(&repository).join("backups").join(full["id"].as_str().expect("text"));
     let good = std::fs::read(&head).expect("a backup");
     std::fs::write(&head, &good[..40]).expect("it is written");
-    says(backup(&["-B", "b0"]), &["cannot be read", "--full"]);
+    reads_all("cannot be read");
     std::fs::write(&head, good).expect("it is written");
-    backup(&["-B", "b0"]).success();
+    let made = parsed(backup(&["-B", "b0"]).success());
+    assert_eq!(made["incremental"], true, "{made}");
+    // A slip is no reason to read another disk.
+    says(backup(&["-B", "b1"]), &["for the bitmap 'b0'", "--full"]);
     let restored = directory.beside("restored.img");
     nbd_cli(&["restore", &format!("backup:{repository}/vm"), &restored]).success();
     are_equal(&qemu_img, &disk, &restored);

@@ -31,10 +31,7 @@ pub(super) async fn backup(
     if let Some((id, _)) = &base {
         work.base = Some(*id);
     } else if bitmap.is_some() && !work.options.full && !earlier.is_empty() {
-        work.context.observer.warning(
-            "no backup of this name is the one with which the bitmap started, so the whole disk is \
-             read",
-        );
+        work.reads_all("no backup of this name is the one with which the bitmap started");
     }
     let begin = Request::CheckpointStart {
         export: export.clone(),

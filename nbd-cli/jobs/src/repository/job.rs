@@ -43,8 +43,10 @@ pub(super) struct Work<'a> {
     pub(super) like: Vec<Id>,
     /// The backup on which this one is built.
     pub(super) base: Option<Id>,
-    /// The size of its disk, if only the dirty parts are to be read.
+    /// The size of its disk, if that has to be the same for the bitmap.
     pub(super) base_size: Option<u64>,
+    /// The base, if it has to be the last one of its name still when the backup is committed.
+    pub(super) follows: Option<Id>,
 }
 
 /// Reads in order, several at a time.
@@ -72,13 +74,27 @@ impl Work<'_> {
         described: &Described,
     ) -> Result<BackedUpToRepository, JobError> {
         let (connect, context) = (&self.options.connect, self.context);
-        let wanted = dirty.map(context_of).transpose()?;
+        let mut wanted = dirty.map(context_of).transpose()?;
         let client = connect_to_disk(connect, context, uri, wanted.as_ref()).await?;
         let source = Source::Nbd { client: client.clone(), uri: uri.clone() };
+        let before = self.base_size.filter(|&before| Some(before) != source.size());
+        if let Some(before) = before.filter(|_| wanted.is_some()) {
+            self.reads_all(&format!(
+                "the disk has {} bytes, and {before} in the last backup, so its bitmap does not tell \
+                 what changed",
+                source.size().unwrap_or_default(),
+            ));
+            wanted = None;
+        }
         let result = self.run(source, wanted.as_ref().map(|it| (&client, it)), described).await;
         // Everything was read, so the way in which the connection ends does not matter.
         let _ = client.disconnect().await;
         result
+    }
+
+    /// Tells why a bitmap is not used.
+    pub(super) fn reads_all(&self, why: &str) {
+        self.context.observer.warning(&format!("{why}, so the whole disk is read"));
     }
 
     pub(super) async fn run(
@@ -89,15 +105,6 @@ impl Work<'_> {
     ) -> Result<BackedUpToRepository, JobError> {
         let started = Instant::now();
         let size = source.size().unwrap_or_default();
-        if let Some(before) = self.base_size.filter(|&before| dirty.is_some() && before != size) {
-            return Err(JobError::new(
-                JobErrorKind::Base,
-                format!(
-                    "the disk has {size} bytes, and {before} in the last backup, so its bitmap does \
-                     not tell what changed; add --full to read the whole disk"
-                ),
-            ));
-        }
         let extents = |source: &Source| match dirty {
             Some((client, bitmap)) => {
                 Extents::Dirty(Box::new(DirtyExtents::new(client.clone(), bitmap, 0)))
@@ -114,6 +121,7 @@ impl Work<'_> {
         new.identity.clone_from(&described.identity);
         new.disk.clone_from(&described.disk);
         new.base = self.base;
+        new.follows = self.follows.filter(|_| dirty.is_some());
         new.like.clone_from(&self.like);
         let session = self.repository.begin(new).await.map_err(repository_error)?;
         let copying = self.copy(&source, extents(&source), session);

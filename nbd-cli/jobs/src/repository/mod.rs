@@ -7,7 +7,7 @@ mod options;
 
 use std::sync::Arc;
 
-use nbd_objects::repo::{Head, Repository};
+use nbd_objects::repo::{Head, Id, Repository};
 use nbd_proto::NbdUri;
 
 pub use self::disk::{open_disk, split_address};
@@ -50,7 +50,8 @@ pub async fn backup_to_repository(
     }
     let last = earlier.first().cloned();
     let base = last.as_ref().map(|it| it.0);
-    let mut work = Work { repository, options, context, like, base, base_size: None };
+    let mut work =
+        Work { repository, options, context, like, base, base_size: None, follows: None };
     match disk {
         DiskToBackUp::Image(image) => {
             if options.bitmap.is_some() {
@@ -71,10 +72,7 @@ pub async fn backup_to_repository(
                         let last = repository.last(&options.name).await;
                         let last = last.map_err(repository_error)?;
                         let base = earlier.iter().find(|(id, _)| Some(*id) == last);
-                        let (id, head) = base.ok_or_else(|| not_the_last(bitmap, &options.name))?;
-                        check_bitmap(uri, bitmap, head)?;
-                        (work.base, work.base_size) = (Some(*id), Some(head.size));
-                        Some(bitmap.as_str())
+                        work.start_with(uri, bitmap, base)?.then_some(bitmap.as_str())
                     }
                     _ => None,
                 };
@@ -93,35 +91,50 @@ pub async fn backup_to_repository(
     }
 }
 
-/// Refuses a bitmap that did not start with the last backup, as far as that is known.
-fn check_bitmap(uri: &NbdUri, bitmap: &str, last: &Head) -> Result<(), JobError> {
-    let own = last.bitmap.as_deref();
-    let why = if own != Some(bitmap) {
-        match own {
-            Some(own) => format!("it was made for the bitmap '{}'", printable(own)),
-            None => "it was made without a bitmap".to_owned(),
+impl Work<'_> {
+    /// Builds on the backup with which a bitmap started, if that is `last`: then only what is dirty
+    /// is read.
+    fn start_with(
+        &mut self,
+        uri: &NbdUri,
+        bitmap: &str,
+        last: Option<&(Id, Head)>,
+    ) -> Result<bool, JobError> {
+        let name = printable(&self.options.name);
+        let Some((id, head)) = last else {
+            self.reads_all(&format!(
+                "the last backup of '{name}' may not be one with which a bitmap started: it was \
+                 forgotten, cannot be read, is not complete, or was made while another one was made"
+            ));
+            return Ok(false);
+        };
+        check_bitmap(uri, bitmap, head)?;
+        if head.bitmap.is_none() {
+            self.reads_all(&format!("the last backup of '{name}' was made without a bitmap"));
+            return Ok(false);
         }
-    } else if last.export.as_ref() != Some(&uri.export_name) {
+        (self.base, self.base_size, self.follows) = (Some(*id), Some(head.size), Some(*id));
+        Ok(true)
+    }
+}
+
+/// Refuses a bitmap or an export that is not the one of the last backup: it may be a slip.
+fn check_bitmap(uri: &NbdUri, bitmap: &str, last: &Head) -> Result<(), JobError> {
+    let why = if let Some(own) = last.bitmap.as_deref().filter(|own| *own != bitmap) {
+        format!("it was made for the bitmap '{}'", printable(own))
+    } else if last.export.as_ref() != Some(&uri.export_name) && last.bitmap.is_some() {
         let own = last.export.as_deref().unwrap_or_default();
         format!("it is of the export '{}'", printable(own))
     } else {
         return Ok(());
     };
-    Err(not_of(bitmap, &last.name, &why))
-}
-
-fn not_the_last(bitmap: &str, name: &str) -> JobError {
-    not_of(bitmap, name, "it was forgotten, cannot be read, or was made while another one was made")
-}
-
-fn not_of(bitmap: &str, name: &str, why: &str) -> JobError {
-    JobError::new(
+    Err(JobError::new(
         JobErrorKind::Base,
         format!(
             "the last backup of '{}' may not be the one with which the bitmap '{}' started: {why}; \
              add --full to read the whole disk",
-            printable(name),
+            printable(&last.name),
             printable(bitmap)
         ),
-    )
+    ))
 }

@@ -85,6 +85,7 @@ pub fn repository_error(error: RepositoryError) -> JobError {
     let kind = match error.kind() {
         RepositoryErrorKind::Invalid | RepositoryErrorKind::Key => JobErrorKind::InvalidArgument,
         RepositoryErrorKind::NotFound | RepositoryErrorKind::Damaged => JobErrorKind::Source,
+        RepositoryErrorKind::Overtaken => JobErrorKind::Base,
         _ => JobErrorKind::Destination,
     };
     JobError::new(kind, error.to_string())

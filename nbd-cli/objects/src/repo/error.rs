@@ -18,6 +18,8 @@ pub enum RepositoryErrorKind {
     Damaged,
     /// The passphrase is missing or wrong.
     Key,
+    /// Another backup of the name was made, so the bitmap may not belong to the last one.
+    Overtaken,
     /// Another process ended the backup, or removed what was read.
     Fenced,
     /// The store failed.

@@ -5,7 +5,6 @@ use object_store::GetRange;
 
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Folder, Id, Key};
-use super::objects::SMALL_LEN_MAX;
 use super::repository::Repository;
 use super::root::{self, Head, Kind, PREFIX_LEN};
 
@@ -51,26 +50,6 @@ impl Repository {
             found.try_collect::<Vec<_>>().await?.into_iter().flatten().collect();
         found.sort_by_key(|info| (info.head.as_ref().map_or(0, |head| head.time), info.id));
         Ok(found)
-    }
-
-    /// Returns which backup of this name was committed last, whatever became of it since. The
-    /// identity is of no backup if two were made at the same time.
-    ///
-    /// # Errors
-    ///
-    /// As for all requests to the store.
-    pub async fn last(&self, name: &str) -> Result<Option<Id>> {
-        let content = self.objects.read(&self.last_name(name), SMALL_LEN_MAX).await?;
-        Ok(content.and_then(|content| std::str::from_utf8(&content).ok()?.parse().ok()))
-    }
-
-    /// Says which backup of a name is the last one.
-    pub(super) async fn set_last(&self, name: &str, last: Id) -> Result<()> {
-        self.objects.write(&self.last_name(name), last.to_string().into()).await
-    }
-
-    fn last_name(&self, name: &str) -> String {
-        format!("last/{:?}", self.objects.sealer.hash(format!("name {name}").as_bytes()))
     }
 
     async fn look(&self, id: Id) -> Result<Option<BackupInfo>> {

@@ -36,6 +36,7 @@ use super::root::RootBuilder;
 use super::seal::Hash;
 use super::session_record::SessionRecord;
 use super::stored::Stored;
+use super::succession::Line;
 use super::tries::Tries;
 
 /// Pieces of data that are compressed at a time.
@@ -57,8 +58,8 @@ pub struct Session {
     new: NewBackup,
     time: u64,
     writer: Writer,
-    /// The last backup of this name, when this one began.
-    last: Option<Id>,
+    /// The backups of this name, when this one began.
+    line: Line,
     base: Option<Map>,
     /// The first of the pages of the base that are looked at.
     first_look: usize,
@@ -120,7 +121,7 @@ impl Repository {
             Some(base) => Some(Map::open(self, base).await?),
             None => None,
         };
-        let last = self.last(&new.name).await?;
+        let line = self.line(&new.name).await?;
         let packs = Packs::list(self, &writer).await?;
         let known = Known::find(self, &writer, &packs, (id, &new.name), &new.like).await?;
         Ok(Session {
@@ -128,7 +129,7 @@ impl Repository {
             id,
             time,
             writer,
-            last,
+            line,
             first_look: first_look(base.as_ref().map_or(0, |base| base.root().pages().len()))?,
             base,
             known: Arc::new(known),

@@ -24,6 +24,7 @@ mod seal;
 mod session_record;
 mod staging;
 mod stored;
+mod succession;
 #[cfg(test)]
 mod tests;
 mod tries;

@@ -1,7 +1,7 @@
 //! The end of a backup that is being made.
 
-use super::super::error::{RepositoryError, Result};
-use super::super::id::Id;
+use super::super::error::{RepositoryError, RepositoryErrorKind, Result};
+use super::super::id::Key;
 use super::super::page::PAGE_SPAN;
 use super::super::protocol::{Backup, Committed};
 use super::super::root::{self, Head};
@@ -35,40 +35,57 @@ impl Session {
         let head = self.head();
         let object = root::encode(&self.repository.objects.sealer, self.id, &head, &root)?;
         let added = self.added + object.len() as u64;
+        // All was read: a bitmap that is cleared from now on does not matter to this backup.
+        let is_alone = self.repository.line(&self.new.name).await? == self.line;
+        if self.new.follows.is_some() && !(is_alone && self.new.follows == self.line.last()?) {
+            return Err(self.overtaken().await);
+        }
         self.writer.commit(Backup { packs: root.packs().into(), object });
         let repository = self.repository.clone();
-        let last = self.begin_to_be_last().await?;
         match repository.drive(&mut self.writer, &mut self.renewal).await? {
-            Committed::Yes => {
-                // The backup is complete, whatever becomes of this.
-                let _ = self.stay_last(last).await;
-                Ok(Made {
-                    id: self.id,
-                    data: self.data,
-                    added,
-                    found: self.found,
-                    packs: self.next_pack - 1,
-                })
-            }
-            Committed::Fenced | Committed::Ready => Err(self.ended()),
+            Committed::Yes => {}
+            Committed::Fenced | Committed::Ready => return Err(self.ended()),
         }
+        // A server that knows with which backup a bitmap started does not need to ask.
+        let is_known = self.new.identity.is_some();
+        let told = repository.succeed(&self.new.name, self.line, self.id, (is_alone, is_known));
+        told.await.map_err(|error| self.untold(&error))?;
+        Ok(Made {
+            id: self.id,
+            data: self.data,
+            added,
+            found: self.found,
+            packs: self.next_pack - 1,
+        })
     }
 
-    /// Makes this the last backup of its name, or none, if another one was committed meanwhile:
-    /// with which of them a bitmap started is not known.
-    async fn begin_to_be_last(&self) -> Result<Id> {
-        let is_alone = self.repository.last(&self.new.name).await? == self.last;
-        let last = if is_alone { self.id } else { Id::random()? };
-        self.repository.set_last(&self.new.name, last).await?;
-        Ok(last)
+    /// Ends the session without a backup.
+    async fn overtaken(&mut self) -> RepositoryError {
+        self.renewal.stop().await;
+        // Nothing more comes from this session. If its record stays, the next gc removes it.
+        let _ = self.repository.objects.delete(&Key::Session(self.id).to_string()).await;
+        RepositoryError::new(
+            RepositoryErrorKind::Overtaken,
+            format!(
+                "another backup of '{}' was made meanwhile, and its bitmap may have been cleared, \
+                 so there is no backup; make it again",
+                self.new.name
+            ),
+        )
     }
 
-    /// Looks whether another backup of this name was committed at the same moment.
-    async fn stay_last(&self, last: Id) -> Result<()> {
-        match self.repository.last(&self.new.name).await? == Some(last) {
-            true => Ok(()),
-            false => self.repository.set_last(&self.new.name, Id::random()?).await,
-        }
+    fn untold(&self, error: &RepositoryError) -> RepositoryError {
+        let bitmap = match self.new.bitmap {
+            Some(_) => ", so do not clear its bitmap",
+            None => "",
+        };
+        RepositoryError::new(
+            error.kind(),
+            format!(
+                "the backup {} is complete, but it is not recorded as the last one{bitmap}: {error}",
+                self.id
+            ),
+        )
     }
 
     fn head(&self) -> Head {

@@ -28,6 +28,10 @@ pub struct NewBackup {
     pub disk: Option<String>,
     /// The backup on which this one builds: what is equal there is not sent again.
     pub base: Option<Id>,
+    /// The last backup of this name, as [`Repository::last`](super::super::Repository::last) told,
+    /// if only what is dirty since is given. If another one is committed meanwhile, there is no
+    /// backup: the bitmap may have been cleared while it was read.
+    pub follows: Option<Id>,
     /// Other backups whose blocks are not sent again either.
     pub like: Vec<Id>,
 }
