@@ -98,6 +98,23 @@ pub(crate) fn refuse_to_amend(storage: &dyn Storage, options: &OpenOptions) -> R
     }
 }
 
+/// Where the LUKS header of an image is, and the number of bytes that it may have.
+pub(crate) fn luks_place(storage: &dyn Storage, options: &OpenOptions) -> Result<(u64, u64)> {
+    let place = match format_of(storage, options)? {
+        Format::Qcow2 => qcow2::luks_place(storage)?,
+        Format::Luks => {
+            let length =
+                storage.len().map_err(|error| Error::from_io("find the size of", error))?;
+            Some((0, length))
+        }
+        _ => None,
+    };
+    place.ok_or_else(|| {
+        let detail = "it is not encrypted with LUKS, so it has no key slots";
+        Error::new(ErrorKind::Unsupported, "change the keys of", detail)
+    })
+}
+
 /// The size of the disk that the backing file name `name` would refer to in a new image at `path`,
 /// if the new image could be opened above it.
 pub(crate) fn named_size(path: &Path, name: &OsStr, options: &OpenOptions) -> Result<u64> {

@@ -127,7 +127,7 @@ pub use luks::{Encryption, LuksDetails, LuksInfo, LuksSlot};
 pub use mapping::{Content, Encoded, FileSpan, Holes, Lookup, Mapped, Mapping, ReadMap};
 pub use open_policy::{NameReader, OpenPolicy, SchemeOpener};
 pub use options::{ArchiveNames, IncompleteDisk, OpenOptions, UnlockedHook};
-pub use passphrase::{NewKey, Passphrase};
+pub use passphrase::{KeyChange, KeysChanged, NewKey, Passphrase};
 pub use qcow2::{BitmapEntry, CheckReport, Qcow2Info, Repair, Snapshot, frozen_bitmap_name};
 pub use sidecar::{BitmapDurabilityStatus, RecoveryPrecision};
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};

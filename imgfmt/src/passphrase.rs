@@ -96,6 +96,44 @@ impl NewKey {
     }
 }
 
+/// A change of the passphrases of an encrypted image, for
+/// [`Image::change_keys`](crate::Image::change_keys). The disk and its key stay the same.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum KeyChange {
+    /// Adds a passphrase. One of [`OpenOptions::passphrases`](crate::OpenOptions::passphrases) has to
+    /// open the image.
+    Add {
+        /// The new passphrase.
+        key: NewKey,
+        /// The number of the key slot, from 0 to 7; `None` is the first that is not in use.
+        slot: Option<u32>,
+    },
+    /// Adds a passphrase, and then removes every key slot that the old one opens. One key slot has to
+    /// be free.
+    Replace {
+        /// The old passphrase.
+        old: Passphrase,
+        /// The new one, which may be the same.
+        key: NewKey,
+    },
+    /// Removes every key slot that this passphrase opens. One of
+    /// [`OpenOptions::passphrases`](crate::OpenOptions::passphrases) has to open a slot that stays.
+    Remove(Passphrase),
+    /// Removes a key slot, by its number from 0 to 7, under the same condition.
+    RemoveSlot(u32),
+}
+
+/// What a change of passphrases has done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KeysChanged {
+    /// The number of the key slot that has the new passphrase.
+    pub added: Option<u32>,
+    /// The numbers of the key slots that were removed.
+    pub removed: Vec<u32>,
+}
+
 impl fmt::Debug for Passphrase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Passphrase(..)")

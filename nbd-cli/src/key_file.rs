@@ -132,7 +132,7 @@ impl KeyFile {
         Self { path: path.into(), kept: Arc::default() }
     }
 
-    fn passphrase(&self) -> Passphrase {
+    pub(crate) fn passphrase(&self) -> Passphrase {
         let file = self.clone();
         Passphrase::read_by(move || file.read())
     }

@@ -4,6 +4,7 @@ mod bitmaps;
 mod create;
 mod extents;
 mod inspect;
+mod keys;
 mod on_device;
 mod overwrite;
 mod read;

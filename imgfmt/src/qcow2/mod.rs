@@ -33,6 +33,6 @@ pub(crate) use metadata::seal::seal;
 pub(crate) use on_disk::incomplete::incomplete_header;
 pub use on_disk::snapshot::Snapshot;
 pub(crate) use purpose::Purpose;
-pub(crate) use structure::amend::{amend, refuse_amendment};
+pub(crate) use structure::amend::{amend, luks_place, refuse_amendment};
 pub(crate) use structure::create::{check_sizes, layout};
 pub(crate) use structure::snapshot_change::Changed;

@@ -71,6 +71,7 @@ mod late_io;
 mod locks;
 mod long_chains;
 mod luks_faults;
+mod luks_keys;
 mod luks_vs_peers;
 mod malformed_headers;
 mod malformed_resize;

@@ -8,6 +8,7 @@ mod convert;
 mod create;
 mod format_options;
 pub(super) mod info;
+mod key;
 pub(super) mod location;
 mod map;
 mod measure;
@@ -60,6 +61,8 @@ pub enum ImageCommand {
     Resize(resize::ResizeArgs),
     /// Change the version or a feature of a qcow2 image in place
     Amend(amend::AmendArgs),
+    /// List, add, remove and change the passphrases of an encrypted image
+    Key(key::KeyCommandArgs),
     /// Change the backing file of an overlay
     Rebase(rebase::RebaseArgs),
     /// Write the contents of an overlay into its backing file
@@ -105,6 +108,7 @@ pub(crate) fn run(args: ImageArgs) -> Result<Outcome, CommandError> {
         ImageCommand::Convert(args) => convert::run(&args),
         ImageCommand::Resize(args) => resize::run(&args),
         ImageCommand::Amend(args) => amend::run(&args),
+        ImageCommand::Key(args) => key::run(&args),
         ImageCommand::Rebase(args) => rebase::run(&args),
         ImageCommand::Commit(args) => commit::run(&args),
         ImageCommand::Stream(args) => stream::run(&args),

@@ -54,6 +54,7 @@ mod image_graph;
 mod image_in_use;
 mod image_info_details;
 mod image_json;
+mod image_key;
 mod image_long_chains;
 mod image_look;
 mod image_map_depth;

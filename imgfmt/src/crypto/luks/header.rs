@@ -30,13 +30,25 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Tries every passphrase with every slot.
+    /// The cipher of the data, by the first passphrase that opens a slot.
     pub(super) fn find_key(
         &self,
         storage: &dyn Storage,
         base: u64,
         passphrases: &[Passphrase],
     ) -> Result<SectorCipher> {
+        let (_, key) = self.find_slot(storage, base, passphrases)?;
+        SectorCipher::new(&self.cipher.0, &self.cipher.1, key)
+    }
+
+    /// Tries every passphrase with every slot. Returns the number of the first slot that one opens,
+    /// and the key in it.
+    pub(super) fn find_slot(
+        &self,
+        storage: &dyn Storage,
+        base: u64,
+        passphrases: &[Passphrase],
+    ) -> Result<(u32, Zeroizing<Vec<u8>>)> {
         if passphrases.is_empty() {
             let detail = "it is encrypted, and no passphrase was given";
             return Err(Error::new(ErrorKind::KeyRequired, "open", detail));
@@ -50,7 +62,7 @@ impl Header {
             let mut budget = Budget::default();
             for slot in &self.slots {
                 match slot.open(storage, base, &bytes, &mut budget) {
-                    Ok(Some(key)) => return self.cipher(key),
+                    Ok(Some(key)) => return Ok((slot.number, key)),
                     Ok(None) => {}
                     // Another slot may be the right one.
                     Err(error) => {
@@ -74,10 +86,6 @@ impl Header {
         let Some((_, error)) = all.first_key_value() else { return String::new() };
         let numbers: Vec<_> = all.keys().map(ToString::to_string).collect();
         format!("; not tried: {} ({})", numbers.join(", "), error.detail())
-    }
-
-    fn cipher(&self, key: Zeroizing<Vec<u8>>) -> Result<SectorCipher> {
-        SectorCipher::new(&self.cipher.0, &self.cipher.1, key)
     }
 }
 

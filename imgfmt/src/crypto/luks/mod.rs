@@ -7,6 +7,7 @@
 mod field;
 mod header;
 mod json;
+mod keys;
 mod keyslots;
 mod new;
 mod slot;
@@ -15,6 +16,7 @@ mod v2;
 
 use self::field::{read_error, read_exact};
 use self::header::Header;
+pub(crate) use self::keys::change_keys;
 pub(crate) use self::new::new_header;
 #[cfg(feature = "test-util")]
 pub use self::v2::seal;

@@ -20,7 +20,7 @@ pub(super) const KEY_MAX: u32 = 64;
 const DIGEST_LENGTH: usize = 20;
 
 /// A slot in use.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Slot {
     pub(super) number: u32,
     pub(super) kdf: Kdf,

@@ -35,6 +35,12 @@ pub(crate) fn amend(storage: &dyn Storage, amendment: &Amendment) -> Result<()> 
     }
 }
 
+/// The place and the length of the LUKS header, in bytes, if the data is encrypted with it.
+pub(crate) fn luks_place(storage: &dyn Storage) -> Result<Option<(u64, u64)>> {
+    let place = Header::read(storage, Purpose::Use)?.luks_header()?;
+    Ok(place.map(|(offset, length)| (offset.bytes(), length)))
+}
+
 fn set_lazy_refcounts(storage: &dyn Storage, lazy: LazyRefcounts) -> Result<()> {
     let header = Header::read(storage, Purpose::Use)?;
     if header.version < 3 {

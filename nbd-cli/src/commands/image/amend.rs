@@ -166,7 +166,9 @@ fn advice(key: &str) -> &'static str {
         "preallocation" | "cluster_size" | "compression_type" | "extended_l2" => {
             "create a new image with 'nbd-cli image convert'"
         }
-        key if key.starts_with("encrypt") => "encrypted images cannot be changed here",
+        key if key.starts_with("encrypt") => {
+            "passphrases of encrypted images are changed by 'nbd-cli image key'"
+        }
         _ => "there is no such option; use compat, lazy_refcounts, refcount_bits or size",
     }
 }

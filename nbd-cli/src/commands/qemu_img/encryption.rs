@@ -23,7 +23,7 @@ const OPTIONS: [(&str, Option<&str>); 8] = [
 ];
 
 /// The longest time for one passphrase, in milliseconds. It is bounded by the iterations too.
-const ITER_TIME_MAX: u64 = 600_000;
+pub(super) const ITER_TIME_MAX: u64 = 600_000;
 
 /// What the options say, and how they are reported.
 #[derive(Debug, Default)]

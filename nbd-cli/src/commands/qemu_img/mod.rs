@@ -5,6 +5,7 @@
 //! Errors are lines on standard error that begin with `qemu-img: `.
 
 mod amend;
+mod amend_keys;
 mod arguments;
 mod bench;
 mod bitmap;
