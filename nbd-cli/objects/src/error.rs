@@ -91,6 +91,10 @@ impl StoreError {
                 StoreErrorKind::Replaced,
                 "the object was replaced by another one while it was in use; open it again".into(),
             ),
+            E::AlreadyExists { .. } if is_conflict(error) => (
+                StoreErrorKind::Unavailable,
+                format!("{why}: other requests for it go on at the same time; repeat the command"),
+            ),
             E::AlreadyExists { .. } => (StoreErrorKind::Exists, "it exists already".to_owned()),
             E::NotSupported { .. } | E::NotImplemented { .. } => (StoreErrorKind::Unsuitable, why),
             _ => (StoreErrorKind::Unavailable, why),
@@ -118,6 +122,11 @@ impl From<StoreError> for io::Error {
     fn from(error: StoreError) -> Self {
         Self::other(error)
     }
+}
+
+/// Returns whether a request had no effect because of another one at the same time.
+pub(crate) fn is_conflict(error: &object_store::Error) -> bool {
+    deepest(error).starts_with("the store answered 409")
 }
 
 /// The innermost cause, made fit for messages. Those around it repeat the URL, with its query, and

@@ -121,7 +121,7 @@ fn lost_replies_and_passing_failures_of_every_request_are_not_noticed() {
         bench.push(|_| {}).unwrap();
         bench.store.take_seen().len()
     };
-    for fault in [Fault::ReplyLost, Fault::Status(503)] {
+    for fault in [Fault::ReplyLost, Fault::Status(503), Fault::Status(409)] {
         for failing in 0..requests {
             let bench = Bench::new(PART + 1);
             let count = AtomicUsize::new(0);
@@ -131,6 +131,7 @@ fn lost_replies_and_passing_failures_of_every_request_are_not_noticed() {
             });
             let pushed = bench.push(|_| {});
             if pushed.is_err() {
+                assert_eq!(fault, Fault::ReplyLost, "{pushed:?}");
                 // A reply may be lost in a way that cannot be told from a failure: then again.
                 bench.push(|options| options.replace = true).unwrap();
             }

@@ -17,6 +17,7 @@ use super::reader::Reader;
 use super::root::{self, Kind};
 use super::seal::{CONDEMNED, FramePlace, Hash, Sealer};
 use super::stored::push;
+use crate::error::is_conflict;
 use crate::transport::WHOLE_MAX;
 use crate::{Place, StoreError};
 
@@ -24,6 +25,10 @@ use crate::{Place, StoreError};
 const LIST_MAGIC: &[u8; 8] = b"nbdlist1";
 /// Longest condemned list, in bytes.
 const LIST_LEN_MAX: usize = 256 << 20;
+/// Most objects of a folder: packs of 64 TiB.
+const LISTED_MAX: usize = 8 << 20;
+/// Most objects of a folder whose names are kept, such as that of keys.
+const NAMES_MAX: usize = 100_000;
 /// Longest object that is neither a backup nor a list, in bytes.
 pub(crate) const SMALL_LEN_MAX: u64 = 64 << 10;
 
@@ -153,6 +158,9 @@ impl Objects {
         let options = PutOptions::from(PutMode::Create);
         match self.place.store.put_opts(&self.path(name), content.into(), options).await {
             Ok(_) => Ok(true),
+            Err(error @ Error::AlreadyExists { .. }) if is_conflict(&error) => {
+                Err(self.failed("create", name, &error))
+            }
             Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => Ok(false),
             Err(error) => Err(self.failed("create", name, &error)),
         }
@@ -167,30 +175,47 @@ impl Objects {
 
     /// Lists the objects of a folder whose names are of this format.
     pub(crate) async fn list(&self, folder: Folder) -> Result<Vec<Listed>> {
-        let name = folder.to_string();
         let mut listed = Vec::new();
-        for (relative, size) in self.list_names(&name).await? {
-            if let Ok(key) = relative.parse() {
-                listed.push(Listed { key, size });
-            }
-        }
+        let keep = |relative: String, size| {
+            listed.extend(relative.parse().ok().map(|key| Listed { key, size }));
+        };
+        self.each_name(&folder.to_string(), LISTED_MAX, keep).await?;
         listed.sort_unstable_by_key(|listed| listed.key);
         Ok(listed)
     }
 
-    /// Lists all objects of a folder: names below the repository's prefix, and sizes.
+    /// Lists all objects of a folder that has few: names below the repository's prefix, and sizes.
     pub(crate) async fn list_names(&self, folder: &str) -> Result<Vec<(String, u64)>> {
-        let folder_path = self.path(folder);
-        let mut found = self.place.store.list(Some(&folder_path));
         let mut names = Vec::new();
+        self.each_name(folder, NAMES_MAX, |name, size| names.push((name, size))).await?;
+        Ok(names)
+    }
+
+    /// Gives the name and size of each object of a folder; of too many, an error.
+    async fn each_name(
+        &self,
+        folder: &str,
+        most: usize,
+        mut found: impl FnMut(String, u64),
+    ) -> Result<()> {
+        let folder_path = self.path(folder);
+        let mut listing = self.place.store.list(Some(&folder_path));
+        let mut count = 0;
         loop {
-            let next = found.try_next().await;
+            let next = listing.try_next().await;
             let Some(meta) = next.map_err(|error| self.failed("list", folder, &error))? else {
-                return Ok(names);
+                return Ok(());
             };
+            count += 1;
+            if count > most {
+                return Err(RepositoryError::damaged(format!(
+                    "{} has more than {most} objects in {folder}/, which no repository has",
+                    self.name()
+                )));
+            }
             if let Some(parts) = meta.location.prefix_match(&self.place.path) {
                 let parts: Vec<_> = parts.map(|part| part.as_ref().to_owned()).collect();
-                names.push((parts.join("/"), meta.size));
+                found(parts.join("/"), meta.size);
             }
         }
     }
@@ -341,6 +366,30 @@ fn decode_list(sealer: &Sealer, id: Id, object: &[u8]) -> Option<BTreeSet<PackId
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn list_without_an_end_is_an_error() {
+        let store = Arc::new(object_store::memory::InMemory::new());
+        let place = Place {
+            store,
+            path: Path::from("repo"),
+            name: "memory".to_owned(),
+            identity: "memory".to_owned(),
+            directory: None,
+        };
+        let objects = Objects::new(place, Sealer::default(), Creates::Exclusive);
+        for name in ["keys/1", "keys/2", "keys/3", "other/4"] {
+            objects.write(name, "x".into()).await.unwrap();
+        }
+        let mut found = Vec::new();
+        objects.each_name("keys", 3, |name, size| found.push((name, size))).await.unwrap();
+        found.sort();
+        assert_eq!(found, ["keys/1", "keys/2", "keys/3"].map(|name| (name.to_owned(), 1)));
+        let mut count = 0;
+        let error = objects.each_name("keys", 2, |_, _| count += 1).await.unwrap_err();
+        assert!(error.to_string().contains("more than 2 objects in keys/"), "{error}");
+        assert_eq!(count, 2);
+    }
 
     #[test]
     fn condemned_lists_are_read_as_they_were_written() {

@@ -61,7 +61,7 @@ impl Repository {
             add_key(&objects, &config, (master, *key), passphrase).await?;
         }
         // The last object: before it there is no repository.
-        if !objects.create(CONFIG_NAME, config.encode()?.into()).await? {
+        if !create_config(&objects, config.encode()?.into()).await? {
             return Err(exists());
         }
         Ok(Self::unlocked(objects, config, master))
@@ -130,7 +130,8 @@ impl Repository {
         self.master.is_some()
     }
 
-    /// Adds a passphrase; returns the identity of its key.
+    /// Adds a passphrase; returns the identity of its key, which is the one that it has if it was
+    /// added before, by a process that was killed, for example.
     ///
     /// # Errors
     ///
@@ -138,6 +139,9 @@ impl Repository {
     pub async fn add_key(&self, passphrase: &[u8]) -> Result<Id> {
         check_passphrase(passphrase)?;
         let (master, _) = self.master()?;
+        if let Some((_, id)) = find_key(&self.objects, &self.config, passphrase).await? {
+            return Ok(id);
+        }
         let id = Id::random()?;
         add_key(&self.objects, &self.config, (master, id), passphrase).await?;
         Ok(id)
@@ -240,15 +244,44 @@ async fn add_key(
 
 /// Returns the master key, and the key that has it.
 async fn unlock(objects: &Objects, config: &Config, passphrase: &[u8]) -> Result<([u8; 32], Id)> {
+    let found = find_key(objects, config, passphrase).await?;
+    found.ok_or_else(|| {
+        let message = format!("the passphrase is none of {}", objects.name());
+        RepositoryError::new(RepositoryErrorKind::Key, message)
+    })
+}
+
+/// Finds the key of a passphrase; returns the master key as well.
+async fn find_key(
+    objects: &Objects,
+    config: &Config,
+    passphrase: &[u8],
+) -> Result<Option<([u8; 32], Id)>> {
     for id in key_ids(objects).await? {
         let key = read_key(objects, id).await?;
         let master = key.and_then(|(key, _)| key.unwrap(passphrase, &config.id));
         if let Some(master) = master.filter(|master| config.accepts(master)) {
-            return Ok((master, id));
+            return Ok(Some((master, id)));
         }
     }
-    let message = format!("the passphrase is none of {}", objects.name());
-    Err(RepositoryError::new(RepositoryErrorKind::Key, message))
+    Ok(None)
+}
+
+/// Creates `repo.json`; returns whether it is this one. A create is not repeated by the client of the
+/// store, and its reply may be lost although the object was written: then it is found.
+async fn create_config(objects: &Objects, content: Bytes) -> Result<bool> {
+    let created = objects.create(CONFIG_NAME, content.clone()).await;
+    let failure = match created {
+        Ok(true) => return Ok(true),
+        Ok(false) => None,
+        Err(error) => Some(error),
+    };
+    match (objects.read(CONFIG_NAME, SMALL_LEN_MAX).await, failure) {
+        (Ok(Some(found)), _) => Ok(found == content),
+        // Nothing was written.
+        (Ok(None), _) => objects.create(CONFIG_NAME, content).await,
+        (Err(_), Some(error)) | (Err(error), None) => Err(error),
+    }
 }
 
 /// Finds out whether the store honours creates, by creating an object twice.

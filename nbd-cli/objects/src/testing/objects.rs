@@ -267,14 +267,38 @@ impl Objects {
     }
 }
 
-/// The bytes of a range with a start.
+/// The bytes of a range (RFC 9110, section 14.1.2); `None` if there are none.
 fn bounds(range: &str, length: usize) -> Option<std::ops::Range<usize>> {
     let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
-    let first = first.parse().ok()?;
+    let (first, last) = match first {
+        "" => (length.saturating_sub(last.parse().ok()?), ""),
+        first => (first.parse().ok()?, last),
+    };
     let end = last.parse().map_or(length, |last: usize| last.saturating_add(1).min(length));
     (first < end).then_some(first..end)
 }
 
 pub(super) fn md5_hex(data: &[u8]) -> String {
     hash(MessageDigest::md5(), data).map_or_else(|_| String::new(), |digest| hex(&digest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_have_a_start_and_an_end_or_a_length() {
+        for (range, expected) in [
+            ("bytes=2-3", Some(2..4)),
+            ("bytes=2-", Some(2..10)),
+            ("bytes=2-99", Some(2..10)),
+            ("bytes=-3", Some(7..10)),
+            ("bytes=-99", Some(0..10)),
+            ("bytes=-0", None),
+            ("bytes=10-", None),
+            ("bytes=-", None),
+        ] {
+            assert_eq!(bounds(range, 10), expected, "{range}");
+        }
+    }
 }

@@ -45,6 +45,11 @@ use pool::Pool;
 /// Addresses that a reply may lead to before the object itself.
 const REDIRECTS_MAX: usize = 5;
 
+/// Requests that met a conflict are made this often.
+const CONFLICTS_MAX: u32 = 6;
+/// The pause after the first conflict; it doubles with each.
+const CONFLICT_PAUSE: Duration = Duration::from_millis(50);
+
 /// The transport of a store: connections, time limits and the limit of requests.
 ///
 /// Clones share connections and limits.
@@ -97,7 +102,7 @@ impl object_store::client::HttpService for Transport {
         loop {
             let follows = self.redirects == Redirects::Followed && is_safe(request.method());
             let next = follows.then(|| request.clone());
-            let reply = self.request(request).await?;
+            let reply = self.repeated(request).await?;
             let Some(mut next) = next.filter(|_| redirect::is_redirect(reply.status())) else {
                 return Ok(reply);
             };
@@ -112,6 +117,21 @@ impl object_store::client::HttpService for Transport {
 }
 
 impl Transport {
+    /// Makes a request, again if it had no effect because of another one at the same time: the
+    /// client of the store does not repeat those.
+    async fn repeated(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        let mut pause = CONFLICT_PAUSE;
+        for _ in 1..CONFLICTS_MAX {
+            let reply = self.request(request.clone()).await?;
+            if reply.status() != StatusCode::CONFLICT {
+                return Ok(reply);
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
+        self.request(request).await
+    }
+
     /// Makes one request, and logs it.
     async fn request(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         self.shared.limiter.wait().await;

@@ -342,6 +342,8 @@ fn key_add(world: &World) -> Case<'_> {
         assert!(outcome.is_success(), "{context}: {outcome:?}");
         let third = ["--passphrase-file", &world.path("third")];
         scene.run(&[&["repo", "list", REPOSITORY], &third[..]].concat()).success();
+        let keys = scene.run(&["repo", "key", "list", REPOSITORY]).success();
+        assert_eq!(keys.lines().count(), 3, "{context}: one for each passphrase: {keys}");
         world.judge(scene, None, context);
     };
     let add = ["repo", "key", "add", "--new-passphrase-file", &world.path("third"), REPOSITORY];

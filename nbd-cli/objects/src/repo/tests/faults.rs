@@ -53,6 +53,67 @@ async fn commit_is_found_out_about_if_its_reply_is_lost_or_the_store_is_busy() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn conflict_of_any_request_is_settled_by_repeating_it() {
+    let disk = disk(20, 9);
+    let run = async |failing: Option<usize>| {
+        let store = TestStore::start().unwrap();
+        store.fail(move |seen| match Some(seen.number) == failing {
+            true => Fault::Status(409),
+            false => Fault::None,
+        });
+        let repository = Repository::init(place_in(&store), None).await.unwrap();
+        let made = back_up(&repository, "vm1", &disk, None).await;
+        assert!(content(&repository, made.id).await.unwrap() == disk, "{failing:?}");
+        repository.collect(&at_once()).await.unwrap();
+        store.take_seen().len()
+    };
+    let count = run(None).await;
+    for failing in 0..count {
+        assert!(run(Some(failing)).await > count, "request {failing}");
+    }
+    // One that does not end is no object that exists.
+    for method in ["PUT", "GET"] {
+        let store = TestStore::start().unwrap();
+        store.fail(move |seen| match seen.method == method {
+            true => Fault::Status(409),
+            false => Fault::None,
+        });
+        let error = Repository::init(place_in(&store), None).await.unwrap_err().to_string();
+        assert!(error.contains("409") && error.contains("repeat"), "{error}");
+        assert!(!error.contains("exists"), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn repository_is_made_although_a_reply_is_lost() {
+    for fault in [Fault::ReplyLost, Fault::Dropped, Fault::Status(503)] {
+        let store = TestStore::start().unwrap();
+        let mut is_met = false;
+        store.fail(move |seen| {
+            let meets = seen.method == "PUT" && seen.key.ends_with("repo.json") && !is_met;
+            is_met |= meets;
+            if meets { fault } else { Fault::None }
+        });
+        let made = Repository::init(place_in(&store), Some(b"secret")).await.unwrap();
+        let opened = Repository::open(place_in(&store), Some(b"secret")).await.unwrap();
+        assert_eq!(made.id(), opened.id());
+        let again = Repository::init(place_in(&store), Some(b"secret")).await.unwrap_err();
+        assert_eq!(again.kind(), RepositoryErrorKind::Exists);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn passphrase_that_was_added_before_keeps_its_key() {
+    let repository = Repository::init(place(), Some(b"first")).await.unwrap();
+    let second = repository.add_key(b"second").await.unwrap();
+    assert_eq!(repository.add_key(b"second").await.unwrap(), second);
+    let first = repository.add_key(b"first").await.unwrap();
+    let mut keys = [first, second];
+    keys.sort_unstable();
+    assert_eq!(repository.keys().await.unwrap(), keys);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn session_is_ended_although_the_store_is_busy_or_the_reply_is_lost() {
     for fault in [Fault::Status(409), Fault::ReplyLost] {
         for by_gc in [true, false] {
