@@ -15,7 +15,7 @@ use crate::access::{Access, Locking};
 use crate::backing_file::{BackingFile, NameTarget};
 #[cfg(feature = "encryption")]
 use crate::crypto;
-use crate::driver::{BackingLayer, Chain, Driver, Foreign, LayerFile, NamedFile};
+use crate::driver::{BackingLayer, Chain, Driver, Foreign, LayerFile, Layers, NamedFile};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::formats::{self, Opening};
@@ -75,7 +75,7 @@ pub(crate) fn change_backing(
     }
     let storage = options.open_file(path, Access::ReadWrite)?;
     match format_of(&storage, options)? {
-        Format::Qcow2 => qcow2::change_backing(&storage, backing),
+        Format::Qcow2 => qcow2::change_backing(&storage, backing, qcow2::Use::Closed),
         format => {
             let detail = match format {
                 Format::Raw => "a raw image cannot have a backing file",
@@ -146,19 +146,20 @@ struct Files {
     layers: Vec<Option<FileIdentity>>,
     /// Those that have names, also data files.
     named: Vec<NamedFile>,
-    /// The others, as they are called where they are named.
-    others: Vec<PathBuf>,
+    /// The others, as they are called where they are named, with the numbers of their layers.
+    others: Vec<(usize, PathBuf)>,
     /// Those of the layers that were opened.
     opened: Vec<LayerFile>,
 }
 
 impl Files {
-    /// `shown` is what a file without a path is called.
+    /// Notes a file of the last layer; `shown` is what a file without a path is called.
     fn note(&mut self, path: Option<&Path>, identity: Option<FileIdentity>, shown: &Path) {
+        let layer = self.opened.len().saturating_sub(1);
         if let (Some(path), Some(identity)) = (path, identity) {
-            self.named.push(NamedFile { path: path.to_owned(), identity });
+            self.named.push(NamedFile { layer, path: path.to_owned(), identity });
         } else {
-            self.others.push(path.unwrap_or(shown).to_owned());
+            self.others.push((layer, path.unwrap_or(shown).to_owned()));
         }
     }
 }
@@ -182,20 +183,26 @@ fn open_layers(mut layer: Unopened, files: &mut Files) -> Result<Chain> {
             }
         }
     };
-    let mut below = Vec::new();
+    let mut layers = Layers {
+        below: Vec::new(),
+        files: std::mem::take(&mut files.named),
+        others: std::mem::take(&mut files.others),
+        opened: std::mem::take(&mut files.opened),
+    };
     while let Some((mut image, shown)) = above.pop() {
         let backing = BackingLayer::from(top);
         let joined = refuse_stranger(&image, &backing).and_then(|()| {
-            image.attach_backing(&backing);
+            layers.below.insert(0, backing);
+            match above.is_empty() {
+                true => image.attach_backing(&layers.below),
+                false => image.fix_backing(&layers.below[0]),
+            }
             image.begin_writing()
         });
         joined.map_err(|error| named(error, shown.as_deref()))?;
-        below.insert(0, backing);
         top = image;
     }
-    let layers = std::mem::take(&mut files.opened);
-    let (files, others) = (std::mem::take(&mut files.named), std::mem::take(&mut files.others));
-    Ok(Chain { top, below, files, others, layers })
+    Ok(Chain::new(top, layers))
 }
 
 /// Refuses a backing file whose chain would be too long with the image at `path` above it. Other
@@ -249,9 +256,9 @@ fn named(error: Error, shown: Option<&Path>) -> Error {
 fn open_layer(layer: Unopened, files: &mut Files) -> Result<Opened> {
     let Unopened { storage, path, options, shown, .. } = layer;
     let identity = storage.identity();
-    files.note(path.as_deref(), identity, shown.as_deref().unwrap_or(Path::new("")));
     let format = format_of(&*storage, &options)?;
     files.opened.push(LayerFile { identity, format });
+    files.note(path.as_deref(), identity, shown.as_deref().unwrap_or(Path::new("")));
     refuse_options(format, &options)?;
     if format == Format::Raw {
         let first_sector = match options.format {

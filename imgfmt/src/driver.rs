@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::format::Format;
 use crate::formats::{ForeignImage, Identity, Parent};
 use crate::layer::{Layer, WritableLayer};
+use crate::ordered_lock::{OrderedMutex, OrderedRwLock, rank};
 use crate::qcow2::Qcow2;
 use crate::raw::Raw;
 use crate::storage::{FileIdentity, Storage};
@@ -50,14 +51,24 @@ pub(crate) struct Chain {
     /// Dropped first, and then the others from the top to the bottom, so that no layer drops the next
     /// one: a long chain must not decide how much stack that takes.
     pub(crate) top: Driver,
+    /// Replaced as a whole when layers are taken away.
+    layers: OrderedRwLock<{ rank::LAYERS }, Arc<Layers>>,
+    /// Held while layers are taken away.
+    pub(crate) detaching: OrderedMutex<{ rank::DETACHING }, ()>,
+}
+
+/// The layers of an open image, and what they are stored in.
+#[derive(Debug)]
+pub(crate) struct Layers {
     /// From the one below the image to the last one.
     pub(crate) below: Vec<BackingLayer>,
-    /// Those of all layers that were opened by a name.
+    /// The files of all layers that were opened by a name.
     pub(crate) files: Vec<NamedFile>,
-    /// Other files and storages that were opened, as they are called where they are named.
-    pub(crate) others: Vec<PathBuf>,
+    /// Other files and storages that were opened, as they are called where they are named, each with
+    /// the number of its layer.
+    pub(crate) others: Vec<(usize, PathBuf)>,
     /// The files and the formats of all layers, from the top to the bottom.
-    pub(crate) layers: Vec<LayerFile>,
+    pub(crate) opened: Vec<LayerFile>,
 }
 
 /// What a layer is stored in.
@@ -70,6 +81,8 @@ pub(crate) struct LayerFile {
 /// A file that was opened by a name.
 #[derive(Clone, Debug)]
 pub(crate) struct NamedFile {
+    /// The number of its layer: 0 is the image's own.
+    pub(crate) layer: usize,
     pub(crate) path: PathBuf,
     pub(crate) identity: FileIdentity,
 }
@@ -108,13 +121,25 @@ impl Driver {
         self.qcow2_mut().map_or(Ok(()), Qcow2::begin_writing)
     }
 
-    /// Puts a layer below it.
-    pub(crate) fn attach_backing(&mut self, below: &BackingLayer) {
+    /// Puts a layer below it that stays there.
+    pub(crate) fn fix_backing(&mut self, below: &BackingLayer) {
         match self {
             // Nothing is ever below it.
             Self::Raw(_) | Self::New(_) => {}
-            Self::Qcow2(qcow2) => qcow2.attach_backing(below.layer()),
+            Self::Qcow2(qcow2) => qcow2.fix_backing(below.layer()),
             Self::Foreign(foreign) => foreign.image.attach_parent(below.layer()),
+        }
+    }
+
+    /// Puts a layer below it, the first of these, which can be taken away if the format allows that;
+    /// the others are below that one.
+    pub(crate) fn attach_backing(&mut self, below: &[BackingLayer]) {
+        match (self, below.first()) {
+            (Self::Qcow2(qcow2), _) => {
+                qcow2.attach_backing(&below.iter().map(BackingLayer::layer).collect());
+            }
+            (other, Some(first)) => other.fix_backing(first),
+            (_, None) => {}
         }
     }
 
@@ -216,8 +241,52 @@ impl BackingLayer {
 }
 
 impl Chain {
+    pub(crate) fn new(top: Driver, layers: Layers) -> Self {
+        let (layers, detaching) = (OrderedRwLock::new(Arc::new(layers)), OrderedMutex::default());
+        Self { top, layers, detaching }
+    }
+
+    /// The present layers.
+    pub(crate) fn layers(&self) -> Arc<Layers> {
+        Arc::clone(&self.layers.read())
+    }
+
+    pub(crate) fn layers_mut(&mut self) -> Option<&mut Layers> {
+        Arc::get_mut(self.layers.get_mut())
+    }
+
+    /// Sets the layers that are left, and returns those before.
+    pub(crate) fn replace_layers(&self, left: Layers) -> Arc<Layers> {
+        std::mem::replace(&mut *self.layers.write(), Arc::new(left))
+    }
+
     /// The qcow2 images of the chain from the top on; `None` stands for a layer of another format.
-    pub(crate) fn qcow2_layers(&self) -> impl Iterator<Item = Option<&Qcow2>> {
-        std::iter::once(self.top.qcow2()).chain(self.below.iter().map(BackingLayer::qcow2))
+    pub(crate) fn qcow2_layers<'a>(
+        &'a self,
+        layers: &'a Layers,
+    ) -> impl Iterator<Item = Option<&'a Qcow2>> {
+        std::iter::once(self.top.qcow2()).chain(layers.below.iter().map(BackingLayer::qcow2))
+    }
+}
+
+impl Layers {
+    /// All layers below the image, in order.
+    pub(crate) fn all_below(&self) -> Arc<[Arc<dyn Layer>]> {
+        self.below.iter().map(BackingLayer::layer).collect()
+    }
+
+    /// The layers without those of the numbers from 1 to before `base`.
+    pub(crate) fn without(&self, base: usize) -> Self {
+        let is_left = |layer: usize| layer == 0 || layer >= base;
+        let number = |layer: usize| if layer == 0 { 0 } else { layer + 1 - base };
+        let files = self.files.iter().filter(|file| is_left(file.layer));
+        let others = self.others.iter().filter(|(layer, _)| is_left(*layer));
+        let opened = self.opened.iter().enumerate().filter(|(layer, _)| is_left(*layer));
+        Self {
+            below: self.below.iter().skip(base - 1).cloned().collect(),
+            files: files.map(|it| NamedFile { layer: number(it.layer), ..it.clone() }).collect(),
+            others: others.map(|(layer, path)| (number(*layer), path.clone())).collect(),
+            opened: opened.map(|(_, file)| *file).collect(),
+        }
     }
 }

@@ -36,7 +36,8 @@ pub(crate) trait Layer: Send + Sync + fmt::Debug {
         Ok(Some(false))
     }
 
-    /// The layer below it.
+    /// The layer below it, if that stays there: below the image itself, it can be replaced, and is not
+    /// told.
     fn backing(&self) -> Option<&Backing> {
         None
     }

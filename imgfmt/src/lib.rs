@@ -58,6 +58,7 @@
 mod access;
 mod archive;
 mod backing_file;
+mod backing_slot;
 mod backup;
 mod bitmap;
 mod bytes;
@@ -121,7 +122,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentKind};
 pub use foreign_options::{ForeignOptions, Subformat, VhdSize, VmdkAdapter};
 pub use format::Format;
-pub use image::{Extents, Image, NewOnDevice, Shrink};
+pub use image::{Extents, Image, NewBase, NewOnDevice, Shrink};
 pub use info::ImageInfo;
 pub use luks::{Encryption, LuksDetails, LuksInfo, LuksSlot};
 pub use mapping::{Content, Encoded, FileSpan, Holes, Lookup, Mapped, Mapping, ReadMap};

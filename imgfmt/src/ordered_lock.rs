@@ -43,6 +43,10 @@ pub(crate) mod rank {
         PROGRESS,
         /// When a job may transfer more.
         RATE_LIMIT,
+        /// Held while layers below an image are taken away.
+        DETACHING,
+        /// The list of the layers of an image.
+        LAYERS,
         /// The bitmaps: shared while the disk changes, exclusive while the list of them does.
         BITMAPS,
         /// The number of changes that the kernel carries out without a thread. Before the bitmaps
@@ -87,6 +91,8 @@ pub(crate) mod rank {
         /// Held while header extensions or autoclear bits are changed.
         HEADER_EDIT,
         LEASES,
+        /// The layer below an image, as one thread sees it.
+        BACKING,
         HEADER,
         HEADER_WRITES,
         SIDECAR,

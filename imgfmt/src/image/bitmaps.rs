@@ -106,8 +106,9 @@ impl Image {
         max_count: usize,
     ) -> Result<Vec<DirtyExtent>> {
         let range = self.check("look for changes in", range.offset(), range.length())?;
-        let layer = self.layer_with_bitmap(name)?;
-        layer.bitmaps().dirty_extents(name, range, max_count).map_err(|error| self.name(error))
+        self.in_layer_with_bitmap(name, |layer| {
+            layer.bitmaps().dirty_extents(name, range, max_count).map_err(|error| self.name(error))
+        })
     }
 
     /// Returns a copy of the bits of a bitmap, to be merged into a bitmap of another image. The
@@ -117,7 +118,9 @@ impl Image {
     ///
     /// As [`dirty_extents`](Self::dirty_extents).
     pub fn dirty_bits(&self, name: &str) -> Result<DirtyBits> {
-        self.layer_with_bitmap(name)?.bitmaps().dirty_bits(name).map_err(|error| self.name(error))
+        self.in_layer_with_bitmap(name, |layer| {
+            layer.bitmaps().dirty_bits(name).map_err(|error| self.name(error))
+        })
     }
 
     /// Returns the identity of the disk. It has one once a bitmap has been
@@ -131,15 +134,18 @@ impl Image {
     pub fn backups_of_chain(&self) -> Vec<(Option<PathBuf>, Option<Backup>)> {
         let of_image = |image: &Qcow2| (image.path().map(Path::to_owned), image.backup());
         // A layer of another format records none.
-        let layers = self.chain.qcow2_layers().map(|image| image.map_or((None, None), of_image));
-        if self.qcow2().is_some() { layers.collect() } else { Vec::new() }
+        let layers = self.chain.layers();
+        let images = self.chain.qcow2_layers(&layers);
+        let images = images.map(|image| image.map_or((None, None), of_image));
+        if self.qcow2().is_some() { images.collect() } else { Vec::new() }
     }
 
     /// Returns the files of the layers whose record of a backup cannot be read: it is damaged, or
     /// of a newer version. [`backups_of_chain`](Self::backups_of_chain) has `None` for them.
     pub fn unreadable_backups_of_chain(&self) -> Vec<Option<PathBuf>> {
-        let layers = self.chain.qcow2_layers().flatten();
-        let unreadable = layers.filter(|image| image.is_unreadable_backup());
+        let layers = self.chain.layers();
+        let images = self.chain.qcow2_layers(&layers).flatten();
+        let unreadable = images.filter(|image| image.is_unreadable_backup());
         unreadable.map(|image| image.path().map(Path::to_owned)).collect()
     }
 
@@ -147,7 +153,9 @@ impl Image {
     /// name once.
     pub fn bitmaps_of_chain(&self) -> Vec<BitmapInfo> {
         let mut found: Vec<BitmapInfo> = Vec::new();
-        for bitmap in self.chain.qcow2_layers().flatten().flat_map(|image| image.bitmaps().list()) {
+        let layers = self.chain.layers();
+        let images = self.chain.qcow2_layers(&layers).flatten();
+        for bitmap in images.flat_map(|image| image.bitmaps().list()) {
             if !found.iter().any(|other| other.name == bitmap.name) {
                 found.push(bitmap);
             }
@@ -158,10 +166,14 @@ impl Image {
     /// Returns all bitmaps of the layer in which a name is found, as in
     /// [`dirty_extents`](Self::dirty_extents); none if it is not found.
     pub fn bitmaps_beside(&self, name: &str) -> Vec<BitmapInfo> {
-        self.layer_with_bitmap(name).map(|layer| layer.bitmaps().list()).unwrap_or_default()
+        self.in_layer_with_bitmap(name, |layer| Ok(layer.bitmaps().list())).unwrap_or_default()
     }
 
-    fn layer_with_bitmap(&self, name: &str) -> Result<&Qcow2> {
+    fn in_layer_with_bitmap<T>(
+        &self,
+        name: &str,
+        with: impl FnOnce(&Qcow2) -> Result<T>,
+    ) -> Result<T> {
         if self.qcow2().is_none() {
             let what = self.format().description();
             let name = name.escape_debug();
@@ -172,8 +184,8 @@ impl Image {
                 detail,
             )));
         }
-        let mut layers = self.chain.qcow2_layers().flatten();
-        let found = layers.find(|image| image.bitmaps().has(name));
-        found.ok_or_else(|| self.name(no_bitmap(name)))
+        let layers = self.chain.layers();
+        let found = self.chain.qcow2_layers(&layers).flatten().find(|it| it.bitmaps().has(name));
+        with(found.ok_or_else(|| self.name(no_bitmap(name)))?)
     }
 }

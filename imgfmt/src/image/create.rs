@@ -15,7 +15,7 @@ use crate::backing_file::BackingFile;
 use crate::cache_mode::CacheMode;
 use crate::chain;
 use crate::create_options::{CreateOptions, DataFile, Preallocation, invalid};
-use crate::driver::{Chain, Driver, NamedFile, NewImage};
+use crate::driver::{Chain, Driver, Layers, NamedFile, NewImage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::foreign_options::Subformat;
 use crate::format::Format;
@@ -113,7 +113,8 @@ fn create_foreign(
     made.create(path, |_| Ok(()))?;
     let storage = Arc::new(open.open_file(path, Access::ReadWrite)?);
     let direct = storage.direct_alignment();
-    let file = storage.identity().map(|identity| NamedFile { path: path.to_owned(), identity });
+    let file =
+        storage.identity().map(|identity| NamedFile { layer: 0, path: path.to_owned(), identity });
     let image = (planned.begin)(storage, options.give_up).map_err(named)?;
     if options.preallocation != Preallocation::Off {
         set_space_aside_for(path, length)?;
@@ -124,7 +125,8 @@ fn create_foreign(
     }
     let top = Driver::New(NewImage { format: options.format, image });
     let files = file.into_iter().collect();
-    let chain = Chain { top, below: Vec::new(), files, others: Vec::new(), layers: Vec::new() };
+    let (below, others, opened) = Default::default();
+    let chain = Chain::new(top, Layers { below, files, others, opened });
     let cache = open.cache;
     let image = Image { chain, path: Some(path.into()), access: Access::ReadWrite, cache, direct };
     if (options.give_up)() {

@@ -2,6 +2,7 @@
 
 mod bitmaps;
 mod create;
+mod detach;
 mod extents;
 mod inspect;
 mod keys;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub(crate) use self::create::plan_foreign;
+pub use self::detach::NewBase;
 pub use self::extents::Extents;
 pub use self::on_device::NewOnDevice;
 use crate::access::Access;
@@ -83,8 +85,10 @@ impl Image {
             let mut image = opened.map_err(|error| error.with_path(path))?;
             if let Some(identity) = disk.identity {
                 // Its file has another name than the disk.
-                image.chain.others.retain(|other| other != path);
-                image.chain.files.insert(0, NamedFile { path: disk.path, identity });
+                if let Some(layers) = image.chain.layers_mut() {
+                    layers.others.retain(|(_, other)| other != path);
+                    layers.files.insert(0, NamedFile { layer: 0, path: disk.path, identity });
+                }
             }
             return Ok(image);
         }
@@ -144,7 +148,8 @@ impl Image {
     /// # }
     /// ```
     pub fn layer_sizes(&self) -> Vec<u64> {
-        let below = self.chain.below.iter().map(BackingLayer::size);
+        let layers = self.chain.layers();
+        let below = layers.below.iter().map(BackingLayer::size);
         std::iter::once(self.size()).chain(below).collect()
     }
 
@@ -153,8 +158,9 @@ impl Image {
     /// have no file. Blocks.
     pub fn layer_in(&self, path: &Path) -> Option<(u32, Format)> {
         let identity = FileIdentity::of(path)?;
-        let mut layers = self.chain.layers.iter().zip(1..).skip(1);
-        let found = layers.find(|(layer, _)| layer.identity == Some(identity));
+        let layers = self.chain.layers();
+        let mut below = layers.opened.iter().zip(1..).skip(1);
+        let found = below.find(|(layer, _)| layer.identity == Some(identity));
         found.map(|(layer, depth)| (depth, layer.format))
     }
 
@@ -186,15 +192,16 @@ impl Image {
 
     /// Returns the paths of the files that were opened, each with the identity of the opened file:
     /// the image, its data file and all layers below.
-    pub fn files(&self) -> impl Iterator<Item = (&Path, FileIdentity)> {
-        self.chain.files.iter().map(|file| (&*file.path, file.identity))
+    pub fn files(&self) -> Vec<(PathBuf, FileIdentity)> {
+        let layers = self.chain.layers();
+        layers.files.iter().map(|file| (file.path.clone(), file.identity)).collect()
     }
 
     /// Returns what else than named files the image consists of, from the top to the bottom, as it is
     /// called in the image above: the URI of a layer on a server. A storage that the caller has opened
     /// has the path that it was given with, or an empty one.
-    pub fn other_layers(&self) -> impl Iterator<Item = &Path> {
-        self.chain.others.iter().map(PathBuf::as_path)
+    pub fn other_layers(&self) -> Vec<PathBuf> {
+        self.chain.layers().others.iter().map(|(_, path)| path.clone()).collect()
     }
 
     /// Returns the capabilities of the image, and the sizes of requests that suit it.

@@ -35,4 +35,4 @@ pub use self::measure::{MeasuredDisk, Measurement, measure};
 pub use self::observer::{JobContext, Observer, Progress};
 pub use self::rate_limit::RateLimit;
 pub use self::rebase::{Rebased, rebase};
-pub use self::stream::{Streamed, ToStream, measure_stream, stream};
+pub use self::stream::{Streamed, ToStream, measure_stream, stream, stream_in_place};

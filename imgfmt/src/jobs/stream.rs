@@ -6,7 +6,7 @@ use super::range::{span, whole};
 use super::snapshots;
 use crate::error::{Error, ErrorKind};
 use crate::extent::{Extent, ExtentKind};
-use crate::image::Image;
+use crate::image::{Image, NewBase};
 use crate::qcow2::Below;
 use crate::units::GuestRange;
 
@@ -87,6 +87,58 @@ pub fn stream(
     Ok(job.streamed)
 }
 
+/// As [`stream`], and then takes the layers away: the base, or nothing, becomes the backing file of
+/// the image, which stays open and in use. The files of the layers are closed as soon as no request
+/// uses them; for that, at most 10 s are waited. [`Image::layer_in`] finds the depth of a base.
+///
+/// # Errors
+///
+/// As [`stream`]; `InvalidArgument` if the backing file that the header names is not open;
+/// `Destination` if the header cannot be changed, if it has no space for the name of the base, or if
+/// a flush has failed since the image was opened: then, what was copied may be lost. The layers are as
+/// before, after any error.
+///
+/// ```
+/// use imgfmt::jobs::{JobContext, stream_in_place};
+/// use imgfmt::{CreateOptions, Format, Image};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let directory = tempfile::tempdir()?;
+/// # let (base, top) = (directory.path().join("base.img"), directory.path().join("top.qcow2"));
+/// std::fs::write(&base, vec![7; 1 << 20])?;
+/// let overlay = Image::create(&top, &CreateOptions::overlay("base.img", Format::Raw))?;
+///
+/// stream_in_place(&overlay, None, &JobContext::default())?;
+/// assert_eq!(overlay.info()?.backing_name, None);
+/// std::fs::remove_file(&base)?;
+/// # Ok(())
+/// # }
+/// ```
+pub fn stream_in_place(
+    overlay: &Image,
+    base: Option<NewBase<'_>>,
+    context: &JobContext,
+) -> Result<Streamed, JobError> {
+    if overlay.ignores_backing() {
+        return Err(refused(overlay, "the backing file that it names is not open"));
+    }
+    let changes = overlay.backing_changes();
+    let streamed = stream(overlay, base.map(|base| base.depth), context)?;
+    let is_done = match base {
+        Some(base) => base.depth == 2,
+        None => overlay.layer_sizes().len() == 1,
+    };
+    if !is_done {
+        overlay.detach_below(base, changes).map_err(JobError::destination)?;
+    }
+    Ok(streamed)
+}
+
+fn refused(overlay: &Image, detail: &str) -> JobError {
+    let error = overlay.name(Error::new(ErrorKind::Unsupported, "stream into", detail));
+    JobError::image(JobErrorKind::InvalidArgument, error)
+}
+
 /// Returns how much [`stream`] would copy.
 ///
 /// # Errors
@@ -124,10 +176,7 @@ struct Streaming<'a> {
 
 impl<'a> Streaming<'a> {
     fn new(overlay: &'a Image, base: Option<u32>) -> Result<Self, JobError> {
-        let refuse = |detail: &str| {
-            let error = overlay.name(Error::new(ErrorKind::Unsupported, "stream into", detail));
-            Err(JobError::image(JobErrorKind::InvalidArgument, error))
-        };
+        let refuse = |detail: &str| Err(refused(overlay, detail));
         let Some(unit) = overlay.subcluster_size() else {
             return refuse("only a qcow2 image can take what is below it");
         };

@@ -1,10 +1,10 @@
 //! An open image: its parts, and information about it.
 
+use crate::backing_slot::BackingSlot;
 use crate::backup::Backup;
 use crate::bitmap::BitmapChange;
 use crate::create_options::{CompressionType, L2Entries, Qcow2Version};
 use crate::error::Result;
-use crate::layer::Backing;
 use crate::luks::{self, Encryption};
 use crate::qcow2::alloc::clusters::Clusters;
 use crate::qcow2::alloc::preallocated::Preallocated;
@@ -33,7 +33,7 @@ pub(crate) struct Qcow2 {
     /// Size of the visible disk: the image's or that of a snapshot, in bytes.
     pub(in crate::qcow2) size: u64,
     pub(in crate::qcow2) preallocated: Preallocated,
-    pub(in crate::qcow2) backing: Option<Backing>,
+    pub(in crate::qcow2) backing: BackingSlot,
     pub(in crate::qcow2) clusters: Arc<Clusters>,
     pub(in crate::qcow2) mapping: MappingTables,
     pub(in crate::qcow2) commits: Arc<Commits>,

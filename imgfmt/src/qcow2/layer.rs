@@ -37,7 +37,7 @@ impl Layer for Qcow2 {
     }
 
     fn backing(&self) -> Option<&Backing> {
-        self.backing.as_ref()
+        self.backing.fixed()
     }
 
     fn lease(&self) -> Option<Lease> {

@@ -7,8 +7,9 @@ use std::sync::{Arc, MutexGuard};
 use super::bitmap::Bitmaps;
 use super::check::{Mode, not_repaired};
 use crate::access::{Access, ExpectedEncryption};
+use crate::backing_slot::BackingSlot;
 use crate::error::{Error, ErrorKind, Result};
-use crate::layer::{Backing, Layer};
+use crate::layer::Layer;
 use crate::options::OpenOptions;
 use crate::ordered_lock::Ordered;
 use crate::qcow2::alloc::allocator::{Allocator, make_allocator};
@@ -93,7 +94,7 @@ impl Qcow2 {
             commits,
             size,
             preallocated,
-            backing: None,
+            backing: BackingSlot::default(),
             bitmaps,
         })
     }
@@ -166,11 +167,18 @@ impl Qcow2 {
     /// Whether unallocated clusters show a backing file: now, or, if it is ignored now, when the
     /// image is opened the next time.
     pub(super) fn names_backing(&self) -> bool {
-        self.backing.is_some() || self.metadata.header().backing_name.is_some()
+        self.backing.with(|backing| backing.is_some())
+            || self.metadata.header().backing_name.is_some()
     }
 
-    pub(crate) fn attach_backing(&mut self, layer: Arc<dyn Layer>) {
-        self.backing = Some(Backing::new(layer));
+    /// Puts a layer below the image, which is itself below another one.
+    pub(crate) fn fix_backing(&mut self, layer: Arc<dyn Layer>) {
+        self.backing.fix(layer);
+    }
+
+    /// Puts the first of these layers below the image; the others are below that one.
+    pub(crate) fn attach_backing(&mut self, layers: &Arc<[Arc<dyn Layer>]>) {
+        self.backing.attach(layers);
     }
 
     pub(crate) fn attach_data_file(&mut self, data: Arc<dyn Storage>, is_synced: bool) {

@@ -164,8 +164,8 @@ fn an_image_in_an_archive_is_checked_and_not_repaired() {
         assert_eq!(error.kind(), ErrorKind::ReadOnly, "{error}");
         // Its file is the archive.
         let image = Image::open(&path, &OpenOptions::new()).unwrap();
-        let files: Vec<_> = image.files().map(|(path, _)| path.to_owned()).collect();
-        assert_eq!((files, image.other_layers().count()), (vec![archive.clone()], 0));
+        let files: Vec<_> = image.files().into_iter().map(|(path, _)| path).collect();
+        assert_eq!((files, image.other_layers().len()), (vec![archive.clone()], 0));
     }
 }
 

@@ -95,14 +95,14 @@ fn backing_of(path: &Path, overlay: &Image) -> Result<(ImageLocation, Option<For
 }
 
 /// Copies into the overlay at `path` everything that the backing file `new` would show differently;
-/// `None` is no backing file. The disk does not change, and the header neither: see
-/// [`Image::change_backing_file`]. `options` open the overlay, `for_backing` the new backing file.
-/// Blocks, and must not be called by asynchronous tasks.
+/// `None` is no backing file; then makes that its backing file, before the overlay is unlocked. The
+/// disk does not change. `options` open the overlay, `for_backing` the new backing file. Blocks, and
+/// must not be called by asynchronous tasks.
 ///
 /// # Errors
 ///
 /// If an image cannot be opened, or the overlay cannot be written.
-pub fn copy_what_differs(
+pub fn rebase_overlay(
     path: &Path,
     options: &OpenOptions,
     new: Option<(&OsStr, Format)>,
@@ -127,7 +127,7 @@ pub fn copy_what_differs(
             )),
         }
     })?;
-    image.close().map_err(|error| JobError::image(JobErrorKind::Destination, error))
+    image.close_with_backing(new).map_err(|error| JobError::image(JobErrorKind::Destination, error))
 }
 
 /// The layers below an overlay after [`stream_overlay`].
@@ -172,12 +172,11 @@ pub fn stream_overlay(
             Kind::InvalidArgument | Kind::Interrupted => error.into(),
             _ => again(&error),
         })?;
-    // Everything is on stable storage before the name goes.
-    image.close().map_err(|error| again(&error))?;
-    if depth != Some(2) {
-        let backing = base.as_ref().map(|base| (base.name, base.format));
-        Image::change_backing_file(path, options, backing).map_err(|error| again(&error))?;
-    }
+    let closed = match (depth, base) {
+        (Some(2), _) => image.close(),
+        (_, base) => image.close_with_backing(base.map(|base| (base.name, base.format))),
+    };
+    closed.map_err(|error| again(&error))?;
     Ok(streamed)
 }
 
@@ -248,8 +247,7 @@ mod tests {
         let (options, remotes, context) =
             (OpenOptions::new(), Remotes::default(), JobContext::default());
         let new = Some((OsStr::new("other"), Format::Raw));
-        copy_what_differs(&top, &options, new, &options, &remotes, &context).unwrap();
-        Image::change_backing_file(&top, &options, new).unwrap();
+        rebase_overlay(&top, &options, new, &options, &remotes, &context).unwrap();
         for committed in [Committed::Kept, Committed::Emptied] {
             commit_overlay(&top, &options, committed, &remotes, &context).unwrap();
             let mut content = vec![1; 1 << 20];

@@ -49,7 +49,7 @@ impl Qcow2 {
         if plan.old.compressed.is_some() || plan.old.allocated & mask != 0 {
             return false;
         }
-        let backing_size = self.backing.as_ref().map_or(0, |backing| backing.size);
+        let backing_size = self.backing.size();
         plan.old.zero & mask == mask || (plan.guest_start + fill.start).bytes() >= backing_size
     }
 

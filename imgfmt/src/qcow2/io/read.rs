@@ -13,6 +13,13 @@ use crate::units::{GuestOffset, GuestRange, HostOffset};
 /// The cost of finding a mapped range, in addition to its entries, in entries.
 const EFFORT_OF_PIECE: u64 = 1;
 
+/// What came of a part without content.
+enum Below {
+    Mapped(Mapped),
+    /// The layer below was replaced meanwhile, this many times in all.
+    Changed(u64),
+}
+
 impl Qcow2 {
     pub(in crate::qcow2) fn map_range(
         &self,
@@ -20,6 +27,7 @@ impl Qcow2 {
         walk: &mut Walk<'_>,
     ) -> Result<Mapped> {
         let (mut position, end) = (range.offset(), range.end());
+        let mut changes = self.backing.changes();
         while position < end {
             let Some(piece) = self.mapping.piece(position, end, walk.lookup)? else {
                 return Ok(Mapped::WouldBlock);
@@ -29,9 +37,14 @@ impl Qcow2 {
             let mapped = match piece.content {
                 Subcluster::Stored(host) => self.map_stored(piece.range, host, walk)?,
                 Subcluster::Zero => walk.push(self, piece.range, Content::Hole)?,
-                Subcluster::Unallocated => {
-                    Backing::map(self.backing.as_ref(), self, piece.range, walk)?
-                }
+                Subcluster::Unallocated => match self.map_below(piece.range, changes, walk)? {
+                    Below::Mapped(mapped) => mapped,
+                    Below::Changed(now) => {
+                        // What the layer provided is here now.
+                        (changes, position) = (now, piece.range.offset());
+                        continue;
+                    }
+                },
                 Subcluster::Compressed(Compressed { offset, length }) => {
                     let encoded = Content::Encoded(Encoded { offset, length });
                     walk.push(self, piece.range, encoded)?
@@ -45,6 +58,17 @@ impl Qcow2 {
             }
         }
         Ok(Mapped::Complete)
+    }
+
+    /// Maps a part that was found to have no content here when the slot had changed `changes` times.
+    fn map_below(&self, range: GuestRange, changes: u64, walk: &mut Walk<'_>) -> Result<Below> {
+        let Some(attached) = self.backing.attached() else {
+            return Backing::map(self.backing.fixed(), self, range, walk).map(Below::Mapped);
+        };
+        if attached.changes() != changes {
+            return Ok(Below::Changed(attached.changes()));
+        }
+        Backing::map(attached.backing(), self, range, walk).map(Below::Mapped)
     }
 
     /// Looks for holes of the file only where clusters were preallocated.

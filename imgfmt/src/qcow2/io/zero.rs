@@ -178,14 +178,16 @@ impl Qcow2 {
 
     /// Whether the layers below read as zero there.
     fn is_zero_below(&self, range: GuestRange) -> Result<bool> {
-        let Some(backing) = &self.backing else { return Ok(true) };
-        let inside = range.intersection(span(0, backing.size));
-        if inside.is_empty() {
-            return Ok(true);
-        }
-        let mut list = ExtentList::new(EXTENTS_OF_ZEROES);
-        extents(&*backing.layer, inside, &mut list)?;
-        Ok(is_zero_until(&list.into_vec(), inside.end()))
+        self.backing.with(|backing| {
+            let Some(backing) = backing else { return Ok(true) };
+            let inside = range.intersection(span(0, backing.size));
+            if inside.is_empty() {
+                return Ok(true);
+            }
+            let mut list = ExtentList::new(EXTENTS_OF_ZEROES);
+            extents(&*backing.layer, inside, &mut list)?;
+            Ok(is_zero_until(&list.into_vec(), inside.end()))
+        })
     }
 
     /// Whether a range reads as zero already, regardless of the layers below this one.

@@ -28,6 +28,14 @@ use crate::qcow2::on_disk::words::read_error;
 use crate::storage::{Durability, MemoryStorage, Storage};
 use crate::units::HostOffset;
 
+/// Whether the image is open. Then its first sector is locked, its features are as they have to be,
+/// and its header must never be torn or incomplete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Use {
+    Open,
+    Closed,
+}
+
 const NAME_BYTES_MAX: usize = 1023;
 const BACKING_FILE_OFFSET: usize = 8;
 const BACKING_FILE_SIZE: usize = 16;
@@ -37,6 +45,7 @@ const BACKING_FILE_SIZE: usize = 16;
 pub(crate) fn change_backing(
     storage: &dyn Storage,
     backing: Option<(&OsStr, Format)>,
+    used: Use,
 ) -> Result<()> {
     let header = Header::read_to_name(storage)?;
     if header.incompatible & incompatible::CORRUPT != 0 {
@@ -56,10 +65,13 @@ pub(crate) fn change_backing(
     let read = storage.read_at(HostOffset::new(0), &mut first).map_err(read_error)?;
     debug_assert!(first[..read].starts_with(&MAGIC));
     // Refuses what does not fit before anything is written.
-    let whole = rewritten(&header, &first, backing)?;
+    let whole = rewritten(&header, &first, backing, used)?;
     if first.len() as u64 > SECTOR {
-        if change_in_steps(storage, &header, backing)? {
+        if change_in_steps(storage, &header, backing, used)? {
             return Ok(());
+        }
+        if used == Use::Open {
+            return Err(no_room_while_open());
         }
         if header.version >= 3 {
             return change_marked(storage, &header, backing);
@@ -101,13 +113,13 @@ fn give_name_up(
     marked.backing_name = None;
     marked.incompatible |= incompatible::NAME_UNFINISHED;
     // The list of extensions still ends where the old name began.
-    let mut sector = first_sector(&area, &marked, area.limit, 0);
+    let mut sector = first_sector(&area, &marked, (area.limit, 0), Use::Closed);
     let features = marked.incompatible.to_be_bytes();
     sector[field::INCOMPATIBLE as usize..][..8].copy_from_slice(&features);
     area.write(0, &sector)?;
     area.sync()?;
     end_list(&area)?;
-    change_in_steps(storage, &marked, backing)
+    change_in_steps(storage, &marked, backing, Use::Closed)
 }
 
 /// Changes the backing file so that a crash leaves the old or the new one. Returns false, with no
@@ -116,6 +128,7 @@ fn change_in_steps(
     storage: &dyn Storage,
     header: &Header,
     backing: Option<(&OsStr, Format)>,
+    used: Use,
 ) -> Result<bool> {
     let cluster_size = header.geometry.cluster_size();
     let mut area = Area::read(storage, cluster_size)?;
@@ -125,7 +138,7 @@ fn change_in_steps(
         area.sync()?;
     }
     let Some((name, format)) = backing else {
-        return remove(storage, header).map(|()| true);
+        return remove(storage, header, used).map(|()| true);
     };
     if !has_mark(&area) {
         if !add_mark(&area)? {
@@ -142,7 +155,7 @@ fn change_in_steps(
     let has_name = header.backing_name.is_some();
     change_later_sectors(&area, slot, has_name)?;
     let area = Area::read(storage, cluster_size)?;
-    let mut sector = first_sector(&area, header, name_place, name.len());
+    let mut sector = first_sector(&area, header, (name_place, name.len()), used);
     let old = formats(&area).filter(|place| Some(*place) != slot.place());
     slot.show_in(&mut sector, old, content);
     area.write(0, &sector)?;
@@ -199,11 +212,11 @@ fn add_mark(area: &Area<'_>) -> Result<bool> {
 }
 
 /// Removes the name, and then the format, which has no meaning without a name.
-fn remove(storage: &dyn Storage, header: &Header) -> Result<()> {
+fn remove(storage: &dyn Storage, header: &Header, used: Use) -> Result<()> {
     let cluster_size = header.geometry.cluster_size();
     let area = Area::read(storage, cluster_size)?;
     let list_end = if has_mark(&area) { 0 } else { area.limit };
-    area.write(0, &first_sector(&area, header, list_end, 0))?;
+    area.write(0, &first_sector(&area, header, (list_end, 0), used))?;
     area.sync()?;
     if list_end != 0 {
         end_list(&area)?;
@@ -246,22 +259,32 @@ fn clear_old_name(area: &Area<'_>) -> Result<()> {
 }
 
 /// The first sector with another name, and with only those autoclear bits that this crate maintains.
-fn first_sector(area: &Area<'_>, header: &Header, name_place: u64, name_length: usize) -> Vec<u8> {
+fn first_sector(
+    area: &Area<'_>,
+    header: &Header,
+    (name_place, name_length): (u64, usize),
+    used: Use,
+) -> Vec<u8> {
     let mut sector = area.bytes[..SECTOR as usize].to_vec();
     sector[BACKING_FILE_OFFSET..][..8].copy_from_slice(&name_place.to_be_bytes());
     sector[BACKING_FILE_SIZE..][..4].copy_from_slice(&(name_length as u32).to_be_bytes());
-    if header.version >= 3 {
+    if header.version >= 3 && used == Use::Closed {
         set_features(&mut sector, header);
     }
     sector
 }
 
 /// The first cluster with the new name and format.
-fn rewritten(header: &Header, first: &[u8], backing: Option<(&OsStr, Format)>) -> Result<Vec<u8>> {
+fn rewritten(
+    header: &Header,
+    first: &[u8],
+    backing: Option<(&OsStr, Format)>,
+    used: Use,
+) -> Result<Vec<u8>> {
     let is_v3 = header.version >= 3;
     let header_length = if is_v3 { u32_at(first, 100) as usize } else { V2_LENGTH as usize };
     let mut content = first[..header_length].to_vec();
-    if is_v3 {
+    if is_v3 && used == Use::Closed {
         // This is a write: unknown structures are not kept up to date.
         set_features(&mut content, header);
     }
@@ -299,6 +322,12 @@ fn set_features(bytes: &mut [u8], header: &Header) {
     {
         bytes[place as usize..][..8].copy_from_slice(&bits.to_be_bytes());
     }
+}
+
+fn no_room_while_open() -> Error {
+    let detail = "its header has no space for both names of backing files, so the name can be changed \
+                  only while the image is not in use: stop the server and use 'nbd-cli image stream'";
+    Error::new(ErrorKind::Unsupported, "change the backing file of", detail)
 }
 
 fn no_room() -> Error {

@@ -126,8 +126,9 @@ impl MetadataFile {
     /// Writes fields of the header. They are valid at once, but may not be on disk until
     /// [`sync_header`](Self::sync_header) succeeds.
     pub(in crate::qcow2) fn write_header(&self, place: u64, bytes: &[u8]) -> Result<()> {
+        let mut writes = self.header_writes.lock();
         self.write(HostOffset::new(place), bytes)?;
-        self.header_writes.lock().insert(place, bytes.to_vec());
+        writes.insert(place, bytes.to_vec());
         Ok(())
     }
 
@@ -147,13 +148,15 @@ impl MetadataFile {
 
     /// Writes these fields again, and syncs.
     pub(in crate::qcow2) fn repeat_header_writes(&self) -> Result<()> {
-        let writes = self.header_writes.lock().clone();
-        if writes.is_empty() {
-            return Ok(());
-        }
-        // The structures that they point to were on disk before the first write.
-        for (place, bytes) in &writes {
-            self.write(HostOffset::new(*place), bytes)?;
+        {
+            let writes = self.header_writes.lock();
+            if writes.is_empty() {
+                return Ok(());
+            }
+            // The structures that they point to were on disk before the first write.
+            for (place, bytes) in &*writes {
+                self.write(HostOffset::new(*place), bytes)?;
+            }
         }
         self.sync_header()
     }
@@ -168,6 +171,19 @@ impl MetadataFile {
         let cluster_size = self.header().geometry.cluster_size();
         let _editing = self.header_edit.lock();
         self.count_failed(edit(&*self.file, cluster_size).map_err(|error| self.named(error)))
+    }
+
+    /// As [`edit_header`](Self::edit_header), for an edit that writes all of the first sector: no field
+    /// of the header is written meanwhile.
+    pub(in crate::qcow2) fn edit_first_sector<T>(
+        &self,
+        edit: impl FnOnce(&dyn Storage) -> Result<T>,
+    ) -> Result<T> {
+        self.edit_header(|file, _| {
+            let _fields = self.header_writes.lock();
+            self.note_alive();
+            edit(file)
+        })
     }
 
     /// Sets the sidecar that is stamped whenever the file changes; `None` ends that.

@@ -36,7 +36,7 @@ impl Qcow2 {
         self.grow_l1(size)?;
         // The rest of the last cluster may have any content, and the backing file may be longer.
         let cluster_end = self.size.next_multiple_of(self.geometry().cluster_size()).min(size);
-        let backing_end = self.backing.as_ref().map_or(0, |backing| backing.size).min(size);
+        let backing_end = self.backing.size().min(size);
         let stale = span(self.size, cluster_end.max(backing_end));
         if !stale.is_empty() {
             self.zero_range(stale, ZeroMode::MayUnmap, Speed::Any)?;

@@ -109,8 +109,9 @@ fn over_file(
 
 /// Refuses files below an overlay that are not those of the image it was made over.
 fn refuse_others(image: &Image, overlay: &Path, base: &Image) -> imgfmt::Result<()> {
-    let known: HashSet<FileIdentity> = base.files().map(|(_, identity)| identity).collect();
-    let mut files = image.files().filter(|(path, _)| *path != overlay);
+    let known: HashSet<FileIdentity> =
+        base.files().into_iter().map(|(_, identity)| identity).collect();
+    let mut files = image.files().into_iter().filter(|(path, _)| *path != overlay);
     match files.find(|(_, identity)| !known.contains(identity)) {
         Some((path, _)) => {
             let error = io::Error::other("another file took its place while it was opened");

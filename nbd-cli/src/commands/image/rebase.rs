@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
 use imgfmt::{Format, Image};
-use nbd_jobs::overlay::copy_what_differs;
+use nbd_jobs::overlay::rebase_overlay;
 
 use super::info::print_json;
 use super::open::{OpenArgs, explained, pinned};
@@ -73,23 +73,25 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<Outcome, CommandError> {
         // Before anything is copied.
         Image::check_chain_length(&args.path, &args.open.options(), new)?;
     }
-    if !args.is_unsafe {
+    if args.is_unsafe {
+        Image::change_backing_file(&args.path, &args.open.options(), new).map_err(explained)?;
+    } else {
         keep_content(args, new)?;
     }
-    Image::change_backing_file(&args.path, &args.open.options(), new).map_err(explained)?;
     if args.json {
         print_json(&args.path, &args.open.options().format(Format::Qcow2))?;
     }
     Ok(Outcome::Success)
 }
 
-/// Copies into the overlay the clusters in which the old and the new backing file differ.
+/// Copies into the overlay the clusters in which the old and the new backing file differ, and sets the
+/// new one.
 fn keep_content(args: &RebaseArgs, new: Option<(&OsStr, Format)>) -> Result<(), CommandError> {
     let shown = Shown::new(args.progress.visibility());
     let (overlay, backing) = (args.open.options(), args.open.trust.options());
     let remotes = ServerArgs::default().remotes();
     let context = shown.context();
-    let copied = copy_what_differs(&args.path, &overlay, new, &backing, &remotes, &context);
+    let copied = rebase_overlay(&args.path, &overlay, new, &backing, &remotes, &context);
     shown.clear();
     Ok(copied?)
 }

@@ -63,7 +63,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
             let image = place.open()?;
             printer.begin()?;
             // With one file only, no data can be in another one.
-            let has_other_files = image.files().count() > 1;
+            let has_other_files = image.files().len() > 1;
             for layer in &mut printer.layers {
                 layer.is_scattered &= has_other_files;
             }

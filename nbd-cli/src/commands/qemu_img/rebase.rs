@@ -1,7 +1,7 @@
 //! `qemu-img rebase`.
 
 use imgfmt::{CacheMode, Format, Image};
-use nbd_jobs::overlay::copy_what_differs;
+use nbd_jobs::overlay::rebase_overlay;
 
 use super::arguments::Arguments;
 use super::known::Opt;
@@ -50,13 +50,13 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         Image::check_chain_length(path, &options, new)?;
     }
     let progress = Percentage::begin(arguments.wants_progress())?;
-    let mut rebased = Ok(());
-    if !is_unsafe {
+    let rebased = if is_unsafe {
+        Image::change_backing_file(path, &options, new).map_err(Refusal::from)
+    } else {
         let context = progress.context();
-        rebased = copy_what_differs(path, &options, new, &for_backing, &place.remotes, &context)
-            .map_err(Refusal::from);
-    }
-    let rebased = rebased.and_then(|()| Ok(Image::change_backing_file(path, &options, new)?));
+        rebase_overlay(path, &options, new, &for_backing, &place.remotes, &context)
+            .map_err(Refusal::from)
+    };
     progress.end_with(&rebased);
     rebased.map(|()| 0)
 }

@@ -197,7 +197,7 @@ fn is_unfinished(bytes: &[u8]) -> bool {
 }
 
 fn change(storage: &dyn Storage, to: To<'_>) {
-    change_backing(storage, to.map(|(name, format)| (name.as_ref(), format))).unwrap();
+    change_backing(storage, to.map(|(name, format)| (name.as_ref(), format)), Use::Closed).unwrap();
 }
 
 fn header(bytes: &[u8]) -> Header {
@@ -345,7 +345,7 @@ fn a_name_that_does_not_fit_into_the_header_changes_nothing() {
         let before = trial.bytes.clone();
         trial.edit(|file| {
             let name = name("base.qcow2", length);
-            let changed = change_backing(file, Some((name.as_ref(), Format::Qcow2)));
+            let changed = change_backing(file, Some((name.as_ref(), Format::Qcow2)), Use::Closed);
             let kind = changed.map_err(|error| error.kind());
             assert_eq!(kind, Err(ErrorKind::InvalidInput), "{version:?}");
         });
@@ -390,7 +390,10 @@ fn an_image_whose_disk_is_being_overwritten_gets_no_backing_file() {
         for bits in [incompatible::INCOMPLETE, !incompatible::KNOWN] {
             let area = Area::read(file, 4096).unwrap();
             area.write(field::INCOMPATIBLE, &bits.to_be_bytes()).unwrap();
-            assert!(change_backing(file, Some((OsStr::new("base.raw"), Format::Raw))).is_err());
+            assert!(
+                change_backing(file, Some((OsStr::new("base.raw"), Format::Raw)), Use::Closed)
+                    .is_err()
+            );
         }
         let area = Area::read(file, 4096).unwrap();
         area.write(field::INCOMPATIBLE, &bits).unwrap();

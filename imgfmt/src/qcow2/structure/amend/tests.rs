@@ -7,7 +7,7 @@ use super::*;
 use crate::create_options::CreateOptions;
 use crate::format::Format;
 use crate::image::Image;
-use crate::qcow2::metadata::backing_change::change_backing;
+use crate::qcow2::metadata::backing_change::{Use, change_backing};
 use crate::qcow2::metadata::header_edit::put_extension;
 use crate::storage::MemoryStorage;
 use crate::testing::Recorder;
@@ -27,7 +27,7 @@ fn image(cluster_size: u64, version: Qcow2Version, name_length: usize) -> Vec<u8
     put_extension(&storage, cluster_size, UNKNOWN_EXTENSION, &[7; 20]).unwrap();
     if name_length > 0 {
         let name = "n".repeat(name_length);
-        change_backing(&storage, Some((name.as_ref(), Format::Raw))).unwrap();
+        change_backing(&storage, Some((name.as_ref(), Format::Raw)), Use::Closed).unwrap();
     }
     content(&storage)
 }

@@ -43,9 +43,10 @@ impl DiskFiles {
     /// Those of an image. Relative names begin in the current directory.
     pub(crate) fn of(image: &Image) -> Self {
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        let files = image.files().map(|(path, identity)| DiskFile::new(absolute(path), identity));
+        let files = image.files().into_iter();
+        let files = files.map(|(path, identity)| DiskFile::new(absolute(&path), identity));
         let files: Vec<_> = files.collect();
-        let is_all = !files.is_empty() && image.other_layers().next().is_none();
+        let is_all = !files.is_empty() && image.other_layers().is_empty();
         Self { files, is_all, ..Self::default() }
     }
 
