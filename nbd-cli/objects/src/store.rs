@@ -15,7 +15,7 @@ use crate::crypto::{OpenSsl, hex};
 use crate::error::{Result, StoreError};
 use crate::location::StoreUrl;
 use crate::settings::{Addressing, StoreSettings, Timeouts};
-use crate::transport::{Redirects, Transport};
+use crate::transport::{Completion, Redirects, Transport};
 
 /// Requests are repeated this often at most, as long as the time limit allows.
 const RETRIES_MAX: usize = 10;
@@ -63,7 +63,7 @@ impl Place {
         match url {
             StoreUrl::S3 { bucket, key } => {
                 let path = key_path(&name, key)?;
-                let (store, endpoint) = s3(bucket, settings)?;
+                let (store, endpoint, _) = s3(bucket, settings)?;
                 let identity = format!("{endpoint} {name}");
                 Ok(Self { store: Arc::new(store), path, name, identity, directory: None })
             }
@@ -108,11 +108,14 @@ pub(crate) fn key_path(name: &str, key: &str) -> Result<Path> {
     })
 }
 
-/// Prepares requests to a bucket, and returns the store's address as well.
-pub(crate) fn s3(bucket: &str, settings: &StoreSettings) -> Result<(AmazonS3, String)> {
+/// Prepares requests to a bucket, and returns the store's address and the condition for the end of
+/// uploads as well.
+pub(crate) fn s3(bucket: &str, settings: &StoreSettings) -> Result<(AmazonS3, String, Completion)> {
     let access = S3Access::resolve(settings)?;
     let region = access.region.unwrap_or_else(|| "us-east-1".to_owned());
     let endpoint = endpoint_of(bucket, &region, access.endpoint.as_deref(), access.addressing);
+    let transport = Transport::new(settings, Redirects::Returned)?;
+    let completion = transport.completion();
     let mut builder = AmazonS3Builder::new()
         .with_bucket_name(bucket)
         .with_region(&region)
@@ -121,7 +124,7 @@ pub(crate) fn s3(bucket: &str, settings: &StoreSettings) -> Result<(AmazonS3, St
         .with_conditional_put(S3ConditionalPut::ETagMatch)
         .with_retry(retry(settings.timeouts))
         .with_crypto_provider(Arc::new(OpenSsl))
-        .with_http_connector(Transport::new(settings, Redirects::Returned)?);
+        .with_http_connector(transport);
     builder = match access.source {
         Source::Anonymous => builder.with_skip_signature(true),
         Source::Keys(keys) => {
@@ -148,7 +151,7 @@ pub(crate) fn s3(bucket: &str, settings: &StoreSettings) -> Result<(AmazonS3, St
     };
     let store = builder.build();
     let store = store.map_err(|error| StoreError::of("use", &format!("s3://{bucket}"), &error))?;
-    Ok((store, endpoint.address))
+    Ok((store, endpoint.address, completion))
 }
 
 struct Endpoint {

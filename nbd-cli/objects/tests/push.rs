@@ -29,12 +29,24 @@ impl Bench {
     }
 
     fn push(&self, change: impl FnOnce(&mut PushOptions)) -> Result<Pushed, StoreError> {
+        self.push_with(change, || {})
+    }
+
+    /// Pushes; `meanwhile` is called when everything but the last request was sent.
+    fn push_with(
+        &self,
+        change: impl FnOnce(&mut PushOptions),
+        meanwhile: impl Fn() + Send + Sync + 'static,
+    ) -> Result<Pushed, StoreError> {
         let storage = MemoryStorage::new(self.data.len() as u64);
         storage.write_at(HostOffset::new(0), &self.data, Durability::Cached).unwrap();
         let source = PushSource {
             storage: Arc::new(storage),
             name: "/disk.img".to_owned(),
-            is_unchanged: Arc::new(|| true),
+            is_unchanged: Arc::new(move || {
+                meanwhile();
+                true
+            }),
         };
         let mut options =
             PushOptions { records: Some(self.directory.path().to_owned()), ..Default::default() };
@@ -152,6 +164,62 @@ fn upload_that_the_store_has_forgotten_is_begun_anew() {
     bench.store.fail(|_| Fault::None);
     bench.push(|_| {}).unwrap();
     assert!(bench.is_there());
+}
+
+#[test]
+fn two_pushes_of_one_image_do_not_share_an_upload() {
+    let bench = Arc::new(Bench::new(PART + 1));
+    let (other, seen) = (Arc::clone(&bench), Arc::new(std::sync::Mutex::new(None)));
+    let result = Arc::clone(&seen);
+    // A process of its own would say the same: the lock is that of an open file.
+    let meanwhile = move || *result.lock().unwrap() = Some(other.push(|_| {}));
+    bench.push_with(|_| {}, meanwhile).unwrap();
+    let error = seen.lock().unwrap().take().unwrap().unwrap_err().to_string();
+    assert!(error.contains("by another process"), "{error}");
+    assert!(bench.is_there());
+    assert_eq!(bench.store.open_uploads(), 0);
+    assert_eq!(std::fs::read_dir(bench.directory.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn object_that_another_program_writes_meanwhile_stays() {
+    for replaces in [false, true] {
+        for is_late in [false, true] {
+            let bench = Arc::new(Bench::new(PART + 1));
+            if replaces {
+                bench.store.put(KEY, "old");
+            }
+            let write = {
+                let bench = Arc::clone(&bench);
+                move || bench.store.put(KEY, "of another program")
+            };
+            let other = write.clone();
+            if is_late {
+                // When the store gets the last request.
+                bench.store.fail(move |seen| {
+                    if seen.method == "POST" && seen.query.contains("uploadId") {
+                        write();
+                    }
+                    Fault::None
+                });
+            }
+            let meanwhile = move || {
+                if is_late {
+                } else {
+                    other()
+                }
+            };
+            let pushed = bench.push_with(|options| options.replace = replaces, meanwhile);
+            let error = pushed.unwrap_err().to_string();
+            assert!(error.contains("another program wrote s3://bucket/disk.img"), "{error}");
+            assert_eq!(bench.store.object(KEY).unwrap(), "of another program");
+            // What was sent is used when it is to be replaced all the same.
+            bench.store.fail(|_| Fault::None);
+            let pushed = bench.push(|options| options.replace = true).unwrap();
+            assert_eq!(pushed.resumed, bench.data.len() as u64);
+            assert!(bench.is_there());
+        }
+    }
 }
 
 #[test]

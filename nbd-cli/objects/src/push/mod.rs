@@ -24,6 +24,7 @@ use crate::runtime::{LOOK_EVERY, runtime};
 use crate::settings::StoreSettings;
 use crate::shown::shown;
 use crate::store::{key_path, s3};
+use crate::transport::Completion;
 
 use record::{Part, Record};
 
@@ -105,14 +106,18 @@ pub fn push(
         StoreError::new(StoreErrorKind::Local, format!("cannot start threads: {error}"))
     })?;
     let name = url.to_string();
-    let (store, endpoint) = s3(bucket, settings)?;
+    let (store, endpoint, completion) = s3(bucket, settings)?;
     let path = key_path(&name, key)?;
     let size = source.storage.len().map_err(|error| unreadable(source, &error))?;
     let part_len = part_len(size)?;
     let identity = format!("{endpoint} {name} {} {size} {part_len}", source.name);
-    let record = Record::open(options.records.as_deref(), &identity);
+    let record = Record::open(options.records.as_deref(), &identity).ok_or_else(|| {
+        let why =
+            format!("'{}' is being put to {name} by another process; wait for it", source.name);
+        StoreError::new(StoreErrorKind::Local, why)
+    })?;
     let (sender, mut receiver) = mpsc::unbounded_channel();
-    let target = Target { store, path, name };
+    let target = Target { store, path, name, completion };
     let job = Job {
         target,
         source: source.clone(),
@@ -157,11 +162,45 @@ struct Target {
     store: AmazonS3,
     path: Path,
     name: String,
+    /// What has to be there at the end, for stores that look.
+    completion: Completion,
 }
 
 impl Target {
+    /// What is there.
+    async fn found(&self) -> Result<Option<Found>> {
+        match self.store.get_opts(&self.path, head()).await {
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(self.failed("write", &error)),
+            Ok(found) => Ok(Some(Found { size: found.meta.size, etag: found.meta.e_tag })),
+        }
+    }
+
+    /// The error if another program wrote the object.
+    fn taken(&self) -> StoreError {
+        let why = format!(
+            "another program wrote {} meanwhile, and it stays; to replace it, push again with \
+             --replace",
+            self.name
+        );
+        StoreError::new(StoreErrorKind::Exists, why)
+    }
+
     fn failed(&self, operation: &str, error: &object_store::Error) -> StoreError {
         StoreError::of(operation, &self.name, error)
+    }
+}
+
+/// An object that is there.
+#[derive(Debug, PartialEq, Eq)]
+struct Found {
+    size: u64,
+    etag: Option<String>,
+}
+
+impl Found {
+    fn is_tagged(&self, etag: &str) -> bool {
+        self.etag.as_deref().unwrap_or_default().trim_matches('"') == etag
     }
 }
 
@@ -176,13 +215,14 @@ struct Job {
 
 impl Job {
     async fn run(self, mut record: Record) -> Result<Pushed> {
-        self.check_absent().await?;
+        let before = self.look().await?;
+        let before = before.as_ref();
         let is_resumed = record.upload().is_some();
-        let resumed = match self.send(&mut record).await {
+        let resumed = match self.send(&mut record, before).await {
             // The store has forgotten the upload: rules of a bucket delete old ones.
             Err(Failed::NoUpload) if is_resumed => {
                 record.forget();
-                self.send(&mut record).await
+                self.send(&mut record, before).await
             }
             other => other,
         };
@@ -201,21 +241,24 @@ impl Job {
         Ok(Pushed { size: self.size, resumed })
     }
 
-    async fn check_absent(&self) -> Result<()> {
+    /// Looks what is replaced.
+    async fn look(&self) -> Result<Option<Found>> {
         let target = &self.target;
-        match target.store.get_opts(&target.path, head()).await {
-            Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(target.failed("write", &error)),
-            Ok(_) if self.options.replace => Ok(()),
-            Ok(_) => {
-                let why = format!("{} exists already; add --replace to replace it", target.name);
-                Err(StoreError::new(StoreErrorKind::Exists, why))
-            }
+        let found = target.found().await?;
+        if found.is_some() && !self.options.replace {
+            let why = format!("{} exists already; add --replace to replace it", target.name);
+            return Err(StoreError::new(StoreErrorKind::Exists, why));
         }
+        match &found {
+            None => target.completion.expect(None),
+            Some(Found { etag: Some(etag), .. }) => target.completion.expect(Some(etag)),
+            Some(_) => {}
+        }
+        Ok(found)
     }
 
     /// Sends the parts that are not there, and completes the object.
-    async fn send(&self, record: &mut Record) -> Result<u64, Failed> {
+    async fn send(&self, record: &mut Record, before: Option<&Found>) -> Result<u64, Failed> {
         let target = &self.target;
         let upload = match record.upload() {
             Some(upload) => upload.to_owned(),
@@ -259,7 +302,7 @@ impl Job {
         drop(sent);
         match failure {
             Some(failed) => Err(failed),
-            None => self.complete(upload, &record.parts()).await.map(|()| resumed),
+            None => self.complete(upload, &record.parts(), before).await.map(|()| resumed),
         }
     }
 
@@ -308,34 +351,63 @@ impl Job {
         }
     }
 
-    async fn complete(&self, upload: &str, parts: &[Part]) -> Result<(), Failed> {
+    async fn complete(
+        &self,
+        upload: &str,
+        parts: &[Part],
+        before: Option<&Found>,
+    ) -> Result<(), Failed> {
         if !(self.source.is_unchanged)() {
             let name = &self.source.name;
             let why = format!("'{name}' was changed while it was read; push it again");
             return Err(StoreError::new(StoreErrorKind::Local, why).into());
         }
         let target = &self.target;
+        // Not all stores look themselves.
+        if target.found().await?.as_ref() != before {
+            let is_own = self.is_own(parts).await.unwrap_or(false);
+            return if is_own { Ok(()) } else { Err(target.taken().into()) };
+        }
         let ids = parts.iter().map(|part| PartId { content_id: part.etag.clone() }).collect();
         let completed =
             target.store.complete_multipart(&target.path, &upload.to_owned(), ids).await;
         match completed {
             Ok(_) => self.check(parts).await.map_err(Failed::Other),
             // An earlier request may have completed it, with a reply that was lost.
-            Err(object_store::Error::NotFound { .. }) => {
-                self.check(parts).await.map_err(|_| Failed::NoUpload)
-            }
+            Err(object_store::Error::NotFound { .. }) => match self.is_own(parts).await {
+                Ok(true) => Ok(()),
+                _ => Err(Failed::NoUpload),
+            },
+            Err(
+                object_store::Error::Precondition { .. }
+                | object_store::Error::AlreadyExists { .. },
+            ) => match self.is_own(parts).await? {
+                true => Ok(()),
+                false => Err(target.taken().into()),
+            },
             Err(error) => Err(target.failed("write", &error).into()),
+        }
+    }
+
+    /// Returns whether the object is what was sent. Reads it, if its ETag does not tell.
+    async fn is_own(&self, parts: &[Part]) -> Result<bool> {
+        let Some(found) = self.target.found().await? else { return Ok(false) };
+        match multipart_tag(parts) {
+            _ if found.size != self.size => Ok(false),
+            Some(expected) => Ok(found.is_tagged(&expected)),
+            None => self.verify(parts).await.map(|()| true),
         }
     }
 
     /// Compares length and ETag of the object with what was sent.
     async fn check(&self, parts: &[Part]) -> Result<()> {
         let target = &self.target;
-        let found = target.store.get_opts(&target.path, head()).await;
-        let meta = found.map_err(|error| target.failed("check", &error))?.meta;
         let expected = multipart_tag(parts);
-        let etag = meta.e_tag.as_deref().unwrap_or_default().trim_matches('"');
-        if meta.size == self.size && expected.is_none_or(|expected| expected == etag) {
+        let is_it = target.found().await?.is_some_and(|found| {
+            let is_tagged = |expected: &String| found.is_tagged(expected);
+            found.size == self.size && expected.as_ref().is_none_or(is_tagged)
+        });
+        if is_it {
             return Ok(());
         }
         let why = format!("{} is not what was sent; push it again with --replace", target.name);

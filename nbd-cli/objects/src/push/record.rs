@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::io::Write as _;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::crypto::hex;
@@ -21,9 +22,11 @@ pub(super) struct Part {
     pub(super) md5: String,
 }
 
-/// The record of an upload. If it cannot be written, the next push starts anew.
+/// The record of an upload. If it cannot be written, the next push starts anew. Another push of the
+/// same image to the same object has to wait: their parts would be those of one upload.
 #[derive(Debug, Default)]
 pub(super) struct Record {
+    _lock: Option<Lock>,
     path: Option<PathBuf>,
     state: State,
     /// Parts that the file does not have.
@@ -37,13 +40,22 @@ struct State {
 }
 
 impl Record {
-    /// Opens the record of the push with this identity.
-    pub(super) fn open(directory: Option<&Path>, identity: &str) -> Self {
+    /// Opens the record of the push with this identity; `None` if another process has it.
+    pub(super) fn open(directory: Option<&Path>, identity: &str) -> Option<Self> {
         let digest = openssl::sha::sha256(identity.as_bytes());
         let name = format!("{}.push", hex(&digest[..16]));
         let path = directory.map(|directory| directory.join(name));
+        let lock = match path.as_ref().map(|path| Lock::take(path.with_extension("lock"))) {
+            Some(Ok(None)) => return None,
+            Some(Ok(lock)) => lock,
+            Some(Err(error)) => {
+                tracing::debug!(%error, "the progress of the push cannot be recorded");
+                return Some(Self::default());
+            }
+            None => None,
+        };
         let state = path.as_deref().and_then(read).unwrap_or_default();
-        Self { path, state, unwritten: 0 }
+        Some(Self { _lock: lock, path, state, unwritten: 0 })
     }
 
     pub(super) fn upload(&self) -> Option<&str> {
@@ -103,6 +115,43 @@ impl Drop for Record {
     }
 }
 
+/// A file that one process has at a time, and removes.
+#[derive(Debug)]
+struct Lock {
+    path: PathBuf,
+    _file: fs::File,
+}
+
+impl Lock {
+    /// Returns `None` if another process has it.
+    fn take(path: PathBuf) -> std::io::Result<Option<Self>> {
+        if let Some(directory) = path.parent() {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+        }
+        loop {
+            let mut options = fs::OpenOptions::new();
+            options.write(true).create(true).truncate(false).mode(0o600);
+            let file = options.open(&path)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+                locked => locked?,
+            }
+            // The one who had it may have removed the file meanwhile.
+            let own = file.metadata()?;
+            let is_there = fs::metadata(&path).is_ok_and(|it| it.ino() == own.ino());
+            if is_there {
+                return Ok(Some(Self { path, _file: file }));
+            }
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
 fn read(path: &Path) -> Option<State> {
     let is_short = fs::metadata(path).ok()?.len() <= FILE_MAX;
     let text = is_short.then(|| fs::read(path).ok())??;
@@ -111,9 +160,6 @@ fn read(path: &Path) -> Option<State> {
 
 /// Replaces the file: a crash leaves the old or the new one.
 fn write(path: &Path, state: &State) -> std::io::Result<()> {
-    if let Some(directory) = path.parent() {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    }
     let new = path.with_extension(format!("push.{}", std::process::id()));
     let mut options = fs::OpenOptions::new();
     let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&new)?;

@@ -48,7 +48,7 @@ pub enum Fault {
     WrongRange,
     /// The reply has no ETag.
     NoTag,
-    /// The condition `If-Match` is ignored.
+    /// The conditions `If-Match` and `If-None-Match` are ignored.
     NoCondition,
     /// The reply comes after this many milliseconds.
     Late(u64),
@@ -251,7 +251,7 @@ async fn serve(
         Fault::Dropped => return Err(std::io::Error::other("the request is lost")),
         Fault::Nonsense => return Ok(reply(Answer::page(), false, &fault)),
         Fault::WholeObject => parsed.range = None,
-        Fault::NoCondition => parsed.if_match = None,
+        Fault::NoCondition => (parsed.if_match, parsed.creates) = (None, false),
         Fault::WrongRange => parsed.range = Some("bytes=1-2".to_owned()),
         Fault::Late(milliseconds) => tokio::time::sleep(Duration::from_millis(milliseconds)).await,
         _ => {}

@@ -109,6 +109,9 @@ impl Objects {
                 Answer::new(200, "").with("etag", self.objects[&request.key].etag.clone())
             }
             Method::POST if query("uploads").is_some() => self.begin(request),
+            Method::POST if upload.is_some() && !self.is_expected(request) => {
+                Answer::error(412, "PreconditionFailed")
+            }
             Method::POST if upload.is_some() => self.complete(request, upload.unwrap_or_default()),
             Method::POST if query("delete").is_some() => self.delete_many(request),
             Method::DELETE if upload.is_some() => {
@@ -120,6 +123,15 @@ impl Objects {
                 Answer::new(204, "")
             }
             _ => Answer::error(405, "MethodNotAllowed"),
+        }
+    }
+
+    /// Returns whether the conditions for a write are fulfilled.
+    fn is_expected(&self, request: &Parsed) -> bool {
+        match (self.objects.get(&request.key), &request.if_match) {
+            (Some(object), Some(etag)) => object.etag == *etag,
+            (None, Some(_)) => false,
+            (object, None) => object.is_none() || !request.creates,
         }
     }
 

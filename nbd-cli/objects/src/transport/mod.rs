@@ -4,6 +4,7 @@
 //! failed connection says so.
 
 mod body;
+mod completion;
 mod connection;
 mod failure;
 mod limiter;
@@ -34,6 +35,7 @@ use crate::error::Result;
 use crate::settings::{StoreSettings, Timeouts};
 
 pub(crate) use body::WHOLE_MAX;
+pub(crate) use completion::Completion;
 
 use body::{BodyLimits, ReplyBody};
 use connection::{Connection, Dialer, Origin};
@@ -57,6 +59,7 @@ const CONFLICT_PAUSE: Duration = Duration::from_millis(50);
 pub(crate) struct Transport {
     shared: Arc<Shared>,
     redirects: Redirects,
+    completion: Completion,
 }
 
 /// Whether redirects of GET and HEAD are followed. Signed requests are valid for one host only.
@@ -85,7 +88,12 @@ impl Transport {
         let limit = settings.requests_per_second.map(NonZeroU32::get);
         let limiter = Limiter::new(limit);
         let shared = Shared { dialer, pool: Pool::default(), limiter, timeouts: settings.timeouts };
-        Ok(Self { shared: Arc::new(shared), redirects })
+        Ok(Self { shared: Arc::new(shared), redirects, completion: Completion::default() })
+    }
+
+    /// The condition for the end of an upload; none at first.
+    pub(crate) fn completion(&self) -> Completion {
+        self.completion.clone()
     }
 }
 
@@ -156,6 +164,7 @@ impl Transport {
         if is_list {
             limits.length = listing::LIST_MAX;
         }
+        self.completion.add_to(&mut request);
         prepare(&mut request)?;
         loop {
             let (mut connection, is_used) = match shared.pool.take(&origin) {

@@ -1,0 +1,34 @@
+//! A condition for the end of an upload, which the client of the store has no means to ask for.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use hyper::Method;
+use hyper::header::{HeaderName, HeaderValue, IF_MATCH, IF_NONE_MATCH};
+use object_store::client::HttpRequest;
+
+/// What has to be there when an upload is completed. Clones are one condition.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Completion(Arc<Mutex<Option<(HeaderName, HeaderValue)>>>);
+
+impl Completion {
+    /// The object has to be the one with this ETag; without one, there must be none.
+    pub(crate) fn expect(&self, etag: Option<&str>) {
+        let condition = match etag {
+            Some(etag) => HeaderValue::from_str(etag).ok().map(|etag| (IF_MATCH, etag)),
+            None => Some((IF_NONE_MATCH, HeaderValue::from_static("*"))),
+        };
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = condition;
+    }
+
+    /// Adds the condition to the request that completes an upload.
+    pub(super) fn add_to(&self, request: &mut HttpRequest) {
+        let query = request.uri().query().unwrap_or_default();
+        if request.method() != Method::POST || !query.contains("uploadId=") {
+            return;
+        }
+        let condition = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some((name, value)) = condition {
+            request.headers_mut().insert(name, value);
+        }
+    }
+}
