@@ -204,9 +204,8 @@ fn object_that_another_program_writes_meanwhile_stays() {
                 });
             }
             let meanwhile = move || {
-                if is_late {
-                } else {
-                    other()
+                if !is_late {
+                    other();
                 }
             };
             let pushed = bench.push_with(|options| options.replace = replaces, meanwhile);

@@ -60,7 +60,18 @@ fn backup_of_an_image_is_listed_checked_restored_and_forgotten() {
     says(nbd_cli(&["repo", "prune", &repository]), &["--keep-last"]);
     nbd_cli(&["repo", "prune", "--keep-last", "1", &repository]).success();
     assert_eq!(json(&["repo", "stats", "--json", &repository])["disks"][0]["backups"], 1);
-    nbd_cli(&["repo", "forget", &repository, "vm1@latest"]).success();
+    // What is read stays when it is forgotten, and who reads it is told.
+    let program = env!("CARGO_BIN_EXE_nbd-cli");
+    let while_read = format!(
+        "{program} repo forget {repository} vm1@latest && {program} repo stats {repository}"
+    );
+    let told = nbd_cli(&["serve", "--read-only", "--run", &while_read, &name]).success();
+    let id = again["id"].as_str().expect("text");
+    let end = format!(": vm1@{id}, which is forgotten");
+    let reader = told.lines().find(|line| line.ends_with(&end)).unwrap_or_else(|| panic!("{told}"));
+    assert!(reader.contains("read by process ") && reader.contains(" since 20"), "{told}");
+    let stats = json(&["repo", "stats", "--json", &repository]);
+    assert_eq!(stats["readers"].as_array().map(Vec::len), Some(0), "{stats}");
     nbd_cli(&["repo", "gc", "--idle", "1ms", &repository]).success();
     assert!(packs(&repository).is_empty());
 }

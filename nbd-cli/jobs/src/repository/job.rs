@@ -7,7 +7,7 @@ use std::time::Instant;
 use bytes::{Bytes, BytesMut};
 use imgfmt::{Format, Image, OpenOptions, Storage};
 use nbd_client::Client;
-use nbd_objects::repo::{BLOCK_SIZE, Damage, Id, Made, NewBackup, Repository, Session};
+use nbd_objects::repo::{BLOCK_SIZE, Damage, Id, Made, NewBackup, Repository, Session, host_name};
 use nbd_proto::NbdUri;
 use tokio::task::JoinHandle;
 
@@ -115,7 +115,7 @@ impl Work<'_> {
         let mut new = NewBackup::default();
         new.name.clone_from(&self.options.name);
         new.size = size;
-        new.host = host();
+        new.host = host_name();
         new.export.clone_from(&described.export);
         new.bitmap.clone_from(&described.bitmap);
         new.identity.clone_from(&described.identity);
@@ -273,9 +273,4 @@ fn begin(source: &Arc<Source>, offset: u64, length: u64) -> Read {
 
 async fn ended(read: &mut Read) -> Result<Bytes, JobError> {
     (&mut read.0).await.map_err(|error| JobError::given_up("read", &error))?
-}
-
-/// The name of this machine.
-fn host() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

@@ -9,6 +9,7 @@ use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Folder, Id, Key, PackId};
 use super::listing::bytes_of;
 use super::objects::{Creates, SMALL_LEN_MAX};
+use super::pin_record::{self, ReaderInfo};
 use super::protocol::{Answer, Collected, Collector, Forget, Object, Request, Rules, Step};
 use super::repository::Repository;
 use super::session_record::SessionRecord;
@@ -58,6 +59,17 @@ pub struct SessionInfo {
     pub id: Id,
     /// Who makes which backup, unless the object is damaged.
     pub record: Option<SessionRecord>,
+}
+
+/// A pin: gc keeps the data of its backup, even if that is forgotten.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PinInfo {
+    /// Its identity.
+    pub id: Id,
+    /// The backup that is read.
+    pub backup: Id,
+    /// Who reads it. Pins of older versions do not tell.
+    pub reader: Option<ReaderInfo>,
 }
 
 impl Repository {
@@ -122,15 +134,17 @@ impl Repository {
     /// # Errors
     ///
     /// As for all requests to the store, and if a pin is damaged.
-    pub async fn pins(&self) -> Result<Vec<(Id, Id)>> {
+    pub async fn pins(&self) -> Result<Vec<PinInfo>> {
         let mut pins = Vec::new();
         for listed in self.objects.list(Folder::Pins).await? {
-            let Key::Pin(pin) = listed.key else { continue };
-            if let Answer::Found(Object::Pin(id)) =
-                self.objects.carry_out(Request::Get(listed.key)).await?
-            {
-                pins.push((pin, id));
-            }
+            let Key::Pin(id) = listed.key else { continue };
+            let name = listed.key.to_string();
+            let Some(object) = self.objects.read(&name, SMALL_LEN_MAX).await? else { continue };
+            let Some((backup, reader)) = pin_record::decode(&self.objects.sealer, id, &object)
+            else {
+                return Err(RepositoryError::damaged(format!("the object {name} is damaged")));
+            };
+            pins.push(PinInfo { id, backup, reader });
         }
         Ok(pins)
     }

@@ -12,6 +12,7 @@ use object_store::{Error, GetOptions, GetRange, ObjectStoreExt as _, PutMode, Pu
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Folder, Id, Key, PackId};
 use super::pack_list::{push_packs, read_packs};
+use super::pin_record::{self, ReaderInfo};
 use super::protocol::{Answer, Backup, Object, Request};
 use super::reader::Reader;
 use super::root::{self, Kind};
@@ -292,9 +293,11 @@ impl Objects {
             (Key::Condemned(id), Object::Condemned(packs)) => {
                 encode_list(&self.sealer, id, &packs)?
             }
-            (_, Object::Pin(id)) => format!("{{\"backup\":\"{id}\"}}").into(),
-            (key, Object::Condemned(_)) => {
-                return Err(RepositoryError::invalid(format!("{key} cannot be a list")));
+            (Key::Pin(pin), Object::Pin(id)) => {
+                pin_record::encode(&self.sealer, pin, id, &ReaderInfo::own())?
+            }
+            (key, Object::Condemned(_) | Object::Pin(_)) => {
+                return Err(RepositoryError::invalid(format!("{key} cannot be a list or a pin")));
             }
         })
     }
@@ -306,12 +309,10 @@ impl Objects {
             Key::Condemned(id) => decode_list(&self.sealer, id, &content)
                 .map(|packs| Object::Condemned(Arc::new(packs)))
                 .ok_or_else(|| RepositoryError::damaged(format!("the object {key} is damaged"))),
-            Key::Pin(_) => {
-                let pin: Option<serde_json::Value> = serde_json::from_slice(&content).ok();
-                let backup = pin.as_ref().and_then(|pin| pin["backup"].as_str()?.parse().ok());
-                let damaged = || RepositoryError::damaged(format!("the object {key} is damaged"));
-                backup.map(Object::Pin).ok_or_else(damaged)
-            }
+            Key::Pin(pin) => match pin_record::decode(&self.sealer, pin, &content) {
+                Some((backup, _)) => Ok(Object::Pin(backup)),
+                None => Err(RepositoryError::damaged(format!("the object {key} is damaged"))),
+            },
             Key::Pack(_) => Err(RepositoryError::invalid("packs are read in parts")),
         }
     }

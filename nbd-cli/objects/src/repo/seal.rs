@@ -55,6 +55,8 @@ pub(crate) const ROOT: u32 = u32::MAX;
 pub(crate) const SESSION: u32 = u32::MAX - 1;
 /// Instead of a number of a pack: a condemned list, offset 0.
 pub(crate) const CONDEMNED: u32 = u32::MAX - 2;
+/// Instead of a number of a pack: the reader in a pin, offset 0.
+pub(crate) const PIN: u32 = u32::MAX - 3;
 
 /// Most packs of a session.
 pub(crate) const PACKS_MAX: u32 = u32::MAX - 16;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use nbd_jobs::date::date_and_time;
 use nbd_jobs::repository::repository_error;
 use nbd_jobs::size::rounded;
-use nbd_objects::repo::{BackupInfo, Checked, Garbage, Repository, SessionInfo};
+use nbd_objects::repo::{BackupInfo, Checked, Garbage, PinInfo, Repository, SessionInfo};
 use serde::Serialize;
 
 use super::args::{GcArgs, ListArgs, StatsArgs};
@@ -48,6 +48,41 @@ struct Session {
 struct Pin {
     id: String,
     backup: String,
+    /// The disk of which it is.
+    name: Option<String>,
+    /// Whether only this reader, or others, keep it from gc.
+    forgotten: bool,
+    host: Option<String>,
+    process: Option<u32>,
+    since: Option<String>,
+}
+
+impl Pin {
+    fn of(info: &PinInfo, backups: &[BackupInfo]) -> Self {
+        let backup = backups.iter().find(|backup| backup.id == info.backup);
+        let reader = info.reader.as_ref();
+        Self {
+            id: info.id.to_string(),
+            backup: info.backup.to_string(),
+            name: backup.and_then(|it| Some(it.head.as_ref().ok()?.name.clone())),
+            forgotten: backup.is_none_or(|it| it.is_forgotten),
+            host: reader.map(|reader| reader.host.clone()),
+            process: reader.map(|reader| reader.process),
+            since: reader.map(|reader| date_and_time(reader.time / 1000)),
+        }
+    }
+
+    fn line(&self) -> String {
+        let who = match (&self.host, self.process, &self.since) {
+            (Some(host), Some(process), Some(since)) => {
+                format!("process {process} on {} since {since}", printable(host))
+            }
+            _ => "an older program".to_owned(),
+        };
+        let name = printable(self.name.as_deref().unwrap_or("?")).to_string();
+        let state = if self.forgotten { ", which is forgotten" } else { "" };
+        format!("{}  read by {who}: {name}@{}{state}", self.id, self.backup)
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -86,25 +121,37 @@ impl Session {
             since: record.map(|record| date_and_time(record.time / 1000)),
         }
     }
+
+    fn line(&self) -> String {
+        format!(
+            "{}  being made or interrupted: {} on {} since {}",
+            self.id,
+            printable(self.name.as_deref().unwrap_or("?")),
+            printable(self.host.as_deref().unwrap_or("?")),
+            self.since.as_deref().unwrap_or("?")
+        )
+    }
+}
+
+async fn pins(repository: &Repository, backups: &[BackupInfo]) -> Result<Vec<Pin>, CommandError> {
+    let pins = repository.pins().await.map_err(repository_error)?;
+    Ok(pins.iter().map(|pin| Pin::of(pin, backups)).collect())
 }
 
 pub(super) async fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
     let repository = args.store.open().await?;
     let mut backups = repository.list().await.map_err(repository_error)?;
+    let readers = pins(&repository, &backups).await?;
     if let Some(name) = &args.name {
         backups.retain(|info| info.head.as_ref().is_ok_and(|head| head.name == *name));
     }
     let sessions = repository.sessions().await.map_err(repository_error)?;
-    let readers = repository.pins().await.map_err(repository_error)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json => output.json(&List {
             backups: backups.iter().map(Backup::of).collect(),
             sessions: sessions.iter().map(Session::of).collect(),
-            readers: readers
-                .iter()
-                .map(|(id, backup)| Pin { id: id.to_string(), backup: backup.to_string() })
-                .collect(),
+            readers,
         })?,
         ReportFormat::Text => {
             for info in &backups {
@@ -121,16 +168,10 @@ pub(super) async fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
                 }
             }
             for session in sessions.iter().map(Session::of) {
-                output.line(&format!(
-                    "{}  being made or interrupted: {} on {} since {}",
-                    session.id,
-                    printable(session.name.as_deref().unwrap_or("?")),
-                    printable(session.host.as_deref().unwrap_or("?")),
-                    session.since.as_deref().unwrap_or("?")
-                ))?;
+                output.line(&session.line())?;
             }
-            for (id, backup) in &readers {
-                output.line(&format!("{id}  reads {backup}"))?;
+            for reader in &readers {
+                output.line(&reader.line())?;
             }
         }
     }
@@ -252,12 +293,18 @@ struct Stats {
     packs: u64,
     bytes: u64,
     disks: Vec<Disk>,
+    /// What keeps gc from freeing space.
+    sessions: Vec<Session>,
+    readers: Vec<Pin>,
 }
 
 pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
     let repository = args.store.open().await?;
     let mut disks: BTreeMap<String, Disk> = BTreeMap::new();
-    for info in repository.list().await.map_err(repository_error)? {
+    let backups = repository.list().await.map_err(repository_error)?;
+    let readers = pins(&repository, &backups).await?;
+    let sessions = repository.sessions().await.map_err(repository_error)?;
+    for info in backups {
         let Ok(head) = info.head else { continue };
         if info.is_forgotten {
             continue;
@@ -274,6 +321,8 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
         packs,
         bytes: total,
         disks: disks.into_values().collect(),
+        sessions: sessions.iter().map(Session::of).collect(),
+        readers,
     };
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
@@ -288,6 +337,10 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
                     rounded(disk.data),
                     rounded(disk.added)
                 ))?;
+            }
+            let sessions = stats.sessions.iter().map(Session::line);
+            for line in sessions.chain(stats.readers.iter().map(Pin::line)) {
+                output.line(&line)?;
             }
             output.line(&format!(
                 "{}: {} packs, {}, {}",
