@@ -86,7 +86,7 @@ fn create(path: &Path, options: &CreateOptions) -> Result<Image> {
     if let Some(data_path) = data_file(path, options) {
         made.create(&data_path, |file| file.set_len(size))?;
     }
-    made.create(path, |file| fill(file, options, size, &content, syncs))?;
+    made.create(path, |file| fill(file, steps(options, size, &content, syncs)))?;
     preallocate(path, options, &open)?;
     // Preallocation is not synced.
     open.is_synced = syncs && options.preallocation != Preallocation::Falloc;
@@ -444,32 +444,47 @@ fn write_zeroes(path: &Path, options: &CreateOptions, open: &OpenOptions) -> Res
     image.close()
 }
 
-/// Writes parts of a new file, each at its offset.
-fn fill(
-    file: &File,
+/// What is done to fill a new file.
+#[derive(Debug)]
+enum Step<'a> {
+    SetLength(u64),
+    Write(u64, &'a [u8]),
+    Sync,
+}
+
+/// How parts of a new file are written, each at its offset.
+fn steps<'a>(
     options: &CreateOptions,
     size: u64,
-    content: &[(u64, Vec<u8>)],
+    content: &'a [(u64, Vec<u8>)],
     syncs: bool,
-) -> io::Result<()> {
-    match options.format {
-        Format::Raw => file.set_len(size)?,
-        Format::Luks => file.set_len(size + NEW_HEADER_LENGTH)?,
-        _ => {}
-    }
+) -> Vec<Step<'a>> {
+    let mut steps = match options.format {
+        Format::Raw => vec![Step::SetLength(size)],
+        Format::Luks => vec![Step::SetLength(size + NEW_HEADER_LENGTH)],
+        _ => Vec::new(),
+    };
     let is_encrypted = options.encryption.is_some();
     for (offset, bytes) in content {
         // The file is an image when all keys are in it.
         let held_back = if is_encrypted && *offset == 0 { SECTOR as usize } else { 0 };
-        file.write_all_at(&bytes[held_back..], offset + held_back as u64)?;
+        steps.push(Step::Write(offset + held_back as u64, &bytes[held_back..]));
     }
     if let (true, Some((0, bytes))) = (is_encrypted, content.first()) {
         if syncs {
-            file.sync_all()?;
+            steps.push(Step::Sync);
         }
-        file.write_all_at(&bytes[..SECTOR as usize], 0)?;
+        steps.push(Step::Write(0, &bytes[..SECTOR as usize]));
     }
-    Ok(())
+    steps
+}
+
+fn fill(file: &File, steps: Vec<Step<'_>>) -> io::Result<()> {
+    steps.into_iter().try_for_each(|step| match step {
+        Step::SetLength(length) => file.set_len(length),
+        Step::Write(offset, bytes) => file.write_all_at(bytes, offset),
+        Step::Sync => file.sync_all(),
+    })
 }
 
 /// Opens the backing file to verify it, and returns the size of its disk.
@@ -481,3 +496,7 @@ fn backing_size(path: &Path, name: &OsStr, format: Format, create: &CreateOption
     let options = OpenOptions { passphrases: create.open.passphrases.clone(), ..options };
     chain::named_size(path, name, &options)
 }
+
+#[cfg(test)]
+#[cfg(feature = "encryption")]
+mod tests;

@@ -147,7 +147,7 @@ fn refuse_what_devices_lack(options: &CreateOptions) -> Result<()> {
 }
 
 /// Writes the metadata, if there is space; returns the offset and the length of the space after it.
-fn lay_out(
+pub(super) fn lay_out(
     storage: &dyn Storage,
     options: &CreateOptions,
     size: u64,
