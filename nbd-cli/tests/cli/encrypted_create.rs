@@ -93,6 +93,35 @@ fn the_form_of_qemu_img_makes_encrypted_images_and_reports_them_alike() {
 }
 
 #[test]
+fn an_encrypted_overlay_that_is_converted_upon_a_base_has_only_what_differs_and_hides_it() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let key = key_of(&disk);
+    let directory = tempfile::tempdir().expect("room");
+    let here = directory.path();
+    let mut content = disk.content().to_vec();
+    std::fs::write(here.join("base.raw"), &content).expect("room");
+    let secret_text = b"what differs is a secret".repeat(100);
+    content[70_000..70_000 + secret_text.len()].copy_from_slice(&secret_text);
+    // Data of the base becomes zero, which must not show it.
+    content[..65536].fill(0);
+    std::fs::write(here.join("source.raw"), &content).expect("room");
+    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let line = format!(
+        "convert --object secret,id=s,file={key} -f raw -O qcow2 -o {options} -B base.raw -F raw \
+         source.raw copy"
+    );
+    let copied = ours(here, &words(&line));
+    assert_eq!(copied.code, Some(0), "{copied:?}");
+    let copy = here.join("copy");
+    let bytes = std::fs::read(&copy).expect("the copy");
+    assert!(!bytes.windows(24).any(|window| window == &secret_text[..24]), "plain text");
+    assert!(bytes.len() < 3 << 20, "{} bytes: more than what differs", bytes.len());
+    let copy = copy.to_str().expect("text");
+    assert!(decrypted(&disk, &qemu_img, "qcow2", copy, &key) == content);
+}
+
+#[test]
 fn options_of_encryption_that_are_incomplete_or_not_made_are_refused_by_the_form_of_qemu_img() {
     let directory = tempfile::tempdir().expect("room");
     for (options, part) in [

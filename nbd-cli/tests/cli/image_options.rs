@@ -28,6 +28,37 @@ fn options_of_raw_and_qcow2_images_are_given_in_lists() {
 }
 
 #[test]
+fn an_option_that_is_given_twice_is_refused_and_makes_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let [new, source] = ["new", "source"].map(|name| directory.path().join(name));
+    let (new, source) = (new.display().to_string(), source.display().to_string());
+    nbd_cli(&["image", "create", "-f", "qcow2", &source, "1M"]).success();
+    let before = std::fs::read(&source).unwrap();
+    let create = ["image", "create", "-f", "qcow2", &new, "1M"];
+    let convert = ["image", "convert", "-O", "qcow2", &source, &new];
+    let measure = ["image", "measure", "-O", "qcow2", &source];
+    let amend = ["image", "amend", &source];
+    let cases: [(&[&str], &[&str], &str); 9] = [
+        (&create, &["--cluster-size", "4k"], "cluster_size=8k"),
+        (&create, &["--refcount-bits", "8"], "refcount_bits=8"),
+        (&create, &["--extended-l2"], "extended_l2=off"),
+        (&create, &["--lazy-refcounts"], "lazy_refcounts=off"),
+        (&create, &["--preallocation", "full"], "compat=1.1,preallocation=off"),
+        (&convert, &["--compression-type", "zstd"], "compression_type=zlib"),
+        (&measure, &["--compat", "1.1"], "compat=1.1"),
+        (&amend, &["--compat", "1.1"], "compat=0.10"),
+        (&amend, &["--size", "3M"], "size=2M"),
+    ];
+    for (command, flag, list) in cases {
+        let outcome = nbd_cli(&[command, flag, &["-o", list]].concat());
+        assert_eq!(outcome.code, Some(1), "{flag:?} {list}: {outcome:?}");
+        assert!(outcome.stderr.contains("give only one"), "{outcome:?}");
+        assert!(!std::path::Path::new(&new).exists() && std::fs::read(&source).unwrap() == before);
+    }
+    nbd_cli(&[&create[..], &["--cluster-size", "4k", "-o", "compat=1.1"]].concat()).success();
+}
+
+#[test]
 fn options_that_an_image_cannot_have_are_refused_and_make_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let new = directory.path().join("new").display().to_string();

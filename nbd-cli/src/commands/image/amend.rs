@@ -8,6 +8,7 @@ use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::size::ByteSize;
 
 use super::create::Compat;
+use super::format_options::refuse_twice;
 use super::info::print_json;
 use super::open::{OpenArgs, explained};
 use crate::error::{CommandError, Outcome};
@@ -80,7 +81,7 @@ pub enum OnOff {
 pub(crate) fn run(args: &AmendArgs) -> Result<Outcome, CommandError> {
     let mut amendment = Amendment::default();
     for options in &args.options {
-        read_options(options, &mut amendment)?;
+        read_options(options, &given_flags(args), &mut amendment)?;
     }
     if let Some(compat) = args.compat {
         amendment.version = Some(version(compat));
@@ -122,9 +123,21 @@ fn lazy_refcounts(lazy: OnOff) -> LazyRefcounts {
     }
 }
 
+/// The given options that can be given by `-o` too.
+fn given_flags(args: &AmendArgs) -> Vec<&'static str> {
+    let flags = [
+        ("--compat", args.compat.is_some()),
+        ("--lazy-refcounts", args.lazy_refcounts.is_some()),
+        ("--refcount-bits", args.refcount_bits.is_some()),
+        ("--size", args.size.is_some()),
+    ];
+    flags.into_iter().filter(|(_, is_given)| *is_given).map(|(flag, _)| flag).collect()
+}
+
 /// Parses options in qemu-img's syntax.
-fn read_options(text: &str, amendment: &mut Amendment) -> Result<(), CommandError> {
+fn read_options(text: &str, flags: &[&str], amendment: &mut Amendment) -> Result<(), CommandError> {
     let mut options = KeyValues::parse(text, None).map_err(CommandError::new)?;
+    refuse_twice(&options, flags)?;
     let bad = |key: &str, value: &str| {
         CommandError::new(format!("'{}' is not a value of {key}", printable(value)))
     };

@@ -194,7 +194,7 @@ fn options(
     let mut create = CreateOptions::new(format, 0);
     create.give_up = || signals::caught().is_some();
     args.qcow2.apply(&mut create)?;
-    args.format_options.apply(&mut create)?;
+    args.format_options.apply(&mut create, &args.qcow2.given())?;
     if args.bitmaps && create.version == Qcow2Version::V2 {
         return Err(CommandError::new("--bitmaps needs version 3 of qcow2; omit compat=0.10"));
     }
@@ -284,7 +284,7 @@ fn check_options(
     if exists && !args.format_options.options.is_empty() {
         return refuse("-o is for new images; omit it, or omit --no-create");
     }
-    if exists && let Some(option) = args.qcow2.given() {
+    if exists && let Some(option) = args.qcow2.given().first() {
         return refuse(&format!("{option} is for new images; omit it, or omit --no-create"));
     }
     if args.json && matches!(destination, ImageLocation::Export { .. }) {

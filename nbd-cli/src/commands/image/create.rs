@@ -172,8 +172,8 @@ pub enum Compression {
 }
 
 impl Qcow2Args {
-    /// Returns the name of a given option, if there is one.
-    pub(super) fn given(&self) -> Option<&'static str> {
+    /// Returns the names of the given options.
+    pub(super) fn given(&self) -> Vec<&'static str> {
         let options = [
             ("--cluster-size", self.cluster_size.is_some()),
             ("--refcount-bits", self.refcount_bits.is_some()),
@@ -181,12 +181,12 @@ impl Qcow2Args {
             ("--compression-type", self.compression_type.is_some()),
             ("--extended-l2", self.extended_l2),
         ];
-        options.iter().find(|(_, is_given)| *is_given).map(|(option, _)| *option)
+        options.iter().filter(|(_, is_given)| *is_given).map(|(option, _)| *option).collect()
     }
 
     /// Sets the options of a new image, or reports one that it cannot have.
     pub(super) fn apply(&self, options: &mut CreateOptions) -> Result<(), CommandError> {
-        if let (true, Some(option)) = (options.format != Format::Qcow2, self.given()) {
+        if let (true, Some(option)) = (options.format != Format::Qcow2, self.given().first()) {
             let format = options.format;
             return Err(CommandError::new(format!(
                 "a {format} image has no {option}; omit it or create a qcow2 image"
@@ -225,7 +225,7 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     let backing = args.backing.as_deref().map(pinned);
     options.backing = backing.transpose()?.zip(args.backing_format.map(Format::from));
     args.qcow2.apply(&mut options)?;
-    args.format_options.apply(&mut options)?;
+    args.format_options.apply(&mut options, &given_flags(args))?;
     options.foreign.final_name = args.path.file_name().map(Into::into);
     if args.lazy_refcounts && options.format != Format::Qcow2 {
         return Err(CommandError::new(format!(
@@ -269,6 +269,14 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
         print_json(&args.path, &args.locks.options().format(options.format))?;
     }
     Ok(Outcome::Success)
+}
+
+/// The given options that can be given by `-o` too.
+fn given_flags(args: &CreateArgs) -> Vec<&'static str> {
+    let mut flags = args.qcow2.given();
+    flags.extend(args.lazy_refcounts.then_some("--lazy-refcounts"));
+    flags.extend((args.preallocation != Preallocation::Off).then_some("--preallocation"));
+    flags
 }
 
 /// The key of an encrypted image.

@@ -53,10 +53,16 @@ impl FormatOptions {
         Ok(true)
     }
 
-    /// Sets the options of a new image.
-    pub(super) fn apply(&self, create: &mut CreateOptions) -> Result<(), CommandError> {
+    /// Sets the options of a new image. `flags` are the options of the command line that say the same
+    /// and were given: one of both would win silently.
+    pub(super) fn apply(
+        &self,
+        create: &mut CreateOptions,
+        flags: &[&str],
+    ) -> Result<(), CommandError> {
         let mut options =
             KeyValues::parse(&self.options.join(","), None).map_err(CommandError::new)?;
+        refuse_twice(&options, flags)?;
         if matches!(create.format, Format::Raw | Format::Qcow2)
             && let Some(name) = options.take("preallocation")
         {
@@ -76,5 +82,17 @@ impl FormatOptions {
                 printable(key)
             ))),
         }
+    }
+}
+
+/// Refuses a value that is given both in a list of options and by an option of its own.
+pub(super) fn refuse_twice(options: &KeyValues, flags: &[&str]) -> Result<(), CommandError> {
+    let key = |flag: &str| flag.trim_start_matches('-').replace('-', "_");
+    let mut both = flags.iter().map(|flag| (flag, key(flag)));
+    match both.find(|(_, key)| options.clone().take(key).is_some()) {
+        None => Ok(()),
+        Some((flag, key)) => Err(CommandError::new(format!(
+            "{flag} and -o {key}= say the same; give only one of them"
+        ))),
     }
 }

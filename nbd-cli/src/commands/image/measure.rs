@@ -88,7 +88,7 @@ pub(crate) fn run(args: &MeasureArgs) -> Result<Outcome, CommandError> {
         return Ok(Outcome::Success);
     }
     args.qcow2.apply(&mut create)?;
-    args.format_options.apply(&mut create)?;
+    args.format_options.apply(&mut create, &args.qcow2.given())?;
     let image = match &args.path {
         None => {
             args.server.check([])?;
