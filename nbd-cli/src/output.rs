@@ -1,6 +1,6 @@
 //! Standard output: reports as text and as JSON, and text that is safe to print.
 
-use std::io::{self, BufWriter, StdoutLock, Write};
+use std::io::{self, BufWriter, IsTerminal as _, StdoutLock, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nbd_jobs::text::without_error_numbers;
@@ -53,6 +53,16 @@ impl Output {
     /// Flushes the output.
     pub(crate) fn finish(mut self) -> Result<(), CommandError> {
         self.writer.flush().map_err(|error| CommandError::output(&error))
+    }
+}
+
+/// Refuses to write a disk to a terminal.
+pub(crate) fn refuse_terminal() -> Result<(), CommandError> {
+    match io::stdout().is_terminal() {
+        true => Err(CommandError::new(
+            "standard output is a terminal, which cannot show a disk; redirect it to a file or a pipe",
+        )),
+        false => Ok(()),
     }
 }
 

@@ -13,6 +13,7 @@ mod blocks;
 mod decoded;
 mod file;
 mod foreign;
+mod in_order;
 mod new;
 mod new_blocks;
 mod parallels;
@@ -24,7 +25,8 @@ mod vmdk;
 mod vpc;
 
 pub(crate) use self::foreign::{ForeignImage, Identity, Opening, Parent};
-pub(crate) use self::new::{NewForeign, Planned};
+pub(crate) use self::in_order::DiskInOrder;
+pub(crate) use self::new::{InOrder, NewForeign, Planned};
 use crate::error::Result;
 use crate::format::Format;
 

@@ -28,8 +28,20 @@ pub(crate) struct Planned {
     pub(crate) block_size: u64,
     /// The length of the file in bytes, by the number of blocks that are stored.
     pub(crate) length: Box<dyn Fn(u64) -> u64>,
+    /// Whether it can be written from the start to the end.
+    pub(crate) in_order: InOrder,
     /// Makes it in an empty storage, unless the function, which is asked repeatedly, gives it up.
     pub(crate) begin: Box<Begin>,
+}
+
+/// How an image is written from the start to the end.
+pub(crate) enum InOrder {
+    /// Not at all; this would have to be chosen instead.
+    No(&'static str),
+    /// It always is.
+    Always,
+    /// As the bytes of the disk, with these behind them.
+    Disk(Vec<u8>),
 }
 
 pub(crate) type Begin =

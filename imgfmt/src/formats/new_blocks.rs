@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::block_table::{BlockTable, TableShape};
-use super::new::Planned;
+use super::new::{InOrder, Planned};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layer::{Layer, Walk, WritableLayer};
 use crate::mapping::{Content, FileSpan, Mapped};
@@ -117,7 +117,7 @@ struct Filling {
 
 impl<B: NewBlocks> NewImage<B> {
     /// The image, before anything is written of it; after the blocks come `behind` more bytes.
-    pub(super) fn plan(blocks: B, shape: Shape, behind: u64) -> Planned {
+    pub(super) fn plan(blocks: B, shape: Shape, behind: u64, in_order: InOrder) -> Planned {
         let (size, block_size) = (shape.size, shape.block_size);
         let (fixed, of_none, stride) =
             (shape.is_fixed.then_some(shape.blocks()), shape.end(0), shape.stride());
@@ -127,7 +127,7 @@ impl<B: NewBlocks> NewImage<B> {
             false => of_none + behind,
         };
         let begin = move |storage, give_up| Ok(Self::begin(storage, blocks, shape, give_up)? as _);
-        Planned { size, block_size, length: Box::new(length), begin: Box::new(begin) }
+        Planned { size, block_size, length: Box::new(length), in_order, begin: Box::new(begin) }
     }
 
     /// Begins an image in an empty storage.

@@ -2,6 +2,7 @@
 
 mod bitmaps;
 mod create;
+mod create_in_order;
 mod detach;
 mod extents;
 mod inspect;

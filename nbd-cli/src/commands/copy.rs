@@ -18,7 +18,7 @@ use crate::error::{CommandError, Outcome};
 use crate::location_parser::LocationParser;
 use crate::locking::{LockArgs, ShareArgs, advise_sharing};
 use crate::objects::ObjectArgs;
-use crate::output::{Output, printable};
+use crate::output::{Output, printable, refuse_terminal};
 use crate::progress::{ProgressArgs, RateArgs};
 use crate::shown::Shown;
 
@@ -173,6 +173,9 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
         )));
     }
     args.connection.check(args.requests)?;
+    if args.destination.location == Location::Standard {
+        refuse_terminal()?;
+    }
     if args.checksum.is_some() && args.destination.location == Location::Standard {
         return Err(CommandError::new(
             "--checksum prints on standard output, which is the destination; give another destination",

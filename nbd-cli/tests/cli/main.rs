@@ -48,6 +48,7 @@ mod image_change;
 mod image_convert;
 mod image_convert_existing;
 mod image_convert_nbd;
+mod image_convert_output;
 mod image_create;
 mod image_foreign_formats;
 mod image_graph;

@@ -10,7 +10,7 @@ use super::{CHUNK_SECTORS, SIGNATURE, crc32c, state};
 use crate::create_options::invalid;
 use crate::error::Result;
 use crate::formats::block_table::{Numbers, TableShape};
-use crate::formats::new::{NewForeign, Planned, random, too_large};
+use crate::formats::new::{InOrder, NewForeign, Planned, random, too_large};
 use crate::formats::new_blocks::{NewBlocks, NewImage, Shape};
 
 const SECTOR: u64 = 512;
@@ -94,7 +94,12 @@ pub(in crate::formats) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
         parts,
     };
     let free = if new.options.absent_blocks { state::NOT_PRESENT } else { state::ZERO };
-    Ok(NewImage::plan(Vhdx { chunk_ratio, data, block_size, free }, shape, 0))
+    Ok(NewImage::plan(
+        Vhdx { chunk_ratio, data, block_size, free },
+        shape,
+        0,
+        InOrder::No("make a raw image, a fixed VHD or a compressed VMDK"),
+    ))
 }
 
 /// The size of blocks, by that of the disk if none is given.

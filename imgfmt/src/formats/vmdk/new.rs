@@ -13,7 +13,7 @@ use crate::create_options::invalid;
 use crate::error::Result;
 use crate::foreign_options::VmdkAdapter;
 use crate::formats::block_table::{Numbers, TableShape};
-use crate::formats::new::{NewForeign, Planned, random, too_large};
+use crate::formats::new::{InOrder, NewForeign, Planned, random, too_large};
 use crate::formats::new_blocks::{NewBlocks, NewImage, Shape};
 
 /// The size of a grain in bytes, and the grains of a table.
@@ -84,7 +84,12 @@ pub(super) fn plan(new: &NewForeign<'_>, size: u64) -> Result<Planned> {
         is_fixed: false,
         parts,
     };
-    Ok(NewImage::plan(Vmdk { data }, shape, 0))
+    Ok(NewImage::plan(
+        Vmdk { data },
+        shape,
+        0,
+        InOrder::No("make one of compressed grains (subformat=streamOptimized)"),
+    ))
 }
 
 /// The sectors of tables that follow each other.

@@ -17,7 +17,7 @@ use super::descriptor::SECTOR;
 use super::new::{DESCRIPTOR, GRAIN, Header, SECTORS_MAX, TABLE_GRAINS, descriptor};
 use super::sparse::{DIRECTORY_AT_END, MARKER_LENGTH};
 use crate::error::{Error, ErrorKind, Result};
-use crate::formats::new::{NewForeign, Planned};
+use crate::formats::new::{InOrder, NewForeign, Planned};
 use crate::layer::{FilledInOrder, Layer, Walk, WritableLayer};
 use crate::mapping::Mapped;
 use crate::ordered_lock::{OrderedMutex, rank};
@@ -57,7 +57,8 @@ pub(super) fn plan(new: &NewForeign<'_>, size: u64) -> Result<Planned> {
     };
     let begin =
         move |storage, _: fn() -> bool| Ok(Stream::begin(storage, size, header, text)? as _);
-    Ok(Planned { size, block_size: GRAIN, length: Box::new(length), begin: Box::new(begin) })
+    let (length, begin) = (Box::new(length), Box::new(begin));
+    Ok(Planned { size, block_size: GRAIN, length, in_order: InOrder::Always, begin })
 }
 
 /// A new image that is written from the start to the end.

@@ -9,7 +9,7 @@ use super::{
 use crate::error::Result;
 use crate::foreign_options::VhdSize;
 use crate::formats::block_table::{Numbers, TableShape};
-use crate::formats::new::{NewForeign, Planned, random, too_large};
+use crate::formats::new::{InOrder, NewForeign, Planned, random, too_large};
 use crate::formats::new_blocks::{NewBlocks, NewImage, Part, Shape};
 
 const BLOCK_SIZE: u64 = 2 << 20;
@@ -89,7 +89,11 @@ pub(in crate::formats) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
         },
     };
     let data = shape.data;
-    Ok(NewImage::plan(Vpc { footer, data }, shape, FOOTER_LENGTH as u64))
+    let in_order = match is_fixed {
+        true => InOrder::Disk(footer.clone()),
+        false => InOrder::No("make a fixed one (subformat=fixed)"),
+    };
+    Ok(NewImage::plan(Vpc { footer, data }, shape, FOOTER_LENGTH as u64, in_order))
 }
 
 /// The size of the disk in bytes, and what the footer says of its geometry.

@@ -12,6 +12,7 @@ use nbd_proto::NbdUri;
 
 use super::bitmaps;
 use super::options::{ConvertOptions, Destination};
+use super::output::OutputStorage;
 use crate::error::{JobError, JobErrorKind};
 use crate::image_location::ImageLocation;
 use crate::observer::JobContext;
@@ -183,6 +184,19 @@ impl Conversion<'_> {
             to,
             &JobError::destination(format!("the connection to {uri} is lost again and again")),
         ))
+    }
+
+    /// Writes an image to standard output, from the start to the end.
+    pub(super) fn to_output(&self, output: &Arc<OutputStorage>) -> Result<(), JobError> {
+        let mut create = self.options.create.clone();
+        create.size = Some(self.source.size());
+        let to = ImageLocation::File("standard output".into());
+        let image = Image::create_in_order(Arc::clone(output) as _, &create);
+        let image = image.map_err(in_destination)?;
+        self.copy(&image, &to, Background::Zero)
+            // Dropped, it would be completed.
+            .inspect_err(|_| output.abandon())
+            .and_then(|()| image.close().map_err(in_destination))
     }
 
     fn check_room(&self, to: &ImageLocation, image: &Image) -> Result<(), JobError> {

@@ -21,16 +21,17 @@ mod bitmaps;
 mod job;
 mod joined;
 mod options;
+mod output;
 mod reader;
 
 use std::sync::Arc;
 
 use imgfmt::jobs::SourceReader;
 use imgfmt::{Format, Image};
-use nbd_client::ExportStorage;
 
 use self::job::Conversion;
 pub use self::options::{ConvertOptions, CopiedBitmaps, Destination};
+use self::output::OutputStorage;
 use self::reader::ExportReader;
 use crate::connect::refuse_same_export;
 use crate::error::JobError;
@@ -64,13 +65,9 @@ pub fn convert(
     if let ImageLocation::Object(url) = to {
         return Err(read_only(url));
     }
-    let (source, export) = open_sources(from, options).map_err(JobError::advise_sharing)?;
+    let (source, reader) = open_sources(from, options).map_err(JobError::advise_sharing)?;
     let bitmaps = bitmaps::of_source(&source, from, options.bitmaps, &*context.observer)?;
-    let reader = export.map(|export| {
-        Arc::new(ExportReader::new(export, from.to_string())) as Arc<dyn SourceReader>
-    });
-    let is_remote =
-        from.is_remote() || to.is_remote() || options.more.iter().any(ImageLocation::is_remote);
+    let is_remote = is_remote(from, options) || to.is_remote();
     let source = &source;
     let copy = Conversion { options, source, reader, from, bitmaps, is_remote, context };
     let (format, exists) = (options.create.format, options.destination == Destination::Existing);
@@ -87,13 +84,47 @@ pub fn convert(
     }
 }
 
-/// Opens the source, or all of them as one disk; the export if there is one that is the disk.
-fn open_sources(
+/// A source, and what reads it in place of the image.
+type Opened = (Image, Option<Arc<dyn SourceReader>>);
+
+/// Converts `from` into an image on standard output, which is written once from the start to the end:
+/// a raw disk, a fixed VHD, or a VMDK of compressed grains. Of the options, those that concern the
+/// destination have no effect, apart from `create`.
+///
+/// Blocks, and must not be called by asynchronous tasks.
+///
+/// # Errors
+///
+/// If the source cannot be read, the format cannot be written in order, or standard output fails;
+/// `OutputClosed` if its reader has closed it. What was written is then incomplete, and a VMDK or VHD
+/// is not one.
+pub fn convert_to_output(
     from: &ImageLocation,
     options: &ConvertOptions,
-) -> Result<(Image, Option<Arc<ExportStorage>>), JobError> {
+    context: &JobContext,
+) -> Result<(), JobError> {
+    if options.bitmaps != CopiedBitmaps::None {
+        return Err(JobError::invalid("only qcow2 images have bitmaps: leave --bitmaps out"));
+    }
+    let (source, reader) = open_sources(from, options).map_err(JobError::advise_sharing)?;
+    let (source, bitmaps, is_remote) = (&source, Vec::new(), is_remote(from, options));
+    let copy = Conversion { options, source, reader, from, bitmaps, is_remote, context };
+    let output = Arc::new(OutputStorage::new(context.cancellation.clone())?);
+    let copied = copy.to_output(&output);
+    copied.map_err(|error| output.failure().unwrap_or(error))
+}
+
+fn is_remote(from: &ImageLocation, options: &ConvertOptions) -> bool {
+    from.is_remote() || options.more.iter().any(ImageLocation::is_remote)
+}
+
+/// Opens the source, or all of them as one disk; what reads it, if it is all of an export.
+fn open_sources(from: &ImageLocation, options: &ConvertOptions) -> Result<Opened, JobError> {
     if options.more.is_empty() {
-        return from.open_disk_or_image(&options.read, &options.reconnecting);
+        let (source, export) = from.open_disk_or_image(&options.read, &options.reconnecting)?;
+        let reader =
+            export.map(|export| Arc::new(ExportReader::new(export, from.to_string())) as _);
+        return Ok((source, reader));
     }
     let all = std::iter::once(from).chain(&options.more);
     let opened =

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Args;
 use imgfmt::jobs::{Background, Clusters};
 use imgfmt::{CreateOptions, Format, NewKey, Qcow2Version};
-use nbd_jobs::convert::{ConvertOptions, CopiedBitmaps, Destination, convert};
+use nbd_jobs::convert::{ConvertOptions, CopiedBitmaps, Destination, convert, convert_to_output};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::size::parse_duration;
 use nbd_jobs::{Durable, JobContext};
@@ -21,7 +21,7 @@ use crate::error::{CommandError, Outcome};
 use crate::image_format::{NewImageFormat, name_of_another_format};
 use crate::locking::ShareArgs;
 use crate::new_key::NewKeyArgs;
-use crate::output::warn;
+use crate::output::{refuse_terminal, warn};
 use crate::progress::{ProgressArgs, RateArgs};
 use crate::serving::CacheMode;
 use crate::shown::Shown;
@@ -37,6 +37,7 @@ Examples:
   nbd-cli image convert disk.qcow2 nbd://localhost/disk
   nbd-cli image convert -O qcow2 nbd://localhost/disk disk.qcow2
   nbd-cli image convert --no-create -O raw disk.qcow2 /dev/vg/disk
+  nbd-cli image convert -O vmdk -o subformat=streamOptimized disk.qcow2 - | ssh host 'cat > disk.vmdk'
 
 The new image contains the whole disk and needs no backing file. Zeroes occupy no space in it. An
 existing file is never changed, unless --no-create allows overwriting the disk in it. A new image
@@ -48,6 +49,10 @@ whole.
 
 An export of an NBD server can be the source or the destination; a destination has to be large
 enough, and --no-create is implied.
+
+Standard output (-) gets formats that are written from the start to the end: raw, VMDK with
+subformat=streamOptimized, and VHD (vpc) with subformat=fixed. If the copy fails, what was written is
+incomplete, and a VMDK or VHD lacks its end, so that it is not taken for a complete one.
 
 With --bitmaps the dirty bitmaps of the source are copied, with their granularity and enabled state.
 The new image does not record after which backup they started: an incremental backup of it needs
@@ -64,7 +69,7 @@ pub struct ConvertArgs {
     /// The image to copy: a file, or an export as an NBD URI.
     pub source: OsString,
 
-    /// The new file, or an export as an NBD URI.
+    /// The new file, an export as an NBD URI, or - for standard output.
     pub destination: OsString,
 
     /// Format of the new image [default: raw].
@@ -157,6 +162,9 @@ pub struct ConvertArgs {
 }
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
+    if args.destination == "-" {
+        return run_to_output(args);
+    }
     let [from, destination] =
         location::parse_two([&args.source, &args.destination], &args.server, &args.open.trust)?;
     let format = args.output_format.map_or(Format::Raw, Format::from);
@@ -183,6 +191,42 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     if let (ImageLocation::File(path), true) = (&destination, args.json) {
         super::info::print_json(path, &args.open.trust.options().format(format))?;
     }
+    Ok(Outcome::Success)
+}
+
+/// Writes the new image to standard output.
+fn run_to_output(args: &ConvertArgs) -> Result<Outcome, CommandError> {
+    let from = location::parse_one(&args.source, &args.server, &args.open.trust)?;
+    let format = args.output_format.map_or(Format::Raw, Format::from);
+    if args.format_options.help(&CreateOptions::new(format, 0))? {
+        return Ok(Outcome::Success);
+    }
+    let for_files = [
+        (args.no_create, "--no-create"),
+        (args.destination_is_zero, "--destination-is-zero"),
+        (args.bitmaps, "--bitmaps"),
+        (args.compress, "--compress"),
+        (args.encrypt, "--encrypt"),
+        (args.new_key.new_key_file.is_some(), "--new-key-file"),
+        (args.cache.is_some(), "--cache"),
+        (args.flush, "--flush"),
+        (args.json, "--json"),
+    ];
+    if let Some((_, option)) = for_files.into_iter().find(|(is_given, _)| *is_given) {
+        return Err(CommandError::new(format!(
+            "{option} does not apply to standard output; leave it out, or give a file as the destination"
+        )));
+    }
+    refuse_terminal()?;
+    let options = options(args, format, false)?;
+    let shown = Shown::new(args.progress.visibility());
+    let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
+    let result = convert_to_output(&from, &options, &context);
+    match &result {
+        Ok(()) => shown.finish(),
+        Err(_) => shown.clear(),
+    }
+    result?;
     Ok(Outcome::Success)
 }
 
