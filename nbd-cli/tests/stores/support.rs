@@ -15,6 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::Value;
 
 pub(crate) use cases::is_thorough;
+pub(crate) use disks::noise;
 pub(crate) use judge::{judge, seed};
 
 /// Where the repository is.
@@ -102,7 +103,7 @@ impl Scene {
         path.to_str().expect("a temporary directory with a plain name").to_owned()
     }
 
-    fn command<S: AsRef<str>>(&self, arguments: &[S]) -> Command {
+    pub(crate) fn command<S: AsRef<str>>(&self, arguments: &[S]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_nbd-cli"));
         let here = self.beside("");
         let here = here.trim_end_matches('/');

@@ -8,8 +8,9 @@ use super::reader::Reader;
 use super::seal::{FramePlace, Hash, OVERHEAD, Sealer};
 use super::stored::{PACK_BYTES_MAX, Stored, stored};
 
-/// Size at which a pack is complete, in bytes.
-pub const PACK_SIZE: usize = 8 << 20;
+/// Size at which a pack is complete, in bytes: a backup of a GiB that does not compress, with
+/// everything else that it puts, takes at most 128 requests.
+pub const PACK_SIZE: usize = 9 << 20;
 /// Bytes of the footer: the length of the directory's frame and of the directory, its hash, and the
 /// magic.
 pub(crate) const FOOTER_LEN: usize = 32;

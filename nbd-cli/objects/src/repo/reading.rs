@@ -184,7 +184,8 @@ impl Disk {
                 Found::Missing(missing, fetch) => {
                     let disk = Arc::clone(self);
                     let fetching = Arc::clone(&fetch);
-                    let task = async move { disk.fetch(missing, &fetching).await };
+                    let wanted = blocks.end;
+                    let task = async move { disk.fetch(missing, wanted, &fetching).await };
                     // Not this task's own: others wait for the same blocks.
                     tokio::spawn(task);
                     fetch.ended().await

@@ -364,7 +364,7 @@ async fn last_block_of_a_smaller_disk_is_not_taken_for_a_whole_one() {
 async fn what_a_lost_or_cut_pack_held_is_sent_again() {
     let place = place();
     let repository = Repository::init(place.clone(), None).await.unwrap();
-    let disk = disk(700, 23);
+    let disk = disk(900, 23);
     let full = back_up(&repository, "vm1", &disk, None).await;
     let packs = names(&repository, "packs").await;
     assert!(packs.len() > 2, "{packs:?}");

@@ -15,9 +15,15 @@ impl Session {
     pub(super) async fn take(&mut self) -> Result<()> {
         match self.queue.pop_front() {
             None => {}
-            Some(Piece::Zero(blocks)) => {
-                for _ in 0..blocks {
-                    self.push(None).await?;
+            Some(Piece::Zero(mut blocks)) => {
+                while blocks > 0 {
+                    if self.page.blocks.is_empty() && blocks >= PAGE_BLOCKS {
+                        self.root.zero();
+                        blocks -= PAGE_BLOCKS;
+                    } else {
+                        self.push(None).await?;
+                        blocks -= 1;
+                    }
                 }
             }
             Some(Piece::Stored(blocks)) => {

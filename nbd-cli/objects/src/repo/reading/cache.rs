@@ -11,8 +11,8 @@ use super::super::error::Result;
 
 /// Blocks that are kept: 64 MiB.
 const KEPT: usize = 1024;
-/// Most blocks that are read at a time.
-const WINDOW_MAX: u64 = 128;
+/// Most blocks that are read at a time: more than a pack has of data that does not compress.
+pub(super) const WINDOW_MAX: u64 = 192;
 
 /// Several blocks that are being read.
 #[derive(Debug)]
@@ -94,12 +94,16 @@ impl Cache {
             });
             return fetch.map_or(Found::All(Vec::new()), Found::Fetching);
         };
-        // Reads that go on where others ended get more than they ask for.
-        let is_next = first == self.next && first > 0;
+        // Reads that go on where others ended get more than they ask for. Several at a time arrive
+        // in any order: what is between them is read as well.
+        let is_next = first > 0
+            && (first == self.next
+                || (self.window > 0 && (self.next..self.next + WINDOW_MAX).contains(&first)));
+        let start = if is_next { self.next.min(first) } else { first };
         self.window = if is_next { (self.window * 2).clamp(8, WINDOW_MAX) } else { 0 };
-        let end = blocks.end.max(first.saturating_add(self.window)).min(count.max(blocks.end));
+        let end = blocks.end.max(start.saturating_add(self.window)).min(count.max(blocks.end));
         let missing: Vec<_> =
-            (first..end).filter(|block| !self.slots.contains_key(block)).collect();
+            (start..end).filter(|block| !self.slots.contains_key(block)).collect();
         let fetch = Fetch::new();
         for &block in &missing {
             self.slots.insert(block, Slot::Fetching(Arc::clone(&fetch)));
@@ -116,6 +120,16 @@ impl Cache {
         }
         if self.kept > KEPT {
             self.evict();
+        }
+    }
+
+    /// Says that blocks from here on will not be read ahead, but at once when they are asked for.
+    pub(super) fn cut(&mut self, blocks: &[u64]) {
+        blocks.iter().for_each(|&block| self.fail(block));
+        if let (Some(&first), Some(&last)) = (blocks.first(), blocks.last())
+            && self.next == last + 1
+        {
+            self.next = first;
         }
     }
 
@@ -156,7 +170,7 @@ mod tests {
         let mut cache = Cache::default();
         let mut at = 500;
         assert_eq!(missing(cache.find(500..501, 10_000)).0, [500]);
-        for expected in [8, 16, 32, 64, 128, 128] {
+        for expected in [8, 16, 32, 64, 128, 192, 192] {
             at = (at..).find(|block| !cache.slots.contains_key(block)).unwrap();
             let (read, _) = missing(cache.find(at..at + 1, 10_000));
             assert_eq!(read.len(), expected);
@@ -164,6 +178,19 @@ mod tests {
         assert_eq!(missing(cache.find(9000..9002, 10_000)).0, [9000, 9001]);
         // The disk ends.
         assert_eq!(missing(cache.find(9002..9003, 9005)).0, [9002, 9003, 9004]);
+    }
+
+    #[test]
+    fn sequential_reads_in_any_order_are_read_ahead_without_gaps() {
+        let mut cache = Cache::default();
+        missing(cache.find(500..504, 10_000));
+        assert_eq!(missing(cache.find(504..508, 10_000)).0, (504..512).collect::<Vec<_>>());
+        assert_eq!(missing(cache.find(516..520, 10_000)).0, (512..528).collect::<Vec<_>>());
+        assert!(matches!(cache.find(512..516, 10_000), Found::Fetching(_)));
+        // What is cut off is read next.
+        cache.cut(&[526, 527]);
+        assert_eq!(missing(cache.find(526..528, 10_000)).0, (526..558).collect::<Vec<_>>());
+        assert_eq!(missing(cache.find(558 + 192..558 + 193, 10_000)).0, [558 + 192]);
     }
 
     #[test]

@@ -11,11 +11,11 @@ use super::super::map::missing;
 use super::super::page::{BLOCK_SIZE, PAGE_BLOCKS};
 use super::super::seal::Sealer;
 use super::super::stored::Stored;
-use super::cache::Fetch;
+use super::cache::{Fetch, WINDOW_MAX};
 use super::{Damage, Disk};
 
 /// Most bytes of a request.
-const REQUEST_MAX: u64 = 8 << 20;
+const REQUEST_MAX: u64 = 12 << 20;
 /// Bytes that are read and not used, rather than make another request.
 const GAP_MAX: u64 = 64 << 10;
 /// Requests of one fetch at a time.
@@ -32,7 +32,7 @@ struct Group {
 /// Ends a fetch when it is dropped, even by a panic: others wait for it.
 struct Ending<'a> {
     disk: &'a Disk,
-    blocks: &'a [u64],
+    blocks: Vec<u64>,
     fetch: &'a Fetch,
     result: Result<()>,
 }
@@ -53,11 +53,15 @@ fn given_up() -> Result<()> {
 }
 
 impl Disk {
-    /// Reads blocks into the cache, and ends the fetch.
-    pub(super) async fn fetch(self: Arc<Self>, blocks: Vec<u64>, fetch: &Fetch) {
-        let mut ending = Ending { disk: &self, blocks: &blocks, fetch, result: given_up() };
+    /// Reads blocks into the cache, and ends the fetch. Blocks from `wanted` on are read ahead.
+    pub(super) async fn fetch(self: Arc<Self>, blocks: Vec<u64>, wanted: u64, fetch: &Fetch) {
+        let mut ending = Ending { disk: &self, blocks, fetch, result: given_up() };
+        if let Some(cut) = self.pack_begins(&ending.blocks, wanted).await {
+            let later = ending.blocks.split_off(cut);
+            self.cache.lock().unwrap_or_else(PoisonError::into_inner).cut(&later);
+        }
         let mut result = Ok(());
-        let groups = self.groups(&blocks, &mut result).await;
+        let groups = self.groups(&ending.blocks, &mut result).await;
         let requests = groups.into_iter().map(|group| self.read_group(group));
         let mut requests = futures_util::stream::iter(requests).buffer_unordered(REQUESTS);
         while let Some(read) = requests.next().await {
@@ -66,6 +70,30 @@ impl Disk {
             }
         }
         ending.result = result;
+    }
+
+    /// Finds where, among blocks that are read ahead, the pack begins that goes on behind them. One
+    /// request reads it later.
+    async fn pack_begins(&self, blocks: &[u64], wanted: u64) -> Option<usize> {
+        let last = *blocks.last().filter(|_| blocks.len() as u64 > WINDOW_MAX / 2)?;
+        let pack = self.stored(last + 1).await?.pack;
+        let mut begin = blocks.len();
+        while begin > 0 && blocks[begin - 1] >= wanted {
+            match self.stored(blocks[begin - 1]).await {
+                Some(stored) if stored.pack == pack => begin -= 1,
+                _ => return Some(begin).filter(|&begin| begin < blocks.len()),
+            }
+        }
+        None
+    }
+
+    /// Where a block is; `None` for zeroes, and if that is not known.
+    async fn stored(&self, block: u64) -> Option<Stored> {
+        if block >= self.map.size().div_ceil(BLOCK_SIZE) {
+            return None;
+        }
+        let page = self.map.page((block / PAGE_BLOCKS) as usize).await.ok()?;
+        *page.blocks.get((block % PAGE_BLOCKS) as usize)?
     }
 
     /// Finds where blocks are, and sorts them by requests.
