@@ -73,15 +73,20 @@ pub fn stream(
 ) -> Result<Streamed, JobError> {
     let mut job = Streaming::new(overlay, base)?;
     let meter = Meter::begin(context, overlay.size());
+    let mut counted = 0;
     for extent in overlay.extents(whole(overlay)) {
         context.cancellation.check()?;
         let extent = extent.map_err(JobError::source)?;
+        let end = extent.range.end().bytes();
         if job.comes_from_between(&extent) {
-            job.copy(&extent, context)?;
+            job.copy(&extent, context, &mut |done| job_done(&meter, &mut counted, done.min(end)))?;
         }
         match extent.kind {
-            ExtentKind::Data => meter.add(extent.range.length()),
-            _ => meter.add_hole(extent.range.length()),
+            ExtentKind::Data => job_done(&meter, &mut counted, end),
+            _ => {
+                meter.add_hole(end - counted);
+                counted = end;
+            }
         }
     }
     Ok(job.streamed)
@@ -163,6 +168,14 @@ pub fn measure_stream(
     Ok(found)
 }
 
+/// Counts what is done up to an offset of the disk.
+fn job_done(meter: &Meter<'_>, counted: &mut u64, done: u64) {
+    if done > *counted {
+        meter.add(done - *counted);
+        *counted = done;
+    }
+}
+
 struct Streaming<'a> {
     overlay: &'a Image,
     base: Option<u32>,
@@ -194,7 +207,12 @@ impl<'a> Streaming<'a> {
     }
 
     /// Copies an extent, and what else is in the overlay's subclusters at both of its ends.
-    fn copy(&mut self, extent: &Extent, context: &JobContext) -> Result<(), JobError> {
+    fn copy(
+        &mut self,
+        extent: &Extent,
+        context: &JobContext,
+        done: &mut dyn FnMut(u64),
+    ) -> Result<(), JobError> {
         let (unit, size) = (self.unit, self.overlay.size());
         let (start, end) = (extent.range.offset().bytes(), extent.range.end().bytes());
         let outer = span(
@@ -207,18 +225,23 @@ impl<'a> Streaming<'a> {
         let inner_end = if end == size { end } else { end - end % unit };
         let inner = span(start.next_multiple_of(unit), inner_end).intersection(outer);
         if extent.kind == ExtentKind::Data || inner.is_empty() {
-            self.copy_data(outer, context)?;
+            self.copy_data(outer, context, done)?;
         } else {
-            self.copy_data(span(outer.offset().bytes(), inner.offset().bytes()), context)?;
+            self.copy_data(span(outer.offset().bytes(), inner.offset().bytes()), context, done)?;
             self.populate(inner, Below::Zeroes)?;
-            self.copy_data(span(inner.end().bytes(), outer.end().bytes()), context)?;
+            self.copy_data(span(inner.end().bytes(), outer.end().bytes()), context, done)?;
         }
         self.done = outer.end().bytes();
         Ok(())
     }
 
     /// Copies a range that begins and ends where subclusters do, or ends with the disk.
-    fn copy_data(&mut self, range: GuestRange, context: &JobContext) -> Result<(), JobError> {
+    fn copy_data(
+        &mut self,
+        range: GuestRange,
+        context: &JobContext,
+        done: &mut dyn FnMut(u64),
+    ) -> Result<(), JobError> {
         let step = STEP.max(self.unit);
         let mut buffer = std::mem::take(&mut self.buffer);
         buffer.resize(step as usize, 0);
@@ -233,6 +256,7 @@ impl<'a> Streaming<'a> {
             self.overlay.read_at(part.offset(), data).map_err(JobError::source)?;
             self.populate(part, Below::Data(data))?;
             position = stop;
+            done(position);
         }
         self.buffer = buffer;
         Ok(())

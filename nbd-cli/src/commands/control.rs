@@ -14,7 +14,9 @@ use serde_json::Value;
 use self::command::ControlCommand;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable};
-use nbd_jobs::control::{self, CheckpointStarted, Listing, Request, Traffic};
+use nbd_jobs::control::{
+    self, CheckpointStarted, Listing, Request, StreamPhase, StreamState, Traffic,
+};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -24,6 +26,7 @@ Examples:
   nbd-cli control /run/nbd.control add-export data /dev/vg/data
   nbd-cli control /run/nbd.control checkpoint-start vm --bitmap daily
   nbd-cli control /run/nbd.control checkpoint-end vm success
+  nbd-cli control /run/nbd.control stream vm --rate 50M
 
 Programs can use the socket themselves: one JSON object per line and one per reply, for example
   {\"command\":\"bitmap-add\",\"export\":\"vm\",\"bitmap\":\"daily\"}
@@ -98,6 +101,10 @@ fn print(request: &Request, result: Value, output: &mut Output) -> Result<(), Co
             let started: CheckpointStarted = serde_json::from_value(result).map_err(unclear)?;
             started.uris.iter().try_for_each(|uri| output.line(&printable(uri)))
         }
+        Request::Stream { .. } => {
+            let state: StreamState = serde_json::from_value(result).map_err(unclear)?;
+            output.line(&format!("stream {}", stream_in_words(&state)))
+        }
         Request::AddExport { .. } => {
             let uris = result.get("uris").and_then(Value::as_array);
             let uris = uris.into_iter().flatten().filter_map(Value::as_str);
@@ -139,6 +146,20 @@ fn age(since: u64) -> String {
     }
 }
 
+fn stream_in_words(stream: &StreamState) -> String {
+    let problem = stream.problem.as_deref().map(|why| format!(": {}", printable(why)));
+    let phase = match stream.phase {
+        StreamPhase::Running => "running",
+        StreamPhase::Paused => "paused, and tried again",
+        StreamPhase::Complete => "complete",
+        StreamPhase::Cancelled => "cancelled",
+        StreamPhase::Failed => "failed",
+        _ => "in an unknown state",
+    };
+    let (done, total) = (rounded(stream.done), rounded(stream.total));
+    format!("{phase}, {done} of {total}{}", problem.unwrap_or_default())
+}
+
 fn print_listing(listing: &Listing, output: &mut Output) -> Result<(), CommandError> {
     for export in &listing.exports {
         let access = if export.read_only { ", read-only" } else { "" };
@@ -165,6 +186,9 @@ fn print_listing(listing: &Listing, output: &mut Output) -> Result<(), CommandEr
                 if enabled { "enabled" } else { "disabled" },
                 exact(number("granularity").unwrap_or_default()),
             ))?;
+        }
+        if let Some(stream) = &export.stream {
+            output.line(&format!("  stream {}", stream_in_words(stream)))?;
         }
         if let Some(checkpoint) = &export.checkpoint {
             let text = |field: &str| checkpoint.get(field).and_then(Value::as_str);
@@ -221,6 +245,14 @@ mod tests {
                 "checkpoint-start a --bitmap b --add-bitmap",
                 r#"{"command":"checkpoint-start","export":"a","bitmap":"b","if-missing":"add",
                     "if-unusable":"fail","trust-base":false,"view":null,"lifetime":"server"}"#,
+            ),
+            (
+                "stream a --base b --rate 1M",
+                r#"{"command":"stream","export":"a","base":"b","rate":1048576,"action":"start"}"#,
+            ),
+            (
+                "stream a --cancel",
+                r#"{"command":"stream","export":"a","base":null,"rate":null,"action":"cancel"}"#,
             ),
             (
                 "checkpoint-end a failure",

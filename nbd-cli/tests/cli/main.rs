@@ -29,6 +29,7 @@ mod client_tls;
 mod completions;
 mod control_bitmaps;
 mod control_socket;
+mod control_stream;
 mod convert_bitmaps;
 mod copy_bad_servers;
 mod copy_block_sizes;

@@ -33,6 +33,7 @@ pub use self::client::{Conversation, call};
 pub use self::codec::{decode, encode};
 pub use self::protocol::{
     CheckpointStarted, ClientState, ErrorKind, ExportState, Failure, IfMissing, IfUnusable,
-    InitialState, Lifetime, Listing, MAX_LINE_LEN, OnUse, Outcome, Request,
+    InitialState, Lifetime, Listing, MAX_LINE_LEN, OnUse, Outcome, Request, StreamAction,
+    StreamPhase, StreamState,
 };
 pub use self::traffic::Traffic;

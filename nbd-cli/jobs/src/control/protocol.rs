@@ -128,6 +128,21 @@ pub enum Request {
         /// Whether the backup succeeded.
         outcome: Outcome,
     },
+    /// Copy into an image what the layers below it provide, and then drop these
+    Stream {
+        /// Name of the export.
+        export: String,
+        /// The layer that becomes the backing file; none without it. A relative name begins at the
+        /// directory of the image.
+        #[serde(default)]
+        base: Option<String>,
+        /// Bytes that are read per second; no limit without it.
+        #[serde(default)]
+        rate: Option<u64>,
+        /// Start or end.
+        #[serde(default)]
+        action: StreamAction,
+    },
     /// Requests, bytes, errors, latencies and queues of all exports and clients: a
     /// [`Status`](crate::status::Status)
     Statistics {},
@@ -206,6 +221,59 @@ pub enum Outcome {
     Failure,
 }
 
+/// What to do about a stream.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StreamAction {
+    /// Start it. What an earlier one has copied is not copied again.
+    #[default]
+    Start,
+    /// End it. What is copied stays.
+    Cancel,
+}
+
+/// What a stream is doing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum StreamPhase {
+    /// It copies.
+    #[default]
+    Running,
+    /// A layer below cannot be read; it is tried again every few seconds.
+    Paused,
+    /// The layers are dropped, and their files closed.
+    Complete,
+    /// It was ended by a request.
+    Cancelled,
+    /// It has ended. The layers are as before.
+    Failed,
+}
+
+impl StreamPhase {
+    /// Whether it has ended.
+    #[must_use]
+    pub const fn is_over(self) -> bool {
+        matches!(self, Self::Complete | Self::Cancelled | Self::Failed)
+    }
+}
+
+/// The stream into an export's image, or the last one. Sizes are in bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub struct StreamState {
+    /// What it is doing.
+    pub phase: StreamPhase,
+    /// Bytes of the disk that were looked at, and are in the image.
+    pub done: u64,
+    /// The size of the disk.
+    pub total: u64,
+    /// Why it is paused or has failed, a sentence.
+    #[serde(default)]
+    pub problem: Option<String>,
+}
+
 /// The exports and the clients.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -250,6 +318,9 @@ pub struct ExportState {
     pub disk: Option<String>,
     /// The checkpoint in progress: its `view`, its `bitmap`, and the `problem` if it is lost.
     pub checkpoint: Option<Value>,
+    /// The stream into the image, or the last one.
+    #[serde(default)]
+    pub stream: Option<StreamState>,
 }
 
 /// A client that has selected an export.

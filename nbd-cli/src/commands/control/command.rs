@@ -2,7 +2,9 @@
 
 use clap::builder::{BoolishValueParser, PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Subcommand};
-use nbd_jobs::control::{IfMissing, IfUnusable, InitialState, Lifetime, OnUse, Outcome, Request};
+use nbd_jobs::control::{
+    IfMissing, IfUnusable, InitialState, Lifetime, OnUse, Outcome, Request, StreamAction,
+};
 use nbd_jobs::size::ByteSize;
 
 /// A request as a command line. Names are those of exports and of bitmaps in their images.
@@ -123,6 +125,22 @@ pub(crate) enum ControlCommand {
         #[arg(value_parser = outcome())]
         outcome: Outcome,
     },
+    /// Copy into an image what the layers below it provide, and then drop these
+    // While it is used. `list` shows the progress.
+    Stream {
+        /// Name of the export.
+        export: String,
+        /// Keep this layer and those below it: a name that begins at the directory of the image.
+        #[arg(long, value_name = "FILE")]
+        base: Option<String>,
+        /// Read at most this much per second, such as 50M.
+        #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+        rate: Option<u64>,
+        /// End the stream. The next one goes on where it was.
+        #[arg(long = "cancel", action = ArgAction::SetTrue, conflicts_with_all = ["base", "rate"],
+              value_parser = flag(StreamAction::Start, StreamAction::Cancel))]
+        action: StreamAction,
+    },
     /// Read the file of `serve --config` again, as SIGHUP does
     Reload {},
     /// Stop the server as SIGTERM does
@@ -196,6 +214,9 @@ impl From<ControlCommand> for Request {
             },
             ControlCommand::CheckpointEnd { export, outcome } => {
                 Self::CheckpointEnd { export, outcome }
+            }
+            ControlCommand::Stream { export, base, rate, action } => {
+                Self::Stream { export, base, rate, action }
             }
             ControlCommand::Reload {} => Self::Reload {},
             ControlCommand::Shutdown {} => Self::Shutdown {},

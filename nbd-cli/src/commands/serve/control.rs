@@ -81,6 +81,13 @@ fn log(event: &ControlEvent<'_>) {
         ControlEvent::FrozenBitsUnreadable { error } => {
             tracing::error!(%error, "cannot look at a frozen bitmap");
         }
+        ControlEvent::StreamPaused { export, problem } => {
+            tracing::warn!(%export, why = %problem, "stream paused");
+        }
+        ControlEvent::StreamEnded { export, state } => match &state.problem {
+            None => tracing::info!(%export, phase = ?state.phase, "stream ended"),
+            Some(problem) => tracing::error!(%export, why = %problem, "stream failed"),
+        },
         ControlEvent::ClientNotAccepted { error } => {
             tracing::warn!(%error, "cannot accept a client of the control socket");
         }

@@ -17,6 +17,7 @@ use super::disks::{ConnectionId, RunningCheckpoint, ServedDisk, ServedDisks};
 use super::event::{ControlEvent, ControlObserver, ignore};
 use super::files::check_names;
 use super::openings::{OpeningGuard, Openings};
+use super::streaming::TIME_TO_STOP;
 use crate::control::{ErrorKind, Failure};
 
 /// The directory of files for data that is overwritten during a checkpoint: not one in memory.
@@ -242,15 +243,26 @@ impl Controller {
         taken
     }
 
-    /// Ends every checkpoint as failed: ranges without a backup stay dirty. To be called when the
-    /// server has ended. A checkpoint that cannot be ended is reported as
+    /// Ends every stream, and every checkpoint as failed: ranges without a backup stay dirty. To be
+    /// called when the server has ended. A checkpoint that cannot be ended is reported as
     /// [`ControlEvent::CheckpointNotEnded`].
     ///
     /// # Cancel safety
     ///
     /// Safe: it can be called again for the checkpoints that are left.
     pub async fn end_checkpoints(&self) {
+        self.end_streams().await;
         self.abandon_checkpoints(|_| true).await;
+    }
+
+    /// Ends all streams, and waits for that, but not for a read that hangs.
+    async fn end_streams(&self) {
+        let disks = self.disks.lock().await;
+        let all: Vec<_> = disks.disks.values().filter_map(|disk| disk.streaming.as_ref()).collect();
+        all.iter().for_each(|streaming| streaming.cancel("the server ends"));
+        for streaming in all {
+            streaming.ended(TIME_TO_STOP).await;
+        }
     }
 
     /// Registers a new client of the control socket.

@@ -9,7 +9,9 @@ use serde_json::{Value, json};
 
 use super::files::DiskFiles;
 use super::openings::taken_over;
+use super::streaming::Streaming;
 use crate::control::{ErrorKind, Failure};
+use crate::text::printable;
 
 /// Identifies one connection to the control socket; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +28,8 @@ pub struct ServedDisk {
     pub(super) checkpoint: Option<RunningCheckpoint>,
     pub(super) entry: ExportEntry,
     pub(super) reopen: Option<Arc<Reopen>>,
+    /// The last stream into the image.
+    pub(super) streaming: Option<Streaming>,
 }
 
 /// Opens a disk again that was closed. Called on a thread that may block.
@@ -74,7 +78,16 @@ impl ServedDisk {
         let entry = ExportEntry::new(export.clone());
         let (source, reopen) = (source.into(), None);
         let identity = (source.clone(), String::new());
-        Self { source, identity, export, image: None, checkpoint: None, entry, reopen }
+        Self {
+            source,
+            identity,
+            export,
+            image: None,
+            checkpoint: None,
+            entry,
+            reopen,
+            streaming: None,
+        }
     }
 
     /// An image, with its bitmaps.
@@ -121,6 +134,19 @@ impl ServedDisk {
     #[must_use]
     pub fn entry(&self) -> ExportEntry {
         self.entry.clone()
+    }
+
+    /// Refuses what cannot be done while a stream runs.
+    pub(super) fn refuse_streaming(&self, export: &str) -> Result<(), Failure> {
+        if !self.streaming.as_ref().is_some_and(Streaming::is_running) {
+            return Ok(());
+        }
+        let message = format!(
+            "a stream into '{}' is running; wait for its end, or end it with \
+             'nbd-cli control stream --cancel', and go on later",
+            printable(export)
+        );
+        Err(Failure::new(ErrorKind::InUse, message))
     }
 
     /// Returns the image, or the reason why there is none.
@@ -255,6 +281,7 @@ impl ServedDisks {
                 );
                 return Err(Failure::new(ErrorKind::InUse, message));
             }
+            disk.refuse_streaming(name)?;
             if disk.reopen.is_none() {
                 let message = format!(
                     "the export '{name}' is in memory or temporary, and its data would be lost; \

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use crate::control::{Failure, Outcome};
+use crate::control::{Failure, Outcome, StreamState};
 
 /// An event of a control socket.
 #[derive(Debug)]
@@ -51,6 +51,20 @@ pub enum ControlEvent<'a> {
     FrozenBitsUnreadable {
         /// The reason.
         error: &'a imgfmt::Error,
+    },
+    /// A stream waits until a layer below can be read.
+    StreamPaused {
+        /// Name of the export.
+        export: &'a str,
+        /// Why it cannot be read.
+        problem: &'a str,
+    },
+    /// A stream has ended.
+    StreamEnded {
+        /// Name of the export.
+        export: &'a str,
+        /// Its last state.
+        state: &'a StreamState,
     },
     /// A client of the control socket cannot be accepted. The server continues.
     ClientNotAccepted {

@@ -38,6 +38,8 @@ mod openings;
 mod requests;
 mod slots;
 mod socket;
+mod stream;
+mod streaming;
 
 pub use self::closed::{ClosedDisks, NotClosed, refuse_removed};
 pub use self::controller::{Controller, Reloading, RequestedSource};

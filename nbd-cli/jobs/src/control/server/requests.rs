@@ -17,8 +17,10 @@ use super::controller::{Controller, RequestedSource, blocking};
 use super::disks::{ConnectionId, ServedDisk, ServedDisks};
 use super::event::ControlEvent;
 use super::openings::OpeningGuard;
+use super::streaming::{StreamRequest, Streaming};
 use crate::control::{
-    ClientState, ErrorKind, ExportState, Failure, Lifetime, Listing, OnUse, Request, Traffic,
+    ClientState, ErrorKind, ExportState, Failure, Lifetime, Listing, OnUse, Request, StreamAction,
+    Traffic,
 };
 use crate::opening::{open_within, within};
 use crate::status::Status;
@@ -72,6 +74,13 @@ impl Controller {
             Request::CheckpointEnd { export, outcome } => {
                 self.end_checkpoint(&mut disks, &export, outcome).await
             }
+            Request::Stream { export, base, rate, action } => encoded(match action {
+                StreamAction::Start => {
+                    let request = StreamRequest { base, rate };
+                    self.start_stream(&mut disks, &export, request).await?
+                }
+                StreamAction::Cancel => self.cancel_stream(&mut disks, &export).await?,
+            }),
             Request::Takeover {} => {
                 let message = "a takeover comes from a program that takes over";
                 Err(Failure::new(ErrorKind::InvalidRequest, message))
@@ -187,10 +196,7 @@ impl Controller {
     /// Safe: the disk is closed in the background.
     pub async fn release_export(&self, name: &str) -> Result<(), Failure> {
         let mut disks = self.disks.lock().await;
-        if disks.get(name)?.checkpoint.is_some() {
-            let message = format!("a checkpoint of '{name}' is in progress; end it first");
-            return Err(Failure::new(ErrorKind::InUse, message));
-        }
+        refuse_busy(&disks, name)?;
         let entry = self.server.exports().remove(name);
         let disk = disks.remove(name);
         self.observe(&ControlEvent::ExportRemoved { export: name });
@@ -219,6 +225,7 @@ impl Controller {
                 bitmaps,
                 disk: disk.and_then(ServedDisk::id),
                 checkpoint: disk.and_then(ServedDisk::describe_checkpoint),
+                stream: disk.and_then(|disk| disk.streaming.as_ref()).map(Streaming::state),
                 name,
             });
         }
@@ -280,10 +287,7 @@ impl Controller {
         name: &str,
         on_use: OnUse,
     ) -> Result<Value, Failure> {
-        if disks.get(name)?.checkpoint.is_some() {
-            let message = format!("a checkpoint of '{name}' is in progress; end it first");
-            return Err(Failure::new(ErrorKind::InUse, message));
-        }
+        refuse_busy(&disks, name)?;
         let in_use = match on_use {
             OnUse::Refuse => InUse::Refuse,
             OnUse::Disconnect => InUse::Disconnect,
@@ -305,6 +309,16 @@ impl Controller {
         blocking(move || close(Some(entry), disk)).await??;
         Ok(json!({}))
     }
+}
+
+/// Refuses to remove a disk that a checkpoint or a stream uses.
+fn refuse_busy(disks: &ServedDisks, name: &str) -> Result<(), Failure> {
+    let disk = disks.get(name)?;
+    if disk.checkpoint.is_some() {
+        let message = format!("a checkpoint of '{name}' is in progress; end it first");
+        return Err(Failure::new(ErrorKind::InUse, message));
+    }
+    disk.refuse_streaming(name)
 }
 
 /// Flushes a disk that was removed and closes its image, unless clients or a cancelled request

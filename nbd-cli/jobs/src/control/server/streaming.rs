@@ -1,0 +1,184 @@
+//! Streams what is below the image of a disk into it, while the disk is served.
+
+use std::num::NonZeroU64;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use imgfmt::jobs::{Cancellation, JobContext, JobErrorKind, Observer, Progress, RateLimit};
+use imgfmt::{Image, NewBase, jobs};
+use nbd_server::export::ImageExport;
+
+use super::event::{ControlEvent, ControlObserver};
+use crate::control::{ErrorKind, Failure, StreamPhase, StreamState};
+use crate::text::printable;
+
+/// The time until a layer that could not be read is read again.
+const RETRY: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_millis(10);
+/// The time for a read of a layer that is under way when a stream is cancelled.
+pub(super) const TIME_TO_STOP: Duration = Duration::from_secs(10);
+
+/// A stream that runs, or the last one that did.
+pub(super) struct Streaming {
+    cancellation: Cancellation,
+    shared: Arc<Shared>,
+}
+
+/// What the thread of a stream tells.
+struct Shared {
+    state: Mutex<StreamState>,
+    export: String,
+    observer: Arc<ControlObserver>,
+}
+
+/// A requested stream.
+pub(super) struct StreamRequest {
+    pub(super) base: Option<String>,
+    pub(super) rate: Option<u64>,
+}
+
+impl Streaming {
+    pub(super) fn start(
+        export: &str,
+        image: Arc<ImageExport>,
+        request: StreamRequest,
+        observer: Arc<ControlObserver>,
+    ) -> Result<Self, Failure> {
+        let base = request.base.map(|name| find_base(image.image(), name)).transpose()?;
+        let state = StreamState { total: image.image().size(), ..StreamState::default() };
+        let shared = Shared { state: Mutex::new(state), export: export.to_owned(), observer };
+        let (cancellation, shared) = (Cancellation::new(), Arc::new(shared));
+        let context = JobContext {
+            observer: Arc::clone(&shared) as _,
+            cancellation: cancellation.clone(),
+            rate_limit: request.rate.and_then(NonZeroU64::new).map(RateLimit::new),
+        };
+        let told = Arc::clone(&shared);
+        let thread = std::thread::Builder::new().name("stream".to_owned());
+        let started = thread.spawn(move || {
+            let ended = run(&image, base, &context, &told);
+            // Whoever sees the end finds the image free.
+            drop(image);
+            told.end(ended);
+        });
+        started.map_err(|error| {
+            Failure::new(ErrorKind::Failed, format!("there is no thread for it: {error}"))
+        })?;
+        Ok(Self { cancellation, shared })
+    }
+
+    pub(super) fn state(&self) -> StreamState {
+        self.shared.lock().clone()
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        !self.state().phase.is_over()
+    }
+
+    pub(super) fn cancel(&self, reason: &str) {
+        self.cancellation.cancel(reason);
+    }
+
+    /// Waits until the stream has ended; returns whether it has.
+    pub(super) async fn ended(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        while self.is_running() && Instant::now() < deadline {
+            tokio::time::sleep(LOOK).await;
+        }
+        !self.is_running()
+    }
+}
+
+impl std::fmt::Debug for Streaming {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.state().fmt(f)
+    }
+}
+
+impl Drop for Streaming {
+    fn drop(&mut self) {
+        self.cancel("the export was closed");
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, StreamState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end(&self, ended: Result<(), jobs::JobError>) {
+        let state = {
+            let mut state = self.lock();
+            (state.phase, state.problem) = match ended {
+                Ok(()) => (StreamPhase::Complete, None),
+                Err(error) if error.kind() == JobErrorKind::Interrupted => {
+                    (StreamPhase::Cancelled, None)
+                }
+                Err(error) => (StreamPhase::Failed, Some(error.to_string())),
+            };
+            state.clone()
+        };
+        (self.observer)(&ControlEvent::StreamEnded { export: &self.export, state: &state });
+    }
+
+    fn pause(&self, problem: &str) {
+        let is_new = {
+            let mut state = self.lock();
+            state.phase = StreamPhase::Paused;
+            state.problem.replace(problem.to_owned()).as_deref() != Some(problem)
+        };
+        if is_new {
+            let (export, problem) = (&*self.export, problem);
+            (self.observer)(&ControlEvent::StreamPaused { export, problem });
+        }
+    }
+}
+
+impl Observer for Shared {
+    fn progress(&self, progress: &Progress) {
+        let mut state = self.lock();
+        // After a failure it looks at the beginning again, and copies only what is missing.
+        if progress.done > state.done {
+            (state.phase, state.problem) = (StreamPhase::Running, None);
+            state.done = progress.done;
+        }
+    }
+}
+
+/// Streams until everything is copied, however often a layer below cannot be read.
+fn run(
+    image: &ImageExport,
+    base: Option<(u32, String)>,
+    context: &JobContext,
+    shared: &Shared,
+) -> Result<(), jobs::JobError> {
+    loop {
+        let base =
+            base.as_ref().map(|(depth, name)| NewBase { depth: *depth, name: name.as_ref() });
+        match jobs::stream_in_place(image.image(), base, context) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == JobErrorKind::Source => {
+                shared.pause(&error.to_string());
+            }
+            Err(error) => return Err(error),
+        }
+        let again = Instant::now() + RETRY;
+        while Instant::now() < again {
+            context.cancellation.check()?;
+            std::thread::sleep(LOOK);
+        }
+    }
+}
+
+/// The depth of the layer that is called `name`, which begins at the directory of the image.
+fn find_base(image: &Image, name: String) -> Result<(u32, String), Failure> {
+    let directory = image.path().and_then(Path::parent).unwrap_or(Path::new(""));
+    match image.layer_in(&directory.join(&name)) {
+        Some((depth, _)) => Ok((depth, name)),
+        None => {
+            let message = format!("'{}' is not a layer below the image", printable(&name));
+            Err(Failure::new(ErrorKind::InvalidRequest, message))
+        }
+    }
+}
