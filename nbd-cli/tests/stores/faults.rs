@@ -34,6 +34,11 @@ fn backups_bear_faults_of_the_store() {
 }
 
 #[test]
+fn backups_by_a_bitmap_bear_faults_of_the_store() {
+    met(&["backup, by bitmap"], false);
+}
+
+#[test]
 fn forget_prune_and_gc_bear_faults_of_the_store() {
     met(&["repo forget", "repo prune", "repo gc"], false);
 }

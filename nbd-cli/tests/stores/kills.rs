@@ -23,6 +23,11 @@ fn interrupted_backup_loses_nothing_and_is_no_lie() {
 }
 
 #[test]
+fn interrupted_backup_by_a_bitmap_keeps_what_the_bitmap_knows() {
+    interrupted(&["backup, by bitmap"], false);
+}
+
+#[test]
 fn interrupted_forget_prune_and_gc_lose_no_backup() {
     interrupted(&["repo forget", "repo prune", "repo gc"], false);
 }

@@ -3,6 +3,7 @@
 mod cases;
 mod disks;
 mod judge;
+mod live;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};

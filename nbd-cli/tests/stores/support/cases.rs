@@ -7,6 +7,7 @@ use nbd_objects::testing::Contents;
 use serde_json::Value;
 
 use super::disks::noise;
+use super::live::{self, Live};
 use super::{Outcome, REPOSITORY, Scene};
 
 /// A repository with backups, some of them forgotten, and the disks they were made of.
@@ -130,6 +131,8 @@ pub(crate) struct Case<'a> {
     pub(crate) name: &'static str,
     pub(crate) contents: Contents,
     pub(crate) arguments: Vec<String>,
+    /// What has to run meanwhile.
+    pub(crate) prepare: fn(&Scene) -> Option<Live>,
     /// Judges what is there after a run that may have been interrupted, without changing it.
     pub(crate) after: Judgement<'a>,
     /// Judges the outcome of another run, and what is there then.
@@ -149,7 +152,7 @@ pub(crate) fn cases(world: &World) -> Vec<Case<'_>> {
         gc(world),
         restore(world),
     ];
-    cases.push(init(world));
+    cases.extend([init(world), live::case()]);
     if world.passphrase.is_some() {
         cases.extend([key_add(world), key_remove(world)]);
     }
@@ -165,6 +168,7 @@ fn case<'a>(
 ) -> Case<'a> {
     Case {
         name,
+        prepare: |_| None,
         contents: world.contents.clone(),
         arguments: arguments.iter().map(|&it| it.to_owned()).collect(),
         after: Box::new(move |scene, _, context| {
@@ -184,6 +188,7 @@ fn push(world: &World) -> Case<'_> {
     };
     Case {
         name: "image push",
+        prepare: |_| None,
         contents: Contents::default(),
         arguments: ["image", "push", "-q", &world.path("new"), URL].map(str::to_owned).into(),
         after: Box::new(move |scene, outcome, context| {
@@ -201,6 +206,7 @@ fn init(world: &World) -> Case<'_> {
     let opens = |scene: &Scene| scene.run(&["repo", "check", "--read-data", REPOSITORY]);
     Case {
         name: "repo init",
+        prepare: |_| None,
         contents: Contents::default(),
         arguments: ["repo", "init", REPOSITORY]
             .map(str::to_owned)

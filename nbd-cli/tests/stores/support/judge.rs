@@ -13,12 +13,17 @@ pub(crate) fn judge(only: &[&str], is_encrypted: bool, fates: impl Fn(&mut Rando
     let mut random = Random::new(seed());
     let mut judged = 0;
     for case in cases(&world).iter().filter(|case| only.contains(&case.name)) {
-        let count = world.scene(&case.contents).count(&case.arguments);
+        let count = {
+            let scene = world.scene(&case.contents);
+            let _live = (case.prepare)(&scene);
+            scene.count(&case.arguments)
+        };
         for point in points(count, &mut random) {
             let fates = fates(&mut random);
             for fate in some(fates, FATES_MAX, &mut random) {
                 let context = format!("{}, request {point} of {count}, {fate:?}", case.name);
                 let scene = world.scene(&case.contents);
+                let _live = (case.prepare)(&scene);
                 let (outcome, is_reached) = scene.run_until(&case.arguments, point, fate);
                 if std::env::var_os("NBD_STORE_SHOW").is_some() {
                     println!("{context}: {is_reached} {outcome:?}");
