@@ -335,6 +335,7 @@ fn a_small_read_waits_for_a_few_hundred_kilobytes_however_large_the_writes_of_ot
         [(0, 64 << 10), (0, 128 << 10), (0, 256 << 10), (0, 1 << 20), (0, 8 << 20), (SIZE, 1 << 20)]
     {
         let most = most_received_in_front(24, start, length);
-        assert!(most <= 512 << 10, "{most} bytes came first, of writes of {length} at {start}");
+        // Half a megabyte, and what one more client has sent: on a busy machine it may be its turn, too.
+        assert!(most <= 640 << 10, "{most} bytes came first, of writes of {length} at {start}");
     }
 }
