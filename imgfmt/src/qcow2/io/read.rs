@@ -127,3 +127,41 @@ impl Qcow2 {
         Ok(cluster)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::create_options::CreateOptions;
+    use crate::format::Format;
+    use crate::image::Image;
+    use crate::jobs::{JobContext, stream_in_place};
+    use crate::layer::Layer;
+    use crate::mapping::{Lookup, Mapping};
+
+    /// Of a reader that was stopped between its look into the tables and that at the layer below.
+    #[test]
+    fn a_part_is_looked_up_again_if_the_layer_below_went_after_the_lookup() {
+        let directory = tempfile::tempdir().unwrap();
+        let [base, top] = ["base.raw", "top.qcow2"].map(|name| directory.path().join(name));
+        std::fs::write(&base, [1; 4096]).unwrap();
+        let image = Image::create(&top, &CreateOptions::overlay("base.raw", Format::Raw)).unwrap();
+        let qcow2 = image.qcow2().unwrap();
+        let (start, end) = (GuestOffset::new(0), GuestOffset::new(4096));
+        let before = qcow2.backing.changes();
+        let piece = qcow2.mapping.piece(start, end, Lookup::MayRead).unwrap().unwrap();
+        assert_eq!(piece.content, Subcluster::Unallocated);
+        stream_in_place(&image, None, &JobContext::default()).unwrap();
+        let mut shown = 0;
+        let mut visit = |_: &dyn Layer, _: Mapping<'_>| {
+            shown += 1;
+            Ok(true)
+        };
+        let mut walk = Walk::new(Holes::AsData, Lookup::MayRead, &mut visit);
+        let below = qcow2.map_below(piece.range, before, &mut walk).unwrap();
+        let Below::Changed(now) = below else { panic!("what was below is taken for zeroes") };
+        assert_eq!((now, shown), (before + 1, 0));
+        let mut bytes = [0; 4096];
+        image.read_at(start, &mut bytes).unwrap();
+        assert_eq!(bytes, [1; 4096]);
+    }
+}
