@@ -32,7 +32,7 @@ enum Content {
 }
 
 /// What the slot had at one moment. While this lives, the layers stay open.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Attached {
     changes: u64,
     backing: Option<Arc<Backing>>,
@@ -41,7 +41,7 @@ pub(crate) struct Attached {
 }
 
 impl BackingSlot {
-    /// The state of the slot, from memory alone: see [`Attached::is_since`].
+    /// How often the layer was replaced, to be compared with [`Attached::changes`].
     #[inline]
     pub(crate) fn changes(&self) -> u64 {
         self.changes.load(Acquire)
@@ -65,7 +65,7 @@ impl BackingSlot {
         }
     }
 
-    /// Calls `with` with the layer that is there now.
+    /// Passes the layer that is there now to a function.
     pub(crate) fn with<T>(&self, with: impl FnOnce(Option<&Backing>) -> T) -> T {
         let attached = self.attached();
         with(self.fixed().or_else(|| attached.as_ref()?.backing()))
