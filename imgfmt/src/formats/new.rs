@@ -34,9 +34,12 @@ pub(crate) struct Planned {
     pub(crate) begin: Box<Begin>,
 }
 
+/// What to do about a format that is not written from the start to the end.
+pub(crate) const OTHER_FORMATS: &str = "make a raw image, a fixed VHD or a compressed VMDK";
+
 /// How an image is written from the start to the end.
 pub(crate) enum InOrder {
-    /// Not at all; this would have to be chosen instead.
+    /// Not at all; this has to be chosen instead.
     No(&'static str),
     /// It always is.
     Always,

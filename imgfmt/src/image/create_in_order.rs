@@ -11,7 +11,7 @@ use crate::create_options::{CreateOptions, Preallocation, invalid};
 use crate::driver::{Chain, Driver, Layers, NewImage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
-use crate::formats::{DiskInOrder, InOrder};
+use crate::formats::{DiskInOrder, InOrder, OTHER_FORMATS};
 use crate::layer::WritableLayer;
 use crate::storage::Storage;
 
@@ -58,9 +58,7 @@ fn begin(storage: Arc<dyn Storage>, options: &CreateOptions) -> Result<Box<dyn W
             let Some(size) = options.size else { return Err(invalid("a size is needed")) };
             Ok(DiskInOrder::boxed(storage, size, Vec::new()))
         }
-        Format::Qcow2 | Format::Luks => {
-            Err(cannot(options.format, "make a raw image, a fixed VHD or a compressed VMDK"))
-        }
+        Format::Qcow2 | Format::Luks => Err(cannot(options.format, OTHER_FORMATS)),
         format => {
             let planned = plan_foreign(Path::new(NAME), options)?;
             match planned.in_order {

@@ -3,7 +3,7 @@
 use super::{FREE, SECTOR, SIGNATURE, VERSION};
 use crate::error::Result;
 use crate::formats::block_table::{Numbers, TableShape};
-use crate::formats::new::{InOrder, NewForeign, Planned, random, too_large};
+use crate::formats::new::{InOrder, NewForeign, OTHER_FORMATS, Planned, random, too_large};
 use crate::formats::new_blocks::{NewBlocks, NewImage, Part, Shape};
 
 const BLOCK_SIZE: u64 = 1 << 20;
@@ -84,10 +84,5 @@ pub(in crate::formats) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
         is_fixed,
         parts: vec![(0, header)],
     };
-    Ok(NewImage::plan(
-        Vdi,
-        shape,
-        0,
-        InOrder::No("make a raw image, a fixed VHD or a compressed VMDK"),
-    ))
+    Ok(NewImage::plan(Vdi, shape, 0, InOrder::No(OTHER_FORMATS)))
 }

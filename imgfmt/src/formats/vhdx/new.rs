@@ -10,7 +10,7 @@ use super::{CHUNK_SECTORS, SIGNATURE, crc32c, state};
 use crate::create_options::invalid;
 use crate::error::Result;
 use crate::formats::block_table::{Numbers, TableShape};
-use crate::formats::new::{InOrder, NewForeign, Planned, random, too_large};
+use crate::formats::new::{InOrder, NewForeign, OTHER_FORMATS, Planned, random, too_large};
 use crate::formats::new_blocks::{NewBlocks, NewImage, Shape};
 
 const SECTOR: u64 = 512;
@@ -98,7 +98,7 @@ pub(in crate::formats) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
         Vhdx { chunk_ratio, data, block_size, free },
         shape,
         0,
-        InOrder::No("make a raw image, a fixed VHD or a compressed VMDK"),
+        InOrder::No(OTHER_FORMATS),
     ))
 }
 
