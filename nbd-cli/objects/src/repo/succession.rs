@@ -75,14 +75,26 @@ impl Repository {
         name: &str,
         before: Line,
         id: Id,
-        (is_alone, is_known): (bool, bool),
+        is_alone: bool,
     ) -> Result<()> {
-        let is_alone = is_alone && before.is_settled();
-        if self.creates() == Creates::Exclusive && !is_known {
-            let last = self.append(name, before.end, id, is_alone).await?;
-            return self.set_last(name, last).await;
+        if self.creates() != Creates::Exclusive {
+            return self.name_last(name, before, id, is_alone).await;
         }
-        let is_alone = is_alone && self.named(name).await? == before.named;
+        let is_alone = is_alone && before.is_settled();
+        let last = self.append(name, before.end, id, is_alone).await?;
+        self.set_last(name, last).await
+    }
+
+    /// As [`succeed`](Self::succeed), where nothing depends on it, or where the store cannot do better:
+    /// two that do this at the same moment may both take themselves for the last one.
+    pub(super) async fn name_last(
+        &self,
+        name: &str,
+        before: Line,
+        id: Id,
+        is_alone: bool,
+    ) -> Result<()> {
+        let is_alone = is_alone && before.is_settled() && self.named(name).await? == before.named;
         let last = if is_alone { id } else { Id::random()? };
         self.set_last(name, last).await?;
         if self.named(name).await? != Some(last) {

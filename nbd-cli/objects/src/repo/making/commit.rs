@@ -46,10 +46,13 @@ impl Session {
             Committed::Yes => {}
             Committed::Fenced | Committed::Ready => return Err(self.ended()),
         }
+        let (name, line, id) = (&self.new.name, self.line, self.id);
         // A server that knows with which backup a bitmap started does not need to ask.
-        let is_known = self.new.identity.is_some();
-        let told = repository.succeed(&self.new.name, self.line, self.id, (is_alone, is_known));
-        told.await.map_err(|error| self.untold(&error))?;
+        let told = match self.new.identity {
+            Some(_) => repository.name_last(name, line, id, is_alone).await,
+            None => repository.succeed(name, line, id, is_alone).await,
+        };
+        told.map_err(|error| self.untold(&error))?;
         Ok(Made {
             id: self.id,
             data: self.data,

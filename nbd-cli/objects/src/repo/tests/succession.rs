@@ -154,7 +154,7 @@ async fn party(repository: &Repository, clock: &Cell<u32>, is_incremental: bool)
         return party;
     }
     repository.objects.write(&Key::Backup(id).to_string(), "backup".into()).await.unwrap();
-    repository.succeed("vm", line, id, (is_alone, false)).await.unwrap();
+    repository.succeed("vm", line, id, is_alone).await.unwrap();
     Party { ended: Some(tick()), ..party }
 }
 
