@@ -1,6 +1,7 @@
 //! Streams what is below the image of a disk into it, while the disk is served.
 
 use std::num::NonZeroU64;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -57,13 +58,14 @@ impl Streaming {
         let told = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("stream".to_owned());
         let started = thread.spawn(move || {
-            let ended = run(&image, base, &context, &told);
-            // Whoever sees the end finds the image free.
+            // After a panic, the state would say for ever that it runs.
+            let ended = catch_unwind(AssertUnwindSafe(|| run(&image, base, &context, &told)));
+            // The image is free when the end is shown.
             drop(image);
             told.end(ended);
         });
         started.map_err(|error| {
-            Failure::new(ErrorKind::Failed, format!("there is no thread for it: {error}"))
+            Failure::new(ErrorKind::Failed, format!("cannot start a thread for it: {error}"))
         })?;
         Ok(Self { cancellation, shared })
     }
@@ -107,15 +109,16 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn end(&self, ended: Result<(), jobs::JobError>) {
+    fn end(&self, ended: std::thread::Result<Result<(), jobs::JobError>>) {
         let state = {
             let mut state = self.lock();
             (state.phase, state.problem) = match ended {
-                Ok(()) => (StreamPhase::Complete, None),
-                Err(error) if error.kind() == JobErrorKind::Interrupted => {
+                Ok(Ok(())) => (StreamPhase::Complete, None),
+                Ok(Err(error)) if error.kind() == JobErrorKind::Interrupted => {
                     (StreamPhase::Cancelled, None)
                 }
-                Err(error) => (StreamPhase::Failed, Some(error.to_string())),
+                Ok(Err(error)) => (StreamPhase::Failed, Some(error.to_string())),
+                Err(_) => (StreamPhase::Failed, Some("the stream has panicked".to_owned())),
             };
             state.clone()
         };
