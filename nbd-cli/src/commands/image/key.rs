@@ -181,8 +181,10 @@ pub(crate) fn run(args: &KeyCommandArgs) -> Result<Outcome, CommandError> {
         }
         KeyCommand::Remove(args) => {
             let change = match (&args.old_key_file, args.slot) {
-                (Some(file), _) => KeyChange::Remove(file.passphrase()),
-                (None, slot) => KeyChange::RemoveSlot(slot.unwrap_or_default()),
+                (Some(file), None) => KeyChange::Remove(file.passphrase()),
+                (None, Some(slot)) => KeyChange::RemoveSlot(slot),
+                // The parser refuses both; a slot is never guessed.
+                _ => return Err(CommandError::new("give either --old-key-file or --slot")),
             };
             args.image.change(&args.keys, &change)
         }
