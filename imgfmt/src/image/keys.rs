@@ -17,8 +17,8 @@ const OPERATION: &str = "change the keys of";
 
 impl Image {
     /// Changes the passphrases of a LUKS volume of version 1, or of a qcow2 image that is encrypted
-    /// with LUKS. The disk and its key do not change, so whoever has had that key can still decrypt the
-    /// disk. The image must not be in use. Takes as long as deriving several keys.
+    /// with LUKS. The key of the disk does not change: a person who has it can still decrypt the disk.
+    /// The image must not be in use. Takes as long as deriving several keys.
     ///
     /// A new passphrase is durable, and was read back, before an old one is removed, and a removed one
     /// is overwritten. If the change is interrupted at any moment, the passphrases that stay open the

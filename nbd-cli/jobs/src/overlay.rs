@@ -94,8 +94,8 @@ fn backing_of(path: &Path, overlay: &Image) -> Result<(ImageLocation, Option<For
     Ok((ImageLocation::File(path.to_owned()).beside(&name)?, format))
 }
 
-/// Copies into the overlay at `path` everything that the backing file `new` would show differently;
-/// `None` is no backing file; then makes that its backing file, before the overlay is unlocked. The
+/// Copies into the overlay at `path` everything that the backing file `new` would show differently.
+/// Then makes `new` its backing file, before the overlay is unlocked; with `None` it has none. The
 /// disk does not change. `options` open the overlay, `for_backing` the new backing file. Blocks, and
 /// must not be called by asynchronous tasks.
 ///

@@ -1,4 +1,4 @@
-//! Zeroes to digest, and to write where there is no better way.
+//! A block of zeroes: to digest, and to write where the destination has no faster operation.
 
 use std::sync::LazyLock;
 

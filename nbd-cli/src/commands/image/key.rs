@@ -29,8 +29,9 @@ volumes of version 2 are changed with cryptsetup.
 
 A new passphrase is on stable storage and was read back before an old one is overwritten. A slot is
 removed only if --key-file has a passphrase that stays. If a command is interrupted, no passphrase
-that stays is lost; see 'image key list', and run it again. Whoever has had the key of the disk itself
-can still decrypt it: to change that, make a new image with 'image convert --encrypt'.";
+that stays is lost; see 'image key list', and run it again. The key of the disk itself stays the same:
+a person who has it can still decrypt the disk. 'image convert --encrypt' makes an image with another
+key.";
 
 /// Arguments of `nbd-cli image key`.
 #[derive(Debug, Args)]
