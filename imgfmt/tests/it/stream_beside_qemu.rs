@@ -1,36 +1,16 @@
 //! Streaming copies into an overlay what the layers below it provide: the disk stays the same through
 //! crashes, errors and writes by others, judged by qemu-img.
 
-use std::path::Path;
-
 use imgfmt::jobs::{JobContext, JobErrorKind, measure_stream, stream};
 use imgfmt::testing::{Fault, Loss};
 use imgfmt::{Durability, ExtentKind, Format, Image};
 
 use crate::common::bitmaps::dirty;
 use crate::common::{Random, all_extents, at, qemu, range, run, text};
-use crate::judge::subjects::{
-    Made, OnTrial, Start, Subject, Tolerance, options, qemu_check, rounds,
-};
+use crate::judge::streams::{SIZE, SUBJECTS, read, remove_base, three_layers};
+use crate::judge::subjects::{Made, OnTrial, Tolerance, options, qemu_check, rounds};
 
-const SIZE: u64 = (1 << 20) + 1536;
 const ENOSPC: i32 = 28;
-
-const SUBJECTS: [Subject; 7] = [
-    Subject::new("", Start::Overlay),
-    Subject::new("cluster_size=512", Start::Overlay),
-    Subject::new("compat=0.10", Start::Overlay),
-    Subject::new("cluster_size=4096,compat=0.10", Start::RawOverlay),
-    Subject::new("cluster_size=16384,extended_l2=on", Start::Overlay),
-    Subject::new("extended_l2=on", Start::RawOverlay),
-    Subject::new("cluster_size=4096,data_file=DIR/data.raw", Start::Overlay),
-];
-
-fn read(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0xee; image.size() as usize];
-    image.read_at(at(0), &mut bytes).unwrap();
-    bytes
-}
 
 /// All that comes from layers below.
 fn from_below(image: &Image) -> u64 {
@@ -41,9 +21,7 @@ fn from_below(image: &Image) -> u64 {
 /// Removes the name of the backing file, and the file.
 fn stand_alone(made: &Made) {
     Image::change_backing_file(&made.path, &options(), None).unwrap();
-    for format in ["raw", "qcow2"] {
-        let _ = std::fs::remove_file(made.path.with_extension(format!("base.{format}")));
-    }
+    remove_base(made);
 }
 
 #[test]
@@ -75,20 +53,6 @@ fn a_streamed_disk_is_the_same_without_its_backing_file() {
     }
 }
 
-/// Three layers: the disk, `middle.qcow2`, which is shorter, and `base.qcow2`.
-fn three_layers(directory: &Path, options: &str, random: &mut Random) -> [std::path::PathBuf; 3] {
-    let paths = ["top.qcow2", "middle.qcow2", "base.qcow2"].map(|name| directory.join(name));
-    let [top, middle, base] = &paths;
-    let short = SIZE / 2 / 512 * 512;
-    qemu::create(base, "", &SIZE.to_string());
-    qemu::create_overlay(middle, "", base, "qcow2", &short.to_string());
-    qemu::create_overlay(top, options, middle, "qcow2", &SIZE.to_string());
-    for (path, size) in [(base, SIZE), (middle, short), (top, SIZE)] {
-        qemu::io(path, "qcow2", &qemu::random_commands(random, size, 6));
-    }
-    paths
-}
-
 #[test]
 fn with_a_base_only_the_layers_above_it_are_copied() {
     if !qemu::has_qemu() {
@@ -97,7 +61,7 @@ fn with_a_base_only_the_layers_above_it_are_copied() {
     let mut random = Random::new("stream to a base");
     for kind in ["", "compat=0.10", "extended_l2=on,cluster_size=16k", "cluster_size=2M"] {
         let directory = tempfile::tempdir().unwrap();
-        let [top, middle, base] = three_layers(directory.path(), kind, &mut random);
+        let [top, middle, base] = three_layers(directory.path(), kind, "qcow2", &mut random);
         let content = qemu::content(&top, "qcow2");
         let image = Image::open(&top, &options()).unwrap();
         assert_eq!(image.layer_in(&base), Some((3, Format::Qcow2)));

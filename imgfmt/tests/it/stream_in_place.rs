@@ -15,38 +15,14 @@ use imgfmt::{
 
 use crate::common::bitmaps::dirty;
 use crate::common::{Random, all_extents, at, qemu, range, run, text};
-use crate::judge::subjects::{
-    Made, OnTrial, Start, Subject, Tolerance, options, qemu_check, rounds,
-};
+use crate::judge::streams::{SIZE, SUBJECTS, read, remove_base, three_layers};
+use crate::judge::subjects::{OnTrial, Tolerance, options, qemu_check, rounds};
 
-const SIZE: u64 = (1 << 20) + 1536;
 const EIO: i32 = 5;
-
-const SUBJECTS: [Subject; 7] = [
-    Subject::new("", Start::Overlay),
-    Subject::new("cluster_size=512", Start::Overlay),
-    Subject::new("compat=0.10", Start::Overlay),
-    Subject::new("cluster_size=4096,compat=0.10", Start::RawOverlay),
-    Subject::new("cluster_size=16384,extended_l2=on", Start::Overlay),
-    Subject::new("extended_l2=on", Start::RawOverlay),
-    Subject::new("cluster_size=4096,data_file=DIR/data.raw", Start::Overlay),
-];
-
-fn read(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0xee; image.size() as usize];
-    image.read_at(at(0), &mut bytes).unwrap();
-    bytes
-}
 
 fn deepest(image: &Image) -> u32 {
     let extents = all_extents(image, range(0, image.size()));
     extents.iter().map(|extent: &Extent| extent.depth).max().unwrap_or(0)
-}
-
-fn remove_base(made: &Made) {
-    for format in ["raw", "qcow2"] {
-        let _ = std::fs::remove_file(made.path.with_extension(format!("base.{format}")));
-    }
 }
 
 /// Whether no one has the file open with a lock.
@@ -103,17 +79,8 @@ fn the_base_that_is_left_becomes_the_backing_file() {
     let mut random = Random::new("stream in place to a base");
     for kind in ["", "compat=0.10", "extended_l2=on,cluster_size=16k", "cluster_size=512"] {
         let directory = tempfile::tempdir().unwrap();
-        let paths = ["top.qcow2", "middle.qcow2", "base.raw"].map(|it| directory.path().join(it));
+        let paths = three_layers(directory.path(), kind, "raw", &mut random);
         let [top, middle, base] = &paths;
-        let short = SIZE / 2 / 512 * 512;
-        run("qemu-img", &["create", "-q", "-f", "raw", text(base), &SIZE.to_string()]);
-        qemu::create_overlay(middle, "", base, "raw", &short.to_string());
-        qemu::create_overlay(top, kind, middle, "qcow2", &SIZE.to_string());
-        for (path, format, size) in
-            [(base, "raw", SIZE), (middle, "qcow2", short), (top, "qcow2", SIZE)]
-        {
-            qemu::io(path, format, &qemu::random_commands(&mut random, size, 6));
-        }
         let content = qemu::content(top, "qcow2");
         let image = Image::open(top, &options()).unwrap();
         for depth in [0, 1, 4] {

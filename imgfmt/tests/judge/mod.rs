@@ -3,6 +3,7 @@
 
 pub mod joint;
 pub mod promises;
+pub mod streams;
 pub mod subjects;
 
 use std::ops::Range;
