@@ -2,7 +2,8 @@
 //!
 //! Random reads of a qcow2 disk of 16 TiB, whose tables take up 2 GiB: once while the page cache
 //! has the tables, and once after they were dropped, so that each read first has to read a table
-//! from the disk. The data is in the page cache in both rows. Peers have their default cache for
+//! from the disk. The data is in the page cache in both rows. The floor keeps no table: it reads the
+//! entry and the data for each request, and nothing else. Peers have their default cache for
 //! tables, and the settings that qemu-nbd offers for such a disk.
 //!
 //! The rows of chains compare reads of one image with reads of the same image on top of 49 others:
@@ -16,7 +17,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use super::bars::Limit;
-use super::contest::{Against, Contender, Contest, ContestBar, OURS};
+use super::contest::{Against, Contender, Contest, ContestBar, FLOOR, OURS};
 use super::data::DataFile;
 use super::group::Group;
 use super::huge_image::{self, DATA_START, DISK_BYTES};
@@ -124,6 +125,7 @@ fn huge_contest(name: &str, tables: Tables) -> Contest {
     contenders.extend(QEMU_CACHES.map(|(name, cache)| {
         contender(name, Box::new(move |lab| qemu_nbd(lab, &lab.file(HUGE), cache)))
     }));
+    contenders.push(contender(FLOOR, Box::new(floor)));
     contest(name, contenders)
 }
 
@@ -245,6 +247,14 @@ fn read_through(size: u64) -> Job {
 fn ours(lab: &Lab<'_>, image: &Path) -> Command {
     let mut command = lab.nbd_cli();
     command.args(["serve", "--format", "qcow2"]).arg(image).arg("--socket").arg(lab.socket());
+    command
+}
+
+/// Reads an entry and the data for each request, and keeps no table.
+fn floor(lab: &Lab<'_>) -> Command {
+    let mut command = Command::new(lab.target_directory.join("dist").join("floor"));
+    command.arg("--socket").arg(lab.socket()).arg("--size").arg(DISK_BYTES.to_string());
+    command.arg("--qcow2").arg(lab.file(HUGE));
     command
 }
 

@@ -18,8 +18,8 @@ pub(crate) struct Row {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Workload {
-    /// Requests of `block_size` bytes, `depth` of them in flight on one connection.
-    Requests { client: Client, pattern: Pattern, block_size: u64, depth: u32 },
+    /// Requests of `block_size` bytes, `depth` of them in flight on each connection.
+    Requests { client: Client, pattern: Pattern, block_size: u64, depth: u32, connections: u32 },
     /// nbdcopy of the whole disk to `null:`.
     Copy { connections: u32 },
 }
@@ -43,6 +43,7 @@ pub(crate) const ROWS: &[Row] = &[
     small("randread-4k-qd1", Pattern::RandomRead, 1),
     small("randread-4k-qd16", Pattern::RandomRead, 16),
     small("randread-4k-qd64", Pattern::RandomRead, 64),
+    many("randread-4k-qd4-c32", Pattern::RandomRead, 4, 32),
     small("randwrite-4k-qd1", Pattern::RandomWrite, 1),
     small("randwrite-4k-qd16", Pattern::RandomWrite, 16),
     small("randwrite-4k-qd64", Pattern::RandomWrite, 64),
@@ -56,15 +57,19 @@ pub(crate) const ROWS: &[Row] = &[
 ];
 
 const fn small(name: &'static str, pattern: Pattern, depth: u32) -> Row {
-    requests(name, Client::Load, pattern, SMALL_BYTES, depth)
+    requests(name, Client::Load, pattern, SMALL_BYTES, depth, 1)
+}
+
+const fn many(name: &'static str, pattern: Pattern, depth: u32, connections: u32) -> Row {
+    requests(name, Client::Load, pattern, SMALL_BYTES, depth, connections)
 }
 
 const fn fio(name: &'static str, pattern: Pattern, depth: u32) -> Row {
-    requests(name, Client::Fio, pattern, SMALL_BYTES, depth)
+    requests(name, Client::Fio, pattern, SMALL_BYTES, depth, 1)
 }
 
 const fn large(name: &'static str, pattern: Pattern) -> Row {
-    requests(name, Client::Load, pattern, LARGE_BYTES, SEQUENTIAL_DEPTH)
+    requests(name, Client::Load, pattern, LARGE_BYTES, SEQUENTIAL_DEPTH, 1)
 }
 
 const fn requests(
@@ -73,8 +78,10 @@ const fn requests(
     pattern: Pattern,
     block_size: u64,
     depth: u32,
+    connections: u32,
 ) -> Row {
-    Row { name, workload: Workload::Requests { client, pattern, block_size, depth } }
+    let workload = Workload::Requests { client, pattern, block_size, depth, connections };
+    Row { name, workload }
 }
 
 impl Row {
@@ -116,9 +123,9 @@ pub(crate) fn run(
     program: Command,
 ) -> Result<ClientResult> {
     match row.workload {
-        Workload::Requests { client, pattern, block_size, depth } => {
+        Workload::Requests { client, pattern, block_size, depth, connections } => {
             let length = Length::Seconds(options.seconds);
-            let job = Job { pattern, block_size, depth, connections: 1, length, unit: row.unit() };
+            let job = Job { pattern, block_size, depth, connections, length, unit: row.unit() };
             match client {
                 Client::Load => load::run(&job, uri, options.size, program),
                 Client::Fio => fio::run(&job, uri, options.size),
@@ -138,9 +145,10 @@ mod tests {
     fn names_are_unique_and_say_what_is_measured() {
         for (index, row) in ROWS.iter().enumerate() {
             assert!(ROWS[index + 1..].iter().all(|other| other.name != row.name), "{}", row.name);
-            if let Workload::Requests { depth, client, .. } = row.workload {
+            if let Workload::Requests { depth, client, connections, .. } = row.workload {
                 assert_eq!(row.name.starts_with("fio-"), client == Client::Fio, "{}", row.name);
-                assert!(row.name.ends_with(&format!("-qd{depth}")), "{}", row.name);
+                let suffix = if connections == 1 { "" } else { &format!("-c{connections}") };
+                assert!(row.name.ends_with(&format!("-qd{depth}{suffix}")), "{}", row.name);
             }
             assert_eq!(row.writes(), row.name.contains("write"), "{}", row.name);
         }

@@ -160,7 +160,7 @@ impl<'a> Launcher<'a> {
                     }
                     _ => {}
                 }
-                command.args(["-f", "raw", "-t", "-e", "16", "-k"]).arg(socket).arg(disk)
+                command.args(["-f", "raw", "-t", "-e", "32", "-k"]).arg(socket).arg(disk)
             }
             Server::Nbdkit => command.args(["-f", "-U"]).arg(socket).arg("file").arg(disk),
             Server::Reference => {

@@ -5,13 +5,20 @@
 //! requests, and one for all their answers. Its time is the cost of the socket and of the client;
 //! the additional time of another server is that server's own cost.
 //!
-//! `floor --socket PATH --size BYTES` serves until it is killed.
+//! `floor --socket PATH --size BYTES` serves until it is killed; `--qcow2 FILE` behind it answers from
+//! an image instead, without a cache of tables.
+
+mod qcow2;
 
 use std::env;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::thread;
+
+use qcow2::Qcow2;
 
 /// Bytes of requests that one read takes: more than any client here keeps in flight.
 const RECEIVE_BYTES: usize = 256 << 10;
@@ -62,18 +69,23 @@ fn main() -> ExitCode {
 
 fn run() -> io::Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
-    let [_, socket, _, size] = arguments.as_slice() else { return Err(usage()) };
-    if arguments[0] != "--socket" || arguments[2] != "--size" {
-        return Err(usage());
-    }
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let (socket, size, source) = match arguments[..] {
+        ["--socket", socket, "--size", size] => (socket, size, Source::constant()),
+        ["--socket", socket, "--size", size, "--qcow2", file] => {
+            (socket, size, Source::Qcow2(Qcow2::open(Path::new(file))?))
+        }
+        _ => return Err(usage()),
+    };
     let size: u64 = size.parse().map_err(|_| usage())?;
+    let source = Arc::new(source);
     let listener = UnixListener::bind(socket)
         .map_err(|error| io::Error::new(error.kind(), format!("cannot bind {socket}: {error}")))?;
     for stream in listener.incoming() {
-        let stream = stream?;
+        let (stream, source) = (stream?, Arc::clone(&source));
         thread::spawn(move || {
             // A client that disconnects in the middle, like a probe, is not worth a message.
-            if let Err(error) = serve(stream, size)
+            if let Err(error) = serve(stream, size, &source)
                 && error.kind() != ErrorKind::UnexpectedEof
                 && error.kind() != ErrorKind::BrokenPipe
             {
@@ -85,15 +97,30 @@ fn run() -> io::Result<()> {
 }
 
 fn usage() -> io::Error {
-    io::Error::new(ErrorKind::InvalidInput, "usage: floor --socket PATH --size BYTES")
+    io::Error::new(
+        ErrorKind::InvalidInput,
+        "usage: floor --socket PATH --size BYTES [--qcow2 FILE]",
+    )
 }
 
 fn bad(what: &'static str) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, what)
 }
 
-fn serve(mut stream: UnixStream, size: u64) -> io::Result<()> {
-    if negotiate(&mut stream, size)? { transmit(&mut stream, size) } else { Ok(()) }
+/// What is read.
+enum Source {
+    Constant(Vec<u8>),
+    Qcow2(Qcow2),
+}
+
+impl Source {
+    fn constant() -> Self {
+        Self::Constant(vec![0x5a; CONSTANT_BYTES])
+    }
+}
+
+fn serve(mut stream: UnixStream, size: u64, source: &Source) -> io::Result<()> {
+    if negotiate(&mut stream, size)? { transmit(&mut stream, size, source) } else { Ok(()) }
 }
 
 /// Performs the handshake; returns whether transmission follows.
@@ -161,8 +188,8 @@ fn read_array<const N: usize>(stream: &mut UnixStream) -> io::Result<[u8; N]> {
 }
 
 /// Answers requests until the client sends DISC.
-fn transmit(stream: &mut UnixStream, size: u64) -> io::Result<()> {
-    let constant = vec![0x5a; CONSTANT_BYTES];
+fn transmit(stream: &mut UnixStream, size: u64, source: &Source) -> io::Result<()> {
+    let mut data = Vec::new();
     let mut received = vec![0; RECEIVE_BYTES];
     let mut filled = 0;
     let mut replies = Vec::new();
@@ -181,7 +208,14 @@ fn transmit(stream: &mut UnixStream, size: u64) -> io::Result<()> {
                 None => is_over = true,
             }
         }
-        send(stream, &replies, &constant)?;
+        let payloads = match source {
+            Source::Constant(constant) => constant,
+            Source::Qcow2(image) => {
+                read_all(image, &mut replies, &mut data)?;
+                &data
+            }
+        };
+        send(stream, &replies, payloads)?;
         if is_over {
             return Ok(());
         }
@@ -190,9 +224,13 @@ fn transmit(stream: &mut UnixStream, size: u64) -> io::Result<()> {
     }
 }
 
-/// A reply's header, and how many bytes of the constant follow it.
+/// A reply's header, and the bytes that follow it.
 struct Reply {
     header: [u8; SIMPLE_REPLY_BYTES],
+    /// On the disk.
+    offset: u64,
+    /// Where they are in the payloads, which repeat if they are shorter.
+    start: usize,
     payload_length: usize,
 }
 
@@ -217,7 +255,22 @@ fn answer(request: &[u8], size: u64) -> io::Result<Option<Reply>> {
     header[..4].copy_from_slice(&SIMPLE_REPLY_MAGIC.to_be_bytes());
     header[4..8].copy_from_slice(&error.to_be_bytes());
     header[8..].copy_from_slice(&request[8..16]);
-    Ok(Some(Reply { header, payload_length: if is_read { length as usize } else { 0 } }))
+    let payload_length = if is_read { length as usize } else { 0 };
+    Ok(Some(Reply { header, offset, start: 0, payload_length }))
+}
+
+/// Reads what the replies ask for into `data`, one behind the other.
+fn read_all(image: &Qcow2, replies: &mut [Reply], data: &mut Vec<u8>) -> io::Result<()> {
+    let mut end = 0;
+    for reply in replies {
+        reply.start = end;
+        end += reply.payload_length;
+        if data.len() < end {
+            data.resize(end, 0);
+        }
+        image.read(reply.offset, &mut data[reply.start..end])?;
+    }
+    Ok(())
 }
 
 /// The big-endian number in at most 8 bytes.
@@ -226,13 +279,14 @@ fn number(bytes: &[u8]) -> u64 {
 }
 
 /// Writes all replies with gathered writes.
-fn send(stream: &mut UnixStream, replies: &[Reply], constant: &[u8]) -> io::Result<()> {
+fn send(stream: &mut UnixStream, replies: &[Reply], payloads: &[u8]) -> io::Result<()> {
     let mut pieces = Vec::new();
     for reply in replies {
         pieces.push(IoSlice::new(&reply.header));
         let mut left = reply.payload_length;
         while left > 0 {
-            let piece = &constant[..left.min(constant.len())];
+            let rest = &payloads[reply.start..];
+            let piece = &rest[..left.min(rest.len())];
             pieces.push(IoSlice::new(piece));
             left -= piece.len();
         }
@@ -268,7 +322,7 @@ mod tests {
     /// A client that went through the handshake with GO.
     fn connect(size: u64) -> UnixStream {
         let (mut client, server) = UnixStream::pair().expect("socket pair");
-        thread::spawn(move || serve(server, size));
+        thread::spawn(move || serve(server, size, &Source::constant()));
         let greeting: [u8; 18] = read_array(&mut client).expect("greeting");
         assert_eq!(&greeting[..16], b"NBDMAGICIHAVEOPT");
         let mut hello = vec![0, 0, 0, 3];
