@@ -113,6 +113,8 @@ impl Command {
             Self::Copy(_) | Self::Restore(_) | Self::Bench(_) => true,
             Self::Image(args) => args.command.writes(),
             Self::Bitmap(args) => args.command.writes(),
+            #[cfg(feature = "object-storage")]
+            Self::Repo(args) => args.command.writes(),
             _ => false,
         }
     }

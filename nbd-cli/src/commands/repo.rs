@@ -1,6 +1,7 @@
 //! `nbd-cli repo`: repositories of backups.
 
 mod args;
+mod export;
 mod keys;
 mod report;
 mod store;
@@ -32,6 +33,7 @@ pub(crate) fn run(args: &RepoArgs) -> Result<Outcome, CommandError> {
             RepoCommand::Gc(args) => gc(args).await,
             RepoCommand::Stats(args) => report::stats(args).await,
             RepoCommand::ForgetSession(args) => forget_session(args).await,
+            RepoCommand::Export(args) => export::run(args).await,
             RepoCommand::Key(args) => keys::run(args).await,
         }
     })

@@ -103,6 +103,8 @@ mod reconnect;
 #[cfg(feature = "object-storage")]
 mod repository;
 #[cfg(feature = "object-storage")]
+mod repository_export;
+#[cfg(feature = "object-storage")]
 mod seaweedfs;
 mod serve_access;
 mod serve_bitmaps_survive;

@@ -52,3 +52,8 @@ fn changes_of_passphrases_bear_faults_of_the_store() {
 fn restore_bears_faults_of_the_store() {
     met(&["restore"], is_thorough() && seed().is_multiple_of(2));
 }
+
+#[test]
+fn export_bears_faults_of_the_store() {
+    met(&["repo export"], is_thorough() && seed().is_multiple_of(2));
+}

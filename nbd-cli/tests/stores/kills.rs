@@ -41,3 +41,8 @@ fn interrupted_change_of_passphrases_keeps_one_that_opens() {
 fn interrupted_restore_is_completed_by_another_one() {
     interrupted(&["restore"], is_thorough() && seed().is_multiple_of(2));
 }
+
+#[test]
+fn interrupted_export_is_completed_by_another_one() {
+    interrupted(&["repo export"], is_thorough() && seed().is_multiple_of(2));
+}

@@ -208,7 +208,7 @@ impl Base {
 }
 
 /// Returns the reason why a chain of backups, newest first, cannot be built on.
-fn chain_problem(chain: &[(Option<PathBuf>, Option<Backup>)]) -> Option<String> {
+pub(crate) fn chain_problem(chain: &[(Option<PathBuf>, Option<Backup>)]) -> Option<String> {
     let mut layers = chain.iter();
     let mut expected = None;
     let mut is_first = true;

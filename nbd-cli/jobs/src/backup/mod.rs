@@ -10,6 +10,8 @@ mod partial;
 use std::path::Path;
 
 use self::chain::Base;
+#[cfg(feature = "object-storage")]
+pub(crate) use self::chain::chain_problem;
 use self::checkpoint::Server;
 pub use self::job::BackedUp;
 #[cfg(feature = "object-storage")]

@@ -42,6 +42,9 @@ pub(crate) enum Extents {
     Image(ImageExtents),
     /// A server's dirty bitmap, and its block status of the dirty ranges.
     Dirty(Box<DirtyExtents>),
+    /// What a task tells, front to back: the end of each part, and its content.
+    #[cfg(feature = "object-storage")]
+    Told(tokio::sync::mpsc::Receiver<Result<(u64, Content), JobError>>),
 }
 
 /// The extents of an image, front to back.
@@ -178,6 +181,16 @@ impl Extents {
                 let (end, content) = extents.at(at, size).await?;
                 Ok(Known::new(end, content))
             }
+            #[cfg(feature = "object-storage")]
+            Self::Told(told) => loop {
+                let part = told.recv().await.unwrap_or_else(|| {
+                    Err(JobError::source(format!("the map of the disk ends at byte {at}")))
+                });
+                let (end, content) = part?;
+                if end > at {
+                    return Ok(Known::new(end.min(size), content));
+                }
+            },
             Self::Server(extents) => loop {
                 let extent = match extents.next().await {
                     Some(Ok(extent)) => extent,

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod disk;
+mod export;
 mod job;
 mod options;
 
@@ -11,6 +12,7 @@ use nbd_objects::repo::{Head, Id, Repository};
 use nbd_proto::NbdUri;
 
 pub use self::disk::{open_disk, split_address};
+pub use self::export::{Exported, export_from_repository};
 use self::job::{Described, Work};
 use self::options::earlier;
 pub use self::options::{BackedUpToRepository, DiskToBackUp, RepositoryOptions, repository_error};

@@ -315,7 +315,7 @@ fn replaceable(name: &Path) -> Option<(PathBuf, Metadata)> {
 }
 
 /// Returns the temporary name, truncated if it would be too long.
-fn partial_name(name: &Path) -> Option<PathBuf> {
+pub(crate) fn partial_name(name: &Path) -> Option<PathBuf> {
     let file = name.file_name()?.as_bytes();
     let kept = file.get(..NAME_MAX - SUFFIX.len()).unwrap_or(file);
     let mut partial = kept.to_vec();

@@ -40,7 +40,7 @@ pub use self::objects::Creates;
 pub use self::pack::PACK_SIZE;
 pub use self::page::{BLOCK_SIZE, PAGE_BLOCKS};
 pub use self::pin_record::{ReaderInfo, host_name};
-pub use self::reading::{Damage, OnDamage, OpenBackup};
+pub use self::reading::{Damage, Difference, OnDamage, OpenBackup};
 pub use self::repository::Repository;
 pub use self::retention::Retention;
 pub use self::root::{DISK_SIZE_MAX, Head};

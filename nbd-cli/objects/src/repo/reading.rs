@@ -1,6 +1,7 @@
 //! Reads a backup as a disk.
 
 mod cache;
+mod difference;
 mod fetch;
 
 use std::io;
@@ -11,6 +12,7 @@ use imgfmt::storage::{StorageExtent, TryRead};
 use imgfmt::{ExtentKind, HostOffset, Storage};
 
 use self::cache::{Cache, Found};
+pub use self::difference::Difference;
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::Id;
 use super::map::Map;

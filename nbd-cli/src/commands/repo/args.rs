@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 use nbd_jobs::size::parse_duration;
 use nbd_objects::repo::Id;
 
+use super::export::ExportArgs;
 use super::keys::KeyArgs;
 use super::store::StoreArgs;
 use super::text::{id, percent};
@@ -20,6 +21,7 @@ Examples:
   nbd-cli repo prune /srv/backups --keep-daily 7 --keep-weekly 4
   nbd-cli repo gc /srv/backups
   nbd-cli repo check /srv/backups --read-data=10%
+  nbd-cli repo export /srv/backups vm1 /srv/files
 
 A repository is a folder, or a prefix of an S3 store (s3://bucket/prefix). Every backup in it is
 complete: none needs another one, and each can be forgotten. Any number of backups, readers and one or
@@ -54,8 +56,17 @@ pub enum RepoCommand {
     Stats(StatsArgs),
     /// End an interrupted backup, or the reading of one
     ForgetSession(ForgetSessionArgs),
+    /// Write backups to qcow2 files that QEMU reads
+    Export(ExportArgs),
     /// Add, list and remove the passphrases of an encrypted repository
     Key(KeyArgs),
+}
+
+impl RepoCommand {
+    /// Returns whether it creates disks: a signal then ends it between two steps.
+    pub(crate) fn writes(&self) -> bool {
+        matches!(self, Self::Export(_))
+    }
 }
 
 /// Arguments of `nbd-cli repo init`.

@@ -151,6 +151,7 @@ pub(crate) fn cases(world: &World) -> Vec<Case<'_>> {
         prune(world),
         gc(world),
         restore(world),
+        export(world),
     ];
     cases.extend([init(world), live::case()]);
     if world.passphrase.is_some() {
@@ -338,6 +339,40 @@ fn restore(world: &World) -> Case<'_> {
     let mut case = case(world, "restore", &arguments, None, again);
     case.after = Box::new(move |scene, outcome, context| {
         assert!(is_there(scene, context) || !outcome.is_success(), "{context}: {outcome:?}");
+        world.judge(scene, None, context);
+    });
+    case
+}
+
+/// All backups of a disk as a chain of files.
+fn export(world: &World) -> Case<'_> {
+    // A file of such a name is complete, whenever it is there.
+    let files = |scene: &Scene, context: &str| {
+        let Ok(entries) = std::fs::read_dir(scene.beside("chain")) else { return 0 };
+        let paths = entries.map(|entry| entry.expect("an entry").path());
+        let complete = paths.filter(|path| path.extension().is_some_and(|it| it == "qcow2"));
+        let is_good = |path: PathBuf| {
+            let path = path.to_str().expect("a plain name");
+            let disk = world.backups.iter().find(|(id, _)| path.contains(&***id));
+            let disk = world.path(disk.expect("a file of a backup").1);
+            let compared = scene.run(&["image", "compare", "-f", "raw", &disk, path]);
+            assert!(compared.is_success(), "{context}: {path}: {compared:?}");
+            assert!(scene.run(&["image", "check", path]).is_success(), "{context}: {path}");
+        };
+        complete.map(is_good).count()
+    };
+    let decrypt = world.passphrase.is_some().then_some("--decrypt");
+    let arguments = ["repo", "export", "-q", REPOSITORY, "vm", "{here}/chain"];
+    let arguments: Vec<_> = arguments.into_iter().chain(decrypt).collect();
+    let again = move |scene: &Scene, outcome: &Outcome, context: &str| {
+        assert!(outcome.is_success(), "{context}: {outcome:?}");
+        assert_eq!(files(scene, context), 2, "{context}");
+        let left = std::fs::read_dir(scene.beside("chain")).expect("a folder").count();
+        assert_eq!(left, 2, "{context}: nothing is left over");
+    };
+    let mut case = case(world, "repo export", &arguments, None, again);
+    case.after = Box::new(move |scene, outcome, context| {
+        assert!(files(scene, context) == 2 || !outcome.is_success(), "{context}: {outcome:?}");
         world.judge(scene, None, context);
     });
     case

@@ -1,0 +1,158 @@
+//! `repo export`: backups as a chain of qcow2 files.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use nbd_jobs::JobContext;
+use nbd_jobs::repository::{Exported, export_from_repository, repository_error};
+use nbd_jobs::size::rounded;
+use nbd_objects::repo::{Head, Id, Repository};
+use serde::Serialize;
+
+use super::store::StoreArgs;
+use super::text::line;
+use crate::error::{CommandError, Outcome};
+use crate::file_path::FilePathParser;
+use crate::output::{Output, ReportFormat, printable, warn};
+use crate::progress::{RateArgs, SummaryArgs};
+use crate::shown::Shown;
+
+/// Arguments of `nbd-cli repo export`.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub store: StoreArgs,
+
+    /// The backups: NAME for all of this disk, each as a file upon that of the backup before;
+    /// NAME@DAY, NAME@ID or NAME@latest for one, whose file needs no other.
+    #[arg(value_name = "BACKUP")]
+    pub backup: String,
+
+    /// The folder for the files, which are named by the disk, the time and the identity of the backup.
+    /// Files of an earlier export are kept and built on. It is made if it does not exist.
+    #[arg(value_name = "FOLDER", value_parser = FilePathParser)]
+    pub folder: PathBuf,
+
+    /// Write the backups of an encrypted repository to files that are not encrypted.
+    #[arg(long)]
+    pub decrypt: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub rate: RateArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub summary: SummaryArgs,
+}
+
+/// A file. Sizes are in bytes.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct ExportedFile {
+    id: String,
+    file: String,
+    /// The file below a new one.
+    base: Option<String>,
+    size: u64,
+    copied: u64,
+    /// Whether it is new; if not, an earlier export made it.
+    new: bool,
+}
+
+pub(super) async fn run(args: &ExportArgs) -> Result<Outcome, CommandError> {
+    let repository = args.store.open().await?;
+    if repository.is_encrypted() && !args.decrypt {
+        return Err(CommandError::new(format!(
+            "{} is encrypted, and the files of an export are not: add --decrypt if all who can read \
+             '{}' may read the disk",
+            printable(repository.name()),
+            args.folder.display()
+        )));
+    }
+    let (backups, unreadable) = selected(&repository, &args.backup).await?;
+    let shown = Shown::new(args.summary.visibility());
+    let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
+    let format = args.summary.format();
+    let (mut files, mut printed) = (Vec::new(), Ok(()));
+    let told = |exported: &Exported| {
+        shown.clear();
+        match format {
+            Some(ReportFormat::Text) if printed.is_ok() => {
+                printed = line(&described(exported)).map(drop);
+            }
+            _ => files.push(ExportedFile::of(exported)),
+        }
+    };
+    let result = export_from_repository(&repository, &backups, &args.folder, &context, told).await;
+    shown.clear();
+    if let Some(ReportFormat::Json) = format {
+        let mut output = Output::new();
+        output.json(&files)?;
+        output.finish()?;
+    }
+    result?;
+    printed?;
+    match unreadable {
+        0 => Ok(Outcome::Success),
+        count => Err(CommandError::new(format!(
+            "{count} backups cannot be read and were not exported, whichever disks they are of; \
+             everything else was"
+        ))),
+    }
+}
+
+/// Returns the backups that are meant, oldest first, and how many cannot be read.
+async fn selected(
+    repository: &Repository,
+    text: &str,
+) -> Result<(Vec<(Id, Head)>, usize), CommandError> {
+    if text.contains('@') {
+        let found = repository.find(text).await.map_err(repository_error)?;
+        return Ok((vec![found], 0));
+    }
+    let (mut own, mut unreadable) = (Vec::new(), 0);
+    for info in repository.list().await.map_err(repository_error)? {
+        match info.head {
+            _ if info.is_forgotten => {}
+            Ok(head) if head.name == text => own.push((info.id, head)),
+            Ok(_) => {}
+            Err(error) => {
+                warn(&error.to_string());
+                unreadable += 1;
+            }
+        }
+    }
+    if own.is_empty() {
+        // It says which there are.
+        own.push(repository.find(text).await.map_err(repository_error)?);
+    }
+    Ok((own, unreadable))
+}
+
+fn described(exported: &Exported) -> String {
+    let path = printable(&exported.path.to_string_lossy()).to_string();
+    if !exported.is_new {
+        return format!("{path}: is there already");
+    }
+    let base = exported.base.as_deref().and_then(Path::file_name);
+    let kind = match base {
+        Some(base) => format!("upon {}", printable(&base.to_string_lossy())),
+        None => "full".to_owned(),
+    };
+    format!("{path}: {kind}, {}, {} written", rounded(exported.size), rounded(exported.copied))
+}
+
+impl ExportedFile {
+    fn of(exported: &Exported) -> Self {
+        Self {
+            id: exported.id.to_string(),
+            file: exported.path.to_string_lossy().into_owned(),
+            base: exported.base.as_ref().map(|base| base.to_string_lossy().into_owned()),
+            size: exported.size,
+            copied: exported.copied,
+            new: exported.is_new,
+        }
+    }
+}
