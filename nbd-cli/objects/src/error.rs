@@ -4,6 +4,7 @@ use std::error::Error;
 use std::fmt;
 use std::io;
 
+use crate::refusal::Refusal;
 use crate::shown::{printable, shown, summary};
 
 /// The side at fault, and what may help.
@@ -65,6 +66,7 @@ impl StoreError {
     pub fn of(operation: &str, object: &str, error: &object_store::Error) -> Self {
         use object_store::Error as E;
         let why = deepest(error);
+        let refusal = Refusal::of(error);
         let ignores_ranges = why.contains("non-partial") || why.starts_with("Range request not");
         let (kind, why) = match error {
             _ if ignores_ranges => (
@@ -91,10 +93,13 @@ impl StoreError {
                 StoreErrorKind::Replaced,
                 "the object was replaced by another one while it was in use; open it again".into(),
             ),
-            E::AlreadyExists { .. } if is_conflict(error) => (
+            _ if refusal.is_some_and(Refusal::is_conflict) => (
                 StoreErrorKind::Unavailable,
                 format!("{why}: other requests for it go on at the same time; repeat the command"),
             ),
+            _ if refusal.is_some_and(Refusal::is_not_implemented) => {
+                (StoreErrorKind::Unsuitable, why)
+            }
             E::AlreadyExists { .. } => (StoreErrorKind::Exists, "it exists already".to_owned()),
             E::NotSupported { .. } | E::NotImplemented { .. } => (StoreErrorKind::Unsuitable, why),
             _ => (StoreErrorKind::Unavailable, why),
@@ -122,11 +127,6 @@ impl From<StoreError> for io::Error {
     fn from(error: StoreError) -> Self {
         Self::other(error)
     }
-}
-
-/// Returns whether a request had no effect because of another one at the same time.
-pub(crate) fn is_conflict(error: &object_store::Error) -> bool {
-    deepest(error).starts_with("the store answered 409")
 }
 
 /// The innermost cause, made fit for messages. Those around it repeat the URL, with its query, and

@@ -3,12 +3,14 @@
 //! Requests are made and parsed by the crate [`object_store`]; the transport and TLS are this
 //! crate's own, so that there is one TLS library, and each wait has an end.
 
+mod calendar;
 mod credentials;
 mod crypto;
 mod error;
 mod image;
 mod location;
 mod push;
+mod refusal;
 pub mod repo;
 mod runtime;
 mod settings;
@@ -17,6 +19,7 @@ mod store;
 #[cfg(any(test, feature = "test-util"))]
 pub mod testing;
 mod transport;
+mod uploads;
 
 pub use error::{Result, StoreError, StoreErrorKind};
 pub use image::{

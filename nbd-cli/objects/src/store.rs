@@ -16,6 +16,7 @@ use crate::error::{Result, StoreError};
 use crate::location::StoreUrl;
 use crate::settings::{Addressing, StoreSettings, Timeouts};
 use crate::transport::{Completion, Redirects, Transport};
+use crate::uploads::Uploads;
 
 /// Requests are repeated this often at most, as long as the time limit allows.
 const RETRIES_MAX: usize = 10;
@@ -63,7 +64,7 @@ impl Place {
         match url {
             StoreUrl::S3 { bucket, key } => {
                 let path = key_path(&name, key)?;
-                let (store, endpoint, _) = s3(bucket, settings)?;
+                let Bucket { store, endpoint, .. } = s3(bucket, settings)?;
                 let identity = format!("{endpoint} {name}");
                 Ok(Self { store: Arc::new(store), path, name, identity, directory: None })
             }
@@ -108,9 +109,18 @@ pub(crate) fn key_path(name: &str, key: &str) -> Result<Path> {
     })
 }
 
-/// Prepares requests to a bucket, and returns the store's address and the condition for the end of
-/// uploads as well.
-pub(crate) fn s3(bucket: &str, settings: &StoreSettings) -> Result<(AmazonS3, String, Completion)> {
+/// A bucket of S3.
+pub(crate) struct Bucket {
+    pub(crate) store: AmazonS3,
+    /// The address of the store.
+    pub(crate) endpoint: String,
+    /// The condition for the end of uploads.
+    pub(crate) completion: Completion,
+    pub(crate) uploads: Uploads,
+}
+
+/// Prepares requests to a bucket.
+pub(crate) fn s3(bucket: &str, settings: &StoreSettings) -> Result<Bucket> {
     let access = S3Access::resolve(settings)?;
     let region = access.region.unwrap_or_else(|| "us-east-1".to_owned());
     let endpoint = endpoint_of(bucket, &region, access.endpoint.as_deref(), access.addressing);
@@ -124,7 +134,8 @@ pub(crate) fn s3(bucket: &str, settings: &StoreSettings) -> Result<(AmazonS3, St
         .with_conditional_put(S3ConditionalPut::ETagMatch)
         .with_retry(retry(settings.timeouts))
         .with_crypto_provider(Arc::new(OpenSsl))
-        .with_http_connector(transport);
+        .with_http_connector(transport.clone());
+    let is_anonymous = matches!(access.source, Source::Anonymous);
     builder = match access.source {
         Source::Anonymous => builder.with_skip_signature(true),
         Source::Keys(keys) => {
@@ -151,7 +162,13 @@ pub(crate) fn s3(bucket: &str, settings: &StoreSettings) -> Result<(AmazonS3, St
     };
     let store = builder.build();
     let store = store.map_err(|error| StoreError::of("use", &format!("s3://{bucket}"), &error))?;
-    Ok((store, endpoint.address, completion))
+    let credentials = (!is_anonymous).then(|| Arc::clone(store.credentials()));
+    let address = match endpoint.is_virtual {
+        true => endpoint.address.clone(),
+        false => format!("{}/{bucket}", endpoint.address),
+    };
+    let uploads = Uploads { transport, credentials, region, bucket: address };
+    Ok(Bucket { store, endpoint: endpoint.address, completion, uploads })
 }
 
 struct Endpoint {

@@ -2,12 +2,12 @@
 #![allow(clippy::unwrap_used)] // A test may fail.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use imgfmt::storage::MemoryStorage;
 use imgfmt::{Durability, HostOffset, Storage as _};
-use nbd_objects::testing::{Fault, TestStore};
+use nbd_objects::testing::{Fault, Seen, TestStore};
 use nbd_objects::{
     Environment, PushOptions, PushSource, Pushed, StoreError, StoreSettings, Timeouts, push,
 };
@@ -19,13 +19,17 @@ struct Bench {
     store: TestStore,
     directory: tempfile::TempDir,
     data: Vec<u8>,
+    is_stopped: Arc<AtomicBool>,
+    /// How long a request may take.
+    idle: Duration,
 }
 
 impl Bench {
     fn new(length: usize) -> Self {
         let data = (0..length).map(|index| (index / 3 + index / PART * 5) as u8).collect();
         let directory = tempfile::tempdir().unwrap();
-        Self { store: TestStore::start().unwrap(), directory, data }
+        let (store, idle) = (TestStore::start().unwrap(), Duration::from_millis(700));
+        Self { store, directory, data, is_stopped: Arc::default(), idle }
     }
 
     fn push(&self, change: impl FnOnce(&mut PushOptions)) -> Result<Pushed, StoreError> {
@@ -64,15 +68,28 @@ impl Bench {
         let settings = StoreSettings {
             endpoint: Some(self.store.endpoint()),
             environment: Environment::new(keys),
-            timeouts: Timeouts {
-                idle: Duration::from_millis(700),
-                total: Duration::from_secs(3),
-                ..Timeouts::default()
-            },
+            timeouts: Timeouts { idle: self.idle, total: self.idle * 4, ..Timeouts::default() },
             ..StoreSettings::default()
         };
         let url = "s3://bucket/disk.img".parse().unwrap();
-        push(source, &url, &settings, options, |_| {}, &|| false)
+        push(source, &url, &settings, options, |_| {}, &|| self.is_stopped.load(Ordering::Relaxed))
+    }
+
+    /// Stops a push at a request, as if it were killed there: after its effect.
+    fn stop_at(&self, point: usize) {
+        let (count, is_stopped) = (AtomicUsize::new(0), Arc::clone(&self.is_stopped));
+        self.store.fail(move |_| match count.fetch_add(1, Ordering::Relaxed) == point {
+            true => {
+                is_stopped.store(true, Ordering::Relaxed);
+                Fault::Hang
+            }
+            false => Fault::None,
+        });
+    }
+
+    fn go_on(&self) {
+        self.is_stopped.store(false, Ordering::Relaxed);
+        self.store.fail(|_| Fault::None);
     }
 
     fn is_there(&self) -> bool {
@@ -153,6 +170,78 @@ fn lost_replies_and_passing_failures_of_every_request_are_not_noticed() {
 }
 
 #[test]
+fn push_that_is_stopped_at_any_request_leaves_no_upload_when_it_runs_again() {
+    let requests = {
+        let bench = Bench::new(PART + 1);
+        bench.push(|_| {}).unwrap();
+        bench.store.take_seen().len()
+    };
+    let mut begun = 0;
+    for point in 0..requests {
+        let bench = Bench::new(PART + 1);
+        bench.stop_at(point);
+        bench.push(|_| {}).unwrap_err();
+        let seen = bench.store.take_seen();
+        begun += usize::from(seen.last().unwrap().query.starts_with("uploads"));
+        bench.go_on();
+        // It may have been complete.
+        let again = bench.push(|_| {});
+        assert!(again.is_ok() || again.unwrap_err().to_string().contains("--replace"));
+        assert!(bench.is_there(), "request {point}");
+        assert_eq!(bench.store.open_uploads(), 0, "request {point}: {seen:?}");
+    }
+    assert_eq!(begun, 1);
+}
+
+#[test]
+fn uploads_of_others_are_never_given_up() {
+    // When a push is stopped at the beginning of its upload, others have begun some, or do so then.
+    for (when, key) in [(Some(3600), KEY), (None, KEY), (None, "/bucket/disk.img.bak")] {
+        let bench = Bench::new(PART);
+        let before = when.map(|ago| bench.store.begin_upload(key, ago));
+        // After a look at the object and the list of uploads.
+        bench.stop_at(2);
+        bench.push(|_| {}).unwrap_err();
+        assert!(bench.store.take_seen().last().unwrap().query.starts_with("uploads"));
+        let foreign = before.unwrap_or_else(|| bench.store.begin_upload(key, 0));
+        bench.go_on();
+        bench.push(|_| {}).unwrap();
+        assert!(bench.is_there());
+        assert!(bench.store.uploads().contains(&foreign), "{when:?} {key}");
+        // One of two of this key at this moment may be either's, so both stay.
+        let left = if when.is_none() && key == KEY { 2 } else { 1 };
+        assert_eq!(bench.store.open_uploads(), left, "{when:?} {key}");
+    }
+}
+
+#[test]
+fn upload_with_parts_is_given_up_by_nobody_else() {
+    let bench = Bench::new(PART);
+    bench.stop_at(2);
+    bench.push(|_| {}).unwrap_err();
+    bench.go_on();
+    let upload = bench.store.uploads()[0].clone();
+    // Another program uses it: so it is another program's.
+    bench.store.put_part(KEY, &upload, "data");
+    bench.push(|_| {}).unwrap();
+    assert!(bench.is_there());
+    assert_eq!(bench.store.uploads(), [upload]);
+}
+
+#[test]
+fn push_bears_a_store_that_does_not_list_uploads() {
+    for fault in [Fault::Status(403), Fault::Status(501), Fault::Nonsense, Fault::Cut(40)] {
+        let bench = Bench::new(PART);
+        bench.store.fail(move |seen| {
+            let is_list = seen.method == "GET" && seen.query.contains("uploads=");
+            if is_list { fault } else { Fault::None }
+        });
+        bench.push(|_| {}).unwrap();
+        assert!(bench.is_there(), "{fault:?}");
+    }
+}
+
+#[test]
 fn upload_that_the_store_has_forgotten_is_begun_anew() {
     let bench = Bench::new(PART + 1);
     bench.store.fail(|seen| match seen.query.contains("partNumber=2") {
@@ -218,6 +307,92 @@ fn object_that_another_program_writes_meanwhile_stays() {
             assert_eq!(pushed.resumed, bench.data.len() as u64);
             assert!(bench.is_there());
         }
+    }
+}
+
+/// Whether a request completes an upload.
+fn completes(seen: &Seen) -> bool {
+    seen.method == "POST" && seen.query.contains("uploadId")
+}
+
+#[test]
+fn store_that_completes_nothing_under_a_condition_is_asked_without_one() {
+    for status in [501, 400] {
+        for replaces in [false, true] {
+            let bench = Bench::new(PART + 1);
+            if replaces {
+                bench.store.put(KEY, "old");
+            }
+            bench.store.fail(move |_| Fault::RefusesConditions(status));
+            bench.push(|options| options.replace = replaces).unwrap();
+            assert!(bench.is_there());
+            let seen = bench.store.take_seen();
+            // The second look, and the one at the result.
+            let behind = seen.iter().skip_while(|seen| !completes(seen));
+            assert!(behind.filter(|seen| seen.method == "HEAD").count() >= 2, "{seen:?}");
+            assert_eq!(bench.store.open_uploads(), 0);
+        }
+    }
+}
+
+#[test]
+fn store_that_takes_no_condition_writes_over_no_object_that_came_meanwhile() {
+    for replaces in [false, true] {
+        let bench = Arc::new(Bench::new(PART));
+        if replaces {
+            bench.store.put(KEY, "old");
+        }
+        let other = Arc::clone(&bench);
+        bench.store.fail(move |seen| {
+            if completes(seen) {
+                other.store.put(KEY, "of another program");
+            }
+            Fault::RefusesConditions(501)
+        });
+        let error = bench.push(|options| options.replace = replaces).unwrap_err().to_string();
+        assert!(error.contains("another program wrote s3://bucket/disk.img"), "{error}");
+        assert_eq!(bench.store.object(KEY).unwrap(), "of another program");
+        bench.store.fail(|_| Fault::None);
+    }
+}
+
+#[test]
+fn object_is_replaced_where_its_etag_is_misunderstood_and_never_where_there_was_none() {
+    for replaces in [false, true] {
+        let bench = Bench::new(PART);
+        if replaces {
+            bench.store.put(KEY, "old");
+        }
+        let count = AtomicUsize::new(0);
+        bench.store.fail(move |seen| {
+            match completes(seen) && count.fetch_add(1, Ordering::Relaxed) == 0 {
+                true => Fault::Status(412),
+                false => Fault::None,
+            }
+        });
+        let pushed = bench.push(|options| options.replace = replaces);
+        assert_eq!(pushed.is_ok(), replaces, "{pushed:?}");
+        assert_eq!(bench.is_there(), replaces);
+    }
+}
+
+#[test]
+fn refusals_are_not_repeated_and_say_what_the_store_says() {
+    let bench = Bench { idle: Duration::from_secs(20), ..Bench::new(PART) };
+    for (status, says) in [
+        (501, "the store answered 501 Not Implemented: AsWanted: As the test wants"),
+        (400, "the store answered 400 Bad Request: AsWanted: As the test wants"),
+    ] {
+        bench.store.fail(move |seen| match seen.query.starts_with("uploads") {
+            true => Fault::Status(status),
+            false => Fault::None,
+        });
+        bench.store.take_seen();
+        let error = bench.push(|_| {}).unwrap_err().to_string();
+        assert_eq!(error, format!("cannot write s3://bucket/disk.img: {says}"));
+        let seen = bench.store.take_seen();
+        let begun = |seen: &&Seen| seen.method == "POST";
+        assert_eq!(seen.iter().filter(begun).count(), 1, "{seen:?}");
     }
 }
 

@@ -1,5 +1,6 @@
 //! Puts images on stores: in parts, resumable, and visible only when complete.
 
+mod orphans;
 mod record;
 
 use std::fmt;
@@ -23,8 +24,9 @@ use crate::location::StoreUrl;
 use crate::runtime::{LOOK_EVERY, runtime};
 use crate::settings::StoreSettings;
 use crate::shown::shown;
-use crate::store::{key_path, s3};
+use crate::store::{Bucket, key_path, s3};
 use crate::transport::Completion;
+use crate::uploads::Uploads;
 
 use record::{Part, Record};
 
@@ -106,18 +108,19 @@ pub fn push(
         StoreError::new(StoreErrorKind::Local, format!("cannot start threads: {error}"))
     })?;
     let name = url.to_string();
-    let (store, endpoint, completion) = s3(bucket, settings)?;
+    let bucket = s3(bucket, settings)?;
     let path = key_path(&name, key)?;
     let size = source.storage.len().map_err(|error| unreadable(source, &error))?;
     let part_len = part_len(size)?;
-    let identity = format!("{endpoint} {name} {} {size} {part_len}", source.name);
+    let identity = format!("{} {name} {} {size} {part_len}", bucket.endpoint, source.name);
     let record = Record::open(options.records.as_deref(), &identity).ok_or_else(|| {
         let why =
             format!("'{}' is being put to {name} by another process; wait for it", source.name);
         StoreError::new(StoreErrorKind::Local, why)
     })?;
     let (sender, mut receiver) = mpsc::unbounded_channel();
-    let target = Target { store, path, name, completion };
+    let Bucket { store, completion, uploads, .. } = bucket;
+    let target = Target { store, path, name, completion, uploads };
     let job = Job {
         target,
         source: source.clone(),
@@ -134,6 +137,8 @@ pub fn push(
         }
         if is_interrupted() {
             task.abort();
+            // Its record is free for the next one then.
+            let _ = runtime.block_on(task);
             let why = "the push was interrupted; the same command goes on with it";
             return Err(StoreError::new(StoreErrorKind::Interrupted, why));
         }
@@ -164,6 +169,7 @@ struct Target {
     name: String,
     /// What has to be there at the end, for stores that look.
     completion: Completion,
+    uploads: Uploads,
 }
 
 impl Target {
@@ -221,7 +227,7 @@ impl Job {
         let resumed = match self.send(&mut record, before).await {
             // The store has forgotten the upload: rules of a bucket delete old ones.
             Err(Failed::NoUpload) if is_resumed => {
-                record.forget();
+                record.forget_upload();
                 self.send(&mut record, before).await
             }
             other => other,
@@ -262,13 +268,9 @@ impl Job {
         let target = &self.target;
         let upload = match record.upload() {
             Some(upload) => upload.to_owned(),
-            None => {
-                let upload = target.store.create_multipart(&target.path).await;
-                let upload = upload.map_err(|error| target.failed("write", &error))?;
-                record.begin(&upload);
-                upload
-            }
+            None => self.begin(record).await?,
         };
+        target.end_orphans(record, &upload).await;
         let count = self.size.div_ceil(self.part_len);
         let at_once = usize::try_from((IN_FLIGHT / self.part_len).max(1)).unwrap_or(1);
         let known: Vec<_> = (0..count).map(|index| record.part(index)).collect();
@@ -304,6 +306,23 @@ impl Job {
             Some(failed) => Err(failed),
             None => self.complete(upload, &record.parts(), before).await.map(|()| resumed),
         }
+    }
+
+    /// Begins an upload.
+    async fn begin(&self, record: &mut Record) -> Result<String> {
+        let target = &self.target;
+        let intent = match self.options.records {
+            Some(_) => target.intent().await,
+            None => None,
+        };
+        let is_intended = intent.is_some();
+        if let Some(intent) = intent {
+            record.intend(intent);
+        }
+        let upload = target.store.create_multipart(&target.path).await;
+        let upload = upload.map_err(|error| target.failed("write", &error))?;
+        record.begin(&upload, is_intended);
+        Ok(upload)
     }
 
     /// The start and the length of a part, in bytes.
@@ -363,29 +382,40 @@ impl Job {
             return Err(StoreError::new(StoreErrorKind::Local, why).into());
         }
         let target = &self.target;
-        // Not all stores look themselves.
-        if target.found().await?.as_ref() != before {
-            let is_own = self.is_own(parts).await.unwrap_or(false);
-            return if is_own { Ok(()) } else { Err(target.taken().into()) };
-        }
-        let ids = parts.iter().map(|part| PartId { content_id: part.etag.clone() }).collect();
-        let completed =
-            target.store.complete_multipart(&target.path, &upload.to_owned(), ids).await;
-        match completed {
-            Ok(_) => self.check(parts).await.map_err(Failed::Other),
-            // An earlier request may have completed it, with a reply that was lost.
-            Err(object_store::Error::NotFound { .. }) => match self.is_own(parts).await {
-                Ok(true) => Ok(()),
-                _ => Err(Failed::NoUpload),
-            },
-            Err(
-                object_store::Error::Precondition { .. }
-                | object_store::Error::AlreadyExists { .. },
-            ) => match self.is_own(parts).await? {
-                true => Ok(()),
-                false => Err(target.taken().into()),
-            },
-            Err(error) => Err(target.failed("write", &error).into()),
+        loop {
+            // Not all stores look themselves.
+            if target.found().await?.as_ref() != before {
+                let is_own = self.is_own(parts).await.unwrap_or(false);
+                return if is_own { Ok(()) } else { Err(target.taken().into()) };
+            }
+            let ids = parts.iter().map(|part| PartId { content_id: part.etag.clone() }).collect();
+            let upload = upload.to_owned();
+            match target.store.complete_multipart(&target.path, &upload, ids).await {
+                Ok(_) => return self.check(parts).await.map_err(Failed::Other),
+                // An earlier request may have completed it, with a reply that was lost.
+                Err(object_store::Error::NotFound { .. }) => {
+                    return match self.is_own(parts).await {
+                        Ok(true) => Ok(()),
+                        _ => Err(Failed::NoUpload),
+                    };
+                }
+                // Once: then there is no condition.
+                Err(error) if target.completion.is_unusable(&error) => {
+                    target.completion.clear();
+                    tracing::info!(
+                        "the store does not complete {} under a condition; without one, only the \
+                         push looks whether another program writes it meanwhile",
+                        target.name
+                    );
+                }
+                Err(object_store::Error::Precondition { .. }) => {
+                    return match self.is_own(parts).await? {
+                        true => Ok(()),
+                        false => Err(target.taken().into()),
+                    };
+                }
+                Err(error) => return Err(target.failed("write", &error).into()),
+            }
         }
     }
 

@@ -13,6 +13,9 @@ use crate::crypto::hex;
 /// Largest file that is read, in bytes: 10,000 parts have 2 MiB.
 const FILE_MAX: u64 = 16 << 20;
 
+/// Interrupted beginnings that are recorded.
+const INTENTS_MAX: usize = 8;
+
 /// A part that has arrived.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Part {
@@ -37,6 +40,18 @@ pub(super) struct Record {
 struct State {
     upload: Option<String>,
     parts: Vec<Option<Part>>,
+    /// Uploads that were to begin, and are not known to have begun.
+    #[serde(default)]
+    intents: Vec<Intent>,
+}
+
+/// What the store had when a push was about to begin an upload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Intent {
+    /// Uploads of the object.
+    pub(super) others: Vec<String>,
+    /// By the clock of the store, in seconds since 1970.
+    pub(super) time: u64,
 }
 
 impl Record {
@@ -62,8 +77,28 @@ impl Record {
         self.state.upload.as_deref()
     }
 
-    pub(super) fn begin(&mut self, upload: &str) {
-        self.state = State { upload: Some(upload.to_owned()), parts: Vec::new() };
+    /// Records that an upload is about to begin.
+    pub(super) fn intend(&mut self, intent: Intent) {
+        let excess = (self.state.intents.len() + 1).saturating_sub(INTENTS_MAX);
+        self.state.intents.drain(..excess);
+        self.state.intents.push(intent);
+        self.write();
+    }
+
+    pub(super) fn begin(&mut self, upload: &str, is_intended: bool) {
+        if is_intended {
+            self.state.intents.pop();
+        }
+        (self.state.upload, self.state.parts) = (Some(upload.to_owned()), Vec::new());
+        self.write();
+    }
+
+    pub(super) fn intents(&self) -> &[Intent] {
+        &self.state.intents
+    }
+
+    pub(super) fn forget_intents(&mut self) {
+        self.state.intents.clear();
         self.write();
     }
 
@@ -90,7 +125,13 @@ impl Record {
         self.state.parts.iter().flatten().cloned().collect()
     }
 
-    /// Forgets the upload: it is complete, or the store has lost it.
+    /// Forgets the upload, which the store has lost.
+    pub(super) fn forget_upload(&mut self) {
+        (self.state.upload, self.state.parts) = (None, Vec::new());
+        self.write();
+    }
+
+    /// Forgets everything: the upload is complete.
     pub(super) fn forget(&mut self) {
         (self.state, self.unwritten) = (State::default(), 0);
         if let Some(path) = &self.path {

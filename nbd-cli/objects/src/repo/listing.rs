@@ -7,6 +7,7 @@ use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Folder, Id, Key};
 use super::repository::Repository;
 use super::root::{self, Head, Kind, PREFIX_LEN};
+use crate::calendar::{day, seconds};
 
 /// Heads read at a time.
 const READS: usize = 16;
@@ -196,39 +197,13 @@ impl Which {
             let day = day(date)?;
             return match time {
                 None => Some(Self::Day(day)),
-                Some(time) => Some(Self::AsOf(day * DAY + milliseconds(time)?)),
+                Some(time) => Some(Self::AsOf(day * DAY + seconds(time)? * 1000)),
             };
         }
         let is_id = text.len() >= 4 && text.len() <= 32;
         let is_hex = text.bytes().all(|it| it.is_ascii_digit() || (b'a'..=b'f').contains(&it));
         (is_id && is_hex).then(|| Self::Id(text.to_owned()))
     }
-}
-
-/// Parses decimal digits, exactly as many.
-fn digits(text: &str, count: usize) -> Option<u64> {
-    let is_number = text.len() == count && text.bytes().all(|byte| byte.is_ascii_digit());
-    is_number.then(|| text.parse().ok()).flatten()
-}
-
-/// The days from 1970 to a day of the Gregorian calendar.
-fn day(text: &str) -> Option<u64> {
-    let mut parts = text.splitn(3, '-');
-    let year = digits(parts.next()?, 4).filter(|year| *year >= 1970)?;
-    let month = digits(parts.next()?, 2).filter(|month| (1..=12).contains(month))?;
-    let day = digits(parts.next()?, 2).filter(|day| (1..=31).contains(day))?;
-    // Years are counted from March, so that the day of a leap year comes last.
-    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
-    let days = 365 * year + year / 4 - year / 100 + year / 400;
-    (days + (153 * month + 2) / 5 + day - 1).checked_sub(719_468)
-}
-
-fn milliseconds(text: &str) -> Option<u64> {
-    let mut parts = text.splitn(3, ':');
-    let hour = digits(parts.next()?, 2).filter(|hour| *hour < 24)?;
-    let minute = digits(parts.next()?, 2).filter(|minute| *minute < 60)?;
-    let second = parts.next().map_or(Some(0), |text| digits(text, 2)).filter(|it| *it < 60)?;
-    Some(((hour * 60 + minute) * 60 + second) * 1000)
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use super::reader::Reader;
 use super::root::{self, Kind};
 use super::seal::{CONDEMNED, FramePlace, Hash, Sealer};
 use super::stored::push;
-use crate::error::is_conflict;
+use crate::refusal::Refusal;
 use crate::transport::WHOLE_MAX;
 use crate::{Place, StoreError};
 
@@ -79,11 +79,11 @@ impl Objects {
 
     fn failed(&self, operation: &str, name: &str, error: &Error) -> RepositoryError {
         let object = format!("{} in {}", name, self.name());
+        let is_of_range = Refusal::of(error).is_some_and(Refusal::is_of_range);
         let error = StoreError::of(operation, &object, error).to_string();
-        // The store has the object, and says that it ends before the range that was asked for.
-        if error.contains(": the store answered 416")
-            || error.contains(": Wanted range starting at")
-        {
+        // There is an object, and it ends before the range that was asked for: a store answers so,
+        // and a folder has no other means to tell it.
+        if is_of_range || error.contains(": Wanted range starting at") {
             let message = format!("the object {name} is shorter than it was");
             return RepositoryError::damaged(message);
         }
@@ -159,9 +159,6 @@ impl Objects {
         let options = PutOptions::from(PutMode::Create);
         match self.place.store.put_opts(&self.path(name), content.into(), options).await {
             Ok(_) => Ok(true),
-            Err(error @ Error::AlreadyExists { .. }) if is_conflict(&error) => {
-                Err(self.failed("create", name, &error))
-            }
             Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => Ok(false),
             Err(error) => Err(self.failed("create", name, &error)),
         }

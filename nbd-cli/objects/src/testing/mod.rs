@@ -50,6 +50,9 @@ pub enum Fault {
     NoTag,
     /// The conditions `If-Match` and `If-None-Match` are ignored.
     NoCondition,
+    /// Requests with a condition are refused with this status, as not implemented; all others are
+    /// answered.
+    RefusesConditions(u16),
     /// The reply comes after this many milliseconds.
     Late(u64),
 }
@@ -163,7 +166,24 @@ impl TestStore {
     /// Returns the number of uploads that are neither complete nor given up.
     #[must_use]
     pub fn open_uploads(&self) -> usize {
+        self.uploads().len()
+    }
+
+    /// Returns the identities of the uploads that are neither complete nor given up.
+    #[must_use]
+    pub fn uploads(&self) -> Vec<String> {
         lock(&self.shared.objects).uploads()
+    }
+
+    /// Sends the first part of an upload, as another program does.
+    pub fn put_part(&self, key: &str, upload: &str, data: impl Into<Bytes>) {
+        lock(&self.shared.objects).put_first_part(key, upload, data.into());
+    }
+
+    /// Begins an upload, as another program does, so many seconds ago. Returns its identity.
+    #[must_use]
+    pub fn begin_upload(&self, key: &str, ago: u64) -> String {
+        lock(&self.shared.objects).begin_upload(key, ago)
     }
 
     /// Forgets all uploads that are not complete, as rules of a bucket do.
@@ -251,6 +271,9 @@ async fn serve(
         Fault::Dropped => return Err(std::io::Error::other("the request is lost")),
         Fault::Nonsense => return Ok(reply(Answer::page(), false, &fault)),
         Fault::WholeObject => parsed.range = None,
+        Fault::RefusesConditions(status) if parsed.creates || parsed.if_match.is_some() => {
+            return Ok(reply(Answer::error(status, "NotImplemented"), false, &fault));
+        }
         Fault::NoCondition => (parsed.if_match, parsed.creates) = (None, false),
         Fault::WrongRange => parsed.range = Some("bytes=1-2".to_owned()),
         Fault::Late(milliseconds) => tokio::time::sleep(Duration::from_millis(milliseconds)).await,

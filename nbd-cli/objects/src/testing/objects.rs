@@ -6,7 +6,13 @@ use bytes::Bytes;
 use hyper::{Method, StatusCode};
 use openssl::hash::{MessageDigest, hash};
 
+use crate::calendar::to_s3;
 use crate::crypto::hex;
+
+/// The clock of the store stands still, so that no test depends on how fast it runs.
+const NOW: u64 = 1_795_863_115;
+/// The same, as HTTP writes it.
+const NOW_TEXT: &str = "Sat, 28 Nov 2026 10:51:55 GMT";
 
 /// An object.
 #[derive(Clone, Debug)]
@@ -27,6 +33,8 @@ impl Object {
 struct Upload {
     key: String,
     parts: BTreeMap<u32, Object>,
+    /// Seconds since 1970.
+    begun: u64,
 }
 
 /// The contents of a store.
@@ -86,8 +94,24 @@ impl Objects {
         self.objects.insert(key.to_owned(), Object::new(data));
     }
 
-    pub(super) fn uploads(&self) -> usize {
-        self.uploads.len()
+    pub(super) fn uploads(&self) -> Vec<String> {
+        self.uploads.keys().cloned().collect()
+    }
+
+    /// Begins an upload so many seconds ago.
+    pub(super) fn begin_upload(&mut self, key: &str, ago: u64) -> String {
+        self.last_upload += 1;
+        let id = format!("upload&{}", self.last_upload);
+        let begun = NOW.saturating_sub(ago);
+        let upload = Upload { key: key.to_owned(), parts: BTreeMap::new(), begun };
+        self.uploads.insert(id.clone(), upload);
+        id
+    }
+
+    pub(super) fn put_first_part(&mut self, key: &str, id: &str, data: Bytes) {
+        if let Some(upload) = self.uploads.get_mut(id).filter(|upload| upload.key == key) {
+            upload.parts.insert(1, Object::new(data));
+        }
     }
 
     pub(super) fn forget_uploads(&mut self) {
@@ -99,6 +123,8 @@ impl Objects {
         let upload = query("uploadId");
         match request.method {
             Method::GET if query("list-type").is_some() => self.list(request),
+            Method::GET if query("uploads").is_some() => self.list_uploads(request),
+            Method::GET if upload.is_some() => self.list_parts(upload.unwrap_or_default()),
             Method::GET | Method::HEAD => self.get(request),
             Method::PUT if upload.is_some() => self.put_part(request, upload.unwrap_or_default()),
             Method::PUT if request.creates && self.objects.contains_key(&request.key) => {
@@ -212,11 +238,37 @@ impl Objects {
         Answer::new(200, xml + "</ListBucketResult>")
     }
 
+    fn list_uploads(&self, request: &Parsed) -> Answer {
+        let prefix = request.query.get("prefix").map_or("", String::as_str);
+        let bucket = format!("{}/", request.key.trim_end_matches('/'));
+        let mut xml = "<ListMultipartUploadsResult><IsTruncated>false</IsTruncated>".to_owned();
+        for (id, upload) in &self.uploads {
+            let key = upload.key.strip_prefix(&bucket).filter(|key| key.starts_with(prefix));
+            let Some(key) = key else { continue };
+            xml += &format!(
+                "<Upload><Key>{key}</Key><UploadId>{}</UploadId><Initiator><ID>a</ID></Initiator>\
+                 <Initiated>{}</Initiated></Upload>",
+                id.replace('&', "&amp;"),
+                to_s3(upload.begun)
+            );
+        }
+        Answer::new(200, xml + "</ListMultipartUploadsResult>").with("date", NOW_TEXT)
+    }
+
+    fn list_parts(&self, id: &str) -> Answer {
+        let Some(upload) = self.uploads.get(id) else {
+            return Answer::error(404, "NoSuchUpload");
+        };
+        let parts: String = upload
+            .parts
+            .keys()
+            .map(|number| format!("<Part><PartNumber>{number}</PartNumber></Part>"))
+            .collect();
+        Answer::new(200, format!("<ListPartsResult>{parts}</ListPartsResult>"))
+    }
+
     fn begin(&mut self, request: &Parsed) -> Answer {
-        self.last_upload += 1;
-        let id = format!("upload{}", self.last_upload);
-        let upload = Upload { key: request.key.clone(), parts: BTreeMap::new() };
-        self.uploads.insert(id.clone(), upload);
+        let id = self.begin_upload(&request.key, 0).replace('&', "&amp;");
         let body = format!(
             "<InitiateMultipartUploadResult><UploadId>{id}</UploadId></InitiateMultipartUploadResult>"
         );

@@ -6,6 +6,8 @@ use hyper::Method;
 use hyper::header::{HeaderName, HeaderValue, IF_MATCH, IF_NONE_MATCH};
 use object_store::client::HttpRequest;
 
+use crate::refusal::Refusal;
+
 /// What has to be there when an upload is completed. Clones are one condition.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Completion(Arc<Mutex<Option<(HeaderName, HeaderValue)>>>);
@@ -18,6 +20,25 @@ impl Completion {
             None => Some((IF_NONE_MATCH, HeaderValue::from_static("*"))),
         };
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = condition;
+    }
+
+    /// Adds no condition any more.
+    pub(crate) fn clear(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Returns whether an error may only say that the store does not understand the condition. Look
+    /// at the object before it is completed without one.
+    pub(crate) fn is_unusable(&self, error: &object_store::Error) -> bool {
+        let condition = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*condition {
+            None => false,
+            // Some stores compare ETags with and without quotation marks, and find them different.
+            Some((name, _)) if matches!(error, object_store::Error::Precondition { .. }) => {
+                name == IF_MATCH
+            }
+            Some(_) => Refusal::of(error).is_some_and(Refusal::is_not_implemented),
+        }
     }
 
     /// Adds the condition to the request that completes an upload.

@@ -5,8 +5,8 @@
 
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
-use hyper::Uri;
-use object_store::client::{HttpError, HttpErrorKind};
+use hyper::{Method, Uri};
+use object_store::client::{HttpError, HttpErrorKind, HttpRequest};
 
 use super::body::ReplyBody;
 use super::failure::failed;
@@ -18,6 +18,13 @@ pub(super) const LIST_MAX: u64 = 16 << 20;
 /// Returns whether a request asks for a list.
 pub(super) fn is_wanted(uri: &Uri) -> bool {
     uri.query().is_some_and(|query| query.split('&').any(|part| part == "list-type=2"))
+}
+
+/// Returns whether a request asks for a list of uploads or of their parts.
+pub(super) fn is_of_uploads(request: &HttpRequest) -> bool {
+    let is_name = |part: &str| matches!(part.split('=').next(), Some("uploads" | "uploadId"));
+    request.method() == Method::GET
+        && request.uri().query().is_some_and(|query| query.split('&').any(is_name))
 }
 
 /// Reads a reply, and refuses it unless it is a whole list, which says whether another one follows.

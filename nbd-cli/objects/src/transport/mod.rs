@@ -110,7 +110,7 @@ impl object_store::client::HttpService for Transport {
         loop {
             let follows = self.redirects == Redirects::Followed && is_safe(request.method());
             let next = follows.then(|| request.clone());
-            let reply = self.repeated(request).await?;
+            let reply = refusal::typed(self.repeated(request).await?).await?;
             let Some(mut next) = next.filter(|_| redirect::is_redirect(reply.status())) else {
                 return Ok(reply);
             };
@@ -161,7 +161,7 @@ impl Transport {
         let limits = BodyLimits { idle: shared.timeouts.idle, deadline, length: 0 };
         let mut limits = limits.of(request.headers());
         let is_list = listing::is_wanted(request.uri());
-        if is_list {
+        if is_list || listing::is_of_uploads(&request) {
             limits.length = listing::LIST_MAX;
         }
         self.completion.add_to(&mut request);

@@ -4,7 +4,9 @@
 //! complete one can have the access key, the signature and the text that was signed.
 
 use http_body_util::BodyExt as _;
+use object_store::client::{HttpError, HttpErrorKind, HttpResponse};
 
+use crate::refusal::Refusal;
 use crate::shown::summary;
 
 use super::body::ReplyBody;
@@ -24,4 +26,15 @@ pub(super) async fn summarised(mut body: ReplyBody) -> String {
         }
     }
     summary(&String::from_utf8_lossy(&text))
+}
+
+/// Makes an error of a refusal that the client of the store would hand on as text alone.
+pub(super) async fn typed(reply: HttpResponse) -> Result<HttpResponse, HttpError> {
+    let status = reply.status();
+    if Refusal::is_told(status) {
+        return Ok(reply);
+    }
+    let said = reply.into_body().bytes().await?;
+    let refusal = Refusal::new(status, String::from_utf8_lossy(&said));
+    Err(HttpError::new(HttpErrorKind::Unknown, refusal))
 }

@@ -1,0 +1,214 @@
+//! Uploads that are not complete: the client of the store has no means to list them.
+
+use hyper::header::DATE;
+use hyper::{Method, StatusCode};
+use object_store::aws::{AwsAuthorizer, AwsCredentialProvider};
+use object_store::client::{HttpRequest, HttpRequestBody, HttpService as _};
+
+use crate::calendar::{of_http, of_s3};
+use crate::crypto::OpenSsl;
+use crate::error::StoreError;
+use crate::shown::shown;
+use crate::transport::Transport;
+
+/// An upload.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Upload {
+    pub(crate) id: String,
+    /// When it began, by the clock of the store, in seconds since 1970.
+    pub(crate) begun: Option<u64>,
+    /// Who began it, as the store tells.
+    pub(crate) initiator: String,
+}
+
+/// The uploads of one key.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Listed {
+    pub(crate) uploads: Vec<Upload>,
+    /// When they were listed, by the clock of the store, in seconds since 1970.
+    pub(crate) time: u64,
+}
+
+/// Lists the uploads of a bucket.
+pub(crate) struct Uploads {
+    pub(crate) transport: Transport,
+    /// None if requests are not signed.
+    pub(crate) credentials: Option<AwsCredentialProvider>,
+    pub(crate) region: String,
+    /// The address of the bucket.
+    pub(crate) bucket: String,
+}
+
+impl Uploads {
+    /// Lists the uploads of a key. Makes one request; the error is for the log.
+    pub(crate) async fn list(&self, key: &str) -> Result<Listed, String> {
+        let query = format!("max-uploads=1000&prefix={}&uploads=", encoded(key, false));
+        // A bucket in the name of the host has no path of its own.
+        let has_path = self.bucket.split_once("://").is_some_and(|(_, rest)| rest.contains('/'));
+        let (text, time) = self.get(if has_path { "" } else { "/" }, &query).await?;
+        let time = time.ok_or("the store does not tell its time")?;
+        let uploads = uploads(&text, key).ok_or("the reply is not a whole list of uploads")?;
+        Ok(Listed { uploads, time })
+    }
+
+    /// Returns whether an upload has no parts.
+    pub(crate) async fn is_empty(&self, key: &str, id: &str) -> Result<bool, String> {
+        let path = format!("/{}", encoded(key, true));
+        let query = format!("max-parts=1&uploadId={}", encoded(id, false));
+        let (text, _) = self.get(&path, &query).await?;
+        let inside = inside(&text, "ListPartsResult").ok_or("the reply is not a list of parts")?;
+        Ok(!inside.contains("<Part>"))
+    }
+
+    async fn get(&self, path: &str, query: &str) -> Result<(String, Option<u64>), String> {
+        let mut request = HttpRequest::new(HttpRequestBody::empty());
+        *request.method_mut() = Method::GET;
+        let address = format!("{}{path}?{query}", self.bucket);
+        *request.uri_mut() = address.parse().map_err(|_| "the address is malformed")?;
+        if let Some(credentials) = &self.credentials {
+            let credentials = credentials.get_credential().await;
+            let failed = |error| StoreError::of("use", "the credentials", &error).to_string();
+            let credentials = credentials.map_err(failed)?;
+            let authorizer = AwsAuthorizer::new(&credentials, "s3", &self.region);
+            let signed = authorizer.with_crypto(&OpenSsl).try_authorize(&mut request, None);
+            signed.map_err(|error| shown(&error.to_string()))?;
+        }
+        let reply =
+            self.transport.call(request).await.map_err(|error| shown(&error.to_string()))?;
+        let status = reply.status();
+        let time = reply.headers().get(DATE).and_then(|date| of_http(date.to_str().ok()?));
+        let body = reply.into_body().bytes().await.map_err(|error| shown(&error.to_string()))?;
+        match status {
+            StatusCode::OK => Ok((String::from_utf8_lossy(&body).into_owned(), time)),
+            status => Err(format!("the store answered {status}")),
+        }
+    }
+}
+
+/// Reads a list of uploads, of which those of other keys are left out; `None` if it is not a whole
+/// one.
+fn uploads(text: &str, key: &str) -> Option<Vec<Upload>> {
+    let list = inside(text, "ListMultipartUploadsResult")?;
+    if element(list, "IsTruncated")? != "false" {
+        return None;
+    }
+    let mut found = Vec::new();
+    for upload in list.split("<Upload>").skip(1) {
+        let upload = upload.split_once("</Upload>")?.0;
+        if decoded(element(upload, "Key")?)? != key {
+            continue;
+        }
+        let who = |name| inside_of(upload, name).and_then(|who| element(who, "ID")).unwrap_or("");
+        found.push(Upload {
+            id: decoded(element(upload, "UploadId")?)?,
+            begun: element(upload, "Initiated").and_then(of_s3),
+            initiator: format!("{} {}", who("Initiator"), who("Owner")),
+        });
+    }
+    Some(found)
+}
+
+/// What is inside the root of a whole document.
+fn inside<'a>(text: &'a str, root: &str) -> Option<&'a str> {
+    let text = text.trim_end().strip_suffix(&format!("</{root}>"))?;
+    let (_, rest) = text.split_once(&format!("<{root}"))?;
+    rest.starts_with(|next: char| next == '>' || next.is_whitespace()).then_some(rest)
+}
+
+fn inside_of<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    let (_, rest) = text.split_once(&format!("<{name}>"))?;
+    Some(rest.split_once(&format!("</{name}>"))?.0)
+}
+
+/// The text of an element without others.
+fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    inside_of(text, name).filter(|text| !text.contains('<'))
+}
+
+/// Decodes the characters that XML cannot have in a text; `None` for others that are encoded.
+fn decoded(text: &str) -> Option<String> {
+    let mut parts = text.split('&');
+    let mut decoded = parts.next()?.to_owned();
+    for part in parts {
+        let (name, rest) = part.split_once(';')?;
+        let number =
+            |text: &str, radix| u32::from_str_radix(text, radix).ok().and_then(char::from_u32);
+        decoded.push(match name {
+            "amp" => '&',
+            "lt" => '<',
+            "gt" => '>',
+            "quot" => '"',
+            "apos" => '\'',
+            name => match name.strip_prefix("#x").map(|hex| number(hex, 16)) {
+                Some(char) => char?,
+                None => number(name.strip_prefix('#')?, 10)?,
+            },
+        });
+        decoded.push_str(rest);
+    }
+    Some(decoded)
+}
+
+/// Encodes a text for an address (RFC 3986, section 2.3).
+fn encoded(text: &str, is_path: bool) -> String {
+    let mut encoded = String::new();
+    for byte in text.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                encoded.push(char::from(byte));
+            }
+            b'/' if is_path => encoded.push('/'),
+            byte => encoded += &format!("%{byte:02X}"),
+        }
+    }
+    encoded
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list(truncated: &str, uploads: &str) -> String {
+        format!(
+            "<?xml version=\"1.0\"?>\n<ListMultipartUploadsResult xmlns=\"http://s3\"><IsTruncated>\
+             {truncated}</IsTruncated>{uploads}</ListMultipartUploadsResult>"
+        )
+    }
+
+    #[test]
+    fn uploads_of_other_keys_are_left_out() {
+        let upload = |key: &str, id: &str| {
+            format!(
+                "<Upload><Key>{key}</Key><UploadId>{id}</UploadId><Initiator><ID>me</ID></Initiator>\
+                 <Owner><ID>us</ID></Owner><Initiated>1970-01-02T00:00:01.000Z</Initiated></Upload>"
+            )
+        };
+        let all = [upload("a&amp;b", "1"), upload("a&amp;b.bak", "2"), upload("a&#38;b", "3&lt;")];
+        let text = list("false", &all.concat());
+        let found = uploads(&text, "a&b").unwrap();
+        let of = |id: &str| Upload {
+            id: id.to_owned(),
+            begun: Some(86_401),
+            initiator: "me us".to_owned(),
+        };
+        assert_eq!(found, [of("1"), of("3<")]);
+        assert_eq!(uploads(&list("false", ""), "a").unwrap(), []);
+        for bad in [
+            "",
+            "<html>Welcome</html>",
+            &list("true", &all.concat()),
+            &list("", ""),
+            &text[..text.len() - 1],
+            &list("false", "<Upload><Key>a</Key>"),
+            &list("false", "<Upload><Key>a&b</Key><UploadId>1</UploadId></Upload>"),
+        ] {
+            assert_eq!(uploads(bad, "a"), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn keys_are_encoded_for_addresses() {
+        assert_eq!(encoded("a/b c+ü", true), "a/b%20c%2B%C3%BC");
+        assert_eq!(encoded("a/b=&", false), "a%2Fb%3D%26");
+    }
+}
