@@ -77,6 +77,65 @@ fn backup_of_an_image_is_listed_checked_restored_and_forgotten() {
 }
 
 #[test]
+fn damaged_small_objects_stop_no_list_and_gc_says_what_to_do() {
+    let disk = Disk::sparse();
+    let repository = repository(&disk);
+    let back_up = || {
+        let made = json(&["backup", "--name", "vm1", "--json", disk.path(), &repository]);
+        made["id"].as_str().expect("text").to_owned()
+    };
+    let (gone, kept) = (back_up(), back_up());
+    nbd_cli(&["repo", "forget", &repository, &gone]).success();
+    let of = |place: &str| Path::new(&repository).join(place);
+    let write = |place: &str, content: &[u8]| {
+        let path = of(place);
+        std::fs::create_dir_all(path.parent().expect("a folder")).expect("it is made");
+        std::fs::write(path, content).expect("room");
+    };
+    let (pin, session) = ("00000000000000000000000000000001", "00000000000000000000000000000002");
+    let gc = ["repo", "gc", "--idle", "1ms", &repository];
+    let before = packs(&repository).len();
+    // Empty, of another kind, or longer than any.
+    for content in [&b""[..], b"{\"backup\":7}", &vec![b'x'; 100_000]] {
+        write(&format!("pins/{pin}"), content);
+        write(&format!("sessions/{session}"), content);
+        for show in ["list", "stats"] {
+            let shown = nbd_cli(&["repo", show, &repository]).success();
+            for line in
+                [format!("{pin}  damaged: a reader"), format!("{session}  damaged: a backup")]
+            {
+                assert!(shown.lines().any(|it| it.starts_with(&line)), "{show}: {shown}");
+            }
+            assert!(shown.contains("vm1"), "{shown}");
+        }
+        let list = json(&["repo", "list", "--json", &repository]);
+        assert!(list["readers"][0]["backup"].is_null(), "{list}");
+        assert_eq!(list["sessions"][0]["damaged"], true, "{list}");
+        let remedy = format!("'repo forget-session {pin}'");
+        says(nbd_cli(&gc), &[&format!("pins/{pin}"), "nothing was deleted", &remedy]);
+        assert_eq!(packs(&repository).len(), before);
+        nbd_cli(&["restore", "-q", &format!("backup:{repository}/vm1"), "null:"]).success();
+        nbd_cli(&["repo", "forget-session", &repository, pin]).success();
+        nbd_cli(&["repo", "gc", "--dry-run", &repository]).success();
+    }
+    // What the tombstone needs might be what a reader has pinned.
+    write(&format!("backups/{gone}"), b"nonsense");
+    let remedy = format!("'repo forget --damaged {gone}'");
+    says(nbd_cli(&gc), &[&gone, "nothing was deleted", &remedy]);
+    let stats = json(&["repo", "stats", "--json", &repository]);
+    assert_eq!(stats["damaged"][0]["id"], *gone, "{stats}");
+    let shown = nbd_cli(&["repo", "stats", &repository]).success();
+    assert!(shown.contains(&format!("{gone}  damaged: ")), "{shown}");
+    nbd_cli(&["repo", "forget", "--damaged", &repository, &gone]).success();
+    // The session of which nothing is known gives no sign of life.
+    let collected = nbd_cli(&gc).success();
+    assert!(collected.contains(&format!("ended: the interrupted backup {session}")), "{collected}");
+    nbd_cli(&["restore", "-q", &format!("backup:{repository}/vm1@{kept}"), "null:"]).success();
+    let checked = json(&["repo", "check", "--read-data", "--json", &repository]);
+    assert_eq!(checked["problems"], Value::from(Vec::<i32>::new()), "{checked}");
+}
+
+#[test]
 fn damaged_packs_are_named_and_the_rest_is_restored() {
     let disk = Disk::sparse();
     let repository = repository(&disk);

@@ -45,6 +45,35 @@ fn full_backup_and_its_restore_make_few_requests() {
     assert!(restored.expect("a disk") == disk.expect("a disk"));
 }
 
+#[test]
+fn collection_reads_each_backup_once() {
+    let scene = repository();
+    let disk = scene.beside("disk");
+    let mut made = Vec::new();
+    for seed in 0..5 {
+        std::fs::write(&disk, noise(1 << 20, seed)).expect("room");
+        let backup = scene.json(&["backup", "--name", "vm", "--json", &disk, REPOSITORY]);
+        made.push(backup["id"].as_str().expect("text").to_owned());
+    }
+    for id in &made[..2] {
+        scene.run(&["repo", "forget", REPOSITORY, id]).success();
+    }
+    scene.store.take_seen();
+    scene.run(&["repo", "gc", REPOSITORY]).success();
+    let seen = scene.store.take_seen();
+    for id in &made {
+        let of = |it: &&Seen| it.method == "GET" && it.key.ends_with(&format!("/backups/{id}"));
+        assert_eq!(seen.iter().filter(of).count(), 1, "{id}: {seen:?}");
+    }
+    let lists = seen.iter().filter(|it| it.query.contains("list-type"));
+    let lists_of = |folder| {
+        lists.clone().filter(|it| it.query.contains(&format!("prefix=repo%2F{folder}"))).count()
+    };
+    assert_eq!(lists_of("packs"), 1, "{seen:?}");
+    assert_eq!(lists_of("backups"), 2, "{seen:?}");
+    scene.run(&["repo", "check", "--read-data", REPOSITORY]).success();
+}
+
 /// A server that ends with the test.
 struct Server {
     child: Child,

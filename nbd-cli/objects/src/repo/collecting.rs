@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Folder, Id, Key, PackId};
 use super::listing::bytes_of;
-use super::objects::{Creates, SMALL_LEN_MAX};
+use super::objects::Creates;
 use super::pin_record::{self, ReaderInfo};
 use super::protocol::{Answer, Collected, Collector, Forget, Object, Request, Rules, Step};
 use super::repository::Repository;
@@ -66,8 +66,8 @@ pub struct SessionInfo {
 pub struct PinInfo {
     /// Its identity.
     pub id: Id,
-    /// The backup that is read.
-    pub backup: Id,
+    /// The backup that is read, unless the object is damaged.
+    pub backup: Option<Id>,
     /// Who reads it. Pins of older versions do not tell.
     pub reader: Option<ReaderInfo>,
 }
@@ -105,17 +105,18 @@ impl Repository {
     pub async fn sessions(&self) -> Result<Vec<SessionInfo>> {
         let mut sessions = Vec::new();
         for listed in self.objects.list(Folder::Sessions).await? {
-            if let Key::Session(id) = listed.key {
-                let found = self.record(id).await?;
-                let record = found.map(|(record, _)| record);
-                sessions.push(SessionInfo { id, record });
-            }
+            let Key::Session(id) = listed.key else { continue };
+            // One that is gone has ended.
+            let Some(object) = self.objects.read_small(listed.key).await? else { continue };
+            let found = SessionRecord::decode(&self.objects.sealer, id, &object);
+            sessions.push(SessionInfo { id, record: found.map(|(record, _)| record) });
         }
         Ok(sessions)
     }
 
+    /// The record of a session, and its counter; `None` if it is gone or damaged.
     async fn record(&self, id: Id) -> Result<Option<(SessionRecord, u32)>> {
-        let object = self.objects.read(&Key::Session(id).to_string(), SMALL_LEN_MAX).await?;
+        let object = self.objects.read_small(Key::Session(id)).await?;
         Ok(object.and_then(|object| SessionRecord::decode(&self.objects.sealer, id, &object)))
     }
 
@@ -133,18 +134,15 @@ impl Repository {
     ///
     /// # Errors
     ///
-    /// As for all requests to the store, and if a pin is damaged.
+    /// As for all requests to the store. A damaged pin is not an error.
     pub async fn pins(&self) -> Result<Vec<PinInfo>> {
         let mut pins = Vec::new();
         for listed in self.objects.list(Folder::Pins).await? {
             let Key::Pin(id) = listed.key else { continue };
-            let name = listed.key.to_string();
-            let Some(object) = self.objects.read(&name, SMALL_LEN_MAX).await? else { continue };
-            let Some((backup, reader)) = pin_record::decode(&self.objects.sealer, id, &object)
-            else {
-                return Err(RepositoryError::damaged(format!("the object {name} is damaged")));
-            };
-            pins.push(PinInfo { id, backup, reader });
+            let Some(object) = self.objects.read_small(listed.key).await? else { continue };
+            let decoded = pin_record::decode(&self.objects.sealer, id, &object);
+            let (backup, reader) = decoded.unzip();
+            pins.push(PinInfo { id, backup, reader: reader.flatten() });
         }
         Ok(pins)
     }
@@ -158,12 +156,12 @@ impl Repository {
     ///
     /// As for all requests to the store.
     pub async fn end_session(&self, id: Id) -> Result<bool> {
-        let pin = Key::Pin(id).to_string();
-        if self.objects.read(&pin, SMALL_LEN_MAX).await?.is_some() {
-            return self.objects.delete(&pin).await.map(|()| true);
+        // Whatever they hold: they may be damaged.
+        let (pin, session) = (Key::Pin(id), Key::Session(id));
+        if self.objects.exists(pin).await? {
+            return self.objects.delete(&pin.to_string()).await.map(|()| true);
         }
-        let session = Key::Session(id);
-        if self.objects.read(&session.to_string(), SMALL_LEN_MAX).await?.is_none() {
+        if !self.objects.exists(session).await? {
             return Ok(false);
         }
         let key = Key::Backup(id);
@@ -184,8 +182,8 @@ impl Repository {
     ///
     /// # Errors
     ///
-    /// If an object of a backup cannot be read: nothing is deleted then; and as for all requests to
-    /// the store.
+    /// If a backup or a pin cannot be read: nothing is deleted then, because it is not known what it
+    /// needs; and as for all requests to the store.
     ///
     /// # Cancel safety
     ///
@@ -228,6 +226,10 @@ impl Repository {
                 Step::Request(request @ Request::Create(..)) => {
                     machine.answer(tries.create(&self.objects, request).await?);
                 }
+                Step::Request(Request::Get(key)) => {
+                    let answer = self.objects.carry_out(Request::Get(key)).await;
+                    machine.answer(answer.map_err(|error| with_remedy(key, error))?);
+                }
                 Step::Request(request) => machine.answer(self.objects.carry_out(request).await?),
                 Step::Reached(Collected::Running(session)) => {
                     match self.decide(session, &mut patience).await? {
@@ -259,7 +261,7 @@ impl Repository {
         RepositoryError::new(
             RepositoryErrorKind::Store,
             format!(
-                "{} listed the object {} and does not list it any more, although such objects are \
+                "{} listed the object {} and does not have it any more, although such objects are \
                  never removed; nothing was deleted",
                 self.name(),
                 Key::Backup(id)
@@ -290,10 +292,29 @@ impl Repository {
             (decision, _) => decision,
         };
         if decision == Decision::Wait {
-            tokio::time::sleep(patience.interval()).await;
+            tokio::time::sleep(patience.interval(Instant::now())).await;
         }
         Ok(decision)
     }
+}
+
+/// Says what to do about an object because of which nothing is deleted.
+fn with_remedy(key: Key, error: RepositoryError) -> RepositoryError {
+    if error.kind() != RepositoryErrorKind::Damaged {
+        return error;
+    }
+    let remedy = match key {
+        Key::Pin(id) => format!(
+            "so which backup it keeps is not known, and nothing was deleted; when its reader has \
+             ended, remove it ('repo forget-session {id}')"
+        ),
+        Key::Backup(id) => format!(
+            "so what it needs is not known, and nothing was deleted; forget it ('repo forget \
+             --damaged {id}') if it cannot be put back"
+        ),
+        _ => return error,
+    };
+    RepositoryError::damaged(format!("{error}, {remedy}"))
 }
 
 fn pack(key: Key) -> Option<PackId> {
@@ -314,6 +335,8 @@ enum Decision {
 struct Patience {
     idle: Duration,
     until: Instant,
+    /// The first wait.
+    since: Option<Instant>,
     /// When the counter of a session had its value first.
     seen: BTreeMap<Id, (Option<u32>, Instant)>,
 }
@@ -323,11 +346,15 @@ impl Patience {
         let now = Instant::now();
         // So long that it does not matter.
         let until = now.checked_add(options.wait).unwrap_or(now + Duration::from_secs(86_400));
-        Self { idle: options.idle, until, seen: BTreeMap::new() }
+        Self { idle: options.idle, until, since: None, seen: BTreeMap::new() }
     }
 
-    fn interval(&self) -> Duration {
-        (self.idle / 10).clamp(Duration::from_millis(20), Duration::from_secs(15))
+    /// How long to wait before the next look: not much in comparison with what the wait has taken,
+    /// and never long. Each look is two requests.
+    fn interval(&mut self, now: Instant) -> Duration {
+        let longest = (self.idle / 10).clamp(Duration::from_millis(20), Duration::from_secs(15));
+        let waited = now.saturating_duration_since(*self.since.get_or_insert(now));
+        (waited / 2).clamp(Duration::from_millis(250).min(longest), longest)
     }
 
     fn decide(&mut self, session: Id, counter: Option<u32>, now: Instant) -> Decision {
@@ -345,6 +372,22 @@ impl Patience {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn short_backup_is_not_waited_for_much_longer_than_it_takes() {
+        let mut patience = Patience::new(&CollectOptions::default());
+        let start = Instant::now();
+        let mut waited = Duration::ZERO;
+        for seconds in [0.25, 0.25, 0.25, 0.375] {
+            let interval = patience.interval(start + waited);
+            assert_eq!(interval.as_secs_f64(), seconds);
+            waited += interval;
+        }
+        assert_eq!(patience.interval(start + Duration::from_secs(60)), Duration::from_secs(15));
+        let hasty = CollectOptions { idle: Duration::ZERO, ..CollectOptions::default() };
+        let interval = Patience::new(&hasty).interval(start);
+        assert_eq!(interval, Duration::from_millis(20));
+    }
 
     #[test]
     fn only_sessions_without_a_sign_of_life_are_ended() {

@@ -106,6 +106,15 @@ impl Objects {
         found.bytes().await.map(Some).map_err(failed)
     }
 
+    /// Reads an object that is neither a backup nor a list; `None` if there is none. One that is too
+    /// long is damaged, and as good as an empty one.
+    pub(crate) async fn read_small(&self, key: Key) -> Result<Option<Bytes>> {
+        match self.read(&key.to_string(), SMALL_LEN_MAX).await {
+            Err(error) if error.kind() == RepositoryErrorKind::Damaged => Ok(Some(Bytes::new())),
+            found => found,
+        }
+    }
+
     /// Reads a part of an object; `None` if there is no object. An object that ends before the
     /// range is an error.
     pub(crate) async fn read_range(&self, key: Key, range: Range<u64>) -> Result<Option<Bytes>> {
@@ -275,7 +284,11 @@ impl Objects {
     }
 
     async fn get(&self, key: Key) -> Result<Answer> {
-        Ok(match self.read(&key.to_string(), WHOLE_MAX).await? {
+        let longest = match key {
+            Key::Pin(_) | Key::Session(_) => SMALL_LEN_MAX,
+            _ => WHOLE_MAX,
+        };
+        Ok(match self.read(&key.to_string(), longest).await? {
             None => Answer::Missing,
             Some(content) => Answer::Found(self.decode(key, content)?),
         })

@@ -228,7 +228,11 @@ async fn key_ids(objects: &Objects) -> Result<Vec<Id>> {
 
 /// Reads a key, and its object; `None` if it is none.
 async fn read_key(objects: &Objects, id: Id) -> Result<Option<(WrappedKey, Bytes)>> {
-    let content = objects.read(&key_name(id), SMALL_LEN_MAX).await?;
+    let content = match objects.read(&key_name(id), SMALL_LEN_MAX).await {
+        // There may be another one.
+        Err(error) if error.kind() == RepositoryErrorKind::Damaged => None,
+        content => content?,
+    };
     Ok(content.and_then(|content| Some((serde_json::from_slice(&content).ok()?, content))))
 }
 

@@ -40,6 +40,7 @@ struct Session {
     name: Option<String>,
     host: Option<String>,
     since: Option<String>,
+    damaged: bool,
 }
 
 /// A reader.
@@ -47,7 +48,8 @@ struct Session {
 #[serde(rename_all = "kebab-case")]
 struct Pin {
     id: String,
-    backup: String,
+    /// Not known if its object is damaged.
+    backup: Option<String>,
     /// The disk of which it is.
     name: Option<String>,
     /// Whether only this reader, or others, keep it from gc.
@@ -59,11 +61,11 @@ struct Pin {
 
 impl Pin {
     fn of(info: &PinInfo, backups: &[BackupInfo]) -> Self {
-        let backup = backups.iter().find(|backup| backup.id == info.backup);
+        let backup = info.backup.and_then(|id| backups.iter().find(|backup| backup.id == id));
         let reader = info.reader.as_ref();
         Self {
             id: info.id.to_string(),
-            backup: info.backup.to_string(),
+            backup: info.backup.map(|backup| backup.to_string()),
             name: backup.and_then(|it| Some(it.head.as_ref().ok()?.name.clone())),
             forgotten: backup.is_none_or(|it| it.is_forgotten),
             host: reader.map(|reader| reader.host.clone()),
@@ -73,6 +75,13 @@ impl Pin {
     }
 
     fn line(&self) -> String {
+        let Some(backup) = &self.backup else {
+            return format!(
+                "{}  damaged: a reader of a backup; gc deletes nothing before it is removed ('repo \
+                 forget-session')",
+                self.id
+            );
+        };
         let who = match (&self.host, self.process, &self.since) {
             (Some(host), Some(process), Some(since)) => {
                 format!("process {process} on {} since {since}", printable(host))
@@ -81,7 +90,7 @@ impl Pin {
         };
         let name = printable(self.name.as_deref().unwrap_or("?")).to_string();
         let state = if self.forgotten { ", which is forgotten" } else { "" };
-        format!("{}  read by {who}: {name}@{}{state}", self.id, self.backup)
+        format!("{}  read by {who}: {name}@{backup}{state}", self.id)
     }
 }
 
@@ -119,10 +128,14 @@ impl Session {
             name: record.map(|record| record.name.clone()),
             host: record.map(|record| record.host.clone()),
             since: record.map(|record| date_and_time(record.time / 1000)),
+            damaged: record.is_none(),
         }
     }
 
     fn line(&self) -> String {
+        if self.damaged {
+            return format!("{}  damaged: a backup that is being made or was interrupted", self.id);
+        }
         format!(
             "{}  being made or interrupted: {} on {} since {}",
             self.id,
@@ -131,6 +144,10 @@ impl Session {
             self.since.as_deref().unwrap_or("?")
         )
     }
+}
+
+fn damaged(id: &str, error: impl std::fmt::Display) -> String {
+    format!("{id}  damaged: {}", printable(&error.to_string()))
 }
 
 async fn pins(repository: &Repository, backups: &[BackupInfo]) -> Result<Vec<Pin>, CommandError> {
@@ -158,13 +175,7 @@ pub(super) async fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
                 let state = if info.is_forgotten { "  (forgotten)" } else { "" };
                 match &info.head {
                     Ok(head) => output.line(&format!("{}{state}", described(info.id, head)))?,
-                    Err(error) => {
-                        output.line(&format!(
-                            "{}  damaged: {}",
-                            info.id,
-                            printable(&error.to_string())
-                        ))?;
-                    }
+                    Err(error) => output.line(&damaged(&info.id.to_string(), error))?,
                 }
             }
             for session in sessions.iter().map(Session::of) {
@@ -287,12 +298,21 @@ struct Disk {
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
+struct Damaged {
+    id: String,
+    damage: String,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
 struct Stats {
     id: String,
     encrypted: bool,
     packs: u64,
     bytes: u64,
     disks: Vec<Disk>,
+    /// Backups that cannot be read.
+    damaged: Vec<Damaged>,
     /// What keeps gc from freeing space.
     sessions: Vec<Session>,
     readers: Vec<Pin>,
@@ -304,8 +324,15 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
     let backups = repository.list().await.map_err(repository_error)?;
     let readers = pins(&repository, &backups).await?;
     let sessions = repository.sessions().await.map_err(repository_error)?;
+    let mut unreadable = Vec::new();
     for info in backups {
-        let Ok(head) = info.head else { continue };
+        let head = match info.head {
+            Ok(head) => head,
+            Err(error) => {
+                unreadable.push(Damaged { id: info.id.to_string(), damage: error.to_string() });
+                continue;
+            }
+        };
         if info.is_forgotten {
             continue;
         }
@@ -321,6 +348,7 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
         packs,
         bytes: total,
         disks: disks.into_values().collect(),
+        damaged: unreadable,
         sessions: sessions.iter().map(Session::of).collect(),
         readers,
     };
@@ -337,6 +365,9 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
                     rounded(disk.data),
                     rounded(disk.added)
                 ))?;
+            }
+            for backup in &stats.damaged {
+                output.line(&damaged(&backup.id, &backup.damage))?;
             }
             let sessions = stats.sessions.iter().map(Session::line);
             for line in sessions.chain(stats.readers.iter().map(Pin::line)) {

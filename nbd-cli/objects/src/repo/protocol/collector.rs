@@ -19,7 +19,7 @@ pub(crate) struct Collector {
     /// What may be deleted.
     condemned: BTreeSet<PackId>,
     round: Round,
-    /// Backups that were tombstones in both rounds, with a root.
+    /// Backups that were tombstones with a root in the first round, and that nobody has pinned.
     shrinkable: BTreeSet<Id>,
     /// Backups and tombstones that were listed in the first round.
     names: BTreeSet<Id>,
@@ -60,7 +60,7 @@ enum State {
     Delete(Vec<PackId>),
     Shrink(Vec<Id>),
     Forgive,
-    /// A name that the first list of backups had is not in the second one: nothing is deleted.
+    /// A name of a backup that was listed is not there any more: nothing is deleted.
     ForgiveLost(Id),
     Lost(Id),
     ListOthers,
@@ -78,8 +78,8 @@ pub(crate) enum Collected {
     /// This session runs. [`Collector::fence`] ends it, [`Collector::look_again`] waits for it,
     /// [`Collector::give_up`] deletes nothing.
     Running(Id),
-    /// The store's second list of backups lacks this one, which is never deleted, so its lists
-    /// cannot be relied on. Nothing was deleted.
+    /// The store has listed this backup and lacks it now. None is ever deleted, so the store cannot
+    /// be relied on. Nothing was deleted.
     Lost(Id),
     /// It is done.
     Done,
@@ -218,16 +218,16 @@ impl Collector {
                 }
                 Self::reading_pins(keys)
             }
-            (State::ListBackups, Answer::Listed(keys)) => match self.lost(&keys) {
-                Some(id) => State::ForgiveLost(id),
-                None => self.reading_backups(keys),
-            },
-            (State::ReadBackups(mut keys), answer) => {
-                if let (Some(Key::Backup(id)), Answer::Found(object)) = (keys.pop(), answer) {
+            (State::ListBackups, Answer::Listed(keys)) => self.after_list(keys),
+            (State::ReadBackups(mut keys), answer) => match (keys.pop().and_then(name), answer) {
+                // Names are never deleted.
+                (Some(id), Answer::Missing) if self.rules.keep_tombstones => State::ForgiveLost(id),
+                (Some(id), Answer::Found(object)) => {
                     self.mark(id, object);
+                    self.reading_backups(keys)
                 }
-                self.reading_backups(keys)
-            }
+                _ => self.reading_backups(keys),
+            },
             (State::Condemn, _) => State::ListSessions,
             (State::ListSessions, Answer::Listed(keys)) => match self.rules.wait_for_sessions {
                 true => self.next_session(keys),
@@ -299,19 +299,23 @@ impl Collector {
         if keys.is_empty() { State::Ended } else { State::ReadOthers(keys) }
     }
 
-    /// Returns a backup that was listed in the first round and is not in the second one.
-    fn lost(&mut self, keys: &[Key]) -> Option<Id> {
-        let names = keys.iter().filter_map(|key| match key {
-            Key::Backup(id) => Some(*id),
-            _ => None,
-        });
-        let names: BTreeSet<_> = names.collect();
+    /// Chooses what is read of the backups. The second round reads those that came since the first
+    /// one, and tombstones that a reader has pinned since. All others are known: a backup never
+    /// changes but into a tombstone, and what was needed once is not condemned any more.
+    fn after_list(&mut self, mut keys: Vec<Key>) -> State {
+        let names = keys.iter().copied().filter_map(name).collect();
         if !self.round.is_second {
             self.names = names;
-            return None;
+            return self.reading_backups(keys);
         }
-        // Only where names are never deleted.
-        self.names.difference(&names).next().copied().filter(|_| self.rules.keep_tombstones)
+        let lost = self.names.difference(&names).next();
+        if let Some(id) = lost.filter(|_| self.rules.keep_tombstones) {
+            return State::ForgiveLost(*id);
+        }
+        let is_pinned = |id: &Id| self.round.pinned.contains(id) && self.shrinkable.contains(id);
+        let is_new = |id: Id| !self.names.contains(&id) || is_pinned(&id);
+        keys.retain(|&key| name(key).is_some_and(is_new));
+        self.reading_backups(keys)
     }
 
     fn reading_pins(keys: Vec<Key>) -> State {
@@ -338,7 +342,7 @@ impl Collector {
         let round = std::mem::take(&mut self.round);
         self.condemned.retain(|pack| !round.needed.contains(pack));
         if round.is_second {
-            self.shrinkable.retain(|id| round.forgotten.contains(id));
+            self.shrinkable.retain(|id| !round.pinned.contains(id));
             let packs = self.condemned.iter().copied().collect();
             return self.deleting(packs);
         }
@@ -367,6 +371,13 @@ impl Collector {
 
     fn shrinking(ids: Vec<Id>) -> State {
         if ids.is_empty() { State::Forgive } else { State::Shrink(ids) }
+    }
+}
+
+fn name(key: Key) -> Option<Id> {
+    match key {
+        Key::Backup(id) => Some(id),
+        _ => None,
     }
 }
 
