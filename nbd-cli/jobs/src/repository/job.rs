@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use imgfmt::{Format, Image, OpenOptions, Storage};
-use nbd_client::Client;
+use nbd_client::{Client, ReadMemory};
 use nbd_objects::repo::{BLOCK_SIZE, Damage, Id, Made, NewBackup, Repository, Session, host_name};
 use nbd_proto::NbdUri;
 use tokio::task::JoinHandle;
@@ -153,6 +153,8 @@ impl Work<'_> {
         let size = source.size().unwrap_or_default();
         let longest = Lengths { data: READ, zeroes: KNOWN };
         let mut plan = Plan::new(0, size, BLOCK_SIZE, longest, extents);
+        // Memory that is used again stays warm, and in one piece.
+        let memory = ReadMemory::new(self.options.requests.get());
         let mut steps = VecDeque::new();
         let (mut read, mut holes) = (0, 0);
         loop {
@@ -165,7 +167,7 @@ impl Work<'_> {
                     Content::Data => {
                         self.context.keep_rate(range.length).await;
                         read += range.length;
-                        Step::Data(begin(source, range.offset, range.length))
+                        Step::Data(begin(source, range.offset, range.length, memory.take()))
                     }
                 });
             }
@@ -178,6 +180,9 @@ impl Work<'_> {
                 Some(Step::Data(mut reading)) => {
                     let bytes = ended(&mut reading).await?;
                     session.data(bytes).await.map_err(repository_error)?;
+                    while let Some(spent) = session.take_spent() {
+                        memory.give_back(spent);
+                    }
                 }
                 Some(Step::Unchanged(blocks)) => {
                     read += self.unchanged(source, &mut session, blocks).await?;
@@ -211,7 +216,7 @@ impl Work<'_> {
             if taken < left {
                 let start = session.position();
                 let length = READ.min(end - start);
-                let bytes = ended(&mut begin(source, start, length)).await?;
+                let bytes = ended(&mut begin(source, start, length, BytesMut::new())).await?;
                 session.data(bytes).await.map_err(repository_error)?;
                 read += length;
             }
@@ -265,9 +270,9 @@ impl Work<'_> {
     }
 }
 
-fn begin(source: &Arc<Source>, offset: u64, length: u64) -> Read {
+fn begin(source: &Arc<Source>, offset: u64, length: u64, memory: BytesMut) -> Read {
     let source = Arc::clone(source);
-    let read = async move { source.read(offset, length, BytesMut::new()).await };
+    let read = async move { source.read(offset, length, memory).await };
     Read(tokio::spawn(read))
 }
 

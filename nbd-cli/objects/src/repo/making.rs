@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use self::blocks::{Prepared, prepare};
@@ -79,6 +80,10 @@ pub struct Session {
     next_pack: u32,
     puts: Puts,
     renewal: Renewal,
+    /// Pieces of data that may be compressed at this moment.
+    cores: Arc<Semaphore>,
+    /// What is left of pieces of data.
+    spent: Vec<Bytes>,
     data: u64,
     added: u64,
     found: u64,
@@ -92,7 +97,7 @@ enum Piece {
     Stored(Vec<Option<Stored>>),
     /// A whole page of the base.
     Page(usize),
-    Data(JoinHandle<Vec<Prepared>>),
+    Data(JoinHandle<Option<(Vec<Prepared>, Bytes)>>),
 }
 
 impl Repository {
@@ -144,6 +149,8 @@ impl Repository {
             next_pack: 1,
             puts: Puts::default(),
             renewal,
+            cores: Arc::new(Semaphore::new(cores())),
+            spent: Vec::new(),
             data: 0,
             added: 0,
             found: 0,
@@ -178,6 +185,10 @@ impl Repository {
     }
 }
 
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(PIECES)
+}
+
 impl Session {
     /// The identity of the session and of the backup.
     pub fn id(&self) -> Id {
@@ -210,9 +221,20 @@ impl Session {
         let count = length.div_ceil(BLOCK_SIZE);
         let expected = self.expected(first..first + count).await?;
         let (sealer, known) = (self.repository.objects.sealer.clone(), Arc::clone(&self.known));
-        let work = move || prepare(&sealer, &known, &bytes, &expected);
+        let work = move || (prepare(&sealer, &known, &bytes, &expected), bytes);
+        let cores = Arc::clone(&self.cores);
+        let work = async move {
+            // More threads than cores would take no less time, and more memory.
+            let _core = cores.acquire().await;
+            tokio::task::spawn_blocking(work).await.ok()
+        };
         self.given += count;
-        self.give(Piece::Data(tokio::task::spawn_blocking(work))).await
+        self.give(Piece::Data(tokio::spawn(work))).await
+    }
+
+    /// Returns the memory of data that was given, which is not needed any more.
+    pub fn take_spent(&mut self) -> Option<Bytes> {
+        self.spent.pop()
     }
 
     /// Gives so many blocks that read as zero.

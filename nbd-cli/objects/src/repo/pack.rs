@@ -47,7 +47,8 @@ pub(crate) struct PackBuilder {
 
 impl PackBuilder {
     pub(crate) fn new(id: PackId) -> Self {
-        Self { id, bytes: Vec::new(), entries: Vec::new() }
+        // With the last frame and the directory, so that it need not be moved.
+        Self { id, bytes: Vec::with_capacity(PACK_SIZE + (256 << 10)), entries: Vec::new() }
     }
 
     pub(crate) fn id(&self) -> PackId {

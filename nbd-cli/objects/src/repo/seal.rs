@@ -1,6 +1,7 @@
 //! Frames: blocks, map pages and other content as it is stored, compressed and, on request,
 //! encrypted.
 
+use std::cell::RefCell;
 use std::fmt;
 
 use openssl::sha::sha256;
@@ -133,7 +134,7 @@ impl Sealer {
         let mut packed = vec![0; content.len() + 1];
         // A compressed form that is not smaller has no room.
         if let Some(room) = packed.get_mut(1..content.len())
-            && let Ok(length) = zstd::bulk::compress_to_buffer(content, room, LEVEL)
+            && let Some(length) = compress_into(content, room)
         {
             packed[0] = ZSTD;
             packed.truncate(length + 1);
@@ -211,6 +212,21 @@ impl Sealer {
             _ => Err(Broken::Length),
         }
     }
+}
+
+thread_local! {
+    /// Of this thread: it takes memory, and time to make.
+    static COMPRESSOR: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
+}
+
+/// Compresses content, and returns its length then; `None` if there is not enough room.
+fn compress_into(content: &[u8], room: &mut [u8]) -> Option<usize> {
+    COMPRESSOR.with_borrow_mut(|compressor| {
+        if compressor.is_none() {
+            *compressor = zstd::bulk::Compressor::new(LEVEL).ok();
+        }
+        compressor.as_mut()?.compress_to_buffer(content, room).ok()
+    })
 }
 
 impl Keys {

@@ -8,7 +8,7 @@ use super::super::seal::{Hash, PACKS_MAX, Sealer};
 use super::super::stored::Stored;
 use super::base::no_base;
 use super::blocks::Prepared;
-use super::{Piece, Session};
+use super::{PIECES, Piece, Session};
 
 impl Session {
     /// Moves the first of the queue into the map.
@@ -34,9 +34,12 @@ impl Session {
             }
             Some(Piece::Page(number)) => self.share(number)?,
             Some(Piece::Data(work)) => {
-                let prepared = work.await.map_err(|error| {
-                    RepositoryError::invalid(format!("a block could not be compressed: {error}"))
+                let (prepared, bytes) = work.await.ok().flatten().ok_or_else(|| {
+                    RepositoryError::invalid("the compression of a block was given up")
                 })?;
+                if self.spent.len() < PIECES {
+                    self.spent.push(bytes);
+                }
                 let first = self.root.len() as u64 * PAGE_BLOCKS + self.page.blocks.len() as u64;
                 for (index, block) in (first..).zip(prepared) {
                     let stored = match block {
