@@ -13,6 +13,9 @@ impl Qcow2 {
         let flusher = Flusher { is_alone: true, ..self.flusher() };
         flusher.end_with_cluster()?;
         flusher.flush_rest()?;
+        // Whoever is served next has no use for a checkpoint that is cut off here. If this fails, the
+        // next writable open repeats it.
+        let _ = self.bitmaps.thaw(self);
         self.bitmaps.store(self)?;
         self.bitmaps.end_session()?;
         // Not before: the session relies on the length of the file.

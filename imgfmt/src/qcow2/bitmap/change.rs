@@ -39,7 +39,18 @@ impl Bitmaps {
         let mut exclusive = self.tracker.exclusive();
         let changed = self.change_alone(image, &mut exclusive, changes);
         self.count_memory(exclusive.bitmaps());
+        drop(exclusive);
+        if changed.is_ok() {
+            self.return_clusters(image);
+        }
         changed
+    }
+
+    /// Makes the refcounts on disk forget the clusters of the old list, so that a process that is
+    /// killed now leaks none of them. If that fails, the next flush tells.
+    pub(super) fn return_clusters(&self, image: &dyn ImageServices) {
+        // The first flush frees them, and the second one writes their refcounts.
+        let _ = image.flush().and_then(|()| image.flush());
     }
 
     fn change_alone(

@@ -181,7 +181,9 @@ impl Bitmaps {
         if !names.is_empty() {
             let carried_out = self.carry_out(image, &mut exclusive, plan);
             self.count_memory(exclusive.bitmaps());
+            drop(exclusive);
             carried_out?;
+            self.return_clusters(image);
         }
         names.sort();
         Ok(names)
