@@ -20,6 +20,7 @@ use super::alignment::DirectAlignment;
 use super::direct::Direct;
 use super::known_data::KnownData;
 use super::opening::identity_from;
+use super::writers::OnlyWriter;
 use super::{
     BegunWrite, Capabilities, Durability, FileIdentity, Speed, Storage, StorageExtent, TryRead,
     ZeroMode, durable,
@@ -43,6 +44,8 @@ pub struct FileStorage {
     /// Operations that this file system was found to lack; they are not tried again.
     lacks: Lacks,
     known_data: Arc<KnownData>,
+    /// Present if it is open for writing.
+    only_writer: Option<OnlyWriter>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +65,21 @@ struct Lacks {
     seek_hole: AtomicBool,
 }
 
+/// The locks of a file, for a program that opens it otherwise. They end when it is dropped.
+#[derive(Debug)]
+pub struct FileLock {
+    _storage: FileStorage,
+}
+
 impl FileStorage {
+    /// Keeps the locks, and lets this process open the file for writing, with
+    /// [`Locking::Off`](crate::Locking::Off).
+    #[must_use]
+    pub fn into_lock(mut self) -> FileLock {
+        self.only_writer = None;
+        FileLock { _storage: self }
+    }
+
     /// Returns whether locks were requested, but the file system does not support them.
     pub fn lacks_locks(&self) -> bool {
         self.lacks_locks
@@ -92,6 +109,9 @@ impl FileStorage {
 
 impl Drop for FileStorage {
     fn drop(&mut self) {
+        // Before the locks: whoever gets them may write. Nothing is written any more, and the inode
+        // number of a deleted file is free as soon as it is closed.
+        self.only_writer = None;
         // Closing is not enough: a process that another thread has just forked keeps the
         // descriptor, and with it the locks, until it executes its program.
         let _ = sys::unlock(self.file.as_fd());

@@ -18,6 +18,7 @@ mod padded;
 mod range_locks;
 mod tracked;
 mod window;
+mod writers;
 mod zero;
 
 use std::fmt;
@@ -30,7 +31,7 @@ use crate::units::HostOffset;
 pub use alignment::DirectAlignment;
 #[cfg(feature = "encryption")]
 pub(crate) use bounce::{BouncePool, LARGE as TRANSFER_MAX};
-pub use file::FileStorage;
+pub use file::{FileLock, FileStorage};
 pub use memory::MemoryStorage;
 pub use null::NullStorage;
 pub use padded::in_whole_blocks;

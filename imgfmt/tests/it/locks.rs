@@ -48,6 +48,24 @@ fn two_of_us_may_read_but_nobody_may_write_meanwhile() {
 }
 
 #[test]
+fn one_process_never_writes_to_a_file_twice_not_even_with_locks_off() {
+    let file = disk();
+    let unlocked = |access| Image::open(file.path(), &options(access).locking(Locking::Off));
+    let link = file.path().with_extension("link");
+    std::fs::hard_link(file.path(), &link).unwrap();
+    let writer = unlocked(Access::ReadWrite).unwrap();
+    let error = unlocked(Access::ReadWrite).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains("this process"), "{error}");
+    let by_link = options(Access::ReadWrite).locking(Locking::Off);
+    assert_eq!(Image::open(&link, &by_link).unwrap_err().kind(), ErrorKind::Busy);
+    std::fs::remove_file(&link).unwrap();
+    unlocked(Access::ReadOnly).unwrap();
+    writer.close().unwrap();
+    unlocked(Access::ReadWrite).unwrap();
+}
+
+#[test]
 fn qemu_respects_our_locks() {
     if !has_tool("qemu-io") {
         return;

@@ -3,6 +3,7 @@
 //! A file of /proc tells: it can be written, and every sync of it fails.
 
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use imgfmt::storage::FileStorage;
 use imgfmt::{
@@ -15,14 +16,18 @@ use crate::common::{at, range};
 /// Who is killed first when memory runs out. What is written to it here is what it holds.
 const NEVER_SYNCED: &str = "/proc/self/oom_score_adj";
 
-/// Whether syncs of that file fail here, as they do on Linux.
-fn can_tell() -> bool {
+/// Whoever writes to that file: a process has one writer of a file.
+static WRITER: Mutex<()> = Mutex::new(());
+
+/// The only writer of that file, if syncs of it fail here, as they do on Linux.
+fn writer_that_can_tell() -> Option<MutexGuard<'static, ()>> {
+    let writer = WRITER.lock().unwrap_or_else(PoisonError::into_inner);
     let file = std::fs::OpenOptions::new().write(true).open(NEVER_SYNCED);
     let tells = file.is_ok_and(|file| file.sync_data().is_err());
     if !tells {
         println!("skipped: {NEVER_SYNCED} cannot be written, or it can be synced");
     }
-    tells
+    tells.then_some(writer)
 }
 
 fn options(cache: CacheMode) -> OpenOptions {
@@ -32,11 +37,10 @@ fn options(cache: CacheMode) -> OpenOptions {
 
 #[test]
 fn a_flush_syncs_the_file_unless_told_not_to() {
-    if !can_tell() {
-        return;
-    }
+    let Some(_writer) = writer_that_can_tell() else { return };
     let image = Image::open(NEVER_SYNCED, &options(CacheMode::Writeback)).unwrap();
     assert_eq!(image.flush().unwrap_err().kind(), ErrorKind::Io, "it is synced");
+    drop(image);
     let image = Image::open(NEVER_SYNCED, &options(CacheMode::Unsafe)).unwrap();
     image.flush().unwrap();
     image.close().unwrap();
@@ -44,9 +48,7 @@ fn a_flush_syncs_the_file_unless_told_not_to() {
 
 #[test]
 fn a_durable_write_syncs_the_file_unless_told_not_to() {
-    if !can_tell() {
-        return;
-    }
+    let Some(_writer) = writer_that_can_tell() else { return };
     let open = |cache| {
         let path = Path::new(NEVER_SYNCED);
         FileStorage::open_cached(path, Access::ReadWrite, Locking::Off, cache).unwrap()

@@ -43,6 +43,7 @@ pub fn commit_overlay(
     if lock.lacks_locks() {
         context.observer.unlocked(path);
     }
+    let _lock = lock.into_lock();
     let unlocked = options.clone().locking(Locking::Off);
     let overlay = Image::open(path, &unlocked).map_err(opening)?;
     let (location, format) = backing_of(path, &overlay)?;

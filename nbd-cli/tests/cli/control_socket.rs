@@ -45,6 +45,16 @@ fn exports_come_and_go() {
 }
 
 #[test]
+fn a_file_has_one_writer_in_a_server_even_with_locking_off() {
+    let directory = Disk::sparse();
+    let control = directory.beside("control");
+    let _server = Server::ours(&["--locking", "off", "--control", &control, directory.path()]);
+    let say = |arguments: &[&str]| nbd_cli(&[&["control", &control][..], arguments].concat());
+    says(say(&["add-export", "again", directory.path()]), &["this process", "close it first"]);
+    say(&["add-export", "again", directory.path(), "--read-only"]).success();
+}
+
+#[test]
 fn nonsense_is_answered_or_ends_the_conversation() {
     let directory = Disk::sparse();
     let control = directory.beside("control");

@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use imgfmt::{Access, CacheMode, CreateOptions, Format, Image, Locking, OpenOptions};
+use imgfmt::{Access, CacheMode, CreateOptions, ErrorKind, Format, Image, OpenOptions};
 use nbd_proto::transmission::{Command, Fragmentation};
 use nbd_proto::wire::Cookie;
 use nbd_server::ServerConfig;
@@ -25,16 +26,24 @@ fn configs() -> [ServerConfig; 2] {
 }
 
 /// The image in `path`, which the server before this one may not have let go yet.
-fn open(path: &Path, format: Format, cache: CacheMode) -> imgfmt::Result<Image> {
-    let options = OpenOptions::new().format(format).access(Access::ReadWrite);
-    Image::open(path, &options.cache(cache).locking(Locking::Off))
+pub(crate) fn open(path: &Path, format: Format, cache: CacheMode) -> imgfmt::Result<Image> {
+    let options = OpenOptions::new().format(format).access(Access::ReadWrite).cache(cache);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        match Image::open(path, &options) {
+            Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            opened => return opened,
+        }
+    }
 }
 
 /// The image in `path`, past the page cache; `None` where the file system has no direct I/O.
 fn direct(path: &Path, format: Format) -> Option<Arc<ImageExport>> {
     match open(path, format, CacheMode::None) {
         Ok(image) => Some(Arc::new(ImageExport::new(image))),
-        Err(error) if error.kind() == imgfmt::ErrorKind::Unsupported => {
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
             skip("this file system has no direct I/O");
             None
         }

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
-use imgfmt::{Access, CacheMode, CreateOptions, Format, Image, Locking, OpenOptions};
+use imgfmt::{CacheMode, CreateOptions, Format, Image};
 use nbd_proto::transmission::{Command, Durability};
 use nbd_proto::wire::{Cookie, Errno, TransmissionFlags};
 use nbd_server::ServerConfig;
@@ -16,6 +16,7 @@ use nbd_server::export::{
     Export, ExportError, ExportInfo, FastExport, ImageExport, PlacedFile, PlacedWrite,
 };
 
+use crate::ring;
 use crate::support::{Client, MODES, Random, TestServer, disk_file, skip, wait_until};
 
 const SIZE: u64 = 4 << 20;
@@ -29,11 +30,9 @@ fn configs() -> [ServerConfig; 2] {
     })
 }
 
-/// The image in `path`, which the server before this one may not have let go yet; `None` where the file
-/// system has no direct I/O.
+/// The image in `path`; `None` where the file system has no direct I/O.
 fn open(path: &Path, format: Format, cache: CacheMode) -> Option<Arc<ImageExport>> {
-    let options = OpenOptions::new().format(format).access(Access::ReadWrite);
-    match Image::open(path, &options.cache(cache).locking(Locking::Off)) {
+    match ring::open(path, format, cache) {
         Ok(image) => Some(Arc::new(ImageExport::new(image))),
         Err(error) if error.kind() == imgfmt::ErrorKind::Unsupported => {
             skip("this file system has no direct I/O");

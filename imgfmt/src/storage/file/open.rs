@@ -17,6 +17,7 @@ use crate::storage::lock::lock_file;
 use crate::storage::opening::{
     clear_non_blocking, device_can_discard, identity_from, open_error, refuse_what_is_no_image,
 };
+use crate::storage::writers::OnlyWriter;
 
 impl FileStorage {
     /// Opens an existing file.
@@ -24,7 +25,8 @@ impl FileStorage {
     /// # Errors
     ///
     /// `NotFound`, `PermissionDenied`, `ReadOnly` (file system), `InvalidFormat` for a directory,
-    /// pipe, socket or character device, `Busy` if the locks of another program forbid it,
+    /// pipe, socket or character device, `Busy` if the locks of another program forbid it or, whether
+    /// there are locks or not, if this process writes to the file already and shall do so again,
     /// `Unsupported` if locks are required and the file system does not support them,
     /// `InvalidInput` for [`Locking::Shared`] with write access.
     pub fn open(path: &Path, access: Access, locking: Locking) -> Result<Self> {
@@ -97,7 +99,10 @@ impl FileStorage {
         refuse_what_is_no_image(path, metadata.file_type())?;
         clear_non_blocking(&file).map_err(open_error(path))?;
         let lacks_locks = !lock_file(&file, path, access, locking)?;
+        // After the locks, whose refusal says more about other programs.
+        let only_writer = OnlyWriter::of(identity_from(&metadata), path, access)?;
         let mut storage = Self::from_file(file, &metadata);
+        storage.only_writer = only_writer;
         storage.lacks_locks = lacks_locks;
         Ok(storage)
     }
@@ -127,6 +132,7 @@ impl FileStorage {
             lacks_locks: false,
             lacks,
             known_data: Arc::default(),
+            only_writer: None,
         }
     }
 }

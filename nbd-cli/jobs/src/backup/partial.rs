@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use crate::target::device;
-use imgfmt::storage::FileStorage;
+use imgfmt::storage::{FileLock, FileStorage};
 use imgfmt::{
     Access, BackingFile, BackupIdentity, CreateOptions, Format, Image, Locking, NewOnDevice,
     OpenOptions, OpenPolicy, Repair,
@@ -84,7 +84,7 @@ pub(super) struct Partial {
     /// The base, and the backups below it.
     base: Vec<PathBuf>,
     /// Held from the creation of the file until it has its final name.
-    lock: Option<FileStorage>,
+    lock: Option<FileLock>,
     state: State,
 }
 
@@ -222,9 +222,9 @@ impl Partial {
     }
 
     /// Locks the file, if it is not locked together with those below it.
-    fn lock(&self, work: BackupJob<'_>) -> Result<Option<FileStorage>, JobError> {
+    fn lock(&self, work: BackupJob<'_>) -> Result<Option<FileLock>, JobError> {
         match work.options.sharing {
-            Sharing::Shared => work.open_file(&self.path).map(Some),
+            Sharing::Shared => work.open_file(&self.path).map(FileStorage::into_lock).map(Some),
             Sharing::Exclusive => Ok(None),
         }
     }
