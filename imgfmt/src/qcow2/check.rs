@@ -34,7 +34,7 @@ use crate::qcow2::alloc::clusters::CountReferences;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::header::{autoclear, field, incompatible};
-use checker::Checker;
+use checker::{Checker, Watched};
 use rebuild::Rebuild;
 
 pub(super) use report::Mode;
@@ -125,9 +125,13 @@ impl Qcow2 {
         rebuild.run()
     }
 
-    /// Whether nothing else refers to the refcount table and its blocks.
-    pub(super) fn refcounts_overlap_nothing(&self) -> Result<bool> {
+    /// Whether nothing else refers to the refcount table and its `blocks`.
+    pub(super) fn refcounts_overlap_nothing(&self, blocks: &[HostCluster]) -> Result<bool> {
+        let (header, geometry) = (self.metadata.header(), self.geometry());
+        let table = geometry.host_cluster(header.refcount_table_offset);
+        let table = table.run(u64::from(header.refcount_table_clusters));
         let mut checker = Checker::new(self)?;
+        checker.watched = Some(Watched::new(table.chain(blocks.iter().copied())));
         checker.count_all()?;
         Ok(!checker.is_unusable)
     }
@@ -139,6 +143,7 @@ impl Qcow2 {
         clusters: &[HostCluster],
     ) -> Result<Option<HashMap<HostCluster, u64>>> {
         let mut checker = Checker::new(self)?;
+        checker.watched = Some(Watched::new(clusters.iter().copied()));
         checker.count_disk()?;
         let count = |cluster: &HostCluster| (*cluster, checker.counts.get(*cluster));
         Ok((!checker.is_incomplete).then(|| clusters.iter().map(count).collect()))

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::Path;
-use std::sync::{Arc, MutexGuard};
+use std::sync::Arc;
 
 use super::bitmap::Bitmaps;
 use super::check::{Mode, not_repaired};
@@ -11,7 +11,6 @@ use crate::backing_slot::BackingSlot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layer::Layer;
 use crate::options::OpenOptions;
-use crate::ordered_lock::Ordered;
 use crate::qcow2::alloc::allocator::{Allocator, make_allocator};
 use crate::qcow2::alloc::clusters::Clusters;
 use crate::qcow2::alloc::preallocated::Preallocated;
@@ -148,15 +147,16 @@ impl Qcow2 {
     }
 
     /// Where refcount blocks do not count themselves, as after a repair, their refcounts do not
-    /// show whether they are something else as well. Then all references are counted, once.
+    /// show whether they are something else as well. Then all references to them are counted, once.
     fn prove_refcount_blocks(&self) {
-        let has_strangers =
-            |allocator: Ordered<MutexGuard<'_, Allocator>>| allocator.refcounts.has_strangers();
-        if !self.clusters.allocator().is_ok_and(has_strangers) {
+        let Ok(allocator) = self.clusters.allocator() else { return };
+        if !allocator.refcounts.has_strangers() {
             return;
         }
+        let blocks = allocator.refcounts.block_clusters();
+        drop(allocator);
         // An unreadable structure is reported by the first operation that needs it.
-        let is_sound = self.refcounts_overlap_nothing().unwrap_or(false);
+        let is_sound = self.refcounts_overlap_nothing(&blocks).unwrap_or(false);
         let Ok(mut allocator) = self.clusters.allocator() else { return };
         match is_sound {
             true => allocator.refcounts.trust_all(),

@@ -88,6 +88,38 @@ fn a_write_never_puts_refcounts_or_data_over_what_is_there() {
     }
 }
 
+/// A repair puts blocks where other blocks count them.
+#[test]
+fn blocks_that_a_repair_has_moved_are_written_unless_they_are_something_else_as_well() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    let sound = make(&path, 16);
+    let structure = Structure::of(&sound);
+    let entry = structure.pointers.iter().find(|pointer| pointer.name == "refcount table entry");
+    let data = structure.clusters.iter().find(|(what, _)| what == "a data cluster of L1");
+    std::fs::write(&path, aim(&sound, entry.unwrap(), data.unwrap().1)).unwrap();
+    Image::check_file(&path, &options(Access::ReadOnly), Repair::All).unwrap();
+    let rebuilt = std::fs::read(&path).unwrap();
+    write(&path).unwrap();
+    let report = Image::check_file(&path, &options(Access::ReadOnly), Repair::None).unwrap();
+    assert_eq!((report.leaks, report.corruptions), (0, 0), "{:?}", report.messages);
+
+    let structure = Structure::of(&rebuilt);
+    let blocks = structure.clusters.iter().filter(|(what, _)| what == "a refcount block");
+    let is_data = |name: &str| name.ends_with("L2 entry of a data cluster");
+    let mut refused = 0;
+    for (_, block) in blocks {
+        for pointer in structure.pointers.iter().filter(|pointer| is_data(&pointer.name)) {
+            std::fs::write(&path, aim(&rebuilt, pointer, *block)).unwrap();
+            let before = (content(&path, None), content(&path, Some("s")));
+            refused += u32::from(write(&path).is_err());
+            let after = (content(&path, None), content(&path, Some("s")));
+            assert!(before == after, "{} -> {block:#x}: data was overwritten", pointer.name);
+        }
+    }
+    assert!(refused > 0, "the last block is always written");
+}
+
 #[test]
 fn a_missing_refcount_block_hides_no_data_from_the_allocator() {
     let directory = tempfile::tempdir().unwrap();

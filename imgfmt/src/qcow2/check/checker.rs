@@ -39,8 +39,51 @@ pub(super) struct ActiveEntry {
     pub(super) word: u64,
 }
 
+/// Clusters that are looked for. An image may have far more entries than there is time to count.
+pub(super) struct Watched {
+    sorted: Vec<HostCluster>,
+    /// A bit for each remainder of their numbers, which most other clusters do not have.
+    remainders: Vec<u64>,
+}
+
+impl Watched {
+    /// In bits. A terabyte of disk has about 500 refcount blocks.
+    const REMAINDERS: u64 = 1 << 20;
+
+    pub(super) fn new(clusters: impl Iterator<Item = HostCluster>) -> Self {
+        let mut sorted: Vec<_> = clusters.collect();
+        sorted.sort_unstable();
+        let mut remainders = vec![0; (Self::REMAINDERS / 64) as usize];
+        for cluster in &sorted {
+            let (word, bit) = Self::place(*cluster);
+            remainders[word] |= bit;
+        }
+        Self { sorted, remainders }
+    }
+
+    fn place(cluster: HostCluster) -> (usize, u64) {
+        let bit = cluster.number() % Self::REMAINDERS;
+        ((bit / 64) as usize, 1 << (bit % 64))
+    }
+
+    /// Whether one of the clusters from `first` to `last` is among them.
+    pub(super) fn touches(&self, first: HostCluster, last: HostCluster) -> bool {
+        let may_be = |cluster| {
+            let (word, bit) = Self::place(cluster);
+            self.remainders[word] & bit != 0
+        };
+        if !may_be(first) && (first == last || first + 1 == last && !may_be(last)) {
+            return false;
+        }
+        let next = self.sorted.partition_point(|cluster| *cluster < first);
+        self.sorted.get(next).is_some_and(|cluster| *cluster <= last)
+    }
+}
+
 pub(super) struct Checker<'a> {
     pub(super) image: &'a Qcow2,
+    /// If there are any, entries of L2 tables that lead to other clusters are passed over.
+    pub(super) watched: Option<Watched>,
     /// All references, those of the refcounts' own structures included.
     pub(super) counts: Counts,
     /// The clusters (first, last) of the refcount table and of its blocks.
@@ -79,6 +122,7 @@ impl<'a> Checker<'a> {
         let file_length = image.metadata.file.len().map_err(read_error)?;
         Ok(Self {
             image,
+            watched: None,
             counts: Counts::default(),
             structure: Vec::new(),
             beyond: Vec::new(),

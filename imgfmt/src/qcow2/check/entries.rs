@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::checker::{Checker, Fix};
 use crate::qcow2::on_disk::l2::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
-use crate::units::HostOffset;
+use crate::units::{HostOffset, Offset as _};
 
 /// Reserved bits of an entry that is not compressed.
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;
@@ -41,7 +41,7 @@ impl Checker<'_> {
         let mut progress = Progress { is_active, ..Progress::default() };
         for (index, entry) in words.chunks_exact(entry_words).enumerate() {
             let (word, bitmap) = (entry[0], entry.get(1).copied().unwrap_or(0));
-            if word == 0 && bitmap == 0 {
+            if word == 0 && bitmap == 0 || self.passes_over(word) {
                 continue;
             }
             let place = table + (index * entry_words) as u64 * 8;
@@ -52,6 +52,21 @@ impl Checker<'_> {
             }
         }
         self.add_run(progress.run, weight);
+    }
+
+    /// Whether only the references to some clusters are counted, and this entry leads to others.
+    fn passes_over(&self, word: u64) -> bool {
+        let Some(watched) = &self.watched else { return false };
+        let geometry = self.image.geometry();
+        let (start, length) = match word & COMPRESSED {
+            0 => (HostOffset::new(word & OFFSET_MASK), geometry.cluster_size()),
+            _ => {
+                let place = self.image.mapping.format.compressed_place(word);
+                (place.offset, place.length)
+            }
+        };
+        let last = start.saturating_add(length.saturating_sub(1));
+        !watched.touches(geometry.host_cluster(start), geometry.host_cluster(last))
     }
 
     fn count_compressed(&mut self, entry: &Word, is_active: bool) {

@@ -217,6 +217,11 @@ impl Refcounts {
         self.trusts_all = true;
     }
 
+    /// The clusters in which the blocks begin.
+    pub(in crate::qcow2) fn block_clusters(&self) -> Vec<HostCluster> {
+        self.places.iter().map(|place| self.geometry.host_cluster(*place)).collect()
+    }
+
     /// Whether some block does not count its own cluster. Blocks usually do; the refcount of a
     /// block that another one counts proves nothing about it.
     pub(in crate::qcow2) fn has_strangers(&self) -> bool {
