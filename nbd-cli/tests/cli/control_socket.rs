@@ -55,6 +55,28 @@ fn a_file_has_one_writer_in_a_server_even_with_locking_off() {
 }
 
 #[test]
+fn what_is_added_to_a_temporary_server_is_temporary_too() {
+    let directory = Disk::sparse();
+    let control = directory.beside("control");
+    let before = std::fs::read(directory.path()).expect("an image");
+    let server = Server::ours(&["--temporary", "--control", &control, directory.path()]);
+    let say = |arguments: &[&str]| nbd_cli(&[&["control", &control][..], arguments].concat());
+    say(&["add-export", "again", directory.path()]).success();
+    say(&["add-export", "memory", "memory:1M"]).success();
+    let written = directory.beside("written");
+    std::fs::write(&written, vec![7; before.len()]).expect("a file");
+    nbd_cli(&["copy", &written, &server.uri_of("again")]).success();
+    nbd_cli(&["image", "compare", &server.uri_of("again"), &written]).success();
+    assert!(std::fs::read(directory.path()).expect("an image") == before);
+    // Its data would be lost.
+    let successor = nbd_cli(&["serve", "--temporary", "--takeover", &control, directory.path()]);
+    says(successor, &["in memory or temporary"]);
+    say(&["remove-export", "again"]).success();
+    server.end();
+    assert!(std::fs::read(directory.path()).expect("an image") == before);
+}
+
+#[test]
 fn nonsense_is_answered_or_ends_the_conversation() {
     let directory = Disk::sparse();
     let control = directory.beside("control");

@@ -31,7 +31,7 @@ pub(super) fn controller(
         let disk = opened.into_disk(requested.source.clone());
         let disk = disk.configured(|entry| configured(&args, &requested.name, entry));
         let source = OsString::from(&requested.source);
-        let is_lost = is_memory(&source);
+        let is_lost = is_memory(&source) || choices.writes == Writes::ToTemporaryFile;
         Ok(if is_lost { disk } else { source::reopened(disk, source, choices) })
     });
     match temporary_directory() {
@@ -54,8 +54,13 @@ fn configured(args: &ServeArgs, name: &str, mut entry: ExportEntry) -> ExportEnt
 fn choices_for(common: &ServeOptions, requested: &RequestedSource) -> ServeOptions {
     let mut choices = common.clone();
     choices.snapshot = None;
-    choices.writes = if requested.read_only { Writes::Refused } else { Writes::ToImage };
-    if !requested.read_only && choices.locking == Locking::Shared {
+    choices.writes = match (requested.read_only, common.writes) {
+        (true, _) => Writes::Refused,
+        // Whoever asked for that has no image changed, whoever adds it. One in memory never is.
+        (false, Writes::ToTemporaryFile) if !is_memory(requested.source.as_ref()) => common.writes,
+        (false, _) => Writes::ToImage,
+    };
+    if choices.writes == Writes::ToImage && choices.locking == Locking::Shared {
         choices.locking = Locking::Auto;
     }
     choices.format = requested.format;
