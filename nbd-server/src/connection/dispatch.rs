@@ -206,12 +206,19 @@ pub(super) const fn is_durable(command: &Command) -> bool {
 
 /// The same change without the need to be durable.
 pub(super) fn not_durable(command: &Command) -> Command {
+    with_durability(command, Durability::Cached)
+}
+
+/// The same change, which has to be durable when it is answered.
+pub(super) fn durable(command: &Command) -> Command {
+    with_durability(command, Durability::Fua)
+}
+
+fn with_durability(command: &Command, durability: Durability) -> Command {
     match command {
-        Command::Write(_) => Command::Write(Durability::Cached),
-        Command::Trim(_) => Command::Trim(Durability::Cached),
-        Command::WriteZeroes(mode, speed, _) => {
-            Command::WriteZeroes(*mode, *speed, Durability::Cached)
-        }
+        Command::Write(_) => Command::Write(durability),
+        Command::Trim(_) => Command::Trim(durability),
+        Command::WriteZeroes(mode, speed, _) => Command::WriteZeroes(*mode, *speed, durability),
         other => other.clone(),
     }
 }

@@ -9,7 +9,7 @@ use nbd_proto::transmission::{Command, Durability, ExtentLimit, ReplyEncoder, Re
 use tokio::sync::mpsc;
 
 use super::answer::{Answer, Farewell, Held, Reply};
-use super::dispatch::{PreparedRequest, Step, can_flush, is_durable};
+use super::dispatch::{self, PreparedRequest, Step, can_flush, is_durable};
 use super::durability::{DurableChange, FlushWaiter};
 use super::read_steps::{self, PartRead};
 use super::ring_work;
@@ -161,6 +161,11 @@ impl Pool {
             let (export, failures) = (entry.export(), entry.failures());
             entry.flushes().join(scheduler, self.group, export, failures, Box::new(waiter));
         } else {
+            if work.export.is_writethrough() {
+                // It may take the error of other data, and is to be told of theirs, as any change that
+                // has to be durable.
+                work.request.command = dispatch::durable(&work.request.command);
+            }
             let progress = steps::begin(&work);
             let durable = DurableChange::begin(&work, &self.entry, self.group);
             let job = Box::new(RequestJob { work, progress, durable, answer });

@@ -184,20 +184,32 @@ fn a_disk_without_flush_makes_each_change_durable_itself() {
     assert_eq!(disk.flushes.load(Ordering::SeqCst), 0);
 }
 
+/// Changes that are durable when they are answered: those that have to be, and all of a disk that writes
+/// through its caches.
+fn durable_changes() -> impl Iterator<Item = (bool, Command)> {
+    [(false, Durability::Fua), (true, Durability::Cached)].into_iter().flat_map(
+        |(through, durable)| {
+            let zeroes = Command::WriteZeroes(ZeroMode::MayUnmap, Speed::Any, durable);
+            [Command::Write(durable), Command::Trim(durable), zeroes]
+                .map(|change| (through, change))
+        },
+    )
+}
+
 #[test]
 fn a_flush_is_not_answered_before_a_durable_change_that_may_have_taken_its_error() {
-    let zeroes = Command::WriteZeroes(ZeroMode::MayUnmap, Speed::Any, Durability::Fua);
-    let trim = Command::Trim(Durability::Fua);
-    for command in [Command::Write(Durability::Fua), trim, zeroes] {
-        let script = Script { gated: Some(0..512), bad: Some(0..512), ..Script::default() };
+    for (is_writethrough, command) in durable_changes() {
+        let (gated, bad) = (Some(0..512), Some(0..512));
+        let script = Script { gated, bad, is_writethrough, ..Script::default() };
         let disk = Scripted::new(1 << 20, script);
         let server = TestServer::with(Default::default(), disk.clone());
-        let [mut client, mut other] = [(); 2].map(|()| Client::connect(&server, MODES[1]));
-        let payload: &[u8] =
-            if command == Command::Write(Durability::Fua) { &[1; 512] } else { &[] };
+        let [mut client, mut other, mut third] =
+            [(); 3].map(|()| Client::connect(&server, MODES[1]));
+        let payload: &[u8] = if matches!(command, Command::Write(_)) { &[1; 512] } else { &[] };
         client.submit(0, 512, &command, payload);
         wait_until("the change is being made durable", || disk.gate.arrived() == 1);
         assert_eq!(other.write(4096, &[2; 512]), Ok(()));
+        assert_eq!(third.write(8192, &[2; 512]), Ok(()));
         other.submit(0, 0, &Command::Flush, &[]);
         wait_until("the flush has come", || disk.flushes.load(Ordering::SeqCst) == 1);
         let timeout = Some(std::time::Duration::from_millis(200));
@@ -209,5 +221,9 @@ fn a_flush_is_not_answered_before_a_durable_change_that_may_have_taken_its_error
         assert!(client.next_finished().1.result.is_err());
         assert!(other.next_finished().1.result.is_err(), "{command:?}");
         assert_eq!(other.request(0, 0, &Command::Flush).result, Ok(()), "it was told");
+        // Whoever never flushes is told by the next change that is durable.
+        third.submit(8192, 512, &command, payload);
+        assert!(third.next_finished().1.result.is_err(), "{command:?}");
+        assert_eq!(third.request(0, 0, &Command::Flush).result, Ok(()), "it was told");
     }
 }

@@ -32,6 +32,8 @@ pub struct Script {
     pub flushes_at_gate: bool,
     /// Flushes take the server down.
     pub flushes_panic: bool,
+    /// Every change is durable when it returns.
+    pub is_writethrough: bool,
     /// Whether calls are made where the server stands. Off by default.
     pub prompt: Option<MayBlock>,
 }
@@ -249,6 +251,10 @@ impl FastExport for Scripted {
             return Ok(TryRead::WouldBlock);
         }
         self.read_at(offset, buffer).map(|()| TryRead::Complete)
+    }
+
+    fn is_writethrough(&self) -> bool {
+        self.script.is_writethrough
     }
 
     fn may_block(&self, _: Operation) -> MayBlock {
