@@ -1,7 +1,7 @@
 //! The handle through which requests are made.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use nbd_proto::handshake::Negotiated;
@@ -44,6 +44,8 @@ struct Shared {
     /// Whether the connections belong to several runtimes.
     is_spread: bool,
     next: AtomicUsize,
+    /// Whether a request that changes the disk was made; set before it is sent.
+    is_changed: Arc<AtomicBool>,
 }
 
 impl Client {
@@ -57,11 +59,13 @@ impl Client {
         // An active attacker must not be able to remove a property that the first connection had.
         let requiring_tls = is_encrypted.then(|| settings.requiring_tls());
         let settings = requiring_tls.as_ref().unwrap_or(settings);
+        let is_changed = Arc::new(AtomicBool::new(false));
         let connection = |established, contexts, runtime| {
             let reconnect = settings.reconnect.map(|patience| Reconnect {
                 settings: settings.clone(),
                 patience,
                 export: Arc::clone(&negotiated),
+                is_changed: Arc::clone(&is_changed),
             });
             Connection::start(
                 established,
@@ -94,8 +98,16 @@ impl Client {
         }
         let next = AtomicUsize::new(0);
         let is_spread = !settings.runtimes.is_empty();
-        let shared =
-            Shared { info, protocol, is_encrypted, negotiated, connections, is_spread, next };
+        let shared = Shared {
+            info,
+            protocol,
+            is_encrypted,
+            negotiated,
+            connections,
+            is_spread,
+            next,
+            is_changed,
+        };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -169,6 +181,12 @@ impl Client {
     /// Hands a request to the connection with the fewest waiting callers, among those of this
     /// runtime if it has any.
     pub(crate) async fn submit(&self, request: NewRequest) -> Result<PendingReply<'_>> {
+        if matches!(
+            request.command,
+            Command::Write(_) | Command::Trim(_) | Command::WriteZeroes(..)
+        ) {
+            self.shared.is_changed.store(true, Ordering::Release);
+        }
         let connection = self.pick();
         let caller = connection.enter();
         let (reply, receiver) = oneshot::channel();

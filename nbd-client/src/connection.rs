@@ -145,7 +145,9 @@ impl Task {
             for submission in driver.into_unanswered().into_iter().rev() {
                 self.queue.put_back(submission);
             }
-            let may_help = |reconnect: &&Reconnect| reconnect.may_help(&lost);
+            let may_help = |reconnect: &&Reconnect| {
+                reconnect.may_help(&lost) || lost.is_transient() && reconnect.goes_on()
+            };
             let Some(reconnect) = self.reconnect.as_ref().filter(may_help) else {
                 return self.lost(lost);
             };
@@ -154,7 +156,21 @@ impl Task {
                 return self.end(Error::Closed);
             }
             let outage = outage.get_or_insert_with(|| Outage::begin(&lost));
-            let next = next_driver(&mut self.queue, reconnect.again(outage, lost)).await;
+            let mut next = match reconnect.may_help(&lost) {
+                true => next_driver(&mut self.queue, reconnect.again(outage, lost)).await,
+                false => Some(Err(lost)),
+            };
+            while let Some(Err(lost)) = &next
+                && reconnect.goes_on()
+            {
+                let reason = lost.clone();
+                let (target, lost) = (Arc::clone(&self.target), reason.clone());
+                self.queue.fail_waiting(&Error::Lost { target, reason });
+                if !self.queue.wait().await {
+                    return self.end(Error::Closed);
+                }
+                next = next_driver(&mut self.queue, reconnect.once_more(outage, lost)).await;
+            }
             driver = match next {
                 Some(Ok(driver)) => {
                     // Before any answer of the new connection, so that every caller with an answer

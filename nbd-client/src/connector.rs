@@ -119,6 +119,22 @@ impl Connector {
         self
     }
 
+    /// Never gives a disk up that is only read: after the patience of
+    /// [`reconnect`](Self::reconnect), without which this has no effect, requests fail, and each
+    /// later one causes another attempt to connect, at most one a second. It fails at once if there
+    /// was one, or if its own fails.
+    ///
+    /// From the first request that changes the disk, a lost connection is lost for good, as without
+    /// `reconnect`, because the server may have lost with it what was not flushed.
+    ///
+    /// For disks that no one changes, such as the layers below an overlay: a server that is back
+    /// after hours may serve another content under the same name.
+    #[must_use]
+    pub fn keep_reading(mut self) -> Self {
+        self.settings.keeps_reading = true;
+        self
+    }
+
     /// Limits the time for connecting and the whole handshake, 30 s by default.
     /// [`Connector::inspect`] and the lists allow that time for each question.
     #[must_use]

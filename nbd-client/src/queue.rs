@@ -97,6 +97,21 @@ impl Queue {
         Poll::Pending
     }
 
+    /// Refuses the requests that wait now; later ones are accepted.
+    pub(crate) fn fail_waiting(&mut self, error: &Error) {
+        for submission in self.front.drain(..) {
+            submission.fail(error.clone());
+        }
+        // As many as there is room for: callers may repeat theirs at once.
+        for _ in 0..QUEUE_LEN {
+            match self.receiver.try_recv() {
+                Ok(Message::Request(submission)) => submission.fail(error.clone()),
+                Ok(Message::Disconnect) => self.receiver.close(),
+                Err(_) => break,
+            }
+        }
+    }
+
     /// Refuses all requests from now on.
     pub(crate) fn fail(mut self, error: &Error) {
         self.receiver.close();

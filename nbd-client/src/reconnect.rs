@@ -1,6 +1,7 @@
 //! Replaces a lost connection, and checks that the new one leads to the same export.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nbd_proto::handshake::Negotiated;
@@ -22,6 +23,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) struct Outage {
     began: Instant,
+    /// Begin of the last attempt.
+    tried: Instant,
     pause: Duration,
     first: String,
 }
@@ -33,7 +36,8 @@ impl Outage {
             LostConnection::ShuttingDown(_) => FIRST_PAUSE,
             _ => Duration::ZERO,
         };
-        Self { began: Instant::now(), pause, first: lost.to_string() }
+        let now = Instant::now();
+        Self { began: now, tried: now, pause, first: lost.to_string() }
     }
 }
 
@@ -43,18 +47,28 @@ pub(crate) struct Reconnect {
     pub(crate) settings: Settings,
     pub(crate) patience: Duration,
     pub(crate) export: Arc<Negotiated>,
+    /// Whether the client has made a request that changes the disk.
+    pub(crate) is_changed: Arc<AtomicBool>,
 }
 
 impl Reconnect {
     /// Returns whether a new connection may help. It does not help a request that has been sent
     /// repeatedly for longer than the caller's patience while others were answered.
     pub(crate) fn may_help(&self, lost: &LostConnection) -> bool {
+        if self.settings.keeps_reading && !self.goes_on() {
+            return false;
+        }
         match lost {
             LostConnection::RequestTimeout { limit, waited, .. } => {
                 waited.saturating_sub(*limit) <= self.patience
             }
             lost => lost.is_transient(),
         }
+    }
+
+    /// Returns whether further attempts are made after the caller's patience.
+    pub(crate) fn goes_on(&self) -> bool {
+        self.settings.keeps_reading && !self.is_changed.load(Ordering::Acquire)
     }
 
     /// Tries until there is a connection or the caller's patience is exhausted.
@@ -71,29 +85,52 @@ impl Reconnect {
             sleep(outage.pause.min(left)).await;
             let left = self.patience.saturating_sub(outage.began.elapsed());
             if left.is_zero() {
-                let first = outage.first.clone();
-                return Err(LostConnection::ReconnectFailed {
-                    first,
-                    patience: self.patience,
-                    last,
-                });
+                return Err(self.failed(outage, last));
             }
             outage.pause = (outage.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
-            let handshake_timeout = self.settings.handshake_timeout.min(left);
-            let settings = Settings { handshake_timeout, ..self.settings.clone() };
-            match establish_at(&settings).await {
-                Ok(established) => {
-                    let contexts = same_export(&self.export, &established.negotiated)
-                        .map_err(LostConnection::ExportChanged)?;
-                    let driver = Driver::new(established, contexts, settings.limits);
-                    return Ok(driver.replaced_for(self.patience));
-                }
-                Err(error) => {
-                    tracing::debug!(%error, "reconnect failed");
-                    last = error.to_string();
-                }
+            match self.attempt(outage, left).await {
+                Ok(connected) => return connected,
+                Err(failure) => last = failure,
             }
         }
+    }
+
+    /// Tries once after the caller's patience was exhausted and `lost` was the result; not again
+    /// within a second.
+    pub(crate) async fn once_more(
+        &self,
+        outage: &mut Outage,
+        lost: LostConnection,
+    ) -> Result<Driver, LostConnection> {
+        if outage.tried.elapsed() < LONGEST_PAUSE {
+            return Err(lost);
+        }
+        let connected = self.attempt(outage, self.patience).await;
+        connected.unwrap_or_else(|last| Err(self.failed(outage, last)))
+    }
+
+    fn failed(&self, outage: &Outage, last: String) -> LostConnection {
+        let first = outage.first.clone();
+        LostConnection::ReconnectFailed { first, patience: self.patience, last }
+    }
+
+    /// Makes an attempt, which takes at most `limit`. Fails with the reason if another one may help.
+    async fn attempt(
+        &self,
+        outage: &mut Outage,
+        limit: Duration,
+    ) -> Result<Result<Driver, LostConnection>, String> {
+        outage.tried = Instant::now();
+        let handshake_timeout = self.settings.handshake_timeout.min(limit);
+        let settings = Settings { handshake_timeout, ..self.settings.clone() };
+        let established = establish_at(&settings).await.map_err(|error| {
+            tracing::debug!(%error, "reconnect failed");
+            error.to_string()
+        })?;
+        let contexts = same_export(&self.export, &established.negotiated);
+        Ok(contexts.map_err(LostConnection::ExportChanged).map(|contexts| {
+            Driver::new(established, contexts, settings.limits).replaced_for(self.patience)
+        }))
     }
 }
 

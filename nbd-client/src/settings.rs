@@ -20,6 +20,8 @@ pub(crate) struct Settings {
     pub(crate) wanted: Wanted,
     pub(crate) connections: NonZeroUsize,
     pub(crate) reconnect: Option<Duration>,
+    /// Whether a disk that was only read is tried again after the patience of `reconnect`.
+    pub(crate) keeps_reading: bool,
     pub(crate) handshake_timeout: Duration,
     pub(crate) limits: Limits,
     pub(crate) tls: Option<TlsOptions>,
@@ -40,6 +42,7 @@ impl Settings {
             wanted,
             connections: NonZeroUsize::MIN,
             reconnect: None,
+            keeps_reading: false,
             handshake_timeout: HANDSHAKE_TIMEOUT,
             limits: Limits::default(),
             tls: None,

@@ -112,8 +112,9 @@ impl Remotes {
     ///
     /// If the server cannot be reached or refuses.
     pub fn open_named_by_image(&self, uri: &NbdUri) -> Result<ExportStorage, JobError> {
-        // The image contains this URI: it must not choose local files to read.
-        self.open_with(self.connector(uri).local_files(LocalFiles::Refused))
+        // The image contains this URI: it must not choose local files to read. A layer below does not
+        // change, so its server may be away for any time.
+        self.open_with(self.connector(uri).local_files(LocalFiles::Refused).keep_reading())
     }
 
     /// Connects to an export with other settings.

@@ -117,6 +117,116 @@ async fn patience_ends() {
     assert!(error.to_string().contains("cannot connect to"), "it says why: {error}");
 }
 
+async fn connect_to_read(listener: &Listener, offer: &Offer) -> (Client, Script) {
+    let connector = listener.connector().reconnect(Duration::from_millis(200)).keep_reading();
+    let (client, server) = tokio::join!(connector.connect(), listener.serve(offer));
+    (client.unwrap(), server)
+}
+
+/// Reads until the answer comes, which is that of a server that is back.
+async fn read_in_the_end(client: &Client) {
+    loop {
+        match client.read(1..10).await {
+            Ok(data) => return assert_eq!(data, data_at(1, 9)),
+            Err(error) => {
+                assert!(matches!(error, Error::Lost { .. }), "{error}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    }
+}
+
+/// The next client that stays until the end of the handshake.
+async fn handshake_in_the_end(listener: &Listener, offer: &Offer) -> Script {
+    loop {
+        let mut server = Script::over(listener.stream().await);
+        if server.handshake(offer).await.is_ok() {
+            return server;
+        }
+    }
+}
+
+/// Answers the next client that stays until then.
+async fn answer_in_the_end(listener: &Listener, offer: &Offer) -> Script {
+    loop {
+        let mut server = handshake_in_the_end(listener, offer).await;
+        if let Ok(read) = server.request().await {
+            server.answer_read(&read).await.unwrap();
+            return server;
+        }
+    }
+}
+
+/// Sends everyone away.
+async fn refuse(listener: &Listener) {
+    loop {
+        drop(listener.stream().await);
+    }
+}
+
+#[tokio::test]
+async fn a_disk_that_is_only_read_is_tried_again_after_the_patience() {
+    let (listener, offer) = (Listener::new(), Offer::new(MODE));
+    let (client, mut server) = connect_to_read(&listener, &offer).await;
+    for _ in 0..2 {
+        drop(server);
+        let failed = async { [client.read(0..1).await, client.read(0..1).await] };
+        let failed = guarded(async {
+            tokio::select! { failed = failed => failed, _ = refuse(&listener) => unreachable!() }
+        });
+        for error in failed.await.map(Result::unwrap_err) {
+            let reason = "no new connection within 0.2 s";
+            assert!(error.to_string().contains(reason), "{error}");
+        }
+        let answer = answer_in_the_end(&listener, &offer);
+        server = guarded(async { tokio::join!(read_in_the_end(&client), answer) }).await.1;
+    }
+    assert_eq!(client.reconnects(), 2);
+}
+
+#[tokio::test]
+async fn another_export_in_the_place_of_a_disk_that_is_read_is_refused_until_it_is_back() {
+    let (listener, offer) = (Listener::new(), Offer::new(MODE));
+    let (client, server) = connect_to_read(&listener, &offer).await;
+    drop(server);
+    let other = Offer { size: SIZE * 2, ..offer.clone() };
+    let script = async {
+        handshake_in_the_end(&listener, &other).await.closed().await;
+        answer_in_the_end(&listener, &offer).await
+    };
+    guarded(async { tokio::join!(read_in_the_end(&client), script) }).await;
+}
+
+#[tokio::test]
+async fn a_disk_that_was_written_to_is_lost_with_its_connection() {
+    let (listener, offer) = (Listener::new(), Offer::new(MODE));
+    let (client, mut server) = connect_to_read(&listener, &offer).await;
+    let script = async {
+        let write = server.request().await.unwrap();
+        server.answer_done(&write).await.unwrap();
+        server
+    };
+    let data = Bytes::from_static(b"again");
+    let written = client.write(4096, data, Durability::Cached);
+    let (written, server) = guarded(async { tokio::join!(written, script) }).await;
+    written.unwrap();
+    drop(server);
+    // Also after the time for another attempt.
+    for pause in [0, 1100] {
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        let answer = answer_in_the_end(&listener, &offer);
+        let read = guarded(async {
+            tokio::select! {
+                read = client.read(0..1) => read.unwrap_err(),
+                _ = answer => panic!("it came back"),
+            }
+        });
+        let error = read.await;
+        assert!(matches!(error, Error::Lost { .. }), "{error}");
+        assert!(!error.to_string().contains("no new connection"), "{error}");
+    }
+}
+
 #[tokio::test]
 async fn a_server_that_dies_of_every_request_does_not_go_on_for_ever() {
     let listener = Listener::new();

@@ -207,7 +207,8 @@ pub(super) fn choices(args: &ExportArgs) -> ServeOptions {
     options.locking = ShareArgs { force_share: args.force_share }.locking(args.trust.locks);
     options.cache = args.cache.into();
     options.metadata_cache = args.metadata_cache.map(ByteSize::bytes);
-    options.policy = args.trust.trust_image.then(|| args.trust.policy());
+    let upstream = args.upstream.choices();
+    options.policy = args.trust.trust_image.then(|| args.trust.policy_with(&upstream));
     options.passphrases = args.trust.keys.passphrases();
     options.filter = filter(args);
     options.allocation_depth = args.allocation_depth;
@@ -216,7 +217,7 @@ pub(super) fn choices(args: &ExportArgs) -> ServeOptions {
         true => OfferedBitmaps::All,
         false => OfferedBitmaps::Named(args.bitmap.clone()),
     };
-    options.remotes = args.upstream.choices().remotes();
+    options.remotes = upstream.remotes();
     options
 }
 
