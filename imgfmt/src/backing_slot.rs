@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 use crate::layer::{Backing, Layer};
 use crate::ordered_lock::{OrderedMutex, rank};
 use crate::per_thread::PerThread;
+use crate::wanted::Wanted;
 
 /// The place of the layer below.
 #[derive(Debug, Default)]
@@ -19,6 +20,8 @@ pub(crate) struct BackingSlot {
     /// How often the layer was replaced.
     changes: AtomicU64,
     content: Content,
+    /// Where readers have found the layer, if a job copies it.
+    pub(crate) wanted: Wanted,
 }
 
 #[derive(Debug, Default)]

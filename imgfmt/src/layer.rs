@@ -138,6 +138,9 @@ const EFFORT_OF_CALL: u64 = 128;
 /// bounded.
 const FILE_PARTS_MAX: u64 = 4096;
 
+/// The effort of a walk that is not a reader's; it never ends.
+pub(crate) const EFFORT_OF_JOB: u64 = u64::MAX >> 1;
+
 impl<'w> Walk<'w> {
     pub(crate) fn new(holes: Holes, lookup: Lookup, visit: &'w mut Visit<'w>) -> Self {
         Self { holes, lookup, depth: 1, effort: u64::MAX, has_found: false, visit }
@@ -231,6 +234,12 @@ impl<'w> Walk<'w> {
     #[inline]
     pub(crate) fn spend(&mut self, effort: u64) {
         self.effort = self.effort.saturating_sub(effort);
+    }
+
+    /// Whether the walk is that of a reader of the disk: not one for a list of extents, nor a job's.
+    #[inline]
+    pub(crate) fn is_reader(&self) -> bool {
+        self.effort > EFFORT_OF_JOB
     }
 
     /// Whether the effort is used up.

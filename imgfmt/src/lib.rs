@@ -97,6 +97,7 @@ mod sys;
 pub mod testing;
 mod unfinished;
 mod units;
+mod wanted;
 mod write_map;
 pub mod zero;
 

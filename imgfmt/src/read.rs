@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::extent::{Extent, ExtentList};
-use crate::layer::{Layer, Walk};
+use crate::layer::{EFFORT_OF_JOB, Layer, Walk};
 use crate::mapping::{Content, Encoded, FileSpan, Holes, Lookup, Mapped, Mapping};
 use crate::storage::TryRead;
 use crate::units::{GuestOffset, GuestRange, span};
@@ -18,12 +18,31 @@ const EFFORT_MAX: u64 = 1 << 16;
 
 /// Fills `buffer` with the bytes at `offset`. The caller holds a lease.
 pub(crate) fn read_at(layer: &dyn Layer, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+    read_with_effort(layer, offset, buffer, u64::MAX)
+}
+
+/// As [`read_at`], for a job that copies what is below the image, and wants nothing itself.
+pub(crate) fn read_for_job(
+    layer: &dyn Layer,
+    offset: GuestOffset,
+    buffer: &mut [u8],
+) -> Result<()> {
+    read_with_effort(layer, offset, buffer, EFFORT_OF_JOB)
+}
+
+#[inline]
+fn read_with_effort(
+    layer: &dyn Layer,
+    offset: GuestOffset,
+    buffer: &mut [u8],
+    effort: u64,
+) -> Result<()> {
     let range = range_of(offset, buffer);
     let mut visit = |layer: &dyn Layer, mapping: Mapping<'_>| {
         read_mapping(layer, &mapping, part_of(buffer, offset, mapping.range)).map(|()| true)
     };
-    let mut walk = Walk::new(Holes::AsData, Lookup::MayRead, &mut visit);
-    layer.map(range, &mut walk).map(drop)
+    let walk = Walk::new(Holes::AsData, Lookup::MayRead, &mut visit);
+    layer.map(range, &mut walk.with_effort(effort)).map(drop)
 }
 
 fn read_mapping(layer: &dyn Layer, mapping: &Mapping<'_>, buffer: &mut [u8]) -> Result<()> {

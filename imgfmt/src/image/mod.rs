@@ -33,6 +33,7 @@ use crate::options::OpenOptions;
 use crate::qcow2::{Below, CheckReport, Populated, Qcow2, Repair};
 use crate::storage::{Capabilities, DirectAlignment, FileIdentity, Storage};
 use crate::units::{GuestOffset, GuestRange};
+use crate::wanted::Asking;
 
 /// Whether a disk may become smaller, which loses what is at its end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -247,6 +248,11 @@ impl Image {
     /// The size in bytes of the parts of the disk that a qcow2 image has or has not.
     pub(crate) fn subcluster_size(&self) -> Option<u64> {
         self.qcow2().map(Qcow2::subcluster_size)
+    }
+
+    /// Asks readers of a qcow2 image where they have found the layers below it.
+    pub(crate) fn ask_readers(&self) -> Option<Asking<'_>> {
+        self.qcow2().map(|image| image.wanted().ask())
     }
 
     /// Gives a qcow2 image content of its own where it has none; see [`Qcow2::populate`].

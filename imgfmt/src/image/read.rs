@@ -24,6 +24,16 @@ impl Image {
         read::read_at(self.layer(), offset, buffer).map_err(|error| self.name(error))
     }
 
+    /// As [`read_at`](Self::read_at), for a job that copies what is below the image.
+    pub(crate) fn read_for_job(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        let range = self.check("read", offset, buffer.len() as u64)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let _lease = self.layer().lease();
+        read::read_for_job(self.layer(), offset, buffer).map_err(|error| self.name(error))
+    }
+
     /// Fills `buffer` with the bytes at `offset` if that needs no waiting for a disk.
     ///
     /// # Errors

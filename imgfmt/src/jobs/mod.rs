@@ -22,6 +22,7 @@ mod rate_limit;
 mod rebase;
 mod snapshots;
 mod stream;
+mod stream_order;
 
 pub use self::cancellation::Cancellation;
 pub use self::commit::{Committed, commit};

@@ -30,6 +30,9 @@ pub trait Observer: Send + Sync {
     /// The job made progress.
     fn progress(&self, _progress: &Progress) {}
 
+    /// A stream has given an overlay content of its own in a part of the disk, or in some of it.
+    fn copied(&self, _range: GuestRange) {}
+
     /// A part of the source could not be read, and is zero in the destination.
     fn unreadable(&self, _range: GuestRange, _error: &Error) {}
 }

@@ -1,9 +1,12 @@
 //! Copies what the layers below an overlay provide into the overlay.
 
+use std::time::{Duration, Instant};
+
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
 use super::range::{span, whole};
 use super::snapshots;
+use super::stream_order::Order;
 use crate::error::{Error, ErrorKind};
 use crate::extent::{Extent, ExtentKind};
 use crate::image::{Image, NewBase};
@@ -12,6 +15,9 @@ use crate::units::GuestRange;
 
 /// Size of a copy step, in bytes.
 const STEP: u64 = 1 << 20;
+
+/// The time after which what was copied is flushed: a crash costs what was copied since then.
+const FLUSH_PERIOD: Duration = Duration::from_secs(3);
 
 /// The result of a [`stream`]. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,9 +45,10 @@ pub struct ToStream {
 /// format has none, so there it is written with a base, and otherwise left out. Clusters that the
 /// overlay has, also discarded ones, stay as they are.
 ///
-/// The disk does not change, and others may write to it meanwhile: what they write stays. Bitmaps
-/// record nothing. After an error or a crash, another call goes on. When it has succeeded, the layers
-/// between are not needed any more: [close](Image::close) the overlay; then
+/// The disk does not change, and others may use it meanwhile: what they write stays, and where they
+/// read what is below, that and the 8 MiB after it are copied first. Bitmaps record nothing. What was copied is flushed every three seconds, and after an error; another call
+/// goes on, after a crash where the last flush was. When it has succeeded, the layers between are not
+/// needed any more: [close](Image::close) the overlay; then
 /// [`Image::change_backing_file`] can set the base as backing file, or none.
 ///
 /// # Errors
@@ -71,25 +78,14 @@ pub fn stream(
     base: Option<u32>,
     context: &JobContext,
 ) -> Result<Streamed, JobError> {
-    let mut job = Streaming::new(overlay, base)?;
-    let meter = Meter::begin(context, overlay.size());
-    let mut counted = 0;
-    for extent in overlay.extents(whole(overlay)) {
-        context.cancellation.check()?;
-        let extent = extent.map_err(JobError::source)?;
-        let end = extent.range.end().bytes();
-        if job.comes_from_between(&extent) {
-            job.copy(&extent, context, &mut |done| job_done(&meter, &mut counted, done.min(end)))?;
-        }
-        match extent.kind {
-            ExtentKind::Data => job_done(&meter, &mut counted, end),
-            _ => {
-                meter.add_hole(end - counted);
-                counted = end;
-            }
-        }
+    let between = Between::new(overlay, base)?;
+    let mut job = Streaming::new(overlay, between, context);
+    let copied = job.copy_everything();
+    if copied.is_err() && job.is_unflushed {
+        // The first error is the one to be told; without this flush, a crash would only cost more.
+        let _ = overlay.flush();
     }
-    Ok(job.streamed)
+    copied.map(|()| job.streamed)
 }
 
 /// As [`stream`], and then takes the layers away: the base, or nothing, becomes the backing file of
@@ -154,13 +150,13 @@ pub fn measure_stream(
     base: Option<u32>,
     context: &JobContext,
 ) -> Result<ToStream, JobError> {
-    let job = Streaming::new(overlay, base)?;
+    let between = Between::new(overlay, base)?;
     let mut found = ToStream::default();
     for extent in overlay.extents(whole(overlay)) {
         context.cancellation.check()?;
         let extent = extent.map_err(JobError::source)?;
         match extent.kind {
-            _ if !job.comes_from_between(&extent) => {}
+            _ if !between.has(&extent) => {}
             ExtentKind::Data => found.data += extent.range.length(),
             _ => found.zeroes += extent.range.length(),
         }
@@ -168,27 +164,16 @@ pub fn measure_stream(
     Ok(found)
 }
 
-/// Counts what is done up to an offset of the disk.
-fn job_done(meter: &Meter<'_>, counted: &mut u64, done: u64) {
-    if done > *counted {
-        meter.add(done - *counted);
-        *counted = done;
-    }
-}
-
-struct Streaming<'a> {
-    overlay: &'a Image,
+/// The layers that a stream copies.
+#[derive(Clone, Copy, Debug)]
+struct Between {
     base: Option<u32>,
     /// Size in bytes of the parts of the disk that the overlay has or has not.
     unit: u64,
-    buffer: Vec<u8>,
-    /// What lies before has been copied.
-    done: u64,
-    streamed: Streamed,
 }
 
-impl<'a> Streaming<'a> {
-    fn new(overlay: &'a Image, base: Option<u32>) -> Result<Self, JobError> {
+impl Between {
+    fn new(overlay: &Image, base: Option<u32>) -> Result<Self, JobError> {
         let refuse = |detail: &str| Err(refused(overlay, detail));
         let Some(unit) = overlay.subcluster_size() else {
             return refuse("only a qcow2 image can take what is below it");
@@ -198,22 +183,107 @@ impl<'a> Streaming<'a> {
         if base.is_some_and(|base| base < 2 || u64::from(base) > layers) {
             return refuse("the base is not one of the layers below it");
         }
-        let (buffer, streamed) = (Vec::new(), Streamed::default());
-        Ok(Self { overlay, base, unit, buffer, done: 0, streamed })
+        Ok(Self { base, unit })
     }
 
-    fn comes_from_between(&self, extent: &Extent) -> bool {
+    fn has(&self, extent: &Extent) -> bool {
         extent.depth >= 2 && self.base.is_none_or(|base| extent.depth < base)
+    }
+}
+
+/// Whether the turn of a part has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    Before,
+    Come,
+}
+
+struct Streaming<'a> {
+    overlay: &'a Image,
+    between: Between,
+    context: &'a JobContext,
+    meter: Meter<'a>,
+    order: Order<'a>,
+    /// Size of a copy step, in bytes.
+    step: u64,
+    buffer: Vec<u8>,
+    /// What lies before has been copied. Where a part begins that is copied before its turn, while
+    /// it is.
+    done: u64,
+    /// What lies before has been counted.
+    counted: u64,
+    streamed: Streamed,
+    is_unflushed: bool,
+    flushed_at: Instant,
+}
+
+impl<'a> Streaming<'a> {
+    fn new(overlay: &'a Image, between: Between, context: &'a JobContext) -> Self {
+        let (size, step) = (overlay.size(), STEP.max(between.unit));
+        Self {
+            overlay,
+            between,
+            context,
+            meter: Meter::begin(context, size),
+            order: Order::new(overlay.ask_readers(), size, step),
+            step,
+            buffer: Vec::new(),
+            done: 0,
+            counted: 0,
+            streamed: Streamed::default(),
+            is_unflushed: false,
+            flushed_at: Instant::now(),
+        }
+    }
+
+    fn copy_everything(&mut self) -> Result<(), JobError> {
+        for extent in self.overlay.extents(whole(self.overlay)) {
+            self.context.cancellation.check()?;
+            let extent = extent.map_err(JobError::source)?;
+            if self.between.has(&extent) {
+                self.copy_before_turn()?;
+                self.copy(&extent, Turn::Come)?;
+            }
+            self.count(extent.range.end().bytes(), extent.kind);
+        }
+        Ok(())
+    }
+
+    /// Counts what is done up to an offset of the disk.
+    fn count(&mut self, done: u64, kind: ExtentKind) {
+        if done <= self.counted {
+            return;
+        }
+        let bytes = done - self.counted - self.order.pass(self.counted, done);
+        match kind {
+            ExtentKind::Data => self.meter.add(bytes),
+            _ => self.meter.add_hole(bytes),
+        }
+        self.counted = done;
+    }
+
+    /// Copies what readers ask for, and what is near to that. To be called when nothing else would be
+    /// copied at once.
+    fn copy_before_turn(&mut self) -> Result<(), JobError> {
+        loop {
+            // As late as possible: readers may ask for something meanwhile.
+            self.context.keep_rate(0, || false)?;
+            let Some(part) = self.order.next_before_turn(self.counted) else { return Ok(()) };
+            let in_turn = std::mem::replace(&mut self.done, part.offset().bytes());
+            for extent in self.overlay.extents(part) {
+                let extent = extent.map_err(JobError::source)?;
+                if self.between.has(&extent) {
+                    self.copy(&extent, Turn::Before)?;
+                }
+            }
+            self.done = in_turn;
+            self.meter.add(part.end().bytes() - part.offset().bytes().max(self.counted));
+        }
     }
 
     /// Copies an extent, and what else is in the overlay's subclusters at both of its ends.
-    fn copy(
-        &mut self,
-        extent: &Extent,
-        context: &JobContext,
-        done: &mut dyn FnMut(u64),
-    ) -> Result<(), JobError> {
-        let (unit, size) = (self.unit, self.overlay.size());
+    fn copy(&mut self, extent: &Extent, turn: Turn) -> Result<(), JobError> {
+        let (unit, size) = (self.between.unit, self.overlay.size());
         let (start, end) = (extent.range.offset().bytes(), extent.range.end().bytes());
         let outer = span(
             (start - start % unit).max(self.done),
@@ -225,48 +295,63 @@ impl<'a> Streaming<'a> {
         let inner_end = if end == size { end } else { end - end % unit };
         let inner = span(start.next_multiple_of(unit), inner_end).intersection(outer);
         if extent.kind == ExtentKind::Data || inner.is_empty() {
-            self.copy_data(outer, context, done)?;
+            self.copy_data(outer, turn)?;
         } else {
-            self.copy_data(span(outer.offset().bytes(), inner.offset().bytes()), context, done)?;
+            self.copy_data(span(outer.offset().bytes(), inner.offset().bytes()), turn)?;
             self.populate(inner, Below::Zeroes)?;
-            self.copy_data(span(inner.end().bytes(), outer.end().bytes()), context, done)?;
+            self.copy_data(span(inner.end().bytes(), outer.end().bytes()), turn)?;
         }
         self.done = outer.end().bytes();
         Ok(())
     }
 
     /// Copies a range that begins and ends where subclusters do, or ends with the disk.
-    fn copy_data(
-        &mut self,
-        range: GuestRange,
-        context: &JobContext,
-        done: &mut dyn FnMut(u64),
-    ) -> Result<(), JobError> {
-        let step = STEP.max(self.unit);
-        let mut buffer = std::mem::take(&mut self.buffer);
-        buffer.resize(step as usize, 0);
+    fn copy_data(&mut self, range: GuestRange, turn: Turn) -> Result<(), JobError> {
         let mut position = range.offset().bytes();
         while position < range.end().bytes() {
-            context.cancellation.check()?;
-            let stop = ((position / step + 1) * step).min(range.end().bytes());
+            self.context.cancellation.check()?;
+            let stop = ((position / self.step + 1) * self.step).min(range.end().bytes());
             let part = span(position, stop);
-            let data = &mut buffer[..part.length() as usize];
-            context.keep_rate(part.length(), || false)?;
-            // Where the overlay has content by now, that is read, and not used.
-            self.overlay.read_at(part.offset(), data).map_err(JobError::source)?;
-            self.populate(part, Below::Data(data))?;
+            if turn == Turn::Come {
+                self.copy_before_turn()?;
+            }
+            if turn == Turn::Before || !self.order.is_copied(part) {
+                self.copy_part(part)?;
+            }
             position = stop;
-            done(position);
+            if turn == Turn::Come {
+                self.count(position, ExtentKind::Data);
+            }
         }
+        Ok(())
+    }
+
+    /// Copies at most a step.
+    fn copy_part(&mut self, part: GuestRange) -> Result<(), JobError> {
+        self.context.keep_rate(part.length(), || false)?;
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(self.step as usize, 0);
+        let data = &mut buffer[..part.length() as usize];
+        // Where the overlay has content by now, that is read, and not used.
+        self.overlay.read_for_job(part.offset(), data).map_err(JobError::source)?;
+        self.populate(part, Below::Data(data))?;
         self.buffer = buffer;
         Ok(())
     }
 
     fn populate(&mut self, range: GuestRange, below: Below<'_>) -> Result<(), JobError> {
-        let populated = self.overlay.populate(range, below, self.base.is_some());
+        let populated = self.overlay.populate(range, below, self.between.base.is_some());
         let populated = populated.map_err(JobError::destination)?;
         self.streamed.data += populated.data;
         self.streamed.zeroes += populated.zeroes;
+        if populated.data + populated.zeroes > 0 {
+            self.is_unflushed = true;
+            self.context.observer.copied(range);
+        }
+        if self.is_unflushed && self.flushed_at.elapsed() >= FLUSH_PERIOD {
+            self.overlay.flush().map_err(JobError::destination)?;
+            (self.is_unflushed, self.flushed_at) = (false, Instant::now());
+        }
         Ok(())
     }
 }

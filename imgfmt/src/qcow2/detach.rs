@@ -8,11 +8,17 @@ use crate::format::Format;
 use crate::layer::Layer;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::metadata::backing_change::{Use, change_backing};
+use crate::wanted::Wanted;
 
 impl Qcow2 {
     /// How often layers below were taken away since the image was opened.
     pub(crate) fn backing_changes(&self) -> u64 {
         self.backing.changes()
+    }
+
+    /// Where readers have found the layer below.
+    pub(crate) fn wanted(&self) -> &Wanted {
+        &self.backing.wanted
     }
 
     /// Makes the first of the layers `left` the backing file, which the header calls `name`, or none.

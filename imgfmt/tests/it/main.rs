@@ -101,6 +101,7 @@ mod repair_keeps_data;
 mod sidecar_locked;
 mod stream_beside_qemu;
 mod stream_in_place;
+mod stream_order;
 mod sync_that_fails_elsewhere;
 mod sync_that_loses_writes;
 mod syncing;

@@ -68,6 +68,9 @@ impl Qcow2 {
         if attached.changes() != changes {
             return Ok(Below::Changed(attached.changes()));
         }
+        if walk.is_reader() {
+            self.backing.wanted.note(range.offset().bytes());
+        }
         Backing::map(attached.backing(), self, range, walk).map(Below::Mapped)
     }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use imgfmt::jobs::{Cancellation, JobContext, JobErrorKind, Observer, Progress, RateLimit};
-use imgfmt::{Image, NewBase, jobs};
+use imgfmt::{GuestRange, Image, NewBase, jobs};
 use nbd_server::export::ImageExport;
 
 use super::event::{ControlEvent, ControlObserver};
@@ -146,6 +146,11 @@ impl Observer for Shared {
             (state.phase, state.problem) = (StreamPhase::Running, None);
             state.done = progress.done;
         }
+    }
+
+    fn copied(&self, _: GuestRange) {
+        let mut state = self.lock();
+        (state.phase, state.problem) = (StreamPhase::Running, None);
     }
 }
 
