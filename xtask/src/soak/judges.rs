@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::from_tests::FromTests;
 use super::judge::Judge;
-use super::{commands, flood, full_disk, kills, lies, relays, takeovers};
+use super::{commands, flood, full_disk, kills, lies, relays, streams, takeovers};
 
 /// Every judge.
 pub(super) fn all() -> Vec<Box<dyn Judge>> {
@@ -14,6 +14,7 @@ pub(super) fn all() -> Vec<Box<dyn Judge>> {
     }
     judges.push(Box::new(commands::Commands));
     judges.push(Box::new(kills::Kills));
+    judges.push(Box::new(streams::Streams));
     judges.push(Box::new(takeovers::Takeovers));
     judges.push(Box::new(relays::Relays { has_kills: false }));
     judges.push(Box::new(relays::Relays { has_kills: true }));

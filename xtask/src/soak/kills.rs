@@ -50,7 +50,7 @@ impl Judge for Kills {
                 part.check(&mut Wire::connect(&disk.socket, "")?).context("after a kill")?;
             }
             check_bits(&disk, &parts)?;
-            kill_while_written(server, &disk, &mut parts, &mut random)?;
+            kill_while_written(server, &disk.socket, &mut parts, &mut random)?;
             check_image(&disk.image)?;
         }
         let server = disk.serve()?;
@@ -110,9 +110,9 @@ impl<'a> Disk<'a> {
 }
 
 /// Lets every client write for a moment, and kills the server in the meantime.
-fn kill_while_written(
+pub(super) fn kill_while_written(
     mut server: Served,
-    disk: &Disk<'_>,
+    socket: &Path,
     parts: &mut [Blocks],
     random: &mut Random,
 ) -> Result<()> {
@@ -124,7 +124,7 @@ fn kill_while_written(
             .map(|part| {
                 let mut random = random.fork();
                 let is_killed = &is_killed;
-                scope.spawn(move || write(&disk.socket, part, &mut random, is_killed))
+                scope.spawn(move || write(socket, part, &mut random, is_killed))
             })
             .collect();
         thread::sleep(moment);

@@ -21,6 +21,7 @@ mod random;
 mod relays;
 mod report;
 mod served;
+mod streams;
 mod takeovers;
 #[cfg(test)]
 mod tests;
