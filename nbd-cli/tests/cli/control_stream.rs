@@ -4,25 +4,29 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use nbd_client::blocking::Client;
+use nbd_client::{Connector, MetaContextName};
 use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::support::image::{are_equal, chain, info, is_clean};
+use crate::support::qemu_nbd::wait_until;
 use crate::support::{Disk, Outcome, Server, nbd_cli, peer, says};
 use crate::tools;
 
 /// Asks the server at a control socket.
-fn say(control: &str, arguments: &[&str]) -> Outcome {
+pub(crate) fn say(control: &str, arguments: &[&str]) -> Outcome {
     nbd_cli(&[&["control", control][..], arguments].concat())
 }
 
-fn state(control: &str) -> Value {
+/// The stream of the first export.
+pub(crate) fn state(control: &str) -> Value {
     let listing = say(control, &["list", "--json"]).success();
     let listing: Value = serde_json::from_str(&listing).expect("JSON");
     listing["exports"][0]["stream"].clone()
 }
 
-fn wait_for(control: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
+pub(crate) fn wait_for(control: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
     let end = Instant::now() + Duration::from_secs(120);
     loop {
         let state = state(control);
@@ -34,8 +38,15 @@ fn wait_for(control: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Value 
     }
 }
 
+/// A client that can ask for the depth.
+pub(crate) fn connect(server: &Server) -> Client {
+    let connector: Connector = server.uri().parse().expect("a URI");
+    let depth = MetaContextName::qemu_allocation_depth();
+    Client::connect(&connector.meta_contexts([depth])).expect("a client")
+}
+
 /// A raw file of 24 MiB, and an empty overlay over it.
-fn two_layers(disk: &Disk) -> (String, String) {
+pub(crate) fn two_layers(disk: &Disk) -> (String, String) {
     let (base, overlay) = (disk.beside("base.img"), disk.beside("top.qcow2"));
     let bytes: Vec<u8> = (0..24u32 << 20).map(|at| (at >> 12) as u8 | 1).collect();
     std::fs::write(&base, bytes).expect("the base");
@@ -86,6 +97,36 @@ fn a_disk_is_streamed_while_clients_use_it_and_stands_alone() {
     is_clean(&qemu_img, &overlay);
     are_equal(&qemu_img, &overlay, &flat);
     assert!(info(&qemu_img, &overlay).get("backing-filename").is_none());
+}
+
+#[test]
+fn what_clients_read_is_streamed_first_and_then_what_follows_it() {
+    let disk = Disk::sparse();
+    let (base, overlay) = two_layers(&disk);
+    let control = disk.beside("control");
+    let server = Server::ours(&["--control", &control, "--allocation-depth", &overlay]);
+    let client = connect(&server);
+    let depth = |megabyte: u64| {
+        let start = megabyte << 20;
+        let mut extents =
+            client.extents(&MetaContextName::qemu_allocation_depth(), start..24 << 20);
+        extents.next().expect("an extent").expect("the depth").flags
+    };
+    // It takes a minute and a half.
+    say(&control, &["stream", "", "--rate", "256K"]).success();
+    wait_until("it has begun", || depth(0) == 1);
+    assert_eq!((depth(14), depth(15)), (2, 2));
+    client.read(14 << 20..(14 << 20) + 4096).expect("the disk");
+    wait_until("it was asked for", || depth(14) == 1);
+    assert_eq!(depth(8), 2);
+    wait_until("it is near", || depth(15) == 1);
+    assert_eq!(depth(8), 2);
+    say(&control, &["stream", "", "--cancel"]).success();
+    say(&control, &["stream", ""]).success();
+    wait_for(&control, "complete", |state| state["phase"] == "complete");
+    client.disconnect().expect("an end");
+    nbd_cli(&["image", "compare", server.uri(), &base]).success();
+    server.end();
 }
 
 #[test]
@@ -161,12 +202,12 @@ fn a_killed_server_leaves_the_disk_and_the_next_stream_goes_on() {
 
 fn serve(base: &str, socket: &Path) -> Server {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nbd-cli"));
-    command.arg("serve").arg("--socket").arg(socket).args(["--format", "raw", base]);
+    command.arg("serve").arg("--socket").arg(socket).args(["-r", "--format", "raw", base]);
     Server::start(&mut command, socket.to_owned())
 }
 
 #[test]
-fn a_layer_that_is_away_pauses_the_stream_and_another_one_goes_on() {
+fn a_layer_that_is_away_pauses_the_stream_until_it_is_back() {
     tools!(qemu_img = "qemu-img");
     let disk = Disk::sparse();
     let (base, overlay) = two_layers(&disk);
@@ -176,21 +217,30 @@ fn a_layer_that_is_away_pauses_the_stream_and_another_one_goes_on() {
     let create = ["create", "-q", "-f", "qcow2", "-u", "-b", &name, "-F", "raw", &overlay, "24M"];
     peer(&qemu_img, &create);
     let control = disk.beside("control");
-    let server = Server::ours(&["--control", &control, "--trust-image", &overlay]);
+    let options = ["--control", &control, "--trust-image", "--source-reconnect", "300ms"];
+    let server = Server::ours(&[&options[..], &[&overlay]].concat());
     say(&control, &["stream", "", "--rate", "1M"]).success();
-    wait_for(&control, "under way", |state| state["done"].as_u64() >= Some(1 << 20));
-    below.signal(Signal::KILL);
-    below.wait();
-    let _ = std::fs::remove_file(&socket);
-    let paused = wait_for(&control, "paused", |state| state["phase"] == "paused");
-    assert!(paused["problem"].as_str().is_some_and(|why| why.contains("base.sock")), "{paused}");
-    let said = say(&control, &["list"]).success();
-    assert!(said.contains("stream paused, and tried again"), "{said}");
+    let mut done = 0;
+    for _ in 0..2 {
+        let running = wait_for(&control, "under way", |state| state["done"].as_u64() > Some(done));
+        assert_eq!((&running["phase"], &running["problem"]), (&"running".into(), &Value::Null));
+        below.signal(Signal::KILL);
+        below.wait();
+        let _ = std::fs::remove_file(&socket);
+        let paused = wait_for(&control, "paused", |state| state["phase"] == "paused");
+        let why = paused["problem"].as_str();
+        assert!(why.is_some_and(|why| why.contains("base.sock")), "{paused}");
+        done = paused["done"].as_u64().expect("a number");
+        let said = say(&control, &["list"]).success();
+        assert!(said.contains("stream paused, and tried again"), "{said}");
+        // Clients get errors, and no zeroes.
+        let compared = nbd_cli(&["image", "compare", server.uri(), &base]);
+        assert!(compared.code > Some(1), "{compared:?}");
+        below = serve(&base, &socket);
+    }
+    wait_for(&control, "under way", |state| state["done"].as_u64() > Some(done));
+    nbd_cli(&["image", "compare", server.uri(), &base]).success();
     say(&control, &["stream", "", "--cancel"]).success();
-    server.end();
-    // Its connection was lost for good; that of another server is not.
-    let below = serve(&base, &socket);
-    let server = Server::ours(&["--control", &control, "--trust-image", &overlay]);
     say(&control, &["stream", ""]).success();
     wait_for(&control, "complete", |state| state["phase"] == "complete");
     below.end();

@@ -30,6 +30,7 @@ mod completions;
 mod control_bitmaps;
 mod control_socket;
 mod control_stream;
+mod control_stream_beside;
 mod convert_bitmaps;
 mod copy_bad_servers;
 mod copy_block_sizes;
