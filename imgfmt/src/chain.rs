@@ -21,6 +21,7 @@ use crate::format::Format;
 use crate::formats::{self, Opening};
 use crate::open_policy::CHAIN_DEPTH_MAX;
 use crate::options::OpenOptions;
+use crate::probe::probe_named;
 use crate::qcow2::{self, CheckReport, Purpose, Qcow2, Repair};
 use crate::raw::{FirstSector, Raw};
 use crate::storage::{FileIdentity, Storage};
@@ -45,7 +46,7 @@ pub(crate) fn check_storage(
     options: &OpenOptions,
     repair: Repair,
 ) -> Result<CheckReport> {
-    let format = format_of(&*storage, options)?;
+    let format = format_of(&*storage, path, options)?;
     if format != Format::Qcow2 {
         let detail = match format {
             Format::Raw => "a raw image has no metadata to check".to_owned(),
@@ -74,7 +75,7 @@ pub(crate) fn change_backing(
         check_depth(path, options, name, format)?;
     }
     let storage = options.open_file(path, Access::ReadWrite)?;
-    match format_of(&storage, options)? {
+    match format_of(&storage, Some(path), options)? {
         Format::Qcow2 => qcow2::change_backing(&storage, backing, qcow2::Use::Closed),
         format => {
             let detail = match format {
@@ -89,7 +90,7 @@ pub(crate) fn change_backing(
 
 /// Refuses to amend images of other formats than qcow2.
 pub(crate) fn refuse_to_amend(storage: &dyn Storage, options: &OpenOptions) -> Result<()> {
-    match format_of(storage, options)? {
+    match format_of(storage, None, options)? {
         Format::Qcow2 => Ok(()),
         _ => {
             let detail = "only qcow2 images have a header that can be amended";
@@ -100,7 +101,7 @@ pub(crate) fn refuse_to_amend(storage: &dyn Storage, options: &OpenOptions) -> R
 
 /// Where the LUKS header of an image is, and the number of bytes that it may have.
 pub(crate) fn luks_place(storage: &dyn Storage, options: &OpenOptions) -> Result<(u64, u64)> {
-    let place = match format_of(storage, options)? {
+    let place = match format_of(storage, None, options)? {
         Format::Qcow2 => qcow2::luks_place(storage)?,
         Format::Luks => {
             let length =
@@ -256,7 +257,7 @@ fn named(error: Error, shown: Option<&Path>) -> Error {
 fn open_layer(layer: Unopened, files: &mut Files) -> Result<Opened> {
     let Unopened { storage, path, options, shown, .. } = layer;
     let identity = storage.identity();
-    let format = format_of(&*storage, &options)?;
+    let format = format_of(&*storage, shown.as_deref(), &options)?;
     files.opened.push(LayerFile { identity, format });
     files.note(path.as_deref(), identity, shown.as_deref().unwrap_or(Path::new("")));
     refuse_options(format, &options)?;
@@ -392,8 +393,8 @@ fn refuse_options(format: Format, options: &OpenOptions) -> Result<()> {
 }
 
 /// The format of an image, given by the options or detected: one that can be opened.
-fn format_of(storage: &dyn Storage, options: &OpenOptions) -> Result<Format> {
-    supported(said_or_seen(storage, options)?, options)
+fn format_of(storage: &dyn Storage, name: Option<&Path>, options: &OpenOptions) -> Result<Format> {
+    supported(said_or_seen(storage, name, options)?, options)
 }
 
 /// A format that was given by the options or detected, if images of it can be opened.
@@ -404,9 +405,16 @@ fn supported(format: Format, options: &OpenOptions) -> Result<Format> {
     }
 }
 
-fn said_or_seen(storage: &dyn Storage, options: &OpenOptions) -> Result<Format> {
+/// The format that the options give, or that an image of this name seems to have.
+fn said_or_seen(
+    storage: &dyn Storage,
+    name: Option<&Path>,
+    options: &OpenOptions,
+) -> Result<Format> {
+    let name = options.known_as.as_deref().or(name);
     match options.format {
         Some(format) => Ok(format),
-        None => Format::probe(storage).map_err(|error| Error::from_io("read the format of", error)),
+        None => probe_named(storage, name, options.names)
+            .map_err(|error| Error::from_io("read the format of", error)),
     }
 }

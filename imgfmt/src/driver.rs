@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::Result;
+use crate::foreign_info::FormatDetails;
 use crate::format::Format;
 use crate::formats::{ForeignImage, Identity, Parent};
 use crate::layer::{Layer, WritableLayer};
@@ -159,6 +160,14 @@ impl Driver {
                 qcow2.backing_name().map_or((None, None), |(name, format)| (Some(name), format))
             }
             Self::Foreign(foreign) => foreign.image.parent().map_or((None, None), Parent::recorded),
+        }
+    }
+
+    /// The size of its blocks and what it says of itself, if its format is one that is only read.
+    pub(crate) fn foreign_facts(&self) -> (Option<u64>, Option<FormatDetails>) {
+        match self {
+            Self::Raw(_) | Self::Qcow2(_) | Self::New(_) => (None, None),
+            Self::Foreign(foreign) => (foreign.image.block_size(), foreign.image.details()),
         }
     }
 

@@ -193,7 +193,29 @@ impl Error {
     pub fn raw_os_error(&self) -> Option<i32> {
         self.0.source.as_ref().and_then(io::Error::raw_os_error)
     }
+
+    /// Whether a storage says so by [`LostBytes`].
+    pub(crate) fn is_of_lost_bytes(&self) -> bool {
+        let inner = self.0.source.as_ref().and_then(io::Error::get_ref);
+        inner.is_some_and(|inner| inner.is::<LostBytes>())
+    }
 }
+
+/// Within the error of a [`Storage`](crate::Storage): it cannot read these bytes, and that is no failure
+/// of the connection or of the program, so that others may be readable. The system says so by `EIO`.
+#[derive(Debug)]
+pub struct LostBytes(
+    /// The error that the storage has.
+    pub Box<dyn StdError + Send + Sync>,
+);
+
+impl fmt::Display for LostBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl StdError for LostBytes {}
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 
+use crate::foreign_info::FormatDetails;
 use crate::format::Format;
 use crate::luks::Encryption;
 use crate::qcow2::Qcow2Info;
@@ -22,6 +23,11 @@ pub struct ImageInfo {
     pub backing_name: Option<OsString>,
     /// The recorded format of that image.
     pub backing_format: Option<String>,
+    /// The unit in which an image of a format that is only read stores its disk, in bytes, if it has
+    /// one.
+    pub block_size: Option<u64>,
+    /// Information specific to the format, for VDI, VHD, VHDX and VMDK.
+    pub details: Option<FormatDetails>,
     /// Information specific to qcow2.
     pub qcow2: Option<Qcow2Info>,
 }
@@ -29,7 +35,15 @@ pub struct ImageInfo {
 impl ImageInfo {
     /// Information about an image that names no other.
     pub(crate) const fn new(format: Format, size: u64) -> Self {
-        let (backing_name, backing_format) = (None, None);
-        Self { format, size, encryption: None, backing_name, backing_format, qcow2: None }
+        Self {
+            format,
+            size,
+            encryption: None,
+            backing_name: None,
+            backing_format: None,
+            block_size: None,
+            details: None,
+            qcow2: None,
+        }
     }
 }

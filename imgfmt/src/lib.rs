@@ -70,6 +70,7 @@ mod crypto;
 mod driver;
 mod error;
 mod extent;
+mod foreign_info;
 mod foreign_options;
 mod format;
 mod formats;
@@ -105,6 +106,7 @@ pub use access::{Access, BitmapDurability, ExpectedEncryption, Locking};
 #[cfg(feature = "test-util")]
 #[doc(hidden)]
 pub use archive::disk_in as disk_in_archive;
+pub use archive::{Archive, ArchiveMember};
 pub use backing_file::{BackingFile, BackingOptions, NameTarget};
 pub use backup::{Backup, BackupBase, BackupIdentity, BeganAfter, ContentSum, NotAUuid, Uuid};
 pub use bitmap::{
@@ -119,8 +121,11 @@ pub use create_options::{
 #[cfg(all(feature = "encryption", feature = "test-util"))]
 #[doc(hidden)]
 pub use crypto::luks::seal as seal_luks_header;
-pub use error::{Error, ErrorKind, Result};
+pub use error::{Error, ErrorKind, LostBytes, Result};
 pub use extent::{Extent, ExtentKind};
+pub use foreign_info::{
+    FormatDetails, ImageKind, VdiInfo, VhdxInfo, VmdkExtent, VmdkInfo, VpcInfo,
+};
 pub use foreign_options::{ForeignOptions, Subformat, VhdSize, VmdkAdapter};
 pub use format::Format;
 pub use image::{Extents, Image, NewBase, NewOnDevice, Shrink};
@@ -128,7 +133,7 @@ pub use info::ImageInfo;
 pub use luks::{Encryption, LuksDetails, LuksInfo, LuksSlot};
 pub use mapping::{Content, Encoded, FileSpan, Holes, Lookup, Mapped, Mapping, ReadMap};
 pub use open_policy::{NameReader, OpenPolicy, SchemeOpener};
-pub use options::{ArchiveNames, IncompleteDisk, OpenOptions, UnlockedHook};
+pub use options::{FileNames, IncompleteDisk, OpenOptions, UnlockedHook};
 pub use passphrase::{KeyChange, KeysChanged, NewKey, Passphrase};
 pub use qcow2::{BitmapEntry, CheckReport, Qcow2Info, Repair, Snapshot, frozen_bitmap_name};
 pub use sidecar::{BitmapDurabilityStatus, RecoveryPrecision};

@@ -1,7 +1,7 @@
 //! Options for opening an image.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::access::{Access, BitmapDurability, ExpectedEncryption, Locking};
@@ -37,14 +37,17 @@ pub enum IncompleteDisk {
     Accepted,
 }
 
-/// Which names mean a disk in an archive of a virtual machine (OVA).
+/// What the name of a file says of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum ArchiveNames {
-    /// `machine.ova` is its first disk, `machine.ova:2` and `machine.ova:disk.vmdk` are the others.
+pub enum FileNames {
+    /// `machine.ova`, the archive of a virtual machine, is its first disk, `machine.ova:2` and
+    /// `machine.ova:disk.vmdk` are the others; `disk.vhd` and `disk.vpc` are fixed VHDs if they have a
+    /// footer at their end.
     #[default]
-    All,
-    /// Only the latter: `machine.ova` is the file itself, as for QEMU.
-    Members,
+    Telling,
+    /// Nothing, as for QEMU: `machine.ova` is the file itself, and a fixed VHD is a raw disk unless the
+    /// format is given. Names of disks in archives, which QEMU does not have, keep their meaning.
+    AsInQemu,
 }
 
 /// Options for opening an image; created with [`OpenOptions::new`] and changed field by field.
@@ -65,8 +68,8 @@ pub struct OpenOptions {
     pub access: Access,
     /// Whether it is locked while it is open.
     pub locking: Locking,
-    /// Which names mean a disk in an archive.
-    pub archives: ArchiveNames,
+    /// What the name of the file says of it.
+    pub names: FileNames,
     /// The use of the page cache, and when changes are durable: for the image and the files it names.
     pub cache: CacheMode,
     /// The other files that the image may name.
@@ -88,6 +91,8 @@ pub struct OpenOptions {
     pub encryption: ExpectedEncryption,
     /// The passphrases of encrypted images of the chain. Each is tried until one opens the image.
     pub passphrases: Vec<Passphrase>,
+    /// The name of the image where it is not that of its file.
+    pub(crate) known_as: Option<PathBuf>,
     pub(crate) on_unlocked: OnUnlocked,
     /// Everything in the image and its data file is on stable storage already.
     pub(crate) is_synced: bool,
@@ -105,6 +110,14 @@ impl OpenOptions {
     #[must_use]
     pub fn format(mut self, format: Format) -> Self {
         self.format = Some(format);
+        self
+    }
+
+    /// Sets the name of an image that is not a file, such as an object of a store: its ending can tell
+    /// its format, as that of a file can.
+    #[must_use]
+    pub fn known_as(mut self, name: impl Into<PathBuf>) -> Self {
+        self.known_as = Some(name.into());
         self
     }
 

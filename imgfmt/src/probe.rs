@@ -1,5 +1,5 @@
-//! Detects the format of an image from its first bytes, or from its last bytes for formats with a
-//! header at the end.
+//! Detects the format of an image from its first bytes, or, in files that are called so, from its last
+//! bytes for formats with a header at the end.
 //!
 //! The first bytes of a raw disk belong to the guest. A guest that writes a qcow2 header there
 //! turns its disk, at the next open by probing, into an image that names any file of the host as
@@ -7,14 +7,19 @@
 //! sector of a raw image *found by probing* that would make it look like anything else, an archive
 //! (tar) with images included.
 //!
-//! A header at the end of a file counts only if its checksum or its position is right: guest data
-//! does not match by accident. A guest gains nothing by writing such a header, because such a file is
-//! refused, or is opened as a fixed VHD: for reading, and without any name in it.
+//! The last bytes of a raw disk belong to the guest too, and writes there are not guarded: one that
+//! wrote a VHD footer would take the last sector away from its disk at the next open, or make it a DMG,
+//! which is refused. Therefore a header at the end counts only if the name of the file has the ending of
+//! that format, which the user chooses, and if its checksum or its position is right. QEMU never looks
+//! there for a VHD, and for a DMG goes by the name as well.
 
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
 
 use crate::format::Format;
 use crate::formats::TABLE;
+use crate::options::FileNames;
 use crate::storage::Storage;
 use crate::units::HostOffset;
 
@@ -53,41 +58,56 @@ pub(crate) fn probe(start: &[u8]) -> Format {
 
 impl Format {
     /// Detects the format of a storage from its bytes, like opening without a format. Unknown
-    /// content is a raw disk. On a raw disk those bytes belong to the guest.
+    /// content is a raw disk. On a raw disk those bytes belong to the guest. Images whose header is at
+    /// the end, such as fixed VHDs, are found only if the storage is called like one.
     ///
     /// # Errors
     ///
     /// Any error of the storage.
-    pub fn probe(storage: &dyn Storage) -> io::Result<Self> {
-        probe_storage(storage)
+    pub fn probe(storage: &dyn Storage, name: Option<&Path>) -> io::Result<Self> {
+        probe_named(storage, name, FileNames::Telling)
     }
 }
 
-/// Looks at both ends of what is stored.
-fn probe_storage(storage: &dyn Storage) -> io::Result<Format> {
+/// As [`Format::probe`], or as QEMU does.
+pub(crate) fn probe_named(
+    storage: &dyn Storage,
+    name: Option<&Path>,
+    names: FileNames,
+) -> io::Result<Format> {
     let mut start = [0; PROBE_LENGTH];
     let read = storage.read_at(HostOffset::new(0), &mut start)?;
-    match probe(&start[..read]) {
-        Format::Raw => probe_end(storage),
-        format => Ok(format),
+    match (probe(&start[..read]), name) {
+        (Format::Raw, Some(name)) => probe_end(storage, name.as_os_str().as_bytes(), names),
+        (format, _) => Ok(format),
     }
 }
 
-/// Looks at the last bytes of a file that does not begin as an image.
-fn probe_end(storage: &dyn Storage) -> io::Result<Format> {
+/// Looks at the last bytes of a file that does not begin as an image, if it is called like one that
+/// ends so.
+fn probe_end(storage: &dyn Storage, name: &[u8], names: FileNames) -> io::Result<Format> {
+    let may_be = |endings: &[&str]| endings.iter().any(|ending| has_ending(name, ending));
+    let entry = TABLE.iter().find(|entry| may_be(entry.endings));
+    let entry = entry.filter(|_| names == FileNames::Telling);
+    if entry.is_none() && !may_be(&["dmg"]) {
+        return Ok(Format::Raw);
+    }
     let length = storage.len()?;
     let Some(offset) = length.checked_sub(TRAILER_LENGTH as u64) else { return Ok(Format::Raw) };
     let mut end = [0; TRAILER_LENGTH];
     let read = storage.read_at(HostOffset::new(offset), &mut end)?;
-    Ok(if read < end.len() {
-        Format::Raw
-    } else if let Some(entry) = TABLE.iter().find(|entry| (entry.ends)(&end, length)) {
-        entry.format
-    } else if is_dmg_trailer(&end, offset) {
-        Format::Dmg
-    } else {
-        Format::Raw
+    Ok(match entry {
+        _ if read < end.len() => Format::Raw,
+        Some(entry) if (entry.ends)(&end, length) => entry.format,
+        None if is_dmg_trailer(&end, offset) => Format::Dmg,
+        _ => Format::Raw,
     })
+}
+
+/// Whether a name has this ending, in letters of either case.
+pub(crate) fn has_ending(name: &[u8], ending: &str) -> bool {
+    let found = name.rsplit(|byte| *byte == b'.').next();
+    name.contains(&b'.') && found.is_some_and(|found| found.eq_ignore_ascii_case(ending.as_bytes()))
 }
 
 /// The length of the footer of a VHD and of the trailer of a DMG, in bytes.

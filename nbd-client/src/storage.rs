@@ -8,7 +8,9 @@ use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
 use imgfmt::storage::StorageExtent;
-use imgfmt::{Capabilities, Durability, ExtentKind, HostOffset, Speed, Storage, ZeroMode};
+use imgfmt::{
+    Capabilities, Durability, ExtentKind, HostOffset, LostBytes, Speed, Storage, ZeroMode,
+};
 use nbd_proto::transmission;
 use nbd_proto::wire::{Errno, MetaContextName, TransmissionFlags};
 
@@ -256,6 +258,8 @@ fn clipped(chunk: ReadChunk, range: &Range<u64>) -> Option<ReadChunk> {
 fn io_error(error: Error) -> io::Error {
     match error.errno() {
         Some(Errno::ENOSPC) => io::ErrorKind::StorageFull.into(),
+        // The server answers, and cannot read there.
+        Some(Errno::EIO) => io::Error::other(LostBytes(Box::new(error))),
         _ => io::Error::other(error),
     }
 }

@@ -17,26 +17,113 @@ use crate::access::Access;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
-use crate::options::{ArchiveNames, OpenOptions};
+use crate::options::{FileNames, OpenOptions};
+use crate::probe::has_ending;
 use crate::storage::{FileIdentity, Storage, StorageWindow};
+use crate::units::HostOffset;
 
 /// The longest descriptor that is read, in bytes.
 const DESCRIPTOR_MAX: u64 = 4 << 20;
+
+/// How much of a file is read at a time, in bytes.
+const PART: u64 = 1 << 20;
 
 /// Endings of the names of images.
 const IMAGES: &[&str] =
     &["vmdk", "vhd", "vpc", "vhdx", "vdi", "img", "raw", "qcow2", "qcow", "qed", "hdd"];
 
 /// How a disk in an archive is opened: it stands alone, because the author of the archive decides what it
-/// names. A guest can make its own disk an archive, if the user calls that `.ova`.
-pub(crate) fn options(options: &OpenOptions) -> OpenOptions {
-    OpenOptions { policy: OpenPolicy::in_archive(), ..options.clone() }
+/// names. A guest can make its own disk an archive, if the user calls that `.ova`. Its own name helps to
+/// tell its format.
+pub(crate) fn options(options: &OpenOptions, disk: &ArchiveDisk) -> OpenOptions {
+    let known_as = Some(disk.name.clone());
+    OpenOptions { policy: OpenPolicy::in_archive(), known_as, ..options.clone() }
+}
+
+/// An archive of a virtual machine, of which the files are read.
+#[derive(Debug)]
+pub struct Archive {
+    storage: Arc<dyn Storage>,
+    path: PathBuf,
+    members: Vec<Member>,
+}
+
+/// A file in an [`Archive`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ArchiveMember {
+    /// Its name, without `./` before it.
+    pub name: Vec<u8>,
+    /// Its length in bytes.
+    pub length: u64,
+}
+
+impl Archive {
+    /// Opens the archive that a path means; `None` if it means something else, a disk in an archive
+    /// included.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidFormat` if the archive is damaged; those of opening a file.
+    pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Option<Self>> {
+        let path = path.as_ref();
+        let Some((archive, None)) = split(path, options) else { return Ok(None) };
+        let opened = options.open_file(&archive, Access::ReadOnly).and_then(|file| {
+            let storage: Arc<dyn Storage> = Arc::new(file);
+            if !tar::starts(&*storage).map_err(|error| Error::from_io("read", error))? {
+                return Ok(None);
+            }
+            let members = tar::members(&*storage)?;
+            Ok(Some(Self { storage, path: archive, members }))
+        });
+        opened.map_err(|error| error.with_path(path))
+    }
+
+    /// Returns its files, without the attributes that macOS stores beside them.
+    pub fn members(&self) -> Vec<ArchiveMember> {
+        let own = self.members.iter().filter(|member| !is_companion(&member.name));
+        let member = |member: &Member| {
+            let (name, length) = (plain(&member.name).to_vec(), member.length);
+            ArchiveMember { name, length }
+        };
+        own.map(member).collect()
+    }
+
+    /// Passes the content of a file on, in order and in parts; `false` ends that. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound`, and `InvalidFormat` if there are several files of this name; `Unsupported` if it is
+    /// stored with its holes left out; `Io`.
+    pub fn read(&self, name: &[u8], mut part: impl FnMut(&[u8]) -> bool) -> Result<()> {
+        let mut read = || {
+            let Some(member) = named(&self.members, name)? else {
+                let detail = format!("the archive has no file '{}'", name.escape_ascii());
+                return Err(refused(ErrorKind::NotFound, detail));
+            };
+            let Member { mut offset, mut length, .. } = usable(member)?;
+            let mut buffer = vec![0; PART.min(length) as usize];
+            while length > 0 {
+                let bytes = &mut buffer[..PART.min(length) as usize];
+                let read = self.storage.read_exact_at(HostOffset::new(offset), bytes);
+                read.map_err(|error| Error::from_io("read", error).at(offset))?;
+                (offset, length) = (offset + bytes.len() as u64, length - bytes.len() as u64);
+                if !part(bytes) {
+                    break;
+                }
+            }
+            Ok(())
+        };
+        read().map_err(|error: Error| error.with_path(&*self.path))
+    }
 }
 
 /// A disk in an archive.
 #[derive(Debug)]
 pub(crate) struct ArchiveDisk {
     pub(crate) storage: Arc<dyn Storage>,
+    /// Its name in the archive.
+    pub(crate) name: PathBuf,
     /// The archive.
     pub(crate) path: PathBuf,
     pub(crate) identity: Option<FileIdentity>,
@@ -70,7 +157,8 @@ pub(crate) fn open(
     let identity = storage.identity();
     let window = StorageWindow::new(storage, found.offset, Some(found.length));
     let window = window.map_err(|error| Error::from_io("read", error).with_path(&archive))?;
-    Ok(Some(ArchiveDisk { storage: Arc::new(window), path: archive, identity }))
+    let name = OsStr::from_bytes(&found.name).into();
+    Ok(Some(ArchiveDisk { storage: Arc::new(window), name, path: archive, identity }))
 }
 
 /// Returns which bytes of an archive are the disk that is wanted of it.
@@ -89,7 +177,7 @@ pub fn disk_in(storage: &Arc<dyn Storage>, wanted: Option<&[u8]>) -> Result<std:
 fn split(path: &Path, options: &OpenOptions) -> Option<(PathBuf, Option<Vec<u8>>)> {
     if path.symlink_metadata().is_ok() {
         let is_archive = has_ending(path.as_os_str().as_bytes(), "ova")
-            && options.archives == ArchiveNames::All
+            && options.names == FileNames::Telling
             && options.format != Some(Format::Raw);
         return (is_archive && path.is_file()).then(|| (path.to_owned(), None));
     }
@@ -103,17 +191,12 @@ fn split(path: &Path, options: &OpenOptions) -> Option<(PathBuf, Option<Vec<u8>>
     })
 }
 
-fn has_ending(name: &[u8], ending: &str) -> bool {
-    let found = name.rsplit(|byte| *byte == b'.').next();
-    name.contains(&b'.') && found.is_some_and(|found| found.eq_ignore_ascii_case(ending.as_bytes()))
-}
-
 fn find(storage: &Arc<dyn Storage>, wanted: Option<&[u8]>) -> Result<Member> {
     let members = tar::members(&**storage)?;
     let number = match wanted {
         None => 1,
         Some(wanted) => match (named(&members, wanted)?, number(wanted)) {
-            (Some(member), _) => return usable(member),
+            (Some(member), _) => return usable(whole(&**storage, &members, member)?),
             (None, Some(number)) => number,
             (None, None) => {
                 let wanted = wanted.escape_ascii();
@@ -122,36 +205,15 @@ fn find(storage: &Arc<dyn Storage>, wanted: Option<&[u8]>) -> Result<Member> {
             }
         },
     };
-    let mut own = members.iter().filter(|member| !is_companion(&member.name));
-    let disks: Vec<ovf::Disk> = match own.find(|member| has_ending(&member.name, "ovf")) {
-        Some(descriptor) => {
-            // Refuses several of that name.
-            named(&members, &descriptor.name)?;
-            ovf::disks(&read(&**storage, descriptor)?)?
-        }
-        None => {
-            let is_image = |name: &[u8]| IMAGES.iter().any(|ending| has_ending(name, ending));
-            let is_disk = |name: &[u8]| is_image(name) && !is_companion(name);
-            let images = members.iter().filter(|member| is_disk(&member.name));
-            images.map(|member| ovf::Disk::whole(member.name.clone())).collect()
-        }
-    };
+    let disks = disks(&**storage, &members)?;
     let Some(disk) = number.checked_sub(1).and_then(|index| disks.get(index)) else {
         let detail = format!("the archive has {} disks, and no disk {number}", disks.len());
         return Err(refused(ErrorKind::NotFound, detail));
     };
     if disk.is_delta {
-        let detail = format!(
-            "disk {number} is only the differences to another disk of the archive: unpack the archive \
-             first"
-        );
-        return Err(refused(ErrorKind::Unsupported, detail));
+        return Err(only_differences(&format!("disk {number}")));
     }
-    let found = match named(&members, &disk.href)? {
-        None => named(&members, &percent_decoded(&disk.href))?,
-        found => found,
-    };
-    match found {
+    match file_of(disk, &members)? {
         Some(member) => usable(member),
         None => {
             let name = disk.href.escape_ascii();
@@ -164,10 +226,51 @@ fn find(storage: &Arc<dyn Storage>, wanted: Option<&[u8]>) -> Result<Member> {
     }
 }
 
+/// The disks of an archive in their order.
+fn disks(storage: &dyn Storage, members: &[Member]) -> Result<Vec<ovf::Disk>> {
+    let mut own = members.iter().filter(|member| !is_companion(&member.name));
+    if let Some(descriptor) = own.find(|member| has_ending(&member.name, "ovf")) {
+        // Refuses several of that name.
+        named(members, &descriptor.name)?;
+        return ovf::disks(&read(storage, descriptor)?);
+    }
+    let is_image = |name: &[u8]| IMAGES.iter().any(|ending| has_ending(name, ending));
+    let is_disk = |name: &[u8]| is_image(name) && !is_companion(name);
+    let images = members.iter().filter(|member| is_disk(&member.name));
+    Ok(images.map(|member| ovf::Disk::whole(member.name.clone())).collect())
+}
+
+/// The file of a disk.
+fn file_of<'m>(disk: &ovf::Disk, members: &'m [Member]) -> Result<Option<&'m Member>> {
+    match named(members, &disk.href)? {
+        None => named(members, &percent_decoded(&disk.href)),
+        found => Ok(found),
+    }
+}
+
+/// Refuses a file that the descriptor calls the differences to another disk. A descriptor that says
+/// nothing does not keep its files from being read by their names.
+fn whole<'m>(storage: &dyn Storage, members: &[Member], member: &'m Member) -> Result<&'m Member> {
+    let disks = disks(storage, members).unwrap_or_default();
+    let is_it = |disk: &&ovf::Disk| {
+        disk.is_delta && matches!(file_of(disk, members), Ok(Some(found)) if found == member)
+    };
+    match disks.iter().find(is_it) {
+        Some(_) => Err(only_differences(&format!("'{}'", member.name.escape_ascii()))),
+        None => Ok(member),
+    }
+}
+
+fn only_differences(what: &str) -> Error {
+    let detail = format!(
+        "{what} is only the differences to another disk of the archive: unpack the archive first"
+    );
+    refused(ErrorKind::Unsupported, detail)
+}
+
 /// The member of this name.
 fn named<'m>(members: &'m [Member], name: &[u8]) -> Result<Option<&'m Member>> {
-    let plain = |name: &'m [u8]| name.strip_prefix(b"./").unwrap_or(name);
-    let name = name.strip_prefix(b"./").unwrap_or(name);
+    let name = plain(name);
     let mut found = members.iter().filter(|member| plain(&member.name) == name);
     match (found.next(), found.next()) {
         (_, Some(_)) => {
@@ -177,6 +280,10 @@ fn named<'m>(members: &'m [Member], name: &[u8]) -> Result<Option<&'m Member>> {
         }
         (found, None) => Ok(found),
     }
+}
+
+fn plain(name: &[u8]) -> &[u8] {
+    name.strip_prefix(b"./").unwrap_or(name)
 }
 
 /// Whether it is what macOS stores beside a file: its attributes.
@@ -225,8 +332,7 @@ fn read(storage: &dyn Storage, member: &Member) -> Result<Vec<u8>> {
         return Err(refused(ErrorKind::Unsupported, "its descriptor is longer than 4 MiB"));
     }
     let mut text = vec![0; usable(member)?.length as usize];
-    let offset = crate::units::HostOffset::new(member.offset);
-    let read = storage.read_exact_at(offset, &mut text);
+    let read = storage.read_exact_at(HostOffset::new(member.offset), &mut text);
     read.map_err(|error| Error::from_io("read", error))?;
     Ok(text)
 }

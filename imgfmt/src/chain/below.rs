@@ -98,6 +98,7 @@ pub(super) fn layer_below(
         metadata_cache_bytes: given.metadata_cache_bytes.or(options.metadata_cache_bytes),
         backing: given.backing,
         encryption: given.encryption,
+        known_as: None,
         incomplete: IncompleteDisk::Refused,
         ..options.clone()
     };

@@ -76,7 +76,7 @@ struct BelowIt(Option<Named>);
 /// Information about a layer, and about the one below it if there can be one.
 fn describe(layer: &Unopened) -> Result<(ImageInfo, Option<BelowIt>)> {
     let Unopened { storage, path, options, .. } = layer;
-    let format = said_or_seen(&**storage, options)?;
+    let format = said_or_seen(&**storage, layer.shown.as_deref(), options)?;
     if format == Format::Luks {
         return Ok((luks_container(&**storage, options)?, None));
     }
@@ -89,7 +89,8 @@ fn describe(layer: &Unopened) -> Result<(ImageInfo, Option<BelowIt>)> {
     if format != Format::Qcow2 {
         let opening = Opening { storage, path: path.as_deref(), files: None };
         let image = open_foreign(format, opening)?.image;
-        let mut info = ImageInfo::new(format, image.size());
+        let (block_size, details) = (image.block_size(), image.details());
+        let mut info = ImageInfo { block_size, details, ..ImageInfo::new(format, image.size()) };
         let Some(parent) = image.parent() else { return Ok((info, None)) };
         (info.backing_name, info.backing_format) = parent.recorded();
         return Ok((info, Some(BelowIt(Some(Named::from(parent))))));

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::file::{Cursor, ImageFile};
 use super::foreign::{ForeignImage, Identity, Parent};
 use crate::error::{Error, Result};
+use crate::foreign_info::FormatDetails;
 use crate::layer::{Backing, Layer, Walk};
 use crate::mapping::{Content, Encoded, FileSpan, Lookup, Mapped};
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
@@ -49,6 +50,14 @@ pub(super) trait Blocks: Send + Sync + fmt::Debug {
 
     /// What a child knows it by.
     fn identity(&self) -> Option<Identity> {
+        None
+    }
+
+    /// The size of a block in bytes, if the format has blocks.
+    fn block_size(&self) -> Option<u64>;
+
+    /// What the image says of itself.
+    fn details(&self) -> Option<FormatDetails> {
         None
     }
 }
@@ -246,5 +255,13 @@ impl<B: Blocks> ForeignImage for BlockImage<B> {
 
     fn identity(&self) -> Option<Identity> {
         self.blocks.identity()
+    }
+
+    fn block_size(&self) -> Option<u64> {
+        self.blocks.block_size()
+    }
+
+    fn details(&self) -> Option<FormatDetails> {
+        self.blocks.details()
     }
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::Result;
+use crate::foreign_info::FormatDetails;
 use crate::format::Format;
 use crate::layer::Layer;
 use crate::storage::Storage;
@@ -22,6 +23,16 @@ pub(crate) trait ForeignImage: Layer {
 
     /// What a child of this image knows it by.
     fn identity(&self) -> Option<Identity> {
+        None
+    }
+
+    /// The unit in which the disk is stored, in bytes.
+    fn block_size(&self) -> Option<u64> {
+        None
+    }
+
+    /// What the image says of itself.
+    fn details(&self) -> Option<FormatDetails> {
         None
     }
 }

@@ -35,7 +35,9 @@ pub(crate) struct Entry {
     pub(crate) format: Format,
     /// Whether a file is one that begins with these bytes, 512 unless it is shorter.
     pub(crate) starts: fn(&[u8]) -> bool,
-    /// The same of its last 512 bytes and its length, for formats whose header may be at the end.
+    /// The endings of the names of files whose header may be at the end; there is one format for each.
+    pub(crate) endings: &'static [&'static str],
+    /// Whether a file of such a name is one that ends with these 512 bytes and has this length.
     pub(crate) ends: fn(&[u8; 512], u64) -> bool,
     pub(crate) open: fn(Opening<'_>) -> Result<Box<dyn ForeignImage>>,
     /// Plans a new image, where that is possible.
@@ -47,6 +49,7 @@ pub(crate) const TABLE: &[Entry] = &[
     Entry {
         format: Format::Vdi,
         starts: vdi::starts,
+        endings: &[],
         ends: never,
         open: vdi::open,
         plan: Some(vdi::plan),
@@ -54,6 +57,7 @@ pub(crate) const TABLE: &[Entry] = &[
     Entry {
         format: Format::Vhdx,
         starts: vhdx::starts,
+        endings: &[],
         ends: never,
         open: vhdx::open,
         plan: Some(vhdx::plan),
@@ -61,6 +65,7 @@ pub(crate) const TABLE: &[Entry] = &[
     Entry {
         format: Format::Vmdk,
         starts: vmdk::starts,
+        endings: &[],
         ends: never,
         open: vmdk::open,
         plan: Some(vmdk::plan),
@@ -68,15 +73,31 @@ pub(crate) const TABLE: &[Entry] = &[
     Entry {
         format: Format::Vpc,
         starts: vpc::starts,
+        endings: &["vhd", "vpc"],
         ends: vpc::ends,
         open: vpc::open,
         plan: Some(vpc::plan),
     },
-    Entry { format: Format::Qed, starts: qed::starts, ends: never, open: qed::open, plan: None },
-    Entry { format: Format::Qcow, starts: qcow::starts, ends: never, open: qcow::open, plan: None },
+    Entry {
+        format: Format::Qed,
+        starts: qed::starts,
+        endings: &[],
+        ends: never,
+        open: qed::open,
+        plan: None,
+    },
+    Entry {
+        format: Format::Qcow,
+        starts: qcow::starts,
+        endings: &[],
+        ends: never,
+        open: qcow::open,
+        plan: None,
+    },
     Entry {
         format: Format::Parallels,
         starts: parallels::starts,
+        endings: &[],
         ends: never,
         open: parallels::open,
         plan: None,

@@ -25,7 +25,10 @@ fn open_file(
     access: Access,
 ) -> Result<(Arc<dyn Storage>, OpenOptions)> {
     match archive::open(path, options, access)? {
-        Some(disk) => Ok((disk.storage, archive::options(options))),
+        Some(disk) => {
+            let options = archive::options(options, &disk);
+            Ok((disk.storage, options))
+        }
         None => Ok((Arc::new(options.open_file(path, access)?), options.clone())),
     }
 }

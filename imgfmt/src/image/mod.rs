@@ -69,7 +69,8 @@ impl Image {
     /// this name. A file of the whole name comes first. With the format raw, an archive itself is the
     /// disk. An image in an archive names no other file.
     ///
-    /// If no format is given, it is detected from the first bytes of the file. In a raw image, the
+    /// If no format is given, it is detected from the first bytes of the file; a fixed VHD, which has
+    /// its header at the end, also by the ending of its name, `.vhd` or `.vpc`. In a raw image, the
     /// guest controls these bytes. A raw image that was detected therefore refuses writes to its
     /// first sector that would make it look like another format or an archive. To allow all writes, give the
     /// format.
@@ -83,7 +84,8 @@ impl Image {
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
         let path = path.as_ref();
         if let Some(disk) = archive::open(path, options, options.access)? {
-            let opened = Self::open_named(disk.storage, Some(path), &archive::options(options));
+            let options = archive::options(options, &disk);
+            let opened = Self::open_named(disk.storage, Some(path), &options);
             let mut image = opened.map_err(|error| error.with_path(path))?;
             if let Some(identity) = disk.identity {
                 // Its file has another name than the disk.
@@ -289,6 +291,7 @@ impl Image {
         let qcow2 = qcow2.map_err(|error| self.name(error))?;
         let mut info = ImageInfo::new(self.format(), self.size());
         (info.backing_name, info.backing_format) = self.chain.top.recorded_backing();
+        (info.block_size, info.details) = self.chain.top.foreign_facts();
         info.qcow2 = qcow2;
         Ok(info)
     }

@@ -21,14 +21,14 @@ pub struct Committed {
     pub zeroes: u64,
 }
 
-/// Writes all data of the image `overlay` itself into `backing`, its backing file, opened for
-/// writing. That is a second time, because the overlay reads through it as well, so the overlay
-/// needs [`Locking::Off`](crate::Locking); the caller locks its file. `backing` first grows to the
-/// size of the overlay, if it is smaller.
+/// Writes all data of the image `overlay` itself, and of the layers below it, into `backing`, its
+/// layer of depth `depth`, opened for writing: 2 is its backing file. That is a second time, because the
+/// overlay reads through it as well, so the overlay needs [`Locking::Off`](crate::Locking); the caller
+/// locks its file. `backing` first grows to the size of the overlay, if it is smaller.
 ///
 /// Afterwards `backing` has the contents of the disk; [close](Image::close) it, and the overlay can
-/// be [emptied](Image::clear_committed) or deleted. Other overlays of the same backing file are
-/// corrupted. If a commit is interrupted, the overlay still shows the complete disk, and can be
+/// be deleted or, if `depth` is 2, [emptied](Image::clear_committed). Other overlays of the same backing
+/// file are corrupted, the layers between included. If a commit is interrupted, the overlay still shows the complete disk, and can be
 /// committed again.
 ///
 /// # Errors
@@ -51,7 +51,7 @@ pub struct Committed {
 /// let writable = OpenOptions::new().access(Access::ReadWrite);
 /// let overlay = Image::open(&top, &OpenOptions::new().locking(Locking::Off))?;
 /// let mut backing = Image::open(&base, &writable.clone().format(Format::Raw))?;
-/// commit(&overlay, &mut backing, &JobContext::default())?;
+/// commit(&overlay, &mut backing, 2, &JobContext::default())?;
 /// backing.close()?;
 /// drop(overlay);
 /// let mut overlay = Image::open(&top, &writable)?;
@@ -64,6 +64,7 @@ pub struct Committed {
 pub fn commit(
     overlay: &Image,
     backing: &mut Image,
+    depth: u32,
     context: &JobContext,
 ) -> Result<Committed, JobError> {
     snapshots::refuse(overlay, "commit")?;
@@ -77,8 +78,9 @@ pub fn commit(
     for extent in overlay.extents(whole(overlay)) {
         context.cancellation.check()?;
         let extent = extent.map_err(JobError::source)?;
-        // Only the content of the overlay itself: the layers below are being changed.
-        if extent.depth == 1 && extent.kind == ExtentKind::Data {
+        // Only the content of the layers above: that layer and those below are being changed.
+        let is_above = (1..depth).contains(&extent.depth);
+        if is_above && extent.kind == ExtentKind::Data {
             let mut position = extent.range.offset();
             while position < extent.range.end() {
                 context.cancellation.check()?;
@@ -91,7 +93,7 @@ pub fn commit(
                 position = (position.bytes() + data.len() as u64).into();
             }
             committed.data += extent.range.length();
-        } else if extent.depth == 1 {
+        } else if is_above {
             let (mode, speed) = (ZeroMode::MayUnmap, Speed::Any);
             let zeroed = backing.write_zeroes(extent.range, mode, speed, Durability::Cached);
             zeroed.map_err(JobError::destination)?;

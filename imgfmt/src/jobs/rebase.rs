@@ -1,5 +1,6 @@
 //! Copies into an overlay everything that another backing file would show differently.
 
+use super::convert::Clusters;
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
 use super::range::{read_padded, whole};
@@ -21,8 +22,8 @@ pub struct Rebased {
 }
 
 /// Copies into the qcow2 image `overlay`, opened for writing, every cluster in which its current
-/// backing files and `new_backing` differ; `None` is no backing file, which reads as zero. The
-/// contents of the disk do not change. [Close](Image::close) the overlay afterwards; then
+/// backing files and `new_backing` differ; `None` is no backing file, which reads as zero. Whole
+/// clusters are compressed if `clusters` says so. The contents of the disk do not change. [Close](Image::close) the overlay afterwards; then
 /// [`Image::change_backing_file`] can set the new backing file.
 ///
 /// # Errors
@@ -31,7 +32,7 @@ pub struct Rebased {
 /// file too; `Source`, `Destination`, `Interrupted`. The contents of the disk are unchanged then.
 ///
 /// ```
-/// use imgfmt::jobs::{JobContext, rebase};
+/// use imgfmt::jobs::{Clusters, JobContext, rebase};
 /// use imgfmt::{CreateOptions, Format, Image, OpenOptions};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -40,7 +41,7 @@ pub struct Rebased {
 /// std::fs::write(&base, vec![7; 1 << 20])?;
 /// let overlay = Image::create(&top, &CreateOptions::overlay("base.img", Format::Raw))?;
 ///
-/// let rebased = rebase(&overlay, None, &JobContext::default())?;
+/// let rebased = rebase(&overlay, None, Clusters::Plain, &JobContext::default())?;
 /// assert_eq!(rebased.copied, 1 << 20);
 /// overlay.close()?;
 /// Image::change_backing_file(&top, &OpenOptions::new(), None)?;
@@ -50,6 +51,7 @@ pub struct Rebased {
 pub fn rebase(
     overlay: &Image,
     new_backing: Option<&Image>,
+    clusters: Clusters,
     context: &JobContext,
 ) -> Result<Rebased, JobError> {
     let qcow2 = overlay.info().map_err(JobError::destination)?.qcow2;
@@ -79,7 +81,8 @@ pub fn rebase(
                 Some(backing) => read_padded(backing, position, new).map_err(JobError::source)?,
                 None => new.fill(0),
             }
-            rebased.copied += write_differences(overlay, position, old, new, cluster)?;
+            let changed = Changed { overlay, cluster, clusters };
+            rebased.copied += changed.write(position, old, new)?;
             position = stop;
         }
         meter.add(extent.range.length());
@@ -87,27 +90,42 @@ pub fn rebase(
     Ok(rebased)
 }
 
-/// Writes the clusters of `old` that differ from `new`; returns their number of bytes. Zeroes are
-/// written as data: where the old backing file ends before them, an image may skip zeroes, and the
-/// new backing file would show.
-fn write_differences(
-    overlay: &Image,
-    offset: u64,
-    old: &[u8],
-    new: &[u8],
+/// The image that gets what another backing file would show differently.
+struct Changed<'a> {
+    overlay: &'a Image,
+    /// The size of its clusters in bytes.
     cluster: u64,
-) -> Result<u64, JobError> {
-    let (mut start, mut written) = (0, 0);
-    while start < old.len() {
-        let in_cluster = (offset + start as u64) % cluster;
-        let end = old.len().min(start + (cluster - in_cluster) as usize);
-        if old[start..end] != new[start..end] {
-            let position = GuestOffset::new(offset + start as u64);
-            let wrote = overlay.write_at(position, &old[start..end], Durability::Cached);
-            wrote.map_err(JobError::destination)?;
-            written += (end - start) as u64;
+    clusters: Clusters,
+}
+
+impl Changed<'_> {
+    /// Writes the clusters of `old` that differ from `new`; returns their number of bytes. Zeroes are
+    /// written as data: where the old backing file ends before them, an image may skip zeroes, and the
+    /// new backing file would show.
+    fn write(&self, offset: u64, old: &[u8], new: &[u8]) -> Result<u64, JobError> {
+        let (mut start, mut written) = (0, 0);
+        while start < old.len() {
+            let in_cluster = (offset + start as u64) % self.cluster;
+            let end = old.len().min(start + (self.cluster - in_cluster) as usize);
+            if old[start..end] != new[start..end] {
+                let position = GuestOffset::new(offset + start as u64);
+                self.write_cluster(position, &old[start..end]).map_err(JobError::destination)?;
+                written += (end - start) as u64;
+            }
+            start = end;
         }
-        start = end;
+        Ok(written)
     }
-    Ok(written)
+
+    /// Writes a cluster, or the part of one in which the overlay has nothing.
+    fn write_cluster(&self, position: GuestOffset, data: &[u8]) -> crate::error::Result<()> {
+        let whole = self.cluster.min(self.overlay.size() - position.bytes());
+        let starts = position.bytes().is_multiple_of(self.cluster);
+        match self.clusters {
+            Clusters::Compressed if starts && data.len() as u64 == whole => {
+                self.overlay.write_compressed(position, data)
+            }
+            _ => self.overlay.write_at(position, data, Durability::Cached),
+        }
+    }
 }

@@ -1,10 +1,13 @@
 use super::*;
-use crate::storage::{Durability, MemoryStorage};
+use crate::storage::MemoryStorage;
 
 fn probe_bytes(bytes: &[u8]) -> Format {
-    let storage = MemoryStorage::new(bytes.len() as u64);
-    storage.write_at(HostOffset::new(0), bytes, Durability::Cached).unwrap();
-    probe_storage(&storage).unwrap()
+    probe_file("disk.img", bytes)
+}
+
+fn probe_file(name: &str, bytes: &[u8]) -> Format {
+    let storage = MemoryStorage::from_bytes(bytes);
+    Format::probe(&storage, Some(Path::new(name))).unwrap()
 }
 
 /// A file of 4 KiB that ends with this.
@@ -73,26 +76,47 @@ fn formats_are_told_by_their_first_bytes() {
 }
 
 #[test]
-fn formats_are_told_by_their_last_bytes() {
+fn formats_are_told_by_their_last_bytes_and_their_names() {
     for length in [511, 512] {
-        assert_eq!(probe_bytes(&ending_with(&vhd_footer(length))), Format::Vpc);
+        for name in ["disk.vhd", "/srv/disk.VHD", "a.b.vpc", ".Vpc"] {
+            let image = ending_with(&vhd_footer(length));
+            assert_eq!(probe_file(name, &image), Format::Vpc, "{name}");
+        }
     }
-    assert_eq!(probe_bytes(&ending_with(&dmg_trailer())), Format::Dmg);
+    assert_eq!(probe_file("disk.DMG", &ending_with(&dmg_trailer())), Format::Dmg);
+}
+
+#[test]
+fn a_guest_cannot_make_its_raw_disk_another_image_by_what_it_writes_at_the_end() {
+    let disks = [vhd_footer(512), vhd_footer(511), dmg_trailer()].map(|end| ending_with(&end));
+    for disk in &disks {
+        for name in ["disk.img", "disk.raw", "disk", "vhd", "dmg", "/dev/vhd", "disk.vhd.img", ""] {
+            assert_eq!(probe_file(name, disk), Format::Raw, "{name}");
+        }
+        assert_eq!(Format::probe(&MemoryStorage::from_bytes(disk), None).unwrap(), Format::Raw);
+    }
+    // Each format has its own names.
+    assert_eq!(probe_file("disk.dmg", &disks[0]), Format::Raw);
+    assert_eq!(probe_file("disk.vhd", &disks[2]), Format::Raw);
+    let (disk, name) = (MemoryStorage::from_bytes(&disks[0]), Some(Path::new("disk.vhd")));
+    assert_eq!(probe_named(&disk, name, FileNames::AsInQemu).unwrap(), Format::Raw);
 }
 
 #[test]
 fn a_disk_is_not_taken_for_an_image_because_its_last_sector_begins_like_one() {
-    assert_eq!(probe_bytes(&ending_with(&[&b"conectix"[..], &[7; 504]].concat())), Format::Raw);
-    assert_eq!(probe_bytes(&ending_with(&[&b"koly"[..], &[0; 508]].concat())), Format::Raw);
+    let vhd = |bytes: &[u8]| probe_file("disk.vhd", bytes);
+    assert_eq!(vhd(&ending_with(&[&b"conectix"[..], &[7; 504]].concat())), Format::Raw);
+    let dmg = |bytes: &[u8]| probe_file("disk.dmg", bytes);
+    assert_eq!(dmg(&ending_with(&[&b"koly"[..], &[0; 508]].concat())), Format::Raw);
     let mut outside = dmg_trailer();
     outside[32..40].copy_from_slice(&4096_u64.to_be_bytes());
-    assert_eq!(probe_bytes(&ending_with(&outside)), Format::Raw);
+    assert_eq!(dmg(&ending_with(&outside)), Format::Raw);
     // One that does not say the length of the file.
-    assert_eq!(probe_bytes(&ending_with(&vhd_footer(512))[512..]), Format::Raw);
+    assert_eq!(vhd(&ending_with(&vhd_footer(512))[512..]), Format::Raw);
     // The footer in the middle of a disk is the guest's.
     let mut middle = ending_with(&vhd_footer(512));
     middle.extend_from_slice(&[0; 512]);
-    assert_eq!(probe_bytes(&middle), Format::Raw);
+    assert_eq!(vhd(&middle), Format::Raw);
 }
 
 #[test]

@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use imgfmt::{
-    Access, ArchiveNames, CacheMode, CreateOptions, Durability, ErrorKind, Format, Image,
-    OpenOptions, OpenPolicy, Repair, Subformat, VhdSize,
+    Access, CacheMode, CreateOptions, Durability, ErrorKind, FileNames, Format, Image, OpenOptions,
+    OpenPolicy, Repair, Subformat, VhdSize,
 };
 
 use crate::common::{self, Random, at, run, text};
@@ -143,7 +143,7 @@ fn an_image_in_an_archive_names_no_other_file() {
     }
     // As for QEMU, the file itself is a raw disk.
     let mut members = OpenOptions::new();
-    members.archives = ArchiveNames::Members;
+    members.names = FileNames::AsInQemu;
     assert_eq!(Image::open(&archive, &members).unwrap().format(), Format::Raw);
     assert_eq!(Image::open(member(&archive, "2"), &members).unwrap().format(), Format::Vpc);
 }
@@ -260,8 +260,23 @@ fn names_are_found_as_other_programs_write_them() {
         image.read_at(at(0), &mut found).unwrap();
         assert_eq!(found, [byte; 512], "{wanted}: as it is first, then decoded");
     }
-    // It is only the differences to another one.
-    assert_eq!(refused(&member(&path, "3")).kind(), ErrorKind::Unsupported);
+    // It is only the differences to another one, whatever it is called by.
+    for wanted in ["3", "delta.img", "./delta.img"] {
+        let error = refused(&member(&path, wanted));
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{wanted}");
+        assert!(error.to_string().contains("only the differences"), "{error}");
+    }
+    let mut found = [0; 512];
+    let image = Image::open(member(&path, "100%"), &OpenOptions::new()).unwrap();
+    image.read_at(at(0), &mut found).unwrap();
+    assert_eq!(found, [2; 512]);
+    // A descriptor that makes no sense does not keep files from being read by their names.
+    let mut archive = Vec::new();
+    append(&mut archive, ("m.ovf", b'0'), 0, b"<Disk fileRef='nosuch'/>");
+    append(&mut archive, ("delta.img", b'0'), 0, &[4; 512]);
+    std::fs::write(&path, &archive).unwrap();
+    assert_eq!(refused(&path).kind(), ErrorKind::InvalidFormat);
+    assert!(Image::open(member(&path, "delta.img"), &OpenOptions::new()).is_ok());
 }
 
 #[test]

@@ -3,7 +3,9 @@
 
 use std::path::Path;
 
-use imgfmt::{ErrorKind, Format, Image, OpenOptions, OpenPolicy};
+use imgfmt::{
+    Access, CreateOptions, Durability, ErrorKind, FileNames, Format, Image, OpenOptions, OpenPolicy,
+};
 
 use crate::bodies::foreign_images::{Vhd, parallels, vpc_fixed};
 use crate::common::{all_extents, at, has_tool, qemu, range};
@@ -97,9 +99,42 @@ fn a_vhd_that_is_its_own_parent_is_refused() {
 }
 
 #[test]
-fn a_raw_disk_whose_guest_wrote_the_footer_of_a_vhd_with_a_parent_is_not_opened_as_one() {
+fn a_raw_disk_whose_guest_wrote_the_footer_of_a_vhd_keeps_its_last_sector() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk.raw");
+    std::fs::write(&path, vec![9; SIZE as usize + 512]).unwrap();
+    let write = OpenOptions::new().access(Access::ReadWrite);
+    let disk = vpc_fixed(SIZE);
+    let image = Image::open(&path, &write).unwrap();
+    image.write_at(at(0), &disk, Durability::Cached).unwrap();
+    image.close().unwrap();
+    for options in [&OpenOptions::new(), &write] {
+        let image = Image::open(&path, options).unwrap();
+        assert_eq!((image.format(), image.size()), (Format::Raw, SIZE + 512));
+        drop(image);
+        let info = Image::inspect_file(&path, options).unwrap();
+        assert_eq!((info.format, info.size), (Format::Raw, SIZE + 512));
+    }
+    assert!(content(&path).unwrap() == disk);
+    // As the backing file of an image that does not say its format.
+    let top = directory.path().join("top.qcow2");
+    let overlay = CreateOptions::overlay("disk.raw", Format::Raw);
+    assert_eq!(Image::create(&top, &overlay).unwrap().layer_sizes(), [SIZE + 512; 2]);
+    // Its user can say what it is, by an option or by its name.
+    let as_vhd = Image::open(&path, &OpenOptions::new().format(Format::Vpc)).unwrap();
+    assert_eq!(as_vhd.size(), SIZE);
+    let renamed = directory.path().join("disk.Vhd");
+    std::fs::rename(&path, &renamed).unwrap();
+    assert_eq!(content(&renamed).unwrap().len() as u64, SIZE);
+    let mut as_qemu = OpenOptions::new();
+    as_qemu.names = FileNames::AsInQemu;
+    assert_eq!(Image::open(&renamed, &as_qemu).unwrap().size(), SIZE + 512);
+}
+
+#[test]
+fn a_raw_disk_whose_guest_wrote_the_footer_of_a_vhd_with_a_parent_is_not_opened_as_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.vhd");
     let image = Vhd::new(4, SIZE).over("base.vhd").bytes();
     let mut disk = vec![0; 1 << 16];
     disk.extend(&image[image.len() - 512..]);
@@ -111,7 +146,7 @@ fn a_raw_disk_whose_guest_wrote_the_footer_of_a_vhd_with_a_parent_is_not_opened_
 #[test]
 fn a_raw_disk_in_which_the_footer_of_a_fixed_vhd_lies_is_not_cut_short() {
     let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("disk.raw");
+    let path = directory.path().join("disk.vhd");
     let as_vhd = OpenOptions::new().format(Format::Vpc);
     for (size, is_short) in [(512, false), (512, true), (1024, false), (1 << 16, false)] {
         let footer = vpc_fixed(size).split_off(size as usize);

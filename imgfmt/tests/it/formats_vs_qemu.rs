@@ -80,7 +80,8 @@ fn random_images_are_read_and_mapped_as_qemu_does() {
         for kind in KINDS {
             let directory = tempfile::tempdir().unwrap();
             let size = (random.below(30 << 11) + 1) * SECTOR;
-            let layer = make(&directory.path().join("disk"), *kind, size, &mut random);
+            let path = directory.path().join(format!("disk.{}", kind.0));
+            let layer = make(&path, *kind, size, &mut random);
             let what = format!("round {round}: {}", layer.how);
             println!("{what}");
             let format = Format::from_name(layer.format).unwrap();
@@ -112,7 +113,7 @@ fn an_image_that_qemu_img_converts_comes_back() {
     }
     std::fs::write(&raw, &content).unwrap();
     for (format, options) in KINDS {
-        let path = directory.path().join("disk");
+        let path = directory.path().join(format!("disk.{format}"));
         let mut arguments = vec!["convert", "-f", "raw", "-O", format];
         if !options.is_empty() {
             arguments.extend(["-o", options]);
@@ -134,7 +135,7 @@ fn an_image_that_is_only_read_is_not_opened_for_writing() {
     }
     let directory = tempfile::tempdir().unwrap();
     for kind in KINDS {
-        let path = directory.path().join("disk");
+        let path = directory.path().join(format!("disk.{}", kind.0));
         make(&path, *kind, 1 << 20, &mut Random::seeded(1));
         let before = std::fs::read(&path).unwrap();
         let options = OpenOptions::new().access(Access::ReadWrite);

@@ -112,7 +112,8 @@ fn what_is_written_is_read_by_qemu_and_by_this_crate() {
         for kind in KINDS {
             let (format, how, _) = kind;
             let directory = tempfile::tempdir().unwrap();
-            let [path, raw] = ["disk", "raw"].map(|name| directory.path().join(name));
+            let disk = format!("disk.{format}");
+            let [path, raw] = [&*disk, "raw"].map(|name| directory.path().join(name));
             let size = (random.below(24 << 11) + 1) * 512;
             let what = format!("round {round}: {format} {how} {size}");
             println!("{what}");
@@ -147,7 +148,7 @@ fn what_is_written_is_read_by_qemu_and_by_this_crate() {
 fn threads_fill_an_image_at_once() {
     let directory = tempfile::tempdir().unwrap();
     for (number, kind) in KINDS.iter().enumerate() {
-        let path = directory.path().join(number.to_string());
+        let path = directory.path().join(format!("{number}.{}", kind.0));
         let image = Image::create(&path, &options(kind, 40 << 20)).unwrap();
         let size = image.size();
         std::thread::scope(|scope| {
@@ -292,7 +293,7 @@ fn start_of(path: &Path, format: Format) -> Vec<u8> {
 fn blocks_of_zeroes_take_no_space() {
     let directory = tempfile::tempdir().unwrap();
     for (number, kind) in KINDS.iter().enumerate() {
-        let path = directory.path().join(number.to_string());
+        let path = directory.path().join(format!("{number}.{}", kind.0));
         let image = Image::create(&path, &options(kind, 64 << 20)).unwrap();
         image.write_at(at(40 << 20), &[7; 4096], Durability::Cached).unwrap();
         image.close().unwrap();
@@ -389,7 +390,7 @@ fn making_a_large_table_can_be_given_up() {
 fn a_complete_image_is_not_opened_for_writing_nor_replaced() {
     let directory = tempfile::tempdir().unwrap();
     for (number, kind) in KINDS.iter().enumerate() {
-        let path = directory.path().join(number.to_string());
+        let path = directory.path().join(format!("{number}.{}", kind.0));
         Image::create(&path, &options(kind, 1 << 20)).unwrap().close().unwrap();
         let before = std::fs::read(&path).unwrap();
         let write = OpenOptions::new().access(Access::ReadWrite);

@@ -10,8 +10,8 @@ use imgfmt::jobs::{
 };
 use imgfmt::storage::MemoryStorage;
 use imgfmt::{
-    Access, CreateOptions, Durability, ErrorKind, Format, Image, Locking, OpenOptions, Recording,
-    Storage,
+    Access, CreateOptions, Durability, ErrorKind, Format, Image, L2Entries, Locking, OpenOptions,
+    Recording, Repair, Storage,
 };
 
 use crate::common::{all_extents, at, range};
@@ -141,7 +141,7 @@ fn whose_fault_an_error_is_can_be_told() {
     assert_eq!(error.kind(), JobErrorKind::Destination);
     assert_eq!(error.image_error().unwrap().kind(), ErrorKind::ReadOnly);
     assert_eq!(error.into_image_error().unwrap().kind(), ErrorKind::ReadOnly);
-    let error = rebase(&zero, None, &JobContext::default()).unwrap_err();
+    let error = rebase(&zero, None, Clusters::Plain, &JobContext::default()).unwrap_err();
     assert_eq!(error.kind(), JobErrorKind::InvalidArgument);
     assert!(error.to_string().contains("a raw image cannot have a backing file"), "{error}");
     let mut create = CreateOptions::new(Format::Qcow2, 0);
@@ -182,8 +182,8 @@ fn every_job_that_is_cancelled_before_it_begins_does_nothing() {
     let before = content(&disk);
     let create = CreateOptions::new(Format::Qcow2, 0);
     let errors = [
-        commit(&disk, &mut backing, &context).unwrap_err(),
-        rebase(&disk, None, &context).unwrap_err(),
+        commit(&disk, &mut backing, 2, &context).unwrap_err(),
+        rebase(&disk, None, Clusters::Plain, &context).unwrap_err(),
         convert(&backing, &disk, &ConvertOptions::default(), &context).unwrap_err(),
         compare(&disk, &backing, &CompareOptions::default(), &context).unwrap_err(),
         measure(MeasuredDisk::Image(&disk), &create, &context).unwrap_err(),
@@ -202,7 +202,7 @@ fn a_commit_fills_the_backing_file_and_says_how_much() {
     let disk = Image::open(&top, &OpenOptions::new().locking(Locking::Off)).unwrap();
     let mut backing = Image::open(&base, &writable().format(Format::Raw)).unwrap();
     let (notes, context) = Notes::taken();
-    let committed = commit(&disk, &mut backing, &context).unwrap();
+    let committed = commit(&disk, &mut backing, 2, &context).unwrap();
     assert_eq!((committed.data, committed.zeroes), (MIB, MIB));
     assert_eq!(notes.last(6 * MIB).done, 6 * MIB);
     backing.close().unwrap();
@@ -215,7 +215,7 @@ fn a_backing_file_that_cannot_grow_is_left_alone_by_a_commit() {
     let (base, top) = overlay(directory.path());
     let disk = Image::open(&top, &OpenOptions::new().locking(Locking::Off)).unwrap();
     let mut backing = Image::open(&base, &OpenOptions::new().format(Format::Raw)).unwrap();
-    let error = commit(&disk, &mut backing, &JobContext::default()).unwrap_err();
+    let error = commit(&disk, &mut backing, 2, &JobContext::default()).unwrap_err();
     assert_eq!(error.kind(), JobErrorKind::DoesNotFit, "{error}");
     assert!(std::fs::read(&base).unwrap() == vec![7; 4 << 20]);
 }
@@ -232,7 +232,7 @@ fn a_rebase_keeps_the_disk_and_copies_what_differs_only() {
     let new = Image::open(&path, &OpenOptions::new().format(Format::Raw)).unwrap();
     let image = Image::open(&top, &writable()).unwrap();
     let (notes, context) = Notes::taken();
-    let rebased = rebase(&image, Some(&new), &context).unwrap();
+    let rebased = rebase(&image, Some(&new), Clusters::Plain, &context).unwrap();
     assert_eq!(rebased.copied, 65536);
     assert_eq!(notes.last(6 * MIB).done, 6 * MIB);
     image.close().unwrap();
@@ -279,4 +279,59 @@ fn compressed_clusters_take_less_and_read_the_same() {
     assert!(content(&copy) == content(&source));
     assert!(std::fs::metadata(&path).unwrap().len() < MIB);
     assert!(!all_extents(&copy, range(0, copy.size())).is_empty());
+}
+
+#[test]
+fn a_commit_into_a_deeper_layer_writes_what_all_layers_above_it_show() {
+    let directory = tempfile::tempdir().unwrap();
+    let [base, middle, top] =
+        ["base.img", "middle.qcow2", "top.qcow2"].map(|name| directory.path().join(name));
+    std::fs::write(&base, vec![7; 4 << 20]).unwrap();
+    // It ends before the others: there the disk is zero, and the base is not.
+    let mut shorter = CreateOptions::overlay("base.img", Format::Raw);
+    shorter.size = Some(2 << 20);
+    let image = Image::create(&middle, &shorter).unwrap();
+    image.write_at(at(0), &[1; 65536], Durability::Cached).unwrap();
+    image.write_at(at(1 << 20), &[1; 65536], Durability::Cached).unwrap();
+    image.close().unwrap();
+    let mut above = CreateOptions::overlay("middle.qcow2", Format::Qcow2);
+    above.size = Some(5 << 20);
+    let image = Image::create(&top, &above).unwrap();
+    image.write_at(at(1 << 20), &[2; 1000], Durability::Cached).unwrap();
+    image.write_at(at(3 << 20), &[2; 65536], Durability::Cached).unwrap();
+    image.close().unwrap();
+
+    let disk = Image::open(&top, &OpenOptions::new().locking(Locking::Off)).unwrap();
+    let (expected, between) = (content(&disk), std::fs::read(&middle).unwrap());
+    let mut backing = Image::open(&base, &writable().format(Format::Raw)).unwrap();
+    commit(&disk, &mut backing, 3, &JobContext::default()).unwrap();
+    backing.close().unwrap();
+    assert!(std::fs::read(&base).unwrap() == expected);
+    assert!(content(&disk) == expected, "the overlay shows the same");
+    assert!(std::fs::read(&middle).unwrap() == between);
+}
+
+#[test]
+fn a_rebase_compresses_whole_clusters_and_keeps_parts_of_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let (base, top) = (directory.path().join("base.img"), directory.path().join("top.qcow2"));
+    std::fs::write(&base, vec![7; (1 << 20) + 512]).unwrap();
+    for l2_entries in [L2Entries::Standard, L2Entries::Extended] {
+        let mut create = CreateOptions::overlay("base.img", Format::Raw);
+        create.l2_entries = l2_entries;
+        let image = Image::create(&top, &create).unwrap();
+        image.write_at(at(5000), &[1; 100], Durability::Cached).unwrap();
+        let expected = content(&image);
+        rebase(&image, None, Clusters::Compressed, &JobContext::default()).unwrap();
+        image.close().unwrap();
+        Image::change_backing_file(&top, &writable(), None).unwrap();
+        let image = Image::open(&top, &OpenOptions::new()).unwrap();
+        assert!(content(&image) == expected, "{l2_entries:?}");
+        let report = Image::check_file(&top, &OpenOptions::new(), Repair::None).unwrap();
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{l2_entries:?}");
+        // All but the one of which a part was there.
+        assert_eq!(report.compressed_clusters, 16, "{l2_entries:?}");
+        drop(image);
+        std::fs::remove_file(&top).unwrap();
+    }
 }

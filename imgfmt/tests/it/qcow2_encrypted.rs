@@ -237,7 +237,7 @@ fn jobs_into_an_encrypted_image_leave_no_plain_text() {
     let overlay = options(Access::ReadOnly).locking(Locking::Off);
     let overlay = Image::open(&overlay_path, &overlay).unwrap();
     let mut image = disk.change();
-    commit(&overlay, &mut image, &JobContext::default()).unwrap();
+    commit(&overlay, &mut image, 2, &JobContext::default()).unwrap();
     image.close().unwrap();
     disk.assert_secret("commit");
     // Giving it a backing file, writing parts of clusters, and making it stand alone again.
@@ -249,7 +249,7 @@ fn jobs_into_an_encrypted_image_leave_no_plain_text() {
     image.write_at(at(70_000), b"x", Durability::Cached).unwrap();
     image.write_at(at(MIB + 3), &[1; 1000], Durability::Cached).unwrap();
     let before = content(&image);
-    rebase(&image, None, &JobContext::default()).unwrap();
+    rebase(&image, None, Clusters::Plain, &JobContext::default()).unwrap();
     image.close().unwrap();
     Image::change_backing_file(&disk.path, &options(Access::ReadWrite), None).unwrap();
     disk.assert_secret("rebase");

@@ -43,6 +43,7 @@ pub mod status;
 #[cfg(feature = "monitor")]
 pub mod watch;
 
+pub mod archive_check;
 mod backup;
 pub mod bench;
 pub mod bitmaps;

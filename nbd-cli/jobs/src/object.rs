@@ -71,7 +71,7 @@ impl ObjectUrl {
 
     /// Returns the options for opening it.
     pub(crate) fn options(&self, options: &OpenOptions) -> OpenOptions {
-        let mut options = options.clone();
+        let mut options = options.clone().known_as(self.to_string());
         options.format = self.format_or(options.format);
         options
     }

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::path::Path;
 
-use imgfmt::jobs::{self, JobErrorKind as Kind, Streamed, ToStream};
+use imgfmt::jobs::{self, Clusters, JobErrorKind as Kind, Streamed, ToStream};
 use imgfmt::storage::FileStorage;
 use imgfmt::{Access, Format, Image, Locking, OpenOptions};
 
@@ -21,16 +21,27 @@ pub enum Committed {
     Kept,
 }
 
-/// Writes the contents of the overlay at `path` into its backing file. Other overlays of that file are
-/// corrupted. After an interruption the overlay still shows the whole disk. `options` open the
-/// overlay; all but the format apply to its backing file too. Blocks, and must not be called by
-/// asynchronous tasks.
+/// The layer that a commit writes into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CommitBase<'a> {
+    /// The backing file.
+    Backing,
+    /// This file, which is one of the layers below. What all layers above it have is written, and they
+    /// keep it; those between are corrupted.
+    File(&'a Path),
+}
+
+/// Writes the contents of the overlay at `path` into its backing file, or into another layer. Other
+/// overlays of that file are corrupted. After an interruption the overlay still shows the whole disk.
+/// `options` open the overlay; all but the format apply to that layer too. Blocks, and must not be called
+/// by asynchronous tasks.
 ///
 /// # Errors
 ///
-/// If it has no backing file, one of the two is in use or cannot be opened or written.
+/// If it has no such layer, one of the two is in use or cannot be opened or written.
 pub fn commit_overlay(
     path: &Path,
+    base: CommitBase<'_>,
     options: &OpenOptions,
     committed: Committed,
     remotes: &Remotes,
@@ -46,18 +57,25 @@ pub fn commit_overlay(
     let _lock = lock.into_lock();
     let unlocked = options.clone().locking(Locking::Off);
     let overlay = Image::open(path, &unlocked).map_err(opening)?;
-    let (location, format) = backing_of(path, &overlay)?;
+    let (location, format, depth) = match base {
+        CommitBase::Backing => backing_of(path, &overlay)?,
+        CommitBase::File(file) => base_of(path, file, &overlay)?,
+    };
+    if committed == Committed::Emptied && depth != 2 {
+        let why = "an overlay can only be emptied if its backing file gets its contents";
+        return Err(JobError::invalid(why));
+    }
     let mut for_backing = options.clone().access(Access::ReadWrite);
     for_backing.format = format;
     let mut backing = location.open(&for_backing, remotes)?;
-    jobs::commit(&overlay, &mut backing, &context.for_images()).map_err(|error| {
-        match error.kind() {
+    jobs::commit(&overlay, &mut backing, depth, &context.for_images()).map_err(
+        |error| match error.kind() {
             Kind::DoesNotFit => error.into(),
             _ => JobError::destination(format!(
                 "{error}; the overlay still shows the complete disk: commit it again"
             )),
-        }
-    })?;
+        },
+    )?;
     backing.close().map_err(|error| JobError::image(JobErrorKind::Destination, error))?;
     drop(overlay);
     if committed == Committed::Emptied {
@@ -76,7 +94,7 @@ fn empty(path: &Path, options: &OpenOptions) -> imgfmt::Result<()> {
 }
 
 /// Returns the file or export to write into. The overlay could be opened, so the policy allows it.
-fn backing_of(path: &Path, overlay: &Image) -> Result<(ImageLocation, Option<Format>), JobError> {
+fn backing_of(path: &Path, overlay: &Image) -> Result<LayerBelow, JobError> {
     let info = overlay.info().map_err(|error| JobError::image(JobErrorKind::Source, error))?;
     if info.qcow2.is_none() && info.backing_name.is_some() {
         let (name, format) = (path.display(), info.format);
@@ -92,12 +110,29 @@ fn backing_of(path: &Path, overlay: &Image) -> Result<(ImageLocation, Option<For
     };
     // The chain could be opened, so any other name is one of a raw image.
     let format = format.map(|name| Format::from_name(&name).unwrap_or(Format::Raw));
-    Ok((ImageLocation::File(path.to_owned()).beside(&name)?, format))
+    Ok((ImageLocation::File(path.to_owned()).beside(&name)?, format, 2))
+}
+
+/// A layer to be written into: what it is, its format, and its depth.
+type LayerBelow = (ImageLocation, Option<Format>, u32);
+
+/// Returns the layer in a file.
+fn base_of(path: &Path, file: &Path, overlay: &Image) -> Result<LayerBelow, JobError> {
+    backing_of(path, overlay)?;
+    match overlay.layer_in(file) {
+        Some((depth, format)) => Ok((ImageLocation::File(file.to_owned()), Some(format), depth)),
+        None => Err(JobError::invalid(format!(
+            "cannot commit '{}' into '{}', which is not a layer below it",
+            path.display(),
+            file.display()
+        ))),
+    }
 }
 
 /// Copies into the overlay at `path` everything that the backing file `new` would show differently.
 /// Then makes `new` its backing file, before the overlay is unlocked; with `None` it has none. The
-/// disk does not change. `options` open the overlay, `for_backing` the new backing file. Blocks, and
+/// disk does not change. What is copied is compressed if `clusters` says so. `options` open the
+/// overlay, `for_backing` the new backing file. Blocks, and
 /// must not be called by asynchronous tasks.
 ///
 /// # Errors
@@ -108,6 +143,7 @@ pub fn rebase_overlay(
     options: &OpenOptions,
     new: Option<(&OsStr, Format)>,
     for_backing: &OpenOptions,
+    clusters: Clusters,
     remotes: &Remotes,
     context: &JobContext,
 ) -> Result<(), JobError> {
@@ -120,7 +156,7 @@ pub fn rebase_overlay(
         }
     };
     let image = Image::open(path, &options.clone().access(Access::ReadWrite)).map_err(opening)?;
-    jobs::rebase(&image, backing.as_ref(), &context.for_images()).map_err(|error| {
+    jobs::rebase(&image, backing.as_ref(), clusters, &context.for_images()).map_err(|error| {
         match error.kind() {
             Kind::InvalidArgument => error.into(),
             _ => JobError::destination(format!(
@@ -248,14 +284,17 @@ mod tests {
         let (options, remotes, context) =
             (OpenOptions::new(), Remotes::default(), JobContext::default());
         let new = Some((OsStr::new("other"), Format::Raw));
-        rebase_overlay(&top, &options, new, &options, &remotes, &context).unwrap();
+        let plain = Clusters::Plain;
+        rebase_overlay(&top, &options, new, &options, plain, &remotes, &context).unwrap();
         for committed in [Committed::Kept, Committed::Emptied] {
-            commit_overlay(&top, &options, committed, &remotes, &context).unwrap();
+            let backing = CommitBase::Backing;
+            commit_overlay(&top, backing, &options, committed, &remotes, &context).unwrap();
             let mut content = vec![1; 1 << 20];
             content[..65536].fill(3);
             assert_eq!(std::fs::read(&other).unwrap(), content, "{committed:?}");
         }
         assert_eq!(std::fs::read(&base).unwrap(), vec![1; 1 << 20]);
-        assert!(commit_overlay(&base, &options, Committed::Kept, &remotes, &context).is_err());
+        let (base, kept) = ((&*base, CommitBase::Backing), Committed::Kept);
+        assert!(commit_overlay(base.0, base.1, &options, kept, &remotes, &context).is_err());
     }
 }

@@ -82,6 +82,45 @@ fn a_disk_is_converted_and_restored_onto_a_device() {
     }
 }
 
+#[test]
+fn the_form_of_qemu_img_writes_overlays_and_parts_of_disks_onto_a_device() {
+    tools!(qemu_img = "qemu-img");
+    let directory = Disk::sparse();
+    let Some(device) = LoopDevice::with_old_content(&directory, 17) else { return };
+    let device = device.0.as_str();
+    let [base, other] = ["base.qcow2", "other.img"].map(|name| directory.beside(name));
+    let disk = directory.path();
+    nbd_cli(&["image", "convert", "-f", "raw", "-O", "qcow2", disk, &base]).success();
+    let mut changed = directory.content().to_vec();
+    changed[3 << 20..][..65536].fill(9);
+    changed[5 << 20..][..1 << 20].fill(0);
+    std::fs::write(&other, &changed).expect("room");
+    let convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-B", &base, "-F", "qcow2"];
+    nbd_cli(&[&convert[..], &[&other, device]].concat()).success();
+    peer(&qemu_img, &["check", "-q", "-f", "qcow2", device]);
+    peer(&qemu_img, &["compare", "-f", "raw", "-F", "qcow2", &other, device]);
+    assert_eq!(info(&qemu_img, device)["backing-filename"], *base);
+
+    let before = std::fs::read(device).expect("root");
+    let operands = [format!("if={other}"), format!("of={device}")];
+    let part = ["bs=1M", "skip=2", "count=5", &*operands[0], &operands[1]];
+    nbd_cli(&[&["qemu-img", "dd", "-f", "raw", "-O", "raw"], &part[..]].concat()).success();
+    let after = std::fs::read(device).expect("root");
+    assert!(after[..3 << 20] == changed[2 << 20..5 << 20], "zeroes are written too");
+    assert!(after[3 << 20..] == before[3 << 20..], "what is beyond stays");
+    nbd_cli(&[&["qemu-img", "dd", "-f", "raw", "-O", "qcow2"], &part[..]].concat()).success();
+    peer(&qemu_img, &["check", "-q", "-f", "qcow2", device]);
+    let piece = directory.beside("piece.img");
+    std::fs::write(&piece, &changed[2 << 20..5 << 20]).expect("room");
+    peer(&qemu_img, &["compare", "-f", "raw", "-F", "qcow2", &piece, device]);
+    // What does not fit changes nothing.
+    let large = directory.blank("large.img", 64 << 20);
+    let operands = [format!("if={large}"), format!("of={device}")];
+    let all = ["qemu-img", "dd", "-f", "raw", "-O", "raw", &operands[0], &operands[1]];
+    refused(nbd_cli(&all), &["does not fit"]);
+    peer(&qemu_img, &["compare", "-f", "raw", "-F", "qcow2", &piece, device]);
+}
+
 /// After a power loss a part of a disk would otherwise be taken for the whole.
 #[test]
 fn an_unsafe_conversion_marks_a_device_as_incomplete_durably() {

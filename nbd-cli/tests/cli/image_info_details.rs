@@ -213,3 +213,60 @@ fn a_chain_whose_last_layer_is_not_the_luks_container_it_is_said_to_be_is_refuse
     let outcome = nbd_cli(&["image", "info", "--backing-chain", &top]);
     says(outcome, &[&base, "no LUKS header"]);
 }
+
+#[test]
+fn the_facts_of_other_formats_are_those_of_qemu_img_and_more() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    for (format, options, facts) in [
+        ("vdi", "static=off", &["block size:        1M", "subformat:         dynamic"][..]),
+        ("vdi", "static=on", &["subformat:         fixed", "blocks in file:    8"]),
+        ("vpc", "force_size=on", &["block size:        2M", "subformat:         dynamic", "qem2"]),
+        ("vpc", "subformat=fixed", &["subformat:         fixed", "241 cylinders, 4 heads", "qemu"]),
+        ("vhdx", "block_size=1M", &["block size:        1M", "sector size:       512"]),
+        ("vhdx", "subformat=fixed", &["subformat:         fixed", "empty (1M)"]),
+        ("vmdk", "", &["monolithicSparse", "SPARSE, 8.0 MiB, grains of 64K, "]),
+        ("vmdk", "subformat=monolithicFlat", &["monolithicFlat", "FLAT, 8.0 MiB, ", "-flat.vmdk"]),
+        ("vmdk", "subformat=streamOptimized", &["grains of 64K, compressed, "]),
+        ("vmdk", "subformat=twoGbMaxExtentSparse", &["SPARSE, 8.0 MiB, ", "-s001.vmdk"]),
+        ("qed", "", &["block size:        64K"]),
+        ("qcow", "", &["block size:        4K"]),
+        ("parallels", "", &["block size:        1M"]),
+    ] {
+        let name = format!("{format}-{}.{format}", options.replace([',', '='], "-"));
+        let path = disk.beside(&name);
+        let given = if options.is_empty() { vec![] } else { vec!["-o", options] };
+        let create = [&["create", "-q", "-f", format][..], &given, &[&path, "8M"]].concat();
+        peer(&qemu_img, &create);
+        let text = nbd_cli(&["image", "info", &path]).success();
+        for fact in facts {
+            assert!(text.contains(fact), "{format} {options}: {fact}: {text}");
+        }
+        // The files of extents are not opened.
+        let is_split = options.ends_with("ExtentSparse");
+        let theirs = json(&qemu_img, &["info", "--output=json", "-f", format, &path]);
+        let as_qemu = ["qemu-img", "info", "--output=json", "-f", format, &path];
+        let as_qemu: Value = serde_json::from_str(&nbd_cli(&as_qemu).success()).expect("JSON");
+        for key in ["format", "virtual-size", "cluster-size", "dirty-flag"] {
+            let nothing = is_split && key == "cluster-size";
+            let expected = if nothing { &Value::Null } else { &theirs[key] };
+            assert_eq!(as_qemu[key], *expected, "{format} {options}: {key}");
+        }
+        let mut expected = theirs["format-specific"].clone();
+        let extents = expected.pointer_mut("/data/extents").and_then(Value::as_array_mut);
+        for extent in extents.into_iter().flatten().filter_map(Value::as_object_mut) {
+            if is_split {
+                extent.remove("cluster-size");
+            }
+        }
+        assert_eq!(as_qemu["format-specific"], expected, "{format} {options}");
+        if format == "vmdk" {
+            // QEMU does not say the type of an extent in the image's own file.
+            let mut mine = ours(&["info", "--json", &path]);
+            let kinds = [&mut mine["format-specific"], &mut expected]
+                .map(|specific| specific.pointer_mut("/data/extents/0/format").map(Value::take));
+            assert!(matches!(kinds[0].as_ref().and_then(Value::as_str), Some("FLAT" | "SPARSE")));
+            assert_eq!(mine["format-specific"], expected, "{options}");
+        }
+    }
+}

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::support::qemu_nbd::wait_until;
+use crate::support::qemu_nbd::{Foreground, ours, wait_until};
 use crate::support::{PROGRAM, Server, in_foreground, nbd_cli, run};
 use crate::tools;
 
@@ -168,4 +168,99 @@ fn the_disks_of_an_archive_are_sources_of_commands() {
     // As for QEMU, the archive itself is a raw disk.
     let info = nbd_cli(&["qemu-img", "info", "--output=json", &archive]).success();
     assert!(info.contains("\"format\": \"raw\""), "{info}");
+}
+
+#[test]
+fn the_manifest_of_an_archive_is_verified_and_what_is_wrong_is_named() {
+    tools!(tar = "tar", openssl = "openssl");
+    let directory = tempfile::tempdir().expect("a directory");
+    let from = source(directory.path());
+    let path = |name: &str| directory.path().join(name).to_str().expect("text").to_owned();
+    let stream = ["image", "convert", "-O", "vmdk", "-o", "subformat=streamOptimized", &from];
+    nbd_cli(&[&stream[..], &[&path("a disk.vmdk")]].concat()).success();
+    let descriptor = "<Envelope><File id='a' href='a%20disk.vmdk'/><Disk fileRef='a'/></Envelope>";
+    fs::write(path("machine.ovf"), descriptor).expect("room");
+    let archive = path("machine.ova");
+    let pack = |members: &[&str]| {
+        drop(fs::remove_file(&archive));
+        let mut pack = Command::new(&tar);
+        run(pack.args(["-C", &path("."), "-cf", &archive]).args(members)).success();
+    };
+    let all = ["machine.ovf", "machine.mf", "a disk.vmdk"];
+    // Without a manifest only the disk could be checked, and its format cannot.
+    pack(&all[..1]);
+    nbd_cli(&["image", "check", &archive]).failure();
+    pack(&["machine.ovf", "a disk.vmdk"]);
+    assert_eq!(nbd_cli(&["image", "check", &archive]).code, Some(63));
+    for digest in ["-sha1", "-sha256", "-sha512"] {
+        let mut make = Command::new(&openssl);
+        let files = ["dgst", digest, "machine.ovf", "a disk.vmdk"];
+        let manifest = run(make.current_dir(directory.path()).args(files)).success();
+        fs::write(path("machine.mf"), manifest).expect("room");
+        pack(&all);
+        let checked = nbd_cli(&["image", "check", &archive]).success();
+        assert_eq!(checked, "all 2 files are as the manifest 'machine.mf' says\n", "{digest}");
+        let report = nbd_cli(&["image", "check", "--json", &archive]).success();
+        let report: Value = serde_json::from_str(&report).expect("JSON");
+        assert_eq!(report["files"][1]["filename"], "a disk.vmdk");
+        assert_eq!(report["files"][1]["digest"], digest[1..]);
+        assert_eq!(report["files"][1]["state"], "ok");
+    }
+    // One byte of the disk is another one; the same of an archive that lost its end.
+    let sound = fs::read(&archive).expect("the archive");
+    let place = sound.windows(4).position(|bytes| bytes == b"KDMV").expect("the disk") + 3000;
+    let mut changed = sound;
+    changed[place] ^= 1;
+    fs::write(&archive, &changed).expect("room");
+    let outcome = nbd_cli(&["image", "check", &archive]);
+    assert_eq!(outcome.code, Some(2), "{outcome:?}");
+    assert!(outcome.stdout.contains("'a disk.vmdk' has another digest"), "{outcome:?}");
+    assert!(outcome.stdout.contains("1 of 2 files are not"), "{outcome:?}");
+    pack(&["machine.ovf", "machine.mf", "disk.img"]);
+    let outcome = nbd_cli(&["image", "check", &archive]);
+    assert_eq!(outcome.code, Some(2), "{outcome:?}");
+    for found in ["'a disk.vmdk' is in the manifest", "'disk.img' is in the archive"] {
+        assert!(outcome.stdout.contains(found), "{outcome:?}");
+    }
+    // A manifest that makes no sense is said to, and nothing else needs it.
+    fs::write(path("machine.mf"), "SHA1(machine.ovf)= 12\n").expect("room");
+    pack(&all);
+    let outcome = nbd_cli(&["image", "check", &archive]);
+    assert!(outcome.stderr.contains("line 1 makes no sense"), "{outcome:?}");
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    nbd_cli(&["image", "compare", "-f", "raw", &from, &archive]).success();
+    nbd_cli(&["serve", "--read-only", "--run", "true", &archive]).success();
+}
+
+#[test]
+fn the_form_of_qemu_nbd_serves_an_archive_and_a_fixed_vhd_as_they_are() {
+    tools!(tar = "tar");
+    let directory = tempfile::tempdir().expect("a directory");
+    let from = source(directory.path());
+    let path = |name: &str| directory.path().join(name).to_str().expect("text").to_owned();
+    let (archive, vhd) = (path("machine.ova"), path("disk.vhd"));
+    let mut pack = Command::new(tar);
+    run(pack.args(["-C", &path("."), "-cf", &archive, "disk.img"])).success();
+    let options = "subformat=fixed,force_size=on";
+    nbd_cli(&["image", "convert", "-f", "raw", "-O", "vpc", "-o", options, &from, &vhd]).success();
+    let size = |arguments: &[&str]| {
+        let server = Foreground::start(ours(), &[&["-r", "-t"], arguments].concat());
+        let size = nbd_cli(&["info", "--size", &server.uri("")]).success();
+        size.trim().parse::<u64>().expect("a number")
+    };
+    let length = |path: &str| fs::metadata(path).expect("a file").len();
+    for file in [&archive, &vhd] {
+        assert_eq!(size(&[file]), length(file), "{file}");
+        let image = ["driver=raw,file.driver=file,file.filename=", file].concat();
+        assert_eq!(size(&["--image-opts", &image]), length(file), "{file}");
+    }
+    let member = format!("{archive}:disk.img");
+    assert_eq!(size(&[&member]), length(&from));
+    assert_eq!(size(&["-f", "vpc", &vhd]), length(&from));
+    // Elsewhere their names tell what they are.
+    for name in [&archive, &vhd] {
+        let info = nbd_cli(&["image", "info", "--json", name]).success();
+        let info: Value = serde_json::from_str(&info).expect("JSON");
+        assert_eq!(info["virtual-size"], length(&from));
+    }
 }

@@ -391,6 +391,10 @@ fn images_are_changed_alike() {
         rebase -u -b raw.img top.qcow2
         rebase -b raw.img -F nosuch top.qcow2
         rebase -b raw.img -F raw empty.img
+        rebase -c -b raw.img -F raw top.qcow2 => top.qcow2
+        rebase -p -c -b '' -f qcow2 top.qcow2 => top.qcow2
+        rebase -c -b big.img -F raw sub.qcow2 => sub.qcow2
+        rebase -c -u -b raw.img -F raw top.qcow2 => top.qcow2
         rebase top.qcow2
         rebase -b raw.img -F raw nosuch.img
         dd if=disk.qcow2 of=new.img => new.img
@@ -401,6 +405,10 @@ fn images_are_changed_alike() {
         dd -U --image-opts if=driver=qcow2,file.filename=disk.qcow2 of=new.img => new.img
         dd skip=9 bs=1M if=raw.img of=new.img
         dd count=0 if=raw.img of=new.img
+        dd bs=64k if=raw.img of=big.img => big.img
+        dd -O qcow2 bs=64k count=3 skip=1 if=raw.img of=disk.qcow2 => disk.qcow2
+        dd bs=1000 count=3 skip=1 if=raw.img of=new.img => new.img
+        dd bs=700 skip=1 if=odd.img of=new.img => new.img
         dd count=1M if=raw.img of=new.img
         dd skip=1k if=raw.img of=new.img
         dd bs=1k count=0x2 skip=0x1 if=raw.img of=new.img => new.img
@@ -419,6 +427,11 @@ fn images_are_changed_alike() {
         commit disk.qcow2
         commit -f raw raw.img
         commit -b nosuch.img top.qcow2
+        convert -O qcow2 -B top.qcow2 -F qcow2 raw.img third.qcow2 ; commit -b disk.qcow2 third.qcow2 => third.qcow2 disk.qcow2
+        convert -O qcow2 -B top.qcow2 -F qcow2 big.img third.qcow2 ; commit -d -b disk.qcow2 third.qcow2 => disk.qcow2
+        create -f qcow2 -b longer.qcow2 -F qcow2 third.qcow2 ; commit -b raw.img third.qcow2 => third.qcow2 raw.img
+        create -f qcow2 -b top.qcow2 -F qcow2 third.qcow2 ; commit -b raw.img third.qcow2
+        create -f qcow2 -b ../top.qcow2 -F qcow2 sub/third.qcow2 1M ; commit -q -b disk.qcow2 sub/third.qcow2 => sub/third.qcow2 disk.qcow2
         commit orphan.qcow2
         commit
         ",
@@ -444,7 +457,6 @@ fn what_is_not_supported_is_refused_by_name_and_changes_nothing() {
         ("info --object tls-creds-x509,id=a,dir=b old.img", "tls-creds-x509"),
         ("info --image-opts driver=rbd,pool=a", "rbd"),
         ("resize -f raw --preallocation=full old.img 1M", "--preallocation"),
-        ("rebase -c -b x -F raw old.img", "-c"),
     ] {
         let outcome = ours(here, &words(line));
         assert_eq!(outcome.code, Some(1), "{line}: {outcome:?}");

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::support::qemu_img::{compare_all, ours, words};
-use crate::support::run;
+use crate::support::{Server, run};
 use crate::tools;
 
 #[test]
@@ -163,6 +163,29 @@ fn what_cannot_be_read_is_zero_after_a_salvage_and_reported_unless_quiet() {
     let outcome = ours(here, &words("convert bad.qcow2 other.img"));
     assert_eq!(outcome.code, Some(1), "{outcome:?}");
     assert!(!here.join("other.img").exists());
+}
+
+#[test]
+fn what_cannot_be_read_of_an_image_on_a_server_is_zero_after_a_salvage() {
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    let mut disk = vec![7; 3 * 65536];
+    std::fs::write(here.join("disk.img"), &disk).unwrap();
+    ours(here, &words("convert -c -m 1 -O qcow2 disk.img bad.qcow2")).success();
+    damage_last(&here.join("bad.qcow2"));
+    disk[2 * 65536..].fill(0);
+    let image = here.join("bad.qcow2").display().to_string();
+    // The image as an export, byte for byte, and its disk as one, of which the server cannot read a part.
+    for (format, line) in [("raw", "-f qcow2"), ("qcow2", "-f raw")] {
+        let server = Server::ours(&["--read-only", "--format", format, &image]);
+        let line = format!("convert {line} --salvage {} new.img", server.uri());
+        let outcome = ours(here, &words(&line));
+        assert_eq!(outcome.code, Some(0), "{line}: {outcome:?}");
+        assert!(outcome.stderr.contains("error while reading offset 131072"), "{outcome:?}");
+        assert!(std::fs::read(here.join("new.img")).unwrap() == disk, "{line}");
+        let outcome = ours(here, &words(&line.replace("--salvage ", "")));
+        assert_eq!(outcome.code, Some(1), "{line}: {outcome:?}");
+    }
 }
 
 #[test]

@@ -89,6 +89,10 @@ impl Blocks for Parallels {
         &self.file
     }
 
+    fn block_size(&self) -> Option<u64> {
+        Some(self.cluster)
+    }
+
     fn find(&self, cursor: &mut Cursor<'_>, guest: u64) -> Result<Option<Piece>> {
         let (number, within) = (guest / self.cluster, guest % self.cluster);
         let entry = cursor.u32_le(HEADER_LENGTH as u64 + number * 4, guest)?;

@@ -122,6 +122,10 @@ impl Blocks for Qcow {
         &self.file
     }
 
+    fn block_size(&self) -> Option<u64> {
+        Some(self.cluster())
+    }
+
     fn find(&self, cursor: &mut Cursor<'_>, guest: u64) -> Result<Option<Piece>> {
         let number = guest >> self.cluster_bits;
         let within = guest % self.cluster();

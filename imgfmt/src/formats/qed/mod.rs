@@ -113,6 +113,10 @@ impl Blocks for Qed {
         &self.file
     }
 
+    fn block_size(&self) -> Option<u64> {
+        Some(self.cluster)
+    }
+
     fn find(&self, cursor: &mut Cursor<'_>, guest: u64) -> Result<Option<Piece>> {
         let number = guest / self.cluster;
         let within = guest % self.cluster;

@@ -31,6 +31,7 @@ use super::file::{Cursor, ImageFile};
 use super::foreign::{ForeignImage, Opening};
 use crate::bytes::{u32_le_at, u64_le_at};
 use crate::error::Result;
+use crate::foreign_info::{FormatDetails, ImageKind, VdiInfo};
 
 const SIGNATURE: [u8; 4] = 0xbeda_107f_u32.to_le_bytes();
 const SIGNATURE_OFFSET: usize = 64;
@@ -154,6 +155,15 @@ impl Blocks for Vdi {
 
     fn is_preallocated(&self) -> bool {
         self.is_fixed
+    }
+
+    fn block_size(&self) -> Option<u64> {
+        Some(self.block_size)
+    }
+
+    fn details(&self) -> Option<FormatDetails> {
+        let kind = if self.is_fixed { ImageKind::Fixed } else { ImageKind::Dynamic };
+        Some(FormatDetails::Vdi(VdiInfo { kind, allocated_blocks: self.allocated }))
     }
 }
 

@@ -20,6 +20,7 @@ use super::blocks::{BlockImage, Blocks, Piece, Place};
 use super::file::{Cursor, ImageFile};
 use super::foreign::{ForeignImage, Identity, Opening, Parent};
 use crate::error::Result;
+use crate::foreign_info::{FormatDetails, ImageKind, VhdxInfo};
 
 const SIGNATURE: &[u8] = b"vhdxfile";
 
@@ -71,6 +72,8 @@ struct Vhdx {
     /// How many blocks there are before each entry for a bitmap.
     chunk_ratio: u64,
     identity: Identity,
+    log_is_in_use: bool,
+    log_size: u64,
 }
 
 impl Vhdx {
@@ -87,7 +90,15 @@ impl Vhdx {
             return Err(file.invalid("its table of blocks is too short for its disk"));
         }
         let identity = Identity(header.data_write);
-        Ok(Self { file, metadata, bat: regions.bat.offset, chunk_ratio, identity })
+        Ok(Self {
+            file,
+            metadata,
+            bat: regions.bat.offset,
+            chunk_ratio,
+            identity,
+            log_is_in_use: header.log.is_some(),
+            log_size: header.log_length,
+        })
     }
 
     /// The entry of the table with a number: the state, and where in the file.
@@ -184,6 +195,24 @@ impl Blocks for Vhdx {
 
     fn parent(&self) -> Option<&Parent> {
         self.metadata.parent.as_ref()
+    }
+
+    fn block_size(&self) -> Option<u64> {
+        Some(self.metadata.block_size)
+    }
+
+    fn details(&self) -> Option<FormatDetails> {
+        let kind = match (&self.metadata.parent, self.metadata.is_fixed) {
+            (Some(_), _) => ImageKind::Differencing,
+            (None, true) => ImageKind::Fixed,
+            (None, false) => ImageKind::Dynamic,
+        };
+        Some(FormatDetails::Vhdx(VhdxInfo {
+            kind,
+            logical_sector_size: self.metadata.sector,
+            log_is_in_use: self.log_is_in_use,
+            log_size: self.log_size,
+        }))
     }
 
     fn identity(&self) -> Option<Identity> {

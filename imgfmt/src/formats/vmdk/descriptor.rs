@@ -39,6 +39,9 @@ pub(super) struct Descriptor {
     pub(super) identity: Option<Identity>,
     pub(super) parent: Option<Parent>,
     pub(super) extents: Vec<ExtentLine>,
+    pub(super) create_type: Option<String>,
+    pub(super) cid: Option<u32>,
+    pub(super) parent_cid: Option<u32>,
 }
 
 /// A line for a part of the disk; the parts follow each other.
@@ -48,6 +51,8 @@ pub(super) struct ExtentLine {
     /// The length in bytes.
     pub(super) length: u64,
     pub(super) kind: ExtentKind,
+    /// The word for that.
+    pub(super) word: &'static str,
     /// The names that the file may have, the most likely one first.
     pub(super) names: Vec<OsString>,
     /// Where the part starts in the file, in bytes.
@@ -62,6 +67,19 @@ pub(super) enum ExtentKind {
     Sparse,
     Zero,
 }
+
+/// The words for them.
+const KINDS: [(&str, ExtentKind); 6] = [
+    ("FLAT", ExtentKind::Flat),
+    ("VMFS", ExtentKind::Flat),
+    (SPARSE, ExtentKind::Sparse),
+    ("VMFSSPARSE", ExtentKind::Sparse),
+    ("SESPARSE", ExtentKind::Sparse),
+    ("ZERO", ExtentKind::Zero),
+];
+
+/// The word for the usual sparse extents.
+pub(super) const SPARSE: &str = "SPARSE";
 
 impl Descriptor {
     /// Reads all of a text of this length at an offset of `file`: a line that is left out may be one of
@@ -112,9 +130,15 @@ impl Descriptor {
             return Err(file.unsupported(detail));
         }
         let extents = extents.into_iter().map(|line| ExtentLine::parse(line, encoding, file));
-        let parent = parent(number("parentCID")?, value("parentFileNameHint"), encoding, file)?;
-        let identity = number("CID")?.map(identity);
-        Ok(Self { identity, parent, extents: extents.collect::<Result<_>>()? })
+        let (cid, parent_cid) = (number("CID")?, number("parentCID")?);
+        Ok(Self {
+            identity: cid.map(identity),
+            parent: parent(parent_cid, value("parentFileNameHint"), encoding, file)?,
+            extents: extents.collect::<Result<_>>()?,
+            create_type: value("createType").map(|name| String::from_utf8_lossy(name).into()),
+            cid,
+            parent_cid,
+        })
     }
 }
 
@@ -199,18 +223,14 @@ impl ExtentLine {
         let mut words = words.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty());
         let access = words.next();
         let sectors = words.next().and_then(number).ok_or_else(damaged)?;
-        let kind = words.next().unwrap_or_default();
-        let kind = match kind.to_ascii_uppercase().as_slice() {
-            b"FLAT" | b"VMFS" => ExtentKind::Flat,
-            b"SPARSE" | b"VMFSSPARSE" | b"SESPARSE" => ExtentKind::Sparse,
-            b"ZERO" => ExtentKind::Zero,
-            _ => {
-                let kind = kind.escape_ascii();
-                let detail = format!(
-                    "its extent is of the type '{kind}': only disks in files can be read, not devices"
-                );
-                return Err(file.unsupported(detail));
-            }
+        let found = words.next().unwrap_or_default();
+        let kind = KINDS.iter().find(|(word, _)| found.eq_ignore_ascii_case(word.as_bytes()));
+        let Some((word, kind)) = kind.copied() else {
+            let found = found.escape_ascii();
+            let detail = format!(
+                "its extent is of the type '{found}': only disks in files can be read, not devices"
+            );
+            return Err(file.unsupported(detail));
         };
         let offset = match behind.trim_ascii() {
             [] => Some(0),
@@ -225,7 +245,7 @@ impl ExtentLine {
             return Err(damaged());
         }
         let is_accessible = access != Some(b"NOACCESS");
-        Ok(Self { is_accessible, length, kind, names: encoding.names(name), offset })
+        Ok(Self { is_accessible, length, kind, word, names: encoding.names(name), offset })
     }
 }
 

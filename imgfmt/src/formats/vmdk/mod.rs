@@ -17,7 +17,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use self::descriptor::{Descriptor, ExtentKind, ExtentLine, SECTOR};
+use self::descriptor::{Descriptor, ExtentKind, ExtentLine, SECTOR, SPARSE};
 use self::grain::Grains;
 use self::new::SECTORS_MAX;
 use self::sparse::{HOSTED_MAGIC, HostedHeader, Lookups, Sparse};
@@ -27,6 +27,7 @@ use super::foreign::{ForeignImage, Identity, OpenFile, Opening, Parent};
 use super::new::{NewForeign, Planned, missing, too_large};
 use crate::create_options::invalid;
 use crate::error::{Error, ErrorKind, Result};
+use crate::foreign_info::{FormatDetails, VmdkExtent, VmdkInfo};
 use crate::foreign_options::Subformat;
 use crate::layer::{Backing, Layer, Walk};
 use crate::mapping::{Encoded, Lookup, Mapped};
@@ -61,10 +62,12 @@ pub(super) fn open(opening: Opening<'_>) -> Result<Box<dyn ForeignImage>> {
     if header.capacity() == 0 {
         return Ok(Box::new(Vmdk::described(file, place, path, files)?));
     }
-    let descriptor = Descriptor::read(place, &file)?;
+    let mut descriptor = Descriptor::read(place, &file)?;
     if descriptor.extents.len() > 1 {
         return Err(file.unsupported("it names several extents, but lies in one of them"));
     }
+    // It names this file, which may be called otherwise now.
+    descriptor.extents.clear();
     let sparse = Sparse::hosted(Arc::clone(&file), &header)?;
     let extent = Extent { start: 0, end: sparse.capacity, data: Data::Sparse(Box::new(sparse)) };
     Ok(Box::new(Vmdk::new(file, descriptor, vec![extent])))
@@ -96,6 +99,11 @@ struct Vmdk {
     backing: Option<Backing>,
     /// In order, and without gaps; at least one.
     extents: Vec<Extent>,
+    /// What the descriptor says of each, if it is a file of its own.
+    lines: Vec<ExtentLine>,
+    create_type: Option<String>,
+    cid: Option<u32>,
+    parent_cid: Option<u32>,
     grains: Grains,
 }
 
@@ -119,10 +127,23 @@ enum Data {
 
 impl Vmdk {
     fn new(file: Arc<ImageFile>, descriptor: Descriptor, extents: Vec<Extent>) -> Self {
-        let Descriptor { identity, parent, .. } = descriptor;
+        let Descriptor { identity, parent, create_type, cid, parent_cid, extents: lines } =
+            descriptor;
         let grains = extents.iter().filter_map(Extent::compressed_grain).max();
         let grains = Grains::new(grains.unwrap_or(1));
-        Self { file, identity, parent, backing: None, extents, grains }
+        let backing = None;
+        Self {
+            file,
+            identity,
+            parent,
+            backing,
+            extents,
+            lines,
+            create_type,
+            cid,
+            parent_cid,
+            grains,
+        }
     }
 
     /// Opens a disk by the descriptor at a place of a file, an offset and a length, with the extents
@@ -241,6 +262,14 @@ impl Extent {
         }
     }
 
+    /// The size of its grains in bytes, if it has any.
+    fn grain(&self) -> Option<u64> {
+        match &self.data {
+            Data::Sparse(sparse) => Some(sparse.grain),
+            Data::Zero | Data::Flat(..) | Data::Barred(_) => None,
+        }
+    }
+
     /// The size of its grains in bytes, if they are compressed.
     fn compressed_grain(&self) -> Option<u64> {
         match &self.data {
@@ -334,6 +363,30 @@ impl ForeignImage for Vmdk {
 
     fn identity(&self) -> Option<Identity> {
         self.identity
+    }
+
+    /// As in QEMU, none if the grains of its extents differ, or there are none.
+    fn block_size(&self) -> Option<u64> {
+        let mut grains = self.extents.iter().map(Extent::grain);
+        let first = grains.next()??;
+        grains.all(|grain| grain == Some(first)).then_some(first)
+    }
+
+    fn details(&self) -> Option<FormatDetails> {
+        let lines = self.lines.iter().map(Some).chain(std::iter::repeat(None));
+        let extents = self.extents.iter().zip(lines).map(|(extent, line)| VmdkExtent {
+            file: line.and_then(|line| line.names.first().cloned()),
+            kind: line.map_or(SPARSE, |line| line.word),
+            size: extent.end - extent.start,
+            grain_size: extent.grain(),
+            is_compressed: extent.compressed_grain().is_some(),
+        });
+        Some(FormatDetails::Vmdk(VmdkInfo {
+            create_type: self.create_type.clone(),
+            cid: self.cid,
+            parent_cid: self.parent_cid,
+            extents: extents.collect(),
+        }))
     }
 }
 

@@ -38,8 +38,10 @@ use self::parent::HEADER_LENGTH;
 use super::blocks::{BlockImage, Blocks, Piece, Place};
 use super::file::{Cursor, ImageFile};
 use super::foreign::{ForeignImage, Identity, Opening, Parent};
+use crate::backup::Uuid;
 use crate::bytes::{u16_at, u32_at, u64_at};
 use crate::error::Result;
+use crate::foreign_info::{FormatDetails, ImageKind, VpcInfo};
 
 const SECTOR: u64 = 512;
 const FOOTER_LENGTH: usize = 512;
@@ -71,7 +73,7 @@ pub(super) fn starts(start: &[u8]) -> bool {
 }
 
 /// Whether a file of that length that ends so is one. Guests can write what is at the end of a raw
-/// disk, but do not gain anything: without a copy at the start only a fixed image is opened, which
+/// disk, so its name has to say so too. Without a copy at the start only a fixed image is opened, which
 /// names no file, and only if nothing of the file but the footer is missing from its disk.
 pub(super) fn ends(end: &[u8; FOOTER_LENGTH], length: u64) -> bool {
     let footer = if is_footer(end) { &end[..] } else { &end[1..] };
@@ -110,6 +112,7 @@ struct Vpc {
     file: ImageFile,
     size: u64,
     identity: Identity,
+    details: VpcInfo,
     /// `None`: the file is the disk, up to the footer.
     table: Option<BlockTable>,
     parent: Option<Parent>,
@@ -137,7 +140,8 @@ impl Vpc {
                 (Some(table), parent)
             }
         };
-        Ok(Self { file, size, identity: footer.identity, table, parent })
+        let details = footer.details();
+        Ok(Self { file, size, identity: footer.identity, details, table, parent })
     }
 
     /// Where a block's data of which `within` bytes are skipped is, by its bitmap.
@@ -210,6 +214,14 @@ impl Blocks for Vpc {
         self.parent.as_ref()
     }
 
+    fn block_size(&self) -> Option<u64> {
+        self.table.map(|table| table.block_size)
+    }
+
+    fn details(&self) -> Option<FormatDetails> {
+        Some(FormatDetails::Vpc(self.details.clone()))
+    }
+
     fn identity(&self) -> Option<Identity> {
         Some(self.identity)
     }
@@ -220,8 +232,10 @@ struct Footer {
     kind: Kind,
     /// As the footer says.
     size: u64,
-    /// As the geometry says, if the program that made the image went by that.
-    geometry: Option<u64>,
+    /// Cylinders, heads, and sectors of a track.
+    geometry: (u16, u8, u8),
+    /// The program that made the image.
+    creator: [u8; 4],
     identity: Identity,
 }
 
@@ -276,22 +290,41 @@ impl Footer {
             }
             other => return Err(file.invalid(format!("its type of image is {other}"))),
         };
-        let sectors = u64::from(u16_at(footer, 56)) * u64::from(footer[58]) * u64::from(footer[59]);
-        // Others, as Hyper-V and Azure, go by the size.
-        let goes_by_geometry = matches!(&footer[28..32], b"vpc " | b"qemu");
-        let mut identity = [0; 16];
+        let (mut identity, mut creator) = ([0; 16], [0; 4]);
         identity.copy_from_slice(&footer[68..84]);
+        creator.copy_from_slice(&footer[28..32]);
         Ok(Self {
             kind,
             size: u64_at(footer, SIZE) / SECTOR * SECTOR,
-            geometry: goes_by_geometry.then_some(sectors * SECTOR),
+            geometry: (u16_at(footer, 56), footer[58], footer[59]),
+            creator,
             identity: Identity(identity),
         })
     }
 
     fn disk_size(&self) -> u64 {
-        let geometry = self.geometry.filter(|size| *size > 0 && *size < GEOMETRY_MAX);
-        geometry.filter(|size| *size <= self.size).unwrap_or(self.size)
+        let (cylinders, heads, sectors) = self.geometry;
+        let size = u64::from(cylinders) * u64::from(heads) * u64::from(sectors) * SECTOR;
+        // Others, as Hyper-V and Azure, go by the size.
+        let goes_by_geometry = matches!(&self.creator, b"vpc " | b"qemu");
+        match goes_by_geometry && (1..GEOMETRY_MAX).contains(&size) && size <= self.size {
+            true => size,
+            false => self.size,
+        }
+    }
+
+    fn details(&self) -> VpcInfo {
+        VpcInfo {
+            kind: match self.kind {
+                Kind::Fixed => ImageKind::Fixed,
+                Kind::Sparse { is_differencing: false, .. } => ImageKind::Dynamic,
+                Kind::Sparse { is_differencing: true, .. } => ImageKind::Differencing,
+            },
+            geometry: self.geometry,
+            current_size: self.size,
+            creator: self.creator,
+            uuid: Uuid::from_bytes(self.identity.0),
+        }
     }
 }
 

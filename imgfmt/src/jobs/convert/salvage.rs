@@ -18,7 +18,10 @@ pub(super) fn is_lost(error: &Error) -> bool {
     let lost = [Errno::IO, Errno::NODATA, Errno::ILSEQ, Errno::REMOTEIO].map(Errno::raw_os_error);
     match error.kind() {
         ErrorKind::Corrupt => true,
-        ErrorKind::Io => error.raw_os_error().is_some_and(|number| lost.contains(&number)),
+        ErrorKind::Io => {
+            error.is_of_lost_bytes()
+                || error.raw_os_error().is_some_and(|number| lost.contains(&number))
+        }
         _ => false,
     }
 }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use imgfmt::storage::{NullStorage, StorageWindow, in_whole_blocks};
 use imgfmt::{
-    Access, BackingFile, BackingOptions, Format, Image, Locking, NameTarget, OpenOptions, Storage,
+    Access, BackingFile, BackingOptions, FileNames, Format, Image, Locking, NameTarget,
+    OpenOptions, Storage,
 };
 use nbd_client::{Connector, ExportStorage};
 use nbd_proto::NbdUri;
@@ -63,7 +64,7 @@ impl DiskDescription {
             let image = options.open_image(path)?;
             let is_whole =
                 image.size().is_multiple_of(SECTOR) && options.window.offset.is_multiple_of(SECTOR);
-            if is_whole || !self.is_raw(path)? {
+            if is_whole || !self.is_raw(path, options.names)? {
                 return Ok(OpenedDisk { image, remote: None });
             }
             // Its locks would exclude us.
@@ -84,10 +85,10 @@ impl DiskDescription {
     }
 
     /// Returns whether a file is a raw image, regardless of the overlay above it.
-    fn is_raw(&self, path: &Path) -> imgfmt::Result<bool> {
+    fn is_raw(&self, path: &Path, names: FileNames) -> imgfmt::Result<bool> {
         // This process holds the locks.
         let mut options = OpenOptions::new().locking(Locking::Off);
-        options.format = self.format;
+        (options.format, options.names) = (self.format, names);
         Ok(Image::inspect_file(path, &options)?.format == Format::Raw)
     }
 

@@ -228,6 +228,11 @@ impl Conversion<'_> {
         converted.map(drop).map_err(|error| self.named(to, error))
     }
 
+    /// Whether the source is made of several, or of a part of one.
+    fn is_joined(&self) -> bool {
+        !self.options.more.is_empty() || self.options.part != (0..u64::MAX)
+    }
+
     /// Returns the error with the name of the image at fault, if it has none yet.
     fn named(&self, to: &ImageLocation, error: jobs::JobError) -> JobError {
         let (location, kind) = match error.kind() {
@@ -235,8 +240,8 @@ impl Conversion<'_> {
             _ => (to, JobErrorKind::Destination),
         };
         match error.into_image_error() {
-            // Of several sources, the one at fault is named already.
-            Ok(error) if kind == JobErrorKind::Source && !self.options.more.is_empty() => {
+            // Of joined sources, the one at fault is named already.
+            Ok(error) if kind == JobErrorKind::Source && self.is_joined() => {
                 JobError::image(kind, error)
             }
             Ok(error) => location.named(kind, error),

@@ -1,6 +1,7 @@
-//! Several disks, one after the other, as one.
+//! Several disks, or parts of them, one after the other, as one.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use imgfmt::storage::StorageExtent;
@@ -14,18 +15,24 @@ use crate::image_location::ImageLocation;
 /// The unit of disks, in bytes: the rest of the last one of each reads as zero.
 const SECTOR: u64 = 512;
 
-/// Returns the disks as one raw, read-only disk. Errors have the name of the disk at fault.
+/// Returns the disks, of each this part, as one raw, read-only disk. Errors have the name of the disk at
+/// fault.
 ///
 /// # Errors
 ///
 /// If they are too large together.
-pub(super) fn join(images: Vec<(ImageLocation, Image)>) -> Result<Image, JobError> {
+pub(super) fn join(
+    images: Vec<(ImageLocation, Image)>,
+    part: &Range<u64>,
+) -> Result<Image, JobError> {
     let (mut parts, mut end) = (Vec::new(), 0_u64);
     for (location, image) in images {
-        let length = image.size().checked_next_multiple_of(SECTOR);
+        let (first, stop) = (part.start.min(image.size()), part.end.min(image.size()));
+        let size = stop.saturating_sub(first);
+        let length = size.checked_next_multiple_of(SECTOR);
         let next = length.and_then(|length| end.checked_add(length));
         let next = next.ok_or_else(|| JobError::invalid("the sources are too large together"))?;
-        parts.push(Part { start: end, end: next, location, image });
+        parts.push(Part { start: end, end: next, first, size, location, image });
         end = next;
     }
     let options = OpenOptions::new().format(Format::Raw);
@@ -43,6 +50,9 @@ struct JoinedDisks {
 struct Part {
     start: u64,
     end: u64,
+    /// Where it begins in the image, and its size there.
+    first: u64,
+    size: u64,
     location: ImageLocation,
     image: Image,
 }
@@ -73,9 +83,9 @@ impl Storage for JoinedDisks {
             let Some(part) = self.part_at(at) else { break };
             let within = at - part.start;
             let count = (part.end - at).min((buffer.len() - done) as u64) as usize;
-            let stored = part.image.size().saturating_sub(within).min(count as u64) as usize;
+            let stored = part.size.saturating_sub(within).min(count as u64) as usize;
             let (data, rest) = buffer[done..][..count].split_at_mut(stored);
-            let read = part.image.read_at(GuestOffset::new(within), data);
+            let read = part.image.read_at(GuestOffset::new(part.first + within), data);
             read.map_err(|error| part.failed(error))?;
             rest.fill(0);
             done += count;
@@ -87,8 +97,8 @@ impl Storage for JoinedDisks {
         let at = offset.bytes();
         let part = self.part_at(at).ok_or(io::ErrorKind::UnexpectedEof)?;
         let (within, length) = (at - part.start, length.min(part.end - at));
-        let stored = part.image.size().saturating_sub(within).min(length);
-        let range = GuestRange::new(GuestOffset::new(within), stored);
+        let stored = part.size.saturating_sub(within).min(length);
+        let range = GuestRange::new(GuestOffset::new(part.first + within), stored);
         let range = range.ok_or(io::ErrorKind::InvalidInput)?;
         let found = part.image.extents(range).bounded(1, 1).next().transpose();
         Ok(match found.map_err(|error| part.failed(error))? {

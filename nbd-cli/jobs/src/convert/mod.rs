@@ -26,7 +26,7 @@ mod reader;
 
 use std::sync::Arc;
 
-use imgfmt::jobs::SourceReader;
+use imgfmt::jobs::{SourceReader, Unreadable};
 use imgfmt::{Format, Image};
 
 use self::job::Conversion;
@@ -118,10 +118,12 @@ fn is_remote(from: &ImageLocation, options: &ConvertOptions) -> bool {
     from.is_remote() || options.more.iter().any(ImageLocation::is_remote)
 }
 
-/// Opens the source, or all of them as one disk; what reads it, if it is all of an export.
+/// Opens the source, or parts or several of them as one disk; what reads it, if it is all of an export.
 fn open_sources(from: &ImageLocation, options: &ConvertOptions) -> Result<Opened, JobError> {
-    if options.more.is_empty() {
+    if options.more.is_empty() && options.part == (0..u64::MAX) {
         let (source, export) = from.open_disk_or_image(&options.read, &options.reconnecting)?;
+        // It gives up where a server cannot read.
+        let export = export.filter(|_| options.unreadable == Unreadable::Refused);
         let reader =
             export.map(|export| Arc::new(ExportReader::new(export, from.to_string())) as _);
         return Ok((source, reader));
@@ -129,7 +131,7 @@ fn open_sources(from: &ImageLocation, options: &ConvertOptions) -> Result<Opened
     let all = std::iter::once(from).chain(&options.more);
     let opened =
         all.map(|from| Ok((from.clone(), from.open(&options.read, &options.reconnecting)?)));
-    Ok((joined::join(opened.collect::<Result<_, JobError>>()?)?, None))
+    Ok((joined::join(opened.collect::<Result<_, JobError>>()?, &options.part)?, None))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The options of a conversion.
 
 use std::num::NonZeroUsize;
+use std::ops::Range;
 
 use imgfmt::jobs::{Background, Clusters, Unreadable, Zeroes};
 use imgfmt::{CacheMode, CreateOptions, OpenOptions};
@@ -20,6 +21,8 @@ pub struct ConvertOptions {
     pub destination: Destination,
     /// Sources that follow the first one, as parts of one disk. By default none.
     pub more: Vec<ImageLocation>,
+    /// The part of each source that is copied, in bytes, as far as the source reaches. By default all.
+    pub part: Range<u64>,
     /// Options for opening the sources.
     pub read: OpenOptions,
     /// Options for opening an existing image; the format and the access are set by the job.
@@ -37,7 +40,7 @@ pub struct ConvertOptions {
     pub background: Background,
     /// The form of zeroes that are written into an existing disk.
     pub zeroes: Zeroes,
-    /// What becomes of parts of the source that cannot be read. An export has to return them all.
+    /// What becomes of parts of the source that cannot be read.
     pub unreadable: Unreadable,
     /// Number of threads. By default the number of cores, and 8 with a server.
     pub threads: Option<NonZeroUsize>,
@@ -56,6 +59,7 @@ impl ConvertOptions {
             create,
             destination: Destination::default(),
             more: Vec::new(),
+            part: 0..u64::MAX,
             read: OpenOptions::new(),
             write: OpenOptions::new(),
             remotes: Remotes::default(),

@@ -121,7 +121,7 @@ async fn summed(job: &Job, expected: Option<&Checksum>) -> Result<Option<Checksu
 fn warn_of_container(source: &Source, context: &JobContext) {
     let Source::File { storage, path, .. } = source else { return };
     // A read error is reported by the copy.
-    let format = Format::probe(&**storage).unwrap_or(Format::Raw);
+    let format = Format::probe(&**storage, Some(path)).unwrap_or(Format::Raw);
     if format != Format::Raw {
         let advice = match format.is_supported() {
             true => "; to copy the disk inside it, use 'nbd-cli image convert'",

@@ -21,6 +21,7 @@
 
 mod backup;
 mod encryption;
+mod foreign;
 mod qcow2;
 mod snapshot;
 
@@ -43,6 +44,9 @@ use crate::server_report::ServerReport;
 
 pub use self::backup::BackupReport;
 pub use self::encryption::{EncryptionReport, LuksDetails, LuksReport, LuksSlotReport};
+pub use self::foreign::{
+    ForeignReport, VdiReport, VhdxReport, VmdkExtentReport, VmdkReport, VpcReport,
+};
 pub(crate) use self::qcow2::bitmap_flags;
 pub use self::qcow2::{BitmapReport, Qcow2Report};
 pub use self::snapshot::SnapshotReport;
@@ -126,6 +130,8 @@ pub enum FormatSpecificData {
     Qcow2(Box<Qcow2Report>),
     /// Those of an encrypted container.
     Luks(Box<EncryptionReport>),
+    /// Those of another format.
+    Foreign(Box<ForeignReport>),
 }
 
 /// Describes an image; the files and exports that it names are not opened. Blocks, and must not be
@@ -219,7 +225,7 @@ impl DescribedImage {
             format: self.info.format.name(),
             virtual_size: self.info.size,
             actual_size: self.actual_size,
-            cluster_size: qcow2.map(|qcow2| qcow2.cluster_size),
+            cluster_size: qcow2.map(|qcow2| qcow2.cluster_size).or(self.info.block_size),
             encrypted: self.info.encryption.is_some(),
             dirty_flag: qcow2.is_some_and(|qcow2| qcow2.is_dirty),
             backing_filename: backing.map(|name| name.to_string_lossy().into_owned()),
@@ -256,7 +262,16 @@ impl DescribedImage {
                 let kind = self.info.format.name();
                 Some(FormatSpecific { kind, data: FormatSpecificData::Luks(Box::new(data)) })
             }
-            (None, None) => None,
+            (None, None) => {
+                let details = self.info.details.as_ref()?;
+                let name_of = |file: Option<&OsStr>| match file {
+                    Some(name) => self.full_name(name),
+                    None => self.location.name(),
+                };
+                let data = Box::new(ForeignReport::new(details, name_of)?);
+                let kind = self.info.format.name();
+                Some(FormatSpecific { kind, data: FormatSpecificData::Foreign(data) })
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use imgfmt::{BackingFile, CacheMode, Format, Locking, OpenPolicy, Passphrase};
+use imgfmt::{BackingFile, CacheMode, FileNames, Format, Locking, OpenPolicy, Passphrase};
 use nbd_server::export::filters::{
     AdvisedMinimum, Blocking, Discard, FilterOptions, MultiConn, PreferredSize, Window, ZeroUnit,
 };
@@ -126,6 +126,8 @@ fn choices(
         context: context.clone(),
         temporary_directory: None,
         format: disk.format,
+        names: FileNames::AsInQemu,
+        known_as: None,
         snapshot: match &options.snapshot {
             Some(name) => Some(disk.snapshot_id(name, remotes).map_err(|error| error.to_string())?),
             None => None,

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use imgfmt::storage::FileStorage;
 use imgfmt::{
-    Access, BackingFile, BitmapDurability, BitmapState, CacheMode, ExpectedEncryption, Format,
-    Image, Locking, OpenOptions, OpenPolicy, Passphrase, Storage,
+    Access, BackingFile, BitmapDurability, BitmapState, CacheMode, ExpectedEncryption, FileNames,
+    Format, Image, Locking, OpenOptions, OpenPolicy, Passphrase, Storage,
 };
 use nbd_server::export::filters::{FilterOptions, Window};
 use nbd_server::export::{CountedLayers, Export, ImageExport};
@@ -73,6 +73,10 @@ pub struct ServeOptions {
     pub temporary_directory: Option<PathBuf>,
     /// Format of the image. By default it is detected.
     pub format: Option<Format>,
+    /// What the name of the image's file says of it.
+    pub names: FileNames,
+    /// The name of what is not a file.
+    pub(crate) known_as: Option<PathBuf>,
     /// An internal snapshot in place of the active state, which is read-only. By default none.
     pub snapshot: Option<String>,
     /// The destination of clients' writes.
@@ -235,7 +239,10 @@ impl ServeOptions {
         let observer = self.context.observer.clone();
         options = options.on_unlocked(Arc::new(move |path: &Path| observer.unlocked(path)));
         options.policy = self.policy.clone().unwrap_or_else(|| allow_json_files(OpenPolicy::new()));
-        options.format = self.format;
+        (options.format, options.names) = (self.format, self.names);
+        if let Some(name) = &self.known_as {
+            options = options.known_as(name);
+        }
         options.metadata_cache_bytes = self.metadata_cache;
         options.snapshot.clone_from(&self.snapshot);
         options.passphrases.clone_from(&self.passphrases);

@@ -64,7 +64,8 @@ impl ServeOptions {
             );
             return Err(JobError::invalid(why).into());
         }
-        let own = Self { format: url.format_or(self.format), ..self.clone() };
+        let format = url.format_or(self.format);
+        let own = Self { format, known_as: Some(url.to_string().into()), ..self.clone() };
         let image = own.open_storage(self.remotes.open_object(url)?)?;
         Ok(own.exported(image)?)
     }

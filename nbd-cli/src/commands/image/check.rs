@@ -5,8 +5,11 @@ use std::io::Write as _;
 
 use clap::{Args, ValueEnum};
 use imgfmt::{CheckReport, Format, OpenPolicy, Repair};
+use nbd_jobs::archive_check::{ManifestReport, check_manifest};
 use nbd_jobs::image_check::{CheckSummary, Checked, EXIT_CODE_UNSUPPORTED, Verdict, check};
+use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::qemu_name::path_in;
+use serde::Serialize;
 
 use super::location;
 use crate::connect::ServerArgs;
@@ -14,17 +17,24 @@ use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::locking::{LockArgs, ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable, unless_closed};
+use crate::progress::Visibility;
+use crate::shown::Shown;
 
 const AFTER_HELP: &str = "\
 Examples:
   nbd-cli image check disk.qcow2
   nbd-cli image check --repair leaks disk.qcow2
   nbd-cli image check --json disk.qcow2
+  nbd-cli image check machine.ova              the manifest of an archive, and its first disk
   nbd-cli image check nbd://localhost/disk     an image in an export, as bytes
 
 Only the image itself is checked, not its backing file, and not the guest's data in it. A leak is lost
 space; a corruption endangers data: copy the image before you repair it. A repair does not change
 readable data. Unreliable refcounts are rebuilt in unused clusters.
+
+Of an OVA archive that has a manifest (.mf), all files are compared with the digests in it; what was
+changed, is missing or is not listed counts as a corruption. The manifest's signature (.cert) is not
+verified.
 
 Exit codes, for the state after repair:
   0  nothing was found
@@ -84,6 +94,13 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
         Some(RepairChoice::All) => Repair::All,
     };
     let location = location::parse_alone(&args.path, &args.server)?;
+    if let (ImageLocation::File(path), Repair::None) = (&location, repair) {
+        let context = Shown::new(Visibility::Never).context();
+        if let Some(manifest) = check_manifest(path, &options, &context)? {
+            let disk = check(&location, &options, repair, &args.server.remotes());
+            return archive(args, &manifest, disk.map_err(CommandError::from));
+        }
+    }
     let checked = check(&location, &options, repair, &args.server.remotes());
     match checked.map_err(advise_sharing)? {
         Checked::Examined(report) => {
@@ -94,6 +111,59 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
             let _ = writeln!(std::io::stderr(), "nbd-cli: {why}");
             Ok(Outcome::Status(EXIT_CODE_UNSUPPORTED))
         }
+    }
+}
+
+/// The report about an archive. Its disk is checked if its format allows that.
+#[derive(Serialize)]
+struct ArchiveReport<'r> {
+    filename: String,
+    #[serde(flatten)]
+    manifest: &'r ManifestReport,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disk: Option<CheckSummary>,
+}
+
+fn archive(
+    args: &CheckArgs,
+    manifest: &ManifestReport,
+    disk: Result<Checked, CommandError>,
+) -> Result<Outcome, CommandError> {
+    let disk = match &disk {
+        Ok(Checked::Examined(report)) => Some(report),
+        Ok(Checked::Unsupported(_)) => None,
+        // A file that was changed explains it.
+        Err(_) if manifest.wrong().next().is_some() => None,
+        Err(_) => return disk.map(|_| Outcome::Success),
+    };
+    let verdict = match (manifest.wrong().next(), disk) {
+        (Some(_), _) => Verdict::Corruptions,
+        (None, Some(report)) => Verdict::of(report),
+        (None, None) => Verdict::Sound,
+    };
+    let mut output = Output::new();
+    let printed = match ReportFormat::from_json_flag(args.json) {
+        ReportFormat::Json => {
+            let filename = path_in(&args.path).to_string_lossy().into_owned();
+            let disk = disk.map(|report| CheckSummary::new(filename.clone(), report));
+            output.json(&ArchiveReport { filename, manifest, disk })
+        }
+        ReportFormat::Text => manifest_text(manifest, &mut output)
+            .and_then(|()| disk.map_or(Ok(()), |report| text(report, &mut output))),
+    };
+    unless_closed(printed.and_then(|()| output.finish()))?;
+    Ok(Outcome::Status(verdict.exit_code()))
+}
+
+fn manifest_text(manifest: &ManifestReport, output: &mut Output) -> Result<(), CommandError> {
+    let (wrong, all) = (manifest.wrong().count(), manifest.files.len());
+    for file in manifest.wrong() {
+        output.line(&format!("'{}' {}", file.filename, file.state.words()))?;
+    }
+    let name = &manifest.manifest;
+    match wrong {
+        0 => output.line(&format!("all {all} files are as the manifest '{name}' says")),
+        _ => output.line(&format!("{wrong} of {all} files are not as the manifest '{name}' says")),
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use nbd_jobs::JobContext;
-use nbd_jobs::overlay::{Committed, commit_overlay};
+use nbd_jobs::overlay::{CommitBase, Committed, commit_overlay};
 
 use super::info::print_json;
 use super::open::{TrustArgs, options};
@@ -62,7 +62,8 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
     let committed = if args.keep { Committed::Kept } else { Committed::Emptied };
     let remotes = ServerArgs::default().remotes();
     let overlay = options(args.format, &args.trust);
-    let done = commit_overlay(&args.path, &overlay, committed, &remotes, &context);
+    let base = CommitBase::Backing;
+    let done = commit_overlay(&args.path, base, &overlay, committed, &remotes, &context);
     shown.clear();
     done?;
     if args.json {

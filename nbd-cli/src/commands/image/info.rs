@@ -6,10 +6,11 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use clap::Args;
-use imgfmt::{Backup, Encryption, OpenOptions, Qcow2Info};
+use imgfmt::{Backup, Encryption, ImageInfo, OpenOptions, Qcow2Info};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::image_report::{
-    DescribedImage, FormatSpecific, FormatSpecificData, ImageReport, describe, describe_chain,
+    DescribedImage, ForeignReport, FormatSpecific, FormatSpecificData, ImageReport,
+    VmdkExtentReport, describe, describe_chain,
 };
 use nbd_jobs::size::{exact, rounded};
 
@@ -162,8 +163,76 @@ fn text(found: &DescribedImage, output: &mut Output) -> Result<(), CommandError>
     }
     match &info.qcow2 {
         Some(qcow2) => qcow2_text(qcow2, &found.report(), output),
-        None => Ok(()),
+        None => foreign_text(info, &found.report(), output),
     }
+}
+
+/// Information specific to other programs' formats.
+fn foreign_text(
+    info: &ImageInfo,
+    report: &ImageReport,
+    output: &mut Output,
+) -> Result<(), CommandError> {
+    let mut line = |what: &str, value: &str| output.line(&format!("{what:<18} {value}"));
+    if let Some(size) = info.block_size {
+        line("block size:", &exact(size))?;
+    }
+    let Some(FormatSpecific { data: FormatSpecificData::Foreign(specific), .. }) =
+        &report.format_specific
+    else {
+        return Ok(());
+    };
+    match &**specific {
+        ForeignReport::Vdi(vdi) => {
+            line("subformat:", vdi.subformat)?;
+            line("blocks in file:", &vdi.allocated_blocks.to_string())
+        }
+        ForeignReport::Vpc(vpc) => {
+            line("subformat:", vpc.subformat)?;
+            let (cylinders, heads, sectors) = (vpc.cylinders, vpc.heads, vpc.sectors);
+            let geometry = format!("{cylinders} cylinders, {heads} heads, {sectors} sectors");
+            line("geometry:", &geometry)?;
+            if vpc.current_size != info.size {
+                let size = format!("{} bytes in its footer", vpc.current_size);
+                line("size:", &format!("by its geometry; {size}"))?;
+            }
+            line("made by:", &printable(&vpc.creator))?;
+            vpc.uuid.iter().try_for_each(|uuid| line("uuid:", uuid))
+        }
+        ForeignReport::Vhdx(vhdx) => {
+            line("subformat:", vhdx.subformat)?;
+            line("sector size:", &exact(vhdx.logical_sector_size))?;
+            let state = match vhdx.log_in_use {
+                true => "not closed properly: replayed in memory at each open",
+                false => "empty",
+            };
+            line("log:", &format!("{state} ({})", exact(vhdx.log_size)))
+        }
+        ForeignReport::Vmdk(vmdk) => {
+            line("subformat:", &printable(&vmdk.create_type))?;
+            line("content id:", &format!("{:08x}", vmdk.cid))?;
+            if vmdk.parent_cid != u32::MAX {
+                line("parent's id:", &format!("{:08x}", vmdk.parent_cid))?;
+            }
+            vmdk.extents.iter().try_for_each(|extent| line("extent:", &extent_text(extent)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A part of the disk of a VMDK in one line.
+fn extent_text(extent: &VmdkExtentReport) -> String {
+    let mut parts = vec![extent.format.to_owned(), rounded(extent.virtual_size)];
+    if let Some(size) = extent.cluster_size {
+        parts.push(format!("grains of {}", exact(size)));
+    }
+    if extent.compressed {
+        parts.push("compressed".to_owned());
+    }
+    if extent.format != "ZERO" {
+        parts.push(printable(&extent.filename));
+    }
+    parts.join(", ")
 }
 
 /// Information specific to qcow2.

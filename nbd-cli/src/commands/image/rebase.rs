@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
+use imgfmt::jobs::Clusters;
 use imgfmt::{Format, Image};
 use nbd_jobs::overlay::rebase_overlay;
 
@@ -91,7 +92,8 @@ fn keep_content(args: &RebaseArgs, new: Option<(&OsStr, Format)>) -> Result<(), 
     let (overlay, backing) = (args.open.options(), args.open.trust.options());
     let remotes = ServerArgs::default().remotes();
     let context = shown.context();
-    let copied = rebase_overlay(&args.path, &overlay, new, &backing, &remotes, &context);
+    let plain = Clusters::Plain;
+    let copied = rebase_overlay(&args.path, &overlay, new, &backing, plain, &remotes, &context);
     shown.clear();
     Ok(copied?)
 }

@@ -1,9 +1,11 @@
 //! `qemu-img commit`.
 
+use std::path::{Path, PathBuf};
+
 use imgfmt::Image;
 use nbd_jobs::JobContext;
 use nbd_jobs::image_location::ImageLocation;
-use nbd_jobs::overlay::{Committed, commit_overlay};
+use nbd_jobs::overlay::{CommitBase, Committed, commit_overlay};
 
 use super::arguments::Arguments;
 use super::convert::rate;
@@ -27,28 +29,22 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     };
     // With a base, as in QEMU, the overlay stays as it is.
     let mut committed = Committed::Emptied;
-    if let Some(base) = arguments.value(Opt::Base) {
-        let below = ImageLocation::File(path.to_owned()).beside(&backing)?;
-        let is_below =
-            base == backing
-                || ImageLocation::parse(base)?.path().canonicalize().ok().is_some_and(|base| {
-                    below.path().canonicalize().is_ok_and(|below| below == base)
-                });
-        if !is_below {
-            return Err(Refusal::new(format!(
-                "-b {} is not the backing file of the image; commit the images between them first",
-                base.display()
-            )));
-        }
+    let mut base: Option<PathBuf> = None;
+    if let Some(name) = arguments.value(Opt::Base) {
+        // As in QEMU, names in the chain start at the directory of the image that has them.
+        let given = ImageLocation::parse(name)?.path().to_owned();
+        let beside = ImageLocation::File(path.to_owned()).beside(name)?.path().to_owned();
+        base = (name != backing).then(|| if given.exists() { given } else { beside });
         committed = Committed::Kept;
     }
     if arguments.has(Opt::Drop) {
         committed = Committed::Kept;
     }
+    let base = base.as_deref().map_or(CommitBase::Backing, |file: &Path| CommitBase::File(file));
     let rate_limit = rate(arguments)?;
     let progress = Percentage::begin(arguments.wants_progress())?;
     let context = JobContext { rate_limit, ..progress.context() };
-    let result = commit_overlay(path, &options, committed, &place.remotes, &context);
+    let result = commit_overlay(path, base, &options, committed, &place.remotes, &context);
     progress.end_with(&result);
     result?;
     if !arguments.has(Opt::Quiet) {

@@ -2,27 +2,22 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
 
-use imgfmt::{CreateOptions, Durability, Format, GuestOffset, Image, Locking, VhdSize, is_zero};
-use nbd_jobs::Durable;
+use imgfmt::{CreateOptions, Format, Locking, VhdSize};
+use nbd_jobs::convert::{ConvertOptions, Destination, convert};
 use nbd_jobs::image_location::ImageLocation;
-use nbd_jobs::target::{self, Existing, NewFile};
 
 use super::arguments::Arguments;
 use super::known::Opt;
-use super::options::{SECTOR, size_argument};
+use super::options::size_argument;
 use super::place::Place;
 use super::progress::Percentage;
 use super::refusal::{Refusal, complain};
-use crate::signals;
 
 /// The unit of `count` and `skip`, in bytes.
 const BLOCK_DEFAULT: u64 = 512;
 /// The largest, in bytes.
 const BLOCK_MAX: u64 = (1 << 31) - 1;
-/// Bytes that are copied at a time.
-const STEP: u64 = 1 << 20;
 
 /// The operands.
 #[derive(Default)]
@@ -80,59 +75,28 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     let format = arguments.format(Opt::TargetFormat)?;
     let source = Place::new(arguments, from, Opt::Format, Opt::None)?;
-    let image = source.open()?;
+    let size = source.open()?.size();
     // As in QEMU, `count` counts what is skipped.
     let end = operands.count.and_then(|count| count.checked_mul(block));
-    let end = end.unwrap_or(u64::MAX).min(image.size());
+    let end = end.unwrap_or(u64::MAX).min(size);
     let start = operands.skip.saturating_mul(block);
     if start > end {
         complain(&format!("{}: cannot skip to specified offset", from.display()));
     }
-    let size = end.saturating_sub(start);
-    let ImageLocation::File(path) = Place::parse(to, false)?.location else {
-        return Err(Refusal::new(format!("{}: only files can be written", to.display())));
-    };
-    if target::look(&path)? == Existing::BlockDevice {
-        return Err(Refusal::new(format!(
-            "{}: 'dd' to a device is not supported; use 'convert'",
-            path.display()
-        )));
+    let to = Place::parse(to, false)?.location;
+    if !matches!(to, ImageLocation::File(_)) {
+        return Err(Refusal::new(format!("{to}: only files can be written")));
     }
     let mut create = CreateOptions::new(format.unwrap_or(Format::Raw), 0);
-    create.size = Some(size.next_multiple_of(SECTOR));
     // As in QEMU, the geometry counts.
     create.foreign.vhd_size = VhdSize::Geometry;
-    create.foreign.final_name = path.file_name().map(Into::into);
-    write(&path, &create, |new| copy(&image, new, start, size))?;
+    create.open.locking = Locking::Auto;
+    let mut options = ConvertOptions::new(create);
+    options.part = start.min(end)..end;
+    options.destination = Destination::Replaced;
+    options.read = source.options.clone();
+    (options.remotes, options.reconnecting) = (source.remotes.clone(), source.remotes.clone());
+    let progress = Percentage::begin(false)?;
+    convert(&source.location, &to, &options, &progress.context())?;
     Ok(0)
-}
-
-/// Makes the image, in the place of an existing one if there is one.
-fn write(
-    path: &Path,
-    create: &CreateOptions,
-    fill: impl FnOnce(&Image) -> Result<(), Refusal>,
-) -> Result<(), Refusal> {
-    let observer = Percentage::begin(false)?.context().observer;
-    let make = |path: &Path| Image::create(path, create).map_err(Refusal::from);
-    let (new, image) = NewFile::begin_or_replace(path, Locking::Auto, &observer, make)?;
-    fill(&image)?;
-    image.close()?;
-    Ok(new.complete(Durable::Later)?)
-}
-
-/// Copies `size` bytes from `start` on to the start of a new image, which is zero.
-fn copy(from: &Image, to: &Image, start: u64, size: u64) -> Result<(), Refusal> {
-    let mut buffer = vec![0; size.min(STEP) as usize];
-    let mut done = 0;
-    while done < size {
-        signals::stop_if_interrupted()?;
-        let data = &mut buffer[..(size - done).min(STEP) as usize];
-        from.read_at(GuestOffset::new(start + done), data)?;
-        if !is_zero(data) {
-            to.write_at(GuestOffset::new(done), data, Durability::Cached)?;
-        }
-        done += data.len() as u64;
-    }
-    Ok(())
 }

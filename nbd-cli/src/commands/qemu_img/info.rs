@@ -1,6 +1,6 @@
 //! `qemu-img info`.
 
-use imgfmt::Passphrase;
+use imgfmt::{Format, FormatDetails, Passphrase};
 use nbd_jobs::image_report::{DescribedImage, describe, describe_chain};
 use serde_json::{Value, json};
 
@@ -56,6 +56,26 @@ fn report(image: &DescribedImage) -> Result<Value, Refusal> {
     if let Value::Object(members) = &mut report {
         members.remove("backup");
         members.remove("server");
+        if let Some(FormatDetails::Vdi(_) | FormatDetails::Vpc(_) | FormatDetails::Vhdx(_)) =
+            image.info.details
+        {
+            members.remove("format-specific");
+        }
+        if image.info.format == Format::Parallels {
+            members.remove("cluster-size");
+            members.remove("dirty-flag");
+        }
+        let extents = members
+            .get_mut("format-specific")
+            .and_then(|specific| specific.pointer_mut("/data/extents"))
+            .and_then(Value::as_array_mut);
+        if let Some(FormatDetails::Vmdk(vmdk)) = &image.info.details {
+            let extents = vmdk.extents.iter().zip(extents.into_iter().flatten());
+            for (_, extent) in extents.filter(|(extent, _)| extent.file.is_none()) {
+                // QEMU does not say the type of one in the image's own file.
+                extent["format"] = "".into();
+            }
+        }
         let bitmaps = members
             .get_mut("format-specific")
             .and_then(|specific| specific.pointer_mut("/data/bitmaps"))

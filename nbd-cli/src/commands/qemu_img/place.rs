@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::path::Path;
 
-use imgfmt::{Access, ArchiveNames, CacheMode, Format, Image, Locking, OpenOptions, OpenPolicy};
+use imgfmt::{Access, CacheMode, FileNames, Format, Image, Locking, OpenOptions, OpenPolicy};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::remote::{Remotes, UnknownExport, allow_exports};
 use nbd_jobs::text::printable;
@@ -82,8 +82,7 @@ impl Place {
         let location = location.map_err(|error| could_not_open(&name, &error.to_string()))?;
         let remotes = remotes();
         let mut options = OpenOptions::new().policy(trusting(&remotes));
-        // For QEMU, such a file is a raw disk. The other names mean nothing to it.
-        options.archives = ArchiveNames::Members;
+        options.names = FileNames::AsInQemu;
         Ok(Self { location, options, remotes })
     }
 

@@ -1,5 +1,6 @@
 //! `qemu-img rebase`.
 
+use imgfmt::jobs::Clusters;
 use imgfmt::{CacheMode, Format, Image};
 use nbd_jobs::overlay::rebase_overlay;
 
@@ -15,11 +16,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     if backing.is_none() && !is_unsafe {
         return Err(Refusal::usage("Must specify backing file (-b) or use unsafe mode (-u)"));
     }
-    if arguments.has(Opt::Compress) {
-        return Err(Refusal::new(
-            "-c is not supported: what is copied into the overlay is not compressed",
-        ));
-    }
+    let clusters = match arguments.has(Opt::Compress) {
+        true => Clusters::Compressed,
+        false => Clusters::Plain,
+    };
     let mut place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?;
     // For the new backing file only: the overlay is changed.
     let locking = std::mem::take(&mut place.options.locking);
@@ -54,7 +54,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         Image::change_backing_file(path, &options, new).map_err(Refusal::from)
     } else {
         let context = progress.context();
-        rebase_overlay(path, &options, new, &for_backing, &place.remotes, &context)
+        rebase_overlay(path, &options, new, &for_backing, clusters, &place.remotes, &context)
             .map_err(Refusal::from)
     };
     progress.end_with(&rebased);
