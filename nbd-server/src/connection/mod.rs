@@ -39,8 +39,9 @@ use tokio::sync::OwnedSemaphorePermit;
 use crate::client;
 use crate::clients::Arrival;
 use crate::error::system_words;
-use crate::export::Export;
+use crate::export::{Export, ExportEntry, ExportError, Waiter};
 use crate::paused::Continued;
+use crate::queue::GroupId;
 use crate::shutdown::{Phase, Shutdown};
 use crate::statistics::Tally;
 use error::ConnectionError;
@@ -111,6 +112,7 @@ pub(crate) async fn serve(
             }
             Ok(Some(Rest { socket, state, writeback })) => match socket.into_descriptor() {
                 Ok(socket) => {
+                    let entry = entry.clone();
                     shared.resting.add(socket, state, entry, move || writeback.owes_failure());
                 }
                 Err(error) => tracing::warn!(error = system_words(&error), "connection failed"),
@@ -120,6 +122,38 @@ pub(crate) async fn serve(
         () = present.cut() => tracing::info!("connection cut: the export was removed"),
         () = shutdown.reached(Phase::Aborting) => {
             tracing::warn!("connection cut: the server ended before its replies were taken");
+        }
+    }
+    drop(present);
+    // At its end the server flushes everything.
+    if shutdown.is_in(Phase::Serving) {
+        leave(entry, &name, &shared);
+    }
+}
+
+/// Has an export flushed, if it was removed and its last client has left: nobody else does so. It is
+/// dropped after that, on a thread of the pool, because closing a disk may take long.
+fn leave(entry: ExportEntry, name: &str, shared: &Shared) {
+    let export = entry.export();
+    let is_removed = !shared.exports.offers(export) && !shared.clients.is_withdrawn(export);
+    if is_removed && shared.clients.users_of(export) == 0 {
+        let group = Arc::as_ptr(export).cast::<()>() as GroupId;
+        let last = Box::new(LastFlush(name.to_owned()));
+        entry.flushes().join(&shared.scheduler, group, export, entry.failures(), last);
+    }
+}
+
+/// Reports a failed flush in the log: no client is there any more.
+struct LastFlush(String);
+
+impl Waiter for LastFlush {
+    fn is_abandoned(&self) -> bool {
+        false
+    }
+
+    fn answer(self: Box<Self>, result: Result<(), (u64, &ExportError)>) {
+        if let Err((_, error)) = result {
+            tracing::error!(export = %self.0, message = %error.message, "the last flush of a removed export failed");
         }
     }
 }

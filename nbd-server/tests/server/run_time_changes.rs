@@ -1,12 +1,13 @@
 //! Exports that come and go while the server runs.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nbd_proto::wire::ReplyMode;
 use nbd_server::export::{ExportEntry, MemoryExport};
 use nbd_server::{ExportRegistry, InUse, RemoveError, ServerConfig};
 
-use crate::support::{Client, TestServer};
+use crate::support::{Client, Script, Scripted, TestServer, wait_until};
 
 fn entry() -> ExportEntry {
     ExportEntry::new(Arc::new(MemoryExport::new(1 << 20)))
@@ -40,4 +41,34 @@ fn an_export_in_use_is_removed_only_together_with_its_clients() {
     client.expect_end();
     server.handle().exports().add("", entry()).unwrap();
     assert_eq!(Client::connect(&server, ReplyMode::Extended).read(0, 4), [0; 4]);
+}
+
+#[test]
+fn a_removed_export_is_flushed_and_closed_when_its_last_client_leaves() {
+    for is_removed in [true, false] {
+        let disk = Scripted::new(1 << 20, Script::default());
+        let server = TestServer::with(ServerConfig::default(), disk.clone());
+        let mut clients = [(); 2].map(|()| Client::connect(&server, ReplyMode::Extended));
+        if is_removed {
+            drop(server.handle().exports().remove("").unwrap());
+        }
+        for client in &mut clients {
+            client.write(0, &[1; 512]).unwrap();
+        }
+        let [first, second] = clients;
+        drop(first);
+        wait_until("it has left", || server.handle().clients().len() == 1);
+        assert_eq!(disk.flushes.load(Ordering::SeqCst), 0);
+        drop(second);
+        wait_until("it has left", || server.handle().clients().is_empty());
+        if is_removed {
+            wait_until("the disk is flushed and closed", || {
+                disk.flushes.load(Ordering::SeqCst) == 1 && Arc::strong_count(&disk) == 1
+            });
+        }
+        let before = disk.flushes.load(Ordering::SeqCst);
+        assert_eq!(before, usize::from(is_removed));
+        server.stop().unwrap();
+        assert_eq!(disk.flushes.load(Ordering::SeqCst), before + 1, "at the end");
+    }
 }
