@@ -1,5 +1,6 @@
 //! The pool of threads for blocking work, and its queue.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,6 +19,14 @@ const MOST_THREADS: usize = 128;
 
 /// The time slice of a thread that works rather than waits: several times the system's default.
 const WORK_SLICE: Duration = Duration::from_millis(20);
+
+/// That of a thread that waits: as the [workers](crate::worker) have it, whoever started the thread.
+const WAIT_SLICE: Duration = sys::SHORTEST_SLICE;
+
+thread_local! {
+    /// Whether the slice of this thread is that for work; `None` before it is set.
+    static IS_SLOW: Cell<Option<bool>> = const { Cell::new(None) };
+}
 
 /// Something to be carried out, in steps of some milliseconds where that is possible.
 pub(crate) trait Job: Send {
@@ -121,7 +130,7 @@ impl Scheduler {
     /// Carries out a job, and then others for as long as there are any.
     fn run(&self, first: Popped<Box<dyn Job>>) {
         let mut next = Some(first);
-        let mut pace = Pace::default();
+        let pace = Pace;
         while let Some(Popped { job, started }) = next.take() {
             pace.set(started.class());
             let start = Instant::now();
@@ -159,16 +168,13 @@ impl Scheduler {
 /// How soon the current thread lets others have its core. What works for long gives way to
 /// connections and clients that wake up; its share of the cores stays what it is. Systems without
 /// such a setting (before Linux 6.12) are left as they are.
-#[derive(Default)]
-struct Pace {
-    is_slow: bool,
-}
+struct Pace;
 
 impl Pace {
-    fn set(&mut self, class: Class) {
+    fn set(&self, class: Class) {
         let is_slow = class != Class::Wait;
-        if std::mem::replace(&mut self.is_slow, is_slow) != is_slow {
-            sys::set_time_slice(if is_slow { WORK_SLICE } else { Duration::ZERO });
+        if IS_SLOW.replace(Some(is_slow)) != Some(is_slow) {
+            sys::set_time_slice(if is_slow { WORK_SLICE } else { WAIT_SLICE });
         }
     }
 }

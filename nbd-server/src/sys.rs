@@ -133,6 +133,10 @@ pub(crate) fn peer_groups(socket: BorrowedFd<'_>) -> Vec<u32> {
     }
 }
 
+/// The shortest time slice that the kernel allows. A thread with it that wakes up for a request gets a
+/// core at once from programs that compute (Linux 6.12), and its share of the core is unchanged.
+pub(crate) const SHORTEST_SLICE: Duration = Duration::from_micros(100);
+
 /// Sets the time for which the current thread computes before others with the same deadline get its
 /// core; zero is the system's default. A thread with a longer slice gives way at once to one with a
 /// shorter slice that wakes up (Linux 6.12). If it cannot be set, nothing changes; threads with

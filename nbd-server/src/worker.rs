@@ -7,7 +7,6 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinSet;
@@ -24,11 +23,6 @@ use crate::sys;
 
 /// The precision of pauses, in nanoseconds.
 const TIMER_SLACK: NonZeroU64 = NonZeroU64::new(1000).unwrap();
-
-/// The time for which a thread computes before others with the same deadline get its core. It is
-/// the shortest that the kernel allows: a thread that wakes up for a request then gets the core at
-/// once from programs that compute (Linux 6.12), and its share of the core is unchanged.
-const TIME_SLICE: Duration = Duration::from_micros(100);
 
 /// An accepted client.
 pub(crate) struct Accepted {
@@ -118,7 +112,7 @@ impl Worker {
                 // The default of 50 microseconds is longer than the pauses in which paced clients
                 // are read. If it cannot be set, they are read a little later.
                 let _ = rustix::thread::set_current_timer_slack(Some(TIMER_SLACK));
-                sys::set_time_slice(TIME_SLICE);
+                sys::set_time_slice(sys::SHORTEST_SLICE);
                 runtime.block_on(run_with_ring(index, receiver, count, shared, shutdown));
             })?;
         Ok(Self { sender, connections, thread })
