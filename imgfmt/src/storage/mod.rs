@@ -1,8 +1,9 @@
 //! The storage of an image: the [`Storage`] trait and its implementations.
 //!
 //! A storage is a flat array of bytes with positional, synchronous I/O through `&self`, independent
-//! of image formats. Six methods are required; the others have correct defaults, which
-//! [`FileStorage`] replaces with faster operations of the operating system.
+//! of image formats. Three methods are required. The others have correct defaults: changes are
+//! refused, and [`FileStorage`] replaces the rest with faster operations of the operating system. A
+//! storage above another one has to forward them; the module `tests` lists who does not.
 
 mod alignment;
 mod bounce;
@@ -16,6 +17,8 @@ mod null;
 mod opening;
 mod padded;
 mod range_locks;
+#[cfg(test)]
+mod tests;
 mod tracked;
 mod window;
 mod writers;

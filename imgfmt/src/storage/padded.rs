@@ -3,7 +3,9 @@
 use std::io;
 use std::sync::Arc;
 
-use super::{Capabilities, Durability, Speed, Storage, StorageExtent, TryRead, ZeroMode};
+use super::{
+    Capabilities, DirectAlignment, Durability, Speed, Storage, StorageExtent, TryRead, ZeroMode,
+};
 use crate::extent::ExtentKind;
 use crate::units::HostOffset;
 
@@ -98,6 +100,15 @@ impl Storage for PaddedStorage {
             0 => Ok(StorageExtent { length, kind: ExtentKind::Hole }),
             length => self.inner.next_extent(offset, length),
         }
+    }
+
+    fn is_known_data(&self, offset: HostOffset, length: u64) -> bool {
+        let is_within = self.available(offset, length).is_ok_and(|within| within == length);
+        is_within && self.inner.is_known_data(offset, length)
+    }
+
+    fn direct_alignment(&self) -> Option<DirectAlignment> {
+        self.inner.direct_alignment()
     }
 
     fn readahead(&self, offset: HostOffset, length: u64) -> io::Result<()> {
