@@ -6,7 +6,7 @@ use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::FileExt as _;
 use std::process::{Child, Command, Stdio};
 
-use nbd_objects::testing::{Contents, Seen};
+use nbd_objects::testing::{Contents, Fault, Seen};
 
 use crate::support::{REPOSITORY, Scene, noise};
 
@@ -28,16 +28,23 @@ fn per_gib(seen: &[Seen], method: &str) -> usize {
 }
 
 #[test]
-fn full_backup_and_its_restore_make_few_requests() {
+fn full_backup_and_its_restore_make_few_requests_and_take_little_memory() {
     let scene = repository();
     let disk = scene.beside("disk");
     std::fs::write(&disk, noise(PART << 20, 11)).expect("room");
-    scene.run(&["backup", "-q", "--name", "vm", &disk, REPOSITORY]).success();
+    // As many packs as may be are on their way.
+    scene.store.fail(|seen| match seen.method == "PUT" {
+        true => Fault::Late(100),
+        false => Fault::None,
+    });
+    let peak = peak_of(scene.command(&["backup", "-q", "--name", "vm", &disk, REPOSITORY]));
+    assert!(peak <= 256, "backup: {peak} MiB");
     let seen = scene.store.take_seen();
     let puts = per_gib(&seen, "PUT");
     assert!((100..=128).contains(&puts), "{puts} PUTs a GiB: {seen:?}");
     let name = format!("backup:{REPOSITORY}/vm");
-    scene.run(&["restore", "-q", &name, &scene.beside("restored")]).success();
+    let peak = peak_of(scene.command(&["restore", "-q", &name, &scene.beside("restored")]));
+    assert!(peak <= 256, "restore: {peak} MiB");
     let seen = scene.store.take_seen();
     let gets = per_gib(&seen, "GET");
     assert!((100..=200).contains(&gets), "{gets} GETs a GiB: {seen:?}");

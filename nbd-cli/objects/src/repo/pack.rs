@@ -1,6 +1,6 @@
 //! Packs: frames one behind another, with a directory at the end.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
 use super::error::{RepositoryError, Result};
 use super::id::PackId;
@@ -41,14 +41,21 @@ pub(crate) struct Entry {
 #[derive(Debug)]
 pub(crate) struct PackBuilder {
     id: PackId,
-    bytes: Vec<u8>,
+    bytes: BytesMut,
     entries: Vec<Entry>,
 }
 
 impl PackBuilder {
     pub(crate) fn new(id: PackId) -> Self {
+        Self::reusing(id, BytesMut::new())
+    }
+
+    /// Uses memory again.
+    pub(crate) fn reusing(id: PackId, mut memory: BytesMut) -> Self {
+        memory.clear();
         // With the last frame and the directory, so that it need not be moved.
-        Self { id, bytes: Vec::with_capacity(PACK_SIZE + (256 << 10)), entries: Vec::new() }
+        memory.reserve(PACK_SIZE + (256 << 10));
+        Self { id, bytes: memory, entries: Vec::new() }
     }
 
     pub(crate) fn id(&self) -> PackId {
@@ -101,7 +108,7 @@ impl PackBuilder {
         self.bytes.extend_from_slice(&length_of(directory.len())?.to_le_bytes());
         self.bytes.extend_from_slice(&hash.0);
         self.bytes.extend_from_slice(MAGIC);
-        Ok(self.bytes.into())
+        Ok(self.bytes.freeze())
     }
 }
 

@@ -146,7 +146,8 @@ impl Session {
             return Err(RepositoryError::invalid("the backup has too many packs"));
         }
         let next = PackId { session: self.id, number: self.next_pack };
-        let full = std::mem::replace(&mut self.pack, PackBuilder::new(next));
+        let memory = self.puts.memory();
+        let full = std::mem::replace(&mut self.pack, PackBuilder::reusing(next, memory));
         self.next_pack += 1;
         let name = Key::Pack(full.id()).to_string();
         let content = full.finish(&self.repository.objects.sealer)?;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::task::JoinSet;
 
 use super::super::error::{RepositoryError, RepositoryErrorKind, Result};
@@ -13,7 +13,9 @@ const PUTS: usize = 4;
 
 #[derive(Debug, Default)]
 pub(super) struct Puts {
-    tasks: JoinSet<Result<()>>,
+    tasks: JoinSet<Result<Bytes>>,
+    /// Memory of what was sent.
+    memory: Vec<BytesMut>,
     /// The first one that could not be sent: without it there is no backup.
     failed: Option<RepositoryError>,
 }
@@ -30,20 +32,37 @@ impl Puts {
             self.sent().await?;
         }
         let objects = Arc::clone(objects);
-        self.tasks.spawn(async move { objects.write(&name, content).await });
+        self.tasks.spawn(async move {
+            objects.write(&name, content.clone()).await?;
+            Ok(content)
+        });
         Ok(())
+    }
+
+    /// Returns memory of what was sent, or none.
+    pub(super) fn memory(&mut self) -> BytesMut {
+        self.memory.pop().unwrap_or_default()
     }
 
     /// Waits for one that is being sent.
     pub(super) async fn sent(&mut self) -> Result<()> {
-        let sent = self.tasks.join_next().await.unwrap_or(Ok(Ok(()))).unwrap_or_else(|error| {
+        let Some(sent) = self.tasks.join_next().await else { return Ok(()) };
+        let sent = sent.unwrap_or_else(|error| {
             let message = format!("a request was given up: {error}");
             Err(RepositoryError::new(RepositoryErrorKind::Store, message))
         });
-        if let Err(error) = &sent {
-            self.failed.get_or_insert_with(|| error.clone());
+        match sent {
+            Ok(content) => {
+                // The connection may not have let go of it yet.
+                self.memory.extend(content.try_into_mut());
+                self.memory.truncate(PUTS);
+                Ok(())
+            }
+            Err(error) => {
+                self.failed.get_or_insert_with(|| error.clone());
+                Err(error)
+            }
         }
-        sent
     }
 
     /// Waits for all. An error that was told before is told again.
