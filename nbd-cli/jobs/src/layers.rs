@@ -80,46 +80,61 @@ pub(crate) fn check_chain(
         ));
     }
     let layers = image.backups_of_chain();
-    for (index, (path, backup)) in layers.iter().enumerate() {
-        let name = path.as_deref().unwrap_or_else(|| Path::new("")).display();
-        let Some(backup) = backup else {
-            checked.without_sum += 1;
-            continue;
-        };
-        if !backup.is_sealed {
-            warn(&format!(
-                "'{name}' was opened for writing after the backup was made, so that it cannot be checked"
-            ));
-            checked.without_sum += 1;
-            continue;
+    for index in 0..layers.len() {
+        match check_layer(image, (&layers, index), Some(visible), options, context)? {
+            true => checked.files += 1,
+            false => checked.without_sum += 1,
         }
-        check_base(&name.to_string(), backup, layers.get(index + 1), context)?;
-        // What has no path cannot be read by itself.
-        let (Some(expected), Some(path)) = (backup.identity.content, path) else {
-            checked.without_sum += 1;
-            continue;
-        };
-        let layer = (index, path.as_path(), backup);
-        if found_in(image, visible, layer, expected, options, context)? {
-            checked.files += 1;
-            continue;
-        }
-        if !backup.was_modified {
-            return Err(mismatch(format!(
-                "'{name}' does not hold what the backup wrote into it: it is damaged, or was changed by \
-                 a program that does not know the format; use another backup"
-            )));
-        }
-        warn(&format!(
-            "'{name}' was changed after the backup was made, and does not hold what that wrote into it"
-        ));
-        checked.without_sum += 1;
     }
     Ok(checked)
 }
 
+/// What the files of a chain are, from the top to the bottom.
+type Layers = [(Option<PathBuf>, Option<Backup>)];
+
+/// Checks one file of a chain: that it holds what was put into it, upon the one it was made upon.
+/// `visible` is as in [`check_chain`]; without it the file is read as a whole. Returns whether it could
+/// be checked. Blocks.
+///
+/// # Errors
+///
+/// As [`check_chain`].
+pub(crate) fn check_layer(
+    image: &Image,
+    (layers, index): (&Layers, usize),
+    visible: Option<&OfLayers>,
+    options: &OpenOptions,
+    context: &JobContext,
+) -> Result<bool, JobError> {
+    let Some((path, Some(backup))) = layers.get(index) else { return Ok(false) };
+    let name = path.as_deref().unwrap_or_else(|| Path::new("")).display();
+    let warn = |text: &str| context.observer.warning(text);
+    if !backup.is_sealed {
+        warn(&format!(
+            "'{name}' was opened for writing after the backup was made, so that it cannot be checked"
+        ));
+        return Ok(false);
+    }
+    check_base(&name.to_string(), backup, layers.get(index + 1), context)?;
+    // What has no path cannot be read by itself.
+    let (Some(expected), Some(path)) = (backup.identity.content, path) else { return Ok(false) };
+    let layer = (index, path.as_path(), backup);
+    if found_in(image, visible, layer, expected, options, context)? {
+        return Ok(true);
+    }
+    if !backup.was_modified {
+        return Err(mismatch(format!(
+            "'{name}' does not hold what the backup wrote into it: it is damaged, or was changed by a \
+             program that does not know the format; use another backup"
+        )));
+    }
+    warn(&format!(
+        "'{name}' was changed after the backup was made, and does not hold what that wrote into it"
+    ));
+    Ok(false)
+}
+
 fn mismatch(text: String) -> JobError {
-    let text = format!("{text}, or add --no-check to restore what there is");
     JobError::new(JobErrorKind::Mismatch, text)
 }
 
@@ -157,15 +172,15 @@ fn check_base(
 /// Returns whether a layer has that sum.
 fn found_in(
     image: &Image,
-    visible: &OfLayers,
+    visible: Option<&OfLayers>,
     (index, path, backup): (usize, &Path, &Backup),
     expected: ContentSum,
     options: &OpenOptions,
     context: &JobContext,
 ) -> Result<bool, JobError> {
     // In a disk of another size the last block is another one.
-    let is_whole = backup.identity.disk_size == visible.size();
-    let seen = visible.of_layer(index).filter(|_| is_whole);
+    let visible = visible.filter(|visible| backup.identity.disk_size == visible.size());
+    let seen = visible.and_then(|visible| visible.of_layer(index));
     if seen == Some(expected) {
         return Ok(true);
     }

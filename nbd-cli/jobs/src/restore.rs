@@ -383,7 +383,14 @@ async fn check(
     let (image, open, context) = (image.clone(), options.image.clone(), context.clone());
     let check = move || layers::check_chain(&image, &sum, &open, &context);
     let checked = tokio::task::spawn_blocking(check).await;
-    checked.map_err(|error| JobError::given_up("read", &error))?
+    let checked = checked.map_err(|error| JobError::given_up("read", &error))?;
+    checked.map_err(|error| match error.kind() {
+        JobErrorKind::Mismatch => {
+            let words = format!("{error}, or add --no-check to restore what there is");
+            error.in_words(words)
+        }
+        _ => error,
+    })
 }
 
 async fn verify(

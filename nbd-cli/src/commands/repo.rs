@@ -2,6 +2,7 @@
 
 mod args;
 mod export;
+mod import;
 mod keys;
 mod report;
 mod store;
@@ -34,6 +35,7 @@ pub(crate) fn run(args: &RepoArgs) -> Result<Outcome, CommandError> {
             RepoCommand::Stats(args) => report::stats(args).await,
             RepoCommand::ForgetSession(args) => forget_session(args).await,
             RepoCommand::Export(args) => export::run(args).await,
+            RepoCommand::Import(args) => import::run(args).await,
             RepoCommand::Key(args) => keys::run(args).await,
         }
     })

@@ -106,6 +106,8 @@ mod repository;
 #[cfg(feature = "object-storage")]
 mod repository_export;
 #[cfg(feature = "object-storage")]
+mod repository_import;
+#[cfg(feature = "object-storage")]
 mod seaweedfs;
 mod serve_access;
 mod serve_bitmaps_survive;

@@ -57,3 +57,8 @@ fn restore_bears_faults_of_the_store() {
 fn export_bears_faults_of_the_store() {
     met(&["repo export"], is_thorough() && seed().is_multiple_of(2));
 }
+
+#[test]
+fn import_bears_faults_of_the_store() {
+    met(&["repo import"], is_thorough() && seed().is_multiple_of(2));
+}

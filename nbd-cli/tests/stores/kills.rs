@@ -46,3 +46,8 @@ fn interrupted_restore_is_completed_by_another_one() {
 fn interrupted_export_is_completed_by_another_one() {
     interrupted(&["repo export"], is_thorough() && seed().is_multiple_of(2));
 }
+
+#[test]
+fn interrupted_import_is_completed_by_another_one() {
+    interrupted(&["repo import"], is_thorough() && seed().is_multiple_of(2));
+}

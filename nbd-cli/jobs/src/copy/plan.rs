@@ -42,6 +42,9 @@ pub(crate) enum Extents {
     Image(ImageExtents),
     /// A server's dirty bitmap, and its block status of the dirty ranges.
     Dirty(Box<DirtyExtents>),
+    /// The tables of an image: what it does not have itself is unchanged.
+    #[cfg(feature = "object-storage")]
+    TopOfImage(ImageExtents),
     /// What a task tells, front to back: the end of each part, and its content.
     #[cfg(feature = "object-storage")]
     Told(tokio::sync::mpsc::Receiver<Result<(u64, Content), JobError>>),
@@ -180,6 +183,14 @@ impl Extents {
             Self::Dirty(extents) => {
                 let (end, content) = extents.at(at, size).await?;
                 Ok(Known::new(end, content))
+            }
+            #[cfg(feature = "object-storage")]
+            Self::TopOfImage(extents) => {
+                let known = extents.at(at)?;
+                // What is known to be zero needs no base, which may be of a smaller disk.
+                let is_own = known.depth == 1 || known.content == Content::Zero;
+                let content = if is_own { known.content } else { Content::Unchanged };
+                Ok(Known::new(known.end.min(size), content))
             }
             #[cfg(feature = "object-storage")]
             Self::Told(told) => loop {

@@ -101,6 +101,7 @@ async fn copy(
         bitmap: work.options.bitmap.clone(),
         identity: Some(issued.backup.to_string()),
         disk: issued.disk.map(|disk| disk.to_string()),
+        imported: None,
     };
     let dirty = bitmap.filter(|_| is_incremental);
     let copied = work.run_served(&uri, dirty, &described).await;

@@ -9,13 +9,14 @@ use imgfmt::{Format, Image, OpenOptions, Storage};
 use nbd_client::{Client, ReadMemory};
 use nbd_objects::repo::{BLOCK_SIZE, Damage, Id, Made, NewBackup, Repository, Session, host_name};
 use nbd_proto::NbdUri;
+use nbd_proto::wire::MetaContextName;
 use tokio::task::JoinHandle;
 
 use super::options::{BackedUpToRepository, RepositoryOptions, repository_error};
 use crate::backup::{connect_to_disk, context_of};
 use crate::copy::content::Content;
 use crate::copy::dirty::DirtyExtents;
-use crate::copy::plan::{Extents, Lengths, Plan};
+use crate::copy::plan::{Extents, ImageExtents, Lengths, Plan};
 use crate::copy::source::Source;
 use crate::copy::verify::Verification;
 use crate::restore::Verify;
@@ -33,6 +34,30 @@ pub(super) struct Described {
     pub(super) bitmap: Option<String>,
     pub(super) identity: Option<String>,
     pub(super) disk: Option<String>,
+    /// When an imported image was written last, in milliseconds since 1970, and what it was.
+    pub(super) imported: Option<(u64, String)>,
+}
+
+/// What is read of a disk.
+pub(super) enum Parts<'a> {
+    All,
+    /// What is dirty in this bitmap of its server.
+    Dirty(&'a Client, &'a MetaContextName),
+    /// What the image has itself: the rest is that of the base.
+    OfImage(&'a Arc<Image>),
+}
+
+impl Parts<'_> {
+    fn extents(&self, source: &Source) -> Extents {
+        match self {
+            Self::All => source.extents(0),
+            Self::Dirty(client, bitmap) => {
+                let client = Client::clone(client);
+                Extents::Dirty(Box::new(DirtyExtents::new(client, bitmap, 0)))
+            }
+            Self::OfImage(image) => Extents::TopOfImage(ImageExtents::new(image, 0)),
+        }
+    }
 }
 
 /// Shared state of the parts of one backup.
@@ -47,7 +72,11 @@ pub(super) struct Work<'a> {
     pub(super) base_size: Option<u64>,
     /// The base, if it has to be the last one of its name still when the backup is committed.
     pub(super) follows: Option<Id>,
+    /// Checks, when all was read, that the disk is the same still. Blocks.
+    pub(super) before_commit: Option<BeforeCommit>,
 }
+
+pub(super) type BeforeCommit = Arc<dyn Fn() -> Result<(), JobError> + Send + Sync>;
 
 /// Reads in order, several at a time.
 enum Step {
@@ -86,7 +115,8 @@ impl Work<'_> {
             ));
             wanted = None;
         }
-        let result = self.run(source, wanted.as_ref().map(|it| (&client, it)), described).await;
+        let parts = wanted.as_ref().map_or(Parts::All, |bitmap| Parts::Dirty(&client, bitmap));
+        let result = self.run(source, parts, described).await;
         // Everything was read, so the way in which the connection ends does not matter.
         let _ = client.disconnect().await;
         result
@@ -100,17 +130,11 @@ impl Work<'_> {
     pub(super) async fn run(
         &self,
         source: Source,
-        dirty: Option<(&Client, &nbd_proto::wire::MetaContextName)>,
+        parts: Parts<'_>,
         described: &Described,
     ) -> Result<BackedUpToRepository, JobError> {
         let started = Instant::now();
         let size = source.size().unwrap_or_default();
-        let extents = |source: &Source| match dirty {
-            Some((client, bitmap)) => {
-                Extents::Dirty(Box::new(DirtyExtents::new(client.clone(), bitmap, 0)))
-            }
-            None => source.extents(0),
-        };
         let source = Arc::new(source);
         let mut new = NewBackup::default();
         new.name.clone_from(&self.options.name);
@@ -120,21 +144,24 @@ impl Work<'_> {
         new.bitmap.clone_from(&described.bitmap);
         new.identity.clone_from(&described.identity);
         new.disk.clone_from(&described.disk);
+        if let Some((time, what)) = &described.imported {
+            (new.time, new.imported) = (Some(*time), Some(what.clone()));
+        }
         new.base = self.base;
-        new.follows = self.follows.filter(|_| dirty.is_some());
+        new.follows = self.follows.filter(|_| matches!(parts, Parts::Dirty(..)));
         new.like.clone_from(&self.like);
         let session = self.repository.begin(new).await.map_err(repository_error)?;
-        let copying = self.copy(&source, extents(&source), session);
+        let copying = self.copy(&source, parts.extents(&source), session);
         let (made, read) = self.context.cancellation.unless_cancelled(copying).await?;
         let verified = match self.options.verify {
             Verify::Nothing => None,
-            Verify::Copied => Some(self.verify(&source, extents(&source), &made).await?),
+            Verify::Copied => Some(self.verify(&source, parts.extents(&source), &made).await?),
             Verify::All => Some(self.verify(&source, source.extents(0), &made).await?),
         };
         Ok(BackedUpToRepository {
             id: made.id,
             base: self.base,
-            is_incremental: dirty.is_some(),
+            is_incremental: !matches!(parts, Parts::All),
             size,
             read,
             added: made.added,
@@ -194,6 +221,10 @@ impl Work<'_> {
                 holes,
                 total: Some(size),
             });
+        }
+        if let Some(check) = self.before_commit.clone() {
+            let checked = tokio::task::spawn_blocking(move || check()).await;
+            checked.map_err(|error| JobError::given_up("read", &error))??;
         }
         let made = session.commit().await.map_err(repository_error)?;
         Ok((made, read))

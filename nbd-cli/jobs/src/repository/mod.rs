@@ -3,6 +3,8 @@
 mod checkpoint;
 mod disk;
 mod export;
+mod identity;
+mod import;
 mod job;
 mod options;
 
@@ -13,7 +15,8 @@ use nbd_proto::NbdUri;
 
 pub use self::disk::{open_disk, split_address};
 pub use self::export::{Exported, export_from_repository};
-use self::job::{Described, Work};
+pub use self::import::{ImportOptions, Imported, import_to_repository};
+use self::job::{Described, Parts, Work};
 use self::options::earlier;
 pub use self::options::{BackedUpToRepository, DiskToBackUp, RepositoryOptions, repository_error};
 use crate::backup::BackupSource;
@@ -52,8 +55,16 @@ pub async fn backup_to_repository(
     }
     let last = earlier.first().cloned();
     let base = last.as_ref().map(|it| it.0);
-    let mut work =
-        Work { repository, options, context, like, base, base_size: None, follows: None };
+    let mut work = Work {
+        repository,
+        options,
+        context,
+        like,
+        base,
+        base_size: None,
+        follows: None,
+        before_commit: None,
+    };
     match disk {
         DiskToBackUp::Image(image) => {
             if options.bitmap.is_some() {
@@ -62,7 +73,7 @@ pub async fn backup_to_repository(
                 ));
             }
             let source = Source::image(Arc::clone(image));
-            work.run(source, None, &Described::default()).await
+            work.run(source, Parts::All, &Described::default()).await
         }
         DiskToBackUp::Served(served) => match &**served {
             BackupSource::Export(uri) => {

@@ -19,10 +19,14 @@ impl Id {
     ///
     /// If the system gives no random numbers.
     pub fn random() -> Result<Self> {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self::random_at(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+    }
+
+    /// Makes a new identity of this time, in milliseconds since 1970.
+    pub(crate) fn random_at(milliseconds: u64) -> Result<Self> {
         let mut bytes = [0; 16];
         random(&mut bytes)?;
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let milliseconds = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
         bytes[..6].copy_from_slice(&milliseconds.to_be_bytes()[2..]);
         Ok(Self(bytes))
     }

@@ -109,10 +109,12 @@ impl Repository {
     /// requests to the store.
     pub async fn begin(&self, new: NewBackup) -> Result<Session> {
         check(&new)?;
-        let id = Id::random()?;
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let time = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
-        let record = SessionRecord { name: new.name.clone(), host: new.host.clone(), time };
+        let now = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+        let time = new.time.unwrap_or(now);
+        // When it was begun must be known even if its object cannot be read.
+        let id = Id::random_at(time)?;
+        let record = SessionRecord { name: new.name.clone(), host: new.host.clone(), time: now };
         let objects = &self.objects;
         let mut writer = Writer::new(id, record.encode(&objects.sealer, id, 0)?, Rules::ALL);
         if let Step::Request(register) = writer.step() {

@@ -94,6 +94,7 @@ mod tests {
             disk: None,
             export: None,
             bitmap: None,
+            imported: None,
             data: 0,
             added: 0,
             body_length: 0,

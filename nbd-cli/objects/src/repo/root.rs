@@ -35,7 +35,8 @@ pub struct Head {
     pub name: String,
     /// Size of the disk, in bytes.
     pub size: u64,
-    /// When the backup was begun, in milliseconds since 1970.
+    /// When the backup was begun, in milliseconds since 1970; of an imported one, when its image was
+    /// written last.
     pub time: u64,
     /// The identity that the server knows for it, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -49,6 +50,9 @@ pub struct Head {
     /// The dirty bitmap that starts with this backup.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bitmap: Option<String>,
+    /// What an imported image was, so that it is not imported again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub imported: Option<String>,
     /// Bytes of the disk that are not zero, in whole blocks.
     pub data: u64,
     /// Bytes that this backup added to the repository.
@@ -387,6 +391,7 @@ mod tests {
             disk: None,
             export: None,
             bitmap: Some("b".to_owned()),
+            imported: None,
             data: 0,
             added: 0,
             body_length: 0,

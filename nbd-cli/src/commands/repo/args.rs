@@ -7,6 +7,7 @@ use nbd_jobs::size::parse_duration;
 use nbd_objects::repo::Id;
 
 use super::export::ExportArgs;
+use super::import::ImportArgs;
 use super::keys::KeyArgs;
 use super::store::StoreArgs;
 use super::text::{id, percent};
@@ -22,6 +23,7 @@ Examples:
   nbd-cli repo gc /srv/backups
   nbd-cli repo check /srv/backups --read-data=10%
   nbd-cli repo export /srv/backups vm1 /srv/files
+  nbd-cli repo import /srv/backups --name vm1 /srv/files/monday.qcow2
 
 A repository is a folder, or a prefix of an S3 store (s3://bucket/prefix). Every backup in it is
 complete: none needs another one, and each can be forgotten. Any number of backups, readers and one or
@@ -58,14 +60,16 @@ pub enum RepoCommand {
     ForgetSession(ForgetSessionArgs),
     /// Write backups to qcow2 files that QEMU reads
     Export(ExportArgs),
+    /// Make backups of images, and of chains that 'nbd-cli backup' or QEMU made
+    Import(Box<ImportArgs>),
     /// Add, list and remove the passphrases of an encrypted repository
     Key(KeyArgs),
 }
 
 impl RepoCommand {
-    /// Returns whether it creates disks: a signal then ends it between two steps.
+    /// Returns whether it creates disks or backups: a signal then ends it between two steps.
     pub(crate) fn writes(&self) -> bool {
-        matches!(self, Self::Export(_))
+        matches!(self, Self::Export(_) | Self::Import(_))
     }
 }
 

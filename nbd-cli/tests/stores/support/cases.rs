@@ -21,7 +21,12 @@ pub(crate) struct World {
     older: String,
     /// The key of the second passphrase.
     second_key: String,
+    /// The newest file of a chain with the backups of `vm`.
+    chain: String,
 }
+
+/// The disks in the files of that chain, from the bottom to the top.
+const CHAIN: [&str; 2] = ["old", "middle"];
 
 /// MiB of noise in the disks: more than the 8 of a pack, where there is time.
 fn noise_len() -> usize {
@@ -56,6 +61,7 @@ impl World {
             backups: BTreeMap::new(),
             older: String::new(),
             second_key: String::new(),
+            chain: String::new(),
         };
         world.fill();
         world
@@ -77,6 +83,10 @@ impl World {
         let other = back_up("other", "other");
         self.older.clone_from(&older);
         self.backups = BTreeMap::from([(older, "old"), (middle, "middle"), (other, "other")]);
+        let decrypt: &[&str] = if self.passphrase.is_some() { &["--decrypt"] } else { &[] };
+        let export = ["repo", "export", "--json", REPOSITORY, "vm", &self.path("chain")];
+        let files = scene.json(&[&export[..], decrypt].concat());
+        self.chain = files[1]["file"].as_str().expect("a path").to_owned();
         if self.passphrase.is_some() {
             let add = ["repo", "key", "add", "--new-passphrase-file", &self.path("second")];
             scene.run(&[&add[..], &[REPOSITORY]].concat()).success();
@@ -104,14 +114,17 @@ impl World {
         let list = scene.json(&["repo", "list", "--json", REPOSITORY]);
         let mut missing = self.backups.clone();
         missing.retain(|id, _| Some(&**id) != forgettable);
-        let mut new = 0;
+        let (mut new, mut imported) = (0, CHAIN.iter());
         for backup in list["backups"].as_array().expect("a list") {
             if backup["forgotten"] == true {
                 continue;
             }
             let id = backup["id"].as_str().expect("text");
             missing.remove(id);
-            let disk = self.backups.get(id).copied();
+            let disk = match backup["name"] == "imported" {
+                true => Some(*imported.next().expect("no more than was imported")),
+                false => self.backups.get(id).copied(),
+            };
             new += usize::from(disk.is_none());
             let name =
                 format!("backup:{REPOSITORY}/{}@{id}", backup["name"].as_str().expect("text"));
@@ -152,6 +165,7 @@ pub(crate) fn cases(world: &World) -> Vec<Case<'_>> {
         gc(world),
         restore(world),
         export(world),
+        import(world),
     ];
     cases.extend([init(world), live::case()]);
     if world.passphrase.is_some() {
@@ -374,6 +388,29 @@ fn export(world: &World) -> Case<'_> {
     case.after = Box::new(move |scene, outcome, context| {
         assert!(files(scene, context) == 2 || !outcome.is_success(), "{context}: {outcome:?}");
         world.judge(scene, None, context);
+    });
+    case
+}
+
+/// A chain of files as backups of another disk.
+fn import(world: &World) -> Case<'_> {
+    let count = |scene: &Scene| {
+        let list = scene.json(&["repo", "list", "--json", "--name", "imported", REPOSITORY]);
+        list["backups"].as_array().map_or(0, Vec::len)
+    };
+    let again = move |scene: &Scene, outcome: &Outcome, context: &str| {
+        assert!(outcome.is_success(), "{context}: {outcome:?}");
+        assert_eq!(count(scene), CHAIN.len(), "{context}");
+        world.judge(scene, None, context);
+        scene.run(&["repo", "gc", "--idle", "1ms", REPOSITORY]).success();
+        world.judge(scene, None, context);
+        is_swept(scene, context);
+    };
+    let import = ["repo", "import", "-q", REPOSITORY, "--name", "imported", &world.chain];
+    let mut case = case(world, "repo import", &import, None, again);
+    case.after = Box::new(move |scene, outcome, context| {
+        world.judge(scene, None, context);
+        assert!(count(scene) == CHAIN.len() || !outcome.is_success(), "{context}: {outcome:?}");
     });
     case
 }

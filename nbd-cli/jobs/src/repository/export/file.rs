@@ -13,8 +13,9 @@ use nbd_client::ZeroMode;
 use nbd_objects::repo::{BLOCK_SIZE, Difference, Head, Id, OpenBackup};
 use tokio::sync::mpsc::{Sender, channel};
 
+use super::super::identity::identity_of;
 use super::super::options::repository_error;
-use super::folder::{Folder, identity_of, options};
+use super::folder::{Folder, options};
 use crate::copy::again;
 use crate::copy::content::Content;
 use crate::copy::destination::{Background, Destination};

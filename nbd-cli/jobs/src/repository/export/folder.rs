@@ -5,11 +5,12 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use imgfmt::storage::FileStorage;
-use imgfmt::{Access, Format, Image, Locking, OpenOptions, Uuid};
+use imgfmt::{Access, Format, Image, Locking, OpenOptions};
 use nbd_objects::repo::{Head, Id};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
+use super::super::identity::identity_of;
 use crate::backup::chain_problem;
 use crate::date::date_and_time;
 use crate::target::partial_name;
@@ -83,17 +84,6 @@ pub(super) fn file_name(id: Id, head: &Head) -> String {
     format!("{name}-{time}-{id}.qcow2")
 }
 
-/// The identity of a backup in its file: that which its server knows, or that in the repository.
-pub(super) fn identity_of(id: Id, head: &Head) -> Result<Uuid, JobError> {
-    if let Some(known) = head.identity.as_deref().and_then(|text| text.parse().ok()) {
-        return Ok(known);
-    }
-    let text = id.to_string();
-    let parts = [&text[..8], &text[8..12], &text[12..16], &text[16..20], &text[20..]];
-    let none = |_| JobError::source(format!("the backup {id} has no identity"));
-    parts.join("-").parse().map_err(none)
-}
-
 /// How files of an export are opened: the files below are in the same folder.
 pub(super) fn options() -> OpenOptions {
     OpenOptions::new().format(Format::Qcow2)
@@ -162,18 +152,5 @@ mod tests {
             );
         }
         assert!(file_name(id, &head(&"n".repeat(1000))).len() < 200);
-    }
-
-    #[test]
-    fn identity_is_that_of_the_server_or_of_the_repository() {
-        let id: Id = "0123456789abcdef0123456789abcdef".parse().unwrap();
-        let mut head = head("vm1");
-        let own = "01234567-89ab-cdef-0123-456789abcdef";
-        assert_eq!(identity_of(id, &head).unwrap().to_string(), own);
-        head.identity = Some("nonsense".to_owned());
-        assert_eq!(identity_of(id, &head).unwrap().to_string(), own);
-        let known = "11234567-89ab-cdef-0123-456789abcdef";
-        head.identity = Some(known.to_owned());
-        assert_eq!(identity_of(id, &head).unwrap().to_string(), known);
     }
 }

@@ -100,6 +100,7 @@ impl Session {
             disk: self.new.disk.clone(),
             export: self.new.export.clone(),
             bitmap: self.new.bitmap.clone(),
+            imported: self.new.imported.clone(),
             data: self.data,
             added: self.added,
             body_length: 0,

@@ -26,6 +26,10 @@ pub struct NewBackup {
     pub identity: Option<String>,
     /// The identity of the disk.
     pub disk: Option<String>,
+    /// The time of the backup, in milliseconds since 1970, if it is not now.
+    pub time: Option<u64>,
+    /// What is recorded of an imported image, so that it is not imported again.
+    pub imported: Option<String>,
     /// The backup on which this one builds: what is equal there is not sent again.
     pub base: Option<Id>,
     /// The last backup of this name, as [`Repository::last`](super::super::Repository::last) told,

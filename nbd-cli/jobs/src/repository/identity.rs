@@ -1,0 +1,37 @@
+//! Identities of backups, as files record them.
+
+use imgfmt::Uuid;
+use nbd_objects::repo::{Head, Id};
+
+use crate::JobError;
+
+/// The identity of a backup in its file: that which its server knows, or that in the repository.
+pub(super) fn identity_of(id: Id, head: &Head) -> Result<Uuid, JobError> {
+    if let Some(known) = head.identity.as_deref().and_then(|text| text.parse().ok()) {
+        return Ok(known);
+    }
+    let text = id.to_string();
+    let parts = [&text[..8], &text[8..12], &text[12..16], &text[16..20], &text[20..]];
+    let none = |_| JobError::source(format!("the backup {id} has no identity"));
+    parts.join("-").parse().map_err(none)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn identity_is_that_of_the_server_or_of_the_repository() {
+        let id: Id = "0123456789abcdef0123456789abcdef".parse().unwrap();
+        let head = r#"{"name":"a","size":1,"time":1,"data":0,"added":0,"body-length":0,
+                       "body-hash":""}"#;
+        let mut head: Head = serde_json::from_str(head).unwrap();
+        let own = "01234567-89ab-cdef-0123-456789abcdef";
+        assert_eq!(identity_of(id, &head).unwrap().to_string(), own);
+        head.identity = Some("nonsense".to_owned());
+        assert_eq!(identity_of(id, &head).unwrap().to_string(), own);
+        let known = "11234567-89ab-cdef-0123-456789abcdef";
+        head.identity = Some(known.to_owned());
+        assert_eq!(identity_of(id, &head).unwrap().to_string(), known);
+    }
+}
