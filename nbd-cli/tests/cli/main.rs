@@ -142,6 +142,8 @@ mod serve_trust;
 mod serve_upstream;
 mod signals;
 mod status_page;
+#[cfg(feature = "object-storage")]
+mod stream_from_backup;
 mod takeover;
 mod takeover_disks;
 mod timeout;
