@@ -1,9 +1,14 @@
-//! Keeps a long copy from filling the page cache.
+//! Keeps a copy from filling the page cache.
 //!
 //! The pages of a large file that is written once displace what others on the machine read again
-//! and again. After a first part, which is left to the kernel, each window is written back as soon
-//! as it is complete, and after some windows their pages are given up.
+//! and again. Each window is written back as soon as it is complete, and some windows later its
+//! pages are given up. Nothing waits for that: what the disk has not taken by then stays, until a
+//! group of windows is complete.
+//!
+//! It also makes copies faster in virtual machines that return their free memory: the host has to
+//! find a page for each page of the cache that was not in use before.
 
+use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
 
@@ -13,15 +18,17 @@ use rustix::fs::{Advice, fadvise};
 /// Sizes, in bytes.
 #[derive(Clone, Copy, Debug)]
 struct Sizes {
-    /// Written first, and left to the kernel: a short copy ends before the disk has it.
-    kept: u64,
     /// Number of bytes per start of writeback.
     window: u64,
-    /// Number of bytes after which pages are dropped from the cache.
+    /// Number of windows that the disk has time for, before their pages are given up.
+    behind: usize,
+    /// Number of bytes after which the copy waits for the disk.
     group: u64,
+    /// Written first, without waiting: a short copy ends before the disk has it.
+    unwaited: u64,
 }
 
-const SIZES: Sizes = Sizes { kept: 1 << 30, window: 32 << 20, group: 512 << 20 };
+const SIZES: Sizes = Sizes { window: 8 << 20, behind: 8, group: 512 << 20, unwaited: 1 << 30 };
 
 /// The part of a file that was written and is still in the page cache.
 #[derive(Debug)]
@@ -31,7 +38,9 @@ pub(super) struct WriteBehind {
     written: u64,
     /// Written since writeback was last started.
     window: WrittenBytes,
-    /// Written since pages were last given up.
+    /// The windows whose writeback was started, the oldest first.
+    started: VecDeque<WrittenBytes>,
+    /// Written since the disk was last waited for.
     group: WrittenBytes,
 }
 
@@ -60,7 +69,8 @@ impl Default for WriteBehind {
 
 impl WriteBehind {
     fn new(sizes: Sizes) -> Self {
-        Self { sizes, written: 0, window: WrittenBytes::default(), group: WrittenBytes::default() }
+        let (window, group) = Default::default();
+        Self { sizes, written: 0, window, started: VecDeque::new(), group }
     }
 
     /// Notes a write into `storage`.
@@ -74,28 +84,38 @@ impl WriteBehind {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
+        if storage.as_fd().is_none() {
+            return Ok(());
+        }
         self.written = self.written.saturating_add(length);
         self.window.add(offset, length);
         self.group.add(offset, length);
-        if self.written <= self.sizes.kept || storage.as_fd().is_none() {
-            return Ok(());
-        }
         if self.window.bytes >= self.sizes.window {
             // Dirty pages are not given up yet, but this starts to write them.
-            give_up(storage, std::mem::take(&mut self.window));
+            let window = std::mem::take(&mut self.window);
+            give_up(storage, &window);
+            self.started.push_back(window);
+        }
+        if self.started.len() > self.sizes.behind
+            && let Some(oldest) = self.started.pop_front()
+        {
+            give_up(storage, &oldest);
         }
         if self.group.bytes >= self.sizes.group {
-            // Only clean pages can be given up. Most of them are clean by now.
-            storage.sync()?;
-            give_up(storage, std::mem::take(&mut self.group));
+            let group = std::mem::take(&mut self.group);
+            if self.written > self.sizes.unwaited {
+                // Only clean pages can be given up. Most of them are clean by now.
+                storage.sync()?;
+                give_up(storage, &group);
+            }
         }
         Ok(())
     }
 }
 
 /// Gives up the clean pages of a part, and starts to write the dirty ones.
-fn give_up(storage: &dyn Storage, part: WrittenBytes) {
-    let Some((fd, range)) = storage.as_fd().zip(part.range) else { return };
+fn give_up(storage: &dyn Storage, part: &WrittenBytes) {
+    let Some((fd, range)) = storage.as_fd().zip(part.range.clone()) else { return };
     let length = std::num::NonZeroU64::new(range.end - range.start);
     // Only advice: without it the copy is just as good.
     let _ = fadvise(fd, range.start, length, Advice::DontNeed);
@@ -131,7 +151,7 @@ mod tests {
             return;
         }
         let storage = FileStorage::open(&path, Access::ReadWrite, Locking::Off).unwrap();
-        let sizes = Sizes { kept: 4 * MIB, window: MIB, group: 4 * MIB };
+        let sizes = Sizes { window: MIB, behind: 2, group: 4 * MIB, unwaited: 8 * MIB };
         let mut behind = WriteBehind::new(sizes);
         let data = vec![7; 1 << 18];
         let mut most = 0;
