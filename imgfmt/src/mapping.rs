@@ -103,6 +103,27 @@ pub struct Encoded {
     pub(crate) offset: HostOffset,
     /// Upper bound of the length there, in bytes.
     pub(crate) length: u64,
+    pub(crate) form: Form,
+}
+
+/// How bytes in a file differ from those of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    Compressed,
+    /// Encrypted, so that the key depends on places on the disk.
+    #[cfg_attr(not(feature = "encryption"), expect(dead_code, reason = "nothing is decrypted"))]
+    Encrypted,
+}
+
+impl Encoded {
+    pub(crate) fn compressed(offset: HostOffset, length: u64) -> Self {
+        Self { offset, length, form: Form::Compressed }
+    }
+
+    /// Returns whether the bytes are compressed. If not, they are encrypted.
+    pub fn is_compressed(&self) -> bool {
+        self.form == Form::Compressed
+    }
 }
 
 impl Content<'_> {

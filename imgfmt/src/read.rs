@@ -159,7 +159,7 @@ fn split_at_end<'a>(
     let stop = start + length.saturating_sub(file.offset.bytes()).min(mapping.range.length());
     let behind = match holes {
         Holes::AsData => Content::Zero,
-        Holes::Told => Content::Encoded(Encoded { offset: file.offset, length: 0 }),
+        Holes::Told => Content::Encoded(Encoded::compressed(file.offset, 0)),
     };
     (
         Mapping { range: span(start, stop), ..mapping },

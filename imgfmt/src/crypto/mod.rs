@@ -12,7 +12,9 @@ mod hash;
 mod kdf;
 pub(crate) mod luks;
 mod memory;
+mod old_aes;
 mod split;
 
 pub(crate) use encrypted::Encrypted;
 pub(crate) use luks::Volume;
+pub(crate) use old_aes::OldAes;

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::mapping::Form;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::storage::{Capabilities, Durability, Speed, Storage, Tracked, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
@@ -34,12 +35,15 @@ pub(in crate::qcow2) struct DataFile {
 }
 
 /// Whether the data is encrypted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum Encryption {
     None,
     /// The storage encrypts and decrypts it.
     #[cfg(feature = "encryption")]
     Open,
+    /// It depends on places on the disk, which the storage does not know: nothing may use that.
+    #[cfg(feature = "encryption")]
+    Old(crate::crypto::OldAes),
     /// The key is not known: no data may be read or written.
     Locked,
 }
@@ -60,6 +64,41 @@ impl DataFile {
         self.encryption = Encryption::Open;
     }
 
+    /// All data has the old encryption: it is read by [`read_old_aes`](Self::read_old_aes) alone.
+    #[cfg(feature = "encryption")]
+    pub(in crate::qcow2) fn unlock_old(&mut self, key: crate::crypto::OldAes) {
+        self.encryption = Encryption::Old(key);
+    }
+
+    /// How the data differs from what its storage reads, if it does.
+    pub(in crate::qcow2) fn form(&self) -> Option<Form> {
+        #[cfg(feature = "encryption")]
+        if let Encryption::Old(_) = &self.encryption {
+            return Some(Form::Encrypted);
+        }
+        None
+    }
+
+    /// Reads data with the old encryption: that of the disk at `guest`, which is at `host`. Past the end
+    /// of the file it is zero.
+    pub(in crate::qcow2) fn read_old_aes(
+        &self,
+        host: HostOffset,
+        guest: GuestOffset,
+        buffer: &mut [u8],
+    ) -> Result<()> {
+        #[cfg(feature = "encryption")]
+        if let Encryption::Old(key) = &self.encryption {
+            let file = key.decrypted(Arc::clone(&self.metadata.file), host, guest);
+            let read = file.read_at(host, buffer);
+            let read = read.map_err(|error| self.metadata.io("read", error, guest))?;
+            buffer[read..].fill(0);
+            return Ok(());
+        }
+        let (_, _) = (host, buffer);
+        Err(self.without_key().at(guest.bytes()))
+    }
+
     /// The data is encrypted, and the key is not known: no data is read or written from now on.
     pub(in crate::qcow2) fn lock(&mut self) {
         self.encryption = Encryption::Locked;
@@ -67,7 +106,7 @@ impl DataFile {
 
     /// Whether what is in the file differs from what is on the disk.
     pub(in crate::qcow2) fn is_encrypted(&self) -> bool {
-        self.encryption != Encryption::None
+        !matches!(self.encryption, Encryption::None)
     }
 
     /// Sets a separate file for the data; `is_synced` says that all of it is on stable storage.
@@ -79,12 +118,20 @@ impl DataFile {
 
     /// The storage of the data as the disk has it.
     pub(in crate::qcow2) fn storage(&self) -> Result<&Arc<dyn Storage>> {
-        if self.encryption == Encryption::Locked {
-            let detail = "it is encrypted, and the image was opened without the key";
-            let error = Error::new(ErrorKind::KeyRequired, "use the disk of", detail);
-            return Err(self.metadata.named(error));
+        match self.encryption {
+            Encryption::None => Ok(&self.storage),
+            #[cfg(feature = "encryption")]
+            Encryption::Open => Ok(&self.storage),
+            #[cfg(feature = "encryption")]
+            Encryption::Old(_) => Err(self.without_key()),
+            Encryption::Locked => Err(self.without_key()),
         }
-        Ok(&self.storage)
+    }
+
+    fn without_key(&self) -> Error {
+        let detail = "it is encrypted, and the image was opened without the key";
+        let error = Error::new(ErrorKind::KeyRequired, "use the disk of", detail);
+        self.metadata.named(error)
     }
 
     pub(in crate::qcow2) fn capabilities(&self) -> Capabilities {

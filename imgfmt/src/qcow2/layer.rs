@@ -21,7 +21,7 @@ impl Layer for Qcow2 {
     }
 
     fn decode(&self, encoded: Encoded, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
-        self.read_compressed(encoded, offset, buffer)
+        self.read_encoded(encoded, offset, buffer)
     }
 
     fn lacks(&self, range: GuestRange, lookup: Lookup) -> Result<Option<bool>> {

@@ -19,7 +19,7 @@ use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
-use crate::qcow2::on_disk::header::{Header, autoclear, field, incompatible};
+use crate::qcow2::on_disk::header::{ENCRYPTION_AES, Header, autoclear, field, incompatible};
 use crate::qcow2::on_disk::l2::EntryFormat;
 use crate::qcow2::on_disk::snapshot;
 use crate::qcow2::on_disk::words::{read_error, read_words};
@@ -40,7 +40,7 @@ impl Qcow2 {
         let file: Arc<dyn Storage> = Arc::clone(&tracked) as _;
         let header = Header::read_or_overwrite(&*file, purpose, options.incomplete)?;
         if purpose != Purpose::Describe {
-            header.refuse_old_encryption()?;
+            header.refuse_to_write_old_encryption(options.access)?;
         }
         let snapshots = match purpose {
             Purpose::Use | Purpose::Describe => snapshot::read_table(&*file, &header)?,
@@ -214,15 +214,21 @@ fn data_file(metadata: &Arc<MetadataFile>, key: Option<Key>) -> DataFile {
     let mut data = DataFile::new(Arc::clone(metadata), header.has_data_file());
     match key {
         #[cfg(feature = "encryption")]
-        Some(volume) => data.unlock(volume),
+        Some(Key::Luks(volume)) => data.unlock(volume),
+        #[cfg(feature = "encryption")]
+        Some(Key::OldAes(key)) => data.unlock_old(key),
         _ if header.encryption_method != 0 => data.lock(),
         _ => {}
     }
     data
 }
 
+/// What decrypts the data.
 #[cfg(feature = "encryption")]
-type Key = crate::crypto::Volume;
+enum Key {
+    Luks(crate::crypto::Volume),
+    OldAes(crate::crypto::OldAes),
+}
 #[cfg(not(feature = "encryption"))]
 type Key = std::convert::Infallible;
 
@@ -236,7 +242,9 @@ fn key_of(
     if purpose != Purpose::Use {
         return Ok(None);
     }
-    let Some((offset, length)) = header.luks_header()? else {
+    let is_old = header.encryption_method == ENCRYPTION_AES;
+    let place = header.luks_header()?.map(|(offset, length)| (offset.bytes(), length));
+    if !is_old && place.is_none() || is_old && options.encryption == ExpectedEncryption::Luks {
         return match options.encryption {
             ExpectedEncryption::AsFound => Ok(None),
             ExpectedEncryption::Luks => {
@@ -244,21 +252,26 @@ fn key_of(
                 Err(Error::new(ErrorKind::InvalidInput, "open", detail))
             }
         };
-    };
+    }
     if header.has_data_file() {
         let detail = "it is encrypted and has a data file, which is not supported together";
         return Err(Error::new(ErrorKind::Unsupported, "open", detail));
     }
-    unlock(file, (offset.bytes(), length), options).map(Some)
+    unlock(file, place, options).map(Some)
 }
 
 #[cfg(feature = "encryption")]
-fn unlock(file: &dyn Storage, place: (u64, u64), options: &OpenOptions) -> Result<Key> {
-    crate::crypto::luks::unlock_within(file, place, &options.passphrases)
+fn unlock(file: &dyn Storage, luks: Option<(u64, u64)>, options: &OpenOptions) -> Result<Key> {
+    use crate::crypto::{OldAes, luks::unlock_within};
+
+    match luks {
+        Some(place) => unlock_within(file, place, &options.passphrases).map(Key::Luks),
+        None => OldAes::new(&options.passphrases).map(Key::OldAes),
+    }
 }
 
 #[cfg(not(feature = "encryption"))]
-fn unlock(_: &dyn Storage, _: (u64, u64), _: &OpenOptions) -> Result<Key> {
+fn unlock(_: &dyn Storage, _: Option<(u64, u64)>, _: &OpenOptions) -> Result<Key> {
     let detail = "it is encrypted, and this program was built without encryption";
     Err(Error::new(ErrorKind::Unsupported, "open", detail))
 }

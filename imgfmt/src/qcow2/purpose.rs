@@ -6,6 +6,6 @@ pub(crate) enum Purpose {
     Use,
     /// To check it: damaged images are accepted.
     Check,
-    /// To inspect it: encrypted images are accepted without their key, and of the old AES too.
+    /// To inspect it: encrypted images are accepted without their key.
     Describe,
 }

@@ -88,6 +88,7 @@ mod qcow2_corrupt_bit;
 mod qcow2_create;
 mod qcow2_data_file;
 mod qcow2_encrypted;
+mod qcow2_old_aes;
 mod qcow2_read;
 mod qcow2_snapshots;
 mod qcow2_write;

@@ -38,7 +38,7 @@ fn impossible_header_fields_are_refused() {
         (24, &(1u64 << 63).to_be_bytes(), ErrorKind::InvalidFormat), // size
         (24, &(1u64 << 62).to_be_bytes(), ErrorKind::InvalidFormat), // size: L1 too small
         (32, &2u32.to_be_bytes(), ErrorKind::InvalidFormat), // crypt_method, without a LUKS header
-        (32, &1u32.to_be_bytes(), ErrorKind::Unsupported), // crypt_method: AES
+        (32, &1u32.to_be_bytes(), ErrorKind::KeyRequired), // crypt_method: AES
         (36, &u32::MAX.to_be_bytes(), ErrorKind::InvalidFormat), // l1_size
         (40, &(1u64 << 50).to_be_bytes(), ErrorKind::InvalidFormat), // l1_table_offset
         (40, &(u64::MAX - 4).to_be_bytes(), ErrorKind::InvalidFormat), // l1_table_offset

@@ -86,7 +86,12 @@ fn the_map_of_an_encrypted_disk_leads_to_no_ciphertext() {
     let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
     let start = ["convert", "--object", &secret, "-f", "raw", "-O", "qcow2", "-o", options];
     peer(&qemu_img, &[&start[..], &[disk.path(), &qcow2]].concat());
-    let keys = [(&luks, "driver=luks,key-secret=s"), (&qcow2, "driver=qcow2,encrypt.key-secret=s")];
+    let old = old_aes(&disk, &qemu_img, &key);
+    let keys = [
+        (&luks, "driver=luks,key-secret=s"),
+        (&qcow2, "driver=qcow2,encrypt.key-secret=s"),
+        (&old, "driver=qcow2,encrypt.key-secret=s"),
+    ];
     for (image, driver) in keys {
         let driver = format!("{driver},file.filename={image}");
         let map = ["map", "--output=json", "--object", &secret, "--image-opts", &driver];
@@ -106,6 +111,79 @@ fn the_map_of_an_encrypted_disk_leads_to_no_ciphertext() {
         assert_eq!(data(&ours), data(&theirs), "{image}");
         assert!(!data(&ours).is_empty());
     }
+}
+
+/// A qcow2 image with the old AES encryption and the content of the disk.
+fn old_aes(disk: &Disk, qemu_img: &Path, key: &str) -> String {
+    let image = disk.beside("old.qcow2");
+    let secret = format!("secret,id=s,file={key}");
+    let start = ["convert", "-q", "--object", &secret, "-f", "raw", "-O", "qcow2"];
+    let options = ["-o", "encrypt.format=aes,encrypt.key-secret=s", disk.path(), &image];
+    peer(qemu_img, &[&start[..], &options].concat());
+    image
+}
+
+#[test]
+fn an_image_with_the_old_aes_is_read_in_every_way_and_written_in_none() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    let key = disk.beside("key");
+    std::fs::write(&key, PASSPHRASE).expect("room");
+    let image = old_aes(&disk, &qemu_img, &key);
+    let secret = format!("secret,id=s,file={key}");
+    let driver = format!("driver=qcow2,encrypt.key-secret=s,file.filename={image}");
+    // What is written after the snapshot is not in it.
+    let snapshot = ["snapshot", "--object", &secret, "--image-opts", "-c", "before", &driver];
+    peer(&qemu_img, &snapshot);
+    let write = ["--object", &secret, "-c", "write -P 9 64k 1M", "--image-opts", &driver];
+    peer(&qemu_io, &write);
+    let mut content = disk.content().to_vec();
+    content[64 << 10..(64 << 10) + (1 << 20)].fill(9);
+    let now = disk.beside("now.raw");
+    std::fs::write(&now, &content).expect("room");
+    let before = std::fs::read(&image).expect("the image");
+    let copy = |name: &str| disk.beside(name);
+    let is_now = |copy: &str| assert!(std::fs::read(copy).expect("a copy") == content, "{copy}");
+
+    let served = copy("served");
+    let reads = format!("qemu-img convert -f raw -O raw \"$uri\" '{served}'");
+    let serve = ["-vv", "serve", "--read-only", "--key-file", &key, "--run", &reads, &image];
+    let outcome = nbd_cli(&serve);
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert!(!format!("{outcome:?}").contains(PASSPHRASE), "{outcome:?}");
+    is_now(&served);
+    // Past the page cache too, where others bytes of a file are read by a ring.
+    let direct = ["serve", "--read-only", "--cache", "none", "--key-file", &key, "--run", &reads];
+    std::fs::remove_file(&served).expect("it is there");
+    nbd_cli(&[&direct[..], &[&image]].concat()).success();
+    is_now(&served);
+
+    let [converted, snapshot, new] = ["converted", "snapshot", "new.qcow2"].map(copy);
+    let convert = ["image", "convert", "--key-file", &key];
+    nbd_cli(&[&convert[..], &[&image, &converted]].concat()).success();
+    is_now(&converted);
+    nbd_cli(&[&convert[..], &["--snapshot", "before", &image, &snapshot]].concat()).success();
+    disk.assert_equals(&snapshot);
+    let encrypted = ["-O", "qcow2", "--encrypt", "--new-key-file", &key, "--iter-time", "10ms"];
+    nbd_cli(&[&convert[..], &encrypted, &[&image, &new]].concat()).success();
+    nbd_cli(&["image", "compare", "--key-file", &key, &new, &now]).success();
+
+    let by_qemu_nbd = copy("by-qemu-nbd");
+    let socket = disk.beside("socket");
+    let outcome =
+        qemu_nbd(&["--fork", "-r", "-k", &socket, "--object", &secret, "--image-opts", &driver]);
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    let uri = format!("nbd+unix:///?socket={socket}");
+    peer(&qemu_img, &["convert", "-f", "raw", "-O", "raw", &uri, &by_qemu_nbd]);
+    is_now(&by_qemu_nbd);
+
+    says(
+        nbd_cli(&["serve", "--key-file", &key, "--run", "true", &image]),
+        &["old AES", "read-only"],
+    );
+    says(nbd_cli(&["image", "resize", "--key-file", &key, &image, "+1M"]), &["old AES"]);
+    says(nbd_cli(&["image", "map", &image]), &["no passphrase", "--key-file"]);
+    assert!(std::fs::read(&image).expect("the image") == before, "it was written");
 }
 
 #[test]

@@ -14,6 +14,8 @@ mod slot;
 mod v1;
 mod v2;
 
+use std::sync::Arc;
+
 use self::field::{read_error, read_exact};
 use self::header::Header;
 pub(crate) use self::keys::change_keys;
@@ -31,7 +33,7 @@ use crate::storage::Storage;
 /// An encrypted part of a storage, with its key.
 #[derive(Debug)]
 pub(crate) struct Volume {
-    pub(in crate::crypto) cipher: SectorCipher,
+    pub(in crate::crypto) cipher: Arc<SectorCipher>,
     /// Where its data begins in the storage, in bytes.
     pub(in crate::crypto) start: u64,
     /// The length of its data in bytes; without one it ends where the storage does.
@@ -57,7 +59,7 @@ pub(crate) fn unlock(storage: &dyn Storage, passphrases: &[Passphrase]) -> Resul
             "its encrypted data begins or ends past the end of the file of {length} bytes"
         )));
     }
-    let cipher = header.find_key(storage, 0, passphrases)?;
+    let cipher = Arc::new(header.find_key(storage, 0, passphrases)?);
     Ok(Volume { cipher, start, size, sector_size, first_number })
 }
 
@@ -75,7 +77,7 @@ pub(crate) fn unlock_within(
     if header.slots.iter().any(|slot| slot.end() > length) {
         return Err(invalid("a key slot of its LUKS header lies past the end of that header"));
     }
-    let cipher = header.find_key(storage, base, passphrases)?;
+    let cipher = Arc::new(header.find_key(storage, base, passphrases)?);
     Ok(Volume { cipher, start: 0, size: None, sector_size: SECTOR, first_number: 0 })
 }
 

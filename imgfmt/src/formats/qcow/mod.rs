@@ -144,7 +144,7 @@ impl Blocks for Qcow {
                 let length = (entry & !COMPRESSED) >> offset_bits;
                 let offset = entry & ((1 << offset_bits) - 1);
                 self.file.check_place(offset, 1, length, guest)?;
-                Place::Encoded(Encoded { offset: HostOffset::new(offset), length })
+                Place::Encoded(Encoded::compressed(HostOffset::new(offset), length))
             }
             entry => {
                 self.file.check_place(entry, 1, 1, guest)?;

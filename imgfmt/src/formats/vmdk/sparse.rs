@@ -256,10 +256,10 @@ impl Sparse {
             (ZEROED, _) => {
                 return Err(self.file.corrupt("its table takes the header for a grain", guest));
             }
-            (_, Kind::Compressed { .. }) => Place::Encoded(Encoded {
-                offset: HostOffset::new(offset),
-                length: 2 * self.grain + MARKER_LENGTH as u64,
-            }),
+            (_, Kind::Compressed { .. }) => Place::Encoded(Encoded::compressed(
+                HostOffset::new(offset),
+                2 * self.grain + MARKER_LENGTH as u64,
+            )),
             _ => Place::Stored(offset + inside),
         })
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::layer::{Backing, Walk};
-use crate::mapping::{Content, Encoded, FileSpan, Holes, Mapped};
+use crate::mapping::{Content, Encoded, FileSpan, Form, Holes, Mapped};
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::io::compress;
 use crate::qcow2::on_disk::l2::{Compressed, Subcluster};
@@ -46,8 +46,8 @@ impl Qcow2 {
                     }
                 },
                 Subcluster::Compressed(Compressed { offset, length }) => {
-                    let encoded = Content::Encoded(Encoded { offset, length });
-                    walk.push(self, piece.range, encoded)?
+                    let encoded = Encoded::compressed(offset, length);
+                    walk.push(self, piece.range, Content::Encoded(encoded))?
                 }
             };
             if mapped != Mapped::Complete {
@@ -81,6 +81,10 @@ impl Qcow2 {
         host: HostOffset,
         walk: &mut Walk<'_>,
     ) -> Result<Mapped> {
+        if let Some(form) = self.data.form() {
+            let encoded = Encoded { offset: host, length: range.length(), form };
+            return walk.push(self, range, Content::Encoded(encoded));
+        }
         let file = FileSpan {
             storage: self.data.storage()?,
             offset: host,
@@ -94,10 +98,23 @@ impl Qcow2 {
         }
     }
 
-    /// Reads a part of compressed clusters.
-    pub(in crate::qcow2) fn read_compressed(
+    /// Reads what was mapped as encoded.
+    pub(in crate::qcow2) fn read_encoded(
         &self,
-        Encoded { offset, length }: Encoded,
+        Encoded { offset, length, form }: Encoded,
+        guest: GuestOffset,
+        buffer: &mut [u8],
+    ) -> Result<()> {
+        match form {
+            Form::Compressed => self.read_compressed(Compressed { offset, length }, guest, buffer),
+            Form::Encrypted => self.data.read_old_aes(offset, guest, buffer),
+        }
+    }
+
+    /// Reads a part of compressed clusters.
+    fn read_compressed(
+        &self,
+        Compressed { offset, length }: Compressed,
         guest: GuestOffset,
         buffer: &mut [u8],
     ) -> Result<()> {

@@ -14,8 +14,9 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
 
+use crate::access::Access;
 use crate::bytes::{u32_at, u64_at};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::options::IncompleteDisk;
 use crate::qcow2::on_disk::extension::{self, Extensions};
 use crate::qcow2::on_disk::geometry::Geometry;
@@ -296,14 +297,16 @@ impl Header {
         self.extensions.bitmaps.as_deref()
     }
 
-    /// Refuses images whose encryption this crate does not implement.
-    pub(crate) fn refuse_old_encryption(&self) -> Result<()> {
-        match self.encryption_method {
-            0 | ENCRYPTION_LUKS => Ok(()),
-            _ => Err(unsupported(
-                "it is encrypted with the old AES of qcow2, which cannot be read; decrypt it first \
-                 with 'qemu-img convert' and its key (--object secret, --image-opts)",
-            )),
+    /// Refuses to write images with the old encryption, which is only read.
+    pub(crate) fn refuse_to_write_old_encryption(&self, access: Access) -> Result<()> {
+        match (self.encryption_method, access) {
+            (ENCRYPTION_AES, Access::ReadWrite) => {
+                let detail = "it has the old AES encryption of qcow2, which is broken and only read: open \
+                              it read-only, or make an image with LUKS of it with 'nbd-cli image convert \
+                              -O qcow2 --encrypt'";
+                Err(Error::new(ErrorKind::ReadOnly, "open", detail))
+            }
+            _ => Ok(()),
         }
     }
 

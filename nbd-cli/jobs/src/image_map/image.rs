@@ -81,7 +81,7 @@ fn parts<E: From<imgfmt::Error>>(
                 let offset = span.is_file_content().then(|| span.offset.bytes());
                 part(mapping.range, false, offset)
             }
-            Content::Encoded(_) => part(mapping.range, true, None),
+            Content::Encoded(encoded) => part(mapping.range, encoded.is_compressed(), None),
             _ => part(mapping.range, false, None),
         })?;
     }
