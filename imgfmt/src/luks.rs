@@ -22,6 +22,11 @@ pub(crate) const SLOT_ACTIVE: u32 = 0x00ac_71f3;
 /// The end of the text of a version 2 header, at most.
 const JSON_END_MAX: u64 = 4 << 20;
 const JSON_START: u64 = 4096;
+/// In place of the end of the salt of a slot in use that is being removed: without its salt nothing
+/// opens it any more, and its key material is destroyed next. It lies in one sector in every slot.
+pub(crate) const SALT_OF_REMOVED: &[u8; 24] = b"nbd-cli: slot is removed";
+/// Where that is in the slot.
+pub(crate) const SALT_END: std::ops::Range<usize> = 16..40;
 
 /// The encryption of an image, as far as it is known without the key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,6 +89,9 @@ pub struct LuksDetails {
 pub struct LuksSlot {
     /// Whether it holds the master key.
     pub is_active: bool,
+    /// Whether its removal was interrupted: it is active, but nothing opens it. Its key material may
+    /// still be there until it is removed again.
+    pub is_being_removed: bool,
     /// Iterations for deriving its key from the passphrase.
     pub iterations: u32,
     /// Number of stripes into which the master key is split.
@@ -124,6 +132,7 @@ fn details(header: &[u8]) -> LuksDetails {
     let bits = u64::from(u32_at(header, 108)) * 8 / keys;
     let slots = slots_of(header).map(|slot| LuksSlot {
         is_active: u32_at(slot, 0) == SLOT_ACTIVE,
+        is_being_removed: is_being_removed(slot),
         iterations: u32_at(slot, 4),
         key_offset: u64::from(u32_at(slot, 40)) * SECTOR,
         stripes: u32_at(slot, 44),
@@ -142,6 +151,11 @@ fn details(header: &[u8]) -> LuksDetails {
 /// The slots of a header of version 1.
 pub(crate) fn slots_of(header: &[u8]) -> impl Iterator<Item = &[u8]> {
     header.get(SLOTS_START..HEADER_LENGTH).unwrap_or_default().chunks_exact(SLOT_LENGTH)
+}
+
+/// Whether the removal of a slot has begun, and has not ended.
+pub(crate) fn is_being_removed(slot: &[u8]) -> bool {
+    u32_at(slot, 0) == SLOT_ACTIVE && slot.get(SALT_END) == Some(SALT_OF_REMOVED)
 }
 
 /// Where the first segment of data begins, from the text in a header of version 2: the first member

@@ -395,6 +395,7 @@ fn a_crash_at_any_write_leaves_a_passphrase_that_opens_the_disk() {
                         assert!(more.iter().all(|secret| opens(&left, secret)), "{what}");
                         assert!(either.iter().any(|secret| opens(&left, secret)), "{what}");
                         assert_removed_is_gone(&left, &bytes, &what);
+                        assert_listed_is_there(&left, &what);
                     }
                 }
             }
@@ -414,6 +415,51 @@ fn assert_removed_is_gone(left: &[u8], before: &[u8], what: &str) {
     let mut revived = left.to_vec();
     revived[slot.clone()].copy_from_slice(&before[slot]);
     assert!(!opens(&revived, "first"), "{what}: the removed key is still there");
+}
+
+/// The first slot opens, if it is listed as one that does.
+fn assert_listed_is_there(left: &[u8], what: &str) {
+    let slot = slots_in(left)[0];
+    if slot.is_active && !slot.is_being_removed {
+        assert!(opens(left, "first"), "{what}: it is listed, and has no key");
+    }
+}
+
+fn slots_in(bytes: &[u8]) -> Vec<LuksSlot> {
+    let storage = Arc::new(MemoryStorage::from_bytes(bytes));
+    let info = Image::inspect_storage(storage as _, &OpenOptions::new()).unwrap();
+    let Some(Encryption::Luks(Some(luks))) = info.encryption else { panic!("no header") };
+    luks.details.unwrap().slots
+}
+
+#[test]
+fn a_removal_that_was_interrupted_is_seen_and_completed() {
+    let disk = Disk::new(Format::Luks);
+    disk.change(&["first"], &add("second", Some(6))).unwrap();
+    let bytes = std::fs::read(&disk.path).unwrap();
+    let recorder = Recorder::new();
+    let storage = recorder.storage(&bytes);
+    let target = Arc::clone(&storage) as _;
+    Image::change_keys_of_storage(&target, &with(&["first"]), &remove("second")).unwrap();
+    let mut interrupted = 0;
+    for position in 0..=recorder.position() {
+        let left = storage.after_crash(position, Loss::Nothing, &mut |_| 0);
+        let slot = slots_in(&left)[6];
+        assert_eq!(slot.is_active && !slot.is_being_removed, opens(&left, "second"), "{position}");
+        if !slot.is_being_removed {
+            continue;
+        }
+        interrupted += 1;
+        let add = add("third", Some(6));
+        for (change, opened) in [(&KeyChange::RemoveSlot(6), false), (&add, true)] {
+            std::fs::write(&disk.path, &left).unwrap();
+            disk.change(&["first"], change).unwrap();
+            let slot = disk.slots()[6];
+            assert_eq!((slot.is_active, slot.is_being_removed), (opened, false), "{position}");
+            assert!(disk.is_opened_by("first") && disk.is_opened_by("third") == opened);
+        }
+    }
+    assert!(interrupted > 1, "{interrupted}");
 }
 
 #[test]

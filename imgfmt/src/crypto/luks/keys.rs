@@ -4,8 +4,11 @@
 //! is durable and was read back; an old one is destroyed only when another one that stays was opened.
 //! What makes a slot valid or invalid is its state, which is one word in one sector.
 
+use std::num::NonZeroU64;
+
 use openssl::memcmp;
 use openssl::rand::rand_bytes;
+use rustix::fs::{Advice, fadvise};
 use zeroize::Zeroizing;
 
 use super::field::read_exact;
@@ -19,7 +22,10 @@ use crate::crypto::hash;
 use crate::crypto::kdf::{Budget, Kdf, iterations_within};
 use crate::crypto::split::STRIPES;
 use crate::error::{Error, ErrorKind, Result};
-use crate::luks::{HEADER_LENGTH, SECTOR, SLOT_ACTIVE, SLOT_LENGTH, SLOTS_START, slots_of};
+use crate::luks::{
+    HEADER_LENGTH, SALT_END, SALT_OF_REMOVED, SECTOR, SLOT_ACTIVE, SLOT_LENGTH, SLOTS_START,
+    is_being_removed, slots_of,
+};
 use crate::passphrase::{KeyChange, KeysChanged, NewKey, Passphrase};
 use crate::storage::{Durability, Storage};
 use crate::units::HostOffset;
@@ -73,7 +79,8 @@ pub(crate) fn change_keys(
             Ok(KeysChanged { added: None, removed })
         }
         KeyChange::RemoveSlot(slot) => {
-            if header.slots.iter().all(|used| used.number != *slot) {
+            let is_in_use = header.slots.iter().any(|used| used.number == *slot);
+            if !(is_in_use || *slot < SLOTS && is_being_removed(&file.slot(*slot)?)) {
                 let detail = format!("key slot {slot} of it is not in use");
                 return Err(refused(ErrorKind::InvalidInput, detail));
             }
@@ -122,6 +129,9 @@ impl File<'_> {
     ) -> Result<u32> {
         let new = new.read()?;
         let number = self.free_slot(wanted)?;
+        if is_being_removed(&self.slot(number)?) {
+            self.remove(&[number])?;
+        }
         let slot = self.new_slot(header, opened, number, &new)?;
         let passphrase = new.passphrase.bytes()?;
         let material = slot.seal(master, &passphrase)?;
@@ -167,7 +177,10 @@ impl File<'_> {
     }
 
     fn free_slot(&self, wanted: Option<u32>) -> Result<u32> {
-        let is_free = |number| Ok::<_, Error>(u32_at(&self.slot(number)?, 0) == SLOT_EMPTY);
+        let is_free = |number| {
+            let slot = self.slot(number)?;
+            Ok::<_, Error>(u32_at(&slot, 0) == SLOT_EMPTY || is_being_removed(&slot))
+        };
         if let Some(number) = wanted {
             if number >= SLOTS {
                 let detail = format!("it has the key slots 0 to {}, and no {number}", SLOTS - 1);
@@ -243,8 +256,9 @@ impl File<'_> {
         self.remove(removed)
     }
 
-    /// Destroys the key material of slots, and then marks them as not in use: a slot that is said not
-    /// to be in use holds no key, also after a crash.
+    /// Marks slots as being removed, destroys their key material, and then marks them as not in use: a
+    /// slot that is said not to be in use holds no key, and one that is not said to be removed has its
+    /// key, also after a crash.
     fn remove(&self, numbers: &[u32]) -> Result<()> {
         for number in numbers {
             let slot = self.slot(*number)?;
@@ -254,6 +268,8 @@ impl File<'_> {
             let length = u64::from(u32_at(&header, 108)) * u64::from(stripes);
             let mut noise = vec![0; length.next_multiple_of(SECTOR) as usize];
             rand_bytes(&mut noise).map_err(|error| library(&error))?;
+            self.write(place_of(*number) + SALT_END.start as u64, SALT_OF_REMOVED)?;
+            self.sync()?;
             self.write(offset, &noise)?;
             self.sync()?;
             self.write(place_of(*number), &SLOT_EMPTY.to_be_bytes())?;
@@ -284,8 +300,15 @@ impl File<'_> {
         written.map_err(|error| Error::from_io(OPERATION, error))
     }
 
+    /// Waits until everything is on stable storage. What is read afterwards comes from there, as far as
+    /// the system can be told: not from its memory.
     fn sync(&self) -> Result<()> {
-        self.storage.sync().map_err(|error| Error::from_io(OPERATION, error))
+        self.storage.sync().map_err(|error| Error::from_io(OPERATION, error))?;
+        if let Some(fd) = self.storage.as_fd() {
+            // It is advice: without it the medium is trusted with what it has confirmed.
+            let _ = fadvise(fd, self.base, NonZeroU64::new(self.room), Advice::DontNeed);
+        }
+        Ok(())
     }
 }
 

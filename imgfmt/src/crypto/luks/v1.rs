@@ -20,7 +20,7 @@ use crate::bytes::u32_at;
 use crate::crypto::error::invalid;
 use crate::crypto::kdf::Kdf;
 use crate::error::Result;
-use crate::luks::{HEADER_LENGTH, SECTOR, SLOT_ACTIVE, SLOT_LENGTH, slots_of};
+use crate::luks::{HEADER_LENGTH, SECTOR, SLOT_ACTIVE, SLOT_LENGTH, is_being_removed, slots_of};
 use crate::storage::Storage;
 
 /// The state of a slot that is not in use.
@@ -64,6 +64,7 @@ pub(super) fn read(storage: &dyn Storage, base: u64) -> Result<Header> {
     let mut slots = Vec::new();
     for (index, slot) in (0u32..).zip(slots_of(&bytes)) {
         match u32_at(slot, 0) {
+            SLOT_ACTIVE if is_being_removed(slot) => continue,
             SLOT_ACTIVE => {}
             SLOT_EMPTY => continue,
             state => {

@@ -224,6 +224,9 @@ fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
         ReportFormat::Text => {
             for (number, slot) in slots.iter().enumerate() {
                 let state = match slot.is_active {
+                    true if slot.is_being_removed => {
+                        "its removal was interrupted: remove it again".to_owned()
+                    }
                     true => format!("in use, {} iterations", slot.iterations),
                     false => "free".to_owned(),
                 };
