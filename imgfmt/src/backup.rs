@@ -119,6 +119,38 @@ impl ContentSum {
     }
 }
 
+/// Hides the [sum](ContentSum) of a backup in the header of an encrypted image, which is not encrypted
+/// itself: the sum would let everybody who has the file try guesses at the content of the disk.
+/// [`Image::sum_mask`](crate::Image::sum_mask) derives it from the key.
+#[derive(Clone)]
+pub struct ContentMask([u8; 32]);
+
+impl ContentMask {
+    /// Of an image that is not encrypted.
+    pub(crate) const fn none() -> Self {
+        Self([0; 32])
+    }
+
+    #[cfg(feature = "encryption")]
+    pub(crate) const fn new(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// Hides a sum, or shows one that was hidden.
+    #[must_use]
+    pub fn apply(&self, sum: ContentSum) -> ContentSum {
+        let mut bytes = sum.bytes();
+        bytes.iter_mut().zip(self.0).for_each(|(byte, mask)| *byte ^= mask);
+        ContentSum::from_bytes(bytes)
+    }
+}
+
+impl fmt::Debug for ContentMask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ContentMask(..)")
+    }
+}
+
 impl fmt::Display for ContentSum {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.bytes().iter().try_for_each(|byte| write!(f, "{byte:02x}"))
@@ -147,7 +179,8 @@ pub struct BackupIdentity {
     pub bitmap: Option<String>,
     /// The name of the export that was backed up; at most 4096 bytes.
     pub export: String,
-    /// The sum of the blocks that the file itself holds, if it was computed.
+    /// The sum of the blocks that the file itself holds, if it was computed. In an encrypted image it is
+    /// recorded with a [mask](ContentMask).
     pub content: Option<ContentSum>,
 }
 

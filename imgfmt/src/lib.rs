@@ -108,7 +108,9 @@ pub use access::{Access, BitmapDurability, ExpectedEncryption, Locking};
 pub use archive::disk_in as disk_in_archive;
 pub use archive::{Archive, ArchiveMember};
 pub use backing_file::{BackingFile, BackingOptions, NameTarget};
-pub use backup::{Backup, BackupBase, BackupIdentity, BeganAfter, ContentSum, NotAUuid, Uuid};
+pub use backup::{
+    Backup, BackupBase, BackupIdentity, BeganAfter, ContentMask, ContentSum, NotAUuid, Uuid,
+};
 pub use bitmap::{
     BITMAP_GRANULARITY_DEFAULT, BITMAP_NAME_BYTES_MAX, BitmapChange, BitmapInfo, BitmapState,
     DirtyBits, DirtyExtent, Recording,

@@ -78,6 +78,11 @@ impl NewKey {
         self
     }
 
+    /// Returns the passphrase, which opens the image.
+    pub fn passphrase(&self) -> &Passphrase {
+        &self.passphrase
+    }
+
     /// The same key, whose passphrase has been read: it is the same whenever it is used.
     ///
     /// # Errors

@@ -14,7 +14,9 @@ pub(crate) mod luks;
 mod memory;
 mod old_aes;
 mod split;
+mod sum_key;
 
 pub(crate) use encrypted::Encrypted;
 pub(crate) use luks::Volume;
 pub(crate) use old_aes::OldAes;
+pub(crate) use sum_key::SumKey;

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use super::Image;
-use crate::backup::{Backup, Uuid};
+use crate::backup::{Backup, ContentMask, Uuid};
 use crate::bitmap::{BitmapChange, BitmapInfo, DirtyBits, DirtyExtent, Recording};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::Format;
 use crate::qcow2::{Qcow2, no_bitmap};
 use crate::sidecar::BitmapDurabilityStatus;
 use crate::units::{GuestOffset, GuestRange};
@@ -138,6 +139,30 @@ impl Image {
         let images = self.chain.qcow2_layers(&layers);
         let images = images.map(|image| image.map_or((None, None), of_image));
         if self.qcow2().is_some() { images.collect() } else { Vec::new() }
+    }
+
+    /// Returns what hides the sum of a backup in the header of this image; it hides nothing if the image
+    /// is not encrypted. Apply it to the sum before the image is [sealed](Self::seal_backup);
+    /// [`backups_of_chain`](Self::backups_of_chain) shows the sum again.
+    ///
+    /// # Errors
+    ///
+    /// `KeyRequired` if the image was opened without its key.
+    pub fn sum_mask(&self, backup: Uuid) -> Result<ContentMask> {
+        let mask = self.qcow2().map(|image| image.sum_mask(backup));
+        mask.unwrap_or(Ok(ContentMask::none())).map_err(|error| self.name(error))
+    }
+
+    /// Returns for each layer whether its data is encrypted in its file. The image itself is first.
+    pub fn encrypted_layers(&self) -> Vec<bool> {
+        let layers = self.chain.layers();
+        let images = self.chain.qcow2_layers(&layers).zip(&layers.opened);
+        images
+            .map(|(image, file)| match image {
+                Some(image) => image.is_encrypted(),
+                None => file.format == Format::Luks,
+            })
+            .collect()
     }
 
     /// Returns the files of the layers whose record of a backup cannot be read: it is damaged, or

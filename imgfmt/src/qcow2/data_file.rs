@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
+use crate::backup::{ContentMask, Uuid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mapping::Form;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
@@ -40,7 +41,7 @@ enum Encryption {
     None,
     /// The storage encrypts and decrypts it.
     #[cfg(feature = "encryption")]
-    Open,
+    Open(crate::crypto::SumKey),
     /// It depends on places on the disk, which the storage does not know: nothing may use that.
     #[cfg(feature = "encryption")]
     Old(crate::crypto::OldAes),
@@ -60,8 +61,8 @@ impl DataFile {
     #[cfg(feature = "encryption")]
     pub(in crate::qcow2) fn unlock(&mut self, volume: crate::crypto::Volume) {
         let file = Arc::clone(&self.metadata.file);
+        self.encryption = Encryption::Open(crate::crypto::SumKey::of(&volume));
         self.storage = Arc::new(crate::crypto::Encrypted::new(file, volume));
-        self.encryption = Encryption::Open;
     }
 
     /// All data has the old encryption: it is read by [`read_old_aes`](Self::read_old_aes) alone.
@@ -99,6 +100,21 @@ impl DataFile {
         Err(self.without_key().at(guest.bytes()))
     }
 
+    /// What hides the sum of the content of a backup in the header.
+    pub(in crate::qcow2) fn sum_mask(&self, backup: Uuid) -> Result<ContentMask> {
+        match &self.encryption {
+            Encryption::None => Ok(ContentMask::none()),
+            #[cfg(feature = "encryption")]
+            Encryption::Open(key) => key
+                .mask(backup.bytes())
+                .map(ContentMask::new)
+                .map_err(|error| self.metadata.named(error)),
+            #[cfg(feature = "encryption")]
+            Encryption::Old(_) => Err(self.without_key()),
+            Encryption::Locked => Err(self.without_key()),
+        }
+    }
+
     /// The data is encrypted, and the key is not known: no data is read or written from now on.
     pub(in crate::qcow2) fn lock(&mut self) {
         self.encryption = Encryption::Locked;
@@ -121,7 +137,7 @@ impl DataFile {
         match self.encryption {
             Encryption::None => Ok(&self.storage),
             #[cfg(feature = "encryption")]
-            Encryption::Open => Ok(&self.storage),
+            Encryption::Open(_) => Ok(&self.storage),
             #[cfg(feature = "encryption")]
             Encryption::Old(_) => Err(self.without_key()),
             Encryption::Locked => Err(self.without_key()),

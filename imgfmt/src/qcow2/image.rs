@@ -1,7 +1,7 @@
 //! An open image: its parts, and information about it.
 
 use crate::backing_slot::BackingSlot;
-use crate::backup::Backup;
+use crate::backup::{Backup, ContentMask, Uuid};
 use crate::bitmap::BitmapChange;
 use crate::create_options::{CompressionType, L2Entries, Qcow2Version};
 use crate::error::Result;
@@ -101,9 +101,25 @@ impl Qcow2 {
         self.bitmaps.thaw(self)
     }
 
-    /// The record of the backup in the file.
+    /// The record of the backup in the file, with the sum that it hides; without the key of encrypted
+    /// data there is none.
     pub(crate) fn backup(&self) -> Option<Backup> {
-        self.metadata.backup()
+        let mut backup = self.metadata.backup()?;
+        let identity = &mut backup.identity;
+        identity.content = identity
+            .content
+            .and_then(|hidden| Some(self.data.sum_mask(identity.id).ok()?.apply(hidden)));
+        Some(backup)
+    }
+
+    /// What hides the sum of a backup in the header.
+    pub(crate) fn sum_mask(&self, backup: Uuid) -> Result<ContentMask> {
+        self.data.sum_mask(backup)
+    }
+
+    /// Whether data is encrypted in the file.
+    pub(crate) fn is_encrypted(&self) -> bool {
+        self.data.is_encrypted()
     }
 
     /// Whether the file has a record of a backup that cannot be read.

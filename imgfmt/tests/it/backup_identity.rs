@@ -1,10 +1,11 @@
 //! A backup file says which backup it is and whether it is unchanged.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use imgfmt::{
-    Access, BackupBase, BackupIdentity, CreateOptions, Durability, Format, Image, OpenOptions,
-    Shrink, Speed, Uuid, ZeroMode,
+    Access, BackupBase, BackupIdentity, ContentSum, CreateOptions, Durability, Format, Image,
+    KeyChange, NewKey, OpenOptions, Passphrase, Shrink, Speed, Uuid, ZeroMode,
 };
 
 use crate::common::{at, qemu, range, run, text};
@@ -104,6 +105,37 @@ fn a_sealed_file_says_which_backup_it_is_until_it_is_changed() {
     let copy = directory.path().join("cut");
     std::fs::copy(&path, &copy).unwrap();
     assert_eq!(is_unchanged(&copy), Some(false), "a copy of what was cut off");
+}
+
+#[test]
+fn in_an_encrypted_file_the_sum_is_hidden_from_whoever_lacks_the_key() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    let passphrase = |text: &str| Passphrase::new(text.into());
+    let key = |text: &str| NewKey::new(passphrase(text)).iteration_time(Duration::ZERO);
+    let mut create = CreateOptions::new(Format::Qcow2, SIZE);
+    create.encryption = Some(key("x"));
+    drop(Image::create(&path, &create).unwrap());
+    let with = |text: &str| OpenOptions::new().passphrase(passphrase(text));
+    let open = |text: &str| Image::open(&path, &with(text)).unwrap();
+    let sum = ContentSum::from_bytes([0x5a; 32]);
+    let mut identity = identity();
+    let (image, other) = (open("x"), Uuid::random().unwrap());
+    let mask = image.sum_mask(identity.id).unwrap();
+    assert_ne!(image.sum_mask(other).unwrap().apply(sum), mask.apply(sum));
+    identity.content = Some(mask.apply(sum));
+    drop(image);
+    Image::seal_backup(&path, &OpenOptions::new(), &identity).unwrap();
+    let found = |text: &str| open(text).backups_of_chain()[0].1.clone().unwrap();
+    assert_eq!(found("x").identity.content, Some(sum));
+    // Only in the file itself.
+    let about = Image::inspect_file(&path, &OpenOptions::new()).unwrap().qcow2.unwrap();
+    assert_eq!(about.backup.unwrap().identity, identity);
+    assert!(!std::fs::read(&path).unwrap().windows(32).any(|window| window == sum.bytes()));
+    let change = KeyChange::Replace { old: passphrase("x"), key: key("y") };
+    Image::change_keys(&path, &OpenOptions::new(), &change).unwrap();
+    let after = found("y");
+    assert_eq!((after.identity.content, after.is_unchanged), (Some(sum), true));
 }
 
 /// As [`is_unchanged`], of an image that is open.

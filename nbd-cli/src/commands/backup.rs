@@ -31,7 +31,7 @@ pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
         args.tls.check(&args.source)?;
     }
     let shown = Shown::new(args.summary.visibility());
-    let (target, options) = (&args.target, options(args));
+    let (target, options) = (&args.target, options(args)?);
     let result = match source(args)? {
         source @ BackupSource::Checkpoint { .. } => {
             let work = async {
@@ -87,7 +87,7 @@ fn source(args: &BackupArgs) -> Result<BackupSource, CommandError> {
 }
 
 /// Returns the options of the job.
-fn options(args: &BackupArgs) -> BackupOptions {
+fn options(args: &BackupArgs) -> Result<BackupOptions, CommandError> {
     let mut options = BackupOptions::default();
     options.connect = args.connection.options(&args.tls);
     options.requests = args.requests.unwrap_or(options.requests);
@@ -101,7 +101,9 @@ fn options(args: &BackupArgs) -> BackupOptions {
     };
     options.verify = args.verified();
     options.policy = args.trust().policy();
+    options.encryption = args.new_key()?;
+    options.passphrases = args.keys.passphrases();
     options.locking = args.locks.locking();
     options.sharing = if args.share.force_share { Sharing::Shared } else { Sharing::Exclusive };
-    options
+    Ok(options)
 }

@@ -10,6 +10,7 @@ mod support;
 mod backup_after_kill;
 mod backup_chain;
 mod backup_checkpoint;
+mod backup_encrypted;
 mod backup_identity;
 mod backup_interrupted;
 mod backup_killed;

@@ -53,6 +53,7 @@ impl Base {
             ),
             None => JobError::opening(JobErrorKind::Base, error).advise_sharing(),
         })?;
+        check_encryption(&image, path, work)?;
         let name = match work.is_on_device() || is_device(path) {
             // Devices are not moved together, and their names may lead to other devices later.
             true => absolute(path)?,
@@ -205,6 +206,27 @@ impl Base {
         let child = find_backup(&[&self.path, work.target], is_child)?;
         Some(format!("'{}' was made on it since", child.display()))
     }
+}
+
+/// Refuses to write in the clear what belongs to an encrypted disk.
+fn check_encryption(base: &Image, path: &Path, work: BackupJob<'_>) -> Result<(), JobError> {
+    let layers = base.encrypted_layers();
+    let path = path.display();
+    if work.options.encryption.is_none() && layers.contains(&true) {
+        return Err(JobError::new(
+            JobErrorKind::Base,
+            format!(
+                "'{path}' or a file below it is encrypted, and the new backup would not be: add --encrypt \
+                 and --new-key-file, or make a full backup"
+            ),
+        ));
+    }
+    if work.options.encryption.is_some() && layers.contains(&false) {
+        work.context.observer.warning(&format!(
+            "'{path}' or a file below it is not encrypted, and remains so; only the new backup is"
+        ));
+    }
+    Ok(())
 }
 
 /// Returns the reason why a chain of backups, newest first, cannot be built on.

@@ -11,7 +11,7 @@ use nbd_proto::wire::{MetaContextName, TransmissionFlags};
 
 use super::chain::Base;
 use super::options::{BackupJob, BackupSource, CLUSTER_SIZE};
-use super::partial::{Partial, State};
+use super::partial::{self, Partial, State};
 use crate::connect::connect;
 use crate::copy::destination::{Background, Destination};
 use crate::copy::dirty::DirtyExtents;
@@ -59,7 +59,7 @@ struct Filled {
     counts: [u64; 3],
     /// The start of the copy, in bytes.
     start: u64,
-    /// The sum of the blocks that the file holds.
+    /// The sum of the blocks that the file holds, as it is recorded.
     content: Option<ContentSum>,
 }
 
@@ -101,7 +101,7 @@ pub(super) async fn run(
     let state = State::new(work, uri, size, base);
     let mut partial = Partial::begin(work, state, base)?;
     let disk = (client.clone(), uri);
-    let result = fill(work, disk, bitmap.as_ref(), &mut partial).await;
+    let result = fill(work, disk, bitmap.as_ref(), &mut partial, issued.backup).await;
     let Filled { counts, start: resumed_at, content } = result.map_err(|error| {
         let error = error.in_words(format!("the backup of {uri} failed: {error}"));
         partial.failed(
@@ -187,6 +187,7 @@ async fn fill(
     (client, uri): (Client, &NbdUri),
     bitmap: Option<&MetaContextName>,
     partial: &mut Partial,
+    backup: Uuid,
 ) -> Result<Filled, JobError> {
     let start = partial.done();
     let size = client.info().size;
@@ -198,6 +199,7 @@ async fn fill(
         Background::Zero
     };
     let image = partial.open(work, Access::ReadWrite)?;
+    let mask = image.sum_mask(backup).map_err(partial::image_error)?;
     let destination = Destination::image(image, background);
     let zeroes = match background {
         Background::Zero => ZeroPolicy::Skip,
@@ -232,6 +234,7 @@ async fn fill(
     if let Some(content) = content.as_mut().filter(|_| start > 0) {
         content.add(earlier(work, partial, start).await?);
     }
+    let content = content.map(|sum| mask.apply(sum));
     Ok(Filled { counts, start, content })
 }
 

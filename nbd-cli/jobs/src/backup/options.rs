@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgfmt::storage::FileStorage;
-use imgfmt::{Access, Locking, OpenOptions, OpenPolicy};
+use imgfmt::{Access, Locking, NewKey, OpenOptions, OpenPolicy, Passphrase};
 use nbd_proto::NbdUri;
 
 use crate::copy::check_concurrency;
@@ -91,6 +91,10 @@ pub struct BackupOptions {
     /// The files that the base may name, besides the backups below it. By default those in its
     /// directory and below.
     pub policy: OpenPolicy,
+    /// Encrypts the new backup with LUKS and this key. A backup on an encrypted base needs one.
+    pub encryption: Option<NewKey>,
+    /// The passphrases of encrypted files below the backup. That of the new one is tried as well.
+    pub passphrases: Vec<Passphrase>,
     /// File locking.
     pub locking: Locking,
     /// Locking of the base.
@@ -108,6 +112,8 @@ impl Default for BackupOptions {
             leftover: Leftover::Refuse,
             verify: Verify::Nothing,
             policy: OpenPolicy::new(),
+            encryption: None,
+            passphrases: Vec::new(),
             locking: Locking::Auto,
             sharing: Sharing::Exclusive,
         }
@@ -170,7 +176,11 @@ impl BackupJob<'_> {
     pub(super) fn open_options(&self) -> OpenOptions {
         let observer = Arc::clone(&self.context.observer);
         let told = move |path: &Path| observer.unlocked(path);
-        let options = OpenOptions::new().locking(self.options.locking).on_unlocked(Arc::new(told));
+        let mut options =
+            OpenOptions::new().locking(self.options.locking).on_unlocked(Arc::new(told));
+        options.passphrases.clone_from(&self.options.passphrases);
+        let new = self.options.encryption.as_ref().map(NewKey::passphrase);
+        options.passphrases.extend(new.cloned());
         options.policy(self.options.policy.clone())
     }
 

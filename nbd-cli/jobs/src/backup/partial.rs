@@ -35,6 +35,9 @@ pub(super) struct State {
     /// The UUID of the base, if it has one.
     #[serde(default)]
     base_identity: Option<String>,
+    /// Whether the file is encrypted. Absent if it is not, as older versions know it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    is_encrypted: bool,
     /// Every byte below is durably in the file.
     done: u64,
 }
@@ -48,12 +51,14 @@ impl State {
             bitmap: work.options.bitmap.clone(),
             base: work.options.base.as_deref().map(written),
             base_identity: base.and_then(Base::id).map(|id| id.to_string()),
+            is_encrypted: work.options.encryption.is_some(),
             done: 0,
         }
     }
 
     /// Describes the difference from an earlier attempt.
     fn difference(&self, former: &Self) -> Option<String> {
+        let on = |is_on: bool| if is_on { "LUKS" } else { "none" }.to_owned();
         let name = |name: &Option<String>| name.clone().unwrap_or_else(|| "none".to_owned());
         let pairs = [
             ("version", self.version.to_string(), former.version.to_string()),
@@ -61,6 +66,7 @@ impl State {
             ("size", self.size.to_string(), former.size.to_string()),
             ("bitmap", name(&self.bitmap), name(&former.bitmap)),
             ("base", name(&self.base), name(&former.base)),
+            ("encryption", on(self.is_encrypted), on(former.is_encrypted)),
             ("base's identity", name(&self.base_identity), name(&former.base_identity)),
         ];
         let found = pairs.into_iter().find(|(_, now, then)| now != then);
@@ -144,8 +150,9 @@ impl Partial {
         state: State,
         base: Option<&Base>,
     ) -> Result<Self, JobError> {
-        let mut options = options_of(state.size, base);
+        let mut options = options_of(state.size, base, work);
         options.open.locking = work.read_locking();
+        options.open.passphrases = work.open_options().passphrases;
         let device = device::begin_image(work.target, &options, &*work.context.observer)?;
         let partial = Self {
             path: work.target.to_owned(),
@@ -205,7 +212,7 @@ impl Partial {
 
     /// Returns the options for creating the file.
     fn new_image(&self, base: Option<&Base>, work: BackupJob<'_>) -> CreateOptions {
-        let mut options = options_of(self.state.size, base);
+        let mut options = options_of(self.state.size, base, work);
         options.open = self.options(work);
         options
     }
@@ -333,7 +340,7 @@ fn read_record(record: &Path) -> Result<State, String> {
     Ok(state)
 }
 
-fn image_error(error: imgfmt::Error) -> JobError {
+pub(super) fn image_error(error: imgfmt::Error) -> JobError {
     JobError::image(JobErrorKind::Destination, error)
 }
 
@@ -348,8 +355,9 @@ fn destination_error(error: imgfmt::Error) -> JobError {
 }
 
 /// Returns the properties of the new image.
-fn options_of(size: u64, base: Option<&Base>) -> CreateOptions {
+fn options_of(size: u64, base: Option<&Base>, work: BackupJob<'_>) -> CreateOptions {
     let mut options = CreateOptions::new(Format::Qcow2, size);
+    options.encryption.clone_from(&work.options.encryption);
     options.cluster_size = CLUSTER_SIZE;
     options.backing = base.map(|base| (base.name.clone(), base.format));
     options

@@ -5,14 +5,18 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use imgfmt::NewKey;
 use nbd_proto::NbdUri;
 
 use crate::commands::image::open::TrustArgs;
 #[cfg(feature = "object-storage")]
 use crate::commands::repo::PassphraseArgs;
 use crate::connect::{ConnectionArgs, TlsArgs};
+use crate::error::CommandError;
 use crate::file_path::FilePathParser;
+use crate::key_file::KeyArgs;
 use crate::locking::{LockArgs, ShareArgs};
+use crate::new_key::NewKeyArgs;
 use crate::progress::{RateArgs, SummaryArgs};
 
 const AFTER_HELP: &str = "\
@@ -21,6 +25,7 @@ Examples:
   nbd-cli backup --bitmap daily --base sunday.qcow2 nbd://vmhost/disk monday.qcow2
   nbd-cli backup --control /run/nbd.control --export vm --bitmap daily sunday.qcow2
   nbd-cli backup --control /run/nbd.control --export vm --bitmap daily --base sunday.qcow2 monday.qcow2
+  nbd-cli backup --encrypt --new-key-file disk.key nbd://vmhost/disk secret.qcow2
   nbd-cli restore monday.qcow2 disk.img
   nbd-cli backup --name vm1 nbd://vmhost/disk /srv/backups
 
@@ -45,6 +50,9 @@ renamed in one step. After an interruption --resume continues it, which is valid
 has not changed since. On a block device the previous data is lost at once; the device is marked as
 incomplete until the backup is complete, and a backup there cannot be resumed. Other programs can
 change a device without a trace: as the base of another backup it needs --trust-base.
+
+With --encrypt the new file is encrypted. The files below it are opened with --key-file, or with the
+passphrase of the new one. Opening a chain takes the --iter-time of each of its files.
 
 With --name the backup is made in a repository ('nbd-cli repo'), and SOURCE may also be an image that
 does not change. Every backup there is complete: what the last backup of this name has is not sent
@@ -112,6 +120,19 @@ pub struct BackupArgs {
     #[arg(long, conflicts_with = "resume")]
     pub restart: bool,
 
+    /// Encrypt the new backup with LUKS (AES-256, XTS) and the passphrase in --new-key-file. A backup
+    /// on an encrypted base has to be encrypted.
+    #[arg(long, requires = "new_key_file")]
+    pub encrypt: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub new_key: NewKeyArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub keys: KeyArgs,
+
     /// Read both sides again at the end and compare checksums: of the copied data, or of the
     /// complete disk.
     #[arg(long, value_enum, value_name = "WHAT", num_args = 0..=1, require_equals = true,
@@ -159,7 +180,7 @@ pub struct BackupArgs {
 #[command(next_help_heading = "Backups in a repository")]
 pub struct RepositoryArgs {
     /// Make the backup in a repository, the TARGET, under this name.
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["base", "resume", "restart"])]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["base", "resume", "restart", "encrypt", "new_key_file"])]
     pub name: Option<String>,
 
     /// Read the whole disk, whatever the bitmap says; only what changed is sent.
@@ -195,9 +216,20 @@ impl BackupArgs {
         }
     }
 
-    /// The files that images may name. A backup has no use for keys.
+    /// The files that images may name, and the keys of encrypted ones.
     pub(super) fn trust(&self) -> TrustArgs {
-        let (trust_image, locks) = (self.trust_image, self.locks);
-        TrustArgs { trust_image, locks, ..TrustArgs::default() }
+        let (trust_image, locks, keys) = (self.trust_image, self.locks, self.keys.clone());
+        TrustArgs { trust_image, locks, keys }
+    }
+
+    /// The key of the new backup.
+    pub(super) fn new_key(&self) -> Result<Option<NewKey>, CommandError> {
+        match &self.new_key.new_key_file {
+            Some(file) if self.encrypt => self.new_key.iter_time.key(file).map(Some),
+            Some(_) => Err(CommandError::new(
+                "--new-key-file is for a new encrypted backup; add --encrypt, or leave it out",
+            )),
+            None => Ok(None),
+        }
     }
 }
