@@ -126,12 +126,14 @@ impl WritableLayer for Raw {
     }
 
     fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite> {
-        // Other storages encrypt, read what is around the data, or wait for a server. The check of a
-        // guarded sector reads.
-        let is_file = self.format == Format::Raw && self.storage.as_fd().is_some();
-        let is_guarded = self.first_sector.is_some() && offset.bytes() < PROBE_LENGTH as u64;
-        if !is_file || is_guarded {
+        // The check of a guarded sector reads.
+        if self.first_sector.is_some() && offset.bytes() < PROBE_LENGTH as u64 {
             return Ok(TryWrite::WouldBlock);
+        }
+        // Other storages may read what is around the data, or wait for a server.
+        if self.format != Format::Raw || self.storage.as_fd().is_none() {
+            let tried = self.storage.try_write_at(host(offset), data);
+            return tried.map_err(io("write to")).map_err(at(offset));
         }
         self.write_at(offset, data, Durability::Cached)?;
         Ok(TryWrite::Complete)

@@ -7,7 +7,7 @@ use super::cipher::Direction;
 use super::luks::Volume;
 use crate::storage::{
     BouncePool, Capabilities, DirectAlignment, Durability, FileIdentity, RangeLocks, Storage,
-    TRANSFER_MAX, TryRead,
+    TRANSFER_MAX, TryRead, TryWrite,
 };
 use crate::units::HostOffset;
 
@@ -16,6 +16,9 @@ const BUFFER_ALIGNMENT: usize = 4096;
 
 /// A read of more bytes that must not wait is left to threads, of which several decrypt at once.
 const TRY_READ_MAX: usize = 256 << 10;
+
+/// A write of more bytes that must not wait is left to threads too.
+const TRY_WRITE_MAX: usize = 64 << 10;
 
 /// Decrypts what is read from a part of another storage, and encrypts what is written there.
 ///
@@ -232,6 +235,21 @@ impl Storage for Encrypted {
             rest = behind;
         }
         Ok(())
+    }
+
+    /// Whole sectors of a file alone: around others is data that may have to be read.
+    fn try_write_at(&self, offset: HostOffset, data: &[u8]) -> io::Result<TryWrite> {
+        let offset = offset.bytes();
+        let may_share = self.is_aligned(offset, data.len()) && !self.volume.cipher.blocks_depend();
+        let is_file = self.inner.as_fd().is_some() && self.inner.direct_alignment().is_none();
+        if !may_share || !is_file || data.len() > TRY_WRITE_MAX {
+            return Ok(TryWrite::WouldBlock);
+        }
+        let Some(_shared) = self.ranges.try_shared(self.sectors(offset, data.len())?) else {
+            return Ok(TryWrite::WouldBlock);
+        };
+        self.write_part(offset, data, Durability::Cached)?;
+        Ok(TryWrite::Complete)
     }
 
     fn set_len(&self, length: u64) -> io::Result<()> {

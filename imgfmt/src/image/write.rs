@@ -25,9 +25,9 @@ impl Image {
     }
 
     /// Writes `data` at `offset` into the page cache, if that reads nothing from the disk: neither
-    /// metadata nor old content of a cluster that is copied. A write to a raw
-    /// image in a file never reads; an encrypted one is always [`TryWrite::WouldBlock`]. If
-    /// the cache mode bypasses the page cache or makes every write durable, the result is
+    /// metadata nor old content of a cluster that is copied. A write to a raw image in a file never
+    /// reads; one to an encrypted image is tried for whole sectors, up to 64 KiB, that allocate
+    /// nothing. If the cache mode bypasses the page cache or makes every write durable, the result is
     /// [`TryWrite::WouldBlock`].
     ///
     /// # Errors

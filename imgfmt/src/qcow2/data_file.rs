@@ -9,7 +9,7 @@ use crate::backup::{ContentMask, Uuid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mapping::Form;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
-use crate::storage::{Capabilities, Durability, Speed, Storage, Tracked, ZeroMode};
+use crate::storage::{Capabilities, Durability, Speed, Storage, Tracked, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
 
 /// By how much the file is extended at once for writes at its end, in bytes: by this part of its
@@ -169,6 +169,16 @@ impl DataFile {
         self.storage()?
             .write_at(host, data, Durability::Cached)
             .map_err(|error| self.error(error, guest))
+    }
+
+    /// Writes data if that waits for nothing but the page cache.
+    pub(in crate::qcow2) fn try_write(
+        &self,
+        host: HostOffset,
+        data: &[u8],
+        guest: GuestOffset,
+    ) -> Result<TryWrite> {
+        self.storage()?.try_write_at(host, data).map_err(|error| self.error(error, guest))
     }
 
     /// Writes zeroes that take up space, as data does.

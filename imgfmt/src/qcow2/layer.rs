@@ -77,10 +77,6 @@ impl WritableLayer for Qcow2 {
 
     fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite> {
         self.metadata.refuse_if_corrupt()?;
-        // Encrypting takes time, and may wait for other writes of a sector.
-        if self.data.is_encrypted() {
-            return Ok(TryWrite::WouldBlock);
-        }
         let Ok(_recorded) = self.bitmaps.try_before_change(span_at(offset, data.len())) else {
             return Ok(TryWrite::WouldBlock);
         };

@@ -235,6 +235,16 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(TryRead::WouldBlock)
     }
 
+    /// Writes all of `data` if that waits for nothing but the page cache. [`TryWrite::WouldBlock`] means
+    /// that nothing is written, as by default: callers that know a file write to it anyway.
+    ///
+    /// # Errors
+    ///
+    /// See [`write_at`](Self::write_at).
+    fn try_write_at(&self, _offset: HostOffset, _data: &[u8]) -> io::Result<TryWrite> {
+        Ok(TryWrite::WouldBlock)
+    }
+
     /// Sets a range, which must be within the current length, to zero.
     ///
     /// # Errors

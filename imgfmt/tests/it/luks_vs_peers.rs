@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use imgfmt::{
     Access, Content, Durability, ErrorKind, Format, Image, OpenOptions, Passphrase, Shrink, Speed,
-    ZeroMode,
+    TryWrite, ZeroMode,
 };
 
 use crate::common::{Random, at, has_tool, range, run, text};
@@ -115,9 +115,12 @@ pub(crate) fn content(image: &Image) -> Vec<u8> {
 /// Random writes, zeroes and discards of any alignment, and the same in memory.
 pub(crate) fn change(image: &Image, model: &mut [u8], random: &mut Random) {
     for _ in 0..30 {
-        let offset = random.below(model.len() as u64);
+        // Whole sectors of all volumes, or any bytes.
+        let unit = if random.below(2) == 0 { 4096 } else { 1 };
+        let offset = random.below(model.len() as u64) / unit * unit;
         let longest = if random.below(4) == 0 { 2 * MIB } else { 9000 };
-        let length = (random.below(longest) + 1).min(model.len() as u64 - offset);
+        let length = (random.below(longest) + 1).next_multiple_of(unit);
+        let length = length.min(model.len() as u64 - offset);
         let part = &mut model[offset as usize..(offset + length) as usize];
         let asked = range(offset, length);
         match random.below(8) {
@@ -135,7 +138,11 @@ pub(crate) fn change(image: &Image, model: &mut [u8], random: &mut Random) {
                 part.copy_from_slice(&random.bytes(part.len()));
                 let durability =
                     if random.below(4) == 0 { Durability::Fua } else { Durability::Cached };
-                image.write_at(at(offset), part, durability).unwrap();
+                let is_tried = durability == Durability::Cached
+                    && image.try_write_at(at(offset), part).unwrap() == TryWrite::Complete;
+                if !is_tried {
+                    image.write_at(at(offset), part, durability).unwrap();
+                }
             }
         }
         let (start, end) = (random.below(model.len() as u64), random.below(model.len() as u64));
@@ -210,13 +217,16 @@ fn volumes_of_version_2_are_read_and_written_as_cryptsetup_does() {
     }
     let mut random = Random::new("luks2");
     for kind in [
-        ["--sector-size", "4096", "--pbkdf", "argon2id", "--pbkdf-memory", "32"],
-        ["--sector-size", "512", "--pbkdf", "argon2i", "--pbkdf-memory", "64"],
-        ["--sector-size", "2048", "--pbkdf", "pbkdf2", "--hash", "sha512"],
+        "--sector-size 4096 --pbkdf argon2id --pbkdf-memory 32",
+        "--sector-size 512 --pbkdf argon2i --pbkdf-memory 64 --cipher aes-xts-plain64 -s 256",
+        "--sector-size 2048 --pbkdf pbkdf2 --hash sha512",
+        "--sector-size 1024 --pbkdf pbkdf2 --hash sha1 --cipher aes-cbc-essiv:sha256 -s 256",
+        "--sector-size 4096 --pbkdf pbkdf2 --hash ripemd160 --cipher aes-cbc-plain64 -s 128",
     ] {
-        println!("{kind:?}");
+        println!("{kind}");
         let mut model = random.bytes(3 * MIB as usize);
-        let iterations = if kind[3] == "pbkdf2" { "1000" } else { "4" };
+        let iterations = if kind.contains("pbkdf2") { "1000" } else { "4" };
+        let kind: Vec<&str> = kind.split(' ').collect();
         let arguments = [&["--pbkdf-force-iterations", iterations][..], &kind].concat();
         let volume = Volume::with_content(&model, &arguments);
         let image = volume.open(Access::ReadWrite).unwrap();

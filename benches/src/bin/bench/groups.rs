@@ -8,7 +8,9 @@ use anyhow::{Result, bail};
 
 use super::group::Group;
 use super::options::Options;
-use super::{bitmaps, checkpoints, copies, direct, image_formats, image_tools, large, qcow2, tls};
+use super::{
+    bitmaps, checkpoints, copies, direct, encrypted, image_formats, image_tools, large, qcow2, tls,
+};
 
 /// The group of the rows that serve a raw file.
 pub(crate) const RAW: &str = "raw";
@@ -24,6 +26,7 @@ pub(crate) const GROUPS: &[Group] = &[
     bitmaps::GROUP,
     checkpoints::GROUP,
     tls::GROUP,
+    encrypted::GROUP,
     copies::GROUP,
 ];
 

@@ -22,6 +22,7 @@ mod contest;
 mod copies;
 mod data;
 mod direct;
+mod encrypted;
 mod ending;
 mod fio;
 mod fleecing;

@@ -9,6 +9,7 @@ use crate::qcow2::io::plan::Plan;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::map::tables::Change;
+use crate::storage::TryWrite;
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
 use crate::write_map::WriteMap;
 
@@ -43,6 +44,10 @@ impl Qcow2 {
         offset: GuestOffset,
         data: &[u8],
     ) -> Result<bool> {
+        // Where encrypted data allocates, all of a cluster is written.
+        if self.data.is_encrypted() {
+            return self.try_write_encrypted(offset, data);
+        }
         if self.write_in_place(offset, data, Lookup::CachedOnly)? {
             return Ok(true);
         }
@@ -71,6 +76,17 @@ impl Qcow2 {
             self.data.write(host, &data[from..to], start + from as u64)?;
         }
         Ok(true)
+    }
+
+    /// Writes encrypted data in one place in place, if that waits for no other write of a sector.
+    fn try_write_encrypted(&self, start: GuestOffset, data: &[u8]) -> Result<bool> {
+        let _lease = self.clusters.lease_to_write()?;
+        let (range, mut segments) = (range_of(start, data), Vec::new());
+        if !self.mapping.find_in_place(range, Lookup::CachedOnly, &mut segments)? {
+            return Ok(false);
+        }
+        let [(host, ..)] = segments[..] else { return Ok(false) };
+        Ok(self.data.try_write(host, data, start)? == TryWrite::Complete)
     }
 
     /// Finds the place where all of a range can be written, if it is one place that metadata in
