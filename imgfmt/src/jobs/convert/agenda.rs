@@ -13,8 +13,11 @@ use crate::units::GuestRange;
 use crate::zero::Content;
 
 /// Smallest part of the disk that one thread copies at a time, in bytes: it fits into the
-/// processor's cache between read and write.
-pub(super) const PIECE: u64 = 256 << 10;
+/// processor's cache between read and write. Threads that write into one file wait for each other, and
+/// where other programs use the processors, each handover takes long: so it is not smaller.
+pub(super) const PIECE: u64 = 1 << 20;
+/// The same where most of the time is not that of writing into a file: many threads hold one.
+pub(super) const SMALL_PIECE: u64 = 256 << 10;
 /// Zeroes are written in pieces of at most this size, in bytes, so that progress is visible.
 const ZEROES_MAX: u64 = 256 << 20;
 
@@ -36,6 +39,7 @@ pub(super) struct Agenda<'a> {
     unreadable: Unreadable,
     size: u64,
     unit: u64,
+    piece: u64,
     background: Background,
     meter: &'a Meter<'a>,
     /// The parts that were found and not handed out yet.
@@ -50,7 +54,7 @@ pub(super) struct Agenda<'a> {
 impl<'a> Agenda<'a> {
     pub(super) fn new(
         source: &'a Image,
-        unit: u64,
+        (unit, piece): (u64, u64),
         background: Background,
         unreadable: Unreadable,
         meter: &'a Meter<'a>,
@@ -62,6 +66,7 @@ impl<'a> Agenda<'a> {
             unreadable,
             size: source.size(),
             unit,
+            piece,
             background,
             meter,
             found: VecDeque::new(),
@@ -115,7 +120,7 @@ impl<'a> Agenda<'a> {
     fn next_piece(&mut self) -> Option<CopyRange> {
         let work = self.found.front_mut()?;
         let most = match work.content {
-            Content::Data => PIECE.max(self.unit),
+            Content::Data => self.piece.max(self.unit),
             Content::Zero => ZEROES_MAX,
         };
         let (start, end) = (work.range.offset().bytes(), work.range.end().bytes());

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::agenda::{Agenda, CopyRange, PIECE};
+use super::agenda::{Agenda, CopyRange, PIECE, SMALL_PIECE};
 use super::options::{Background, Clusters, SourceReader, Unreadable, Zeroes};
 use super::salvage::read_salvaging;
 use super::turns::Turns;
@@ -45,7 +45,8 @@ impl Copy<'_> {
     /// Copies everything with this many threads.
     pub(super) fn run(&self, jobs: usize) -> Result<(), JobError> {
         let (background, unreadable) = (self.background, self.unreadable);
-        let agenda = Agenda::new(self.source, self.unit, background, unreadable, self.meter);
+        let sizes = (self.unit, self.piece());
+        let agenda = Agenda::new(self.source, sizes, background, unreadable, self.meter);
         let agenda = &OrderedMutex::new(agenda);
         // One thread failed: the others need not go on.
         let failed = &AtomicBool::new(false);
@@ -67,6 +68,13 @@ impl Copy<'_> {
         })
     }
 
+    /// How much one thread copies at a time, in bytes.
+    fn piece(&self) -> u64 {
+        let is_encoded = self.in_order.is_some() || self.clusters == Clusters::Compressed;
+        let is_plain = !is_encoded && self.reader.is_none() && self.context.rate_limit.is_none();
+        if is_plain { PIECE } else { SMALL_PIECE }
+    }
+
     /// Copies one piece after the other until there is none.
     fn work(
         &self,
@@ -74,7 +82,7 @@ impl Copy<'_> {
         failed: &AtomicBool,
     ) -> Result<(), JobError> {
         let _ended = self.turns().map(Turns::ended_by_panic);
-        let mut buffer = vec![0; PIECE.max(self.unit) as usize];
+        let mut buffer = vec![0; self.piece().max(self.unit) as usize];
         while !failed.load(Ordering::Relaxed) {
             self.context.cancellation.check()?;
             let next = agenda.lock().next();
