@@ -1,6 +1,8 @@
 //! The possible contents of each block of a disk whose writes can be lost before a flush.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 
 use anyhow::{Result, bail};
 
@@ -46,6 +48,18 @@ impl Blocks {
     pub(super) fn new(first: u64, count: u64, has_discards: bool) -> Self {
         let (possible, changed) = (BTreeMap::new(), BTreeSet::new());
         Self { first, count, next_version: 1, possible, changed, has_discards }
+    }
+
+    /// As [`new`](Self::new), with discards, above a file of `below` blocks in which half of the parts
+    /// have data. The data is written here.
+    pub(super) fn above(first: u64, count: u64, file: &File, below: u64) -> std::io::Result<Self> {
+        let mut blocks = Self::new(first, count, true);
+        for block in (first..first + count).filter(|block| *block < below && block / 40 % 2 == 0) {
+            file.write_all_at(&content(block, 1, blocks.next_version), block * BLOCK)?;
+            let write = Write { version: blocks.next_version, is_done: true };
+            blocks.possible.insert(block, vec![write]);
+        }
+        Ok(blocks)
     }
 
     /// Runs one random operation.
@@ -101,8 +115,13 @@ impl Blocks {
         if error != 0 {
             return Ok(Step::Refused(error));
         }
-        self.possible.values_mut().for_each(forget_what_was_overwritten);
+        self.keep_acknowledged();
         Ok(Step::Done)
+    }
+
+    /// Everything acknowledged before survives from now on.
+    pub(super) fn keep_acknowledged(&mut self) {
+        self.possible.values_mut().for_each(forget_what_was_overwritten);
     }
 
     /// Reads everything and treats the contents as durable.

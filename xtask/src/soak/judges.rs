@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::from_tests::FromTests;
 use super::judge::Judge;
-use super::{commands, flood, full_disk, kills, lies, relays, streams, takeovers};
+use super::{commands, flood, full_disk, kills, lies, relays, sessions, streams, takeovers};
 
 /// Every judge.
 pub(super) fn all() -> Vec<Box<dyn Judge>> {
@@ -18,6 +18,7 @@ pub(super) fn all() -> Vec<Box<dyn Judge>> {
     judges.push(Box::new(takeovers::Takeovers));
     judges.push(Box::new(relays::Relays { has_kills: false }));
     judges.push(Box::new(relays::Relays { has_kills: true }));
+    judges.push(Box::new(sessions::Sessions));
     judges.push(Box::new(full_disk::FullDisk));
     judges.push(Box::new(flood::Flood));
     judges.push(Box::new(lies::Lies));

@@ -21,6 +21,8 @@ mod random;
 mod relays;
 mod report;
 mod served;
+mod sessions;
+mod stage;
 mod streams;
 mod takeovers;
 #[cfg(test)]

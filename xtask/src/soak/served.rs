@@ -97,6 +97,15 @@ impl Served {
     ///
     /// It does not, or not with status 0.
     pub(super) fn end(mut self) -> Result<()> {
+        self.end_now()
+    }
+
+    /// As [`end`](Self::end).
+    ///
+    /// # Errors
+    ///
+    /// As [`end`](Self::end).
+    pub(super) fn end_now(&mut self) -> Result<()> {
         let id = Pid::from_child(&self.child);
         rustix::process::kill_process(id, Signal::TERM)?;
         match wait(&mut self.child, PATIENCE)? {
