@@ -101,6 +101,7 @@ impl DataFile {
     }
 
     /// What hides the sum of the content of a backup in the header.
+    #[cfg_attr(not(feature = "encryption"), expect(unused_variables, reason = "nothing is hidden"))]
     pub(in crate::qcow2) fn sum_mask(&self, backup: Uuid) -> Result<ContentMask> {
         match &self.encryption {
             Encryption::None => Ok(ContentMask::none()),
