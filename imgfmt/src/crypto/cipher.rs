@@ -8,13 +8,14 @@ use openssl::cipher_ctx::CipherCtx;
 use openssl::error::ErrorStack;
 use zeroize::{Zeroize as _, Zeroizing};
 
+pub(super) use super::block::Direction;
+use super::block::{BLOCK, blocks, ecb};
 use super::error::{invalid, library, unsupported};
 use super::hash;
+use super::xts::Xts;
 use crate::error::Result;
 use crate::ordered_lock::{OrderedMutex, rank};
 
-/// The block of AES, in bytes.
-const BLOCK: usize = 16;
 /// Vectors count units of this size, whatever the size of a sector is.
 const IV_UNIT: u64 = 512;
 /// Contexts that are kept for later. More threads than these make their own.
@@ -46,18 +47,21 @@ enum Vectors {
     Essiv,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
-    Encrypt,
-    Decrypt,
-}
-
 /// State that one thread uses at a time.
 struct Context {
+    chaining: Chaining,
+    essiv: Option<CipherCtx>,
+}
+
+enum Chaining {
+    Xts(Xts),
+    Cbc(Cbc),
+}
+
+struct Cbc {
     encrypt: CipherCtx,
     decrypt: CipherCtx,
-    essiv: Option<CipherCtx>,
-    /// Where CBC puts a sector.
+    /// Where a sector is put.
     scratch: Zeroizing<Vec<u8>>,
 }
 
@@ -113,6 +117,9 @@ impl SectorCipher {
             return Err(refused("this hash for initialisation vectors"));
         }
         // Shows now what the library refuses, such as an XTS key of two equal halves.
+        let mut bulk = CipherCtx::new().map_err(|error| library(&error))?;
+        bulk.encrypt_init(cipher.bulk(), Some(&cipher.key), Some(&[0; BLOCK]))
+            .map_err(|error| library(&error))?;
         let context = cipher.new_context().map_err(|error| library(&error))?;
         cipher.idle.lock().push(context);
         Ok(cipher)
@@ -148,9 +155,14 @@ impl SectorCipher {
         let kept = self.idle.lock().pop();
         let applied = kept.map_or_else(|| self.new_context(), Ok).and_then(|mut context| {
             let mut number = first;
-            for sector in sectors.chunks_exact_mut(sector_size) {
-                self.apply_one(&mut context, direction, number, sector)?;
+            let next = || {
+                let vector = self.vector(context.essiv.as_mut(), number);
                 number = number.wrapping_add(sector_size as u64 / IV_UNIT);
+                vector
+            };
+            match &mut context.chaining {
+                Chaining::Xts(xts) => xts.apply(direction, sector_size, sectors, next)?,
+                Chaining::Cbc(cbc) => cbc.apply(direction, sector_size, sectors, next)?,
             }
             Ok(context)
         });
@@ -162,44 +174,17 @@ impl SectorCipher {
         Ok(())
     }
 
-    fn apply_one(
+    fn vector(
         &self,
-        context: &mut Context,
-        direction: Direction,
+        essiv: Option<&mut CipherCtx>,
         number: u64,
-        sector: &mut [u8],
-    ) -> Result<(), ErrorStack> {
-        let vector = self.vector(context, number)?;
-        let cipher = match direction {
-            Direction::Encrypt => {
-                context.encrypt.encrypt_init(None, None, Some(&vector))?;
-                &mut context.encrypt
-            }
-            Direction::Decrypt => {
-                context.decrypt.decrypt_init(None, None, Some(&vector))?;
-                &mut context.decrypt
-            }
-        };
-        match self.mode {
-            Mode::Xts => {
-                cipher.cipher_update_inplace(sector, sector.len())?;
-            }
-            Mode::Cbc => {
-                context.scratch.resize(sector.len() + BLOCK, 0);
-                cipher.cipher_update(sector, Some(&mut context.scratch))?;
-                sector.copy_from_slice(&context.scratch[..sector.len()]);
-            }
-        }
-        Ok(())
-    }
-
-    fn vector(&self, context: &mut Context, number: u64) -> Result<[u8; BLOCK], ErrorStack> {
+    ) -> Result<[u8; BLOCK], ErrorStack> {
         let mut vector = [0; BLOCK];
         match self.vectors {
             Vectors::Plain => vector[..4].copy_from_slice(&(number as u32).to_le_bytes()),
             Vectors::Plain64 | Vectors::Essiv => vector[..8].copy_from_slice(&number.to_le_bytes()),
         }
-        if let Some(essiv) = &mut context.essiv {
+        if let Some(essiv) = essiv {
             let mut encrypted = [0; 2 * BLOCK];
             essiv.cipher_update(&vector, Some(&mut encrypted))?;
             vector.copy_from_slice(&encrypted[..BLOCK]);
@@ -208,21 +193,12 @@ impl SectorCipher {
     }
 
     fn new_context(&self) -> Result<Context, ErrorStack> {
-        let mut contexts = [CipherCtx::new()?, CipherCtx::new()?];
-        contexts[0].encrypt_init(self.bulk(), Some(&self.key), Some(&[0; BLOCK]))?;
-        contexts[1].decrypt_init(self.bulk(), Some(&self.key), Some(&[0; BLOCK]))?;
-        contexts.iter_mut().for_each(|context| context.set_padding(false));
-        let [encrypt, decrypt] = contexts;
-        let essiv = match &self.essiv_key {
-            None => None,
-            Some(key) => {
-                let mut essiv = CipherCtx::new()?;
-                essiv.encrypt_init(ecb(key.len()), Some(key), None)?;
-                essiv.set_padding(false);
-                Some(essiv)
-            }
+        let chaining = match self.mode {
+            Mode::Xts => Chaining::Xts(Xts::new(&self.key)?),
+            Mode::Cbc => Chaining::Cbc(Cbc::new(self.bulk(), &self.key)?),
         };
-        Ok(Context { encrypt, decrypt, essiv, scratch: Zeroizing::default() })
+        let essiv = self.essiv_key.as_ref().map(|key| blocks(Direction::Encrypt, key));
+        Ok(Context { chaining, essiv: essiv.transpose()? })
     }
 
     /// The library's cipher.
@@ -238,13 +214,42 @@ impl SectorCipher {
     }
 }
 
-/// The cipher that encrypts the numbers of sectors.
-fn ecb(key_length: usize) -> Option<&'static CipherRef> {
-    match key_length {
-        16 => Some(Cipher::aes_128_ecb()),
-        24 => Some(Cipher::aes_192_ecb()),
-        32 => Some(Cipher::aes_256_ecb()),
-        _ => None,
+impl Cbc {
+    fn new(cipher: Option<&CipherRef>, key: &[u8]) -> Result<Self, ErrorStack> {
+        let mut contexts = [CipherCtx::new()?, CipherCtx::new()?];
+        contexts[0].encrypt_init(cipher, Some(key), Some(&[0; BLOCK]))?;
+        contexts[1].decrypt_init(cipher, Some(key), Some(&[0; BLOCK]))?;
+        contexts.iter_mut().for_each(|context| context.set_padding(false));
+        let [encrypt, decrypt] = contexts;
+        Ok(Self { encrypt, decrypt, scratch: Zeroizing::default() })
+    }
+
+    /// As [`Xts::apply`].
+    fn apply(
+        &mut self,
+        direction: Direction,
+        sector_size: usize,
+        sectors: &mut [u8],
+        mut next_vector: impl FnMut() -> Result<[u8; BLOCK], ErrorStack>,
+    ) -> Result<(), ErrorStack> {
+        // The library wants room for one block more.
+        self.scratch.resize(sector_size + BLOCK, 0);
+        for sector in sectors.chunks_exact_mut(sector_size) {
+            let vector = next_vector()?;
+            let cipher = match direction {
+                Direction::Encrypt => {
+                    self.encrypt.encrypt_init(None, None, Some(&vector))?;
+                    &mut self.encrypt
+                }
+                Direction::Decrypt => {
+                    self.decrypt.decrypt_init(None, None, Some(&vector))?;
+                    &mut self.decrypt
+                }
+            };
+            cipher.cipher_update(sector, Some(&mut self.scratch))?;
+            sector.copy_from_slice(&self.scratch[..sector.len()]);
+        }
+        Ok(())
     }
 }
 

@@ -5,6 +5,7 @@
 //! place for writes that others carry out, so its ciphertext is neither sent nor changed by mistake:
 //! callers that move bytes themselves ask each storage for a descriptor first.
 
+mod block;
 mod cipher;
 mod encrypted;
 mod error;
@@ -15,6 +16,7 @@ mod memory;
 mod old_aes;
 mod split;
 mod sum_key;
+mod xts;
 
 pub(crate) use encrypted::Encrypted;
 pub(crate) use luks::Volume;
