@@ -43,6 +43,8 @@ impl<'a> Order<'a> {
     /// Returns a part that is to be copied before its turn; that of all before `done` has come. It
     /// counts as copied from now on.
     pub(super) fn next_before_turn(&mut self, done: u64) -> Option<GuestRange> {
+        // Once: readers of what has nothing to be copied must not keep it here.
+        self.take_from_readers();
         while let Some(start) = self.next_start() {
             let part = span(start, start.saturating_add(self.step).min(self.size));
             let is_due = part.end().bytes() > done && !self.ahead.has(part);
@@ -53,8 +55,7 @@ impl<'a> Order<'a> {
         None
     }
 
-    /// The start of a part that may have been copied already.
-    fn next_start(&mut self) -> Option<u64> {
+    fn take_from_readers(&mut self) {
         let readers = self.readers.iter().flat_map(|readers| std::iter::from_fn(|| readers.take()));
         let latest: Vec<u64> = readers.take(PLACES_MAX).collect();
         for offset in latest.into_iter().rev() {
@@ -65,6 +66,10 @@ impl<'a> Order<'a> {
         }
         self.asked.truncate(PLACES_MAX);
         self.near.truncate(PLACES_MAX);
+    }
+
+    /// The start of a part that may have been copied already.
+    fn next_start(&mut self) -> Option<u64> {
         if let Some(start) = self.asked.pop_front() {
             return Some(start);
         }
