@@ -1,6 +1,6 @@
 //! `nbd-cli attach`: give a disk a kernel device (`/dev/nbdX`).
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt as _;
@@ -14,6 +14,7 @@ use nbd_client::{ReplyMode, TransmissionFlags};
 use nbd_jobs::devices::{
     AttachOptions, Attached, Backend, ensure_driver, parse_device, waits_for_adoption,
 };
+use nbd_jobs::object::ObjectUrl;
 use nbd_jobs::qemu_name;
 use nbd_jobs::serving::{ServeOptions, Writes, is_memory, source_uri};
 use nbd_jobs::size::{ByteSize, parse_duration};
@@ -55,7 +56,8 @@ Data that was written but not flushed is lost if the server loses it, as on a di
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct AttachArgs {
-    /// An NBD URI, an image, a block device, or memory:SIZE.
+    /// An NBD URI, an image, a block device, memory:SIZE, or, with --read-only or --temporary, an
+    /// object of a store or a backup in a repository.
     pub source: OsString,
 
     /// The device, such as /dev/nbd0 [default: a free one]. If the same source is attached to it,
@@ -203,7 +205,9 @@ fn options(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<AttachOptions, Com
 fn identifier(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<String, CommandError> {
     let mut text = match uri {
         Some(uri) => uri.to_string(),
-        None if is_memory(&args.source) => args.source.to_string_lossy().into_owned(),
+        None if is_memory(&args.source) || is_object(&args.source) => {
+            args.source.to_string_lossy().into_owned()
+        }
         None => {
             let path = qemu_name::path_in(&args.source);
             let found = std::fs::canonicalize(path).and_then(|path| {
@@ -225,10 +229,16 @@ fn identifier(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<String, Command
     // notice: a later flush would succeed without them.
     let cache = imgfmt::CacheMode::from(args.image.cache);
     let loses_changes = uri.is_none() && !args.read_only && !cache.is_writethrough();
-    if is_memory(&args.source) || args.image.temporary || loses_changes {
+    // Under its name there may be another object later, or another backup.
+    let is_unique = is_memory(&args.source) || is_object(&args.source) || args.image.temporary;
+    if is_unique || loses_changes {
         text = format!("{text} (of process {} only)", std::process::id());
     }
     Ok(text)
+}
+
+fn is_object(source: &OsStr) -> bool {
+    source.to_str().and_then(ObjectUrl::of).is_some()
 }
 
 /// Connects to the source or opens it, and attaches it.
@@ -295,7 +305,7 @@ fn choices(args: &AttachArgs) -> ServeOptions {
     options.snapshot = image.snapshot.clone();
     options.locking = ShareArgs { force_share: image.force_share }.locking(image.trust.locks);
     options.cache = image.cache.into();
-    options.policy = image.trust.trust_image.then(|| image.trust.policy());
+    options.policy = image.trust.trust_image.then(|| image.trust.policy_with(&server));
     options.passphrases = image.trust.keys.passphrases();
     options.filter = image.filter.options();
     options.remotes = server.remotes();

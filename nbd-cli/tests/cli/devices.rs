@@ -182,6 +182,19 @@ wait $server
 nbd-cli image check /tmp/disk.qcow2
 cd /tmp
 sync
+
+# A backup in a repository: read-only, or with writes that are gone when it is detached.
+nbd-cli repo init /tmp/repository
+dd if=/dev/urandom of=/tmp/vm.img bs=64k count=32
+nbd-cli backup -q --name vm /tmp/vm.img /tmp/repository
+refused nbd-cli attach backup:/tmp/repository/vm /dev/nbd8 | grep -F 'read-only'
+for option in --temporary --read-only; do
+nbd-cli attach $option backup:/tmp/repository/vm@latest /dev/nbd8
+cmp /tmp/vm.img /dev/nbd8
+test $option = --read-only || dd if=/dev/zero of=/dev/nbd8 bs=64k count=1 conv=fsync
+nbd-cli detach /dev/nbd8
+gone nbd8
+done
 ";
 
 /// The commands of the guide that need a device, one after the other.

@@ -100,6 +100,53 @@ fn mount_shows_the_disk_of_a_chain_and_the_partitions_of_a_gpt() {
     mount.unmount();
 }
 
+#[cfg(feature = "object-storage")]
+#[test]
+fn mount_shows_a_backup_in_a_repository_and_writes_to_an_overlay_on_it() {
+    tools!(qemu_img = "qemu-img", sfdisk = "sfdisk");
+    if !can_mount() {
+        return;
+    }
+    let directory = Disk::sparse();
+    let raw = numbered(&directory, "raw.img", 8 << 20);
+    let partitions = partition(&sfdisk, &raw, "label: gpt\nstart=2048, size=2048\nstart=6144\n");
+    let repository = directory.beside("repository");
+    nbd_cli(&["repo", "init", &repository]).success();
+    nbd_cli(&["backup", "-q", "--name", "vm", &raw, &repository]).success();
+    let readers = || {
+        let stats = nbd_cli(&["repo", "stats", "--json", &repository]).success();
+        let stats: serde_json::Value = serde_json::from_str(&stats).expect("JSON");
+        stats["readers"].as_array().map(Vec::len)
+    };
+    let backup = format!("backup:{repository}/vm@latest");
+    let mount = Mount::new(&[&backup]);
+    assert_shows(&mount, "", &raw, &partitions);
+    assert_eq!(readers(), Some(1), "it is pinned");
+    let refused = OpenOptions::new().write(true).open(mount.path("disk")).expect_err("read-only");
+    assert_eq!(refused.raw_os_error(), Some(Errno::ROFS.raw_os_error()));
+    mount.unmount();
+    assert_eq!(readers(), Some(0));
+    let nowhere = directory.beside("empty");
+    std::fs::create_dir(&nowhere).expect("a directory");
+    says(nbd_cli(&["mount", "--writable", &backup, &nowhere]), &["read-only", "overlay"]);
+    let overlay = directory.beside("overlay.qcow2");
+    nbd_cli(&["image", "create", "-f", "qcow2", "-b", &backup, "-F", "raw", &overlay]).success();
+    let mount = Mount::new(&["--writable", "--trust-image", &overlay]);
+    assert_shows(&mount, "", &raw, &partitions);
+    let part = OpenOptions::new().write(true).open(mount.path("p1")).expect("a partition");
+    part.write_all_at(&[9; 70_000], 4000).expect("room");
+    part.sync_all().expect("durable");
+    drop(part);
+    mount.unmount();
+    nbd_cli(&["image", "stream", "--trust-image", &overlay]).success();
+    std::fs::remove_dir_all(&repository).expect("it is not needed");
+    let mut expected = std::fs::read(&raw).expect("the raw disk");
+    expected[(1 << 20) + 4000..][..70_000].fill(9);
+    std::fs::write(&raw, &expected).expect("room");
+    image::is_clean(&qemu_img, &overlay);
+    image::are_equal(&qemu_img, &raw, &overlay);
+}
+
 #[test]
 fn mount_shows_the_logical_partitions_of_an_mbr() {
     tools!(sfdisk = "sfdisk");
