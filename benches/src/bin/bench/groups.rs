@@ -9,7 +9,8 @@ use anyhow::{Result, bail};
 use super::group::Group;
 use super::options::Options;
 use super::{
-    bitmaps, checkpoints, copies, direct, encrypted, image_formats, image_tools, large, qcow2, tls,
+    bitmaps, checkpoints, copies, direct, encrypted, image_formats, image_tools, large, objects,
+    qcow2, tls,
 };
 
 /// The group of the rows that serve a raw file.
@@ -28,6 +29,7 @@ pub(crate) const GROUPS: &[Group] = &[
     tls::GROUP,
     encrypted::GROUP,
     copies::GROUP,
+    objects::GROUP,
 ];
 
 /// Checks that every group of `--only` exists.

@@ -38,6 +38,8 @@ mod load;
 mod machine;
 mod nbdcopy;
 mod notes;
+mod object_store;
+mod objects;
 mod options;
 mod page_caches;
 mod process;

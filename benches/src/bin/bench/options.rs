@@ -17,7 +17,7 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(2..=600))]
     pub(crate) seconds: u64,
     /// Only these groups of rows: raw, qcow2, large, direct, durable, image-tools,
-    /// image-formats, bitmaps, checkpoints, tls, encrypted, copy; all if not given.
+    /// image-formats, bitmaps, checkpoints, tls, encrypted, copy, objects; all if not given.
     #[arg(long, value_name = "GROUP,...")]
     pub(crate) only: Option<String>,
     /// Only rows whose name contains one of these texts, separated by `,` or `|`.
