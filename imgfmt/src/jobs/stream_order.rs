@@ -47,8 +47,9 @@ impl<'a> Order<'a> {
         self.take_from_readers();
         while let Some(start) = self.next_start() {
             let part = span(start, start.saturating_add(self.step).min(self.size));
-            let is_due = part.end().bytes() > done && !self.ahead.has(part);
-            if is_due && self.ahead.add(part) {
+            // Of a part whose turn has come for its beginning, only the rest is remembered.
+            let rest = span(start.max(done), part.end().bytes().max(done));
+            if !rest.is_empty() && !self.ahead.has(rest) && self.ahead.add(part) {
                 return Some(part);
             }
         }
@@ -188,6 +189,19 @@ mod tests {
         // A part that had begun already.
         assert_eq!(order.pass(15 * MIB, 100 * MIB), 4 * MIB);
         assert!(order.ahead.0.is_empty());
+    }
+
+    #[test]
+    fn a_part_whose_turn_has_come_for_its_beginning_is_not_copied_again() {
+        let wanted = Wanted::default();
+        let mut order = Order::new(Some(wanted.ask()), 100 * MIB, MIB);
+        wanted.note(10 * MIB);
+        assert_eq!(parts(&mut order, 0).len(), 9);
+        assert_eq!(order.pass(0, 10 * MIB + MIB / 2), MIB / 2);
+        wanted.note(10 * MIB);
+        assert!(parts(&mut order, 10 * MIB + MIB / 2).is_empty());
+        assert_eq!(order.pass(10 * MIB + MIB / 2, 11 * MIB), MIB / 2);
+        assert_eq!(order.pass(11 * MIB, 100 * MIB), 8 * MIB);
     }
 
     #[test]
