@@ -73,7 +73,10 @@ pub(super) fn file_name(id: Id, head: &Head) -> String {
     let plain = head.name.chars().map(|it| if is_plain(it) { it } else { '_' });
     // It neither hides the file nor looks like an option.
     let name: String = plain.take(NAME_MAX).collect();
-    let name = name.trim_start_matches(['-', '.']);
+    let name = match name.trim_start_matches(['-', '.']) {
+        "" => "backup",
+        name => name,
+    };
     // `2026-11-20 18:30:00 UTC`; a colon ends the scheme of a URL.
     let time: String = date_and_time(head.time / 1000)
         .trim_end_matches(" UTC")
@@ -127,11 +130,11 @@ mod tests {
     use super::*;
 
     fn head(name: &str) -> Head {
-        let text = format!(
-            r#"{{"name":{name:?},"size":1,"time":1763663400000,"data":0,"added":0,"body-length":0,
-               "body-hash":""}}"#
-        );
-        serde_json::from_str(&text).unwrap()
+        let head = serde_json::json!({
+            "name": name, "size": 1, "time": 1_763_663_400_000_u64, "data": 0, "added": 0,
+            "body-length": 0, "body-hash": "",
+        });
+        serde_json::from_value(head).unwrap()
     }
 
     #[test]
@@ -143,7 +146,7 @@ mod tests {
             ("-rf .", "rf_.-"),
             ("nbd://host", "nbd___host-"),
             ("\u{fc}\u{202e}", "__-"),
-            ("..", "-2025"),
+            ("..", "backup-2025"),
         ] {
             let found = file_name(id, &head(name));
             assert!(
