@@ -77,6 +77,43 @@ fn what_is_added_to_a_temporary_server_is_temporary_too() {
 }
 
 #[test]
+fn what_is_added_to_a_read_only_server_is_read_only_too_and_no_request_changes_it() {
+    let directory = Disk::sparse();
+    let (control, image) = (directory.beside("control"), directory.beside("disk.qcow2"));
+    nbd_cli(&["image", "convert", "-O", "qcow2", directory.path(), &image]).success();
+    nbd_cli(&["bitmap", "add", &image, "daily"]).success();
+    let before = std::fs::read(&image).expect("an image");
+    let server = Server::ours(&["--read-only", "--control", &control, directory.path()]);
+    let say = |arguments: &[&str]| nbd_cli(&[&["control", &control][..], arguments].concat());
+    say(&["add-export", "added", &image]).success();
+    say(&["add-export", "memory", "memory:1M"]).success();
+    for name in ["", "added", "memory"] {
+        nbd_cli(&["info", "--is", "read-only", &server.uri_of(name)]).success();
+    }
+    // As by another reader: the image is not locked for writing.
+    let elsewhere = Server::ours(&["--read-only", &image]);
+    for refused in [
+        &["bitmap-add", "added", "b"][..],
+        &["bitmap-remove", "added", "daily"],
+        &["bitmap-clear", "added", "daily"],
+        &["bitmap-disable", "added", "daily"],
+        &["checkpoint-start", "added", "--bitmap", "daily"],
+        &["stream", "added"],
+    ] {
+        says(say(refused), &["read-only"]);
+    }
+    says(nbd_cli(&["image", "resize", &image, "16M"]), &["another program"]);
+    // A view of a moment changes nothing.
+    say(&["checkpoint-start", "added"]).success();
+    say(&["checkpoint-end", "added", "success"]).success();
+    let listing = say(&["list"]).success();
+    assert!(listing.contains("daily"), "{listing}");
+    server.end();
+    elsewhere.end();
+    assert!(std::fs::read(&image).expect("an image") == before);
+}
+
+#[test]
 fn nonsense_is_answered_or_ends_the_conversation() {
     let directory = Disk::sparse();
     let control = directory.beside("control");

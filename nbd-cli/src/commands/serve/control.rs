@@ -3,7 +3,6 @@
 use std::ffi::OsString;
 use std::sync::Arc;
 
-use imgfmt::Locking;
 use nbd_jobs::blockdev::open_source;
 use nbd_jobs::control::server::{ControlEvent, Controller, RequestedSource, ServedDisks};
 use nbd_jobs::control::{ErrorKind, Failure};
@@ -55,14 +54,11 @@ fn choices_for(common: &ServeOptions, requested: &RequestedSource) -> ServeOptio
     let mut choices = common.clone();
     choices.snapshot = None;
     choices.writes = match (requested.read_only, common.writes) {
-        (true, _) => Writes::Refused,
-        // Whoever asked for that has no image changed, whoever adds it. One in memory never is.
+        (true, _) | (_, Writes::Refused) => Writes::Refused,
+        // With --temporary the server changes no image. A disk in memory has no need of an overlay.
         (false, Writes::ToTemporaryFile) if !is_memory(requested.source.as_ref()) => common.writes,
         (false, _) => Writes::ToImage,
     };
-    if choices.writes == Writes::ToImage && choices.locking == Locking::Shared {
-        choices.locking = Locking::Auto;
-    }
     choices.format = requested.format;
     choices
 }
