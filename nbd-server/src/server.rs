@@ -2,7 +2,6 @@
 
 use std::future::Future;
 use std::os::fd::OwnedFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 
 use tokio::runtime::Handle;
@@ -463,27 +462,23 @@ async fn flush_all(
             all.push((name, export));
         }
     }
-    let exports = all.clone();
-    let flushed = tokio::task::spawn_blocking(move || {
-        let (mut failed, mut first) = (Vec::new(), None);
-        for (name, export) in exports {
-            // The failure of one export does not prevent the flush of the others.
-            let flushed = catch_unwind(AssertUnwindSafe(|| export.flush()));
-            let message = match flushed {
-                Ok(Ok(())) => None,
-                Ok(Err(error)) => Some(error.message.into_owned()),
-                Err(_) => Some("the export panicked".to_owned()),
-            };
-            if let Some(message) = message {
-                tracing::error!(export = %name, %message, "flush at the end failed");
-                first.get_or_insert(ServeError::Flush { export: name, message });
-                failed.push(export);
-            }
-        }
-        (failed, first.map_or(Ok(()), Err))
-    });
-    flushed.await.unwrap_or_else(|error| {
-        let all = all.into_iter().map(|(_, export)| export).collect();
-        (all, Err(ServeError::Flush { export: "?".to_owned(), message: error.to_string() }))
-    })
+    // At once: one that hangs must not keep the others from being durable.
+    let flush = |(name, export): Named| {
+        let flushed = Arc::clone(&export);
+        (name, export, tokio::task::spawn_blocking(move || flushed.flush()))
+    };
+    let flushing: Vec<_> = all.into_iter().map(flush).collect();
+    let (mut failed, mut first) = (Vec::new(), None);
+    for (name, export, flushed) in flushing {
+        let message = match flushed.await {
+            Ok(Ok(())) => continue,
+            Ok(Err(error)) => error.message.into_owned(),
+            Err(error) if error.is_panic() => "the export panicked".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        tracing::error!(export = %name, %message, "flush at the end failed");
+        first.get_or_insert(ServeError::Flush { export: name, message });
+        failed.push(export);
+    }
+    (failed, first.map_or(Ok(()), Err))
 }

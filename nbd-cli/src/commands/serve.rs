@@ -46,7 +46,10 @@ use crate::logging;
 use crate::output::warn;
 use crate::serving::background::{self, Role};
 pub use crate::serving::{Aio, BitmapDurability, CacheMode, DetectZeroes, Discard, FilterArgs};
-use crate::serving::{PidFile, drain, runtime, serve_error, serve_until_signal, service_manager};
+use crate::serving::{
+    PidFile, drain, give_up_silent_sources, runtime, serve_error, serve_until_signal,
+    service_manager,
+};
 use crate::signals::{self, EndSignals, Hangup};
 
 pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
@@ -165,16 +168,17 @@ impl Setup {
         if let Some(command) = &args.run {
             let Some(signals) = signals else { return Ok(Served::Ended(Outcome::Success)) };
             let captive = Captive::start(command, &bound, &names, tls)?;
-            return serve_while_running(server, captive, signals).await.map(Served::Ended);
+            let served = serve_while_running(server, args.drain_timeout, captive, signals);
+            return served.await.map(Served::Ended);
         }
         let pid_file = started(args, origin, || announce(&bound, &names, tls)).await?;
         *guard = None;
         logging::include_warnings();
         let served = match (sockets.own(), controller) {
             (Some(socket), Some(controller)) => {
-                serve_controlled(server, signals, (socket, controller)).await
+                serve_controlled(server, args.drain_timeout, signals, (socket, controller)).await
             }
-            _ => serve_until_end(server, signals).await,
+            _ => serve_until_end(server, args.drain_timeout, signals).await,
         };
         if let Ok(Served::HandsOver(_)) = &served {
             stop_helpers(monitor, reloading).await;
@@ -188,10 +192,11 @@ impl Setup {
 
 async fn serve_until_end(
     server: Server,
+    drain_timeout: Duration,
     signals: &mut Option<EndSignals>,
 ) -> Result<Served, CommandError> {
     if let Some(signals) = signals.take() {
-        serve_until_signal(server, signals, std::future::pending()).await?;
+        serve_until_signal(server, drain_timeout, signals, std::future::pending()).await?;
     }
     Ok(Served::Ended(Outcome::Success))
 }
@@ -210,13 +215,15 @@ async fn close(
     reloading: Option<JoinHandle<()>>,
 ) {
     stop_helpers(monitor, reloading).await;
-    // The last one to drop an image closes it, which may block.
-    let closing = tokio::task::spawn_blocking(move || {
-        for (name, _) in registry.entries() {
-            drop(registry.remove(&name));
-        }
+    // The last one to drop an image closes it, which may block. Each has a thread, because one may
+    // hang until its server is given up.
+    let closing = registry.entries().into_iter().map(|(name, entry)| {
+        let registry = registry.clone();
+        tokio::task::spawn_blocking(move || drop((entry, registry.remove(&name))))
     });
-    let _ = closing.await;
+    for closed in closing.collect::<Vec<_>>() {
+        let _ = closed.await;
+    }
 }
 
 /// Stops the helpers of the server, which may hold its exports.
@@ -300,6 +307,7 @@ fn monitor(args: &ServeArgs, server: &Server) -> Result<Option<RunningMonitor>, 
 /// Serves until a signal, a request to stop, or a program that takes over.
 async fn serve_controlled(
     server: Server,
+    drain_timeout: Duration,
     signals: &mut Option<EndSignals>,
     (socket, controller): (ControlSocket, Arc<Controller>),
 ) -> Result<Served, CommandError> {
@@ -334,6 +342,7 @@ async fn serve_controlled(
         });
     }
     service_manager::stopping();
+    give_up_silent_sources(drain_timeout);
     server.shutdown();
     let served = match failed {
         Some(error) => Err(error),
@@ -351,6 +360,7 @@ async fn serve_controlled(
 
 async fn serve_while_running(
     server: Server,
+    drain_timeout: Duration,
     mut captive: Captive,
     signals: &mut EndSignals,
 ) -> Result<Outcome, CommandError> {
@@ -358,7 +368,7 @@ async fn serve_while_running(
     let ended = async {
         status = captive.wait(signals).await;
     };
-    drain(server, ended).await?;
+    drain(server, drain_timeout, ended).await?;
     Ok(Outcome::Status(status?))
 }
 

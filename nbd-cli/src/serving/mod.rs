@@ -9,6 +9,7 @@ pub(crate) mod service_manager;
 
 use std::future::Future;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nbd_jobs::serving::{ServeOptions, Writes};
 use nbd_server::{ServeError, Server};
@@ -19,7 +20,7 @@ pub use self::filter_args::{Aio, CacheMode, DetectZeroes, Discard, FilterArgs};
 pub(crate) use self::pid_file::PidFile;
 use crate::error::CommandError;
 use crate::shown::warnings;
-use crate::signals::EndSignals;
+use crate::signals::{self, EndSignals};
 
 /// Returns the directory of temporary files that the environment names.
 pub(crate) fn temporary_directory() -> Option<PathBuf> {
@@ -48,10 +49,23 @@ pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, CommandError> {
         .map_err(|error| CommandError::new(format!("cannot start serving: {error}")))
 }
 
+/// The least time for a source's server to answer a request when the program ends.
+const LEAST_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Called when serving ends. From then on a request to the server of a source, which may be a layer
+/// of an image, is given up if it takes too long: what hangs must keep neither the process nor the
+/// other exports from their end.
+pub(crate) fn give_up_silent_sources(drain_timeout: Duration) {
+    let patience = drain_timeout.saturating_mul(3).max(LEAST_PATIENCE);
+    let reason = "the program ends, and the server of this source or layer does not answer";
+    signals::interrupter().limit_calls(patience, reason);
+}
+
 /// Serves until the first signal, or until `ended` is ready; a second signal ends the process at
 /// once.
 pub(crate) async fn serve_until_signal(
     server: Server,
+    drain_timeout: Duration,
     mut signals: EndSignals,
     ended: impl Future<Output = ()>,
 ) -> Result<(), CommandError> {
@@ -69,14 +83,19 @@ pub(crate) async fn serve_until_signal(
         }
         service_manager::stopping();
     };
-    drain(server, stop).await
+    drain(server, drain_timeout, stop).await
 }
 
 /// Serves until `stop` is ready, then completes the requests in flight.
 pub(crate) async fn drain(
     server: Server,
+    drain_timeout: Duration,
     stop: impl Future<Output = ()>,
 ) -> Result<(), CommandError> {
+    let stop = async {
+        stop.await;
+        give_up_silent_sources(drain_timeout);
+    };
     server.serve(stop).await.map_err(serve_error)
 }
 

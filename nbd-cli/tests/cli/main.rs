@@ -118,6 +118,7 @@ mod serve_config;
 mod serve_exports;
 mod serve_fio;
 mod serve_fork;
+mod serve_hanging_layers;
 mod serve_hanging_sources;
 mod serve_holes;
 mod serve_limits;

@@ -63,7 +63,7 @@ use crate::inflight::ReadChunk;
 use crate::info::{ExportInfo, Protocol, Scope, ServerInfo};
 
 pub use wait::Interrupter;
-use wait::{Driver, run, wait};
+use wait::{Driver, run};
 
 /// A connected client whose methods block until they are complete.
 ///
@@ -84,7 +84,7 @@ pub struct Client {
     client: crate::Client,
     interrupter: Interrupter,
     /// Ends the thread after the last clone.
-    _driver: Arc<Driver>,
+    driver: Arc<Driver>,
 }
 
 impl Client {
@@ -107,7 +107,7 @@ impl Client {
     pub fn connect_interruptible(connector: &Connector, interrupter: &Interrupter) -> Result<Self> {
         let (client, driver) = Driver::start(connector, interrupter)?;
         let interrupter = interrupter.clone();
-        Ok(Self { client, interrupter, _driver: Arc::new(driver) })
+        Ok(Self { client, interrupter, driver: Arc::new(driver) })
     }
 
     /// Returns the properties of the export.
@@ -280,7 +280,7 @@ impl Client {
     }
 
     fn wait<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
-        wait(&self.interrupter, request)
+        self.driver.server.wait(&self.interrupter, request)
     }
 }
 

@@ -4,8 +4,10 @@ use std::future::poll_fn;
 use std::num::NonZeroUsize;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
 
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{oneshot, watch};
@@ -21,7 +23,13 @@ use crate::error::{Error, Result};
 /// and so does every later one; whether requests in flight are carried out is unknown.
 #[derive(Debug, Clone)]
 pub struct Interrupter {
-    reason: Arc<watch::Sender<Option<Arc<str>>>>,
+    state: Arc<watch::Sender<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    reason: Option<Arc<str>>,
+    limit: Option<(Duration, Arc<str>)>,
 }
 
 impl Default for Interrupter {
@@ -34,14 +42,29 @@ impl Interrupter {
     /// Creates an interrupter in the initial state: nothing is interrupted.
     #[must_use]
     pub fn new() -> Self {
-        Self { reason: Arc::new(watch::Sender::new(None)) }
+        Self { state: Arc::new(watch::Sender::new(State::default())) }
     }
 
     /// Interrupts all calls. `reason` is the text of the errors; only the first one is kept.
     pub fn interrupt(&self, reason: &str) {
-        self.reason.send_if_modified(|first| {
-            let is_first = first.is_none();
-            first.get_or_insert_with(|| reason.into());
+        self.state.send_if_modified(|state| {
+            let is_first = state.reason.is_none();
+            state.reason.get_or_insert_with(|| reason.into());
+            is_first
+        });
+    }
+
+    /// Limits the time of every call from now on; for calls that are blocked already the time
+    /// begins now. A call that takes longer fails with `reason`, and then so does every later call
+    /// of the same client at once, because its server hangs. Other clients go on. Only the first
+    /// limit is kept.
+    ///
+    /// For the end of a program: what servers still answer is completed, and what hangs is given
+    /// up.
+    pub fn limit_calls(&self, limit: Duration, reason: &str) {
+        self.state.send_if_modified(|state| {
+            let is_first = state.limit.is_none();
+            state.limit.get_or_insert_with(|| (limit, reason.into()));
             is_first
         });
     }
@@ -49,12 +72,13 @@ impl Interrupter {
     /// Returns true once [`Interrupter::interrupt`] was called.
     #[must_use]
     pub fn is_interrupted(&self) -> bool {
-        self.reason.borrow().is_some()
+        self.state.borrow().reason.is_some()
     }
 
     async fn interrupted(&self) -> Error {
-        let mut reason = self.reason.subscribe();
-        match reason.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone()) {
+        let mut state = self.state.subscribe();
+        let is_interrupted = state.wait_for(|state| state.reason.is_some()).await;
+        match is_interrupted.ok().and_then(|state| state.reason.clone()) {
             Some(reason) => Error::Interrupted { reason },
             // This object holds a sender.
             None => std::future::pending().await,
@@ -62,24 +86,58 @@ impl Interrupter {
     }
 }
 
-/// Blocks this thread until a future driven by another thread is complete.
-pub(super) fn wait<T>(
-    interrupter: &Interrupter,
-    work: impl Future<Output = Result<T>>,
-) -> Result<T> {
-    let waker = Waker::from(Arc::new(Unpark(thread::current())));
-    let mut cx = Context::from_waker(&waker);
-    // A task of a tokio runtime has a budget, which is not renewed while the thread stays here.
-    let mut work = pin!(unconstrained(work));
-    let mut interrupted = pin!(unconstrained(interrupter.interrupted()));
-    loop {
-        if let Poll::Ready(result) = work.as_mut().poll(&mut cx) {
-            return result;
+/// The server of a client, until it is given up.
+#[derive(Debug)]
+pub(super) struct Awaited {
+    /// The server, for the log.
+    uri: String,
+    /// A call has taken longer than the [limit](Interrupter::limit_calls).
+    hangs: AtomicBool,
+}
+
+impl Awaited {
+    /// Blocks this thread until a future driven by another thread is complete.
+    pub(super) fn wait<T>(
+        &self,
+        interrupter: &Interrupter,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let waker = Waker::from(Arc::new(Unpark(thread::current())));
+        let mut cx = Context::from_waker(&waker);
+        // A task of a tokio runtime has a budget, which is not renewed while the thread stays here.
+        let mut work = pin!(unconstrained(work));
+        let mut interrupted = pin!(unconstrained(interrupter.interrupted()));
+        let mut limited_since = None;
+        if self.hangs.load(Ordering::Relaxed) {
+            // Nothing more is sent to it: it might be carried out much later.
+            self.park(interrupter, &mut limited_since)?;
         }
-        if let Poll::Ready(error) = interrupted.as_mut().poll(&mut cx) {
-            return Err(error);
+        loop {
+            if let Poll::Ready(result) = work.as_mut().poll(&mut cx) {
+                return result;
+            }
+            if let Poll::Ready(error) = interrupted.as_mut().poll(&mut cx) {
+                return Err(error);
+            }
+            self.park(interrupter, &mut limited_since)?;
         }
-        thread::park();
+    }
+
+    /// Parks this thread, as long as there is time for the call.
+    fn park(&self, interrupter: &Interrupter, since: &mut Option<Instant>) -> Result<()> {
+        let Some((limit, reason)) = interrupter.state.borrow().limit.clone() else {
+            thread::park();
+            return Ok(());
+        };
+        let passed = since.get_or_insert_with(Instant::now).elapsed();
+        if passed >= limit && !self.hangs.swap(true, Ordering::Relaxed) {
+            tracing::error!(server = %self.uri, %reason, "a request was given up after {limit:?}");
+        }
+        if self.hangs.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted { reason });
+        }
+        thread::park_timeout(limit - passed);
+        Ok(())
     }
 }
 
@@ -101,6 +159,7 @@ impl Wake for Unpark {
 #[derive(Debug)]
 pub(super) struct Driver {
     _stop: oneshot::Sender<()>,
+    pub(super) server: Awaited,
 }
 
 impl Driver {
@@ -111,6 +170,7 @@ impl Driver {
     ) -> Result<(Client, Self)> {
         let (sender, connected) = oneshot::channel();
         let (stop, stopped) = oneshot::channel();
+        let server = Awaited { uri: connector.uri().to_string(), hangs: AtomicBool::default() };
         let connector = connector.clone();
         // The runtime is created and dropped there: an asynchronous task must not drop one.
         let driving = move || match runtime(connector.settings.connections) {
@@ -120,8 +180,9 @@ impl Driver {
         let thread = thread::Builder::new().name(THREAD_NAME.to_owned()).spawn(driving);
         thread.map_err(|error| Error::NoThread(Arc::new(error)))?;
         // Without an answer the thread has ended, for example by a panic.
-        let client = wait(interrupter, async { connected.await.unwrap_or(Err(Error::Closed)) })?;
-        Ok((client, Self { _stop: stop }))
+        let connected = async { connected.await.unwrap_or(Err(Error::Closed)) };
+        let client = server.wait(interrupter, connected)?;
+        Ok((client, Self { _stop: stop, server }))
     }
 }
 

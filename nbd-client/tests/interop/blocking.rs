@@ -205,6 +205,33 @@ fn an_interrupter_ends_a_call_that_waits_and_all_later_ones() {
     assert_eq!(other.info().size, MIB as u64);
 }
 
+#[test]
+fn a_limit_of_calls_ends_those_that_hang_and_later_ones_of_their_client_alone() {
+    if !have("nbdkit") {
+        return;
+    }
+    let runtime = Runtime::new().unwrap();
+    let delayed = ["--filter=delay", "pattern", "1M", "rdelay=3600"];
+    let hanging = runtime.block_on(nbdkit(&delayed, &[]));
+    let prompt = runtime.block_on(nbdkit(&["pattern", "1M"], &[]));
+    let interrupter = Interrupter::new();
+    let connect = |to: &Connector| Client::connect_interruptible(to, &interrupter).unwrap();
+    let (client, other) = (connect(&hanging.connector()), connect(&prompt.connector()));
+    let reader = client.clone();
+    let reading = std::thread::spawn(move || reader.read(0..512));
+    interrupter.limit_calls(Duration::from_secs(1), "it takes too long");
+    interrupter.limit_calls(Duration::from_secs(3600), "only the first limit is kept");
+    let given_up = |error: Error| {
+        assert!(matches!(error, Error::Interrupted { .. }), "{error}");
+        assert_eq!(error.to_string(), "it takes too long");
+    };
+    given_up(reading.join().unwrap().unwrap_err());
+    given_up(client.read(512..1024).unwrap_err());
+    assert!(!interrupter.is_interrupted());
+    assert_eq!(other.read(8..16).unwrap(), 8_u64.to_be_bytes()[..]);
+    assert_eq!(connect(&prompt.connector()).info().size, MIB as u64);
+}
+
 /// More calls than a task of tokio may make before it has to yield, which it cannot do here.
 fn many_reads_in_one_task(connector: &Connector) {
     let client = Client::connect(connector).unwrap();

@@ -2,8 +2,8 @@
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use nbd_proto::transmission::{Command, Durability, Fragmentation};
@@ -147,6 +147,35 @@ fn an_export_that_cannot_be_flushed_is_named_and_the_others_are_flushed() {
         assert!(error.to_string().contains(text), "{error}");
         assert_eq!(good.flushes.load(Ordering::SeqCst), 1);
     }
+}
+
+#[test]
+fn an_export_whose_flush_hangs_does_not_keep_the_others_from_being_flushed() {
+    /// Is flushed when it may be.
+    struct Hanging(Mutex<mpsc::Receiver<()>>);
+    impl Export for Hanging {
+        fn info(&self) -> ExportInfo {
+            ExportInfo::new(4096)
+        }
+        fn read_at(&self, _: u64, _: &mut [u8]) -> Result<(), ExportError> {
+            Ok(())
+        }
+        fn flush(&self) -> Result<(), ExportError> {
+            let _ = self.0.lock().unwrap().recv();
+            Ok(())
+        }
+    }
+    let (release, released) = mpsc::channel();
+    let good = Scripted::new(4096, Script::default());
+    let exports = ExportRegistry::new();
+    exports.add("a", ExportEntry::new(Arc::new(Hanging(Mutex::new(released))))).unwrap();
+    exports.add("b", ExportEntry::new(good.clone())).unwrap();
+    let server = TestServer::start(ServerConfig::default(), exports);
+    let ending = std::thread::spawn(move || server.stop());
+    wait_until("the other one is flushed", || good.flushes.load(Ordering::SeqCst) == 1);
+    assert!(!ending.is_finished());
+    release.send(()).unwrap();
+    assert!(ending.join().unwrap().is_ok());
 }
 
 #[test]

@@ -75,7 +75,8 @@ async fn serve(
             false => clients.wait_until_unused().await,
         }
     };
-    Ok(serve_until_signal(server, signals, ended).await?)
+    let drain_timeout = ServerConfig::default().drain_timeout;
+    Ok(serve_until_signal(server, drain_timeout, signals, ended).await?)
 }
 
 fn config(options: &Options) -> ServerConfig {

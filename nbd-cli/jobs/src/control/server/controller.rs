@@ -286,9 +286,13 @@ impl Controller {
     ///
     /// Dropping the future does not stop the release.
     pub async fn release_disks(&self) {
-        let disks = std::mem::take(&mut *self.disks.lock().await);
-        // Closing an image may block.
-        let _ = blocking(move || drop(disks)).await;
+        let disks = std::mem::take(&mut self.disks.lock().await.disks);
+        // Closing an image may block, and one that hangs must not keep the others open.
+        let closing: Vec<_> =
+            disks.into_values().map(|disk| tokio::task::spawn_blocking(|| drop(disk))).collect();
+        for closed in closing {
+            let _ = closed.await;
+        }
     }
 
     async fn abandon_checkpoints(&self, which: impl Fn(&RunningCheckpoint) -> bool) {

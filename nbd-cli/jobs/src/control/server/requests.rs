@@ -26,6 +26,9 @@ use crate::opening::{open_within, within};
 use crate::status::Status;
 use crate::text::printable;
 
+/// The time that a request to end the server gives to requests before it.
+const TIME_FOR_OTHERS: Duration = Duration::from_secs(1);
+
 impl Controller {
     /// Executes a request.
     pub(super) async fn execute(
@@ -41,6 +44,9 @@ impl Controller {
         if matches!(request, Request::Statistics {}) {
             // It waits for no other request.
             return encoded(Status::of(&self.server));
+        }
+        if matches!(request, Request::Shutdown {}) {
+            return self.shut_down().await;
         }
         if let Request::AddExport { name, source, read_only, format, description } = request {
             let format = format.as_deref().map(known_format).transpose()?;
@@ -85,20 +91,26 @@ impl Controller {
                 let message = "a takeover comes from a program that takes over";
                 Err(Failure::new(ErrorKind::InvalidRequest, message))
             }
-            Request::Shutdown {} => {
-                self.stop.notify_one();
-                Ok(json!({}))
-            }
             request => bitmaps::change(&disks, request).await,
         }
+    }
+
+    /// Ends the server, unless another program takes it over. A request that hangs has the lock for
+    /// as long as it likes, and only the end of the server ends it.
+    async fn shut_down(&self) -> Result<Value, Failure> {
+        if let Some(disks) = within(TIME_FOR_OTHERS, self.disks.lock()).await {
+            disks.refuse_if_suspended()?;
+        }
+        self.stop.notify_one();
+        Ok(json!({}))
     }
 
     /// Exports a disk. Returns the URIs of the export.
     ///
     /// # Errors
     ///
-    /// If there is an export of that name, the name is too long, or another program takes the server
-    /// over. The disk is closed then.
+    /// If there is an export of that name, the name is too long, or another program takes the
+    /// server over. The disk is closed then.
     ///
     /// # Cancel safety
     ///
@@ -118,9 +130,9 @@ impl Controller {
         }
     }
 
-    /// As [`add_export`](Self::add_export), for a disk that was opened since [`opening`] began. Waits
-    /// at most for `limit` until other requests have been carried out, or without an end if that is
-    /// zero.
+    /// As [`add_export`](Self::add_export), for a disk that was opened since [`opening`] began.
+    /// Waits at most for `limit` until other requests have been carried out, or without an end if
+    /// that is zero.
     ///
     /// [`opening`]: Self::begin_opening
     ///
@@ -188,8 +200,8 @@ impl Controller {
     ///
     /// # Errors
     ///
-    /// If there is no export of that name, or a checkpoint of it is in progress; it is kept then. If
-    /// flushing the disk fails, the export is removed nevertheless.
+    /// If there is no export of that name, or a checkpoint of it is in progress; it is kept then.
+    /// If flushing the disk fails, the export is removed nevertheless.
     ///
     /// # Cancel safety
     ///
@@ -306,7 +318,16 @@ impl Controller {
         self.observe(&ControlEvent::ExportRemoved { export: name });
         // Its flush may hang, and other requests must not.
         drop(disks);
-        blocking(move || close(Some(entry), disk)).await??;
+        let limit = self.current_open_timeout();
+        let Some(closed) = within(limit, blocking(move || close(Some(entry), disk))).await else {
+            let message = format!(
+                "the export is removed, but after {} s it is neither flushed nor closed: what it \
+                 is on hangs; that goes on in the background",
+                limit.as_secs_f64()
+            );
+            return Err(Failure::new(ErrorKind::Failed, message));
+        };
+        closed??;
         Ok(json!({}))
     }
 }

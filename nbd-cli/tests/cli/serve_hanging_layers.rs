@@ -1,0 +1,165 @@
+//! The end of a server, and of an export, while the server of a source or of a layer below hangs.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::support::image::{is_clean, json};
+use crate::support::qemu_nbd::{Killed, wait_until};
+use crate::support::{Disk, Outcome, PROGRAM, Server, nbd_cli, peer, says};
+use crate::tools;
+
+/// A server whose sources are on another one, which can be stopped.
+struct Place {
+    disk: Disk,
+    upstream: Server,
+}
+
+impl Place {
+    fn new() -> Self {
+        let disk = Disk::sparse();
+        let upstream = Server::ours(&["--format", "raw", disk.path()]);
+        Self { disk, upstream }
+    }
+
+    fn serve(&self, more: &[&str]) -> Server {
+        let socket = self.disk.beside("socket");
+        let mut command = Command::new(PROGRAM);
+        command.args(["serve", "--socket", &socket, "--control", &self.disk.beside("control")]);
+        command.args(["--drain-timeout", "100ms"]).args(more);
+        command.stderr(File::create(self.disk.beside("log")).expect("a file"));
+        Server::start(&mut command, PathBuf::from(socket))
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.disk.beside("log")).expect("text")
+    }
+
+    fn say(&self, words: &[&str]) -> Outcome {
+        nbd_cli(&[&["control", &self.disk.beside("control")], words].concat())
+    }
+
+    /// Has a client make a request that hangs: its program, once the request is in flight.
+    fn hang(&self, export: &str, command: &mut Command) -> Killed {
+        let before = self.in_flight(export);
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = Killed(child.spawn().expect("a program"));
+        wait_until("the request is in flight", || self.in_flight(export) > before);
+        child
+    }
+
+    fn in_flight(&self, export: &str) -> u64 {
+        let list: Value =
+            serde_json::from_str(&self.say(&["list", "--json"]).success()).expect("JSON");
+        let all = list["exports"].as_array().expect("a list").clone();
+        let found = all.into_iter().find(|it| it["name"] == export).expect("the export");
+        found["traffic"]["in-flight"].as_u64().expect("a number")
+    }
+}
+
+/// A bitmap is not "in use" and has these bytes.
+#[track_caller]
+fn is_saved(qemu_img: &std::path::Path, image: &str) {
+    is_clean(qemu_img, image);
+    let info = json(qemu_img, &["info", "--output=json", image]);
+    let bitmaps = &info["format-specific"]["data"]["bitmaps"];
+    assert_eq!(bitmaps[0]["flags"], serde_json::json!(["auto"]), "{info}");
+    assert!(!std::path::Path::new(&format!("{image}.dirty")).exists());
+}
+
+#[test]
+fn a_layer_that_hangs_keeps_neither_its_image_nor_others_from_being_closed() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let place = Place::new();
+    let (upper, other) = (place.disk.beside("upper.qcow2"), place.disk.beside("other.qcow2"));
+    let below = ["-b", place.upstream.uri(), "-F", "raw", &upper];
+    peer(&qemu_img, &[&["create", "-q", "-f", "qcow2"][..], &below].concat());
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &other, "8M"]);
+    let (a, b) = (format!("upper={upper}"), format!("other={other}"));
+    for by_signal in [true, false] {
+        let mut server = place.serve(&["--trust-image", &a, &b]);
+        for name in ["upper", "other"] {
+            if by_signal {
+                place.say(&["bitmap-add", name, "daily"]).success();
+            }
+            let uri = server.uri_of(name);
+            let said = peer(&qemu_io, &["-f", "raw", "-c", "write -P 7 1M 64k", &uri]);
+            assert!(!said.contains("failed"), "{said}");
+        }
+        place.upstream.signal(Signal::STOP);
+        let uri = server.uri_of("upper");
+        let io = |command: &str| {
+            place.hang("upper", Command::new(&qemu_io).args(["-f", "raw", "-c", command, &uri]))
+        };
+        let _reads = io("read 4M 4k");
+        // The rest of the cluster is below.
+        let _writes = io("write -P 8 5000k 512");
+        // It waits for that write, and other requests for it.
+        let mut waits = Command::new(PROGRAM);
+        waits.args(["control", &place.disk.beside("control"), "checkpoint-start", "upper"]);
+        waits.stdout(Stdio::null()).stderr(Stdio::null());
+        let _waits = Killed(waits.spawn().expect("a program"));
+        match by_signal {
+            true => server.signal(Signal::TERM),
+            false => drop(place.say(&["shutdown"]).success()),
+        }
+        assert_eq!(server.wait().code(), Some(0), "{}", place.log());
+        assert!(place.log().contains("a request was given up"), "{}", place.log());
+        place.upstream.signal(Signal::CONT);
+        for image in [&upper, &other] {
+            is_saved(&qemu_img, image);
+            let read = peer(&qemu_io, &["-f", "qcow2", "-c", "read -P 7 1M 64k", image]);
+            assert!(!read.contains("failed"), "{read}");
+        }
+        place.disk.assert_equals(place.disk.path());
+    }
+}
+
+#[test]
+fn a_source_that_hangs_is_named_at_the_end_and_the_others_are_flushed() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let place = Place::new();
+    let other = place.disk.beside("other.qcow2");
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &other, "8M"]);
+    let far = format!("far={}", place.upstream.uri());
+    // The one that hangs is flushed first.
+    let mut server = place.serve(&["--format", "raw", &far]);
+    place.say(&["add-export", "near", &other, "--format", "qcow2"]).success();
+    place.say(&["bitmap-add", "near", "daily"]).success();
+    for name in ["far", "near"] {
+        let uri = server.uri_of(name);
+        let said = peer(&qemu_io, &["-f", "raw", "-c", "write -P 7 1M 64k", &uri]);
+        assert!(!said.contains("failed"), "{said}");
+    }
+    place.upstream.signal(Signal::STOP);
+    server.signal(Signal::TERM);
+    assert_eq!(server.wait().code(), Some(1), "{}", place.log());
+    let log = place.log();
+    for part in ["\"far\" could not be flushed", "does not answer", place.upstream.uri()] {
+        assert!(log.contains(part), "{part}: {log}");
+    }
+    assert!(!log.contains("near"), "{log}");
+    place.upstream.signal(Signal::CONT);
+    is_saved(&qemu_img, &other);
+}
+
+#[test]
+fn an_export_that_hangs_is_removed_and_requests_go_on() {
+    let place = Place::new();
+    let far = format!("far={}", place.upstream.uri());
+    let server = place.serve(&["--format", "raw", "--open-timeout", "1s", &far, "near=memory:1M"]);
+    place.upstream.signal(Signal::STOP);
+    let mut copy = Command::new(PROGRAM);
+    let _client = place.hang("far", copy.args(["checksum", &server.uri_of("far")]));
+    says(place.say(&["remove-export", "far"]), &["add --disconnect"]);
+    let removed = place.say(&["remove-export", "far", "--disconnect"]);
+    says(removed, &["the export is removed", "neither flushed nor closed", "hangs"]);
+    let list = place.say(&["list"]).success();
+    assert!(list.contains("near") && !list.contains("far"), "{list}");
+    place.upstream.signal(Signal::CONT);
+    nbd_cli(&["info", "--size", &server.uri_of("near")]).success();
+    server.end();
+}
