@@ -119,6 +119,37 @@ fn a_lost_server_is_connected_to_again() {
 }
 
 #[test]
+fn a_lost_server_in_a_description_is_connected_to_again() {
+    tools!(qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    let (socket, overlay) = (disk.beside("upstream"), disk.beside("overlay.qcow2"));
+    let start = || {
+        let mut command = Command::new(PROGRAM);
+        command.args(["serve", "--format", "raw", "--socket", &socket, disk.path()]);
+        Server::start(&mut command, socket.clone().into())
+    };
+    nbd_cli(&["image", "create", "-f", "qcow2", &overlay, "8M"]).success();
+    let nbd = format!(r#"{{"driver":"nbd","server":{{"type":"unix","path":"{socket}"}}}}"#);
+    let layer = format!(r#"{{"driver":"raw","file":{nbd}}}"#);
+    let file = format!(r#"{{"driver":"file","filename":"{overlay}"}}"#);
+    for source in [
+        layer.clone(),
+        format!(r#"{{"driver":"raw","size":65536,"file":{nbd}}}"#),
+        format!(r#"{{"driver":"qcow2","file":{file},"backing":{layer}}}"#),
+    ] {
+        let upstream = start();
+        let server = Server::ours(&[&format!("json:{source}")]);
+        let read = || peer(&qemu_io, &["-f", "raw", "-c", "read 0 64k", server.uri()]);
+        assert!(!read().contains("failed"), "{source}");
+        drop(upstream);
+        let upstream = start();
+        assert!(!read().contains("failed"), "{source}");
+        server.end();
+        upstream.end();
+    }
+}
+
+#[test]
 fn the_other_server_may_want_tls() {
     let Some(certificates) = Certificates::any() else { return };
     let good = certificates.good();

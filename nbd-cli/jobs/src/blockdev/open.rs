@@ -8,8 +8,7 @@ use imgfmt::{
     Access, BackingFile, BackingOptions, FileNames, Format, Image, Locking, NameTarget,
     OpenOptions, Storage,
 };
-use nbd_client::{Connector, ExportStorage};
-use nbd_proto::NbdUri;
+use nbd_client::ExportStorage;
 use nbd_server::export::filters::Window;
 
 use super::description::{DescribedBacking, DiskDescription, DiskSource};
@@ -70,7 +69,7 @@ impl DiskDescription {
             // Its locks would exclude us.
             drop(image);
         }
-        let (storage, remote) = open_source(options, &self.source)?;
+        let (storage, remote) = open_source(options, &self.source, Place::Top)?;
         let length = storage.len().map_err(at_source)?;
         let is_whole =
             !has_window && options.window == Window::default() && length.is_multiple_of(SECTOR);
@@ -109,7 +108,7 @@ impl DiskDescription {
         let info = match (&self.source, self.storage_window == Window::default()) {
             (DiskSource::File(path), true) => Image::inspect_file(path, &options),
             (DiskSource::Export(uri), true) => {
-                let storage = remotes.open_with(Connector::new(NbdUri::clone(uri)))?;
+                let storage = remotes.open(uri)?;
                 Image::inspect_storage(Arc::new(storage), &options)
             }
             _ => {
@@ -157,7 +156,19 @@ fn at_source(error: impl std::fmt::Display) -> JobError {
 
 type OpenSource = (Arc<dyn Storage>, Option<Arc<ExportStorage>>);
 
-fn open_source(options: &ServeOptions, source: &DiskSource) -> Result<OpenSource, OpenError> {
+/// Where a source is in a disk.
+#[derive(Clone, Copy)]
+enum Place {
+    Top,
+    /// It is a layer below.
+    Below,
+}
+
+fn open_source(
+    options: &ServeOptions,
+    source: &DiskSource,
+    place: Place,
+) -> Result<OpenSource, OpenError> {
     Ok(match source {
         DiskSource::File(path) => (Arc::new(options.open_file(path)?), None),
         DiskSource::NamedAbove => {
@@ -165,7 +176,13 @@ fn open_source(options: &ServeOptions, source: &DiskSource) -> Result<OpenSource
         }
         DiskSource::Null { size, latency } => (Arc::new(NullStorage::new(*size, *latency)), None),
         DiskSource::Export(uri) => {
-            let storage = options.remotes.open_with(Connector::new(NbdUri::clone(uri)))?;
+            let storage = match place {
+                Place::Top => options.remotes.open(uri)?,
+                Place::Below => {
+                    // As for a layer that an image names: its server may be away for any time.
+                    options.remotes.open_with(options.remotes.connector(uri).keep_reading())?
+                }
+            };
             if options.writes == Writes::ToImage && !storage.is_writable() {
                 return Err(JobError::source(format!("{uri} is exported read-only; add -r")).into());
             }
@@ -205,7 +222,7 @@ pub(super) fn backing_file(
         source => {
             let reading =
                 ServeOptions { writes: Writes::Refused, locking, cache, ..options.clone() };
-            let (storage, _) = open_source(&reading, source)?;
+            let (storage, _) = open_source(&reading, source, Place::Below)?;
             let storage = in_whole_blocks(storage, SECTOR).map_err(at_source)?;
             Some(NameTarget::Storage(window_of(storage, window)?))
         }
