@@ -92,6 +92,28 @@ fn layers_of_a_chain_become_backups_once() {
 }
 
 #[test]
+fn internal_snapshots_are_named_because_they_are_not_imported() {
+    let disk = Disk::sparse();
+    let (repository, image) = (repository(&disk, "repository"), disk.beside("disk.qcow2"));
+    nbd_cli(&["image", "convert", "-O", "qcow2", disk.path(), &image]).success();
+    for number in 1..=10 {
+        let name = format!("s{number}");
+        nbd_cli(&["image", "snapshot", "create", &image, &name]).success();
+    }
+    let arguments = ["repo", "import", "--name", "vm", &repository, &image];
+    let imported = nbd_cli(&arguments);
+    for part in ["disk.qcow2' are not imported ('s1', 's2'", "'s8', 2 more)", "--snapshot NAME"] {
+        assert!(imported.stderr.contains(part), "{part}: {imported:?}");
+    }
+    imported.success();
+    let monday = disk.beside("monday.qcow2");
+    nbd_cli(&["image", "convert", "--snapshot", "s1", "-O", "qcow2", &image, &monday]).success();
+    let imported = nbd_cli(&["repo", "import", "--name", "s1", &repository, &monday]);
+    assert_eq!(imported.stderr, "");
+    imported.success();
+}
+
+#[test]
 fn chain_of_backups_is_continued_in_the_repository() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
     let directory = Disk::sparse();
@@ -121,7 +143,7 @@ fn chain_of_backups_is_continued_in_the_repository() {
     // And without the server nothing is known of the bitmap.
     let list = backups(&repository);
     assert_eq!((&list[0]["bitmap"], &list[0]["export"]), (&Value::Null, &"vm".into()), "{list:?}");
-    // A file that does not hold what it should is no backup, and neither is what is upon it.
+    // A file that does not hold what it should is not a backup, and neither is what is upon it.
     let damaged = directory.beside("damaged");
     std::fs::create_dir(&damaged).expect("a folder");
     let copy = |name: &str| format!("{damaged}/{name}.qcow2");

@@ -144,6 +144,9 @@ impl Import<'_> {
                     found
                 }
                 None => {
+                    if let Some(warning) = layer.left_out() {
+                        self.context.observer.warning(&warning);
+                    }
                     let time = time.max(below.map_or(0, |below| below.time.saturating_add(1)));
                     let (checked, context) = (Arc::clone(&chain), self.context.clone());
                     blocking(move || checked.check(number, &context)).await?;

@@ -12,6 +12,7 @@ use openssl::sha::Sha256;
 
 use crate::backup::chain_problem;
 use crate::layers::check_layer;
+use crate::text::printable;
 use crate::{JobContext, JobError, JobErrorKind};
 
 /// Bytes of a file that are part of what it is: the header of an image, and often more.
@@ -35,6 +36,8 @@ pub(super) struct Layer {
     pub(super) what: String,
     /// The backup that it is, if it is as that left it, and so is what is below.
     pub(super) backup: Option<Backup>,
+    /// The names of its internal snapshots.
+    pub(super) snapshots: Vec<String>,
 }
 
 impl Chain {
@@ -88,7 +91,11 @@ impl Chain {
         let backup = self.backups.get(depth).and_then(|(_, backup)| backup.clone());
         // Upon another file than it was made upon it is another disk.
         let backup = backup.filter(|_| chain_problem(&self.backups[depth..]).is_none());
-        Ok(Layer { what: what_it_is(&image)?, image: Arc::new(image), path: path.clone(), backup })
+        let info = image.info().map_err(|error| JobError::opening(JobErrorKind::Source, error))?;
+        let snapshots = info.qcow2.map(|info| info.snapshots).unwrap_or_default();
+        let snapshots = snapshots.into_iter().map(|snapshot| snapshot.name).collect();
+        let (what, path) = (what_it_is(&image)?, path.clone());
+        Ok(Layer { image: Arc::new(image), path, what, backup, snapshots })
     }
 
     /// Checks that a file, counted from the bottom, has what the backup that it is put into it, and is
@@ -100,7 +107,28 @@ impl Chain {
     }
 }
 
+/// Most names of snapshots in a warning.
+const NAMED_MAX: usize = 8;
+
 impl Layer {
+    /// Returns a warning if it has internal snapshots: no backup holds them.
+    pub(super) fn left_out(&self) -> Option<String> {
+        let named = self.snapshots.iter().take(NAMED_MAX);
+        let mut names: Vec<_> = named.map(|name| format!("'{}'", printable(name))).collect();
+        let count = self.snapshots.len();
+        if count > NAMED_MAX {
+            names.push(format!("{} more", count - NAMED_MAX));
+        }
+        (count > 0).then(|| {
+            let (path, names) = (self.path.to_string_lossy(), names.join(", "));
+            let path = printable(&path);
+            format!(
+                "the internal snapshots of '{path}' are not imported ({names}): keep the file, or \
+                 import what 'nbd-cli image convert --snapshot NAME {path} FILE' makes of each"
+            )
+        })
+    }
+
     /// Checks that it is what it was when it was opened. Blocks.
     pub(super) fn check_unchanged(&self) -> Result<(), JobError> {
         match what_it_is(&self.image)? == self.what {
