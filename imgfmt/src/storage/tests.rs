@@ -130,9 +130,16 @@ fn at(offset: u64) -> HostOffset {
 
 type Wrap = fn(Arc<dyn Storage>) -> Arc<dyn Storage>;
 
+#[cfg(feature = "encryption")]
+fn encrypted(inner: Arc<dyn Storage>) -> Arc<dyn Storage> {
+    use crate::passphrase::Passphrase;
+    let key = crate::crypto::OldAes::new(&[Passphrase::new(b"key".to_vec())]).unwrap();
+    Arc::new(key.decrypted(inner, at(0), crate::units::GuestOffset::new(0)))
+}
+
 #[test]
 fn storages_above_others_forward_everything_but_what_they_say_here() {
-    let wrappers: [(&str, Wrap, &[&str]); 4] = [
+    let wrappers: &[(&str, Wrap, &[&str])] = &[
         ("tracked", |inner| Arc::new(Tracked::new(inner, true)), &[]),
         (
             "unfinished",
@@ -152,6 +159,24 @@ fn storages_above_others_forward_everything_but_what_they_say_here() {
             |inner| Arc::new(StorageWindow::new(inner, 512, None).unwrap()),
             // Its offsets are others than those of the file, of which it is a part.
             &["extend", "allocated_len", "as_fd", "read_fd", "begin_write", "identity"],
+        ),
+        #[cfg(feature = "encryption")]
+        (
+            "encrypted",
+            encrypted,
+            // A hole would show which parts are in use, and decrypt to noise: zeroes are written,
+            // also to grow, and all of it is data. Bytes that go around it would not be encrypted.
+            &[
+                "set_len",
+                "extend",
+                "punch_hole",
+                "write_zeroes",
+                "next_extent",
+                "is_known_data",
+                "as_fd",
+                "read_fd",
+                "begin_write",
+            ],
         ),
     ];
     for (name, wrap, keeps) in wrappers {
