@@ -91,6 +91,13 @@ impl Place {
         Load(command.spawn().expect("a load"))
     }
 
+    /// Bytes that clients have written to the export of this server.
+    fn written(&self) -> u64 {
+        let list = nbd_cli(&["control", &self.text("control"), "list", "--json"]).success();
+        let list: serde_json::Value = serde_json::from_str(&list).expect("JSON");
+        list["exports"][0]["traffic"]["bytes-written"].as_u64().expect("a number")
+    }
+
     /// After a kill clusters may be leaked, and no more.
     #[track_caller]
     fn assert_sound(&self) {
@@ -125,6 +132,14 @@ impl Load {
         self.0.try_wait().expect("a child").is_some()
     }
 
+    /// Ends it as a user does: what it has written is recorded then.
+    #[track_caller]
+    fn stop(mut self) {
+        let pid = rustix::process::Pid::from_child(&self.0);
+        rustix::process::kill_process(pid, Signal::TERM).expect("a running load");
+        assert_eq!(self.0.wait().expect("a child").code(), Some(128 + 15));
+    }
+
     #[track_caller]
     pub(crate) fn assert_verified(mut self) {
         assert_eq!(self.0.wait().expect("a child").code(), Some(0), "the data is not as written");
@@ -141,12 +156,16 @@ impl Drop for Load {
 /// Ten takeovers beside a client that never reconnects.
 fn ten_takeovers(place: &Place) -> Server {
     let mut server = place.serve();
-    let mut load = place.load(&["--duration", "4s"]);
+    let state = place.text("state");
+    let mut load = place.load(&["--duration", "60m", "--verify-state", &state]);
+    wait_until("the load writes", || place.written() > 0);
     for _ in 0..10 {
         server = place.take_over(server);
     }
     assert!(!load.has_ended(), "the load has ended before the takeovers");
-    load.assert_verified();
+    load.stop();
+    let all = ["bench", "--verify-only", "--verify-state", &state, "-q", server.uri()];
+    nbd_cli(&all).success();
     server
 }
 
@@ -315,7 +334,7 @@ fn a_successor_killed_at_any_moment_ends_nothing() {
     let place = Place::qcow2();
     let server = place.serve();
     let empty = length(&place);
-    let load = place.load(&["--duration", "4s"]);
+    let load = place.load(&["--duration", "60m"]);
     wait_until("the image grows", || length(&place) > empty);
     for round in 0..12_u64 {
         let mut command = place.taking_over();
