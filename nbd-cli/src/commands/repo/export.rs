@@ -3,19 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use nbd_jobs::JobContext;
 use nbd_jobs::repository::{Exported, export_from_repository, repository_error};
 use nbd_jobs::size::rounded;
 use nbd_objects::repo::{Head, Id, Repository};
 use serde::Serialize;
 
 use super::store::StoreArgs;
-use super::text::line;
+use super::text::Teller;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
-use crate::output::{Output, ReportFormat, printable, warn};
+use crate::output::{printable, warn};
 use crate::progress::{RateArgs, SummaryArgs};
-use crate::shown::Shown;
 
 /// Arguments of `nbd-cli repo export`.
 #[derive(Debug, Args)]
@@ -72,28 +70,13 @@ pub(super) async fn run(args: &ExportArgs) -> Result<Outcome, CommandError> {
         )));
     }
     let (backups, unreadable) = selected(&repository, &args.backup).await?;
-    let shown = Shown::new(args.summary.visibility());
-    let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
-    let format = args.summary.format();
-    let (mut files, mut printed) = (Vec::new(), Ok(()));
+    let mut teller = Teller::new(args.summary);
+    let context = teller.context(&args.rate);
     let told = |exported: &Exported| {
-        shown.clear();
-        match format {
-            Some(ReportFormat::Text) if printed.is_ok() => {
-                printed = line(&described(exported)).map(drop);
-            }
-            _ => files.push(ExportedFile::of(exported)),
-        }
+        teller.tell(ExportedFile::of(exported), || described(exported));
     };
     let result = export_from_repository(&repository, &backups, &args.folder, &context, told).await;
-    shown.clear();
-    if let Some(ReportFormat::Json) = format {
-        let mut output = Output::new();
-        output.json(&files)?;
-        output.finish()?;
-    }
-    result?;
-    printed?;
+    teller.finish(result)?;
     match unreadable {
         0 => Ok(Outcome::Success),
         count => Err(CommandError::new(format!(

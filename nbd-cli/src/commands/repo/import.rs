@@ -4,19 +4,18 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
+use nbd_jobs::Verify;
 use nbd_jobs::repository::{ImportOptions, Imported, import_to_repository};
 use nbd_jobs::size::rounded;
-use nbd_jobs::{JobContext, Verify};
 use serde::Serialize;
 
 use super::store::StoreArgs;
-use super::text::line;
+use super::text::Teller;
 use crate::commands::image::open::OpenArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
-use crate::output::{Output, ReportFormat, printable};
+use crate::output::printable;
 use crate::progress::{RateArgs, SummaryArgs};
-use crate::shown::Shown;
 
 /// Arguments of `nbd-cli repo import`.
 #[derive(Debug, Args)]
@@ -75,28 +74,13 @@ pub(super) async fn run(args: &ImportArgs) -> Result<Outcome, CommandError> {
     options.image = args.open.options();
     options.requests = args.requests;
     options.verify = if args.verify { Verify::Copied } else { Verify::Nothing };
-    let shown = Shown::new(args.summary.visibility());
-    let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
-    let format = args.summary.format();
-    let (mut files, mut printed) = (Vec::new(), Ok(()));
+    let mut teller = Teller::new(args.summary);
+    let context = teller.context(&args.rate);
     let told = |imported: &Imported| {
-        shown.clear();
-        match format {
-            Some(ReportFormat::Text) if printed.is_ok() => {
-                printed = line(&described(&args.name, imported)).map(drop);
-            }
-            _ => files.push(ImportedFile::of(imported)),
-        }
+        teller.tell(ImportedFile::of(imported), || described(&args.name, imported));
     };
     let result = import_to_repository(&args.files, &repository, &options, &context, told).await;
-    shown.clear();
-    if let Some(ReportFormat::Json) = format {
-        let mut output = Output::new();
-        output.json(&files)?;
-        output.finish()?;
-    }
-    result?;
-    printed?;
+    teller.finish(result)?;
     Ok(Outcome::Success)
 }
 
