@@ -201,8 +201,9 @@ impl Error {
     }
 }
 
-/// Within the error of a [`Storage`](crate::Storage): it cannot read these bytes, and that is no failure
-/// of the connection or of the program, so that others may be readable. The system says so by `EIO`.
+/// Within the error of a [`Storage`](crate::Storage): it cannot read these bytes, but neither the
+/// connection nor the program has failed, so that others may be readable. The system says so by
+/// `EIO`.
 #[derive(Debug)]
 pub struct LostBytes(
     /// The error that the storage has.

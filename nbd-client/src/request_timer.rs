@@ -50,7 +50,7 @@ impl RequestTimer {
                 self.sent.pop_front();
                 continue;
             }
-            // A limit beyond the range of the clock is no limit.
+            // Beyond the range of the clock nothing is limited.
             let Some(late) = sent.checked_add(self.limit) else { return Poll::Pending };
             if late <= Instant::now() {
                 return Poll::Ready(cookie);

@@ -96,7 +96,7 @@ fn tls_parameters_are_understood() {
     assert_eq!(uri.tls.file_parameter(), Some("tls-certificates"));
     assert_eq!(parse("nbds://h/?tls-psk-file=k").tls.file_parameter(), Some("tls-psk-file"));
     assert_eq!(parse("nbds://h/?tls-hostname=k").tls.file_parameter(), None);
-    assert_eq!(parse("nbds://@h/").user, None, "nobody is no user");
+    assert_eq!(parse("nbds://@h/").user, None, "an empty name is not a user");
     assert_eq!(parse("nbds://h/?tls-type=x509").tls.kind, Some(TlsKind::X509));
     assert_eq!(parse("nbds://h/?tls-type=anon").tls.kind, Some(TlsKind::Anonymous));
 }

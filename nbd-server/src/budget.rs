@@ -225,7 +225,7 @@ mod tests {
             let mut waiting = Context::from_waker(&waker);
             assert!(other.poll_take(&mut waiting, FREE_LEN + 1).is_pending(), "one at a time");
             drop(first);
-            assert!(woken.0.load(Ordering::Relaxed), "whoever waits is told");
+            assert!(woken.0.load(Ordering::Relaxed), "a waiter is told");
             assert!(other.poll_take(&mut waiting, FREE_LEN + 1).is_ready());
             assert!(other.poll_take(&mut cx, RESERVE_LEN + 1).is_pending(), "large ones wait");
         }

@@ -20,7 +20,7 @@ const MOST_THREADS: usize = 128;
 /// The time slice of a thread that works rather than waits: several times the system's default.
 const WORK_SLICE: Duration = Duration::from_millis(20);
 
-/// That of a thread that waits: as the [workers](crate::worker) have it, whoever started the thread.
+/// That of a thread that waits: the same as that of the [workers](crate::worker).
 const WAIT_SLICE: Duration = sys::SHORTEST_SLICE;
 
 thread_local! {

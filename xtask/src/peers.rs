@@ -107,7 +107,7 @@ fn missing_packages(is_present: impl Fn(&str) -> bool) -> Vec<&'static str> {
 }
 
 fn install(packages: &[&str]) -> Result<()> {
-    // An outdated index is no reason to give up: it may still have the packages.
+    // An outdated index may still have the packages.
     if let Err(error) = run_step("peers", apt_get().arg("update").stdout(Stdio::null())) {
         println!("peers: {error:#}");
     }

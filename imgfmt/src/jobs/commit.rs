@@ -22,14 +22,15 @@ pub struct Committed {
 }
 
 /// Writes all data of the image `overlay` itself, and of the layers below it, into `backing`, its
-/// layer of depth `depth`, opened for writing: 2 is its backing file. That is a second time, because the
-/// overlay reads through it as well, so the overlay needs [`Locking::Off`](crate::Locking); the caller
-/// locks its file. `backing` first grows to the size of the overlay, if it is smaller.
+/// layer of depth `depth`, opened for writing: 2 is its backing file. That is a second time,
+/// because the overlay reads through it as well, so the overlay needs
+/// [`Locking::Off`](crate::Locking); the caller locks its file. `backing` first grows to the size
+/// of the overlay, if it is smaller.
 ///
 /// Afterwards `backing` has the contents of the disk; [close](Image::close) it, and the overlay can
-/// be deleted or, if `depth` is 2, [emptied](Image::clear_committed). Other overlays of the same backing
-/// file are corrupted, the layers between included. If a commit is interrupted, the overlay still shows the complete disk, and can be
-/// committed again.
+/// be deleted or, if `depth` is 2, [emptied](Image::clear_committed). Other overlays of the same
+/// backing file are corrupted, the layers between included. If a commit is interrupted, the overlay
+/// still shows the complete disk, and can be committed again.
 ///
 /// # Errors
 ///

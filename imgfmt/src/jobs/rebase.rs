@@ -22,9 +22,10 @@ pub struct Rebased {
 }
 
 /// Copies into the qcow2 image `overlay`, opened for writing, every cluster in which its current
-/// backing files and `new_backing` differ; `None` is no backing file, which reads as zero. Whole
-/// clusters are compressed if `clusters` says so. The contents of the disk do not change. [Close](Image::close) the overlay afterwards; then
-/// [`Image::change_backing_file`] can set the new backing file.
+/// backing files and `new_backing` differ; without a new one (`None`) the disk there reads as zero.
+/// Whole clusters are compressed if `clusters` says so. The contents of the disk do not change.
+/// [Close](Image::close) the overlay afterwards; then [`Image::change_backing_file`] can set the
+/// new backing file.
 ///
 /// # Errors
 ///
@@ -99,9 +100,9 @@ struct Changed<'a> {
 }
 
 impl Changed<'_> {
-    /// Writes the clusters of `old` that differ from `new`; returns their number of bytes. Zeroes are
-    /// written as data: where the old backing file ends before them, an image may skip zeroes, and the
-    /// new backing file would show.
+    /// Writes the clusters of `old` that differ from `new`; returns their number of bytes. Zeroes
+    /// are written as data: where the old backing file ends before them, an image may skip zeroes,
+    /// and the new backing file would show.
     fn write(&self, offset: u64, old: &[u8], new: &[u8]) -> Result<u64, JobError> {
         let (mut start, mut written) = (0, 0);
         while start < old.len() {

@@ -46,10 +46,11 @@ pub struct ToStream {
 /// overlay has, also discarded ones, stay as they are.
 ///
 /// The disk does not change, and others may use it meanwhile: what they write stays, and where they
-/// read what is below, that and the 8 MiB after it are copied first. Bitmaps record nothing. What was copied is flushed every three seconds, and after an error; another call
-/// goes on, after a crash where the last flush was. When it has succeeded, the layers between are not
-/// needed any more: [close](Image::close) the overlay; then
-/// [`Image::change_backing_file`] can set the base as backing file, or none.
+/// read what is below, that and the 8 MiB after it are copied first. Bitmaps record nothing. What
+/// was copied is flushed every three seconds, and after an error; another call goes on, after a
+/// crash where the last flush was. When it has succeeded, the layers between are not needed any
+/// more: [close](Image::close) the overlay; then [`Image::change_backing_file`] can set the base as
+/// backing file, or none.
 ///
 /// # Errors
 ///
@@ -95,9 +96,9 @@ pub fn stream(
 /// # Errors
 ///
 /// As [`stream`]; `InvalidArgument` if the backing file that the header names is not open;
-/// `Destination` if the header cannot be changed, if it has no space for the name of the base, or if
-/// a flush has failed since the image was opened: then, what was copied may be lost. The layers are as
-/// before, after any error.
+/// `Destination` if the header cannot be changed, if it has no space for the name of the base, or
+/// if a flush has failed since the image was opened: then, what was copied may be lost. The layers
+/// are as before, after any error.
 ///
 /// ```
 /// use imgfmt::jobs::{JobContext, stream_in_place};
@@ -262,8 +263,8 @@ impl<'a> Streaming<'a> {
         self.counted = done;
     }
 
-    /// Copies what readers ask for, and what is near to that. To be called when nothing else would be
-    /// copied at once.
+    /// Copies what readers ask for, and what is near to that. To be called when nothing else would
+    /// be copied at once.
     fn copy_before_turn(&mut self) -> Result<(), JobError> {
         loop {
             // As late as possible: readers may ask for something meanwhile.

@@ -13,8 +13,8 @@ impl Qcow2 {
         let flusher = Flusher { is_alone: true, ..self.flusher() };
         flusher.end_with_cluster()?;
         flusher.flush_rest()?;
-        // Whoever is served next has no use for a checkpoint that is cut off here. If this fails, the
-        // next writable open repeats it.
+        // A client that is served next has no use for a checkpoint that is cut off here. If this
+        // fails, the next writable open repeats it.
         let _ = self.bitmaps.thaw(self);
         self.bitmaps.store(self)?;
         self.bitmaps.end_session()?;

@@ -109,8 +109,8 @@ impl FileStorage {
 
 impl Drop for FileStorage {
     fn drop(&mut self) {
-        // Before the locks: whoever gets them may write. Nothing is written any more, and the inode
-        // number of a deleted file is free as soon as it is closed.
+        // Before the locks: another program that gets them may write. Nothing is written any more,
+        // and the inode number of a deleted file is free as soon as it is closed.
         self.only_writer = None;
         // Closing is not enough: a process that another thread has just forked keeps the
         // descriptor, and with it the locks, until it executes its program.

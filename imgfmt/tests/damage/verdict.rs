@@ -127,7 +127,7 @@ const MORE_THAN_QEMU: [&str; 3] = [
 
 /// What we refuse and QEMU does not, by words of our error.
 const REFUSED_BY_US: [&str; 1] = [
-    // A length that is no multiple of 8, which the format demands and QEMU does not look at.
+    // A length that is not a multiple of 8, which the format demands and QEMU does not look at.
     "a header of ",
 ];
 

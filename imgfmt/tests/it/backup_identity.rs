@@ -57,7 +57,7 @@ fn a_sealed_file_says_which_backup_it_is_until_it_is_changed() {
     drop(image);
     assert_eq!(is_unchanged(&path), Some(true));
 
-    // To look at it, to open it for writing, to rename it and to copy it is no change.
+    // To look at it, to open it for writing, to rename it and to copy it does not change it.
     let length = std::fs::metadata(&path).unwrap().len();
     writable(&path).close().unwrap();
     assert_eq!(is_unchanged(&path), Some(true));
@@ -108,7 +108,7 @@ fn a_sealed_file_says_which_backup_it_is_until_it_is_changed() {
 }
 
 #[test]
-fn in_an_encrypted_file_the_sum_is_hidden_from_whoever_lacks_the_key() {
+fn in_an_encrypted_file_the_sum_is_hidden_without_the_key() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk.qcow2");
     let passphrase = |text: &str| Passphrase::new(text.into());

@@ -1,4 +1,4 @@
-//! Paths that are no image give one clear sentence and never hang.
+//! Paths that are not those of images give one clear sentence and never hang.
 
 use std::os::unix::net::UnixListener;
 

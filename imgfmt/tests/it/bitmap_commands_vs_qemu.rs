@@ -18,7 +18,7 @@ struct Expected {
     recording: Recording,
 }
 
-/// A command, and whoever may carry it out.
+/// A command, and the program that carries it out.
 #[derive(Clone, Debug)]
 enum Step {
     Change(BitmapChange),

@@ -24,7 +24,7 @@ fn bits_are_recovered_exactly_and_qemu_sees_a_clean_image_then() {
         let mode = std::fs::metadata(sidecar(&path)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         let expected = vec![(1048576, 4096), (2097152, 512)];
-        // Whoever only reads sees the bits and changes nothing.
+        // A reader sees the bits and changes nothing.
         assert_eq!(dirty(&read_only(&path), "fine"), expected);
         assert_eq!(flags(&path).matches("in-use").count(), 2, "after reading");
         let image = open(&path);

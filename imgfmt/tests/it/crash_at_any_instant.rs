@@ -62,7 +62,7 @@ fn judge_crash(made: &Made, model: &Model, operation: u32, random: &mut Random, 
     drop(bytes);
 }
 
-/// Whoever opens a crashed image must be able to work with it.
+/// A program that opens a crashed image must be able to work with it.
 fn use_on(image: &Image, random: &mut Random, what: &str) {
     let mut content = vec![0; image.size() as usize];
     image.read_at(common::at(0), &mut content).unwrap();

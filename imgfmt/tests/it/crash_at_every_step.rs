@@ -123,7 +123,7 @@ fn snapshots(made: &Made) -> Vec<(String, Vec<u8>)> {
     names.map(|name| (name.clone(), content(made, &options().snapshot(name)))).collect()
 }
 
-/// Writes everywhere, as whoever goes on with the image may.
+/// Writes everywhere, as the next user of the image may.
 fn overwrite(made: &Made) {
     let image = Image::open(&made.path, &options()).unwrap();
     let data = vec![0x5a; image.size() as usize - 512];

@@ -148,7 +148,7 @@ fn check(made: &Made, before: &State, after: &State, what: &str) {
     );
 }
 
-/// Whoever goes on with the image must not destroy its snapshots.
+/// The next user of the image must not destroy its snapshots.
 fn overwrite(made: &Made, what: &str) {
     let before = look(made);
     let image = Image::open(&made.path, &options()).unwrap();
@@ -163,7 +163,7 @@ fn overwrite(made: &Made, what: &str) {
         "{what}: writing on damaged snapshots: {}",
         difference(&after, &before)
     );
-    // Whoever opened it for writing has repaired it, if it has a mark that tells to.
+    // The program that opened it for writing has repaired it, if it has a mark that tells to.
     if image_version(made) >= 3 {
         qemu_check(&made.path, Tolerance::Leaks, &format!("{what}: opened for writing"));
     }

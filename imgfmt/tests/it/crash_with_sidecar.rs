@@ -201,7 +201,7 @@ fn crash_often(
     recovered
 }
 
-/// Whoever only reads, whoever recovers and whoever comes later see bits that cover everything.
+/// Readers, the process that recovers, and later ones see bits that cover everything.
 fn judge_after_crash(
     path: &Path,
     candidates: &[&Promises],

@@ -312,7 +312,7 @@ fn slots_that_overlap_something_are_neither_written_nor_wiped() {
     std::fs::write(&disk.path, bytes).unwrap();
     let error = disk.refused(&["first"], &KeyChange::RemoveSlot(1));
     assert!(error.to_string().contains("overlaps"), "{error}");
-    // One stripe is no protection of a key.
+    // One stripe does not protect a key.
     let mut bytes = good;
     bytes[place(2) + 4..place(2) + 8].copy_from_slice(&1_u32.to_be_bytes());
     std::fs::write(&disk.path, bytes).unwrap();

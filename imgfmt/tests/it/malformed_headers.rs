@@ -71,7 +71,7 @@ const CASES: &[Case] = &[
     case("size 2^62", BAD, |i| i.put64(field::SIZE, 1 << 62)),
     case("size 2^63", BAD, |i| i.put64(field::SIZE, 1 << 63)),
     case("size 2^64 - 1", BAD, |i| i.put64(field::SIZE, u64::MAX)),
-    case("a size that is no multiple of 512", None, |i| i.put64(field::SIZE, (1 << 20) - 5)),
+    case("a size that is not a multiple of 512", None, |i| i.put64(field::SIZE, (1 << 20) - 5)),
     Case {
         name: "AES",
         change: |i| i.put32(field::CRYPT_METHOD, 1),

@@ -1,5 +1,5 @@
-//! A sidecar that somebody else has locked while the image itself is free: whoever would write
-//! waits a moment or is refused, and the bits are still there for the next one.
+//! A sidecar that somebody else has locked while the image itself is free: a writer waits a
+//! moment or is refused, and the bits are still there for the next one.
 
 use std::fs::File;
 use std::path::Path;

@@ -16,7 +16,7 @@ use crate::common::{at, range};
 /// Who is killed first when memory runs out. What is written to it here is what it holds.
 const NEVER_SYNCED: &str = "/proc/self/oom_score_adj";
 
-/// Whoever writes to that file: a process has one writer of a file.
+/// The writer of that file: a process has only one for each file.
 static WRITER: Mutex<()> = Mutex::new(());
 
 /// The only writer of that file, if syncs of it fail here, as they do on Linux.

@@ -225,7 +225,7 @@ pub enum Tolerance {
     Nothing,
     Leaks,
     /// Leaks, and COPIED bits that do not fit the refcounts. There is no way to change both at
-    /// once; whoever makes a snapshot has to pass through such a state.
+    /// once; making a snapshot passes through such a state.
     CopiedFlags,
 }
 

@@ -78,8 +78,9 @@ impl ManifestReport {
     }
 }
 
-/// Compares the files of the archive at `path` with its manifest; `None` if it is no archive, or has no
-/// manifest. Reads the whole archive. Blocks, and must not be called by asynchronous tasks.
+/// Compares the files of the archive at `path` with its manifest; `None` if it is not an archive,
+/// or has no manifest. Reads the whole archive. Blocks, and must not be called by asynchronous
+/// tasks.
 ///
 /// # Errors
 ///

@@ -35,8 +35,8 @@ pub enum UnknownExport {
     /// A raw image: its bytes are the disk, whatever they are.
     #[default]
     Raw,
-    /// An image of the format that its first bytes show. Whoever writes to a raw disk chooses these
-    /// bytes.
+    /// An image of the format that its first bytes show. A guest that writes to a raw disk chooses
+    /// these bytes.
     Detected,
 }
 
@@ -112,8 +112,8 @@ impl Remotes {
     ///
     /// If the server cannot be reached or refuses.
     pub fn open_named_by_image(&self, uri: &NbdUri) -> Result<ExportStorage, JobError> {
-        // The image contains this URI: it must not choose local files to read. A layer below does not
-        // change, so its server may be away for any time.
+        // The image contains this URI: it must not choose local files to read. A layer below does
+        // not change, so its server may be away for any time.
         self.open_with(self.connector(uri).local_files(LocalFiles::Refused).keep_reading())
     }
 

@@ -134,7 +134,7 @@ impl<'a> Scenario<'a> {
         assert!(daily["flags"].to_string().contains("in-use"), "{about}");
     }
 
-    /// Clusters that nothing refers to are no harm (3), anything else is.
+    /// Clusters that nothing refers to do no harm (3), anything else does.
     fn is_accepted(&self, what: &str) -> Value {
         let check = run(Command::new(self.qemu_img).args(["check", "-q", &self.disk]));
         assert!(matches!(check.code, Some(0 | 3)), "{what}, {}: {check:?}", self.durability);

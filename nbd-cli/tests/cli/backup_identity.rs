@@ -166,7 +166,7 @@ fn a_base_that_was_moved_or_copied_is_the_same_and_one_of_other_bytes_is_not() {
     lab.write(&writable, "write -P 9 1M 4k");
     writable.end();
     lab.refuses(&ours, &[], &["ours.qcow2", "opened for writing"]);
-    // To serve a copy without changing it is no harm.
+    // To serve a copy without changing it does no harm.
     let looked_at = copy(&monday, "looked-at.qcow2");
     Server::ours(&[&looked_at]).end();
 

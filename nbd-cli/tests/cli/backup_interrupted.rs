@@ -24,7 +24,7 @@ fn a_backup_that_is_interrupted_ends_its_checkpoint_and_forgets_nothing() {
         let listing: Value = serde_json::from_str(&listing).expect("JSON");
         listing["exports"][0].clone()
     };
-    // Whoever listens here never says a word.
+    // The listener here never says a word.
     let (silent, target) = (directory.beside("silent"), directory.beside("full.qcow2"));
     let _listener = UnixListener::bind(&silent).expect("a socket");
     let mut command = in_foreground();

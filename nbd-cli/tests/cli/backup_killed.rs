@@ -27,7 +27,7 @@ fn a_backup_that_is_killed_leaves_no_checkpoint_and_forgets_nothing() {
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "16M"]);
     let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
     let write = |command: &str| drop(peer(&qemu_io, &["-f", "raw", "-c", command, server.uri()]));
-    // Whoever listens here never says a word.
+    // The listener here never says a word.
     let silent = directory.beside("silent");
     let _listener = UnixListener::bind(&silent).expect("a socket");
     let arguments = ["backup", "--control", &control, "--export", "vm", "-B", "daily"];

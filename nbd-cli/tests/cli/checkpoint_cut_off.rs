@@ -223,7 +223,7 @@ fn change(arguments: &[&str]) -> Vec<(String, Option<u64>)> {
 }
 
 #[test]
-fn whoever_changes_bitmaps_puts_them_back_first() {
+fn a_command_that_changes_bitmaps_puts_them_back_first() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
     let disk = Disk::sparse();
     let image = left_over(&disk, &qemu_img, &qemu_io);

@@ -39,7 +39,7 @@ fn checksums_are_those_of_the_raw_disk_for_every_format_and_server() {
     for server in [Server::nbdkit(&nbdkit, &["file", raw]), Server::ours(&["-r", &overlay])] {
         assert_eq!(ours(&[server.uri()]), expected, "{}", server.uri());
     }
-    // A size that is no multiple of anything.
+    // A size that is not a multiple of anything.
     let odd = disk.beside("odd.img");
     std::fs::write(&odd, &disk.content()[..3_000_001]).expect("room");
     assert_eq!(ours(&["--format", "raw", &odd]), theirs(&sha256sum, &odd));

@@ -159,7 +159,7 @@ fn compare_tells_by_its_exit_code() {
     let missing = compare(&[&copy, &disk.beside("missing")]);
     assert_eq!(missing.code, Some(2), "{missing:?}");
     assert!(missing.stderr.contains("no such file"), "{missing:?}");
-    assert_eq!(compare(&[&copy]).code, Some(2), "wrong usage is no difference");
+    assert_eq!(compare(&[&copy]).code, Some(2), "wrong usage is not a difference");
 }
 
 #[test]

@@ -124,7 +124,7 @@ fn a_passphrase_is_typed_unseen_and_a_signal_restores_the_terminal() {
     let line = format!("{PASSPHRASE}\n");
     let shown = at_terminal(&script, &format!("{asks} && echo opened"), line.as_bytes());
     assert!(shown.contains("opened") && !shown.contains(PASSPHRASE), "{shown}");
-    // Bytes that are no text are a wrong passphrase, and no error of reading.
+    // Bytes that are not text are a wrong passphrase, not an error of reading.
     let shown = at_terminal(&script, &asks, b"\xff\xfe\n");
     assert!(shown.contains("opens none of its key slots"), "{shown}");
     // The key of an interrupt.

@@ -296,7 +296,7 @@ fn bitmap_of_another_server_is_used_only_for_the_backup_that_it_follows() {
     std::fs::write(&head, good).expect("it is written");
     let made = parsed(backup(&["-B", "b0"]).success());
     assert_eq!(made["incremental"], true, "{made}");
-    // A slip is no reason to read another disk.
+    // A slip does not lead to another disk.
     says(backup(&["-B", "b1"]), &["for the bitmap 'b0'", "--full"]);
     let restored = directory.beside("restored.img");
     nbd_cli(&["restore", &format!("backup:{repository}/vm"), &restored]).success();

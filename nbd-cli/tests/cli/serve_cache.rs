@@ -124,7 +124,7 @@ fn the_kernel_is_asked_for_what_the_mode_says() {
     tools!(strace = "strace", qemu_io = "qemu-io");
     let disk = Disk::sparse();
     for mode in modes(&disk) {
-        // The writes of a ring are no system calls.
+        // The writes of a ring are not system calls.
         let arguments = ["--cache", mode, "--aio", "threads"];
         let calls = calls_of(&strace, &qemu_io, &disk, &arguments, "write -P 9 4k 4k");
         let is_of_disk = |line: &&str| line.contains("disk.img");

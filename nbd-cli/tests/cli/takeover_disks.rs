@@ -32,7 +32,7 @@ fn a_disk_that_would_be_another_one_is_not_taken_over() {
     refused(&place, "would be another disk");
     load.assert_verified();
     assert!(is_empty(&other), "it was written");
-    // Under another name it is no matter of the clients'.
+    // Under another name it does not concern the clients.
     place.disk = disk;
     place.more.push(format!("other={other}"));
     place.take_over(server).end();

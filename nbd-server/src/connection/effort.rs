@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn handshakes_pause_one_after_the_other_and_whoever_asks_for_little_goes_on() {
+    async fn handshakes_pause_one_after_the_other_and_those_that_ask_for_little_go_on() {
         let mut efforts = efforts(3);
         let [first, second, third] = &mut efforts[..] else { unreachable!() };
         first.spend(BURST_COST);

@@ -118,7 +118,7 @@ fn beside_very_many_clients_that_take_no_replies_fewer_are_made_in_advance() {
     // What the system's buffers take is the same for both.
     let in_server = (1 << 20) / (32 << 10);
     assert!(beside_all + in_server / 2 <= alone, "{alone} alone, {beside_all} beside all");
-    // Whoever comes now is served nevertheless.
+    // A client that comes now is served nevertheless.
     let mut good = Client::connect(&server, ReplyMode::Extended);
     for _ in 0..100 {
         good.submit(0, 32 << 10, &Command::Read(Fragmentation::Allowed), &[]);

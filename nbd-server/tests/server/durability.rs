@@ -53,7 +53,7 @@ fn flush_reaches_the_export_once_for_each_request() {
         assert_eq!(client.request(0, 0, &Command::Flush).result, Ok(()));
         assert_eq!(disk.flushes.load(Ordering::SeqCst), count);
     }
-    // A header with a range, as some clients send it, is no different.
+    // A header with a range, as some clients send it, does the same.
     assert_eq!(client.raw(&header(CommandType::FLUSH, 1 << 40, 7), &[]), Errno(0));
     assert_eq!(disk.flushes.load(Ordering::SeqCst), 4);
 }
@@ -221,7 +221,7 @@ fn a_flush_is_not_answered_before_a_durable_change_that_may_have_taken_its_error
         assert!(client.next_finished().1.result.is_err());
         assert!(other.next_finished().1.result.is_err(), "{command:?}");
         assert_eq!(other.request(0, 0, &Command::Flush).result, Ok(()), "it was told");
-        // Whoever never flushes is told by the next change that is durable.
+        // A client that never flushes is told by the next change that is durable.
         third.submit(8192, 512, &command, payload);
         assert!(third.next_finished().1.result.is_err(), "{command:?}");
         assert_eq!(third.request(0, 0, &Command::Flush).result, Ok(()), "it was told");

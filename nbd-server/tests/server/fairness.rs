@@ -168,7 +168,7 @@ fn clients_that_leave_take_their_requests_with_them() {
         let begun = disk.gate.arrived();
         assert!(begun <= 128, "as many as there are threads, at most: {begun}");
         disk.gate.open();
-        // Whoever comes now is served, and nothing else was done.
+        // A client that comes now is served, and nothing else was done.
         let mut client = Client::connect(&server, ReplyMode::Extended);
         for _ in 0..10 {
             assert_eq!(client.read(4096, 512), [0; 512]);

@@ -76,7 +76,7 @@ fn long_options_of_all_clients_together_take_a_bounded_amount_of_memory() {
         }
         closed.iter().filter(|closed| **closed).count() == 6
     });
-    // Whoever asks for less is served, and for as much once they are gone.
+    // A client that asks for less is served, and for as much once they are gone.
     let mut client = Client::connect(&server, ReplyMode::Extended);
     assert_eq!(client.read(0, 10), [0; 10]);
     drop(attackers);

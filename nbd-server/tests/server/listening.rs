@@ -111,7 +111,7 @@ async fn the_uri_of_a_relative_path_is_absolute() {
     let mut server = server();
     let bound = server.listen(&ListenAddress::Unix(relative.into())).await.unwrap();
     let Transport::Unix { path: told } = bound[0].uri("").transport else {
-        panic!("{bound:?} is no unix socket")
+        panic!("{bound:?} is not a unix socket")
     };
     assert!(told.is_absolute(), "{} means something else in another directory", told.display());
     assert_eq!(told.canonicalize().unwrap(), path.canonicalize().unwrap());

@@ -50,7 +50,7 @@ fn a_flush_on_one_connection_covers_the_writes_of_all() {
     assert_eq!(disk.flushes.load(Ordering::SeqCst), 1);
 }
 
-/// A system reports once that writes were lost, and to whoever asks first.
+/// A system reports once that writes were lost, to the first that asks.
 #[test]
 fn a_flush_that_fails_on_one_connection_is_heard_of_on_all_and_once_on_each() {
     let disk = Scripted::new(1 << 20, Script::default());
@@ -71,5 +71,5 @@ fn a_flush_that_fails_on_one_connection_is_heard_of_on_all_and_once_on_each() {
     let told = third.next_finished().1.result.map_err(|error| error.errno);
     assert_eq!(told, Err(Errno::EIO), "FUA is a promise, too");
     let mut fourth = Client::connect(&server, MODES[2]);
-    assert_eq!(flush(&mut fourth), Ok(()), "whoever came later has lost nothing");
+    assert_eq!(flush(&mut fourth), Ok(()), "a later client has lost nothing");
 }

@@ -128,7 +128,7 @@ fn sort(mode: ReplyMode, requests: &[Sent], answer: &[u8]) -> (Vec<u8>, BTreeMap
                 let header = ChunkHeader::decode_extended(rest).unwrap().unwrap().0;
                 (header.cookie, ChunkHeader::EXTENDED_LEN + header.length as usize)
             }
-            other => panic!("{other:#x} is no reply"),
+            other => panic!("{other:#x} is not a reply"),
         };
         let (reply, next) = rest.split_at(length);
         replies.entry(cookie.0).or_default().extend_from_slice(reply);

@@ -203,7 +203,7 @@ impl Authority {
             .arg(certificate));
     }
 
-    /// Writes a list with one revoked certificate. Needs certtool, whoever made the certificate.
+    /// Writes a list with one revoked certificate. Needs certtool, whatever made the certificate.
     pub fn revoke(&self, certificate: &Path, list: &Path) {
         let template = list.with_extension("template");
         write(&template, "crl_next_update = 2\ncrl_number = 1\n");

@@ -1,6 +1,6 @@
 //! SeaweedFS, which `cargo xtask peers` installs: the store of the group `objects`.
 //!
-//! It runs on loopback, with its data in the directory of the group. It is no child of the
+//! It runs on loopback, with its data in the directory of the group. It is not a child of the
 //! benchmark, or its CPU time would be counted as that of the client.
 
 use std::fs;
@@ -96,7 +96,7 @@ impl ObjectStore {
     }
 }
 
-/// A process that is no child. It is ended when this is dropped.
+/// A process that is not a child. It is ended when this is dropped.
 #[derive(Debug)]
 struct Daemon {
     process: u32,

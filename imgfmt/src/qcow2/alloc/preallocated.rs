@@ -38,7 +38,7 @@ impl Preallocated {
         if let Some(known) = self.answer.get() {
             return *known;
         }
-        // Refcounts that cannot be read are no reason to refuse the map.
+        // The map is returned even if refcounts cannot be read.
         let answer = self.look().unwrap_or(false);
         *self.answer.get_or_init(|| answer)
     }

@@ -82,7 +82,7 @@ fn a_new_epoch_takes_the_place_of_the_old_file_which_then_removes_nothing() {
 /// As a process that another thread forks has a copy of every descriptor until it executes its
 /// program.
 #[test]
-fn a_lock_ends_with_its_owner_whoever_has_a_copy_of_the_descriptor() {
+fn a_lock_ends_with_its_owner_even_if_others_have_a_copy_of_the_descriptor() {
     let directory = tempfile::tempdir().unwrap();
     let place = SidecarPlace::beside(&image(&directory)).unwrap();
     let description = description(BitmapDurability::ProcessDeath, 1 << 20, &[16]);

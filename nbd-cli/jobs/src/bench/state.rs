@@ -156,7 +156,7 @@ mod tests {
     fn state_comes_back_as_it_was() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("state");
-        assert_eq!(State::load(&path).expect("no file is no error"), None);
+        assert_eq!(State::load(&path).expect("a missing file is not an error"), None);
         state().save(&path).expect("it is written");
         assert_eq!(State::load(&path).expect("it is read"), Some(state()));
         assert_eq!(directory.path().read_dir().expect("the directory").count(), 1);

@@ -60,7 +60,7 @@ impl Volume {
         self.ask(move |system| system.info(&path))
     }
 
-    /// Lists a directory. Names that are no names of files are left out.
+    /// Lists a directory. Names that files cannot have are left out.
     pub(super) fn list(&self, path: &[u8]) -> Result<Vec<Name>, Errno> {
         let path = path.to_vec();
         let mut names = self.ask(move |system| system.list(&path))?;

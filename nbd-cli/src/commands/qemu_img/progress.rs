@@ -90,7 +90,7 @@ impl Percentage {
     }
 }
 
-/// Errors are ignored: progress is no result.
+/// Errors are ignored: progress is not a result.
 fn print(text: &str) {
     let mut output = std::io::stdout().lock();
     let _ = output.write_all(text.as_bytes()).and_then(|()| output.flush());

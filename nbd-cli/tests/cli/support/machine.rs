@@ -98,7 +98,7 @@ impl Machine {
         let initramfs = directory.path().join("initramfs");
         std::fs::write(&initramfs, self.initramfs(script)).expect("the initramfs");
         let mut command = Command::new("timeout");
-        // A machine that hangs is no reason for the test to hang.
+        // The test must not hang with a machine that hangs.
         command.arg("600").arg(&self.qemu);
         command.args(["-accel", "tcg", "-cpu", "max", "-m", "768", "-smp", "2"]);
         command.args(["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"]);

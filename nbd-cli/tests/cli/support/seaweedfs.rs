@@ -144,7 +144,7 @@ fn arguments(directory: &Path, ports: [u16; 8]) -> Vec<String> {
         "-master.telemetry=false",
         "-master.electionTimeout=1s",
         "-master.volumeSizeLimitMB=1024",
-        // A disk that is nearly full is no reason to refuse a few MiB.
+        // A few MiB are accepted even on a disk that is nearly full.
         "-volume.minFreeSpace=0",
     ];
     arguments.extend(others.map(str::to_owned));

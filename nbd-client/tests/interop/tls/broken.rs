@@ -30,7 +30,7 @@ impl Relay {
                 let server = UnixStream::connect(target).await.unwrap();
                 tokio::spawn(relay(client, server, limit));
             }
-            // Whoever still waits is told that there is nothing more.
+            // A client that still waits is told that there is nothing more.
         });
         Self { directory }
     }

@@ -182,7 +182,7 @@ async fn require_prefer_and_off_meet_servers_with_and_without_tls() {
             let error = refusal(connector).await;
             assert!(matches!(error, TlsError::RequiredByServer), "{error:?}");
         }
-        // A wrong key is no reason to go on in the clear.
+        // With a wrong key it must not go on in the clear.
         let wrong = site.path("wrong.psk");
         add_psk_user(&wrong, "alice");
         let options = TlsOptions::new(TlsMode::Prefer).pre_shared_keys(&wrong);

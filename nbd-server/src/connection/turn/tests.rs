@@ -85,7 +85,7 @@ fn run(busy: usize, turns: usize, style: Busy, cost: usize) -> Vec<Option<usize>
 }
 
 #[test]
-fn whoever_asks_for_little_waits_for_a_few_quanta_and_not_for_all_who_are_busy() {
+fn a_client_that_asks_for_little_waits_for_a_few_quanta_and_not_for_all_busy_ones() {
     for (style, cost) in [
         (Busy::PassesOn, QUANTUM),
         (Busy::PassesOn, SHORT_QUANTUM),

@@ -327,7 +327,7 @@ impl Client {
                     let header = ChunkHeader::decode_extended(&front).unwrap().unwrap().0;
                     (header, ChunkHeader::EXTENDED_LEN)
                 }
-                other => panic!("{other:#x} is no reply"),
+                other => panic!("{other:#x} is not a reply"),
             };
             drop(self.take(header_len));
             let payload = self.take(header.length as usize);

@@ -43,7 +43,7 @@ pub(crate) fn check(root: &Path, crates: &[(&str, &str)], list: &str) -> Result<
     let mut findings = Vec::new();
     for package in order.packages() {
         if !crates.iter().any(|(name, _)| *name == package) {
-            findings.push(format!("{LIST_NAME}: {package} is no crate of this workspace"));
+            findings.push(format!("{LIST_NAME}: {package} is not a crate of this workspace"));
         }
     }
     for (package, directory) in crates {
@@ -64,7 +64,7 @@ fn check_names(package: &str, tree: &Tree, order: &Order) -> Vec<String> {
     for (directory, names) in order.sections(package) {
         let section = show(package, directory);
         if !tree.contains(directory) {
-            findings.push(format!("{LIST_NAME}: [{section}] is no module"));
+            findings.push(format!("{LIST_NAME}: [{section}] is not a module"));
             continue;
         }
         for name in

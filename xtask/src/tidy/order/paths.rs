@@ -89,7 +89,7 @@ impl Paths {
                 segments.push(next);
             }
             let before = code[..start].trim_ascii_end();
-            // The middle of a path whose beginning is no name, and `pub(in path)`.
+            // The middle of a path whose beginning is not a name, and `pub(in path)`.
             let is_part = before.ends_with(b"::") || before.ends_with(b"(in");
             if segments.len() > 1
                 && !is_part

@@ -58,7 +58,7 @@ impl Folder {
             JobError::destination(format!("cannot remove '{partial}', which is left over: {why}"))
         };
         if !metadata.is_file() {
-            return Err(failed("it is no file".to_owned()));
+            return Err(failed("it is not a file".to_owned()));
         }
         // A program that uses it has it locked.
         let lock = FileStorage::open(&partial, Access::ReadWrite, Locking::Auto);

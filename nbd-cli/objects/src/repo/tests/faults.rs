@@ -71,7 +71,7 @@ async fn conflict_of_any_request_is_settled_by_repeating_it() {
     for failing in 0..count {
         assert!(run(Some(failing)).await > count, "request {failing}");
     }
-    // One that does not end is no object that exists.
+    // One that does not end is not an object that exists.
     for method in ["PUT", "GET"] {
         let store = TestStore::start().unwrap();
         store.fail(move |seen| match seen.method == method {
