@@ -4,12 +4,20 @@ use hyper::header::DATE;
 use hyper::{Method, StatusCode};
 use object_store::aws::{AwsAuthorizer, AwsCredentialProvider};
 use object_store::client::{HttpRequest, HttpRequestBody, HttpService as _};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use crate::calendar::{of_http, of_s3};
 use crate::crypto::OpenSsl;
 use crate::error::StoreError;
 use crate::shown::shown;
 use crate::transport::Transport;
+
+/// What a query may not have as it is (RFC 3986, section 2.3).
+const QUERY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+/// The same of a path.
+const PATH: &AsciiSet = &QUERY.remove(b'/');
 
 /// An upload.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,7 +50,8 @@ pub(crate) struct Uploads {
 impl Uploads {
     /// Lists the uploads of a key. Makes one request; the error is for the log.
     pub(crate) async fn list(&self, key: &str) -> Result<Listed, String> {
-        let query = format!("max-uploads=1000&prefix={}&uploads=", encoded(key, false));
+        let prefix = utf8_percent_encode(key, QUERY);
+        let query = format!("max-uploads=1000&prefix={prefix}&uploads=");
         // A bucket in the name of the host has no path of its own.
         let has_path = self.bucket.split_once("://").is_some_and(|(_, rest)| rest.contains('/'));
         let (text, time) = self.get(if has_path { "" } else { "/" }, &query).await?;
@@ -53,11 +62,12 @@ impl Uploads {
 
     /// Returns whether an upload has no parts.
     pub(crate) async fn is_empty(&self, key: &str, id: &str) -> Result<bool, String> {
-        let path = format!("/{}", encoded(key, true));
-        let query = format!("max-parts=1&uploadId={}", encoded(id, false));
+        let path = format!("/{}", utf8_percent_encode(key, PATH));
+        let query = format!("max-parts=1&uploadId={}", utf8_percent_encode(id, QUERY));
         let (text, _) = self.get(&path, &query).await?;
-        let inside = inside(&text, "ListPartsResult").ok_or("the reply is not a list of parts")?;
-        Ok(!inside.contains("<Part>"))
+        let list: PartList = quick_xml::de::from_str(&text)
+            .map_err(|error| format!("the reply is not a list of parts: {error}"))?;
+        Ok(!list.is_truncated && list.part.is_none())
     }
 
     async fn get(&self, path: &str, query: &str) -> Result<(String, Option<u64>), String> {
@@ -85,83 +95,53 @@ impl Uploads {
     }
 }
 
+/// A list of uploads in the words of S3.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct UploadList {
+    is_truncated: bool,
+    #[serde(default, rename = "Upload")]
+    uploads: Vec<ListedUpload>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct ListedUpload {
+    key: String,
+    upload_id: String,
+    initiated: Option<String>,
+    #[serde(default)]
+    initiator: Person,
+    #[serde(default)]
+    owner: Person,
+}
+
+#[derive(Default, Deserialize)]
+struct Person {
+    #[serde(default, rename = "ID")]
+    id: String,
+}
+
+/// A list of the parts of an upload.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct PartList {
+    is_truncated: bool,
+    /// One at most is asked for.
+    part: Option<IgnoredAny>,
+}
+
 /// Reads a list of uploads, of which those of other keys are left out; `None` if it is not a whole
 /// one.
 fn uploads(text: &str, key: &str) -> Option<Vec<Upload>> {
-    let list = inside(text, "ListMultipartUploadsResult")?;
-    if element(list, "IsTruncated")? != "false" {
-        return None;
-    }
-    let mut found = Vec::new();
-    for upload in list.split("<Upload>").skip(1) {
-        let upload = upload.split_once("</Upload>")?.0;
-        if decoded(element(upload, "Key")?)? != key {
-            continue;
-        }
-        let who = |name| inside_of(upload, name).and_then(|who| element(who, "ID")).unwrap_or("");
-        found.push(Upload {
-            id: decoded(element(upload, "UploadId")?)?,
-            begun: element(upload, "Initiated").and_then(of_s3),
-            initiator: format!("{} {}", who("Initiator"), who("Owner")),
-        });
-    }
-    Some(found)
-}
-
-/// What is inside the root of a whole document.
-fn inside<'a>(text: &'a str, root: &str) -> Option<&'a str> {
-    let text = text.trim_end().strip_suffix(&format!("</{root}>"))?;
-    let (_, rest) = text.split_once(&format!("<{root}"))?;
-    rest.starts_with(|next: char| next == '>' || next.is_whitespace()).then_some(rest)
-}
-
-fn inside_of<'a>(text: &'a str, name: &str) -> Option<&'a str> {
-    let (_, rest) = text.split_once(&format!("<{name}>"))?;
-    Some(rest.split_once(&format!("</{name}>"))?.0)
-}
-
-/// The text of an element without others.
-fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
-    inside_of(text, name).filter(|text| !text.contains('<'))
-}
-
-/// Decodes the characters that XML cannot have in a text; `None` for others that are encoded.
-fn decoded(text: &str) -> Option<String> {
-    let mut parts = text.split('&');
-    let mut decoded = parts.next()?.to_owned();
-    for part in parts {
-        let (name, rest) = part.split_once(';')?;
-        let number =
-            |text: &str, radix| u32::from_str_radix(text, radix).ok().and_then(char::from_u32);
-        decoded.push(match name {
-            "amp" => '&',
-            "lt" => '<',
-            "gt" => '>',
-            "quot" => '"',
-            "apos" => '\'',
-            name => match name.strip_prefix("#x").map(|hex| number(hex, 16)) {
-                Some(char) => char?,
-                None => number(name.strip_prefix('#')?, 10)?,
-            },
-        });
-        decoded.push_str(rest);
-    }
-    Some(decoded)
-}
-
-/// Encodes a text for an address (RFC 3986, section 2.3).
-fn encoded(text: &str, is_path: bool) -> String {
-    let mut encoded = String::new();
-    for byte in text.bytes() {
-        match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
-                encoded.push(char::from(byte));
-            }
-            b'/' if is_path => encoded.push('/'),
-            byte => encoded += &format!("%{byte:02X}"),
-        }
-    }
-    encoded
+    let list: UploadList = quick_xml::de::from_str(text).ok()?;
+    let own = list.uploads.into_iter().filter(|upload| upload.key == key);
+    let upload = |upload: ListedUpload| Upload {
+        id: upload.upload_id,
+        begun: upload.initiated.as_deref().and_then(of_s3),
+        initiator: format!("{} {}", upload.initiator.id, upload.owner.id),
+    };
+    (!list.is_truncated).then(|| own.map(upload).collect())
 }
 
 #[cfg(test)]
@@ -208,7 +188,7 @@ mod tests {
 
     #[test]
     fn keys_are_encoded_for_addresses() {
-        assert_eq!(encoded("a/b c+ü", true), "a/b%20c%2B%C3%BC");
-        assert_eq!(encoded("a/b=&", false), "a%2Fb%3D%26");
+        assert_eq!(utf8_percent_encode("a/b c+ü", PATH).to_string(), "a/b%20c%2B%C3%BC");
+        assert_eq!(utf8_percent_encode("a/b=&", QUERY).to_string(), "a%2Fb%3D%26");
     }
 }

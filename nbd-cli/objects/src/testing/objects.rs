@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use chrono::{DateTime, SecondsFormat};
 use hyper::{Method, StatusCode};
 use openssl::hash::{MessageDigest, hash};
 
-use crate::calendar::to_s3;
 use crate::crypto::hex;
 
 /// The clock of the store stands still, so that no test depends on how fast it runs.
@@ -249,7 +249,9 @@ impl Objects {
                 "<Upload><Key>{key}</Key><UploadId>{}</UploadId><Initiator><ID>a</ID></Initiator>\
                  <Initiated>{}</Initiated></Upload>",
                 id.replace('&', "&amp;"),
-                to_s3(upload.begun)
+                DateTime::from_timestamp(upload.begun as i64, 0)
+                    .map(|begun| begun.to_rfc3339_opts(SecondsFormat::Millis, true))
+                    .unwrap_or_default()
             );
         }
         Answer::new(200, xml + "</ListMultipartUploadsResult>").with("date", NOW_TEXT)
@@ -264,7 +266,10 @@ impl Objects {
             .keys()
             .map(|number| format!("<Part><PartNumber>{number}</PartNumber></Part>"))
             .collect();
-        Answer::new(200, format!("<ListPartsResult>{parts}</ListPartsResult>"))
+        Answer::new(
+            200,
+            format!("<ListPartsResult><IsTruncated>false</IsTruncated>{parts}</ListPartsResult>"),
+        )
     }
 
     fn begin(&mut self, request: &Parsed) -> Answer {
