@@ -185,7 +185,10 @@ impl Client {
             request.command,
             Command::Write(_) | Command::Trim(_) | Command::WriteZeroes(..)
         ) {
-            self.shared.is_changed.store(true, Ordering::Release);
+            // Most writes find it set, and leave the cache line to others.
+            if !self.shared.is_changed.load(Ordering::Relaxed) {
+                self.shared.is_changed.store(true, Ordering::Release);
+            }
         }
         let connection = self.pick();
         let caller = connection.enter();
