@@ -94,16 +94,11 @@ pub(super) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
 struct Vmdk {
     /// The one with the descriptor.
     file: Arc<ImageFile>,
-    identity: Option<Identity>,
-    parent: Option<Parent>,
+    /// Its extents are those that are files of their own.
+    descriptor: Descriptor,
     backing: Option<Backing>,
     /// In order, and without gaps; at least one.
     extents: Vec<Extent>,
-    /// What the descriptor says of each, if it is a file of its own.
-    lines: Vec<ExtentLine>,
-    create_type: Option<String>,
-    cid: Option<u32>,
-    parent_cid: Option<u32>,
     grains: Grains,
 }
 
@@ -127,23 +122,9 @@ enum Data {
 
 impl Vmdk {
     fn new(file: Arc<ImageFile>, descriptor: Descriptor, extents: Vec<Extent>) -> Self {
-        let Descriptor { identity, parent, create_type, cid, parent_cid, extents: lines } =
-            descriptor;
         let grains = extents.iter().filter_map(Extent::compressed_grain).max();
         let grains = Grains::new(grains.unwrap_or(1));
-        let backing = None;
-        Self {
-            file,
-            identity,
-            parent,
-            backing,
-            extents,
-            lines,
-            create_type,
-            cid,
-            parent_cid,
-            grains,
-        }
+        Self { file, descriptor, backing: None, extents, grains }
     }
 
     /// Opens a disk by the descriptor at a place of a file, an offset and a length, with the extents
@@ -354,7 +335,7 @@ impl Layer for Vmdk {
 
 impl ForeignImage for Vmdk {
     fn parent(&self) -> Option<&Parent> {
-        self.parent.as_ref()
+        self.descriptor.parent.as_ref()
     }
 
     fn attach_parent(&mut self, parent: Arc<dyn Layer>) {
@@ -362,7 +343,7 @@ impl ForeignImage for Vmdk {
     }
 
     fn identity(&self) -> Option<Identity> {
-        self.identity
+        self.descriptor.identity
     }
 
     /// As in QEMU, none if the grains of its extents differ, or there are none.
@@ -373,7 +354,8 @@ impl ForeignImage for Vmdk {
     }
 
     fn details(&self) -> Option<FormatDetails> {
-        let lines = self.lines.iter().map(Some).chain(std::iter::repeat(None));
+        let descriptor = &self.descriptor;
+        let lines = descriptor.extents.iter().map(Some).chain(std::iter::repeat(None));
         let extents = self.extents.iter().zip(lines).map(|(extent, line)| VmdkExtent {
             file: line.and_then(|line| line.names.first().cloned()),
             kind: line.map_or(SPARSE, |line| line.word),
@@ -382,9 +364,9 @@ impl ForeignImage for Vmdk {
             is_compressed: extent.compressed_grain().is_some(),
         });
         Some(FormatDetails::Vmdk(VmdkInfo {
-            create_type: self.create_type.clone(),
-            cid: self.cid,
-            parent_cid: self.parent_cid,
+            create_type: descriptor.create_type.clone(),
+            cid: descriptor.cid,
+            parent_cid: descriptor.parent_cid,
             extents: extents.collect(),
         }))
     }
