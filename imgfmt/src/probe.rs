@@ -18,7 +18,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use crate::format::Format;
-use crate::formats::TABLE;
+use crate::formats::{HeaderAtEnd, TABLE};
 use crate::options::FileNames;
 use crate::storage::Storage;
 use crate::units::HostOffset;
@@ -86,19 +86,19 @@ pub(crate) fn probe_named(
 /// Looks at the last bytes of a file that does not begin as an image, if it is called like one that
 /// ends so.
 fn probe_end(storage: &dyn Storage, name: &[u8], names: FileNames) -> io::Result<Format> {
-    let may_be = |endings: &[&str]| endings.iter().any(|ending| has_ending(name, ending));
-    let entry = TABLE.iter().find(|entry| may_be(entry.endings));
-    let entry = entry.filter(|_| names == FileNames::Telling);
-    if entry.is_none() && !may_be(&["dmg"]) {
+    let is_called = |end: &HeaderAtEnd| end.names.iter().any(|ending| has_ending(name, ending));
+    let ends = TABLE.iter().filter_map(|entry| Some((entry.format, entry.end.as_ref()?)));
+    let called = ends.filter(|_| names == FileNames::Telling).find(|(_, end)| is_called(end));
+    if called.is_none() && !has_ending(name, "dmg") {
         return Ok(Format::Raw);
     }
     let length = storage.len()?;
     let Some(offset) = length.checked_sub(TRAILER_LENGTH as u64) else { return Ok(Format::Raw) };
     let mut end = [0; TRAILER_LENGTH];
     let read = storage.read_at(HostOffset::new(offset), &mut end)?;
-    Ok(match entry {
+    Ok(match called {
         _ if read < end.len() => Format::Raw,
-        Some(entry) if (entry.ends)(&end, length) => entry.format,
+        Some((format, header)) if (header.is_one)(&end, length) => format,
         None if is_dmg_trailer(&end, offset) => Format::Dmg,
         _ => Format::Raw,
     })

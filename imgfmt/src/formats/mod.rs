@@ -35,13 +35,19 @@ pub(crate) struct Entry {
     pub(crate) format: Format,
     /// Whether a file is one that begins with these bytes, 512 unless it is shorter.
     pub(crate) starts: fn(&[u8]) -> bool,
-    /// The endings of the names of files whose header may be at the end; there is one format for each.
-    pub(crate) endings: &'static [&'static str],
-    /// Whether a file of such a name is one that ends with these 512 bytes and has this length.
-    pub(crate) ends: fn(&[u8; 512], u64) -> bool,
+    /// The header at the end of a file, where it may be.
+    pub(crate) end: Option<HeaderAtEnd>,
     pub(crate) open: fn(Opening<'_>) -> Result<Box<dyn ForeignImage>>,
     /// Plans a new image, where that is possible.
     pub(crate) plan: Option<fn(&NewForeign<'_>) -> Result<Planned>>,
+}
+
+/// A header at the end of a file, which counts only if the file is called so.
+pub(crate) struct HeaderAtEnd {
+    /// The endings of names; no other format has them.
+    pub(crate) names: &'static [&'static str],
+    /// Whether a file is one that ends with these 512 bytes and has this length.
+    pub(crate) is_one: fn(&[u8; 512], u64) -> bool,
 }
 
 /// All formats that are read besides raw and qcow2.
@@ -49,65 +55,41 @@ pub(crate) const TABLE: &[Entry] = &[
     Entry {
         format: Format::Vdi,
         starts: vdi::starts,
-        endings: &[],
-        ends: never,
+        end: None,
         open: vdi::open,
         plan: Some(vdi::plan),
     },
     Entry {
         format: Format::Vhdx,
         starts: vhdx::starts,
-        endings: &[],
-        ends: never,
+        end: None,
         open: vhdx::open,
         plan: Some(vhdx::plan),
     },
     Entry {
         format: Format::Vmdk,
         starts: vmdk::starts,
-        endings: &[],
-        ends: never,
+        end: None,
         open: vmdk::open,
         plan: Some(vmdk::plan),
     },
     Entry {
         format: Format::Vpc,
         starts: vpc::starts,
-        endings: &["vhd", "vpc"],
-        ends: vpc::ends,
+        end: Some(HeaderAtEnd { names: &["vhd", "vpc"], is_one: vpc::ends }),
         open: vpc::open,
         plan: Some(vpc::plan),
     },
-    Entry {
-        format: Format::Qed,
-        starts: qed::starts,
-        endings: &[],
-        ends: never,
-        open: qed::open,
-        plan: None,
-    },
-    Entry {
-        format: Format::Qcow,
-        starts: qcow::starts,
-        endings: &[],
-        ends: never,
-        open: qcow::open,
-        plan: None,
-    },
+    Entry { format: Format::Qed, starts: qed::starts, end: None, open: qed::open, plan: None },
+    Entry { format: Format::Qcow, starts: qcow::starts, end: None, open: qcow::open, plan: None },
     Entry {
         format: Format::Parallels,
         starts: parallels::starts,
-        endings: &[],
-        ends: never,
+        end: None,
         open: parallels::open,
         plan: None,
     },
 ];
-
-/// The header is always at the start.
-fn never(_: &[u8; 512], _: u64) -> bool {
-    false
-}
 
 /// The format's line in the table, if it is read.
 pub(crate) fn entry(format: Format) -> Option<&'static Entry> {
