@@ -125,6 +125,7 @@ pub(crate) struct Walk<'w> {
     /// The number of table entries that may still be examined, in all layers together.
     effort: u64,
     has_found: bool,
+    is_reader: bool,
     visit: &'w mut Visit<'w>,
 }
 
@@ -138,17 +139,22 @@ const EFFORT_OF_CALL: u64 = 128;
 /// bounded.
 const FILE_PARTS_MAX: u64 = 4096;
 
-/// The effort of a walk that is not a reader's; it never ends.
-pub(crate) const EFFORT_OF_JOB: u64 = u64::MAX >> 1;
-
 impl<'w> Walk<'w> {
+    /// The walk of a reader of the disk.
     pub(crate) fn new(holes: Holes, lookup: Lookup, visit: &'w mut Visit<'w>) -> Self {
-        Self { holes, lookup, depth: 1, effort: u64::MAX, has_found: false, visit }
+        let (depth, effort, has_found, is_reader) = (1, u64::MAX, false, true);
+        Self { holes, lookup, depth, effort, has_found, is_reader, visit }
     }
 
-    /// Ends the walk when this many table entries were examined and something was found.
+    /// Makes it the walk of a list of extents, which ends when this many table entries were examined
+    /// and something was found.
     pub(crate) fn with_effort(self, effort: u64) -> Self {
-        Self { effort, ..self }
+        Self { effort, is_reader: false, ..self }
+    }
+
+    /// Makes it the walk of a job that copies the layers below.
+    pub(crate) fn of_job(self) -> Self {
+        Self { is_reader: false, ..self }
     }
 
     /// Passes on the next part of the range, whose content `layer` has.
@@ -236,10 +242,10 @@ impl<'w> Walk<'w> {
         self.effort = self.effort.saturating_sub(effort);
     }
 
-    /// Whether the walk is that of a reader of the disk: not one for a list of extents, nor a job's.
+    /// Whether the walk is that of a reader of the disk.
     #[inline]
     pub(crate) fn is_reader(&self) -> bool {
-        self.effort > EFFORT_OF_JOB
+        self.is_reader
     }
 
     /// Whether the effort is used up.

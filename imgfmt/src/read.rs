@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::extent::{Extent, ExtentList};
-use crate::layer::{EFFORT_OF_JOB, Layer, Walk};
+use crate::layer::{Layer, Walk};
 use crate::mapping::{Content, Encoded, FileSpan, Holes, Lookup, Mapped, Mapping};
 use crate::storage::TryRead;
 use crate::units::{GuestOffset, GuestRange, span};
@@ -18,7 +18,7 @@ const EFFORT_MAX: u64 = 1 << 16;
 
 /// Fills `buffer` with the bytes at `offset`. The caller holds a lease.
 pub(crate) fn read_at(layer: &dyn Layer, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
-    read_with_effort(layer, offset, buffer, u64::MAX)
+    read_by(layer, offset, buffer, |walk| walk)
 }
 
 /// As [`read_at`], for a job that copies what is below the image, and wants nothing itself.
@@ -27,22 +27,22 @@ pub(crate) fn read_for_job(
     offset: GuestOffset,
     buffer: &mut [u8],
 ) -> Result<()> {
-    read_with_effort(layer, offset, buffer, EFFORT_OF_JOB)
+    read_by(layer, offset, buffer, |walk| walk.of_job())
 }
 
 #[inline]
-fn read_with_effort(
+fn read_by(
     layer: &dyn Layer,
     offset: GuestOffset,
     buffer: &mut [u8],
-    effort: u64,
+    whose: impl for<'w> FnOnce(Walk<'w>) -> Walk<'w>,
 ) -> Result<()> {
     let range = range_of(offset, buffer);
     let mut visit = |layer: &dyn Layer, mapping: Mapping<'_>| {
         read_mapping(layer, &mapping, part_of(buffer, offset, mapping.range)).map(|()| true)
     };
     let walk = Walk::new(Holes::AsData, Lookup::MayRead, &mut visit);
-    layer.map(range, &mut walk.with_effort(effort)).map(drop)
+    layer.map(range, &mut whose(walk)).map(drop)
 }
 
 fn read_mapping(layer: &dyn Layer, mapping: &Mapping<'_>, buffer: &mut [u8]) -> Result<()> {
