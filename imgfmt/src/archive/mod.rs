@@ -58,6 +58,14 @@ pub struct ArchiveMember {
     pub length: u64,
 }
 
+impl ArchiveMember {
+    /// Returns whether its name has this ending, such as `mf`, in letters of either case.
+    #[must_use]
+    pub fn has_ending(&self, ending: &str) -> bool {
+        has_ending(&self.name, ending)
+    }
+}
+
 impl Archive {
     /// Opens the archive that a path means; `None` if it means something else, a disk in an archive
     /// included.

@@ -96,7 +96,7 @@ pub fn check_manifest(
     let invalid = |why: String| {
         JobError::source(format!("cannot check the manifest of '{}': {why}", path.display()))
     };
-    let mut manifests = members.iter().filter(|member| has_ending(&member.name, "mf"));
+    let mut manifests = members.iter().filter(|member| member.has_ending("mf"));
     let (manifest, lines) = match (manifests.next(), manifests.next()) {
         (None, _) => return Ok(None),
         (Some(_), Some(_)) => return Err(invalid("the archive has several".to_owned())),
@@ -127,10 +127,10 @@ pub fn check_manifest(
         });
     }
     let listed: HashSet<&[u8]> = lines.iter().map(|line| &*line.name).collect();
-    for name in members.iter().map(|member| &*member.name) {
-        let is_own = ["mf", "cert"].iter().any(|ending| has_ending(name, ending));
-        if !is_own && !listed.contains(name) {
-            let filename = shown(name);
+    for member in &members {
+        let is_own = ["mf", "cert"].iter().any(|ending| member.has_ending(ending));
+        if !is_own && !listed.contains(&*member.name) {
+            let filename = shown(&member.name);
             files.push(ManifestEntry { filename, digest: None, state: FileState::Unlisted });
         }
     }
@@ -225,11 +225,6 @@ fn compare(archive: &Archive, line: &Line, context: &JobContext) -> Result<FileS
     context.cancellation.of_image_jobs().check()?;
     let digest = hasher.finish().map_err(failed)?;
     Ok(if *digest == *line.digest { FileState::Ok } else { FileState::Changed })
-}
-
-fn has_ending(name: &[u8], ending: &str) -> bool {
-    let found = name.rsplit(|byte| *byte == b'.').next();
-    name.contains(&b'.') && found.is_some_and(|found| found.eq_ignore_ascii_case(ending.as_bytes()))
 }
 
 fn shown(name: &[u8]) -> String {
