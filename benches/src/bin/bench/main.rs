@@ -24,6 +24,7 @@ mod data;
 mod direct;
 mod encrypted;
 mod ending;
+mod files_disk;
 mod fio;
 mod fleecing;
 mod group;

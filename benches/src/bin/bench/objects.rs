@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::bars::Limit;
 use super::contest::{Against, Contender, Contest, ContestBar, Measure, OURS};
+use super::files_disk::fill_with_files;
 use super::group::Group;
 use super::image_tools::{fill, timed};
 use super::lab::Lab;
@@ -25,7 +26,13 @@ pub(crate) const GROUP: Group = Group { name: "objects", contests, bars, prepare
 
 /// Milliseconds that the distant store is late.
 const FAR: u32 = 25;
+/// The disk that is backed up: 2 GiB with at most 742 MiB of files.
 const DISK: &str = "disk.img";
+const DISK_BYTES: u64 = 2 << 30;
+const FILES_BYTES: u64 = 742 << 20;
+const FILES: &str = "/usr";
+/// The disk of the image that is read.
+const PLAIN: &str = "plain.img";
 const IMAGE: &str = "disk.qcow2";
 const RESTORED: &str = "restored";
 /// The data of the store with the backups and the image.
@@ -99,9 +106,11 @@ fn contest(name: String, contenders: Vec<(&'static str, Measure)>) -> Contest {
 }
 
 fn prepare(lab: &Lab<'_>) -> Result<()> {
-    fill(&lab.file(DISK), lab.options.size).context("cannot write the disk")?;
+    fill_with_files(&lab.file(DISK), DISK_BYTES, FILES_BYTES, FILES.as_ref())
+        .context("cannot write the disk of files")?;
+    fill(&lab.file(PLAIN), lab.options.size).context("cannot write the disk")?;
     let mut convert = Command::new("qemu-img");
-    convert.args(["convert", "-f", "raw", "-O", "qcow2"]).arg(lab.file(DISK)).arg(lab.file(IMAGE));
+    convert.args(["convert", "-f", "raw", "-O", "qcow2"]).arg(lab.file(PLAIN)).arg(lab.file(IMAGE));
     process::run_to_end(&mut convert)?;
     let store = ObjectStore::start(lab, KEPT, 0)?;
     let mut push = lab.nbd_cli();
@@ -140,7 +149,7 @@ fn our_backup(lab: &Lab<'_>, store: &ObjectStore) -> Result<Sample> {
     let mut command = lab.nbd_cli();
     command.args(["backup", "-q", "--name", "vm"]).arg(lab.file(DISK)).arg(REPOSITORY);
     store.allow(lab, &mut command);
-    timed(&mut command, lab.options.size)
+    timed(&mut command, DISK_BYTES)
 }
 
 fn restic(lab: &Lab<'_>, store: &ObjectStore) -> Command {
@@ -153,7 +162,7 @@ fn restic(lab: &Lab<'_>, store: &ObjectStore) -> Command {
 fn restic_backup(lab: &Lab<'_>, store: &ObjectStore) -> Result<Sample> {
     process::run_to_end(restic(lab, store).arg("init"))?;
     let mut command = restic(lab, store);
-    timed(command.current_dir(lab.directory).args(["backup", DISK]), lab.options.size)
+    timed(command.current_dir(lab.directory).args(["backup", DISK]), DISK_BYTES)
 }
 
 fn restore(lab: &Lab<'_>, delay: u32, run: Run) -> Result<Sample> {
@@ -162,7 +171,7 @@ fn restore(lab: &Lab<'_>, delay: u32, run: Run) -> Result<Sample> {
     fs::create_dir(lab.file(RESTORED))?;
     let sample = run(lab, &store)?;
     let restored = fs::metadata(lab.file(RESTORED).join(DISK)).context("what was restored")?;
-    ensure!(restored.len() == lab.options.size, "it has {} bytes", restored.len());
+    ensure!(restored.len() == DISK_BYTES, "it has {} bytes", restored.len());
     fs::remove_dir_all(lab.file(RESTORED))?;
     Ok(sample)
 }
@@ -172,13 +181,18 @@ fn our_restore(lab: &Lab<'_>, store: &ObjectStore) -> Result<Sample> {
     command.args(["restore", "-q", &format!("backup:{REPOSITORY}/vm")]);
     command.arg(lab.file(RESTORED).join(DISK));
     store.allow(lab, &mut command);
-    timed(&mut command, lab.options.size)
+    timed(&mut command, DISK_BYTES)
 }
 
 fn restic_restore(lab: &Lab<'_>, store: &ObjectStore) -> Result<Sample> {
     let mut command = restic(lab, store);
-    command.args(["restore", "latest", "--sparse", "--target"]).arg(lab.file(RESTORED));
-    timed(&mut command, lab.options.size)
+    command.args(["restore", "latest", "--target"]).arg(lab.file(RESTORED));
+    // Restic leaves zeroes out since 0.15.
+    let help = Command::new("restic").args(["restore", "--help"]).output()?;
+    if String::from_utf8_lossy(&help.stdout).contains("--sparse") {
+        command.arg("--sparse");
+    }
+    timed(&mut command, DISK_BYTES)
 }
 
 /// Reads the whole image by its URL.
