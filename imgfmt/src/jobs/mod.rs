@@ -15,6 +15,7 @@ mod commit;
 mod compare;
 mod convert;
 mod error;
+mod flushes;
 mod measure;
 mod observer;
 mod range;

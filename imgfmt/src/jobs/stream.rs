@@ -1,8 +1,7 @@
 //! Copies what the layers below an overlay provide into the overlay.
 
-use std::time::{Duration, Instant};
-
 use super::error::{JobError, JobErrorKind};
+use super::flushes::Flushes;
 use super::observer::{JobContext, Meter};
 use super::range::{span, whole};
 use super::snapshots;
@@ -15,9 +14,6 @@ use crate::units::GuestRange;
 
 /// Size of a copy step, in bytes.
 const STEP: u64 = 1 << 20;
-
-/// The time after which what was copied is flushed: a crash costs what was copied since then.
-const FLUSH_PERIOD: Duration = Duration::from_secs(3);
 
 /// The result of a [`stream`]. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,11 +42,11 @@ pub struct ToStream {
 /// overlay has, also discarded ones, stay as they are.
 ///
 /// The disk does not change, and others may use it meanwhile: what they write stays, and where they
-/// read what is below, that and the 8 MiB after it are copied first. Bitmaps record nothing. What
-/// was copied is flushed every three seconds, and after an error; another call goes on, after a
-/// crash where the last flush was. When it has succeeded, the layers between are not needed any
-/// more: [close](Image::close) the overlay; then [`Image::change_backing_file`] can set the base as
-/// backing file, or none.
+/// read what is below, that and the 8 MiB after it are copied first. Bitmaps record nothing. What was
+/// copied is flushed every three seconds or 256 MiB, beside the copying, and after an error; another
+/// call goes on, after a crash where the last flush was. When it has succeeded, the layers between
+/// are not needed any more: [close](Image::close) the overlay; then
+/// [`Image::change_backing_file`] can set the base as backing file, or none.
 ///
 /// # Errors
 ///
@@ -80,13 +76,13 @@ pub fn stream(
     context: &JobContext,
 ) -> Result<Streamed, JobError> {
     let between = Between::new(overlay, base)?;
-    let mut job = Streaming::new(overlay, between, context);
-    let copied = job.copy_everything();
-    if copied.is_err() && job.is_unflushed {
-        // The first error is the one to be told; without this flush, a crash would only cost more.
-        let _ = overlay.flush();
-    }
-    copied.map(|()| job.streamed)
+    std::thread::scope(|scope| {
+        let flushes = Flushes::new(scope, overlay);
+        let mut job = Streaming::new(overlay, between, context, flushes);
+        let copied = job.copy_everything();
+        let Streaming { streamed, flushes, .. } = job;
+        flushes.end(copied.map(|()| streamed))
+    })
 }
 
 /// As [`stream`], and then takes the layers away: the base, or nothing, becomes the backing file of
@@ -199,7 +195,7 @@ enum Turn {
     Come,
 }
 
-struct Streaming<'a> {
+struct Streaming<'scope, 'a> {
     overlay: &'a Image,
     between: Between,
     context: &'a JobContext,
@@ -214,12 +210,16 @@ struct Streaming<'a> {
     /// What lies before has been counted.
     counted: u64,
     streamed: Streamed,
-    is_unflushed: bool,
-    flushed_at: Instant,
+    flushes: Flushes<'scope, 'a>,
 }
 
-impl<'a> Streaming<'a> {
-    fn new(overlay: &'a Image, between: Between, context: &'a JobContext) -> Self {
+impl<'scope, 'a> Streaming<'scope, 'a> {
+    fn new(
+        overlay: &'a Image,
+        between: Between,
+        context: &'a JobContext,
+        flushes: Flushes<'scope, 'a>,
+    ) -> Self {
         let (size, step) = (overlay.size(), STEP.max(between.unit));
         Self {
             overlay,
@@ -232,8 +232,7 @@ impl<'a> Streaming<'a> {
             done: 0,
             counted: 0,
             streamed: Streamed::default(),
-            is_unflushed: false,
-            flushed_at: Instant::now(),
+            flushes,
         }
     }
 
@@ -345,14 +344,10 @@ impl<'a> Streaming<'a> {
         let populated = populated.map_err(JobError::destination)?;
         self.streamed.data += populated.data;
         self.streamed.zeroes += populated.zeroes;
-        if populated.data + populated.zeroes > 0 {
-            self.is_unflushed = true;
-            self.context.observer.copied(range);
+        if populated.data + populated.zeroes == 0 {
+            return self.flushes.flush_if_due();
         }
-        if self.is_unflushed && self.flushed_at.elapsed() >= FLUSH_PERIOD {
-            self.overlay.flush().map_err(JobError::destination)?;
-            (self.is_unflushed, self.flushed_at) = (false, Instant::now());
-        }
-        Ok(())
+        self.context.observer.copied(range);
+        self.flushes.changed(populated.data)
     }
 }
