@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
 use crate::passphrase::Passphrase;
-use crate::storage::FileStorage;
+use crate::storage::{Backlog, FileStorage};
 
 /// Called with the path of a file that is opened without locks because it cannot be locked.
 pub type UnlockedHook = dyn Fn(&Path) + Send + Sync;
@@ -72,6 +72,9 @@ pub struct OpenOptions {
     pub names: FileNames,
     /// The use of the page cache, and when changes are durable: for the image and the files it names.
     pub cache: CacheMode,
+    /// Whether the image is filled once, as by a copy: see
+    /// [`FileStorage::written_once`](crate::storage::FileStorage::written_once).
+    pub written_once: bool,
     /// The other files that the image may name.
     pub policy: OpenPolicy,
     /// The treatment of the backing file that the image names.
@@ -145,7 +148,10 @@ impl OpenOptions {
 
     /// Opens a file as these options say.
     pub(crate) fn open_file(&self, path: &Path, access: Access) -> Result<FileStorage> {
-        let storage = FileStorage::open_cached(path, access, self.locking, self.cache)?;
+        let mut storage = FileStorage::open_cached(path, access, self.locking, self.cache)?;
+        if self.written_once && access == Access::ReadWrite {
+            storage = storage.written_once(Backlog::OfSystem);
+        }
         if let (true, Some(hook)) = (storage.lacks_locks(), &self.on_unlocked.0) {
             hook(path);
         }
@@ -156,6 +162,14 @@ impl OpenOptions {
     #[must_use]
     pub fn cache(mut self, cache: CacheMode) -> Self {
         self.cache = cache;
+        self
+    }
+
+    /// Declares that the image, if it is opened for writing, is filled once: what was written leaves
+    /// the page cache early.
+    #[must_use]
+    pub fn written_once(mut self) -> Self {
+        self.written_once = true;
         self
     }
 

@@ -126,6 +126,8 @@ pub(crate) mod rank {
         /// Held while a key is derived by a function that needs much memory.
         #[cfg_attr(not(feature = "encryption"), expect(dead_code, reason = "there are no keys"))]
         KEY_DERIVATION,
+        /// What was written of a file that is written once.
+        WRITTEN_PARTS,
         /// The files that this process writes to. Held while one is opened or closed for writing.
         WRITTEN_FILES,
     }

@@ -1,6 +1,8 @@
-//! The `unsafe` code: open-file-description locks, and the words of a memory-mapped file.
+//! The `unsafe` code: open-file-description locks, errors of writeback, and the words of a
+//! memory-mapped file.
 //!
-//! Nothing else in this crate is unsafe. `rustix` has no call for `F_OFD_SETLK` and `F_OFD_GETLK`.
+//! Nothing else in this crate is unsafe. `rustix` has no call for `F_OFD_SETLK`, `F_OFD_GETLK` and
+//! `sync_file_range`.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -45,6 +47,30 @@ pub(crate) fn byte_is_locked(fd: BorrowedFd<'_>, byte: u64) -> io::Result<bool> 
     Ok(i32::from(lock.l_type) != libc::F_UNLCK)
 }
 
+/// Fails if data of the file could not be written back since `fd` was opened, or since this or
+/// `fsync` last told. Waits for nothing.
+///
+/// # Errors
+///
+/// That of the writeback.
+pub(crate) fn check_writeback(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // The last byte that a file can have: there is nothing to wait for.
+    let (last, length) = (libc::off64_t::MAX - 1, 1);
+    // SAFETY: the descriptor is open while it is borrowed, and no memory is passed.
+    let result = unsafe {
+        libc::sync_file_range(fd.as_raw_fd(), last, length, libc::SYNC_FILE_RANGE_WAIT_BEFORE)
+    };
+    if result == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        // There is no such call here, or not for this file.
+        Some(libc::ENOSYS | libc::EPERM | libc::EINVAL | libc::ESPIPE) => Ok(()),
+        _ => Err(error),
+    }
+}
+
 fn byte_lock(kind: libc::c_int, byte: u64) -> io::Result<libc::flock> {
     let start =
         libc::off_t::try_from(byte).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
@@ -83,6 +109,17 @@ mod tests {
         drop(one);
         drop(two);
         assert!(!byte_is_locked(file.as_file().as_fd(), 100).unwrap());
+    }
+
+    #[test]
+    fn a_file_that_is_being_written_back_has_no_error_of_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        check_writeback(file.as_file().as_fd()).unwrap();
+        std::fs::write(file.path(), [1; 4096]).unwrap();
+        check_writeback(file.as_file().as_fd()).unwrap();
+        // Other files have no writeback, and so no error of it.
+        let (pipe, _) = io::pipe().unwrap();
+        check_writeback(pipe.as_fd()).unwrap();
     }
 
     #[test]

@@ -25,13 +25,21 @@ impl ReadMemory {
     /// Returns memory without contents, of any capacity.
     #[must_use]
     pub fn take(&self) -> BytesMut {
+        let mut memory = self.take_used();
+        memory.clear();
+        memory
+    }
+
+    /// Returns memory of any length, with the bytes of an earlier answer, for a caller that overwrites
+    /// them: [resized](BytesMut::resize), it need not be filled with zeroes first.
+    #[must_use]
+    pub fn take_used(&self) -> BytesMut {
         self.free().pop().unwrap_or_default()
     }
 
     /// Returns memory to the pool. Has no effect if the memory is shared.
     pub fn give_back(&self, data: Bytes) {
-        let Ok(mut buffer) = data.try_into_mut() else { return };
-        buffer.clear();
+        let Ok(buffer) = data.try_into_mut() else { return };
         let mut free = self.free();
         if free.len() < self.most {
             free.push(buffer);
@@ -56,6 +64,7 @@ mod tests {
         memory.give_back(second);
         let taken = memory.take();
         assert_eq!((taken.as_ptr(), taken.len()), (place, 0));
+        assert_eq!(memory.take_used(), [1; 64][..]);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::open_policy::OpenPolicy;
 use crate::options::OpenOptions;
 use crate::passphrase::NewKey;
 use crate::qcow2;
-use crate::storage::{Durability, FileStorage, Speed, Storage, ZeroMode};
+use crate::storage::{Backlog, Durability, FileStorage, Speed, Storage, ZeroMode};
 use crate::unfinished::Unfinished;
 use crate::units::HostOffset;
 
@@ -56,7 +56,8 @@ impl NewOnDevice {
         refuse_what_devices_lack(options).map_err(named)?;
         // Without syncs, the mark would not protect the device until the image is complete.
         let cache = Some(options.open.cache).filter(|cache| cache.syncs()).unwrap_or_default();
-        let device = FileStorage::open_device_cached(path, Locking::On, cache)?;
+        let device = FileStorage::open_device_cached(path, Locking::On, cache)?
+            .written_once(Backlog::OfSystem);
         let storage = Unfinished::new(Arc::new(device));
         let storage = storage.map_err(|error| named(Error::from_io("read", error)))?;
         let unused = lay_out(&storage, options, size, parts).map_err(named)?;

@@ -7,6 +7,8 @@ mod zeroes;
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
@@ -20,6 +22,7 @@ use super::alignment::DirectAlignment;
 use super::direct::Direct;
 use super::known_data::KnownData;
 use super::opening::identity_from;
+use super::write_behind::{Backlog, Pages, WriteBehind};
 use super::writers::OnlyWriter;
 use super::{
     BegunWrite, Capabilities, Durability, FileIdentity, Speed, Storage, StorageExtent, TryRead,
@@ -46,6 +49,8 @@ pub struct FileStorage {
     known_data: Arc<KnownData>,
     /// Present if it is open for writing.
     only_writer: Option<OnlyWriter>,
+    /// Present if it is written once.
+    pub(super) write_behind: Option<Box<WriteBehind>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +68,8 @@ struct Lacks {
     zero_range: AtomicBool,
     no_wait: AtomicBool,
     seek_hole: AtomicBool,
+    /// Whether space is not to be allocated before writes.
+    allocation: AtomicBool,
 }
 
 /// The locks of a file, for a program that opens it otherwise. They end when it is dropped.
@@ -78,6 +85,22 @@ impl FileStorage {
     pub fn into_lock(mut self) -> FileLock {
         self.only_writer = None;
         FileLock { _storage: self }
+    }
+
+    /// Declares that the file is written once, from its start to its end or nearly so, as a copy is.
+    /// What was written is then written back early, and its pages in the page cache are given up.
+    /// Errors of that are errors of later writes and of [`sync`](Storage::sync). When writes are
+    /// durable does not change.
+    #[must_use]
+    pub fn written_once(mut self, backlog: Backlog) -> Self {
+        // Through a descriptor of its own: the file is closed before.
+        if self.direct.is_none()
+            && let Ok(file) = self.file.try_clone()
+        {
+            self.write_behind = Some(Box::new(WriteBehind::new(Arc::new(file), backlog)));
+            self.lacks.allocation.store(!self.is_on_ext4(), Relaxed);
+        }
+        self
     }
 
     /// Returns whether locks were requested, but the file system does not support them.
@@ -104,6 +127,21 @@ impl FileStorage {
             return (length, 0);
         }
         (length, rustix::fs::seek(&self.file, SeekFrom::Hole(0)).unwrap_or(0))
+    }
+}
+
+impl Pages for File {
+    fn give_up(&self, range: Range<u64>) {
+        let length = NonZeroU64::new(range.end - range.start);
+        let _ = rustix::fs::fadvise(self, range.start, length, Advice::DontNeed);
+    }
+
+    fn wait(&self) -> io::Result<()> {
+        self.sync_data()
+    }
+
+    fn check(&self) -> io::Result<()> {
+        sys::check_writeback(self.as_fd())
     }
 }
 
@@ -149,13 +187,19 @@ impl Storage for FileStorage {
             (Some(direct), _) => {
                 direct.write_at(&self.file, || self.len(), offset.bytes(), data, durability)?;
             }
-            (None, Durability::Cached) => self.file.write_all_at(data, offset.bytes())?,
+            (None, Durability::Cached) => {
+                self.allocate_for(offset.bytes(), data.len() as u64);
+                self.file.write_all_at(data, offset.bytes())?;
+            }
             (None, Durability::Fua) => {
                 durable::write_all(&self.file, offset.bytes(), data, 1, durability)?;
             }
         }
         self.known_data.insert(offset.bytes(), data.len() as u64);
-        Ok(())
+        match &self.write_behind {
+            Some(behind) => behind.wrote(offset.bytes(), data.len() as u64),
+            None => Ok(()),
+        }
     }
 
     fn set_len(&self, length: u64) -> io::Result<()> {
@@ -181,6 +225,9 @@ impl Storage for FileStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
+        if let Some(behind) = &self.write_behind {
+            behind.check()?;
+        }
         if self.cache.syncs() { self.file.sync_data() } else { Ok(()) }
     }
 
@@ -296,7 +343,7 @@ impl Storage for FileStorage {
         if self.direct.is_some() {
             return Ok(()); // What would be read ahead into is passed by.
         }
-        let length = std::num::NonZeroU64::new(length);
+        let length = NonZeroU64::new(length);
         Ok(rustix::fs::fadvise(&self.file, offset.bytes(), length, Advice::WillNeed)?)
     }
 

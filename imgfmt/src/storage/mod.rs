@@ -21,6 +21,7 @@ mod range_locks;
 mod tests;
 mod tracked;
 mod window;
+mod write_behind;
 mod writers;
 mod zero;
 
@@ -42,6 +43,7 @@ pub use padded::in_whole_blocks;
 pub(crate) use range_locks::RangeLocks;
 pub(crate) use tracked::Tracked;
 pub use window::StorageWindow;
+pub use write_behind::Backlog;
 
 /// Whether a write must be on stable storage when it returns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

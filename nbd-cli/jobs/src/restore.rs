@@ -226,7 +226,7 @@ impl New {
         match to {
             Location::File(path) if is_new && is_image(options) => {
                 let mut create = CreateOptions::new(Format::Qcow2, size);
-                create.open.policy = OpenPolicy::deny();
+                create.open = create.open.policy(OpenPolicy::deny()).written_once();
                 let make = |path: &Path| Image::create(path, &create).map_err(image_error);
                 let (new, image) = NewFile::begin(path, &context.observer, make)?;
                 Ok(Self::ImageFile(new, Some(image)))

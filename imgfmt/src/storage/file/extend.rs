@@ -1,6 +1,7 @@
-//! Space for writes that bypass the page cache.
+//! Space for writes that follow.
 
 use std::io;
+use std::sync::atomic::Ordering::Relaxed;
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -12,7 +13,31 @@ use crate::storage::Storage as _;
 /// The file system must have this many times the space that is taken ahead: other files need some too.
 const SPARE: u64 = 16;
 
+/// The magic number of ext4 as `statfs` has it.
+const EXT4: rustix::fs::FsWord = 0xef53;
+
+/// Least write for which space is allocated before, in bytes: for smaller ones this call costs what it
+/// saves.
+const ALLOCATED_MIN: u64 = 512 << 10;
+
 impl FileStorage {
+    pub(super) fn is_on_ext4(&self) -> bool {
+        let system = rustix::fs::fstatfs(&self.file);
+        self.kind == Kind::Regular && system.is_ok_and(|system| system.f_type == EXT4)
+    }
+
+    /// Allocates the space of a write into the page cache, if the file is written once. ext4 then does
+    /// not reserve it block by block, which is a third of the time of such a write.
+    pub(super) fn allocate_for(&self, offset: u64, length: u64) {
+        if length < ALLOCATED_MIN || self.lacks.allocation.load(Relaxed) {
+            return;
+        }
+        // The write reports what is wrong.
+        if rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset, length).is_err() {
+            self.lacks.allocation.store(true, Relaxed);
+        }
+    }
+
     /// Allocates space from the end of the file up to `length`.
     ///
     /// A write that bypasses the page cache and makes the file longer, or fills a hole, excludes all

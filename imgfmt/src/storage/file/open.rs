@@ -120,6 +120,7 @@ impl FileStorage {
         let lacks = Lacks::default();
         // A file system's missing operations show when they are tried; a device reports its own
         // beforehand.
+        lacks.allocation.store(true, Relaxed);
         let cannot_discard = is_device && !device_can_discard(identity.device);
         lacks.punch_hole.store(cannot_discard, Relaxed);
         Self {
@@ -133,6 +134,7 @@ impl FileStorage {
             lacks,
             known_data: Arc::default(),
             only_writer: None,
+            write_behind: None,
         }
     }
 }

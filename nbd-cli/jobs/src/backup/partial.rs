@@ -222,6 +222,7 @@ impl Partial {
     /// locked all the time.
     fn options(&self, work: BackupJob<'_>) -> OpenOptions {
         let options = work.open_options().format(Format::Qcow2).policy(self.policy(work));
+        let options = options.written_once();
         match work.options.sharing {
             Sharing::Exclusive => options,
             Sharing::Shared => options.locking(Locking::Off),

@@ -90,6 +90,7 @@ impl Conversion<'_> {
             .access(Access::ReadWrite)
             // An unfinished image need not be durable: one sync at the end is enough.
             .cache(self.options.cache.unwrap_or(CacheMode::Unsafe))
+            .written_once()
             .policy(match self.options.create.backing {
                 Some(_) => self.options.create.open.policy.clone(),
                 None => OpenPolicy::deny(),

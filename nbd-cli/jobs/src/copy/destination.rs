@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use imgfmt::storage::FileStorage;
+use imgfmt::storage::{Backlog, FileStorage};
 use imgfmt::{
     Access, CacheMode, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage, Unfinished,
 };
@@ -214,7 +214,7 @@ impl Destination {
                     }
                     storage.write_zeroes(at, length, mode, imgfmt::Speed::Any)
                 };
-                let zeroed = writer.alone(move |_| zero()).await?;
+                let zeroed = writer.alone(zero).await?;
                 zeroed.map_err(|error| file_error("write zeroes to", path, Some(offset), &error))
             }
             Self::Image { image, writers, .. } => {
@@ -320,7 +320,7 @@ impl Destination {
 
     fn regular(storage: FileStorage, path: &Path, new: Option<NewFile>) -> Self {
         Self::File {
-            storage: Arc::new(storage),
+            storage: Arc::new(storage.written_once(Backlog::Limited)),
             path: path.to_owned(),
             kind: FileKind::Regular,
             device: None,

@@ -15,7 +15,6 @@ pub(crate) mod source;
 mod stream;
 pub(crate) mod sum;
 pub(crate) mod verify;
-mod write_behind;
 mod writer;
 #[doc(hidden)]
 use std::sync::Arc;

@@ -134,7 +134,7 @@ impl Source {
         }
     }
 
-    /// Reads a part of the disk, into memory of an earlier part.
+    /// Reads a part of the disk, into memory of an earlier part, of any length and content.
     pub(crate) async fn read(
         &self,
         offset: u64,
@@ -200,7 +200,7 @@ impl Source {
         memory: &ReadMemory,
     ) -> Result<Vec<ReadChunk>, JobError> {
         let Self::Nbd { client, uri } = self else {
-            let data = self.read(offset, length, memory.take()).await?;
+            let data = self.read(offset, length, memory.take_used()).await?;
             return Ok(vec![ReadChunk::Data { offset, data }]);
         };
         let read = client.read_chunks_into(offset..offset + length, memory).await;

@@ -7,7 +7,6 @@ use bytes::Bytes;
 use imgfmt::{Durability, HostOffset, Storage};
 use tokio::sync::Semaphore;
 
-use super::write_behind::WriteBehind;
 use crate::{JobError, lanes};
 
 /// Lets one thread at a time write to a file: the file admits no more, and the kernel would let the
@@ -15,7 +14,7 @@ use crate::{JobError, lanes};
 #[derive(Debug)]
 pub(crate) struct Writer {
     /// Locked during a write.
-    file: Arc<Mutex<WriteBehind>>,
+    file: Arc<Mutex<()>>,
     /// Keeps threads that may block from waiting for the file.
     queue: Semaphore,
 }
@@ -27,7 +26,7 @@ impl Default for Writer {
 }
 
 impl Writer {
-    /// Writes data, and some of the earlier data back if there is much of it.
+    /// Writes data.
     ///
     /// # Errors
     ///
@@ -38,11 +37,8 @@ impl Writer {
         offset: u64,
         data: Bytes,
     ) -> Result<io::Result<()>, JobError> {
-        let write = move |behind: &mut WriteBehind| {
-            storage.write_at(HostOffset::new(offset), &data, Durability::Cached)?;
-            behind.wrote(&*storage, offset, data.len() as u64)
-        };
-        self.alone(write).await
+        let at = HostOffset::new(offset);
+        self.alone(move || storage.write_at(at, &data, Durability::Cached)).await
     }
 
     /// Carries out other work on the file.
@@ -52,12 +48,15 @@ impl Writer {
     /// As [`write`](Self::write).
     pub(super) async fn alone(
         &self,
-        work: impl FnOnce(&mut WriteBehind) -> io::Result<()> + Send + 'static,
+        work: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> Result<io::Result<()>, JobError> {
         // A lane waits in place: its other tasks would only fill more memory meanwhile.
         let _turn = if lanes::is_lane() { None } else { self.queue.acquire().await.ok() };
         let file = self.file.clone();
-        let alone = move || work(&mut file.lock().unwrap_or_else(PoisonError::into_inner));
+        let alone = move || {
+            let _held = file.lock().unwrap_or_else(PoisonError::into_inner);
+            work()
+        };
         lanes::blocking(alone).await.map_err(|error| JobError::given_up("write", &error))
     }
 }

@@ -194,7 +194,7 @@ impl Work<'_> {
                     Content::Data => {
                         self.context.keep_rate(range.length).await;
                         read += range.length;
-                        Step::Data(begin(source, range.offset, range.length, memory.take()))
+                        Step::Data(begin(source, range.offset, range.length, memory.take_used()))
                     }
                 });
             }

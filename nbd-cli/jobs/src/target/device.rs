@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use imgfmt::storage::FileStorage;
+use imgfmt::storage::{Backlog, FileStorage};
 use imgfmt::{CacheMode, CreateOptions, Image, Locking, NewOnDevice, Unfinished};
 
 use crate::text::printable;
@@ -47,7 +47,7 @@ pub fn begin_disk(
     cache: CacheMode,
 ) -> Result<Arc<Unfinished>, JobError> {
     let storage = FileStorage::open_device_cached(device, locking, cache).map_err(image_error)?;
-    let unfinished = Unfinished::new(Arc::new(storage));
+    let unfinished = Unfinished::new(Arc::new(storage.written_once(Backlog::Limited)));
     unfinished.map(Arc::new).map_err(|error| {
         JobError::destination(format!("cannot read what is on '{}': {error}", device.display()))
     })

@@ -72,7 +72,7 @@ impl New<'_> {
         let mut create = CreateOptions::new(Format::Qcow2, self.head.size);
         create.cluster_size = BLOCK_SIZE;
         create.backing = self.base.map(|base| ((&*base.name).into(), Format::Qcow2));
-        create.open = options();
+        create.open = options().written_once();
         let make = |path: &Path| Image::create(path, &create).map_err(image_error);
         let (new, image) = NewFile::begin(self.path, &context.observer, make)?;
         let (copied, content) = self.fill(image, opened, context).await?;

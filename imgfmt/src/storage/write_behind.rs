@@ -1,0 +1,400 @@
+//! Keeps a file that is written once from filling the page cache.
+//!
+//! The pages of a large file that is written once displace what others on the machine read again
+//! and again. Each window is written back as soon as it is complete, and some windows later its
+//! pages are given up; what the disk has not taken by then, when a group of windows is complete. A
+//! thread of its own does this: whoever starts to write pages back waits while the disk takes no
+//! more requests, which halved the speed of copies with two threads.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::Ordering::{AcqRel, Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI32};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle};
+
+use crate::ordered_lock::{OrderedMutex, rank};
+
+/// What waits in the page cache for a slow disk, of a file that is written once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backlog {
+    /// As much as the system lets any program write ahead: writes do not wait sooner.
+    OfSystem,
+    /// At most about 1.5 GiB: beyond the first GiB, writes wait for the disk after each 512 MiB.
+    Limited,
+}
+
+/// Sizes, in bytes.
+#[derive(Clone, Copy, Debug)]
+struct Sizes {
+    /// Number of bytes per start of writeback.
+    window: u64,
+    /// Number of windows that the disk has time for, before their pages are given up.
+    behind: usize,
+    /// Number of bytes after which they are given up again.
+    group: u64,
+    /// Written first without waiting for the disk, whatever the backlog: a short copy ends before the
+    /// disk has it.
+    unwaited: u64,
+}
+
+const SIZES: Sizes = Sizes { window: 8 << 20, behind: 8, group: 512 << 20, unwaited: 1 << 30 };
+
+/// The pages of a file in the page cache.
+pub(super) trait Pages: Send + Sync + 'static {
+    /// Gives up the clean pages of a range, and starts to write the dirty ones. Only advice: without
+    /// it the file is just as good.
+    fn give_up(&self, range: Range<u64>);
+
+    /// Waits until everything is written back.
+    fn wait(&self) -> io::Result<()>;
+
+    /// Fails if data could not be written back. Does not wait. The system tells each failure once.
+    fn check(&self) -> io::Result<()>;
+}
+
+/// The parts of a file that were written and may still be in the page cache.
+pub(super) struct WriteBehind {
+    pages: Arc<dyn Pages>,
+    sizes: Sizes,
+    backlog: Backlog,
+    written: OrderedMutex<{ rank::WRITTEN_PARTS }, Written>,
+    /// Started with the first window; `None` if the system has no thread for it.
+    helper: OnceLock<Option<Helper>>,
+    /// The error of data that could not be written back.
+    lost: AtomicI32,
+}
+
+#[derive(Debug, Default)]
+struct Written {
+    /// Written since the last window was complete.
+    window: Part,
+    /// Written since the disk was last waited for.
+    unwaited: u64,
+    total: u64,
+}
+
+/// Bytes that were written, and from the first to the last one; there may be gaps.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Part {
+    bytes: u64,
+    range: Range<u64>,
+}
+
+impl Part {
+    fn add(&mut self, bytes: u64, range: &Range<u64>) {
+        self.range = match self.bytes {
+            0 => range.clone(),
+            _ => self.range.start.min(range.start)..self.range.end.max(range.end),
+        };
+        self.bytes = self.bytes.saturating_add(bytes);
+    }
+}
+
+impl WriteBehind {
+    pub(super) fn new(pages: Arc<dyn Pages>, backlog: Backlog) -> Self {
+        Self::with_sizes(pages, backlog, SIZES)
+    }
+
+    fn with_sizes(pages: Arc<dyn Pages>, backlog: Backlog, sizes: Sizes) -> Self {
+        let (written, helper, lost) = Default::default();
+        Self { pages, sizes, backlog, written, helper, lost }
+    }
+
+    /// Notes a write.
+    ///
+    /// # Errors
+    ///
+    /// Earlier data could not be written back.
+    pub(super) fn wrote(&self, offset: u64, length: u64) -> io::Result<()> {
+        let Some((window, waits)) = self.add(offset, length) else { return Ok(()) };
+        if waits {
+            self.noted(self.pages.wait())?;
+        }
+        let start = || Helper::start(Arc::clone(&self.pages), self.sizes);
+        if let Some(helper) = self.helper.get_or_init(start) {
+            helper.give_up(window);
+        }
+        self.check()
+    }
+
+    /// Adds a write; returns a window that is complete, and whether the disk has to be waited for.
+    fn add(&self, offset: u64, length: u64) -> Option<(Part, bool)> {
+        let mut written = self.written.lock();
+        written.window.add(length, &(offset..offset.saturating_add(length)));
+        if written.window.bytes < self.sizes.window {
+            return None;
+        }
+        let window = std::mem::take(&mut written.window);
+        written.total = written.total.saturating_add(window.bytes);
+        written.unwaited = written.unwaited.saturating_add(window.bytes);
+        let waits = self.backlog == Backlog::Limited
+            && written.unwaited >= self.sizes.group
+            && written.total > self.sizes.unwaited;
+        if waits {
+            written.unwaited = 0;
+        }
+        Some((window, waits))
+    }
+
+    /// Fails, now and from now on, if data could not be written back. Does not wait.
+    ///
+    /// # Errors
+    ///
+    /// That of the system.
+    pub(super) fn check(&self) -> io::Result<()> {
+        match self.lost.load(Relaxed) {
+            0 => self.noted(self.pages.check()),
+            code => Err(io::Error::from_raw_os_error(code)),
+        }
+    }
+
+    fn noted(&self, result: io::Result<()>) -> io::Result<()> {
+        result.inspect_err(|error| {
+            let code = error.raw_os_error().unwrap_or(libc::EIO);
+            let _ = self.lost.compare_exchange(0, code, AcqRel, Relaxed);
+        })
+    }
+}
+
+impl fmt::Debug for WriteBehind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WriteBehind").field("written", &self.written).finish_non_exhaustive()
+    }
+}
+
+/// The thread that gives pages up; it ends when this is dropped.
+struct Helper {
+    windows: Option<Sender<Part>>,
+    is_over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Helper {
+    fn start(pages: Arc<dyn Pages>, sizes: Sizes) -> Option<Self> {
+        let (windows, received) = channel();
+        let is_over = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&is_over);
+        let run = move || give_up_all(&*pages, sizes, &received, &ended);
+        let thread = thread::Builder::new().name("write-behind".to_owned()).spawn(run);
+        Some(Self { windows: Some(windows), is_over, thread: Some(thread.ok()?) })
+    }
+
+    /// A disk that is slower than the writer makes a queue, of a few bytes for each window.
+    fn give_up(&self, window: Part) {
+        if let Some(windows) = &self.windows {
+            // An error: the thread has panicked. The file is as good without it.
+            let _ = windows.send(window);
+        }
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        self.is_over.store(true, Relaxed);
+        self.windows = None;
+        // It holds the file, and its user may want to do something else with it.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+fn give_up_all(pages: &dyn Pages, sizes: Sizes, windows: &Receiver<Part>, is_over: &AtomicBool) {
+    // The windows whose writeback was started, the oldest first.
+    let mut started = VecDeque::new();
+    // The complete windows since everything was last given up again, and those before that.
+    let (mut group, mut before) = (Part::default(), Part::default());
+    for window in windows {
+        if is_over.load(Relaxed) {
+            return;
+        }
+        group.add(window.bytes, &window.range);
+        // Dirty pages are not given up yet, but this starts to write them.
+        pages.give_up(window.range.clone());
+        started.push_back(window.range);
+        if started.len() > sizes.behind
+            && let Some(oldest) = started.pop_front()
+        {
+            pages.give_up(oldest);
+        }
+        if group.bytes >= sizes.group {
+            let next = std::mem::take(&mut group);
+            before.add(next.bytes, &next.range);
+            pages.give_up(before.range);
+            before = next;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::sync::Mutex;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::access::{Access, Locking};
+    use crate::cache_mode::CacheMode;
+    use crate::storage::{Durability, FileStorage, Storage as _};
+    use crate::units::HostOffset;
+
+    const MIB: u64 = 1 << 20;
+    const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+    const SMALL: Sizes = Sizes { window: MIB, behind: 2, group: 4 * MIB, unwaited: 8 * MIB };
+
+    fn small(pages: &Arc<Noting>, backlog: Backlog) -> WriteBehind {
+        WriteBehind::with_sizes(Arc::clone(pages) as _, backlog, SMALL)
+    }
+
+    /// Bytes of the file that the page cache holds.
+    fn cached(path: &std::path::Path) -> Option<u64> {
+        let fincore = Command::new("fincore").args(["-b", "-n", "-o", "RES"]).arg(path).output();
+        String::from_utf8(fincore.ok()?.stdout).ok()?.trim().parse().ok()
+    }
+
+    #[test]
+    fn a_long_copy_leaves_little_in_the_page_cache() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        std::fs::write(&path, b"").unwrap();
+        let file_system = rustix::fs::statfs(&path).unwrap();
+        if cached(&path).is_none() || file_system.f_type == TMPFS {
+            assert!(std::env::var_os("CI").is_none(), "needs fincore, and TMPDIR on a disk");
+            eprintln!("skipped: needs fincore, and TMPDIR on a disk");
+            return;
+        }
+        let mut storage = FileStorage::open(&path, Access::ReadWrite, Locking::Off).unwrap();
+        let file = Arc::new(std::fs::File::open(&path).unwrap());
+        let behind = WriteBehind::with_sizes(file, Backlog::Limited, SMALL);
+        storage.write_behind = Some(Box::new(behind));
+        let data = vec![7; 1 << 18];
+        for offset in (0..64 * MIB).step_by(data.len()) {
+            storage.write_at(HostOffset::new(offset), &data, Durability::Cached).unwrap();
+        }
+        // The thread goes on on its own. A file system may keep some pages, such as those of a large
+        // folio.
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while cached(&path).unwrap() > 16 * MIB {
+            let rest = cached(&path).unwrap();
+            assert!(Instant::now() < deadline, "{rest} bytes are in the page cache");
+            thread::sleep(Duration::from_millis(10));
+        }
+        let written = std::fs::read(&path).unwrap();
+        assert!(written.len() as u64 == 64 * MIB && written.iter().all(|byte| *byte == 7));
+    }
+
+    /// Notes what is given up and waited for, and fails as it is told.
+    #[derive(Default)]
+    struct Noting {
+        given_up: Mutex<Vec<Range<u64>>>,
+        waited: Mutex<usize>,
+        failures: Mutex<Vec<i32>>,
+    }
+
+    impl Pages for Noting {
+        fn give_up(&self, range: Range<u64>) {
+            self.given_up.lock().unwrap().push(range);
+        }
+
+        fn wait(&self) -> io::Result<()> {
+            *self.waited.lock().unwrap() += 1;
+            self.check()
+        }
+
+        fn check(&self) -> io::Result<()> {
+            let failure = self.failures.lock().unwrap().pop();
+            failure.map_or(Ok(()), |code| Err(io::Error::from_raw_os_error(code)))
+        }
+    }
+
+    #[test]
+    fn windows_are_written_back_at_once_and_given_up_later_and_all_of_a_group_again() {
+        let (pages, (windows, received)) = (Noting::default(), channel());
+        let window = |number: u64| number * MIB..(number + 1) * MIB;
+        for number in 0..9 {
+            windows.send(Part { bytes: MIB, range: window(number) }).unwrap();
+        }
+        drop(windows);
+        give_up_all(&pages, SMALL, &received, &AtomicBool::new(false));
+        let [w0, w1, w2, w3, w4, w5, w6, w7, w8] = std::array::from_fn(|at| window(at as u64));
+        let first = [w0.clone(), w1.clone(), w2.clone(), w0, w3, w1, 0..4 * MIB];
+        let second = [w4.clone(), w2, w5.clone(), window(3), w6.clone(), w4, w7, w5, 0..8 * MIB];
+        let expected: Vec<_> = first.into_iter().chain(second).chain([w8, w6]).collect();
+        assert_eq!(*pages.given_up.lock().unwrap(), expected);
+    }
+
+    #[test]
+    fn writes_out_of_order_and_with_gaps_are_one_window() {
+        let pages = Arc::default();
+        let behind = small(&pages, Backlog::OfSystem);
+        assert_eq!(behind.add(9 * MIB, MIB / 2), None);
+        let window = Part { bytes: MIB, range: 5 * MIB..19 * MIB / 2 };
+        assert_eq!(behind.add(5 * MIB, MIB / 2), Some((window, false)));
+        assert_eq!(behind.add(0, 1), None);
+    }
+
+    #[test]
+    fn the_thread_ends_with_the_file() {
+        let pages = Arc::<Noting>::default();
+        let behind = small(&pages, Backlog::OfSystem);
+        for number in 0..100 {
+            behind.wrote(number * MIB, MIB).unwrap();
+        }
+        drop(behind);
+        assert_eq!(Arc::strong_count(&pages), 1);
+    }
+
+    #[test]
+    fn a_limited_backlog_waits_for_the_disk_beyond_its_first_part() {
+        for (backlog, expected) in [(Backlog::OfSystem, 0), (Backlog::Limited, 2)] {
+            let pages = Arc::default();
+            let behind = small(&pages, backlog);
+            for number in 0..16 {
+                behind.wrote(number * MIB, MIB).unwrap();
+            }
+            assert_eq!(*pages.waited.lock().unwrap(), expected, "{backlog:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_whose_data_is_lost_reports_it_although_it_is_never_synced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        std::fs::write(&path, b"").unwrap();
+        let (access, locking) = (Access::ReadWrite, Locking::Off);
+        let storage = FileStorage::open_cached(&path, access, locking, CacheMode::Unsafe).unwrap();
+        let mut storage = storage.written_once(Backlog::OfSystem);
+        let write = |storage: &FileStorage| {
+            storage.write_at(HostOffset::new(0), &[7; MIB as usize], Durability::Cached)
+        };
+        write(&storage).unwrap();
+        storage.sync().unwrap();
+        let pages = Arc::<Noting>::default();
+        pages.failures.lock().unwrap().push(libc::ENOSPC);
+        storage.write_behind = Some(Box::new(small(&pages, Backlog::OfSystem)));
+        for failed in [write(&storage), storage.sync()] {
+            assert_eq!(failed.unwrap_err().kind(), io::ErrorKind::StorageFull);
+        }
+    }
+
+    #[test]
+    fn data_that_could_not_be_written_back_is_an_error_of_every_later_call() {
+        for backlog in [Backlog::OfSystem, Backlog::Limited] {
+            let pages = Arc::default();
+            let behind = small(&pages, backlog);
+            for number in 0..11 {
+                behind.wrote(number * MIB, MIB).unwrap();
+            }
+            behind.check().unwrap();
+            // The system tells it once.
+            pages.failures.lock().unwrap().push(libc::EIO);
+            for _ in 0..2 {
+                let error = behind.wrote(11 * MIB, MIB).unwrap_err();
+                assert_eq!(error.raw_os_error(), Some(libc::EIO));
+                assert!(behind.check().is_err());
+            }
+        }
+    }
+}
