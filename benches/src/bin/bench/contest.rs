@@ -18,6 +18,8 @@ use super::statistics::median_sample;
 pub(crate) const OURS: &str = "ours";
 /// The contender that does the least work that the row allows. It is not a peer.
 pub(crate) const FLOOR: &str = "floor";
+/// What is near the floor: this share of its throughput.
+const OF_FLOOR: f64 = 0.9;
 
 /// One row.
 pub(crate) struct Contest {
@@ -55,6 +57,9 @@ pub(crate) enum Against {
     Nothing,
     /// The fastest contender of a peer.
     BestPeer,
+    /// The fastest contender of a peer, if the floor reaches the limit. Otherwise the kernel forbids
+    /// it, and the limit is [`OF_FLOOR`] of the floor.
+    BestPeerUpToFloor,
     /// The contender of a peer with the least CPU time for the same work. The ratio compares CPU
     /// times, not throughput.
     BestPeerPerCore,
@@ -170,32 +175,53 @@ pub(crate) fn judge(bars: &[ContestBar], rows: &[ContestReport]) -> Vec<BarRepor
             let measured = ratio(&bar.against, row, rows);
             let what = match &bar.against {
                 Against::Nothing => format!("throughput in {}", row.throughput_unit),
-                Against::BestPeer => "throughput / best peer".to_owned(),
+                Against::BestPeer | Against::BestPeerUpToFloor => {
+                    "throughput / best peer".to_owned()
+                }
                 Against::BestPeerPerCore => "work per CPU time / best peer".to_owned(),
                 Against::Contender(name) => format!("throughput / {name}"),
                 Against::OursInRow(name) => format!("throughput / {name}"),
                 Against::OursInRowPerCore(name) => format!("work per CPU time / {name}"),
             };
-            let (relation, limit) = match bar.limit {
+            let (limit, why) = limit(bar, row);
+            let verdict = match measured {
+                None => Verdict::NotMeasured,
+                Some(ratio) if is_met(limit, ratio) => Verdict::Pass,
+                Some(_) => Verdict::Fail,
+            };
+            let (relation, limit) = match limit {
                 Limit::AtLeast(limit) => ("at least", limit),
                 Limit::AtMost(limit) => ("at most", limit),
             };
-            let verdict = match measured {
-                None => Verdict::NotMeasured,
-                Some(ratio) if is_met(bar.limit, ratio) => Verdict::Pass,
-                Some(_) => Verdict::Fail,
-            };
-            let requirement = format!("{what} {relation} {limit}");
+            let requirement = format!("{what} {relation} {limit}{why}");
             Some(BarReport { row: bar.row.clone(), requirement, measured, verdict })
         })
         .collect()
+}
+
+/// The limit that applies in a row, and why it is not that of the bar.
+fn limit(bar: &ContestBar, row: &ContestReport) -> (Limit, String) {
+    let floor = || {
+        let (floor, peer) = (row.median_of(FLOOR)?, row.fastest_peer()?);
+        Some(floor.throughput / peer.median.throughput)
+    };
+    if let (Against::BestPeerUpToFloor, Limit::AtLeast(wanted)) = (&bar.against, bar.limit)
+        && let Some(most) = floor()
+        && most < wanted
+    {
+        // As the report shows it.
+        let limit = (most * OF_FLOOR * 100.0).round() / 100.0;
+        let why = format!(" ({OF_FLOOR} of the floor, which reaches {most:.2} and not {wanted})");
+        return (Limit::AtLeast(limit), why);
+    }
+    (bar.limit, String::new())
 }
 
 fn ratio(against: &Against, row: &ContestReport, rows: &[ContestReport]) -> Option<f64> {
     let ours = row.median_of(OURS)?;
     let other = match against {
         Against::Nothing => return Some(ours.throughput),
-        Against::BestPeer => row.fastest_peer()?.median,
+        Against::BestPeer | Against::BestPeerUpToFloor => row.fastest_peer()?.median,
         Against::BestPeerPerCore => {
             let costs = row.peers().map(|peer| peer.median.cpu_us_per_work);
             return Some(costs.min_by(f64::total_cmp)? / ours.cpu_us_per_work);
@@ -246,6 +272,7 @@ mod tests {
                 &[("ours", 40.0), ("ours-raw", 50.0), (FLOOR, 90.0), ("a", 10.0), ("b", 20.0)],
             ),
             row("four", &[("ours", 60.0)]),
+            row("low", &[("ours", 24.0), (FLOOR, 25.0), ("a", 20.0)]),
         ];
         let bar = |row: &str, against, limit| ContestBar {
             row: row.to_owned(),
@@ -261,6 +288,8 @@ mod tests {
             bar("one", Against::BestPeerPerCore, 2.0),
             bar("one", Against::Nothing, 41.0),
             bar("four", Against::OursInRowPerCore("one".to_owned()), 1.5),
+            bar("one", Against::BestPeerUpToFloor, 2.5),
+            bar("low", Against::BestPeerUpToFloor, 1.5),
         ];
         let judged = judge(&bars, &rows);
         let outcome: Vec<_> = judged.iter().map(|bar| (bar.measured, bar.verdict)).collect();
@@ -274,7 +303,15 @@ mod tests {
                 (Some(2.0), Verdict::Pass),
                 (Some(40.0), Verdict::Fail),
                 (Some(1.5), Verdict::Pass),
+                (Some(2.0), Verdict::Fail),
+                (Some(1.2), Verdict::Pass),
             ]
+        );
+        assert_eq!(
+            judged.last().map(|bar| &*bar.requirement),
+            Some(
+                "throughput / best peer at least 1.13 (0.9 of the floor, which reaches 1.25 and not 1.5)"
+            )
         );
     }
 }

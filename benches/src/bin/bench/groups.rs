@@ -77,7 +77,10 @@ mod tests {
                     Against::OursInRow(name) | Against::OursInRowPerCore(name) => {
                         assert!(find(&name).is_some(), "{name}");
                     }
-                    Against::Nothing | Against::BestPeer | Against::BestPeerPerCore => {}
+                    Against::Nothing
+                    | Against::BestPeer
+                    | Against::BestPeerUpToFloor
+                    | Against::BestPeerPerCore => {}
                 }
             }
         }
