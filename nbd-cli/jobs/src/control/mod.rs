@@ -34,6 +34,6 @@ pub use self::codec::{decode, encode};
 pub use self::protocol::{
     CheckpointStarted, ClientState, ErrorKind, ExportState, Failure, IfMissing, IfUnusable,
     InitialState, Lifetime, Listing, MAX_LINE_LEN, OnUse, Outcome, Request, StreamAction,
-    StreamPhase, StreamState,
+    StreamPhase, StreamState, TogetherCheckpoint,
 };
 pub use self::traffic::Traffic;

@@ -10,6 +10,26 @@ use super::traffic::Traffic;
 /// Longest line in both directions, in bytes, without its line feed.
 pub const MAX_LINE_LEN: usize = 64 << 10;
 
+/// One of several checkpoints; the fields are as in [`Request::CheckpointStart`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct TogetherCheckpoint {
+    /// Name of the export.
+    pub export: String,
+    /// The bitmap; without one, only the view is created.
+    #[serde(default)]
+    pub bitmap: Option<String>,
+    /// Add the bitmap if it does not exist.
+    #[serde(default)]
+    pub if_missing: IfMissing,
+    /// Restart an unreliable bitmap.
+    #[serde(default)]
+    pub if_unusable: IfUnusable,
+    /// UUID of the backup on which the new one builds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+}
+
 /// A request. Names are those of exports and of bitmaps in their images.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
@@ -118,6 +138,14 @@ pub enum Request {
         #[serde(default)]
         trust_base: bool,
         /// End of a checkpoint that no request ends.
+        #[serde(default)]
+        lifetime: Lifetime,
+    },
+    /// Start checkpoints of several exports at one moment
+    CheckpointStartTogether {
+        /// The checkpoints.
+        checkpoints: Vec<TogetherCheckpoint>,
+        /// End of checkpoints that no request ends.
         #[serde(default)]
         lifetime: Lifetime,
     },

@@ -4,51 +4,182 @@ use std::sync::Arc;
 
 use imgfmt::Uuid;
 use nbd_server::InUse;
+use nbd_server::export::{Checkpointed, ImageExport};
 use serde_json::{Value, json};
 
 use super::checkpoint_bitmap::{
     CheckpointTerms, RequestedBase, StartedCheckpoint, begin, settle, start_with_bitmap,
 };
-use super::controller::{Controller, blocking};
+use super::controller::{Controller, blocking, encoded};
 use super::disks::{BitmapOrigin, ConnectionId, RunningCheckpoint, ServedDisks};
 use super::event::ControlEvent;
-use crate::control::{CheckpointStarted, ErrorKind, Failure, IfMissing, IfUnusable, Outcome};
+use crate::control::{
+    CheckpointStarted, ErrorKind, Failure, IfMissing, IfUnusable, Lifetime, Outcome, Request,
+    TogetherCheckpoint,
+};
 
 /// Suffix of the name of a view's export.
 const VIEW_SUFFIX: &str = ".checkpoint";
 
 /// A requested checkpoint.
-pub(super) struct CheckpointRequest {
-    pub(super) bitmap: Option<String>,
-    pub(super) if_missing: IfMissing,
-    pub(super) if_unusable: IfUnusable,
-    pub(super) base: RequestedBase,
+struct CheckpointRequest {
+    bitmap: Option<String>,
+    if_missing: IfMissing,
+    if_unusable: IfUnusable,
+    base: RequestedBase,
     /// Name of the view's export.
-    pub(super) view: Option<String>,
+    view: Option<String>,
     /// The connection with which it ends.
-    pub(super) connection: Option<ConnectionId>,
+    connection: Option<ConnectionId>,
+}
+
+/// A checkpoint that is about to be started.
+struct Prepared {
+    export: String,
+    disk: Arc<Checkpointed>,
+    bitmap: Option<(Arc<ImageExport>, String)>,
+    terms: CheckpointTerms,
+    /// Name of the view's export.
+    view: String,
+    connection: Option<ConnectionId>,
+}
+
+/// Starts checkpoints at one moment: while no disk is written to, each of the others is started as
+/// well, and if that fails, this one is not.
+fn start_all(prepared: &[Prepared]) -> Result<Vec<StartedCheckpoint>, Failure> {
+    let Some((first, rest)) = prepared.split_first() else { return Ok(Vec::new()) };
+    let mut others = Vec::new();
+    let mut then = || {
+        others = start_all(rest)?;
+        Ok(())
+    };
+    let started = match &first.bitmap {
+        Some((image, name)) => {
+            start_with_bitmap(&first.disk, image, name.clone(), &first.terms, &mut then)?
+        }
+        None => {
+            let view = begin(&first.disk, &first.terms, &mut then)?;
+            StartedCheckpoint::without_bitmap(view)
+        }
+    };
+    let mut all = vec![started];
+    all.extend(others);
+    Ok(all)
 }
 
 impl Controller {
-    pub(super) async fn start_checkpoint(
+    /// Starts the checkpoint of a request, or several.
+    pub(super) async fn start_requested(
         &self,
         disks: &mut ServedDisks,
-        export: &str,
-        request: CheckpointRequest,
+        request: Request,
+        connection: ConnectionId,
     ) -> Result<Value, Failure> {
-        let disk = disks.get_mut(export)?;
-        let (connection, bitmap) = (request.connection, request.bitmap);
+        let until = |lifetime| match lifetime {
+            Lifetime::Server => None,
+            Lifetime::Connection => Some(connection),
+        };
+        let (export, bitmap, if_missing, if_unusable, view, base, trust_base, lifetime) =
+            match request {
+                Request::CheckpointStart {
+                    export,
+                    bitmap,
+                    if_missing,
+                    if_unusable,
+                    view,
+                    base,
+                    trust_base,
+                    lifetime,
+                } => (export, bitmap, if_missing, if_unusable, view, base, trust_base, lifetime),
+                Request::CheckpointStartTogether { checkpoints, lifetime } => {
+                    let mut requests = Vec::new();
+                    for one in checkpoints {
+                        let TogetherCheckpoint { export, bitmap, if_missing, if_unusable, base } =
+                            one;
+                        let base = RequestedBase::new(base.as_deref(), false)?;
+                        let (view, connection) = (None, until(lifetime));
+                        let request = CheckpointRequest {
+                            bitmap,
+                            if_missing,
+                            if_unusable,
+                            view,
+                            base,
+                            connection,
+                        };
+                        requests.push((export, request));
+                    }
+                    return encoded(self.start_checkpoints(disks, requests).await?);
+                }
+                _ => {
+                    let message = "this request is for no checkpoint";
+                    return Err(Failure::new(ErrorKind::InvalidRequest, message));
+                }
+            };
+        let base = RequestedBase::new(base.as_deref(), trust_base)?;
+        let connection = until(lifetime);
+        let request = CheckpointRequest { bitmap, if_missing, if_unusable, view, base, connection };
+        let started = self.start_checkpoints(disks, vec![(export, request)]).await?;
+        encoded(started.first())
+    }
+
+    /// Starts checkpoints at one moment: all or none.
+    async fn start_checkpoints(
+        &self,
+        disks: &mut ServedDisks,
+        requests: Vec<(String, CheckpointRequest)>,
+    ) -> Result<Vec<CheckpointStarted>, Failure> {
+        let mut prepared: Vec<Prepared> = Vec::new();
+        for (export, request) in requests {
+            // Its writes would be held back twice.
+            if prepared.iter().any(|other| other.export == export) {
+                let message = format!("two checkpoints of '{export}' cannot be started at once");
+                return Err(Failure::new(ErrorKind::InvalidRequest, message));
+            }
+            prepared.push(self.prepare(disks, export, request)?);
+        }
+        let (prepared, started) = blocking(move || {
+            let started = start_all(&prepared);
+            (prepared, started)
+        })
+        .await?;
+        let mut replies = Vec::with_capacity(prepared.len());
+        let names: Vec<_> = prepared.iter().map(|one| one.export.clone()).collect();
+        let mut failure = None;
+        for (one, started) in prepared.into_iter().zip(started?) {
+            match self.show_view(disks, one, started) {
+                Ok(reply) => replies.push(reply),
+                Err(error) => failure = failure.or(Some(error)),
+            }
+        }
+        let Some(failure) = failure else { return Ok(replies) };
+        for export in &names {
+            // One that cannot be ended is the next request's; the others must not wait for it.
+            let _ = self.abandon_checkpoint(disks, export).await;
+        }
+        Err(failure)
+    }
+
+    /// Checks what can be known beforehand.
+    fn prepare(
+        &self,
+        disks: &mut ServedDisks,
+        export: String,
+        request: CheckpointRequest,
+    ) -> Result<Prepared, Failure> {
+        let disk = disks.get_mut(&export)?;
         let backup = Uuid::random().map_err(|error| {
             let message = format!("the system gives no random numbers: {error}");
             Failure::new(ErrorKind::Failed, message)
         })?;
-        let view_name = request.view.unwrap_or_else(|| format!("{export}{VIEW_SUFFIX}"));
-        if self.server.exports().entries().iter().any(|(taken, _)| *taken == view_name) {
-            let message = format!("there is an export named '{view_name}' already");
+        let view = request.view.unwrap_or_else(|| format!("{export}{VIEW_SUFFIX}"));
+        if self.server.exports().entries().iter().any(|(taken, _)| *taken == view) {
+            let message = format!("there is an export named '{view}' already");
             return Err(Failure::new(ErrorKind::AlreadyExists, message));
         }
-        let image = bitmap.as_ref().map(|_| disk.image()).transpose()?;
-        let checkpointed = disk.export.clone();
+        let bitmap = match request.bitmap {
+            Some(name) => Some((disk.image()?, name)),
+            None => None,
+        };
         let terms = CheckpointTerms {
             if_missing: request.if_missing,
             if_unusable: request.if_unusable,
@@ -57,32 +188,38 @@ impl Controller {
             temporary_directory: self.temporary_directory.clone(),
             observer: self.observer.clone(),
         };
-        let started = blocking(move || match (image, bitmap) {
-            (Some(image), Some(name)) => start_with_bitmap(&checkpointed, &image, name, &terms),
-            _ => Ok(StartedCheckpoint::without_bitmap(begin(&checkpointed, &terms, || Ok(()))?)),
-        });
-        let StartedCheckpoint { view, bitmap, restart_reason } = started.await??;
+        let (disk, connection) = (disk.export.clone(), request.connection);
+        Ok(Prepared { export, disk, bitmap, terms, view, connection })
+    }
+
+    /// Exports the view of a checkpoint that was started.
+    fn show_view(
+        &self,
+        disks: &mut ServedDisks,
+        prepared: Prepared,
+        started: StartedCheckpoint,
+    ) -> Result<CheckpointStarted, Failure> {
+        let Prepared { export, terms, view: view_name, connection, .. } = prepared;
+        let disk = disks.get_mut(&export)?;
+        let StartedCheckpoint { view, bitmap, restart_reason } = started;
         let had_bits = bitmap.as_ref().filter(|bitmap| bitmap.origin != BitmapOrigin::Added);
         let reply = CheckpointStarted {
             view: view_name.clone(),
             bitmap: had_bits.map(|bitmap| bitmap.name.clone()),
             restart_reason,
-            backup: Some(backup.to_string()),
+            backup: Some(terms.backup.to_string()),
             disk: disk.id(),
             uris: (self.uris)(&view_name),
         };
         disk.checkpoint = Some(RunningCheckpoint { view: view_name.clone(), bitmap, connection });
         // Clients that may not use the disk may not use its view either.
-        let entry = self.server.exports().find(export).map(|(_, entry)| entry);
+        let entry = self.server.exports().find(&export).map(|(_, entry)| entry);
         let entry = entry.unwrap_or_else(|| disk.entry()).with_export(Arc::new(view));
         let entry = entry.description(format!("'{export}' at one moment"));
-        if let Err(error) = self.server.exports().add(view_name, entry) {
-            self.abandon_checkpoint(disks, export).await?;
-            return Err(Failure::new(ErrorKind::InvalidRequest, error.to_string()));
-        }
-        self.observe(&ControlEvent::CheckpointStarted { export, view: &reply.view });
-        serde_json::to_value(reply)
-            .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))
+        let added = self.server.exports().add(view_name, entry);
+        added.map_err(|error| Failure::new(ErrorKind::InvalidRequest, error.to_string()))?;
+        self.observe(&ControlEvent::CheckpointStarted { export: &export, view: &reply.view });
+        Ok(reply)
     }
 
     pub(super) async fn end_checkpoint(

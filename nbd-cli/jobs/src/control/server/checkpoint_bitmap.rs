@@ -67,7 +67,7 @@ impl RequestedBase {
 pub(super) fn begin(
     disk: &Checkpointed,
     terms: &CheckpointTerms,
-    at_switch: impl FnOnce() -> imgfmt::Result<()>,
+    at_switch: impl FnOnce() -> Result<(), Failure>,
 ) -> Result<PointInTimeView, Failure> {
     let file = nameless_file(&terms.temporary_directory).map_err(|error| {
         let message = format!(
@@ -77,7 +77,7 @@ pub(super) fn begin(
         Failure::new(ErrorKind::Failed, message)
     })?;
     disk.begin(file, at_switch).map_err(|error| match error {
-        CheckpointError::AtSwitch(error) => error.into(),
+        CheckpointError::AtSwitch(failure) => failure,
         CheckpointError::InProgress => Failure::new(ErrorKind::InUse, error.to_string()),
         error => Failure::new(ErrorKind::Failed, error.to_string()),
     })
@@ -109,12 +109,14 @@ impl StartedCheckpoint {
     }
 }
 
-/// Starts a checkpoint at which a bitmap is frozen, or added.
+/// Starts a checkpoint at which a bitmap is frozen, or added. `then` is called while no write is
+/// carried out; if it fails, the bitmap is as before.
 pub(super) fn start_with_bitmap(
     disk: &Checkpointed,
     image: &Arc<ImageExport>,
     name: String,
     terms: &CheckpointTerms,
+    then: &mut dyn FnMut() -> Result<(), Failure>,
 ) -> Result<StartedCheckpoint, Failure> {
     let known = image.image().bitmaps();
     let Some(found) = known.iter().find(|bitmap| bitmap.name == name) else {
@@ -123,9 +125,9 @@ pub(super) fn start_with_bitmap(
             return Err(Failure::new(ErrorKind::NotFound, message));
         }
         let changes = added_dirty(&name, terms.backup);
-        let view = begin(disk, terms, || image.image().bitmap_transaction(&changes))?;
-        let bitmap = Some(CheckpointBitmap { name, origin: BitmapOrigin::Added });
-        return Ok(StartedCheckpoint { view, bitmap, restart_reason: None });
+        let bitmap = CheckpointBitmap { name, origin: BitmapOrigin::Added };
+        let view = begin(disk, terms, || freeze(image, &changes, &bitmap, then))?;
+        return Ok(StartedCheckpoint { view, bitmap: Some(bitmap), restart_reason: None });
     };
     if found.recording == Recording::Disabled {
         let message = format!(
@@ -149,7 +151,7 @@ pub(super) fn start_with_bitmap(
         false => BitmapOrigin::NotOffered,
     };
     let bitmap = CheckpointBitmap { name, origin };
-    let started = begin(disk, terms, || image.image().bitmap_transaction(&changes));
+    let started = begin(disk, terms, || freeze(image, &changes, &bitmap, then));
     let view = started.inspect_err(|_| offer_again(image, &bitmap, &*terms.observer))?;
     let (image, frozen) = (Arc::clone(image), bitmap.frozen());
     let observer = terms.observer.clone();
@@ -159,6 +161,34 @@ pub(super) fn start_with_bitmap(
     let view = view.with_context(context, Box::new(status));
     let restart_reason = problem.filter(|_| terms.if_unusable == IfUnusable::Restart);
     Ok(StartedCheckpoint { view, bitmap: Some(bitmap), restart_reason })
+}
+
+/// Changes a bitmap at the switch; if `then` fails, back.
+fn freeze(
+    image: &ImageExport,
+    changes: &[BitmapChange],
+    bitmap: &CheckpointBitmap,
+    then: &mut dyn FnMut() -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    image.image().bitmap_transaction(changes)?;
+    let Err(failure) = then() else { return Ok(()) };
+    image.image().bitmap_transaction(&end_of(bitmap, Outcome::Failure))?;
+    Err(failure)
+}
+
+/// What becomes of the bitmap at the end of a checkpoint.
+fn end_of(bitmap: &CheckpointBitmap, outcome: Outcome) -> Vec<BitmapChange> {
+    let name = bitmap.name.clone();
+    match (bitmap.origin, outcome) {
+        (_, Outcome::Success) => vec![BitmapChange::DropFrozen { name }],
+        // Nothing was recorded before the checkpoint, so no backup can build on the changes
+        // recorded since.
+        (BitmapOrigin::Added, Outcome::Failure) => {
+            let names = [name, bitmap.frozen()];
+            names.into_iter().map(|name| BitmapChange::Remove { name }).collect()
+        }
+        (_, Outcome::Failure) => vec![BitmapChange::Thaw { name }],
+    }
 }
 
 /// Adds a bitmap that starts at the checkpoint. If that is cut off, everything before counts as
@@ -202,18 +232,7 @@ pub(super) fn settle(
     outcome: Outcome,
     observer: &ControlObserver,
 ) -> Result<(), Failure> {
-    let name = bitmap.name.clone();
-    let changes = match (bitmap.origin, outcome) {
-        (_, Outcome::Success) => vec![BitmapChange::DropFrozen { name }],
-        // Nothing was recorded before the checkpoint, so no backup can build on the changes
-        // recorded since.
-        (BitmapOrigin::Added, Outcome::Failure) => {
-            let names = [name, bitmap.frozen()];
-            names.into_iter().map(|name| BitmapChange::Remove { name }).collect()
-        }
-        (_, Outcome::Failure) => vec![BitmapChange::Thaw { name }],
-    };
-    image.image().bitmap_transaction(&changes)?;
+    image.image().bitmap_transaction(&end_of(bitmap, outcome))?;
     if outcome == Outcome::Success || bitmap.origin != BitmapOrigin::Added {
         offer_again(image, bitmap, observer);
     }

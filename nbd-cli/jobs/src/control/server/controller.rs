@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use imgfmt::Format;
 use nbd_server::ServerHandle;
+use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::{Mutex, Notify};
 
@@ -323,4 +324,8 @@ pub(super) async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(|error| {
         Failure::new(ErrorKind::Failed, format!("the request was abandoned: {error}"))
     })
+}
+
+pub(super) fn encoded(result: impl Serialize) -> Result<Value, Failure> {
+    serde_json::to_value(result).map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))
 }

@@ -6,21 +6,17 @@ use imgfmt::Format;
 use nbd_proto::wire::TransmissionFlags;
 use nbd_server::export::ExportEntry;
 use nbd_server::{ClientStatistics, InUse, RemoveError};
-use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::MutexGuard;
 
 use super::bitmaps;
-use super::checkpoint::CheckpointRequest;
-use super::checkpoint_bitmap::RequestedBase;
-use super::controller::{Controller, RequestedSource, blocking};
+use super::controller::{Controller, RequestedSource, blocking, encoded};
 use super::disks::{ConnectionId, ServedDisk, ServedDisks};
 use super::event::ControlEvent;
 use super::openings::OpeningGuard;
 use super::streaming::{StreamRequest, Streaming};
 use crate::control::{
-    ClientState, ErrorKind, ExportState, Failure, Lifetime, Listing, OnUse, Request, StreamAction,
-    Traffic,
+    ClientState, ErrorKind, ExportState, Failure, Listing, OnUse, Request, StreamAction, Traffic,
 };
 use crate::opening::{open_within, within};
 use crate::status::Status;
@@ -58,24 +54,9 @@ impl Controller {
         match request {
             Request::List {} => encoded(self.list(&disks).await?),
             Request::RemoveExport { name, on_use } => self.remove(disks, &name, on_use).await,
-            Request::CheckpointStart {
-                export,
-                bitmap,
-                if_missing,
-                if_unusable,
-                view,
-                base,
-                trust_base,
-                lifetime,
-            } => {
-                let connection = match lifetime {
-                    Lifetime::Server => None,
-                    Lifetime::Connection => Some(connection),
-                };
-                let base = RequestedBase::new(base.as_deref(), trust_base)?;
-                let request =
-                    CheckpointRequest { bitmap, if_missing, if_unusable, view, base, connection };
-                self.start_checkpoint(&mut disks, &export, request).await
+            request @ (Request::CheckpointStart { .. }
+            | Request::CheckpointStartTogether { .. }) => {
+                self.start_requested(&mut disks, request, connection).await
             }
             Request::CheckpointEnd { export, outcome } => {
                 self.end_checkpoint(&mut disks, &export, outcome).await
@@ -358,10 +339,6 @@ fn known_format(name: &str) -> Result<Format, Failure> {
         let message = format!("there is no format '{name}'; use raw or qcow2");
         Failure::new(ErrorKind::InvalidRequest, message)
     })
-}
-
-fn encoded(result: impl Serialize) -> Result<Value, Failure> {
-    serde_json::to_value(result).map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))
 }
 
 fn seconds(time: SystemTime) -> u64 {

@@ -301,5 +301,9 @@ async fn hand_over(mut stream: UnixStream, controller: &Controller) -> io::Resul
 
 /// A checkpoint may end with the connection on which it was started.
 fn lasts_as_long_as_its_client(request: &Request) -> bool {
-    matches!(request, Request::CheckpointStart { lifetime: Lifetime::Connection, .. })
+    matches!(
+        request,
+        Request::CheckpointStart { lifetime: Lifetime::Connection, .. }
+            | Request::CheckpointStartTogether { lifetime: Lifetime::Connection, .. }
+    )
 }
