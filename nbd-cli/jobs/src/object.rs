@@ -52,6 +52,8 @@ impl ObjectUrl {
     pub fn refuse_moving(&self) -> io::Result<()> {
         let Some(address) = self.backup() else { return Ok(()) };
         let id = address.rsplit_once('@').map_or("", |(_, id)| id);
+        // Behind it may be one of several disks.
+        let id = id.split_once('#').map_or(id, |(id, _)| id);
         let has_id = id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
         if has_id && (address.starts_with('/') || address.contains("://")) {
             return Ok(());

@@ -143,11 +143,12 @@ impl ObjectArgs {
             return Ok(name.to_owned());
         };
         let find = |repository: Repository, backup: String| async move {
-            let (id, _) = repository.find(&backup).await.map_err(repository_error)?;
-            Ok((id, backup))
+            let (id, head, disk) = repository.find_disk(&backup).await.map_err(repository_error)?;
+            head.of_disk(disk.as_deref()).map_err(repository_error)?;
+            let disk = disk.map_or_else(String::new, |disk| format!("#{disk}"));
+            Ok(format!("{}@{id}{disk}", head.name))
         };
-        let (id, backup) = self.in_repository(address, find)?;
-        let disk = backup.rsplit_once('@').map_or(&*backup, |(disk, _)| disk);
+        let backup = self.in_repository(address, find)?;
         // It was split before.
         let repository = split_address(address).map_or("", |(repository, _)| repository);
         let repository = match repository.contains("://") {
@@ -156,7 +157,7 @@ impl ObjectArgs {
         };
         let mut pinned = OsString::from("backup:");
         pinned.push(repository);
-        pinned.push(format!("/{disk}@{id}"));
+        pinned.push(format!("/{backup}"));
         Ok(pinned)
     }
 

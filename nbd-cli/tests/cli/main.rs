@@ -109,6 +109,8 @@ mod repository_export;
 #[cfg(feature = "object-storage")]
 mod repository_import;
 #[cfg(feature = "object-storage")]
+mod repository_several;
+#[cfg(feature = "object-storage")]
 mod seaweedfs;
 mod serve_access;
 mod serve_bitmaps_survive;

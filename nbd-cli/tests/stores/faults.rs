@@ -30,12 +30,15 @@ fn push_and_init_bear_faults_of_the_store() {
 
 #[test]
 fn backups_bear_faults_of_the_store() {
-    met(&["backup, full", "backup, incremental"], is_thorough() && seed().is_multiple_of(2));
+    met(
+        &["backup, full", "backup, incremental", "backup, several"],
+        is_thorough() && seed().is_multiple_of(2),
+    );
 }
 
 #[test]
 fn backups_by_a_bitmap_bear_faults_of_the_store() {
-    met(&["backup, by bitmap"], false);
+    met(&["backup, by bitmap", "backup, several by bitmaps"], false);
 }
 
 #[test]
@@ -50,7 +53,7 @@ fn changes_of_passphrases_bear_faults_of_the_store() {
 
 #[test]
 fn restore_bears_faults_of_the_store() {
-    met(&["restore"], is_thorough() && seed().is_multiple_of(2));
+    met(&["restore", "restore, several"], is_thorough() && seed().is_multiple_of(2));
 }
 
 #[test]

@@ -17,14 +17,14 @@ fn interrupted_push_and_init_are_completed_by_another_one() {
 #[test]
 fn interrupted_backup_loses_nothing_and_is_no_lie() {
     interrupted(
-        &["backup, full", "backup, incremental"],
+        &["backup, full", "backup, incremental", "backup, several"],
         is_thorough() && seed().is_multiple_of(2),
     );
 }
 
 #[test]
 fn interrupted_backup_by_a_bitmap_keeps_what_the_bitmap_knows() {
-    interrupted(&["backup, by bitmap"], false);
+    interrupted(&["backup, by bitmap", "backup, several by bitmaps"], false);
 }
 
 #[test]
@@ -39,7 +39,7 @@ fn interrupted_change_of_passphrases_keeps_one_that_opens() {
 
 #[test]
 fn interrupted_restore_is_completed_by_another_one() {
-    interrupted(&["restore"], is_thorough() && seed().is_multiple_of(2));
+    interrupted(&["restore", "restore, several"], is_thorough() && seed().is_multiple_of(2));
 }
 
 #[test]

@@ -1,13 +1,19 @@
 //! Backups of a disk in use: a checkpoint is started, backed up and ended through the control socket
 //! of its server.
 
+use std::path::{Path, PathBuf};
+
 use imgfmt::Uuid;
-use nbd_objects::repo::{Head, Id};
+use nbd_objects::repo::{DiskHead, Head, Id};
 
 use super::job::{Described, Work};
-use super::options::BackedUpToRepository;
+use super::options::{BackedUpToRepository, DiskToBackUp};
+use super::several::{NamedDisk, open_served, place, run};
 use crate::backup::checkpoint::{Server, Socket, not_understood, uri_of_view};
-use crate::control::{IfMissing, IfUnusable, Lifetime, Listing, Outcome, Request};
+use crate::backup::{BackupSource, context_of};
+use crate::control::{
+    IfMissing, IfUnusable, Lifetime, Listing, Outcome, Request, TogetherCheckpoint,
+};
 use crate::{JobError, JobErrorKind};
 
 /// Starts a checkpoint, backs it up, and ends it with the result: the bitmap restarts only when the
@@ -104,11 +110,164 @@ async fn copy(
         imported: None,
     };
     let dirty = bitmap.filter(|_| is_incremental);
-    let copied = work.run_served(&uri, dirty, &described).await;
-    copied.map_err(|error| match error.kind() {
+    work.run_served(&uri, dirty, &described).await.map_err(told_what_next)
+}
+
+/// The backup after which a bitmap started, and the size of its disk, if they are known.
+type Start = Option<(Uuid, u64)>;
+
+/// Backs up disks of one server in their state at one moment.
+pub(super) async fn backup_together(
+    work: &mut Work<'_>,
+    disks: &[NamedDisk],
+    earlier: &[(Id, Head)],
+) -> Result<BackedUpToRepository, JobError> {
+    let mut served = Vec::new();
+    for disk in disks {
+        match &disk.disk {
+            DiskToBackUp::Served(source) => match &**source {
+                BackupSource::Checkpoint { socket, export, uri: None } => {
+                    served.push((&*disk.name, socket, &**export));
+                }
+                _ => return Err(not_together()),
+            },
+            DiskToBackUp::Image(_) => return Err(not_together()),
+        }
+    }
+    let Some(&(_, path, _)) = served.first() else { return Err(not_together()) };
+    if served.iter().any(|(_, socket, _)| *socket != path) {
+        return Err(not_together());
+    }
+    let mut socket = Socket::open(path, &work.options.connect).await?;
+    let starts = starts(work, &mut socket, &served, earlier).await?;
+    let checkpoints =
+        served.iter().zip(&starts).map(|((_, _, export), start)| TogetherCheckpoint {
+            export: (*export).to_owned(),
+            bitmap: work.options.bitmap.clone(),
+            if_missing: if start.is_none() { IfMissing::Add } else { IfMissing::Fail },
+            if_unusable: if start.is_none() { IfUnusable::Restart } else { IfUnusable::Fail },
+            base: start.map(|(start, _)| start.to_string()),
+        });
+    let begin = Request::CheckpointStartTogether {
+        checkpoints: checkpoints.collect(),
+        lifetime: Lifetime::Connection,
+    };
+    let started = socket.call(begin).await?;
+    let base = work.base_in(earlier);
+    let result = copy_together(work, (path, &served), (&starts, base), started).await;
+    let outcome = if result.is_ok() { Outcome::Success } else { Outcome::Failure };
+    socket.wait_without_limit();
+    for (_, _, export) in &served {
+        let export = (*export).to_owned();
+        if let Err(error) = socket.call(Request::CheckpointEnd { export, outcome }).await {
+            work.context.observer.warning(&format!(
+                "a checkpoint could not be ended: {error}; the next backup may read the whole disk"
+            ));
+        }
+    }
+    result
+}
+
+/// Returns for each disk the backup after which its bitmap started, if that is the base.
+async fn starts(
+    work: &mut Work<'_>,
+    socket: &mut Socket,
+    served: &[(&str, &PathBuf, &str)],
+    earlier: &[(Id, Head)],
+) -> Result<Vec<Start>, JobError> {
+    let Some(bitmap) = work.options.bitmap.as_ref().filter(|_| !work.options.full) else {
+        return Ok(vec![None; served.len()]);
+    };
+    let listing = socket.call(Request::List {}).await?;
+    let listing = serde_json::from_value(listing).map_err(|_| not_understood())?;
+    let mut starts: Vec<_> =
+        served.iter().map(|(_, _, export)| began_after(bitmap, export, &listing)).collect();
+    // One backup as the base of all: that with which most of the bitmaps started.
+    let followed = |head: &Head| {
+        let disks = served.iter().zip(&starts);
+        disks.filter(|((name, ..), start)| is_start(head, name, **start)).count()
+    };
+    let base = earlier.iter().rev().max_by_key(|(_, head)| followed(head));
+    match base.filter(|(_, head)| followed(head) > 0) {
+        Some((id, head)) => {
+            work.base = Some(*id);
+            for ((name, ..), start) in served.iter().zip(&mut starts) {
+                *start = start.filter(|start| is_start(head, name, Some(*start)));
+            }
+        }
+        None => starts.fill(None),
+    }
+    if !earlier.is_empty() && starts.contains(&None) {
+        work.reads_all("no backup of this name is the one with which all bitmaps started");
+    }
+    Ok(starts)
+}
+
+fn not_together() -> JobError {
+    JobError::invalid("with --control, all disks of a backup are exports of that server")
+}
+
+/// Returns the backup after which a bitmap started.
+fn began_after(bitmap: &str, export: &str, listing: &Listing) -> Start {
+    let export = listing.exports.iter().find(|found| found.name == export)?;
+    let found = export.bitmaps.iter().find(|found| found["name"] == bitmap)?;
+    Some((found["began-after"].as_str()?.parse().ok()?, export.size))
+}
+
+/// Returns whether a backup has a disk of that size, after the backup of which a bitmap started.
+fn is_start(head: &Head, name: &str, start: Start) -> bool {
+    let is_it = |disk: &DiskHead, (start, size): (Uuid, u64)| {
+        let identity = disk.identity.as_deref().and_then(|it| it.parse().ok());
+        disk.name == name && disk.size == size && identity == Some(start)
+    };
+    start.is_some_and(|start| head.disks.iter().any(|disk| is_it(disk, start)))
+}
+
+/// Copies the views of checkpoints that were started together.
+async fn copy_together(
+    work: &Work<'_>,
+    (socket, served): (&Path, &[(&str, &PathBuf, &str)]),
+    (starts, base): (&[Start], Option<&Head>),
+    started: serde_json::Value,
+) -> Result<BackedUpToRepository, JobError> {
+    let started: Vec<serde_json::Value> =
+        serde_json::from_value(started).map_err(|_| not_understood())?;
+    if started.len() != served.len() {
+        return Err(not_understood());
+    }
+    let (connect, observer) = (&work.options.connect, &*work.context.observer);
+    let bitmap = work.options.bitmap.as_deref();
+    let mut opened = Vec::new();
+    for (((name, _, export), started), start) in served.iter().zip(started).zip(starts) {
+        let server = Server { socket, export, uri: None };
+        let (uri, issued) = uri_of_view((connect, observer, bitmap), server, started)?;
+        let head = DiskHead {
+            name: (*name).to_owned(),
+            identity: Some(issued.backup.to_string()),
+            disk: issued.disk.map(|disk| disk.to_string()),
+            export: Some((*export).to_owned()),
+            bitmap: work.options.bitmap.clone(),
+            ..DiskHead::default()
+        };
+        let dirty = bitmap.filter(|_| start.is_some()).map(context_of).transpose()?;
+        opened.push(open_served(work, &uri, head, dirty).await?);
+    }
+    place(&mut opened, base)?;
+    // At another place, the base has another disk.
+    for disk in &mut opened {
+        let is_there =
+            base.is_some_and(|base| base.disks.iter().any(|other| other.is_same_place(&disk.head)));
+        disk.dirty = disk.dirty.take().filter(|_| is_there);
+    }
+    run(work, opened).await.map_err(told_what_next)
+}
+
+fn told_what_next(error: JobError) -> JobError {
+    match error.kind() {
         JobErrorKind::Interrupted => {
-            error.in_words(format!("{error}; the next backup sends what is missing"))
+            let words = format!("{error}; the next backup sends what is missing");
+            error.in_words(words)
         }
         _ => error,
-    })
+    }
 }

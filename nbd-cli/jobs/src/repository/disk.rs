@@ -24,7 +24,8 @@ pub fn split_address(text: &str) -> Option<(&str, &str)> {
     is_complete.then_some((repository, backup))
 }
 
-/// Opens a backup as a disk that is read only: a raw image. It is pinned until it is closed or dropped.
+/// Opens a backup, or one disk of it (`NAME@WHICH#DISK`), as a disk that is read only: a raw image. It
+/// is pinned until it is closed or dropped.
 /// Close it where others may still hold it: reads that were given up.
 ///
 /// # Errors
@@ -35,7 +36,8 @@ pub async fn open_disk(
     backup: &str,
     damage: Damage,
 ) -> Result<Arc<OpenBackup>, JobError> {
-    let (id, _) = repository.find(backup).await.map_err(repository_error)?;
-    let disk = repository.read(id, damage).await.map_err(repository_error)?;
+    let (id, _, name) = repository.find_disk(backup).await.map_err(repository_error)?;
+    let disk = repository.read_disk(id, name.as_deref(), damage).await;
+    let disk = disk.map_err(repository_error)?;
     Ok(Arc::new(disk))
 }

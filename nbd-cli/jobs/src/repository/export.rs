@@ -35,7 +35,8 @@ pub struct Exported {
     pub is_new: bool,
 }
 
-/// Exports backups of one disk, oldest first, to a folder: each becomes a qcow2 file with the blocks
+/// Exports backups of one disk, oldest first, to a folder. Of a backup of several disks, the head is that
+/// of one of them ([`Head::of_disk`]). Each becomes a qcow2 file with the blocks
 /// that differ from the backup before, which is its backing file. A folder that does not exist is
 /// made.
 ///
@@ -104,7 +105,7 @@ impl Export<'_> {
                 Some(before) => self.base(before).await?.filter(|base| base.fits(head)),
                 None => None,
             };
-            let opened = self.open(*id).await?;
+            let opened = self.open(*id, head).await?;
             let new = New { path: &path, id: *id, head, base: base.as_ref() };
             let copied = match new.write(&opened, &self.folder, self.context).await {
                 Ok(copied) => copied,
@@ -143,7 +144,7 @@ impl Export<'_> {
         let backup = match &self.read {
             Some(kept) if kept.id() == before.id => Arc::clone(kept),
             _ => {
-                let opened = self.open(before.id).await?;
+                let opened = self.open(before.id, before.head).await?;
                 self.keep(Arc::clone(&opened)).await;
                 opened
             }
@@ -152,8 +153,9 @@ impl Export<'_> {
         Ok(Some(Base { backup, id, head: head.clone(), name, depth }))
     }
 
-    async fn open(&self, id: Id) -> Result<Arc<OpenBackup>, JobError> {
-        let opened = self.repository.read(id, Damage::Refused).await;
+    async fn open(&self, id: Id, head: &Head) -> Result<Arc<OpenBackup>, JobError> {
+        let disk = head.disks.first().map(|disk| &*disk.name);
+        let opened = self.repository.read_disk(id, disk, Damage::Refused).await;
         opened.map(Arc::new).map_err(repository_error)
     }
 

@@ -10,7 +10,16 @@ pub(super) fn identity_of(id: Id, head: &Head) -> Result<Uuid, JobError> {
     if let Some(known) = head.identity.as_deref().and_then(|text| text.parse().ok()) {
         return Ok(known);
     }
-    let text = id.to_string();
+    let mut text = id.to_string();
+    if let Some(disk) = head.disks.first() {
+        // Those of one backup have the same ID.
+        let own = format!("{id}#{}", disk.name);
+        text = openssl::sha::sha256(own.as_bytes())
+            .iter()
+            .take(16)
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+    }
     let parts = [&text[..8], &text[8..12], &text[12..16], &text[16..20], &text[20..]];
     let none = |_| JobError::source(format!("the backup {id} has no identity"));
     parts.join("-").parse().map_err(none)
@@ -18,6 +27,8 @@ pub(super) fn identity_of(id: Id, head: &Head) -> Result<Uuid, JobError> {
 
 #[cfg(test)]
 mod tests {
+    use nbd_objects::repo::DiskHead;
+
     use super::*;
 
     #[test]
@@ -33,5 +44,10 @@ mod tests {
         let known = "11234567-89ab-cdef-0123-456789abcdef";
         head.identity = Some(known.to_owned());
         assert_eq!(identity_of(id, &head).unwrap().to_string(), known);
+        // Each of several disks has its own.
+        let disk = |name: &str| DiskHead { name: name.to_owned(), ..DiskHead::default() };
+        head.disks = vec![disk("a"), disk("b")];
+        let of = |name| identity_of(id, &head.of_disk(Some(name)).unwrap()).unwrap().to_string();
+        assert!(of("a") != of("b") && of("a") != own);
     }
 }

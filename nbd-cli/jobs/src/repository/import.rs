@@ -81,7 +81,9 @@ pub async fn import_to_repository(
     mut told: impl FnMut(&Imported),
 ) -> Result<(), JobError> {
     let known = earlier(repository, &options.name).await?;
-    let known = known.into_iter().map(|(id, head)| Known {
+    // No file is several disks.
+    let known = known.into_iter().filter(|(_, head)| head.disks.is_empty());
+    let known = known.map(|(id, head)| Known {
         id,
         time: head.time,
         size: head.size,

@@ -60,6 +60,35 @@ impl Parts<'_> {
     }
 }
 
+/// A disk of a backup.
+pub(super) struct Disk<'a> {
+    /// Its name, if there are several.
+    pub(super) name: Option<String>,
+    pub(super) source: Arc<Source>,
+    pub(super) parts: Parts<'a>,
+    /// Where it begins in the backup, in bytes.
+    pub(super) start: u64,
+}
+
+impl Disk<'_> {
+    fn size(&self) -> u64 {
+        self.source.size().unwrap_or_default()
+    }
+
+    /// Gives data to the session. Only the end of the backup, which is at `total`, is not a whole
+    /// block.
+    async fn give(&self, session: &mut Session, bytes: Bytes, total: u64) -> Result<(), JobError> {
+        let rest = (bytes.len() as u64).next_multiple_of(BLOCK_SIZE);
+        let is_whole = rest == bytes.len() as u64;
+        if is_whole || session.position() + bytes.len() as u64 == total {
+            return session.data(bytes).await.map_err(repository_error);
+        }
+        let mut padded = bytes.to_vec();
+        padded.resize(rest as usize, 0);
+        session.data(padded.into()).await.map_err(repository_error)
+    }
+}
+
 /// Shared state of the parts of one backup.
 pub(super) struct Work<'a> {
     pub(super) repository: &'a Repository,
@@ -133,13 +162,8 @@ impl Work<'_> {
         parts: Parts<'_>,
         described: &Described,
     ) -> Result<BackedUpToRepository, JobError> {
-        let started = Instant::now();
-        let size = source.size().unwrap_or_default();
-        let source = Arc::new(source);
         let mut new = NewBackup::default();
-        new.name.clone_from(&self.options.name);
-        new.size = size;
-        new.host = host_name();
+        new.size = source.size().unwrap_or_default();
         new.export.clone_from(&described.export);
         new.bitmap.clone_from(&described.bitmap);
         new.identity.clone_from(&described.identity);
@@ -147,22 +171,42 @@ impl Work<'_> {
         if let Some((time, what)) = &described.imported {
             (new.time, new.imported) = (Some(*time), Some(what.clone()));
         }
+        let disk = Disk { name: None, source: Arc::new(source), parts, start: 0 };
+        self.run_all(&[disk], new).await
+    }
+
+    /// Backs up the disks of a backup, each of which begins where it says.
+    pub(super) async fn run_all(
+        &self,
+        disks: &[Disk<'_>],
+        mut new: NewBackup,
+    ) -> Result<BackedUpToRepository, JobError> {
+        let started = Instant::now();
+        let is_dirty = |disk: &Disk<'_>| matches!(disk.parts, Parts::Dirty(..));
+        let size = new.size;
+        new.name.clone_from(&self.options.name);
+        new.host = host_name();
         new.base = self.base;
-        new.follows = self.follows.filter(|_| matches!(parts, Parts::Dirty(..)));
+        new.follows = self.follows.filter(|_| disks.iter().any(is_dirty));
         new.like.clone_from(&self.like);
         let session = self.repository.begin(new).await.map_err(repository_error)?;
-        let copying = self.copy(&source, parts.extents(&source), session);
+        let copying = self.copy(disks, session, size);
         let (made, read) = self.context.cancellation.unless_cancelled(copying).await?;
-        let verified = match self.options.verify {
-            Verify::Nothing => None,
-            Verify::Copied => Some(self.verify(&source, parts.extents(&source), &made).await?),
-            Verify::All => Some(self.verify(&source, source.extents(0), &made).await?),
-        };
+        let mut verified = None;
+        for disk in disks {
+            let extents = match self.options.verify {
+                Verify::Nothing => break,
+                Verify::Copied => disk.parts.extents(&disk.source),
+                Verify::All => disk.source.extents(0),
+            };
+            let compared = self.verify(disk, extents, &made).await?;
+            verified = Some(verified.unwrap_or(0) + compared);
+        }
         Ok(BackedUpToRepository {
             id: made.id,
             base: self.base,
-            is_incremental: !matches!(parts, Parts::All),
-            size,
+            is_incremental: !disks.iter().any(|disk| matches!(disk.parts, Parts::All)),
+            size: disks.iter().map(Disk::size).sum(),
             read,
             added: made.added,
             verified,
@@ -170,20 +214,46 @@ impl Work<'_> {
         })
     }
 
-    /// Gives the whole disk to the session and commits it; returns the bytes that were read, too.
+    /// Gives all disks to the session and commits it; returns the bytes that were read, too.
     async fn copy(
         &self,
-        source: &Arc<Source>,
-        extents: Extents,
+        disks: &[Disk<'_>],
         mut session: Session,
+        size: u64,
     ) -> Result<(Made, u64), JobError> {
-        let size = source.size().unwrap_or_default();
+        let total = disks.iter().map(Disk::size).sum();
+        let (phase, total) = (Phase::Copying, Some(total));
+        let (mut read, mut progress) = (0, Progress { phase, done: 0, holes: 0, total });
+        for disk in disks {
+            let gap = disk.start.saturating_sub(session.position()) / BLOCK_SIZE;
+            if gap > 0 {
+                session.zero(gap).await.map_err(repository_error)?;
+            }
+            read += self.copy_disk(disk, &mut session, (&mut progress, size)).await?;
+        }
+        if let Some(check) = self.before_commit.clone() {
+            let checked = tokio::task::spawn_blocking(move || check()).await;
+            checked.map_err(|error| JobError::given_up("read", &error))??;
+        }
+        let made = session.commit().await.map_err(repository_error)?;
+        Ok((made, read))
+    }
+
+    /// Gives a disk to the session; returns the bytes that were read.
+    async fn copy_disk(
+        &self,
+        disk: &Disk<'_>,
+        session: &mut Session,
+        (progress, total): (&mut Progress, u64),
+    ) -> Result<u64, JobError> {
+        let source = &disk.source;
         let longest = Lengths { data: READ, zeroes: KNOWN };
-        let mut plan = Plan::new(0, size, BLOCK_SIZE, longest, extents);
+        let extents = disk.parts.extents(source);
+        let mut plan = Plan::new(0, disk.size(), BLOCK_SIZE, longest, extents);
         // Memory that is used again stays warm, and in one piece.
         let memory = ReadMemory::new(self.options.requests.get());
         let mut steps = VecDeque::new();
-        let (mut read, mut holes) = (0, 0);
+        let (mut read, before) = (0, progress.done);
         loop {
             while steps.len() < self.options.requests.get() {
                 let Some(range) = plan.next().await? else { break };
@@ -199,47 +269,37 @@ impl Work<'_> {
                 });
             }
             match steps.pop_front() {
-                None => break,
+                None => return Ok(read),
                 Some(Step::Zero(blocks)) => {
-                    holes += blocks * BLOCK_SIZE;
+                    progress.holes += blocks * BLOCK_SIZE;
                     session.zero(blocks).await.map_err(repository_error)?;
                 }
                 Some(Step::Data(mut reading)) => {
                     let bytes = ended(&mut reading).await?;
-                    session.data(bytes).await.map_err(repository_error)?;
+                    disk.give(session, bytes, total).await?;
                     while let Some(spent) = session.take_spent() {
                         memory.give_back(spent);
                     }
                 }
                 Some(Step::Unchanged(blocks)) => {
-                    read += self.unchanged(source, &mut session, blocks).await?;
+                    read += self.unchanged(disk, session, (blocks, total)).await?;
                 }
             }
-            self.context.observer.progress(&Progress {
-                phase: Phase::Copying,
-                done: session.position(),
-                holes,
-                total: Some(size),
-            });
+            let given = (session.position() - disk.start).min(disk.size());
+            progress.done = before + given;
+            self.context.observer.progress(progress);
         }
-        if let Some(check) = self.before_commit.clone() {
-            let checked = tokio::task::spawn_blocking(move || check()).await;
-            checked.map_err(|error| JobError::given_up("read", &error))??;
-        }
-        let made = session.commit().await.map_err(repository_error)?;
-        Ok((made, read))
     }
 
     /// Gives blocks that are clean. Those that the repository does not have any more are read;
     /// returns their bytes.
     async fn unchanged(
         &self,
-        source: &Arc<Source>,
+        disk: &Disk<'_>,
         session: &mut Session,
-        blocks: u64,
+        (blocks, total): (u64, u64),
     ) -> Result<u64, JobError> {
-        let size = source.size().unwrap_or_default();
-        let end = (session.position() + blocks * BLOCK_SIZE).min(size);
+        let end = (session.position() + blocks * BLOCK_SIZE).min(disk.start + disk.size());
         let mut read = 0;
         while session.position() < end {
             let left = (end - session.position()).div_ceil(BLOCK_SIZE);
@@ -247,8 +307,9 @@ impl Work<'_> {
             if taken < left {
                 let start = session.position();
                 let length = READ.min(end - start);
-                let bytes = ended(&mut begin(source, start, length, BytesMut::new())).await?;
-                session.data(bytes).await.map_err(repository_error)?;
+                let start_of_read = start - disk.start;
+                let mut reading = begin(&disk.source, start_of_read, length, BytesMut::new());
+                disk.give(session, ended(&mut reading).await?, total).await?;
                 read += length;
             }
         }
@@ -258,13 +319,14 @@ impl Work<'_> {
     /// Reads the backup back. One that is not what it should be is forgotten.
     async fn verify(
         &self,
-        source: &Source,
+        disk: &Disk<'_>,
         extents: Extents,
         made: &Made,
     ) -> Result<u64, JobError> {
-        let opened = self.repository.read(made.id, Damage::Refused).await;
+        let opened = self.repository.read_disk(made.id, disk.name.as_deref(), Damage::Refused);
+        let opened = opened.await;
         let opened = Arc::new(opened.map_err(repository_error)?);
-        let result = self.compare(source, extents, Arc::clone(&opened) as _).await;
+        let result = self.compare(&disk.source, extents, Arc::clone(&opened) as _).await;
         // Reads that were given up may still hold it.
         opened.close().await;
         match result {

@@ -7,6 +7,7 @@ mod identity;
 mod import;
 mod job;
 mod options;
+mod several;
 
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ pub use self::import::{ImportOptions, Imported, import_to_repository};
 use self::job::{Described, Parts, Work};
 use self::options::earlier;
 pub use self::options::{BackedUpToRepository, DiskToBackUp, RepositoryOptions, repository_error};
+pub use self::several::NamedDisk;
 use crate::backup::BackupSource;
 use crate::backup::checkpoint::Server;
 use crate::copy::check_concurrency;
@@ -49,22 +51,9 @@ pub async fn backup_to_repository(
 ) -> Result<BackedUpToRepository, JobError> {
     check_concurrency(options.requests, &options.connect)?;
     let earlier = earlier(repository, &options.name).await?;
-    let mut like = Vec::new();
-    for name in &options.like {
-        like.push(repository.find(name).await.map_err(repository_error)?.0);
-    }
     let last = earlier.first().cloned();
-    let base = last.as_ref().map(|it| it.0);
-    let mut work = Work {
-        repository,
-        options,
-        context,
-        like,
-        base,
-        base_size: None,
-        follows: None,
-        before_commit: None,
-    };
+    let mut work = Work::new(repository, options, context, &earlier).await?;
+    work.tell_missing(&earlier, &[]);
     match disk {
         DiskToBackUp::Image(image) => {
             if options.bitmap.is_some() {
@@ -104,7 +93,108 @@ pub async fn backup_to_repository(
     }
 }
 
-impl Work<'_> {
+/// Makes one backup of several disks in a repository: they are listed, forgotten and deleted as one,
+/// and each can be read by itself.
+///
+/// Disks of one server with a control socket are backed up in their state at one moment. All others are
+/// read one after the other, and must not change meanwhile. If one of them fails, there is no backup.
+///
+/// # Errors
+///
+/// As [`backup_to_repository`]; if a name cannot be or two disks have the same, and if some are
+/// checkpoints and others are not, or of different servers.
+///
+/// # Cancel safety
+///
+/// As [`backup_to_repository`].
+pub async fn backup_disks_to_repository(
+    disks: &[NamedDisk],
+    repository: &Repository,
+    options: &RepositoryOptions,
+    context: &JobContext,
+) -> Result<BackedUpToRepository, JobError> {
+    check_concurrency(options.requests, &options.connect)?;
+    several::check(disks)?;
+    let earlier = earlier(repository, &options.name).await?;
+    let mut work = Work::new(repository, options, context, &earlier).await?;
+    work.tell_missing(&earlier, disks);
+    let is_checkpoint = |disk: &NamedDisk| match &disk.disk {
+        DiskToBackUp::Served(served) => matches!(**served, BackupSource::Checkpoint { .. }),
+        DiskToBackUp::Image(_) => false,
+    };
+    if disks.iter().any(is_checkpoint) {
+        return checkpoint::backup_together(&mut work, disks, &earlier).await;
+    }
+    let last = match &options.bitmap {
+        Some(_) if !options.full && !earlier.is_empty() => {
+            let last = repository.last(&options.name).await.map_err(repository_error)?;
+            let found = earlier.iter().find(|(id, _)| Some(*id) == last);
+            if found.is_none() {
+                work.no_last();
+            }
+            found
+        }
+        _ => None,
+    };
+    if let Some((id, _)) = last {
+        (work.base, work.follows) = (Some(*id), Some(*id));
+    }
+    let mut opened = Vec::new();
+    for disk in disks {
+        opened.push(several::open(&work, disk, last).await?);
+    }
+    several::place(&mut opened, work.base_in(&earlier))?;
+    for disk in &mut opened {
+        disk.dirty = several::follows(&work, &disk.head, last)?;
+    }
+    several::run(&work, opened).await
+}
+
+impl<'a> Work<'a> {
+    async fn new(
+        repository: &'a Repository,
+        options: &'a RepositoryOptions,
+        context: &'a JobContext,
+        earlier: &[(Id, Head)],
+    ) -> Result<Self, JobError> {
+        let mut like = Vec::new();
+        for name in &options.like {
+            like.push(repository.find(name).await.map_err(repository_error)?.0);
+        }
+        let base = earlier.first().map(|it| it.0);
+        let (base_size, follows, before_commit) = (None, None, None);
+        Ok(Self { repository, options, context, like, base, base_size, follows, before_commit })
+    }
+
+    /// Tells which disks the last backup has and this one has not: it may be a slip.
+    fn tell_missing(&self, earlier: &[(Id, Head)], disks: &[NamedDisk]) {
+        let Some((_, last)) = earlier.first() else { return };
+        let is_missing = |name: &str| !disks.iter().any(|disk| disk.name == name);
+        let missing: Vec<_> =
+            last.disks.iter().map(|disk| &*disk.name).filter(|name| is_missing(name)).collect();
+        if !missing.is_empty() {
+            self.context.observer.warning(&format!(
+                "the last backup of '{}' has disks that this one has not: {}",
+                printable(&self.options.name),
+                printable(&missing.join(", "))
+            ));
+        }
+    }
+
+    /// What the base is.
+    fn base_in<'b>(&self, earlier: &'b [(Id, Head)]) -> Option<&'b Head> {
+        earlier.iter().find(|(id, _)| Some(*id) == self.base).map(|(_, head)| head)
+    }
+
+    /// Tells that no bitmap is used, because the last backup is not known.
+    fn no_last(&self) {
+        self.reads_all(&format!(
+            "the last backup of '{}' may not be one with which a bitmap started: it was forgotten, \
+             cannot be read, is not complete, or was made while another one was made",
+            printable(&self.options.name)
+        ));
+    }
+
     /// Builds on the backup with which a bitmap started, if that is `last`: then only what is dirty
     /// is read.
     fn start_with(
@@ -115,10 +205,7 @@ impl Work<'_> {
     ) -> Result<bool, JobError> {
         let name = printable(&self.options.name);
         let Some((id, head)) = last else {
-            self.reads_all(&format!(
-                "the last backup of '{name}' may not be one with which a bitmap started: it was \
-                 forgotten, cannot be read, is not complete, or was made while another one was made"
-            ));
+            self.no_last();
             return Ok(false);
         };
         check_bitmap(uri, bitmap, head)?;

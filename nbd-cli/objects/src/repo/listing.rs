@@ -65,7 +65,6 @@ impl Repository {
             }
             Err(error) => return Err(error),
         };
-        let damaged = || RepositoryError::damaged(format!("the object {key} is damaged"));
         let wanted = (PREFIX_LEN + root::head_length(&bytes).unwrap_or_default()) as u64;
         if wanted > bytes.len() as u64 && wanted <= size {
             bytes = match self.objects.read_some(key, first(wanted)).await? {
@@ -79,7 +78,7 @@ impl Repository {
         }
         let head = match kind {
             Some(_) => root::head(&self.objects.sealer, id, &bytes),
-            None => Err(damaged()),
+            None => Err(root::unknown(id)),
         };
         Ok(Some(BackupInfo { id, head, is_forgotten: kind == Some(Kind::Forgotten) }))
     }
@@ -93,8 +92,30 @@ impl Repository {
     /// If no backup, or more than one, is meant; and if one that cannot be read may be meant: one
     /// that was begun later than the one that was found.
     pub async fn find(&self, text: &str) -> Result<(Id, Head)> {
-        let (name, which) = text.rsplit_once('@').unwrap_or((text, "latest"));
+        match self.find_disk(text).await? {
+            (id, head, None) => Ok((id, head)),
+            (_, _, Some(disk)) => Err(RepositoryError::invalid(format!(
+                "'{text}' is one disk of a backup; give the whole backup, without '#{disk}'"
+            ))),
+        }
+    }
+
+    /// Finds the disk that a text names: a backup as for [`find`](Self::find), and `#DISK` behind it
+    /// where a backup has several disks. Returns the name of the disk, too; whether there is one is not
+    /// looked at.
+    ///
+    /// # Errors
+    ///
+    /// As for [`find`](Self::find).
+    pub async fn find_disk(&self, text: &str) -> Result<(Id, Head, Option<String>)> {
         let all = self.list().await?;
+        let (text, disk) = split_disk(text, &all);
+        let (id, head) = self.find_in(&all, text)?;
+        Ok((id, head, disk.map(ToOwned::to_owned)))
+    }
+
+    fn find_in(&self, all: &[BackupInfo], text: &str) -> Result<(Id, Head)> {
+        let (name, which) = text.rsplit_once('@').unwrap_or((text, "latest"));
         let live = all.iter().filter(|info| !info.is_forgotten);
         let heads = live.filter_map(|info| Some((info.id, info.head.as_ref().ok()?)));
         let own: Vec<_> = heads.filter(|(_, head)| head.name == name).collect();
@@ -143,6 +164,17 @@ impl Repository {
             RepositoryError::not_found(format!("{} has no backup '{text}'", self.name()))
         });
         found.map(|(id, head)| (*id, (*head).clone()))
+    }
+}
+
+/// Splits the name of a disk off. The name of a backup has no `@`, and that of a disk no `#` either.
+fn split_disk<'a>(text: &'a str, all: &[BackupInfo]) -> (&'a str, Option<&'a str>) {
+    let is_whole = |text: &str| {
+        !text.contains('@') && all.iter().any(|it| it.head.as_ref().is_ok_and(|it| it.name == text))
+    };
+    match text.rsplit_once('#') {
+        Some((backup, disk)) if !disk.contains('@') && !is_whole(text) => (backup, Some(disk)),
+        _ => (text, None),
     }
 }
 

@@ -5,6 +5,7 @@
 mod checking;
 mod collecting;
 mod config;
+mod disks;
 mod error;
 mod id;
 mod listing;
@@ -32,16 +33,17 @@ mod tries;
 
 pub use self::checking::{Checked, Problem};
 pub use self::collecting::{CollectOptions, Garbage, PinInfo, SessionInfo};
+pub use self::disks::{DISKS_MAX, DiskHead, are_names, lay_out};
 pub use self::error::{RepositoryError, RepositoryErrorKind, Result};
 pub use self::id::Id;
 pub use self::listing::BackupInfo;
 pub use self::making::{Made, NewBackup, Session};
 pub use self::objects::Creates;
 pub use self::pack::PACK_SIZE;
-pub use self::page::{BLOCK_SIZE, PAGE_BLOCKS};
+pub use self::page::{BLOCK_SIZE, DISK_SIZE_MAX, PAGE_BLOCKS};
 pub use self::pin_record::{ReaderInfo, host_name};
 pub use self::reading::{Damage, Difference, OnDamage, OpenBackup};
 pub use self::repository::Repository;
 pub use self::retention::Retention;
-pub use self::root::{DISK_SIZE_MAX, Head};
+pub use self::root::Head;
 pub use self::session_record::SessionRecord;

@@ -328,12 +328,7 @@ impl Objects {
     }
 
     fn decode_backup(&self, id: Id, content: Bytes) -> Result<Object> {
-        let damaged = || {
-            RepositoryError::damaged(format!(
-                "the object backups/{id} is not one of this version's backups"
-            ))
-        };
-        let kind = root::kind(&content).ok_or_else(damaged)?;
+        let kind = root::kind(&content).ok_or_else(|| root::unknown(id))?;
         if kind == Kind::Empty {
             return Ok(Object::Tombstone(None));
         }

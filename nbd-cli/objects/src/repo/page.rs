@@ -10,6 +10,8 @@ use super::stored::{Stored, push, stored};
 
 /// Size of a block, in bytes.
 pub const BLOCK_SIZE: u64 = 64 << 10;
+/// Largest disk, and largest sum of the disks of a backup, in bytes.
+pub const DISK_SIZE_MAX: u64 = 64 << 40;
 /// Blocks of a page.
 pub const PAGE_BLOCKS: u64 = 512;
 /// Bytes of a disk that a page describes.

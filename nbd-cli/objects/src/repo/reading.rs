@@ -5,6 +5,7 @@ mod difference;
 mod fetch;
 
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use bytes::Bytes;
@@ -55,6 +56,10 @@ impl std::fmt::Debug for Damage {
 #[derive(Debug)]
 pub struct OpenBackup {
     disk: Arc<Disk>,
+    /// What the backup is of this disk.
+    head: Head,
+    /// Where the disk is in the backup, in bytes: it begins with a map page.
+    window: Range<u64>,
     pin: Mutex<Option<Reader>>,
     repository: Repository,
 }
@@ -63,18 +68,34 @@ pub struct OpenBackup {
 #[derive(Debug)]
 struct Disk {
     map: Map,
+    /// Where the disk begins in the backup, in bytes.
+    start: u64,
     objects: Arc<Objects>,
     cache: Mutex<Cache>,
     damage: Damage,
 }
 
 impl Repository {
-    /// Opens a backup for reading.
+    /// Opens a backup of one disk for reading.
     ///
     /// # Errors
     ///
-    /// If it was forgotten or is damaged, and as for all requests to the store.
+    /// If it was forgotten or is damaged, if it has several disks, and as for all requests to the store.
     pub async fn read(&self, id: Id, damage: Damage) -> Result<OpenBackup> {
+        self.read_disk(id, None, damage).await
+    }
+
+    /// Opens a disk of a backup for reading: that of this name, if the backup has several.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read); if the backup has no such disk.
+    pub async fn read_disk(
+        &self,
+        id: Id,
+        name: Option<&str>,
+        damage: Damage,
+    ) -> Result<OpenBackup> {
         let mut reader = Reader::new(Id::random()?, id, Rules::ALL);
         let object = loop {
             match reader.step() {
@@ -94,16 +115,21 @@ impl Repository {
                 }
             }
         };
-        let map = match Map::of(self, id, &object) {
-            Ok(map) => map,
+        let opened = Map::of(self, id, &object);
+        let opened = opened.and_then(|map| map.head().of_disk(name).map(|head| (map, head)));
+        let (map, head) = match opened {
+            Ok(opened) => opened,
             Err(error) => {
                 self.unpin(&mut reader).await;
                 return Err(error);
             }
         };
         let objects = Arc::clone(&self.objects);
-        let disk = Arc::new(Disk { map, objects, cache: Mutex::default(), damage });
-        Ok(OpenBackup { disk, pin: Mutex::new(Some(reader)), repository: self.clone() })
+        let start = head.disks.first().map_or(0, |disk| disk.offset);
+        let window = start..start.saturating_add(head.size);
+        let disk = Arc::new(Disk { map, start, objects, cache: Mutex::default(), damage });
+        let pin = Mutex::new(Some(reader));
+        Ok(OpenBackup { disk, head, window, pin, repository: self.clone() })
     }
 
     /// Removes a pin, as well as that goes: one that stays costs space.
@@ -121,9 +147,14 @@ impl OpenBackup {
         self.disk.map.id()
     }
 
-    /// What the backup is.
+    /// What the backup is of this disk, as [`Head::of_disk`] says.
     pub fn head(&self) -> &Head {
-        self.disk.map.head()
+        &self.head
+    }
+
+    /// The size of the disk, in bytes.
+    pub fn size(&self) -> u64 {
+        self.head.size
     }
 
     /// Ends the reading: removes the pin.
@@ -140,8 +171,9 @@ impl OpenBackup {
     /// # Errors
     ///
     /// If a block is damaged or missing, and as for all requests to the store.
-    pub async fn blocks(&self, blocks: std::ops::Range<u64>) -> Result<Vec<Option<Bytes>>> {
-        self.disk.blocks(blocks).await
+    pub async fn blocks(&self, blocks: Range<u64>) -> Result<Vec<Option<Bytes>>> {
+        let first = self.window.start / BLOCK_SIZE;
+        self.disk.blocks(first + blocks.start..first + blocks.end).await
     }
 }
 
@@ -161,7 +193,7 @@ impl Drop for OpenBackup {
 }
 
 impl Disk {
-    async fn blocks(self: &Arc<Self>, blocks: std::ops::Range<u64>) -> Result<Vec<Option<Bytes>>> {
+    async fn blocks(self: &Arc<Self>, blocks: Range<u64>) -> Result<Vec<Option<Bytes>>> {
         let mut all = Vec::with_capacity((blocks.end - blocks.start) as usize);
         let mut at = blocks.start;
         while at < blocks.end {
@@ -172,7 +204,7 @@ impl Disk {
         Ok(all)
     }
 
-    async fn step(self: &Arc<Self>, blocks: std::ops::Range<u64>) -> Result<Vec<Option<Bytes>>> {
+    async fn step(self: &Arc<Self>, blocks: Range<u64>) -> Result<Vec<Option<Bytes>>> {
         let count = self.map.size().div_ceil(BLOCK_SIZE);
         let mut failed = false;
         loop {
@@ -216,16 +248,17 @@ fn wait<T: Send + 'static>(
 }
 
 impl OpenBackup {
-    /// The blocks of a range within the disk.
-    fn blocks_of(&self, offset: u64, length: usize) -> (std::ops::Range<u64>, usize) {
-        let available = self.disk.map.size().saturating_sub(offset);
+    /// The blocks of the backup for a range of the disk, and its length within the disk.
+    fn blocks_of(&self, offset: u64, length: usize) -> (Range<u64>, usize) {
+        let available = self.size().saturating_sub(offset);
         let length = usize::try_from(available).unwrap_or(usize::MAX).min(length);
+        let offset = self.window.start.saturating_add(offset);
         let end = offset.saturating_add(length as u64);
         (offset / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE), length)
     }
 
-    /// Returns the kind of the bytes at an offset, and an offset up to which it is the same. Reads
-    /// one page of the map at most: `None` if it would need another one.
+    /// Returns the kind of the bytes at an offset of the backup, and an offset up to which it is the
+    /// same. Reads one page of the map at most: `None` if it would need another one.
     fn kind_at(&self, offset: u64, may_wait: &mut bool) -> Option<(ExtentKind, u64)> {
         let map = &self.disk.map;
         let page_end = (offset / PAGE_SPAN + 1) * PAGE_SPAN;
@@ -272,7 +305,7 @@ impl OpenBackup {
 
 impl Storage for OpenBackup {
     fn len(&self) -> io::Result<u64> {
-        Ok(self.disk.map.size())
+        Ok(self.size())
     }
 
     fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize> {
@@ -305,8 +338,8 @@ impl Storage for OpenBackup {
     }
 
     fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
-        let offset = offset.bytes();
-        let end = offset.saturating_add(length).min(self.disk.map.size());
+        let offset = self.window.start.saturating_add(offset.bytes());
+        let end = offset.saturating_add(length).min(self.window.end);
         let (mut at, mut kind, mut may_wait) = (offset, None, true);
         while at < end {
             let Some((own, own_end)) = self.kind_at(at, &mut may_wait) else { break };
@@ -323,8 +356,9 @@ impl Storage for OpenBackup {
     }
 
     fn is_known_data(&self, offset: HostOffset, length: u64) -> bool {
-        let end = offset.bytes().saturating_add(length);
-        let blocks = offset.bytes() / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE);
+        let offset = self.window.start.saturating_add(offset.bytes());
+        let end = offset.saturating_add(length);
+        let blocks = offset / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE);
         if blocks.end - blocks.start > STEP {
             return false;
         }

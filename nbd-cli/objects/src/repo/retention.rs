@@ -95,6 +95,7 @@ mod tests {
             export: None,
             bitmap: None,
             imported: None,
+            disks: Vec::new(),
             data: 0,
             added: 0,
             body_length: 0,

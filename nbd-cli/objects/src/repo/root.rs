@@ -6,16 +6,20 @@ use std::collections::HashMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use super::disks::{DiskHead, are_laid_out};
 use super::error::{RepositoryError, Result};
 use super::id::{Id, PackId};
 use super::pack_list::{push_packs, read_packs};
-use super::page::{PAGE_LEN_MAX, PAGE_SPAN};
+use super::page::{DISK_SIZE_MAX, PAGE_LEN_MAX, PAGE_SPAN};
 use super::reader::Reader;
 use super::seal::{FramePlace, Hash, OVERHEAD, ROOT, Sealer};
 use super::stored::{Stored, push, stored};
 
-/// The first bytes of every object of a backup; the last one is the version.
-const MAGIC: &[u8; 8] = b"nbdroot\x01";
+/// The first bytes of every object of a backup. The version follows: 2 if it has several disks, which
+/// older programs would take for one.
+const MAGIC: &[u8; 7] = b"nbdroot";
+/// Where the kind is.
+const KIND: usize = 8;
 /// Bytes in front of the head.
 pub(crate) const PREFIX_LEN: usize = 32;
 /// Longest head, in bytes.
@@ -24,8 +28,6 @@ pub(crate) const HEAD_LEN_MAX: usize = 64 << 10;
 const BODY_LEN_MAX: u64 = 256 << 20;
 /// Most packs and references to packs, so that a body stays below its limit.
 const REFERENCES_MAX: usize = 24 << 20;
-/// Largest disk, in bytes.
-pub const DISK_SIZE_MAX: u64 = 64 << 40;
 
 /// What a backup is. Unknown fields are ignored: what must be understood changes the version.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +55,10 @@ pub struct Head {
     /// What an imported image was, so that it is not imported again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub imported: Option<String>,
+    /// The disks, if it has several. Then `size` is where the last one ends, and what is recorded of
+    /// one disk is with them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskHead>,
     /// Bytes of the disk that are not zero, in whole blocks.
     pub data: u64,
     /// Bytes that this backup added to the repository.
@@ -61,6 +67,68 @@ pub struct Head {
     pub body_length: u64,
     /// Hash of the body, as 32 hexadecimal digits.
     pub body_hash: String,
+}
+
+impl Head {
+    /// Bytes of its disks.
+    pub fn bytes(&self) -> u64 {
+        match self.disks.is_empty() {
+            true => self.size,
+            false => self.disks.iter().fold(0, |sum, disk| disk.size.saturating_add(sum)),
+        }
+    }
+
+    /// Returns what the backup is of one disk: of that of this name, if it has several. Its name is then
+    /// `NAME#DISK`, and it has only this disk.
+    ///
+    /// # Errors
+    ///
+    /// If it has no such disk, or several and no name is given; the error says which there are.
+    pub fn of_disk(&self, name: Option<&str>) -> Result<Self> {
+        if name.is_none() && self.disks.is_empty() {
+            return Ok(self.clone());
+        }
+        let has: Vec<_> = self.disks.iter().take(8).map(|disk| &*disk.name).collect();
+        let found = name.and_then(|name| self.disks.iter().find(|disk| disk.name == name));
+        let Some(disk) = found else {
+            return Err(RepositoryError::invalid(match (&has[..], name) {
+                ([], _) => format!("the backup of '{}' is of one disk, without a name", self.name),
+                ([first, ..], None) => format!(
+                    "the backup of '{0}' has named disks ({1}); name one, as in {0}@latest#{first}",
+                    self.name,
+                    has.join(", "),
+                ),
+                (_, Some(name)) => format!(
+                    "the backup of '{}' has no disk '{name}' (it has {})",
+                    self.name,
+                    has.join(", ")
+                ),
+            }));
+        };
+        Ok(Self {
+            name: format!("{}#{}", self.name, disk.name),
+            size: disk.size,
+            identity: disk.identity.clone(),
+            disk: disk.disk.clone(),
+            export: disk.export.clone(),
+            bitmap: disk.bitmap.clone(),
+            disks: vec![disk.clone()],
+            ..self.clone()
+        })
+    }
+
+    /// Describes the place of a byte of the map.
+    pub(crate) fn place(&self, byte: u64) -> String {
+        match self.disks.iter().rfind(|disk| disk.offset <= byte) {
+            Some(disk) => format!("byte {} of its disk '{}'", byte - disk.offset, disk.name),
+            None => format!("byte {byte}"),
+        }
+    }
+
+    /// The version of the object.
+    fn version(&self) -> u8 {
+        if self.disks.is_empty() { 1 } else { 2 }
+    }
 }
 
 /// What an object of a backup is.
@@ -254,6 +322,7 @@ pub(crate) fn encode(sealer: &Sealer, id: Id, head: &Head, root: &Root) -> Resul
             "the map of this disk is too long; make a backup under another name",
         ));
     }
+    let version = head.version();
     let mut head = head.clone();
     head.body_length = content.len() as u64;
     head.body_hash = format!("{:?}", sealer.hash(&content));
@@ -266,7 +335,7 @@ pub(crate) fn encode(sealer: &Sealer, id: Id, head: &Head, root: &Root) -> Resul
     let body = sealer.frame(place(id, 1), &content)?;
     let mut object = Vec::with_capacity(PREFIX_LEN + head.len() + body.len());
     object.extend_from_slice(MAGIC);
-    object.extend_from_slice(&[0; 4]);
+    object.extend_from_slice(&[version, 0, 0, 0, 0]);
     push(&mut object, head.len());
     object.extend_from_slice(&checksum(&head).0);
     object.extend_from_slice(&head);
@@ -287,7 +356,7 @@ fn checksum(stored: &[u8]) -> Hash {
 pub(crate) fn empty() -> Bytes {
     let mut object = Vec::with_capacity(PREFIX_LEN);
     object.extend_from_slice(MAGIC);
-    object.push(2);
+    object.extend_from_slice(&[1, 2]);
     object.resize(PREFIX_LEN, 0);
     object.into()
 }
@@ -304,7 +373,7 @@ pub(crate) fn live(object: &Bytes) -> Bytes {
 
 fn with_kind(object: &Bytes, kind: u8) -> Bytes {
     let mut object = object.to_vec();
-    if let Some(place) = object.get_mut(MAGIC.len()) {
+    if let Some(place) = object.get_mut(KIND) {
         *place = kind;
     }
     object.into()
@@ -314,12 +383,22 @@ fn with_kind(object: &Bytes, kind: u8) -> Bytes {
 pub(crate) fn kind(object: &[u8]) -> Option<Kind> {
     let prefix = object.first_chunk::<PREFIX_LEN>()?;
     let rest = prefix.strip_prefix(MAGIC)?;
-    match rest.first()? {
+    if !matches!(rest.first()?, 1 | 2) {
+        return None;
+    }
+    match rest.get(1)? {
         0 => Some(Kind::Live),
         1 => Some(Kind::Forgotten),
         2 => Some(Kind::Empty),
         _ => None,
     }
+}
+
+/// The error of an object that is none of a backup, or of a later version.
+pub(crate) fn unknown(id: Id) -> RepositoryError {
+    RepositoryError::damaged(format!(
+        "the object backups/{id} is damaged, or a newer version of this program made it"
+    ))
 }
 
 /// Returns the length of the head that follows the first bytes.
@@ -340,7 +419,11 @@ pub(crate) fn head(sealer: &Sealer, id: Id, object: &[u8]) -> Result<Head> {
     let text = sealer.open_unknown(place(id, 0), stored, HEAD_LEN_MAX);
     let text = text.map_err(|broken| damaged(&broken.to_string()))?;
     let head: Head = serde_json::from_slice(&text).map_err(|_| damaged("is malformed"))?;
-    match head.size <= DISK_SIZE_MAX && head.body_length <= BODY_LEN_MAX {
+    if object.get(MAGIC.len()) != Some(&head.version()) {
+        return Err(damaged("is of another version than its head"));
+    }
+    let is_possible = head.size <= DISK_SIZE_MAX && head.body_length <= BODY_LEN_MAX;
+    match is_possible && (head.disks.is_empty() || are_laid_out(&head.disks, head.size)) {
         true => Ok(head),
         false => Err(damaged("says impossible sizes")),
     }
@@ -392,6 +475,7 @@ mod tests {
             export: None,
             bitmap: Some("b".to_owned()),
             imported: None,
+            disks: Vec::new(),
             data: 0,
             added: 0,
             body_length: 0,
@@ -419,6 +503,42 @@ mod tests {
             }
         }
         assert_eq!(kind(&empty()), Some(Kind::Empty));
+    }
+
+    #[test]
+    fn backups_of_several_disks_are_another_version_that_older_programs_refuse() {
+        let (id, sealer) = (Id::from_bytes([4; 16]), Sealer::default());
+        let disk = |name: &str, offset, size| DiskHead {
+            name: name.to_owned(),
+            offset,
+            size,
+            identity: Some(format!("of {name}")),
+            ..DiskHead::default()
+        };
+        let mut several = a_head(3);
+        several.disks = vec![disk("a", 0, 7), disk("b", PAGE_SPAN, 2 * PAGE_SPAN - 100)];
+        let object = encode(&sealer, id, &several, &a_root(3)).unwrap();
+        let before = b"nbdroot\x01";
+        assert_ne!(&object[..8], before, "what is compared there");
+        let found = head(&sealer, id, &object).unwrap();
+        assert_eq!((found.disks.len(), found.bytes()), (2, 2 * PAGE_SPAN - 93));
+        let one = found.of_disk(Some("b")).unwrap();
+        assert_eq!((&*one.name, one.identity.as_deref()), ("vm1#b", Some("of b")));
+        assert_eq!((one.size, one.disks.len()), (2 * PAGE_SPAN - 100, 1));
+        let refused = |name: Option<&str>| found.of_disk(name).unwrap_err().to_string();
+        assert!(refused(None).contains("named disks (a, b)"));
+        assert!(refused(Some("c")).contains("no disk 'c' (it has a, b)"));
+        let single = a_head(3).of_disk(Some("a")).unwrap_err().to_string();
+        assert!(single.contains("of one disk"), "{single}");
+        // Neither is taken for the other, and what comes later for neither.
+        for version in [0, 1, 3, 0xff] {
+            let mut other = object.to_vec();
+            other[7] = version;
+            assert!(kind(&other).is_none() || head(&sealer, id, &other).is_err());
+        }
+        several.disks.truncate(1);
+        let object = encode(&sealer, id, &several, &a_root(3)).unwrap();
+        assert!(head(&sealer, id, &object).is_err(), "the disks end elsewhere");
     }
 
     #[test]

@@ -28,6 +28,7 @@ Examples:
   nbd-cli backup --encrypt --new-key-file disk.key nbd://vmhost/disk secret.qcow2
   nbd-cli restore monday.qcow2 disk.img
   nbd-cli backup --name vm1 nbd://vmhost/disk /srv/backups
+  nbd-cli backup --name vm1 --control /run/nbd.control system=vm data=vm-data /srv/backups
 
 A full backup is a qcow2 file that stands alone. An incremental backup contains the ranges that are
 dirty in a bitmap of the server (context qemu:dirty-bitmap:NAME), and its backing file is the
@@ -65,7 +66,8 @@ durable.";
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 #[command(override_usage = "nbd-cli backup [OPTIONS] <SOURCE> <TARGET>\n       \
-                            nbd-cli backup [OPTIONS] --control <PATH> --export <NAME> [SOURCE] <TARGET>")]
+                            nbd-cli backup [OPTIONS] --control <PATH> --export <NAME> [SOURCE] <TARGET>\n       \
+                            nbd-cli backup [OPTIONS] --name <NAME> <DISK=SOURCE>... <TARGET>")]
 pub struct BackupArgs {
     /// The disk, as an NBD URI. Optional with --control: the server reports its address.
     // Clap accepts no options between an optional argument and a required one after it: a single
@@ -76,6 +78,13 @@ pub struct BackupArgs {
     /// The new qcow2 file, or a block device to overwrite; with --name the repository.
     #[arg(value_name = "TARGET")]
     pub second_operand: Option<OsString>,
+
+    /// More disks, with --name: all are given as DISK=SOURCE, each with a name of its own, and the
+    /// repository is the last argument. With --control, SOURCE is the name of an export, and all are
+    /// backed up at the same moment.
+    #[cfg(feature = "object-storage")]
+    #[arg(value_name = "DISK=SOURCE")]
+    pub more_operands: Vec<OsString>,
 
     #[cfg(feature = "object-storage")]
     #[command(flatten)]
@@ -105,7 +114,7 @@ pub struct BackupArgs {
 
     /// Create a checkpoint of a disk in use, through the control socket of its server, and copy
     /// from that.
-    #[arg(long, value_name = "PATH", requires = "export")]
+    #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 
     /// Name of the disk's export, with --control.

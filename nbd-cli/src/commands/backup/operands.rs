@@ -7,10 +7,20 @@ use nbd_proto::NbdUri;
 
 use super::args::BackupArgs;
 use crate::error::CommandError;
+#[cfg(feature = "object-storage")]
+use crate::output::printable;
 
 impl BackupArgs {
     /// Assigns the positional arguments to the disk and the new file.
     pub(super) fn assign_operands(&mut self) -> Result<(), CommandError> {
+        #[cfg(feature = "object-storage")]
+        if let Some(more) = self.more_operands.first() {
+            return Err(CommandError::new(format!(
+                "'{}' is one argument too many; several disks are for --name",
+                printable(&more.to_string_lossy())
+            )));
+        }
+        self.check_export()?;
         let first = std::mem::take(&mut self.first_operand);
         match self.second_operand.take() {
             Some(target) => {
@@ -30,6 +40,14 @@ impl BackupArgs {
             }
         }
         Ok(())
+    }
+
+    /// Refuses `--control` without the export.
+    pub(super) fn check_export(&self) -> Result<(), CommandError> {
+        match self.control.is_some() && self.export.is_none() {
+            true => Err(CommandError::new("give the disk's export as well: --export NAME")),
+            false => Ok(()),
+        }
     }
 }
 

@@ -1,13 +1,15 @@
 //! Backups in a repository.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::remote::Remotes;
 use nbd_jobs::repository::{
-    BackedUpToRepository, DiskToBackUp, RepositoryOptions, backup_to_repository,
+    BackedUpToRepository, DiskToBackUp, NamedDisk, RepositoryOptions, backup_disks_to_repository,
+    backup_to_repository,
 };
+use nbd_jobs::serving::split_name;
 use nbd_jobs::size::rounded;
 use nbd_jobs::{BackupSource, Cancellation, JobContext};
 use nbd_proto::NbdUri;
@@ -44,7 +46,7 @@ pub(super) fn run(
     args: &BackupArgs,
     cancelled: fn() -> Result<Cancellation, CommandError>,
 ) -> Result<Outcome, CommandError> {
-    let (disk, repository) = operands(args)?;
+    let (disks, repository) = disks(args)?;
     let shown = Shown::new(args.summary.visibility());
     let runtime = runtime()?;
     let work = async {
@@ -52,7 +54,14 @@ pub(super) fn run(
         let opened = open(&repository, &args.repository.passphrase).await?;
         let context =
             JobContext { observer: shown.clone(), cancellation, rate_limit: args.rate.limit() };
-        Ok::<_, CommandError>(backup_to_repository(&disk, &opened, &options(args), &context).await?)
+        let options = options(args);
+        let made = match &disks {
+            Disks::One(disk) => backup_to_repository(disk, &opened, &options, &context).await,
+            Disks::Several(disks) => {
+                backup_disks_to_repository(disks, &opened, &options, &context).await
+            }
+        };
+        Ok::<_, CommandError>(made?)
     };
     let result = runtime.block_on(work);
     shown.clear();
@@ -63,44 +72,93 @@ pub(super) fn run(
     Ok(Outcome::Success)
 }
 
-/// Returns the disk and the repository.
-fn operands(args: &BackupArgs) -> Result<(DiskToBackUp, OsString), CommandError> {
-    let (source, repository) = match (&args.second_operand, &args.control) {
-        (Some(repository), _) => (Some(&args.first_operand), repository),
-        (None, Some(_)) => (None, &args.first_operand),
-        (None, None) => {
-            return Err(CommandError::new(
-                "give the disk, as an NBD URI or an image, and the repository; or --control and the \
-                 repository",
-            ));
+/// What is backed up.
+enum Disks {
+    One(Box<DiskToBackUp>),
+    Several(Vec<NamedDisk>),
+}
+
+/// Returns the disks and the repository.
+fn disks(args: &BackupArgs) -> Result<(Disks, OsString), CommandError> {
+    let mut operands = vec![&args.first_operand];
+    operands.extend(args.second_operand.iter().chain(&args.more_operands));
+    let repository = operands.pop().unwrap_or(&args.first_operand).clone();
+    let split: Vec<_> = operands.iter().map(|operand| split_name(operand)).collect();
+    if !split.iter().any(|(name, _)| name.is_some()) {
+        return match operands[..] {
+            [] => one(args, None),
+            [source] => one(args, Some(source)),
+            _ => Err(CommandError::new("several disks are given as DISK=SOURCE")),
         }
-    };
-    let uri = match source {
-        Some(source) => source.to_str().and_then(|text| text.parse::<NbdUri>().ok()),
-        None => None,
-    };
-    if let Some(socket) = &args.control {
-        if let (Some(source), None) = (source, &uri) {
+        .map(|disk| (Disks::One(Box::new(disk)), repository));
+    }
+    if args.export.is_some() {
+        return Err(CommandError::new("give the export as DISK=EXPORT, or by --export: not both"));
+    }
+    let mut disks = Vec::new();
+    for (name, source) in split {
+        let Some(name) = name else {
             return Err(CommandError::new(format!(
-                "'{}' is not an NBD URI of a disk; with --control, give the URI or leave it out",
+                "'{}' has no name; if one disk has one, all are given as DISK=SOURCE",
                 printable(&source.to_string_lossy())
             )));
-        }
-        let (socket, export) = (socket.clone(), args.export.clone().unwrap_or_default());
-        let disk = DiskToBackUp::Served(Box::new(BackupSource::Checkpoint { socket, export, uri }));
-        return Ok((disk, repository.clone()));
+        };
+        let disk = match &args.control {
+            Some(socket) => {
+                let export = source.to_str().ok_or_else(|| {
+                    CommandError::new("the names of exports are UTF-8; this one is none")
+                })?;
+                let (socket, export) = (socket.clone(), export.to_owned());
+                let source = BackupSource::Checkpoint { socket, export, uri: None };
+                DiskToBackUp::Served(Box::new(source))
+            }
+            None => disk(args, source)?,
+        };
+        disks.push(NamedDisk::new(name, disk));
     }
-    if let Some(uri) = uri {
+    Ok((Disks::Several(disks), repository))
+}
+
+/// Returns the only disk.
+fn one(args: &BackupArgs, source: Option<&OsString>) -> Result<DiskToBackUp, CommandError> {
+    let Some(socket) = &args.control else {
+        let source = source.ok_or_else(|| {
+            CommandError::new(
+                "give the disk, as an NBD URI or an image, and the repository; or --control and the \
+                 repository",
+            )
+        })?;
+        return disk(args, source);
+    };
+    args.check_export()?;
+    let uri = match source {
+        None => None,
+        Some(source) => Some(uri(source).ok_or_else(|| {
+            CommandError::new(format!(
+                "'{}' is not an NBD URI of a disk; with --control, give the URI or leave it out",
+                printable(&source.to_string_lossy())
+            ))
+        })?),
+    };
+    let (socket, export) = (socket.clone(), args.export.clone().unwrap_or_default());
+    Ok(DiskToBackUp::Served(Box::new(BackupSource::Checkpoint { socket, export, uri })))
+}
+
+fn uri(source: &OsStr) -> Option<NbdUri> {
+    source.to_str()?.parse().ok()
+}
+
+/// Returns a disk: an NBD URI or an image.
+fn disk(args: &BackupArgs, source: &OsStr) -> Result<DiskToBackUp, CommandError> {
+    if let Some(uri) = uri(source) {
         args.tls.check([&uri])?;
-        let disk = DiskToBackUp::Served(Box::new(BackupSource::Export(uri)));
-        return Ok((disk, repository.clone()));
+        return Ok(DiskToBackUp::Served(Box::new(BackupSource::Export(uri))));
     }
-    let source = source.ok_or_else(|| CommandError::new("give the disk"))?;
     let location = ImageLocation::parse(source)?;
     let options = args.share.apply(args.trust().options());
     let remotes = Remotes::default().objects(args.repository.passphrase.objects.opener());
     let image = location.open(&options, &remotes).map_err(advise_sharing)?;
-    Ok((DiskToBackUp::Image(Arc::new(image)), repository.clone()))
+    Ok(DiskToBackUp::Image(Arc::new(image)))
 }
 
 fn options(args: &BackupArgs) -> RepositoryOptions {

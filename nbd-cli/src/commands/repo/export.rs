@@ -23,7 +23,8 @@ pub struct ExportArgs {
     pub store: StoreArgs,
 
     /// The backups: NAME for all of this disk, each as a file upon that of the backup before;
-    /// NAME@DAY, NAME@ID or NAME@latest for one, whose file needs no other.
+    /// NAME@DAY, NAME@ID or NAME@latest for one, whose file needs no other. Of backups of several disks
+    /// each disk becomes files of its own; #DISK behind it selects one.
     #[arg(value_name = "BACKUP")]
     pub backup: String,
 
@@ -69,13 +70,20 @@ pub(super) async fn run(args: &ExportArgs) -> Result<Outcome, CommandError> {
             args.folder.display()
         )));
     }
-    let (backups, unreadable) = selected(&repository, &args.backup).await?;
+    let (chains, unreadable) = selected(&repository, &args.backup).await?;
     let mut teller = Teller::new(args.summary);
     let context = teller.context(&args.rate);
-    let told = |exported: &Exported| {
+    let mut told = |exported: &Exported| {
         teller.tell(ExportedFile::of(exported), || described(exported));
     };
-    let result = export_from_repository(&repository, &backups, &args.folder, &context, told).await;
+    let mut result = Ok(());
+    for backups in &chains {
+        let folder = &args.folder;
+        result = export_from_repository(&repository, backups, folder, &context, &mut told).await;
+        if result.is_err() {
+            break;
+        }
+    }
     teller.finish(result)?;
     match unreadable {
         0 => Ok(Outcome::Success),
@@ -86,20 +94,23 @@ pub(super) async fn run(args: &ExportArgs) -> Result<Outcome, CommandError> {
     }
 }
 
-/// Returns the backups that are meant, oldest first, and how many cannot be read.
+/// The backups of one disk, oldest first.
+type Chain = Vec<(Id, Head)>;
+
+/// Returns the backups that are meant, those of each disk by themselves, and how many cannot be read.
 async fn selected(
     repository: &Repository,
     text: &str,
-) -> Result<(Vec<(Id, Head)>, usize), CommandError> {
+) -> Result<(Vec<Chain>, usize), CommandError> {
+    let (id, found, disk) = repository.find_disk(text).await.map_err(repository_error)?;
     if text.contains('@') {
-        let found = repository.find(text).await.map_err(repository_error)?;
-        return Ok((vec![found], 0));
+        return Ok((by_disk(vec![(id, found)], disk.as_deref())?, 0));
     }
     let (mut own, mut unreadable) = (Vec::new(), 0);
     for info in repository.list().await.map_err(repository_error)? {
         match info.head {
             _ if info.is_forgotten => {}
-            Ok(head) if head.name == text => own.push((info.id, head)),
+            Ok(head) if head.name == found.name => own.push((info.id, head)),
             Ok(_) => {}
             Err(error) => {
                 warn(&error.to_string());
@@ -107,11 +118,34 @@ async fn selected(
             }
         }
     }
-    if own.is_empty() {
-        // It says which there are.
-        own.push(repository.find(text).await.map_err(repository_error)?);
+    Ok((by_disk(own, disk.as_deref())?, unreadable))
+}
+
+/// Returns the backups of each disk, or of only one.
+fn by_disk(backups: Chain, only: Option<&str>) -> Result<Vec<Chain>, CommandError> {
+    let mut chains: Vec<(Option<String>, Chain)> = Vec::new();
+    let mut missing = Ok(());
+    for (id, head) in backups {
+        let mut names: Vec<_> = head.disks.iter().map(|disk| Some(disk.name.clone())).collect();
+        if names.is_empty() {
+            names.push(None);
+        }
+        names.retain(|name| only.is_none() || name.as_deref() == only);
+        if names.is_empty() {
+            missing = head.of_disk(only).map(drop);
+        }
+        for name in names {
+            let of_disk = head.of_disk(name.as_deref()).map_err(repository_error)?;
+            match chains.iter_mut().find(|(other, _)| *other == name) {
+                Some((_, chain)) => chain.push((id, of_disk)),
+                None => chains.push((name, vec![(id, of_disk)])),
+            }
+        }
     }
-    Ok((own, unreadable))
+    if chains.is_empty() {
+        missing.map_err(repository_error)?;
+    }
+    Ok(chains.into_iter().map(|(_, chain)| chain).collect())
 }
 
 fn described(exported: &Exported) -> String {

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use nbd_jobs::date::date_and_time;
 use nbd_jobs::repository::repository_error;
 use nbd_jobs::size::rounded;
-use nbd_objects::repo::{BackupInfo, Checked, Garbage, PinInfo, Repository, SessionInfo};
+use nbd_objects::repo::{
+    BackupInfo, Checked, DiskHead, Garbage, Head, PinInfo, Repository, SessionInfo,
+};
 use serde::Serialize;
 
 use super::args::{GcArgs, ListArgs, StatsArgs};
@@ -27,9 +29,21 @@ struct Backup {
     added: Option<u64>,
     export: Option<String>,
     bitmap: Option<String>,
+    /// The disks, if it has several.
+    disks: Vec<DiskOfBackup>,
     forgotten: bool,
     /// What is wrong with its object.
     damage: Option<String>,
+}
+
+/// One of the disks of a backup.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct DiskOfBackup {
+    name: String,
+    size: u64,
+    export: Option<String>,
+    bitmap: Option<String>,
 }
 
 /// A backup that is being made or was interrupted.
@@ -109,11 +123,20 @@ impl Backup {
             id: info.id.to_string(),
             name: head.map(|head| head.name.clone()),
             time: head.map(|head| date_and_time(head.time / 1000)),
-            size: head.map(|head| head.size),
+            size: head.map(Head::bytes),
             data: head.map(|head| head.data),
             added: head.map(|head| head.added),
             export: head.and_then(|head| head.export.clone()),
             bitmap: head.and_then(|head| head.bitmap.clone()),
+            disks: head.map_or_else(Vec::new, |head| {
+                let disk = |disk: &DiskHead| DiskOfBackup {
+                    name: disk.name.clone(),
+                    size: disk.size,
+                    export: disk.export.clone(),
+                    bitmap: disk.bitmap.clone(),
+                };
+                head.disks.iter().map(disk).collect()
+            }),
             forgotten: info.is_forgotten,
             damage: info.head.as_ref().err().map(ToString::to_string),
         }
@@ -339,7 +362,8 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
         let disk = disks.entry(head.name.clone()).or_default();
         disk.backups += 1;
         disk.added = disk.added.saturating_add(head.added);
-        (disk.name, disk.size, disk.data) = (head.name, head.size, head.data);
+        disk.size = head.bytes();
+        (disk.name, disk.data) = (head.name, head.data);
     }
     let (packs, total) = repository.space().await.map_err(repository_error)?;
     let stats = Stats {

@@ -118,10 +118,13 @@ pub(crate) async fn open(
 
 /// Describes a backup in one line.
 pub(crate) fn described(id: Id, head: &Head) -> String {
+    let names: Vec<_> = head.disks.iter().map(|disk| &*disk.name).collect();
+    let disks = if names.is_empty() { String::new() } else { format!(" ({})", names.join(", ")) };
     format!(
-        "{id}  {}  {:>8}  {}",
+        "{id}  {}  {:>8}  {}{}",
         date_and_time(head.time / 1000),
-        rounded(head.size),
-        printable(&head.name)
+        rounded(head.bytes()),
+        printable(&head.name),
+        printable(&disks)
     )
 }

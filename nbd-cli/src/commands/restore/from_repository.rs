@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use clap::Args;
 use imgfmt::{Format, Image, OpenOptions, Storage};
-use nbd_jobs::repository::{open_disk, split_address};
+use nbd_jobs::repository::{repository_error, split_address};
 use nbd_jobs::{
-    JobContext, JobError, JobErrorKind, RestoreCheck, RestoreOptions, Restored, restore_image,
+    JobContext, JobError, JobErrorKind, Location, RestoreCheck, RestoreOptions, Restored,
+    restore_image,
 };
-use nbd_objects::repo::Damage;
+use nbd_objects::repo::{Damage, Head, Id, Repository};
 
 use super::RestoreArgs;
 use crate::commands::repo::{PassphraseArgs, open};
@@ -39,10 +40,11 @@ pub(super) fn address(image: &Path) -> Option<&str> {
     image.to_str()?.strip_prefix("backup:")
 }
 
+/// Restores a backup, or one disk of it; all of its disks if the destination is a folder.
 pub(super) async fn restore(
     args: &RestoreArgs,
     address: &str,
-    mut options: RestoreOptions,
+    options: RestoreOptions,
     context: &JobContext,
 ) -> Result<Result<Restored, JobError>, CommandError> {
     let (repository, backup) = split_address(address).ok_or_else(|| {
@@ -51,39 +53,119 @@ pub(super) async fn restore(
         ))
     })?;
     let repository = open(&repository.into(), &args.repository.passphrase).await?;
-    let damaged = Arc::new(AtomicU64::new(0));
-    let damage = match args.repository.skip_damaged {
-        false => Damage::Refused,
-        true => {
-            let damaged = Arc::clone(&damaged);
-            Damage::Told(Arc::new(move |_, error| {
-                if damaged.fetch_add(1, Ordering::Relaxed) < NAMED_MAX {
-                    warn(&error.to_string());
-                }
-            }))
-        }
+    let found = repository.find_disk(backup).await.map_err(repository_error)?;
+    let mut work = Restore {
+        name: format!("backup:{address}"),
+        repository,
+        options,
+        context,
+        skip_damaged: args.repository.skip_damaged,
+        damaged: Arc::default(),
     };
-    let storage = open_disk(&repository, backup, damage).await?;
-    // What the disk holds is never taken for an image.
-    let raw = OpenOptions::new().format(Format::Raw);
-    let disk: Arc<dyn Storage> = Arc::clone(&storage) as _;
     // Every block is checked against its hash when it is read.
-    options.check = RestoreCheck::Off;
-    let name = format!("backup:{address}");
-    let restored = match Image::from_storage(disk, &raw) {
-        Ok(image) => {
-            restore_image(image, &name, &args.destination.location, &options, context).await
+    work.options.check = RestoreCheck::Off;
+    let restored = match (&args.destination.location, found) {
+        (Location::File(folder), (id, head, None)) if !head.disks.is_empty() && folder.is_dir() => {
+            work.all(id, &head, folder).await
         }
-        Err(error) => Err(JobError::image(JobErrorKind::Source, error)),
+        (to, (id, _, disk)) => work.disk((id, disk.as_deref()), to).await,
     };
-    // Reads that were given up may still hold it.
-    storage.close().await;
-    let count = damaged.load(Ordering::Relaxed);
+    let count = work.damaged.load(Ordering::Relaxed);
     if restored.is_ok() && count > 0 {
         return Err(CommandError::new(format!(
-            "{count} blocks of 64 KiB of '{name}' are lost and were restored as zeroes; everything \
-             else was restored"
+            "{count} blocks of 64 KiB of '{}' are lost and were restored as zeroes; everything else \
+             was restored",
+            work.name
         )));
     }
     Ok(restored)
+}
+
+struct Restore<'a> {
+    /// As the user names it.
+    name: String,
+    repository: Repository,
+    options: RestoreOptions,
+    context: &'a JobContext,
+    skip_damaged: bool,
+    /// Blocks that are lost.
+    damaged: Arc<AtomicU64>,
+}
+
+impl Restore<'_> {
+    /// Restores every disk to a file of its name.
+    async fn all(&self, id: Id, head: &Head, folder: &Path) -> Result<Restored, JobError> {
+        let suffix = if self.options.format == Format::Qcow2 { "qcow2" } else { "img" };
+        let path = |disk: &str| folder.join(format!("{disk}.{suffix}"));
+        let names: Vec<_> = head.disks.iter().map(|disk| &*disk.name).collect();
+        // Before hours are spent on the others.
+        if let Some(path) =
+            names.iter().map(|disk| path(disk)).find(|it| it.symlink_metadata().is_ok())
+        {
+            return Err(JobError::destination(format!(
+                "'{}' exists already; give another folder, or restore the other disks one by one, as \
+                 {}@{id}#DISK",
+                path.display(),
+                head.name
+            )));
+        }
+        // It stays, whatever becomes of the backup between two disks.
+        let first = names.first().copied();
+        let pinned = self.repository.read_disk(id, first, Damage::Refused).await;
+        let pinned = pinned.map_err(repository_error)?;
+        let mut restored = Ok(None);
+        for disk in names {
+            restored =
+                match (restored, self.disk((id, Some(disk)), &Location::File(path(disk))).await) {
+                    (Ok(sum), Ok(one)) => Ok(Some(added(sum, one))),
+                    (_, Err(error)) | (Err(error), _) => Err(error),
+                };
+            if restored.is_err() {
+                break;
+            }
+        }
+        pinned.close().await;
+        restored?.ok_or_else(|| JobError::source(format!("the backup {id} has no disk")))
+    }
+
+    /// Restores a disk.
+    async fn disk(
+        &self,
+        (id, disk): (Id, Option<&str>),
+        to: &Location,
+    ) -> Result<Restored, JobError> {
+        let damage = match self.skip_damaged {
+            false => Damage::Refused,
+            true => {
+                let damaged = Arc::clone(&self.damaged);
+                Damage::Told(Arc::new(move |_, error| {
+                    if damaged.fetch_add(1, Ordering::Relaxed) < NAMED_MAX {
+                        warn(&error.to_string());
+                    }
+                }))
+            }
+        };
+        let opened = self.repository.read_disk(id, disk, damage).await;
+        let storage = Arc::new(opened.map_err(repository_error)?);
+        // What the disk holds is never taken for an image.
+        let raw = OpenOptions::new().format(Format::Raw);
+        let image: Arc<dyn Storage> = Arc::clone(&storage) as _;
+        let restored = match Image::from_storage(image, &raw) {
+            Ok(image) => restore_image(image, &self.name, to, &self.options, self.context).await,
+            Err(error) => Err(JobError::image(JobErrorKind::Source, error)),
+        };
+        // Reads that were given up may still hold it.
+        storage.close().await;
+        restored
+    }
+}
+
+/// Adds what was restored of one disk to what was of others.
+fn added(sum: Option<Restored>, one: Restored) -> Restored {
+    let Some(mut sum) = sum else { return one };
+    sum.size = sum.size.saturating_add(one.size);
+    sum.copied += one.copied;
+    sum.zero += one.zero;
+    sum.verified = sum.verified.zip(one.verified).map(|(sum, one)| sum + one);
+    sum
 }

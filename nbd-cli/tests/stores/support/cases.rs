@@ -1,7 +1,7 @@
 //! The commands that write to a store or a repository, and what holds after each of them.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nbd_objects::testing::Contents;
 use serde_json::Value;
@@ -27,6 +27,9 @@ pub(crate) struct World {
 
 /// The disks in the files of that chain, from the bottom to the top.
 const CHAIN: [&str; 2] = ["old", "middle"];
+
+/// Disks that are in one backup.
+const SEVERAL: [&str; 2] = ["other", "middle"];
 
 /// MiB of noise in the disks: more than the 8 of a pack, where there is time.
 fn noise_len() -> usize {
@@ -79,10 +82,15 @@ impl World {
         // Its packs are garbage.
         let gone = back_up("gone", "new");
         scene.run(&["repo", "forget", REPOSITORY, &gone]).success();
+        let disks = SEVERAL.map(|disk| format!("{disk}={}", self.path(disk)));
+        let several = ["backup", "--name", "several", "--json", &disks[0], &disks[1], REPOSITORY];
+        let several = scene.json(&several)["id"].as_str().expect("text").to_owned();
         let (older, middle) = (back_up("vm", "old"), back_up("vm", "middle"));
         let other = back_up("other", "other");
         self.older.clone_from(&older);
         self.backups = BTreeMap::from([(older, "old"), (middle, "middle"), (other, "other")]);
+        // Its disks have the names of their files.
+        self.backups.insert(several, "");
         let decrypt: &[&str] = if self.passphrase.is_some() { &["--decrypt"] } else { &[] };
         let export = ["repo", "export", "--json", REPOSITORY, "vm", &self.path("chain")];
         let files = scene.json(&[&export[..], decrypt].concat());
@@ -125,12 +133,21 @@ impl World {
                 true => Some(*imported.next().expect("no more than was imported")),
                 false => self.backups.get(id).copied(),
             };
+            let name = backup["name"].as_str().expect("text");
+            let name = format!("backup:{REPOSITORY}/{name}@{id}");
+            // Each of several has the name of its file.
+            let several = backup["disks"].as_array().expect("a list").iter();
+            let several = several.map(|disk| disk["name"].as_str().expect("text"));
+            let mut disks: Vec<_> = several.map(|it| (it, format!("{name}#{it}"))).collect();
             new += usize::from(disk.is_none());
-            let name =
-                format!("backup:{REPOSITORY}/{}@{id}", backup["name"].as_str().expect("text"));
-            let disk = self.path(disk.unwrap_or("new"));
-            let compared = scene.run(&["image", "compare", "-f", "raw", &disk, &name]);
-            assert!(compared.is_success(), "{context}: {name}: {compared:?}");
+            if disks.is_empty() {
+                disks.push((disk.unwrap_or("new"), name));
+            }
+            for (disk, name) in disks {
+                let compare = ["image", "compare", "-f", "raw", &self.path(disk), &name];
+                let compared = scene.run(&compare);
+                assert!(compared.is_success(), "{context}: {name}: {compared:?}");
+            }
         }
         assert!(missing.is_empty(), "{context}: {missing:?} are not in {list}");
         let checked = scene.run(&["repo", "check", "--read-data", REPOSITORY]);
@@ -163,11 +180,13 @@ pub(crate) fn cases(world: &World) -> Vec<Case<'_>> {
         forget(world),
         prune(world),
         gc(world),
+        several(world),
         restore(world),
+        restore_several(world),
         export(world),
         import(world),
     ];
-    cases.extend([init(world), live::case()]);
+    cases.extend([init(world), live::case(), live::several()]);
     if world.passphrase.is_some() {
         cases.extend([key_add(world), key_remove(world)]);
     }
@@ -253,8 +272,18 @@ fn next(world: &World) -> Case<'_> {
     backup(world, "backup, incremental", "vm")
 }
 
+/// Two disks, of which the repository has parts of one.
+fn several(world: &World) -> Case<'_> {
+    let disks = ["new", "other"].map(|disk| format!("{disk}={}", world.path(disk)));
+    backup_of(world, "backup, several", "fresh", &[&disks[0], &disks[1]])
+}
+
 fn backup<'a>(world: &'a World, title: &'static str, name: &str) -> Case<'a> {
-    let arguments = ["backup", "-q", "--name", name, &world.path("new"), REPOSITORY];
+    backup_of(world, title, name, &[&world.path("new")])
+}
+
+fn backup_of<'a>(world: &'a World, title: &'static str, name: &str, disks: &[&str]) -> Case<'a> {
+    let arguments = [&["backup", "-q", "--name", name], disks, &[REPOSITORY]].concat();
     let again = |scene: &Scene, outcome: &Outcome, context: &str| {
         assert!(outcome.is_success(), "{context}: {outcome:?}");
         assert!(world.judge(scene, None, context) >= 1, "{context}: it is not there");
@@ -353,6 +382,49 @@ fn restore(world: &World) -> Case<'_> {
     let mut case = case(world, "restore", &arguments, None, again);
     case.after = Box::new(move |scene, outcome, context| {
         assert!(is_there(scene, context) || !outcome.is_success(), "{context}: {outcome:?}");
+        world.judge(scene, None, context);
+    });
+    case
+}
+
+/// All disks of a backup.
+fn restore_several(world: &World) -> Case<'_> {
+    // A file of this name is complete, whenever it is there.
+    let count = |scene: &Scene, context: &str| {
+        let is_there = |disk: &&&str| {
+            let Ok(restored) = std::fs::read(scene.beside(&format!("folder/{disk}.img"))) else {
+                return false;
+            };
+            assert!(restored == std::fs::read(world.path(disk)).expect("a disk"), "{context}");
+            true
+        };
+        SEVERAL.iter().filter(is_there).count()
+    };
+    let arguments = ["restore", &format!("backup:{REPOSITORY}/several@latest"), "{here}/folder"];
+    let again = move |scene: &Scene, outcome: &Outcome, context: &str| {
+        let said = &outcome.stderr;
+        if said.contains(".partial' is left over") || said.contains("exists already") {
+            for name in SEVERAL {
+                let _ = std::fs::remove_file(scene.beside(&format!("folder/{name}.img.partial")));
+                if !Path::new(&scene.beside(&format!("folder/{name}.img"))).exists() {
+                    let disk = format!("backup:{REPOSITORY}/several@latest#{name}");
+                    let to = format!("{{here}}/folder/{name}.img");
+                    scene.run(&["restore", &disk, &to]).success();
+                }
+            }
+        } else {
+            assert!(outcome.is_success(), "{context}: {outcome:?}");
+        }
+        assert_eq!(count(scene, context), SEVERAL.len(), "{context}");
+    };
+    let mut case = case(world, "restore, several", &arguments, None, again);
+    case.prepare = |scene| {
+        std::fs::create_dir(scene.beside("folder")).expect("a folder");
+        None
+    };
+    case.after = Box::new(move |scene, outcome, context| {
+        let is_whole = count(scene, context) == SEVERAL.len();
+        assert!(is_whole || !outcome.is_success(), "{context}: {outcome:?}");
         world.judge(scene, None, context);
     });
     case

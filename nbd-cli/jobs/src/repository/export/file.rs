@@ -158,7 +158,7 @@ async fn tell(
     base: Arc<OpenBackup>,
     told: Sender<Result<(u64, Content), JobError>>,
 ) {
-    let size = backup.head().size;
+    let size = backup.size();
     let mut block = 0;
     while block * BLOCK_SIZE < size {
         let part = match backup.difference(&base, block).await {

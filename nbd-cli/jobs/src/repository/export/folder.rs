@@ -84,7 +84,12 @@ pub(super) fn file_name(id: Id, head: &Head) -> String {
         .filter(|it| *it != ':')
         .map(|it| if it == ' ' { 'T' } else { it })
         .collect();
-    format!("{name}-{time}-{id}.qcow2")
+    // What is plain of the names of two disks may be the same.
+    let disk = head.disks.first().map_or_else(String::new, |disk| {
+        let hash = openssl::sha::sha256(disk.name.as_bytes());
+        hash.iter().take(4).fold("-".to_owned(), |text, byte| text + &format!("{byte:02x}"))
+    });
+    format!("{name}-{time}-{id}{disk}.qcow2")
 }
 
 /// How files of an export are opened: the files below are in the same folder.
@@ -127,6 +132,8 @@ pub(super) fn check_chain(path: &Path) -> Result<usize, JobError> {
 
 #[cfg(test)]
 mod tests {
+    use nbd_objects::repo::DiskHead;
+
     use super::*;
 
     fn head(name: &str) -> Head {
@@ -155,5 +162,12 @@ mod tests {
             );
         }
         assert!(file_name(id, &head(&"n".repeat(1000))).len() < 200);
+        let mut several = head("vm");
+        several.disks = ["a b", "a_b"]
+            .map(|name| DiskHead { name: name.to_owned(), ..DiskHead::default() })
+            .into();
+        let name = |disk| file_name(id, &several.of_disk(Some(disk)).unwrap());
+        assert!(name("a b").starts_with("vm_a_b-2025-"), "{}", name("a b"));
+        assert_ne!(name("a b"), name("a_b"));
     }
 }

@@ -83,9 +83,9 @@ impl Repository {
             *end = stored.range().end.max(*end);
             if let Some(why) = self.check_block(map, block, stored, needs).await? {
                 problems.push(format!(
-                    "the backup {} is damaged at byte {}: {why}",
+                    "the backup {} is damaged at {}: {why}",
                     map.id(),
-                    block * BLOCK_SIZE
+                    map.head().place(block * BLOCK_SIZE)
                 ));
                 // The first one tells enough of a page.
                 break;

@@ -48,9 +48,14 @@ impl Session {
         }
         let (name, line, id) = (&self.new.name, self.line, self.id);
         // A server that knows with which backup a bitmap started does not need to ask.
-        let told = match self.new.identity {
-            Some(_) => repository.name_last(name, line, id, is_alone).await,
-            None => repository.succeed(name, line, id, is_alone).await,
+        let disks = &self.new.disks;
+        let is_known = match disks.is_empty() {
+            true => self.new.identity.is_some(),
+            false => disks.iter().all(|disk| disk.identity.is_some()),
+        };
+        let told = match is_known {
+            true => repository.name_last(name, line, id, is_alone).await,
+            false => repository.succeed(name, line, id, is_alone).await,
         };
         told.map_err(|error| self.untold(&error))?;
         Ok(Made {
@@ -78,10 +83,9 @@ impl Session {
     }
 
     fn untold(&self, error: &RepositoryError) -> RepositoryError {
-        let bitmap = match self.new.bitmap {
-            Some(_) => ", so do not clear its bitmap",
-            None => "",
-        };
+        let has_bitmap =
+            self.new.bitmap.is_some() || self.new.disks.iter().any(|disk| disk.bitmap.is_some());
+        let bitmap = if has_bitmap { ", so do not clear its bitmap" } else { "" };
         RepositoryError::new(
             error.kind(),
             format!(
@@ -101,6 +105,7 @@ impl Session {
             export: self.new.export.clone(),
             bitmap: self.new.bitmap.clone(),
             imported: self.new.imported.clone(),
+            disks: self.new.disks.clone(),
             data: self.data,
             added: self.added,
             body_length: 0,

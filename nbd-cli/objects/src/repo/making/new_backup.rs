@@ -1,12 +1,17 @@
 //! What a backup is of, and its result.
 
+use super::super::disks::{DISKS_MAX, DiskHead, are_laid_out};
 use super::super::error::{RepositoryError, Result};
 use super::super::id::{Id, random};
-use super::super::root::DISK_SIZE_MAX;
+use super::super::page::DISK_SIZE_MAX;
+use super::super::root::HEAD_LEN_MAX;
 
 /// Pages of the base that are looked at before they are taken whole: 16 GiB of the disk, in at most
 /// 7 MB and about 32 requests.
 pub(super) const LOOKS: usize = 512;
+
+/// Bytes of a head that are not of its disks, at most.
+const ROOM_IN_HEAD: usize = 8 << 10;
 
 /// A backup that is to be made.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -30,6 +35,9 @@ pub struct NewBackup {
     pub time: Option<u64>,
     /// What is recorded of an imported image, so that it is not imported again.
     pub imported: Option<String>,
+    /// The disks, if there are several, where [`lay_out`](super::super::lay_out) puts them: then `size`
+    /// is where the last one ends. What is between them is given as zeroes.
+    pub disks: Vec<DiskHead>,
     /// The backup on which this one builds: what is equal there is not sent again.
     pub base: Option<Id>,
     /// The last backup of this name, as [`Repository::last`](super::super::Repository::last) told,
@@ -63,6 +71,18 @@ pub(super) fn check(new: &NewBackup) -> Result<()> {
     if new.name.is_empty() || new.name.len() > 1024 || !is_name(&new.name) {
         return Err(RepositoryError::invalid(
             "the name of a disk has 1 to 1024 bytes, and neither '@' nor control characters",
+        ));
+    }
+    if !new.disks.is_empty() && !are_laid_out(&new.disks, new.size) {
+        return Err(RepositoryError::invalid(format!(
+            "the disks of a backup are at most {DISKS_MAX}, and each has a name of its own of 1 to 128 \
+             bytes, without '/', '@', '#', '=', ':' and control characters",
+        )));
+    }
+    let text = serde_json::to_vec(&new.disks).map_or(0, |text| text.len());
+    if text > HEAD_LEN_MAX - ROOM_IN_HEAD {
+        return Err(RepositoryError::invalid(
+            "the names of the disks, exports and bitmaps are too long together",
         ));
     }
     if new.size > DISK_SIZE_MAX {

@@ -1,9 +1,11 @@
 //! What a backup has that another one does not have, from their maps alone.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::super::error::Result;
-use super::super::page::{BLOCK_SIZE, PAGE_BLOCKS};
+use super::super::page::{BLOCK_SIZE, PAGE_BLOCKS, PAGE_SPAN, Page};
+use super::super::seal::Hash;
 use super::OpenBackup;
 
 /// What blocks are, seen from another backup of the same repository.
@@ -26,30 +28,23 @@ impl OpenBackup {
     ///
     /// If a map page is damaged or missing, and as for all requests to the store.
     pub async fn difference(&self, other: &Self, first: u64) -> Result<(Difference, u64)> {
-        let (own, other) = (&self.disk.map, &other.disk.map);
-        let blocks = own.size().div_ceil(BLOCK_SIZE);
+        let blocks = self.size().div_ceil(BLOCK_SIZE);
         let number = first / PAGE_BLOCKS;
         let range = first..((number + 1) * PAGE_BLOCKS).min(blocks);
-        let page = number as usize;
         let count = range.end.saturating_sub(first);
-        let others = other.root().pages().get(page).copied().flatten();
-        match own.root().pages().get(page).copied().flatten() {
-            None if others.is_none() => return Ok((Difference::Same, count)),
+        let (own, others) = (self.page_at(number), other.page_at(number));
+        match (own, others) {
+            (None, None) => return Ok((Difference::Same, count)),
             // A page of the same content names the same places.
-            Some(own) if others.is_some_and(|others| others.stored.hash == own.stored.hash) => {
+            (Some((_, own)), Some((_, others))) if own == others => {
                 return Ok((Difference::Same, count));
             }
             _ => {}
         }
-        let own = own.page(page).await?;
-        let others = match others {
-            Some(_) => Some(other.page(page).await?),
-            None => None,
-        };
+        let (own, others) = (self.page(own).await?, other.page(others).await?);
         let kinds = offsets(&range).map(|at| {
-            let here = own.blocks.get(at).copied().flatten();
-            let there = others.as_ref().and_then(|page| page.blocks.get(at).copied().flatten());
-            match (here, there) {
+            let block = |page: &Option<Arc<Page>>| page.as_ref()?.blocks.get(at).copied().flatten();
+            match (block(&own), block(&others)) {
                 (None, None) => Difference::Same,
                 (None, Some(_)) => Difference::Zero,
                 (Some(here), Some(there)) if here.hash == there.hash => Difference::Same,
@@ -59,6 +54,24 @@ impl OpenBackup {
         let mut kinds = kinds.peekable();
         let kind = kinds.peek().copied().unwrap_or(Difference::Same);
         Ok((kind, kinds.take_while(|other| *other == kind).count() as u64))
+    }
+
+    /// Returns the number of a page of the disk in the backup, and its hash; `None` if it is zero or
+    /// behind the end of the disk.
+    fn page_at(&self, number: u64) -> Option<(usize, Hash)> {
+        if number.saturating_mul(PAGE_SPAN) >= self.size() {
+            return None;
+        }
+        let number = usize::try_from(self.window.start / PAGE_SPAN + number).ok()?;
+        let page = self.disk.map.root().pages().get(number)?.as_ref()?;
+        Some((number, page.stored.hash))
+    }
+
+    async fn page(&self, at: Option<(usize, Hash)>) -> Result<Option<Arc<Page>>> {
+        match at {
+            Some((number, _)) => self.disk.map.page(number).await.map(Some),
+            None => Ok(None),
+        }
     }
 }
 

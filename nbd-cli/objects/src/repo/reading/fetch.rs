@@ -140,11 +140,13 @@ impl Disk {
         let lengths: Vec<_> =
             blocks.iter().map(|(block, _)| self.map.block_length(*block)).collect();
         let numbers: Vec<_> = blocks.iter().map(|(block, _)| *block).collect();
+        let disk = self.start;
         let open = move || {
             let opened = blocks.iter().zip(lengths).map(|((block, stored), length)| {
                 let range = stored.range();
                 let frame = bytes.get((range.start - start) as usize..(range.end - start) as usize);
-                (*block, open(&sealer, *block, stored, frame.unwrap_or_default(), length))
+                let offset = (*block * BLOCK_SIZE).saturating_sub(disk);
+                (*block, open(&sealer, offset, stored, frame.unwrap_or_default(), length))
             });
             opened.collect()
         };
@@ -159,7 +161,7 @@ impl Disk {
         let bytes = match (bytes, &self.damage) {
             (Ok(bytes), _) => bytes,
             (Err(error), Damage::Told(tell)) if error.kind() == RepositoryErrorKind::Damaged => {
-                tell(block * BLOCK_SIZE, &error);
+                tell((block * BLOCK_SIZE).saturating_sub(self.start), &error);
                 None
             }
             (Err(error), _) => {
@@ -173,15 +175,14 @@ impl Disk {
 
 fn open(
     sealer: &Sealer,
-    block: u64,
+    offset: u64,
     stored: &Stored,
     frame: &[u8],
     length: usize,
 ) -> Result<Bytes> {
     sealer.open(stored.place(), frame, length, stored.hash).map(Bytes::from).map_err(|broken| {
         RepositoryError::damaged(format!(
-            "the block at offset {} of the disk, in {}, {broken}",
-            block * BLOCK_SIZE,
+            "the block at offset {offset} of the disk, in {}, {broken}",
             Key::Pack(stored.pack)
         ))
     })
