@@ -54,9 +54,10 @@ const LEAST_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Called when serving ends. From then on a request to the server of a source, which may be a layer
 /// of an image, is given up if it takes too long: what hangs must keep neither the process nor the
-/// other exports from their end.
+/// other exports from their end. By default that is a minute: a flush may take long, and a service
+/// manager kills a server after one and a half.
 pub(crate) fn give_up_silent_sources(drain_timeout: Duration) {
-    let patience = drain_timeout.saturating_mul(3).max(LEAST_PATIENCE);
+    let patience = drain_timeout.saturating_mul(6).max(LEAST_PATIENCE);
     let reason = "the program ends, and the server of this source or layer does not answer";
     signals::interrupter().limit_calls(patience, reason);
 }

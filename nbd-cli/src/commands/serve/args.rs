@@ -169,7 +169,7 @@ pub struct ServeArgs {
     pub stall_timeout: Duration,
 
     /// Time for clients to receive the last replies when the server ends. A source's server that
-    /// leaves a request unanswered for three times as long, and at least 5 s, is given up then.
+    /// leaves a request unanswered for six times as long, and at least 5 s, is given up then.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration,
           help_heading = "Limits")]
     pub drain_timeout: Duration,
