@@ -34,6 +34,18 @@ impl Place {
         Server::start(&mut command, PathBuf::from(socket))
     }
 
+    /// The signal takes effect some time after it was sent.
+    fn stop_upstream(&self) {
+        self.upstream.signal(Signal::STOP);
+        let tasks = format!("/proc/{}/task", self.upstream.pid());
+        wait_until("the upstream server is stopped", || {
+            std::fs::read_dir(&tasks).expect("a process").flatten().all(|task| {
+                let state = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+                state.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with('T'))
+            })
+        });
+    }
+
     fn log(&self) -> String {
         std::fs::read_to_string(self.disk.beside("log")).expect("text")
     }
@@ -89,7 +101,7 @@ fn a_layer_that_hangs_keeps_neither_its_image_nor_others_from_being_closed() {
             let said = peer(&qemu_io, &["-f", "raw", "-c", "write -P 7 1M 64k", &uri]);
             assert!(!said.contains("failed"), "{said}");
         }
-        place.upstream.signal(Signal::STOP);
+        place.stop_upstream();
         let uri = server.uri_of("upper");
         let io = |command: &str| {
             place.hang("upper", Command::new(&qemu_io).args(["-f", "raw", "-c", command, &uri]))
@@ -134,7 +146,7 @@ fn a_source_that_hangs_is_named_at_the_end_and_the_others_are_flushed() {
         let said = peer(&qemu_io, &["-f", "raw", "-c", "write -P 7 1M 64k", &uri]);
         assert!(!said.contains("failed"), "{said}");
     }
-    place.upstream.signal(Signal::STOP);
+    place.stop_upstream();
     server.signal(Signal::TERM);
     assert_eq!(server.wait().code(), Some(1), "{}", place.log());
     let log = place.log();
@@ -151,7 +163,7 @@ fn an_export_that_hangs_is_removed_and_requests_go_on() {
     let place = Place::new();
     let far = format!("far={}", place.upstream.uri());
     let server = place.serve(&["--format", "raw", "--open-timeout", "1s", &far, "near=memory:1M"]);
-    place.upstream.signal(Signal::STOP);
+    place.stop_upstream();
     let mut copy = Command::new(PROGRAM);
     let _client = place.hang("far", copy.args(["checksum", &server.uri_of("far")]));
     says(place.say(&["remove-export", "far"]), &["add --disconnect"]);
