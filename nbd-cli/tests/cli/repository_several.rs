@@ -4,7 +4,10 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use nbd_client::blocking::Client;
+use nbd_client::{Connector, Durability};
 use serde_json::Value;
 
 use crate::support::image::is_clean;
@@ -132,6 +135,57 @@ fn disks_of_a_server_are_backed_up_at_one_moment_by_their_bitmaps() {
     }
     write("two", "write -P 5 2M 64k");
     assert!(judge(true) <= 64 << 10);
+    server.end();
+}
+
+/// A client writes a number to the first disk, and when that was answered to the second one: at no moment
+/// has the second one a higher number.
+#[test]
+fn disks_of_a_server_are_never_of_two_moments() {
+    let directory = Disk::sparse();
+    let repository = directory.beside("repository");
+    nbd_cli(&["repo", "init", &repository]).success();
+    let control = directory.beside("control");
+    let (one, two) = (directory.blank("one", 1 << 20), directory.blank("two", 1 << 20));
+    let server =
+        Server::ours(&["--control", &control, &format!("one={one}"), &format!("two={two}")]);
+    let client = |name: &str| {
+        let uri = server.uri_of(name).parse().expect("a URI");
+        Client::connect(&Connector::new(uri)).expect("the server")
+    };
+    let (first, second) = (client("one"), client("two"));
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for number in 1u64.. {
+                for disk in [&first, &second] {
+                    let bytes = number.to_le_bytes().repeat(64);
+                    disk.write(0, bytes.into(), Durability::Cached).expect("it is written");
+                }
+                if is_over.load(Ordering::Relaxed) {
+                    return;
+                }
+            }
+        });
+        let mut seen = Vec::new();
+        for round in 0..8 {
+            let arguments = ["backup", "--name", "vm", "--control", &control, "a=one", "b=two"];
+            nbd_cli(&[&arguments[..], &[&repository]].concat()).success();
+            let numbers = ["a", "b"].map(|disk| {
+                let path = directory.beside(&format!("{disk}{round}"));
+                let backup = format!("backup:{repository}/vm@latest#{disk}");
+                nbd_cli(&["restore", &backup, &path]).success();
+                let bytes = std::fs::read(&path).expect("a disk");
+                u64::from_le_bytes(*bytes.first_chunk().expect("eight bytes"))
+            });
+            seen.push(numbers);
+        }
+        is_over.store(true, Ordering::Relaxed);
+        for [a, b] in &seen {
+            assert!(b <= a && *a <= b + 1, "{seen:?}");
+        }
+        assert!(seen[0][0] < seen[7][0], "nothing was written meanwhile: {seen:?}");
+    });
     server.end();
 }
 
