@@ -12,6 +12,7 @@ mod command;
 mod compatibility;
 mod dist;
 mod install;
+mod iotests;
 mod machine;
 mod man;
 mod peers;
@@ -49,6 +50,8 @@ enum DeveloperCommand {
     Man(man::Options),
     /// Run every random judge for a chosen time and keep the failures.
     Soak(soak::Options),
+    /// Run QEMU's own tests of qemu-img with this program in its place.
+    Iotests(iotests::Options),
 }
 
 fn main() -> ExitCode {
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         DeveloperCommand::Dist(options) => dist::run(&options),
         DeveloperCommand::Man(options) => man::run(&options),
         DeveloperCommand::Soak(options) => soak::run(&options),
+        DeveloperCommand::Iotests(options) => iotests::run(&options),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

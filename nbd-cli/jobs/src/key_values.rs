@@ -50,8 +50,10 @@ impl KeyValues {
     ///
     /// A sentence that describes the defect.
     pub fn from_json(text: &str) -> Result<Self, String> {
-        let value: Value =
-            serde_json::from_str(text).map_err(|_| "this is not valid JSON".to_owned())?;
+        let parsed = serde_json::from_str(text);
+        // As in QEMU, strings may be in single quotes.
+        let parsed = parsed.or_else(|_| serde_json::from_str(&in_double_quotes(text)));
+        let value: Value = parsed.map_err(|_| "this is not valid JSON".to_owned())?;
         let Value::Object(_) = value else {
             return Err("the JSON text is not an object".to_owned());
         };
@@ -161,6 +163,31 @@ fn split(text: &str) -> Vec<String> {
     parts
 }
 
+/// Puts strings that are in single quotes into double ones.
+fn in_double_quotes(text: &str) -> String {
+    let (mut result, mut end) = (String::new(), None);
+    let mut letters = text.chars();
+    while let Some(letter) = letters.next() {
+        match (letter, end) {
+            ('\\', Some(_)) => match letters.next() {
+                Some('\'') => result.push('\''),
+                escaped => result.extend(['\\'].into_iter().chain(escaped)),
+            },
+            ('"', Some('\'')) => result.push_str("\\\""),
+            ('"' | '\'', None) => {
+                end = Some(letter);
+                result.push('"');
+            }
+            (letter, Some(quote)) if letter == quote => {
+                end = None;
+                result.push('"');
+            }
+            _ => result.push(letter),
+        }
+    }
+    result
+}
+
 /// The JSON parser bounds the depth of recursion.
 fn flatten(prefix: String, value: Value, into: &mut KeyValues) {
     let below = |key: &str| match prefix.as_str() {
@@ -194,6 +221,19 @@ fn flatten(prefix: String, value: Value, into: &mut KeyValues) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn strings_of_json_may_be_in_single_quotes() {
+        let parsed =
+            KeyValues::from_json(r#"{'driver': 'raw', 'file': {"filename": 'a"\'\\b'}}"#).unwrap();
+        assert_eq!(parsed.get("driver"), Some("raw"));
+        assert_eq!(parsed.get("file.filename"), Some("a\"'\\b"));
+        let parsed = KeyValues::from_json(r#"{"filename": "it's", 'b': 'it'}"#).unwrap();
+        assert_eq!(parsed.get("filename"), Some("it's"));
+        for wrong in ["{'a': 'b}", "{'a': \"b'}", "{'a' 'b'}", "{'a': '\\"] {
+            assert!(KeyValues::from_json(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn commas_inside_values_are_doubled() {

@@ -92,6 +92,7 @@ mod objects;
 mod qemu_img_bench;
 mod qemu_img_beside;
 mod qemu_img_convert;
+mod qemu_img_details;
 mod qemu_img_encrypted;
 mod qemu_img_formats;
 mod qemu_nbd_backing;

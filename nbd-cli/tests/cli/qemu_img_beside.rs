@@ -59,6 +59,9 @@ fn images_are_described_alike() {
         map longer.qcow2
         map raw.img
         map -f raw raw.img
+        map odd.img
+        map --output=json odd.img
+        map --output=json -s 512 odd.img
         map packed.qcow2
         map snap.qcow2
         map --output=json disk.qcow2
@@ -84,6 +87,8 @@ fn images_are_described_alike() {
         info --output=json locked.qcow2
         check a.luks
         check locked.qcow2
+        check --object secret,id=s,data=x --image-opts file.filename=locked.qcow2,encrypt.key-secret=s
+        compare --object secret,id=s,data=x --image-opts file.filename=a.luks,key-secret=s driver=raw,file.filename=empty.img
         map -s x disk.qcow2
         map nosuch.img
         map
@@ -317,6 +322,14 @@ fn images_are_changed_alike() {
         resize --shrink disk.qcow2 -512k => disk.qcow2
         resize --shrink disk.qcow2 -- -512k => disk.qcow2
         resize --preallocation=off disk.qcow2 2M => disk.qcow2
+        resize --preallocation=falloc -f raw raw.img 2M => raw.img
+        resize --preallocation=full -f raw empty.img +512k => empty.img
+        resize --preallocation=falloc -f raw odd.img 1M => odd.img
+        resize --preallocation=full disk.qcow2 2M => disk.qcow2
+        resize --preallocation=falloc disk.qcow2 3M => disk.qcow2
+        resize --preallocation=full disk.qcow2 1M
+        resize --shrink --preallocation=falloc disk.qcow2 512k
+        resize --preallocation=metadata -f raw raw.img 2M
         resize --image-opts driver=qcow2,file.filename=disk.qcow2 2M => disk.qcow2
         resize top.qcow2 3M => top.qcow2
         resize disk.qcow2 512k
@@ -371,6 +384,7 @@ fn images_are_changed_alike() {
         bitmap --disable bitmaps.qcow2 b0 => bitmaps.qcow2
         bitmap --merge b0 bitmaps.qcow2 b1 => bitmaps.qcow2
         bitmap --add --merge b0 -b bitmaps.qcow2 -F qcow2 disk.qcow2 new => disk.qcow2
+        create -f qcow2 -b bitmaps.qcow2 -F qcow2 above.qcow2 ; bitmap --add above.qcow2 new ; bitmap --add --merge new -b above.qcow2 -F qcow2 bitmaps.qcow2 b2 => bitmaps.qcow2 above.qcow2
         bitmap --add bitmaps.qcow2 b0
         bitmap --add -g 1000 disk.qcow2 new
         bitmap --remove disk.qcow2 nosuch
@@ -456,7 +470,7 @@ fn what_is_not_supported_is_refused_by_name_and_changes_nothing() {
         ("convert --salvage old.img old.img new.img", "--salvage"),
         ("info --object tls-creds-x509,id=a,dir=b old.img", "tls-creds-x509"),
         ("info --image-opts driver=rbd,pool=a", "rbd"),
-        ("resize -f raw --preallocation=full old.img 1M", "--preallocation"),
+        ("resize -f raw --preallocation=metadata old.img 1M", "--preallocation"),
     ] {
         let outcome = ours(here, &words(line));
         assert_eq!(outcome.code, Some(1), "{line}: {outcome:?}");

@@ -13,12 +13,14 @@ use crate::error::{JobError, JobErrorKind};
 /// Connects to an export and passes its size and its parts to `each`, in order and without gaps.
 ///
 /// The server reports them in `base:allocation` and, if it has it, `qemu:allocation-depth`; without
-/// the latter the export has one layer, and without both everything is data.
+/// the latter the export has one layer, and without both everything is data. If `instead` is given,
+/// only that context counts, and its numbers are taken for those of `base:allocation`, as by QEMU's
+/// option `x-dirty-bitmap`: a dirty part is then one without data.
 ///
 /// # Errors
 ///
-/// If the server cannot be reached or refuses, if the job is cancelled, or the error of
-/// `each`, which ends the walk.
+/// If the server cannot be reached or refuses, or lacks the context `instead` and that is not
+/// `base:allocation`; if the job is cancelled; or the error of `each`, which ends the walk.
 ///
 /// # Cancel safety
 ///
@@ -26,13 +28,20 @@ use crate::error::{JobError, JobErrorKind};
 pub async fn map_export<E: From<JobError>>(
     connector: Connector,
     cancellation: &Cancellation,
+    instead: Option<&MetaContextName>,
     mut each: impl FnMut(u64, MapEntry) -> Result<(), E>,
 ) -> Result<(), E> {
-    let contexts = [MetaContextName::base_allocation(), MetaContextName::qemu_allocation_depth()];
+    let usual = [MetaContextName::base_allocation(), MetaContextName::qemu_allocation_depth()];
+    let contexts = instead.map_or_else(|| usual.to_vec(), |context| vec![context.clone()]);
     let connector = connector.meta_contexts(contexts);
     let uri = connector.uri();
     let client = connect(&connector, uri, JobErrorKind::Source, cancellation).await?;
     let size = client.info().size;
+    if let (Some(context), true) = (instead, client.meta_contexts().is_empty())
+        && context.as_str() != MetaContextName::BASE_ALLOCATION
+    {
+        return Err(JobError::source(format!("{uri}: the server has no context {context}")).into());
+    }
     let mut entries = Joined::new(|entry| each(size, entry));
     if client.meta_contexts().is_empty() && size > 0 {
         // Without information from the server everything is data.
@@ -41,12 +50,15 @@ pub async fn map_export<E: From<JobError>>(
         let mut position = 0;
         while position < size {
             let ask = async {
-                let answer = Answer::ask(&client, position, size - position).await;
+                let answer = Answer::ask(&client, position, size - position, instead).await;
                 answer.map_err(|error| JobError::source(failed(uri, "map", &error)))
             };
             let mut answer = cancellation.unless_cancelled(ask).await?;
             while let Some((length, allocation, depth)) = answer.next() {
                 let length = length.min(size - position);
+                // As in QEMU, what is neither stored nor zero is not there.
+                let is_here = allocation != AllocationFlags::STATE_HOLE;
+                let depth = instead.map_or(depth, |_| Some(u64::from(is_here)));
                 entries.add(part(position, length, allocation, depth))?;
                 position += length;
             }
@@ -66,13 +78,19 @@ struct Answer {
 }
 
 impl Answer {
-    async fn ask(client: &Client, offset: u64, length: u64) -> nbd_client::Result<Self> {
+    async fn ask(
+        client: &Client,
+        offset: u64,
+        length: u64,
+        instead: Option<&MetaContextName>,
+    ) -> nbd_client::Result<Self> {
         let mut answer = Self { allocation: None, depth: None };
         for (context, descriptors) in
             client.block_status(offset..offset + length, ExtentLimit::Many).await?
         {
             match context.as_str() {
                 MetaContextName::BASE_ALLOCATION => answer.allocation = Some(descriptors.into()),
+                _ if instead.is_some() => answer.allocation = Some(descriptors.into()),
                 _ => answer.depth = Some(descriptors.into()),
             }
         }
@@ -170,7 +188,7 @@ mod tests {
         let socket = ListenAddress::Unix(directory.path().join("socket"));
         let uri = server.listen(&socket).await.unwrap().remove(0).uri("disk").to_string();
         let server = server.start();
-        let map = map_export::<JobError>(uri.parse().unwrap(), &job, |_, _| Ok(()));
+        let map = map_export::<JobError>(uri.parse().unwrap(), &job, None, |_, _| Ok(()));
         let result = tokio::time::timeout(Duration::from_secs(60), map).await;
         drop(end);
         let error = result.expect("it ends").unwrap_err();

@@ -127,6 +127,9 @@ fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInNam
     if driver.is_none() {
         image.format = FormatInName::Unsaid;
         image.backing = backing_from_options(&mut options, depth)?;
+        // The driver that is found has them.
+        image.settings.take_qcow2(&mut options)?;
+        image.settings.take_luks(&mut options)?;
         options = image.format_driver("any", options)?;
         driver = options.take("driver");
     }

@@ -93,7 +93,7 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
         ImageLocation::Export { uri, .. } if matches!(options.format, None | Some(Format::Raw)) => {
             let (connector, cancellation) = (args.server.connector(uri), signals::cancellation());
             let add = |size, entry| report.add(size, &entry, &mut output);
-            runtime()?.block_on(map_export(connector, &cancellation, add))?;
+            runtime()?.block_on(map_export(connector, &cancellation, None, add))?;
         }
         _ => {
             let image = location.open(&options, &args.server.remotes()).map_err(advise_sharing)?;

@@ -1,6 +1,6 @@
 //! `qemu-img bitmap`.
 
-use imgfmt::{BitmapChange, Image, Recording};
+use imgfmt::{BackingFile, BitmapChange, Image, Recording};
 use nbd_jobs::bitmaps::{change_bitmaps, granularity_default, merges_from};
 
 use super::arguments::Arguments;
@@ -50,6 +50,8 @@ fn source(arguments: &Arguments) -> Result<Option<Image>, Refusal> {
     let Some(file) = arguments.value(Opt::SourceFile) else { return Ok(None) };
     let mut place = Place::parse(file, false)?;
     place.options.format = arguments.format(Opt::SourceFormat)?;
+    // The image that is changed may be below it.
+    place.options.backing = BackingFile::Ignored;
     place.open().map(Some)
 }
 

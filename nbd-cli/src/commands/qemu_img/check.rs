@@ -1,6 +1,6 @@
 //! `qemu-img check`.
 
-use imgfmt::{BackingFile, CheckReport, Repair};
+use imgfmt::{BackingFile, CheckReport, Format, Repair};
 use nbd_jobs::image_check::{CheckSummary, Checked, EXIT_CODE_UNSUPPORTED, Verdict, check};
 use nbd_jobs::text::printable;
 
@@ -38,7 +38,13 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let report = match checked.map_err(|error| place.not_opened(&error.to_string()))? {
         Checked::Examined(report) => report,
         Checked::Unsupported(why) => {
-            complain(&format!("This image format does not support checks: {why}"));
+            let info = place.location.inspect(&place.options, &place.remotes);
+            let said = "This image format does not support checks";
+            match info {
+                // Scripts look for exactly this line.
+                Ok(info) if info.format != Format::Qcow2 => complain(said),
+                _ => complain(&format!("{said}: {why}")),
+            }
             return Ok(EXIT_CODE_UNSUPPORTED);
         }
     };

@@ -4,7 +4,10 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use imgfmt::storage::FileStorage;
-use imgfmt::{Access, BackingFile, CreateOptions, DataFile, Format, Image, Locking, Storage as _};
+use imgfmt::{
+    Access, BackingFile, CreateOptions, DataFile, Durability, Format, GuestOffset, Image, Locking,
+    Storage as _,
+};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 
@@ -16,6 +19,9 @@ use super::progress::Percentage;
 use super::refusal::Refusal;
 use super::text;
 use crate::signals;
+
+/// The part of a new raw disk that is not a hole, in bytes.
+const FIRST_BLOCK: u64 = 4096;
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let format = arguments.format(Opt::Format)?;
@@ -141,6 +147,11 @@ fn make(path: &Path, create: &CreateOptions) -> Result<(), Refusal> {
         }
         _ => {
             let (new, image) = NewFile::begin_or_replace(path, Locking::Auto, &observer, make)?;
+            if create.format == Format::Raw {
+                // As in QEMU: direct I/O tells the size of a disk's sectors where there is data.
+                let first = vec![0; image.size().min(FIRST_BLOCK) as usize];
+                image.write_at(GuestOffset::new(0), &first, Durability::Cached)?;
+            }
             image.close()?;
             Ok(new.complete(Durable::Later)?)
         }

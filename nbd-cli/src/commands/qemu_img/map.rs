@@ -1,14 +1,17 @@
 //! `qemu-img map`.
 
+use std::ffi::OsString;
+
 use imgfmt::Format;
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::image_map::{MapEntry, map_export, map_image};
 use nbd_jobs::image_report::describe_chain;
 use nbd_jobs::text::printable;
+use nbd_proto::wire::MetaContextName;
 
 use super::arguments::Arguments;
 use super::known::Opt;
-use super::options::size_argument;
+use super::options::{SECTOR, size_argument};
 use super::place::Place;
 use super::refusal::Refusal;
 use crate::async_runtime::runtime;
@@ -45,7 +48,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let end = size(Opt::MaxLength, "max length")?
         .and_then(|length| start.checked_add(length))
         .unwrap_or(u64::MAX);
-    let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::None)?;
+    let (operand, context) = split_context(arguments)?;
+    let place = Place::new(arguments, &operand, Opt::Format, Opt::None)?;
     let (location, _) = place.settled()?;
     let layers = layers(&place)?;
     let is_raw = layers.first().is_some_and(|layer| layer.is_raw);
@@ -57,7 +61,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
             let server = ServerArgs::default();
             let (connector, cancellation) = (server.connector(uri), signals::cancellation());
             let add = |_, entry| printer.add(entry);
-            runtime()?.block_on(map_export(connector, &cancellation, add))?;
+            // As in QEMU, nothing is told of the layers that the server has.
+            let context = context.unwrap_or_else(MetaContextName::base_allocation);
+            runtime()?.block_on(map_export(connector, &cancellation, Some(&context), add))?;
+        }
+        _ if context.is_some() => {
+            return Err(Refusal::new("x-dirty-bitmap is an option of exports with a raw disk"));
         }
         _ => {
             let image = place.open()?;
@@ -67,7 +76,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
             for layer in &mut printer.layers {
                 layer.is_scattered &= has_other_files;
             }
-            map_image(&image, |entry| printer.add(entry))?;
+            let mut last: Option<MapEntry> = None;
+            let mut add = |entry| last.replace(entry).map_or(Ok(()), |entry| printer.add(entry));
+            map_image(&image, &mut add)?;
+            last.map_or(Ok(()), |entry| printer.last(entry))?;
         }
     }
     if format == ReportFormat::Json {
@@ -78,6 +90,27 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     printer.output.finish()?;
     Ok(0)
+}
+
+/// The operand without QEMU's option `x-dirty-bitmap`, and its value: a context of the export.
+fn split_context(arguments: &Arguments) -> Result<(OsString, Option<MetaContextName>), Refusal> {
+    let operand = arguments.only_operand()?;
+    let text = operand.to_string_lossy();
+    let (mut context, mut rest) = (None, Vec::new());
+    for part in text.split(',') {
+        match part.split_once("x-dirty-bitmap=") {
+            // A part after an empty one begins with a doubled comma, which is no border.
+            Some(("" | "file.", name)) if rest.last() != Some(&"") => context = Some(name),
+            _ => rest.push(part),
+        }
+    }
+    match context.filter(|_| arguments.has(Opt::ImageOpts)) {
+        None => Ok((operand.to_owned(), None)),
+        Some(name) => match MetaContextName::new(name) {
+            Ok(context) => Ok((rest.join(",").into(), Some(context))),
+            Err(error) => Err(Refusal::new(format!("x-dirty-bitmap={}: {error}", printable(name)))),
+        },
+    }
 }
 
 fn layers(place: &Place) -> Result<Vec<LayerFile>, Refusal> {
@@ -130,6 +163,21 @@ impl Printer {
             ReportFormat::Json => self.json(&entry),
             ReportFormat::Text => self.text(&entry),
         }
+    }
+
+    /// Adds the last part: in QEMU's sight, a raw disk consists of whole sectors.
+    fn last(&mut self, mut entry: MapEntry) -> Result<(), CommandError> {
+        let end = entry.start + entry.length;
+        let missing = end.next_multiple_of(SECTOR) - end;
+        if entry.zero && !entry.data {
+            entry.length += missing;
+        }
+        self.add(entry)?;
+        if missing == 0 || entry.zero && !entry.data {
+            return Ok(());
+        }
+        (entry.start, entry.length, entry.zero, entry.data) = (end, missing, true, false);
+        self.add(entry)
     }
 
     /// Reports an empty part, as QEMU does if there is no other.

@@ -4,8 +4,7 @@ use imgfmt::Snapshot;
 use nbd_jobs::date::date_and_time;
 use nbd_jobs::text::printable;
 use serde::Serialize;
-use serde_json::Value;
-use serde_json::ser::{PrettyFormatter, Serializer};
+use serde_json::{Map, Value};
 
 use super::refusal::Refusal;
 use crate::error::CommandError;
@@ -77,25 +76,81 @@ pub(super) fn snapshots(list: &[Snapshot], output: &mut Output) -> Result<(), Co
     Ok(())
 }
 
-/// Writes a value as JSON, indented by four spaces.
+/// Writes a value as JSON in QEMU's lines: a member in each, in its order.
 pub(super) fn json(value: &impl Serialize, output: &mut Output) -> Result<(), Refusal> {
-    let mut text = Vec::new();
-    let formatter = PrettyFormatter::with_indent(b"    ");
-    let mut serializer = Serializer::with_formatter(&mut text, formatter);
-    let written = value.serialize(&mut serializer);
-    written.map_err(|error| CommandError::output(&error.into()))?;
-    output.line(&String::from_utf8_lossy(&text))?;
+    let value = serde_json::to_value(value).map_err(|error| CommandError::output(&error.into()))?;
+    let mut text = String::new();
+    add_json(&value, "\n", &mut text);
+    output.line(&text)?;
     Ok(())
 }
 
-/// The order in which the properties of a format are printed; others follow.
-const ORDER: [&str; 22] = [
+/// Adds a value to a text; `line` begins the lines of what it is in.
+fn add_json(value: &Value, line: &str, text: &mut String) {
+    let members = match value {
+        Value::Object(members) => in_order(members),
+        Value::Array(members) => members.iter().map(|member| ("", member)).collect(),
+        _ => return text.push_str(&value.to_string()),
+    };
+    let (start, end) = if value.is_object() { ('{', '}') } else { ('[', ']') };
+    text.push(start);
+    let inner = format!("{line}    ");
+    for (index, (key, member)) in members.into_iter().enumerate() {
+        text.push_str(if index == 0 { "" } else { "," });
+        text.push_str(&inner);
+        if !key.is_empty() {
+            text.push_str(&format!("\"{key}\": "));
+        }
+        add_json(member, &inner, text);
+    }
+    text.push_str(line);
+    text.push(end);
+}
+
+/// The members of an object in QEMU's order.
+fn in_order(members: &Map<String, Value>) -> Vec<(&str, &Value)> {
+    let place = |key: &str| ORDER.iter().position(|other| *other == key).unwrap_or(ORDER.len());
+    let mut members: Vec<_> = members.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    members.sort_by_key(|(key, _)| place(key));
+    members
+}
+
+/// The order in which the members of objects are printed; others follow.
+const ORDER: &[&str] = &[
+    "children",
+    "backing-filename-format",
+    "snapshots",
+    "icount",
+    "vm-clock-nsec",
     "flags",
     "name",
+    "info",
+    "date-sec",
+    "date-nsec",
+    "vm-clock-sec",
+    "id",
+    "vm-state-size",
+    "type",
+    "data",
+    "image-end-offset",
+    "compressed-clusters",
+    "total-clusters",
+    "corruptions",
+    "corruptions-fixed",
+    "check-errors",
+    "leaks",
+    "leaks-fixed",
+    "allocated-clusters",
+    "cid",
+    "parent-cid",
+    "create-type",
+    "extents",
     "compat",
     "compression-type",
     "lazy-refcounts",
     "bitmaps",
+    "required",
+    "fully-allocated",
     "refcount-bits",
     "data-file",
     "data-file-raw",
@@ -108,10 +163,20 @@ const ORDER: [&str; 22] = [
     "hash-alg",
     "cipher-alg",
     "uuid",
+    "virtual-size",
+    "filename",
+    "cluster-size",
     "format",
+    "fragmented-clusters",
     "cipher-mode",
     "slots",
     "payload-offset",
+    "actual-size",
+    "format-specific",
+    "full-backing-filename",
+    "backing-filename",
+    "encrypted",
+    "dirty-flag",
 ];
 
 /// Writes the members of an object, one per line; those of members are indented further.
@@ -123,10 +188,7 @@ pub(super) fn properties(
     let blank = " ".repeat(indentation);
     match value {
         Value::Object(members) => {
-            let place = |key: &str| ORDER.iter().position(|other| *other == key);
-            let mut members: Vec<_> = members.iter().collect();
-            members.sort_by_key(|(key, _)| place(key).unwrap_or(ORDER.len()));
-            for (key, value) in members {
+            for (key, value) in in_order(members) {
                 property(
                     &format!("{blank}{}:", key.replace('-', " ")),
                     value,

@@ -1,0 +1,107 @@
+//! What scripts see of the qemu-img form, found with QEMU's own tests: lines, the order of JSON, maps
+//! of exports, and the space that raw disks take.
+
+use std::process::Command;
+
+use crate::support::qemu_img::{ours, words};
+use crate::support::{Server, run};
+use crate::tools;
+
+#[test]
+fn a_format_without_checks_is_reported_with_the_line_that_scripts_look_for() {
+    tools!(_qemu_img = "qemu-img");
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("disk.img"), [7; 4096]).unwrap();
+    let words = words("check -f raw disk.img");
+    let theirs = run(Command::new("qemu-img").args(&words).current_dir(&directory));
+    let ours = ours(directory.path(), &words);
+    assert_eq!((ours.code, ours.stderr), (theirs.code, theirs.stderr));
+}
+
+#[test]
+fn the_members_of_json_are_in_the_order_and_the_lines_of_qemu() {
+    tools!(_qemu_img = "qemu-img", _qemu_io = "qemu-io");
+    let directory = tempfile::tempdir().unwrap();
+    let theirs = |line: &str| {
+        let words = words(line);
+        run(Command::new(&words[0]).args(&words[1..]).current_dir(&directory)).success()
+    };
+    for line in [
+        "qemu-img create -q -f raw base.img 1M",
+        "qemu-img create -q -f qcow2 -b base.img -F raw disk.qcow2",
+        "qemu-img bitmap --add disk.qcow2 b",
+        "qemu-io -c write_0_64k -c write_-c_64k_64k disk.qcow2",
+        "qemu-img snapshot -c first disk.qcow2",
+        "qemu-img create -q -f qcow2 -o data_file=data.raw,data_file_raw=on data.qcow2 1M",
+        "qemu-img create -q -f vmdk disk.vmdk 1M",
+        "qemu-img create -q --object secret,id=s,data=x -f qcow2 \
+         -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 locked.qcow2 1M",
+    ] {
+        theirs(line);
+    }
+    for line in [
+        "info --output=json --backing-chain disk.qcow2",
+        "info --output=json data.qcow2",
+        "info --output=json disk.vmdk",
+        "info --output=json locked.qcow2",
+        "check --output=json disk.qcow2",
+        "measure --output=json -O qcow2 disk.qcow2",
+    ] {
+        let expected = theirs(&format!("qemu-img {line}"));
+        assert_eq!(ours(directory.path(), &words(line)).success(), expected, "{line}");
+    }
+}
+
+#[test]
+fn a_context_of_an_export_is_mapped_in_the_place_of_its_allocation() {
+    tools!(_qemu_img = "qemu-img", _qemu_io = "qemu-io");
+    let directory = tempfile::tempdir().unwrap();
+    for line in [
+        "qemu-img create -q -f qcow2 disk.qcow2 1M",
+        "qemu-img bitmap --add -g 64k disk.qcow2 b",
+        "qemu-io -c write_128k_64k -c write_512k_200k disk.qcow2",
+    ] {
+        let words = words(line);
+        run(Command::new(&words[0]).args(&words[1..]).current_dir(&directory)).success();
+    }
+    let image = directory.path().join("disk.qcow2").display().to_string();
+    let contexts = ["--bitmap", "b", "--allocation-depth"];
+    let server =
+        Server::ours(&[&["--read-only", "--format", "qcow2"], &contexts[..], &[&image]].concat());
+    let options = format!("driver=nbd,server.type=unix,server.path={}", server.socket().display());
+    let mut maps = Vec::new();
+    for context in ["qemu:dirty-bitmap:b", "base:allocation", "qemu:allocation-depth"] {
+        let options = format!("{options},x-dirty-bitmap={context}");
+        let line = ["map", "--output=json", "--image-opts", &options].map(str::to_owned);
+        let theirs = run(Command::new("qemu-img").args(&line)).success();
+        assert_eq!(ours(directory.path(), &line).success(), theirs, "{context}");
+        maps.push(theirs);
+    }
+    assert_ne!(maps[0], maps[1]);
+    let line = ["map", "--output=json", "-f", "raw", server.uri()].map(str::to_owned);
+    let theirs = run(Command::new("qemu-img").args(&line)).success();
+    assert_eq!(ours(directory.path(), &line).success(), theirs);
+    for wrong in ["x-dirty-bitmap=qemu:dirty-bitmap:nosuch", "x-dirty-bitmap=b"] {
+        let line = ["map", "--image-opts", &format!("{options},{wrong}")].map(str::to_owned);
+        let theirs = run(Command::new("qemu-img").args(&line));
+        let ours = ours(directory.path(), &line);
+        assert_eq!((ours.code, theirs.code), (Some(1), Some(1)), "{wrong}: {ours:?}");
+    }
+}
+
+#[test]
+fn a_new_raw_disk_has_its_first_block_and_an_enlarged_one_the_space_asked_for() {
+    use std::os::unix::fs::MetadataExt as _;
+    let directory = tempfile::tempdir().unwrap();
+    let taken = || std::fs::metadata(directory.path().join("disk.img")).unwrap().blocks() * 512;
+    for (line, least, most) in [
+        ("create disk.img 1M", 4096, 512 << 10),
+        ("resize -f raw --preallocation=falloc disk.img 2M", 1 << 20, 3 << 20),
+        ("resize -f raw --preallocation=full disk.img 3M", 2 << 20, 4 << 20),
+    ] {
+        ours(directory.path(), &words(line)).success();
+        assert!((least..most).contains(&taken()), "{line}: {}", taken());
+    }
+    ours(directory.path(), &words("create disk.img 0")).success();
+    assert_eq!(std::fs::metadata(directory.path().join("disk.img")).unwrap().len(), 0);
+}
