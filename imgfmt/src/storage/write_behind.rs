@@ -1,9 +1,9 @@
 //! Keeps a file that is written once from filling the page cache.
 //!
 //! The pages of a large file that is written once displace what others on the machine read again
-//! and again. Each window is written back as soon as it is complete, and some windows later its
-//! pages are given up; what the disk has not taken by then, when a group of windows is complete. A
-//! thread of its own does this: whoever starts to write pages back waits while the disk takes no
+//! and again. After the first part, each window is written back as soon as it is complete, and some
+//! windows later its pages are given up; what the disk has not taken by then, when a group of windows
+//! is complete. A thread of its own does this: whoever starts to write pages back waits while the disk takes no
 //! more requests, which halved the speed of copies with two threads.
 
 use std::collections::VecDeque;
@@ -30,8 +30,12 @@ pub enum Backlog {
 /// Sizes, in bytes.
 #[derive(Clone, Copy, Debug)]
 struct Sizes {
+    /// Number of bytes that are left alone: what ends before that need not compete for the disk.
+    first: u64,
     /// Number of bytes per start of writeback.
     window: u64,
+    /// At most so much is given up by one call: the end of the file waits for a call in progress.
+    step: u64,
     /// Number of windows that the disk has time for, before their pages are given up.
     behind: usize,
     /// Number of bytes after which they are given up again.
@@ -41,7 +45,16 @@ struct Sizes {
     unwaited: u64,
 }
 
-const SIZES: Sizes = Sizes { window: 8 << 20, behind: 8, group: 512 << 20, unwaited: 1 << 30 };
+const SIZES: Sizes = Sizes {
+    first: 256 << 20,
+    window: 8 << 20,
+    step: 1 << 20,
+    behind: 8,
+    group: 512 << 20,
+    unwaited: 1 << 30,
+};
+/// A wide range has little in each part.
+const STEPS_MAX: u64 = 64;
 
 /// The pages of a file in the page cache.
 pub(super) trait Pages: Send + Sync + 'static {
@@ -125,7 +138,9 @@ impl WriteBehind {
     fn add(&self, offset: u64, length: u64) -> Option<(Part, bool)> {
         let mut written = self.written.lock();
         written.window.add(length, &(offset..offset.saturating_add(length)));
-        if written.window.bytes < self.sizes.window {
+        let is_first = written.total == 0;
+        let least = if is_first { self.sizes.first } else { self.sizes.window };
+        if written.window.bytes < least {
             return None;
         }
         let window = std::mem::take(&mut written.window);
@@ -202,6 +217,15 @@ impl Drop for Helper {
 }
 
 fn give_up_all(pages: &dyn Pages, sizes: Sizes, windows: &Receiver<Part>, is_over: &AtomicBool) {
+    let give_up = |range: &Range<u64>| {
+        let step = sizes.step.max((range.end - range.start).div_ceil(STEPS_MAX));
+        let mut start = range.start;
+        while start < range.end && !is_over.load(Relaxed) {
+            let end = start.saturating_add(step).min(range.end);
+            pages.give_up(start..end);
+            start = end;
+        }
+    };
     // The windows whose writeback was started, the oldest first.
     let mut started = VecDeque::new();
     // The complete windows since everything was last given up again, and those before that.
@@ -212,17 +236,17 @@ fn give_up_all(pages: &dyn Pages, sizes: Sizes, windows: &Receiver<Part>, is_ove
         }
         group.add(window.bytes, &window.range);
         // Dirty pages are not given up yet, but this starts to write them.
-        pages.give_up(window.range.clone());
+        give_up(&window.range);
         started.push_back(window.range);
         if started.len() > sizes.behind
             && let Some(oldest) = started.pop_front()
         {
-            pages.give_up(oldest);
+            give_up(&oldest);
         }
         if group.bytes >= sizes.group {
             let next = std::mem::take(&mut group);
             before.add(next.bytes, &next.range);
-            pages.give_up(before.range);
+            give_up(&before.range);
             before = next;
         }
     }
@@ -242,7 +266,14 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
     const TMPFS: rustix::fs::FsWord = 0x0102_1994;
-    const SMALL: Sizes = Sizes { window: MIB, behind: 2, group: 4 * MIB, unwaited: 8 * MIB };
+    const SMALL: Sizes = Sizes {
+        first: MIB,
+        window: MIB,
+        step: 64 * MIB,
+        behind: 2,
+        group: 4 * MIB,
+        unwaited: 8 * MIB,
+    };
 
     fn small(pages: &Arc<Noting>, backlog: Backlog) -> WriteBehind {
         WriteBehind::with_sizes(Arc::clone(pages) as _, backlog, SMALL)
@@ -323,6 +354,26 @@ mod tests {
         let second = [w4.clone(), w2, w5.clone(), window(3), w6.clone(), w4, w7, w5, 0..8 * MIB];
         let expected: Vec<_> = first.into_iter().chain(second).chain([w8, w6]).collect();
         assert_eq!(*pages.given_up.lock().unwrap(), expected);
+    }
+
+    #[test]
+    fn the_first_part_is_left_alone_and_a_long_one_is_given_up_in_steps() {
+        let (pages, sizes) =
+            (Arc::<Noting>::default(), Sizes { first: 3 * MIB, step: MIB, ..SMALL });
+        let behind = WriteBehind::with_sizes(Arc::clone(&pages) as _, Backlog::OfSystem, sizes);
+        assert_eq!(behind.add(0, 2 * MIB), None);
+        let first = Part { bytes: 3 * MIB, range: 0..3 * MIB };
+        assert_eq!(behind.add(2 * MIB, MIB), Some((first.clone(), false)));
+        assert!(behind.add(3 * MIB, MIB).is_some());
+        for (is_over, expected) in
+            [(false, vec![0..MIB, MIB..2 * MIB, 2 * MIB..3 * MIB]), (true, vec![])]
+        {
+            let (windows, received) = channel();
+            windows.send(first.clone()).unwrap();
+            drop(windows);
+            give_up_all(&*pages, sizes, &received, &AtomicBool::new(is_over));
+            assert_eq!(std::mem::take(&mut *pages.given_up.lock().unwrap()), expected);
+        }
     }
 
     #[test]

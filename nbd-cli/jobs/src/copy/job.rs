@@ -24,6 +24,10 @@ use crate::{JobContext, JobError, Phase};
 /// Zeroes are written in ranges of this size, so that progress is visible.
 const MAX_ZERO_LENGTH: u64 = 256 << 20;
 
+/// Between files, at least this much is copied at a time, in bytes: they have no requests, threads
+/// that write into one file wait for each other, and larger writes cost the file system less.
+const FILE_PIECE: u64 = 1 << 20;
+
 /// Settings of a copy.
 pub(crate) struct Settings {
     /// Requests in flight.
@@ -106,7 +110,15 @@ impl Settings {
         // Where everything is allocated, separating zeroes from data gains nothing.
         let looks = options.zeroes != Zeroes::Allocate && !matches!(destination, Destination::Null);
         let sparse = options.sparse.filter(|_| looks).map(|sparse| sparse.max(unit));
-        let (requests, request_size) = (options.requests.get(), options.request_size);
+        let (mut requests, mut request_size) = (options.requests.get(), options.request_size);
+        let is_local = matches!(source, Source::File { .. })
+            && matches!(destination, Destination::File { .. });
+        if is_local && request_size < FILE_PIECE {
+            // The same memory.
+            let larger = FILE_PIECE / request_size.max(1);
+            requests = requests.div_ceil(usize::try_from(larger).unwrap_or(usize::MAX));
+            request_size = FILE_PIECE;
+        }
         let lanes = lanes.clone();
         let algorithm = options.expected.as_ref().map(Checksum::algorithm).or(options.checksum);
         let sum = algorithm.map(InOrder::new).transpose()?.map(Sum::InOrder);

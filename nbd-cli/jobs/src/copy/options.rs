@@ -38,7 +38,8 @@ pub struct CopyOptions {
     pub connect: ConnectOptions,
     /// Requests in flight: 1 to 4096. By default 64.
     pub requests: NonZeroUsize,
-    /// Size of a request in bytes: a power of two from 512 to 32 MiB. By default 256 KiB.
+    /// Size of a request in bytes: a power of two from 512 to 32 MiB. By default 256 KiB. Between
+    /// files, at least 1 MiB is copied at a time, in the same memory.
     pub request_size: u64,
     /// The treatment of zero ranges.
     pub zeroes: Zeroes,
