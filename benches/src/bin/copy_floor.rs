@@ -5,16 +5,15 @@
 //! the time that another program takes beyond this is the cost of the protocol and of that program;
 //! the time of this one is the cost of the kernel's copies.
 //!
-//! Between two files, a thread for each core reads and writes, and leaves holes out. What was written
-//! is written back early, and leaves the page cache, as `nbd-cli` does it: memory that is used again
-//! costs less than new memory.
+//! Between two files, a thread for each core reads and writes, and leaves holes out. The space of each
+//! write is allocated before it, which costs ext4 less than to reserve it block by block. Nothing is
+//! written back, because that waits for the disk.
 //!
 //! `copy_floor file|server SOURCE file|server TARGET`; TARGET is not used for a server.
 
 use std::env;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
-use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -22,17 +21,13 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-use rustix::fs::{Advice, SeekFrom, fadvise};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
 use rustix::io::Errno;
 
 /// Bytes moved by one call: what nbdcopy and qemu-img move with one request or more.
 const PIECE_BYTES: usize = 256 << 10;
 /// The same between files.
 const FILE_PIECE_BYTES: u64 = 1 << 20;
-/// So much of a file is written back at once; its pages are given up when so many more windows are
-/// written.
-const WINDOW_BYTES: u64 = 8 << 20;
-const WINDOWS: u64 = 8;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -110,13 +105,9 @@ fn copy_pieces(from: &File, to: &File, length: u64, next: &AtomicU64) -> io::Res
         }
         let piece = &mut piece[..(end - start) as usize];
         from.read_exact_at(piece, start)?;
+        // Where this is not possible, the write reserves the space.
+        let _ = fallocate(to, FallocateFlags::empty(), start, end - start);
         to.write_all_at(piece, start)?;
-        if end.is_multiple_of(WINDOW_BYTES) {
-            let behind = end.checked_sub(WINDOW_BYTES * (WINDOWS + 1));
-            for start in [Some(end - WINDOW_BYTES), behind].into_iter().flatten() {
-                fadvise(to, start, NonZeroU64::new(WINDOW_BYTES), Advice::DontNeed)?;
-            }
-        }
     }
 }
 
