@@ -1,7 +1,7 @@
 //! Debian packages: installed only if nothing else is removed or replaced by an older version.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -70,6 +70,42 @@ pub(crate) fn install(packages: &[&str], sources: &Sources) -> Result<()> {
     Ok(())
 }
 
+/// The packages that an installation would add, each as `NAME=VERSION`.
+///
+/// # Errors
+///
+/// apt-get knows no such package.
+pub(crate) fn missing(packages: &[&str]) -> Result<Vec<String>> {
+    let install = ["install", "--dry-run", "--no-install-recommends"];
+    let plan = output_of(apt_get().args(install).args(packages))?;
+    Ok(plan.lines().filter_map(added).collect())
+}
+
+/// Parses a line of a plan; updates of what is there are no additions.
+fn added(line: &str) -> Option<String> {
+    let (name, rest) = line.strip_prefix("Inst ")?.split_once(' ')?;
+    let version = rest.strip_prefix('(')?.split(' ').next()?;
+    Some(format!("{name}={version}"))
+}
+
+/// Downloads packages, which apt-get verifies by the signatures of their archive, and unpacks them
+/// in a directory.
+///
+/// # Errors
+///
+/// A package is not in the archive, or there is no room.
+pub(crate) fn unpack(packages: &[String], sources: &Sources, directory: &Path) -> Result<()> {
+    let files = directory.join("packages");
+    fs::create_dir_all(&files).with_context(|| format!("cannot make {}", files.display()))?;
+    // As root, apt-get complains that no other user can write here, and continues.
+    let mut download = sources.apt_get();
+    run_step("apt", download.arg("download").args(packages).current_dir(&files))?;
+    for entry in fs::read_dir(&files)? {
+        output_of(Command::new("dpkg-deb").arg("-x").arg(entry?.path()).arg(directory))?;
+    }
+    fs::remove_dir_all(&files).with_context(|| format!("cannot remove {}", files.display()))
+}
+
 /// Finds what a plan of apt-get removes or downgrades.
 fn harm(plan: &str) -> Option<&str> {
     let is_downgrade = plan.contains("DOWNGRADED");
@@ -98,5 +134,13 @@ mod tests {
         assert_eq!(harm(plan), Some("Remv qemu-utils [1:10.0.2]"));
         assert_eq!(harm("Inst qemu-system-x86 (1:7.2 Debian:12 [amd64])\n"), None);
         assert!(harm("The following packages will be DOWNGRADED:\n  x\n").is_some());
+    }
+
+    #[test]
+    fn a_plan_adds_what_it_does_not_update() {
+        let line = "Inst ceph-osd (16.2.15+ds-0+deb12u2 Debian:12.11/stable [amd64]) []";
+        assert_eq!(added(line).as_deref(), Some("ceph-osd=16.2.15+ds-0+deb12u2"));
+        assert_eq!(added("Inst libc6 [2.36-9] (2.36-10 Debian:12.11/stable [amd64])"), None);
+        assert_eq!(added("Conf ceph-osd (16.2.15 Debian:12.11/stable [amd64])"), None);
     }
 }

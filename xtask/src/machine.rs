@@ -13,7 +13,7 @@ use crate::compatibility::target_directory;
 const MACHINE: &str = "qemu-system-x86_64";
 const MACHINE_PACKAGE: &str = "qemu-system-x86";
 /// It has the same source, and packages of both exclude other versions of it.
-const TOOLS_PACKAGE: &str = "qemu-utils";
+pub(crate) const TOOLS_PACKAGE: &str = "qemu-utils";
 /// Depends on the newest kernel of the distribution for virtual machines.
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 
@@ -57,14 +57,14 @@ fn ensure_machine() -> Result<()> {
 }
 
 /// The version of an installed package.
-fn version_of(package: &str) -> Option<String> {
+pub(crate) fn version_of(package: &str) -> Option<String> {
     let format = ["-W", "-f", "${db:Status-Status} ${Version}"];
     let said = output_of(Command::new("dpkg-query").args(format).arg(package)).ok()?;
     said.strip_prefix("installed ").map(str::to_owned)
 }
 
 /// The suite of a version that was built for Debian's backports.
-fn backports_of(version: &str) -> Option<String> {
+pub(crate) fn backports_of(version: &str) -> Option<String> {
     if !version.contains("~bpo") {
         return None;
     }

@@ -7,6 +7,7 @@
 mod apt;
 mod bare;
 mod bench;
+mod ceph;
 mod ci;
 mod command;
 mod compatibility;

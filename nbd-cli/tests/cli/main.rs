@@ -101,7 +101,11 @@ mod qemu_nbd_chain;
 mod qemu_nbd_daemon;
 mod qemu_nbd_image;
 mod qemu_nbd_tls;
+#[cfg(feature = "object-storage")]
+mod rbd;
 mod readme;
+#[cfg(feature = "object-storage")]
+mod real_store;
 mod reconnect;
 #[cfg(feature = "object-storage")]
 mod repository;
@@ -111,8 +115,6 @@ mod repository_export;
 mod repository_import;
 #[cfg(feature = "object-storage")]
 mod repository_several;
-#[cfg(feature = "object-storage")]
-mod seaweedfs;
 mod serve_access;
 mod serve_bitmaps_survive;
 mod serve_cache;

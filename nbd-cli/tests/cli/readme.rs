@@ -10,12 +10,13 @@ use std::process::Command;
 use crate::support::{PROGRAM, nbd_cli, run};
 use crate::tools;
 
-/// Every document whose commands a test below runs.
-const DOCUMENTS: [(&str, &str); 16] = [
+/// Every document whose commands a test below runs, or one in `rbd.rs`.
+const DOCUMENTS: [(&str, &str); 17] = [
     ("README.md", include_str!("../../../README.md")),
     ("docs/backup.md", include_str!("../../../docs/backup.md")),
     ("docs/backup-repository.md", include_str!("../../../docs/backup-repository.md")),
     ("docs/bench.md", include_str!("../../../docs/bench.md")),
+    ("docs/ceph.md", include_str!("../../../docs/ceph.md")),
     ("docs/control.md", include_str!("../../../docs/control.md")),
     ("docs/copy.md", include_str!("../../../docs/copy.md")),
     ("docs/images.md", include_str!("../../../docs/images.md")),
@@ -38,7 +39,7 @@ fn commands(text: &str) -> String {
 
 /// Runs the commands of a document in a directory of its own; its `/tmp` is that directory too.
 #[track_caller]
-fn paste(document: &str) {
+pub(crate) fn paste(document: &str) {
     paste_in(document, &[]);
 }
 

@@ -25,9 +25,9 @@ pub(super) struct FromTests {
     name: &'static str,
     description: &'static str,
     unit: &'static str,
-    pub(super) package: &'static str,
+    package: &'static str,
     /// The test program.
-    pub(super) test: &'static str,
+    test: &'static str,
     /// The module of the test program that has the tests.
     module: &'static str,
     /// The environment variable for the amount of work.
@@ -153,6 +153,10 @@ impl Judge for FromTests {
         self.unit
     }
 
+    fn test_program(&self) -> Option<&'static str> {
+        Some(self.test)
+    }
+
     fn round(&self, round: &Round<'_>) -> Result<u64> {
         let program = round.programs.test(self.package, self.test)?;
         let listed =
@@ -190,7 +194,7 @@ impl Judge for FromTests {
 }
 
 /// The full names of the tests of one module in the list that a test program prints.
-fn tests_of<'a>(listed: &'a str, module: &str) -> Vec<&'a str> {
+pub(super) fn tests_of<'a>(listed: &'a str, module: &str) -> Vec<&'a str> {
     let names = listed.lines().filter_map(|line| line.strip_suffix(": test"));
     let is_of = |name: &&str| name.strip_prefix(module).is_some_and(|rest| rest.starts_with("::"));
     names.filter(is_of).collect()
@@ -203,7 +207,7 @@ fn judged(text: &str) -> u64 {
     sum.max(1)
 }
 
-fn last_lines(text: &str, count: usize) -> String {
+pub(super) fn last_lines(text: &str, count: usize) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(count)..].join("\n")
 }

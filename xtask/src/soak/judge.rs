@@ -30,6 +30,16 @@ pub(super) trait Judge: Send + Sync {
     /// The unit of counting: states, images, attacks.
     fn unit(&self) -> &'static str;
 
+    /// The test program that it runs, if it runs one.
+    fn test_program(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Whether it runs only if it is named: it takes more than time on this machine.
+    fn is_on_request(&self) -> bool {
+        false
+    }
+
     /// Runs one round and returns the number of judged cases.
     ///
     /// # Errors

@@ -1,10 +1,8 @@
 //! The list of the judges.
 
-use std::collections::BTreeSet;
-
 use super::from_tests::FromTests;
 use super::judge::Judge;
-use super::{commands, flood, full_disk, kills, lies, relays, sessions, streams, takeovers};
+use super::{ceph, commands, flood, full_disk, kills, lies, relays, sessions, streams, takeovers};
 
 /// Every judge.
 pub(super) fn all() -> Vec<Box<dyn Judge>> {
@@ -22,10 +20,6 @@ pub(super) fn all() -> Vec<Box<dyn Judge>> {
     judges.push(Box::new(full_disk::FullDisk));
     judges.push(Box::new(flood::Flood));
     judges.push(Box::new(lies::Lies));
+    judges.push(Box::new(ceph::Ceph));
     judges
-}
-
-/// The names of the test programs that judges run.
-pub(super) fn test_programs() -> BTreeSet<&'static str> {
-    FromTests::ALL.iter().map(|tests| tests.test).collect()
 }

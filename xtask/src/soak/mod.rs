@@ -5,6 +5,8 @@
 //! how to repeat it. SIGINT and SIGTERM end the run after the rounds in progress.
 
 mod blocks;
+mod ceph;
+mod cluster;
 mod commands;
 mod flood;
 mod from_tests;
@@ -29,6 +31,7 @@ mod takeovers;
 mod tests;
 mod wire;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::thread;
@@ -109,7 +112,8 @@ impl Options {
 pub(crate) fn run(options: &Options) -> Result<()> {
     if options.list {
         for judge in judges::all() {
-            println!("{:12} {}", judge.name(), judge.description());
+            let when = if judge.is_on_request() { " (only if it is named)" } else { "" };
+            println!("{:12} {}{when}", judge.name(), judge.description());
         }
         return Ok(());
     }
@@ -118,7 +122,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let keep = options.keep.clone().unwrap_or_else(|| workspace_root().join("target/soak"));
     std::fs::create_dir_all(&keep).with_context(|| format!("cannot create {}", keep.display()))?;
     let soak = Soak {
-        programs: programs::build(&options.profile, &judges::test_programs())?,
+        programs: programs::build(&options.profile, &test_programs(&judges))?,
         report: Mutex::new(Report::new(&judges)),
         judges,
         keep,
@@ -151,8 +155,16 @@ fn chosen(options: &Options, repeated: Option<&keep::Repeated>) -> Result<Vec<Bo
             bail!("there is no judge '{name}'; the judges are {}", names.join(", "));
         }
     }
-    let is_wanted = |name| wanted.is_empty() || wanted.contains(&name);
-    Ok(all.into_iter().filter(|judge| is_wanted(judge.name())).collect())
+    let is_wanted = |judge: &dyn Judge| match wanted.is_empty() {
+        true => !judge.is_on_request(),
+        false => wanted.contains(&judge.name()),
+    };
+    Ok(all.into_iter().filter(|judge| is_wanted(&**judge)).collect())
+}
+
+/// The names of the test programs that these judges run.
+fn test_programs(judges: &[Box<dyn Judge>]) -> BTreeSet<&'static str> {
+    judges.iter().filter_map(|judge| judge.test_program()).collect()
 }
 
 /// One run of the judges.

@@ -49,6 +49,9 @@ pub(super) fn build(profile: &str, tests: &BTreeSet<&str>) -> Result<Programs> {
     let built = executables(&mut command)?;
     let cli = built.into_iter().find(|(_, name, _)| name == "nbd-cli");
     let (_, _, cli) = cli.context("cargo built no nbd-cli")?;
+    if tests.is_empty() {
+        return Ok(Programs { cli, tests: HashMap::new() });
+    }
     let mut command = cargo();
     command.args(["test", "--no-run", "--workspace", "--locked", "--profile", profile]);
     for test in tests {

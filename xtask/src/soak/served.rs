@@ -70,7 +70,7 @@ impl Served {
     /// It does neither.
     pub(super) fn has_started(&mut self, socket: &Path) -> Result<bool> {
         let output = self.child.stdout.take().context("the server has no output")?;
-        match first_line(output) {
+        match first_line(output, PATIENCE) {
             Some(line) => Ok(!line.is_empty() && socket.exists()),
             None => bail!("the server neither starts nor ends: {}", self.complaints()),
         }
@@ -156,8 +156,8 @@ impl Drop for Served {
     }
 }
 
-/// Returns the first line of a server's output; `None` if there is none for a long time.
-fn first_line(output: ChildStdout) -> Option<String> {
+/// Returns the first line of a server's output; `None` if there is none for so long.
+pub(super) fn first_line(output: ChildStdout, patience: Duration) -> Option<String> {
     let (sender, receiver) = mpsc::channel();
     // This thread ends with the server, which is killed at the latest when the caller gives up on
     // it.
@@ -166,7 +166,7 @@ fn first_line(output: ChildStdout) -> Option<String> {
         let read = BufReader::new(output).read_line(&mut line);
         sender.send(read.map(|_| line).unwrap_or_default()).ok();
     });
-    receiver.recv_timeout(PATIENCE).ok()
+    receiver.recv_timeout(patience).ok()
 }
 
 /// Waits for the end of a process; returns `None` if it had to be killed.

@@ -131,11 +131,25 @@ fn planted_fault_is_kept_with_its_seed_and_repeated_from_the_kept_file() {
 }
 
 #[test]
+fn judges_that_take_more_than_time_run_only_if_they_are_named() {
+    let judges = |only: &[&str]| {
+        let only = only.iter().copied().map(str::to_owned).collect();
+        let options = Options { only, ..Options::continuous_integration() };
+        chosen(&options, None).expect("judges of these names")
+    };
+    let usual = judges(&[]);
+    assert!(usual.iter().all(|judge| judge.name() != "ceph") && usual.len() > 10);
+    let named = judges(&["ceph", "floods"]);
+    assert_eq!(named.len(), 2);
+    assert_eq!(test_programs(&named), ["cli"].into());
+}
+
+#[test]
 fn rounds_of_a_judge_follow_from_the_seed_whatever_the_others_do() {
     let seeds = |seed, judge| (0..50).map(move |number| seed_of_round(seed, judge, number));
     assert!(seeds(1, "kills").eq(seeds(1, "kills")));
     let all = [seeds(1, "kills"), seeds(2, "kills"), seeds(1, "skill")].into_iter().flatten();
-    assert_eq!(all.collect::<std::collections::BTreeSet<_>>().len(), 150);
+    assert_eq!(all.collect::<BTreeSet<_>>().len(), 150);
 }
 
 /// The run that the tests below interrupt.

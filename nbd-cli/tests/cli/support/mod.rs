@@ -11,7 +11,7 @@ pub(crate) mod mount;
 pub(crate) mod qemu_img;
 pub(crate) mod qemu_nbd;
 #[cfg(feature = "object-storage")]
-pub(crate) mod seaweedfs;
+pub(crate) mod real_store;
 mod server;
 pub(crate) mod service_manager;
 pub(crate) mod tls;

@@ -1,6 +1,9 @@
-//! SeaweedFS, a real S3 store, on loopback: one for all tests of this program.
+//! A real S3 store: one for all tests of this program.
 //!
-//! `cargo xtask peers` lays it in `target/seaweedfs`.
+//! It is SeaweedFS on loopback, which `cargo xtask peers` lays in `target/seaweedfs`, unless
+//! `NBD_TEST_STORE` is the address of another one with a bucket `bucket`, for which
+//! `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` are right. `cargo xtask soak --only ceph` gives
+//! that of a Ceph.
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -31,20 +34,25 @@ rm -rf "$PWD"
 for port in $PORTS; do rm -f /tmp/seaweedfs-*-"$port".sock; done
 "#;
 
-/// A running store with an empty bucket `bucket`.
+/// A running store with a bucket `bucket`.
 #[derive(Debug)]
-pub(crate) struct SeaweedFs {
+pub(crate) struct RealStore {
     endpoint: String,
-    /// Its end is the end of the store.
-    _keeper: ChildStdin,
+    key_id: String,
+    secret: String,
+    /// Its end is the end of a store that was started here.
+    _keeper: Option<ChildStdin>,
 }
 
-impl SeaweedFs {
+impl RealStore {
     /// The store of this test program, which the first test starts. Without it a test cannot judge
     /// anything: it says so and passes.
     pub(crate) fn of_all_tests() -> Option<&'static Self> {
-        static STORE: OnceLock<Option<Result<SeaweedFs, String>>> = OnceLock::new();
+        static STORE: OnceLock<Option<Result<RealStore, String>>> = OnceLock::new();
         let store = STORE.get_or_init(|| {
+            if let Some(given) = Self::given() {
+                return Some(Ok(given));
+            }
             let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent()?;
             let program = target.join("seaweedfs/bin/weed");
             // Another program may take a port in the meantime.
@@ -55,6 +63,14 @@ impl SeaweedFs {
             eprintln!("skipped: SeaweedFS is missing; `cargo xtask peers` installs it");
         }
         store.as_ref().map(|store| store.as_ref().unwrap_or_else(|log| panic!("no store: {log}")))
+    }
+
+    /// The store that the environment names.
+    fn given() -> Option<Self> {
+        let endpoint = std::env::var("NBD_TEST_STORE").ok()?;
+        let [key_id, secret] = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
+            .map(|name| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set")));
+        Some(Self { endpoint, key_id, secret, _keeper: None })
     }
 
     /// Starts a store, or returns what it said instead.
@@ -84,7 +100,9 @@ impl SeaweedFs {
         let mut keeper = command.stdout(Stdio::null()).spawn().expect("a shell");
         let stdin = keeper.stdin.take().expect("its input");
         wait_until_ready(&mut keeper, &directory, ports)?;
-        Ok(Self { endpoint: format!("http://127.0.0.1:{}", ports[6]), _keeper: stdin })
+        let endpoint = format!("http://127.0.0.1:{}", ports[6]);
+        let (key_id, secret) = (KEY_ID.to_owned(), SECRET.to_owned());
+        Ok(Self { endpoint, key_id, secret, _keeper: Some(stdin) })
     }
 
     pub(crate) fn endpoint(&self) -> &str {
@@ -95,7 +113,7 @@ impl SeaweedFs {
     pub(crate) fn command(&self, home: &str) -> Command {
         let mut command = Command::new(PROGRAM);
         command.env_remove("AWS_PROFILE").env("AWS_ENDPOINT_URL", self.endpoint());
-        command.env("AWS_ACCESS_KEY_ID", KEY_ID).env("AWS_SECRET_ACCESS_KEY", SECRET);
+        command.env("AWS_ACCESS_KEY_ID", &self.key_id).env("AWS_SECRET_ACCESS_KEY", &self.secret);
         command.env("HOME", home).env("CACHE_DIRECTORY", home).env("XDG_STATE_HOME", home);
         command
     }

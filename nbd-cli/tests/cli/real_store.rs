@@ -1,24 +1,26 @@
-//! Images and backups on a real store: SeaweedFS.
+//! Images and backups on a real store.
 
 use std::process::Command;
 
 use serde_json::Value;
 
 use crate::support::image::are_equal;
-use crate::support::seaweedfs::SeaweedFs;
+use crate::support::real_store::RealStore;
 use crate::support::{Disk, Outcome, Server, nbd_cli, peer, run, says};
 use crate::tools;
 
 /// A place in the store of its own, and a directory beside it.
-struct Place {
-    store: &'static SeaweedFs,
-    disk: Disk,
-    url: String,
+pub(crate) struct Place {
+    store: &'static RealStore,
+    pub(crate) disk: Disk,
+    pub(crate) url: String,
 }
 
 impl Place {
-    fn new(prefix: &str) -> Option<Self> {
-        let (store, disk) = (SeaweedFs::of_all_tests()?, Disk::sparse());
+    pub(crate) fn new(prefix: &str) -> Option<Self> {
+        let (store, disk) = (RealStore::of_all_tests()?, Disk::sparse());
+        // A store that outlives the tests may have what others left.
+        let prefix = format!("{prefix}-{}", std::process::id());
         Some(Self { store, disk, url: format!("s3://bucket/{prefix}") })
     }
 
@@ -28,11 +30,11 @@ impl Place {
         command
     }
 
-    fn run(&self, arguments: &[&str]) -> Outcome {
+    pub(crate) fn run(&self, arguments: &[&str]) -> Outcome {
         run(&mut self.command(arguments))
     }
 
-    fn json(&self, arguments: &[&str]) -> Value {
+    pub(crate) fn json(&self, arguments: &[&str]) -> Value {
         let text = self.run(arguments).success();
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
     }
@@ -45,7 +47,7 @@ impl Place {
 }
 
 /// Bytes that do not compress.
-fn noise(length: usize, seed: u64) -> Vec<u8> {
+pub(crate) fn noise(length: usize, seed: u64) -> Vec<u8> {
     let mut state = seed;
     let words = std::iter::repeat_with(|| {
         state ^= state << 13;
