@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::FileExt as _;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use nbd_objects::testing::{Contents, Fault, Seen};
 
@@ -27,6 +28,12 @@ fn per_gib(seen: &[Seen], method: &str) -> usize {
     packs.len() * 1024 / PART + others.len()
 }
 
+/// The number of the pack that is read, if it is one.
+fn pack(seen: &Seen) -> Option<u32> {
+    let is_read = seen.method == "GET" && seen.key.contains("/packs/");
+    seen.key.rsplit('/').next().filter(|_| is_read)?.parse().ok()
+}
+
 #[test]
 fn full_backup_and_its_restore_make_few_requests_and_take_little_memory() {
     let scene = repository();
@@ -43,7 +50,27 @@ fn full_backup_and_its_restore_make_few_requests_and_take_little_memory() {
     let puts = per_gib(&seen, "PUT");
     assert!((100..=128).contains(&puts), "{puts} PUTs a GiB: {seen:?}");
     let name = format!("backup:{REPOSITORY}/vm");
-    let peak = peak_of(scene.command(&["restore", "-q", &name, &scene.beside("restored")]));
+    // By then it is known that everything is read in order. The last pack has the pages.
+    scene.store.fail(|seen| match pack(seen) {
+        Some(5..=24) => Fault::Held,
+        _ => Fault::None,
+    });
+    let peak = std::thread::scope(|scope| {
+        let restore = ["restore", "-q", &name, &scene.beside("restored")];
+        let restoring = scene.command(&restore);
+        let restoring = scope.spawn(|| peak_of(restoring));
+        for (count, limit) in [(1, 100), (5, 25)] {
+            let start = Instant::now();
+            while scene.store.held() < count {
+                let held = scene.store.held();
+                assert!(start.elapsed().as_secs() < limit, "{held} requests at a time");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        scene.store.fail(|_| Fault::None);
+        scene.store.release();
+        restoring.join().expect("a restore")
+    });
     assert!(peak <= 256, "restore: {peak} MiB");
     let seen = scene.store.take_seen();
     let gets = per_gib(&seen, "GET");
@@ -174,6 +201,6 @@ fn peak_of(mut command: Command) -> u64 {
             assert!(status.success() && peak > 0, "{command:?}: {status}");
             return peak;
         }
-        std::thread::sleep(std::time::Duration::from_millis(5));
+        std::thread::sleep(Duration::from_millis(5));
     }
 }

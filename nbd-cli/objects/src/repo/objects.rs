@@ -5,9 +5,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures_util::TryStreamExt as _;
+use futures_util::stream::{BoxStream, once};
+use futures_util::{StreamExt as _, TryStreamExt as _};
 use object_store::path::Path;
-use object_store::{Error, GetOptions, GetRange, ObjectStoreExt as _, PutMode, PutOptions};
+use object_store::{
+    Error, GetOptions, GetRange, GetResultPayload, ObjectStoreExt as _, PutMode, PutOptions,
+};
 
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Folder, Id, Key, PackId};
@@ -121,11 +124,30 @@ impl Objects {
         let wanted = range.end.saturating_sub(range.start);
         let found = self.read_some(key, GetRange::Bounded(range)).await?;
         match found {
-            Some(found) if found.0.len() as u64 != wanted => {
-                Err(RepositoryError::damaged(format!("the object {key} is shorter than it was")))
-            }
+            Some(found) if found.0.len() as u64 != wanted => Err(shorter(key)),
             found => Ok(found.map(|(bytes, _)| bytes)),
         }
+    }
+
+    /// Begins to read a part of an object; `None` if there is no object. Its pieces may be fewer
+    /// bytes.
+    pub(crate) async fn stream_range(
+        &self,
+        key: Key,
+        range: Range<u64>,
+    ) -> Result<Option<BoxStream<'_, Result<Bytes>>>> {
+        let name = key.to_string();
+        let options = GetOptions::new().with_range(Some(GetRange::Bounded(range)));
+        let found = match self.place.store.get_opts(&self.path(&name), options).await {
+            Err(Error::NotFound { .. }) => return Ok(None),
+            found => found.map_err(|error| self.failed("read", &name, &error))?,
+        };
+        let pieces = match &found.payload {
+            GetResultPayload::Stream(_) => found.into_stream(),
+            // Its pieces would be small.
+            GetResultPayload::File(..) => once(found.bytes()).boxed(),
+        };
+        Ok(Some(pieces.map_err(move |error| self.failed("read", &name, &error)).boxed()))
     }
 
     /// Reads the first or the last bytes of an object, and its size.
@@ -340,6 +362,11 @@ impl Objects {
             _ => Object::Tombstone(Some(Backup { packs, object: root::live(&content) })),
         })
     }
+}
+
+/// The error of an object that ends too early.
+pub(crate) fn shorter(key: Key) -> RepositoryError {
+    RepositoryError::damaged(format!("the object {key} is shorter than it was"))
 }
 
 fn encode_list(sealer: &Sealer, id: Id, packs: &BTreeSet<PackId>) -> Result<Bytes> {

@@ -1,17 +1,20 @@
 //! Reads a backup as a disk.
 
+mod ahead;
 mod cache;
 mod difference;
 mod fetch;
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use bytes::Bytes;
 use imgfmt::storage::{StorageExtent, TryRead};
 use imgfmt::{ExtentKind, HostOffset, Storage};
+use tokio::sync::Semaphore;
 
+use self::ahead::Ahead;
 use self::cache::{Cache, Found};
 pub use self::difference::Difference;
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
@@ -25,6 +28,11 @@ use super::root::Head;
 
 /// Blocks of one step of a read: no read needs more than the cache holds.
 const STEP: u64 = 64;
+
+/// Requests for the blocks of a disk at a time.
+const REQUESTS: usize = 16;
+/// Failures of requests that were made for other blocks as well, before a read is given up.
+const FAILURES_MAX: u32 = 8;
 
 /// Told of a damaged block: its offset on the disk, in bytes, and what is wrong.
 pub type OnDamage = Arc<dyn Fn(u64, &RepositoryError) + Send + Sync>;
@@ -70,8 +78,11 @@ struct Disk {
     map: Map,
     /// Where the disk begins in the backup, in bytes.
     start: u64,
+    /// Blocks of the backup up to the end of the disk: what is behind it is not read ahead.
+    count: u64,
     objects: Arc<Objects>,
     cache: Mutex<Cache>,
+    requests: Semaphore,
     damage: Damage,
 }
 
@@ -127,7 +138,9 @@ impl Repository {
         let objects = Arc::clone(&self.objects);
         let start = head.disks.first().map_or(0, |disk| disk.offset);
         let window = start..start.saturating_add(head.size);
-        let disk = Arc::new(Disk { map, start, objects, cache: Mutex::default(), damage });
+        let count = window.end.min(map.size()).div_ceil(BLOCK_SIZE);
+        let (cache, requests) = (Mutex::default(), Semaphore::new(REQUESTS));
+        let disk = Arc::new(Disk { map, start, count, objects, cache, requests, damage });
         let pin = Mutex::new(Some(reader));
         Ok(OpenBackup { disk, head, window, pin, repository: self.clone() })
     }
@@ -179,6 +192,8 @@ impl OpenBackup {
 
 impl Drop for OpenBackup {
     fn drop(&mut self) {
+        // Nobody reads what would be read ahead.
+        self.disk.cache().ahead = Ahead::default();
         let reader = self.pin.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         let (Some(mut reader), Ok(runtime)) = (reader, crate::runtime()) else { return };
         let repository = self.repository.clone();
@@ -205,29 +220,55 @@ impl Disk {
     }
 
     async fn step(self: &Arc<Self>, blocks: Range<u64>) -> Result<Vec<Option<Bytes>>> {
-        let count = self.map.size().div_ceil(BLOCK_SIZE);
-        let mut failed = false;
+        let mut failures = 0;
         loop {
-            let found = {
-                let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-                cache.find(blocks.clone(), count)
+            let (found, is_due) = {
+                let mut cache = self.cache();
+                let is_due = cache.ahead.passes(&blocks);
+                (cache.find(blocks.clone(), self.count), is_due)
             };
-            let ended = match found {
+            self.read_ahead_if(is_due);
+            let (ended, is_own) = match found {
                 Found::All(found) => return Ok(found),
-                Found::Fetching(fetch) => fetch.ended().await,
-                Found::Missing(missing, fetch) => {
+                Found::Fetching(arrival) => (arrival.wait().await, false),
+                Found::Missing(missing, fetch, arrival) => {
                     let disk = Arc::clone(self);
-                    let fetching = Arc::clone(&fetch);
                     let wanted = blocks.end;
-                    let task = async move { disk.fetch(missing, wanted, &fetching).await };
+                    let task = async move { disk.fetch(missing, wanted, &fetch).await };
                     // Not this task's own: others wait for the same blocks.
                     tokio::spawn(task);
-                    fetch.ended().await
+                    (arrival.wait().await, true)
                 }
             };
-            // The first time, what was read ahead may be at fault.
-            if std::mem::replace(&mut failed, ended.is_err()) {
-                ended?;
+            let Err(error) = ended else { continue };
+            failures += 1;
+            // What was read ahead, or for others, may be at fault.
+            if (is_own && failures > 1) || failures > FAILURES_MAX {
+                return self.cache().kept(blocks).ok_or(error);
+            }
+        }
+    }
+
+    fn cache(&self) -> MutexGuard<'_, Cache> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns blocks that are in memory.
+    fn kept(self: &Arc<Self>, blocks: Range<u64>) -> Option<Vec<Option<Bytes>>> {
+        let (found, is_due) = {
+            let mut cache = self.cache();
+            (cache.kept(blocks.clone()), cache.ahead.passes(&blocks))
+        };
+        self.read_ahead_if(is_due);
+        found
+    }
+
+    /// Begins to read ahead, on threads that outlive the caller's.
+    fn read_ahead_if(self: &Arc<Self>, is_due: bool) {
+        if is_due {
+            match crate::runtime() {
+                Ok(runtime) => drop(runtime.spawn(Arc::clone(self).read_ahead())),
+                Err(_) => self.cache().ahead.stop(),
             }
         }
     }
@@ -324,11 +365,7 @@ impl Storage for OpenBackup {
         if length < buffer.len() {
             return Ok(TryRead::WouldBlock);
         }
-        let found = {
-            let mut cache = self.disk.cache.lock().unwrap_or_else(PoisonError::into_inner);
-            cache.kept(blocks)
-        };
-        let Some(found) = found else { return Ok(TryRead::WouldBlock) };
+        let Some(found) = self.disk.kept(blocks) else { return Ok(TryRead::WouldBlock) };
         Self::copy(offset.bytes(), &found, buffer);
         Ok(TryRead::Complete)
     }
@@ -362,7 +399,7 @@ impl Storage for OpenBackup {
         if blocks.end - blocks.start > STEP {
             return false;
         }
-        let mut cache = self.disk.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        cache.kept(blocks).is_some_and(|blocks| blocks.iter().all(Option::is_some))
+        let kept = self.disk.cache().kept(blocks);
+        kept.is_some_and(|blocks| blocks.iter().all(Option::is_some))
     }
 }

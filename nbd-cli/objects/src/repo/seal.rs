@@ -206,9 +206,7 @@ impl Sealer {
         match packed.split_first() {
             Some((&RAW, content)) if content.len() <= longest => Ok(content.to_vec()),
             // No more than `longest` bytes are ever allocated, whatever the frame says.
-            Some((&ZSTD, packed)) => {
-                zstd::bulk::decompress(packed, longest).map_err(|_| Broken::Compression)
-            }
+            Some((&ZSTD, packed)) => decompress(packed, longest).ok_or(Broken::Compression),
             _ => Err(Broken::Length),
         }
     }
@@ -217,6 +215,17 @@ impl Sealer {
 thread_local! {
     /// Of this thread: it takes memory, and time to make.
     static COMPRESSOR: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
+    static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
+/// Returns the content of a compressed frame, of at most `longest` bytes.
+fn decompress(packed: &[u8], longest: usize) -> Option<Vec<u8>> {
+    DECOMPRESSOR.with_borrow_mut(|decompressor| {
+        if decompressor.is_none() {
+            *decompressor = zstd::bulk::Decompressor::new().ok();
+        }
+        decompressor.as_mut()?.decompress(packed, longest).ok()
+    })
 }
 
 /// Compresses content, and returns its length then; `None` if there is not enough room.

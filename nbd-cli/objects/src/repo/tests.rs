@@ -2,6 +2,7 @@
 
 mod faults;
 mod maps;
+mod reading;
 mod succession;
 
 use std::sync::Arc;

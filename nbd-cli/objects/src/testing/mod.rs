@@ -1,5 +1,6 @@
 //! An S3 store in memory that fails as a test wants, on a thread of its own.
 
+mod held;
 mod objects;
 
 use std::collections::BTreeMap;
@@ -20,6 +21,7 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
+use held::Held;
 use objects::{Answer, Objects, Parsed};
 
 /// What happens to a request.
@@ -55,6 +57,8 @@ pub enum Fault {
     RefusesConditions(u16),
     /// The reply comes after this many milliseconds.
     Late(u64),
+    /// The reply comes when [`TestStore::release`] is called.
+    Held,
 }
 
 /// All objects of a store at one moment, without what is being uploaded.
@@ -86,6 +90,7 @@ struct Shared {
     objects: Mutex<Objects>,
     seen: Mutex<Vec<Seen>>,
     faults: Mutex<Faults>,
+    held: Held,
 }
 
 /// A store on loopback. It ends when it is dropped.
@@ -116,6 +121,7 @@ impl TestStore {
             objects: Mutex::default(),
             seen: Mutex::default(),
             faults: Mutex::new(Box::new(|_| Fault::None)),
+            held: Held::default(),
         });
         let (end, ended) = oneshot::channel();
         let served = Arc::clone(&shared);
@@ -194,6 +200,17 @@ impl TestStore {
     /// Sets what happens to the requests from now on.
     pub fn fail(&self, faults: impl FnMut(&Seen) -> Fault + Send + 'static) {
         *lock(&self.shared.faults) = Box::new(faults);
+    }
+
+    /// Returns the number of replies that are [held](Fault::Held).
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.shared.held.count()
+    }
+
+    /// Sends the replies that are [held](Fault::Held).
+    pub fn release(&self) {
+        self.shared.held.release();
     }
 
     /// Returns the requests since the last call.
@@ -277,6 +294,7 @@ async fn serve(
         Fault::NoCondition => (parsed.if_match, parsed.creates) = (None, false),
         Fault::WrongRange => parsed.range = Some("bytes=1-2".to_owned()),
         Fault::Late(milliseconds) => tokio::time::sleep(Duration::from_millis(milliseconds)).await,
+        Fault::Held => shared.held.wait().await,
         _ => {}
     }
     let answer = lock(&shared.objects).answer(&parsed);

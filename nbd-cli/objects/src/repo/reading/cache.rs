@@ -8,11 +8,15 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::super::error::Result;
+use super::ahead::Ahead;
 
-/// Blocks that are kept: 64 MiB.
-const KEPT: usize = 1024;
-/// Most blocks that are read at a time: more than a pack has of data that does not compress.
-pub(super) const WINDOW_MAX: u64 = 192;
+/// Blocks of data that are kept, together with those that are being read: 96 MiB. More than what is
+/// read ahead.
+const BLOCKS: usize = 1536;
+/// Blocks of data that are kept in any case: what has arrived must stay until it is taken.
+const KEPT_MIN: usize = BLOCKS / 2;
+/// Entries for blocks that are kept: those that read as zero take little memory.
+const SLOTS: usize = 1 << 16;
 
 /// Several blocks that are being read.
 #[derive(Debug)]
@@ -21,21 +25,35 @@ pub(super) struct Fetch {
 }
 
 impl Fetch {
-    fn new() -> Arc<Self> {
+    pub(super) fn new() -> Arc<Self> {
         Arc::new(Self { ended: watch::Sender::new(None) })
+    }
+
+    /// Says that some of the blocks have arrived.
+    pub(super) fn moved(&self) {
+        self.ended.send_modify(|_| {});
     }
 
     pub(super) fn end(&self, result: Result<()>) {
         self.ended.send_replace(Some(result));
     }
 
-    /// Waits for the end.
-    pub(super) async fn ended(&self) -> Result<()> {
-        let mut receiver = self.ended.subscribe();
-        match receiver.wait_for(Option::is_some).await {
-            Ok(result) => result.clone().unwrap_or(Ok(())),
-            Err(_) => Ok(()),
+    fn arrival(&self) -> Arrival {
+        Arrival(self.ended.subscribe())
+    }
+}
+
+/// What comes next of a fetch.
+pub(super) struct Arrival(watch::Receiver<Option<Result<()>>>);
+
+impl Arrival {
+    /// Waits until more blocks have arrived, or for the end, which may be an error.
+    pub(super) async fn wait(mut self) -> Result<()> {
+        if self.0.borrow().is_none() {
+            // An error is an end, too.
+            let _ = self.0.changed().await;
         }
+        self.0.borrow().clone().unwrap_or(Ok(()))
     }
 }
 
@@ -50,19 +68,19 @@ enum Slot {
 pub(super) enum Found {
     All(Vec<Option<Bytes>>),
     /// Others are reading a part of it.
-    Fetching(Arc<Fetch>),
+    Fetching(Arrival),
     /// These have to be read by the caller; they are marked.
-    Missing(Vec<u64>, Arc<Fetch>),
+    Missing(Vec<u64>, Arc<Fetch>, Arrival),
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Cache {
     slots: HashMap<u64, Slot>,
+    /// Those that are kept, without zeroes.
     kept: usize,
+    fetching: usize,
     uses: u64,
-    /// The end of the last window, and its length.
-    next: u64,
-    window: u64,
+    pub(super) ahead: Ahead,
 }
 
 impl Cache {
@@ -89,47 +107,67 @@ impl Cache {
         let is_missing = |block: &u64| !self.slots.contains_key(block);
         let Some(first) = blocks.clone().find(is_missing) else {
             let fetch = blocks.clone().find_map(|block| match self.slots.get(&block) {
-                Some(Slot::Fetching(fetch)) => Some(Arc::clone(fetch)),
+                Some(Slot::Fetching(fetch)) => Some(fetch.arrival()),
                 _ => None,
             });
             return fetch.map_or(Found::All(Vec::new()), Found::Fetching);
         };
-        // Reads that go on where others ended get more than they ask for. Several at a time arrive
-        // in any order: what is between them is read as well.
-        let is_next = first > 0
-            && (first == self.next
-                || (self.window > 0 && (self.next..self.next + WINDOW_MAX).contains(&first)));
-        let start = if is_next { self.next.min(first) } else { first };
-        self.window = if is_next { (self.window * 2).clamp(8, WINDOW_MAX) } else { 0 };
-        let end = blocks.end.max(start.saturating_add(self.window)).min(count.max(blocks.end));
-        let missing: Vec<_> =
-            (start..end).filter(|block| !self.slots.contains_key(block)).collect();
+        let wanted = self.ahead.misses(&blocks, first, count);
         let fetch = Fetch::new();
+        let missing = self.mark(wanted, &fetch);
+        let arrival = fetch.arrival();
+        Found::Missing(missing, fetch, arrival)
+    }
+
+    /// Marks those blocks that are not there; returns them.
+    pub(super) fn mark(
+        &mut self,
+        blocks: impl IntoIterator<Item = u64>,
+        fetch: &Arc<Fetch>,
+    ) -> Vec<u64> {
+        let missing: Vec<_> =
+            blocks.into_iter().filter(|block| !self.slots.contains_key(block)).collect();
         for &block in &missing {
-            self.slots.insert(block, Slot::Fetching(Arc::clone(&fetch)));
+            self.put(block, Slot::Fetching(Arc::clone(fetch)));
         }
-        self.next = end;
-        Found::Missing(missing, fetch)
+        missing
+    }
+
+    fn put(&mut self, block: u64, slot: Slot) {
+        self.count(&slot, 1);
+        if let Some(before) = self.slots.insert(block, slot) {
+            self.count(&before, -1);
+        }
+        let has_many = self.kept + self.fetching > BLOCKS && self.kept > KEPT_MIN;
+        if has_many || self.is_full() {
+            self.evict();
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.slots.len() - self.fetching > SLOTS
+    }
+
+    fn count(&mut self, slot: &Slot, by: isize) {
+        let count = match slot {
+            Slot::Kept(None, _) => return,
+            Slot::Kept(..) => &mut self.kept,
+            Slot::Fetching(_) => &mut self.fetching,
+        };
+        *count = count.saturating_add_signed(by);
     }
 
     /// Keeps a block that was read.
     pub(super) fn keep(&mut self, block: u64, bytes: Option<Bytes>) {
         self.uses += 1;
-        if !matches!(self.slots.insert(block, Slot::Kept(bytes, self.uses)), Some(Slot::Kept(..))) {
-            self.kept += 1;
-        }
-        if self.kept > KEPT {
-            self.evict();
-        }
+        self.put(block, Slot::Kept(bytes, self.uses));
     }
 
     /// Says that blocks from here on will not be read ahead, but at once when they are asked for.
     pub(super) fn cut(&mut self, blocks: &[u64]) {
         blocks.iter().for_each(|&block| self.fail(block));
-        if let (Some(&first), Some(&last)) = (blocks.first(), blocks.last())
-            && self.next == last + 1
-        {
-            self.next = first;
+        if let (Some(&first), Some(&last)) = (blocks.first(), blocks.last()) {
+            self.ahead.cut(first, last + 1);
         }
     }
 
@@ -137,20 +175,27 @@ impl Cache {
     pub(super) fn fail(&mut self, block: u64) {
         if matches!(self.slots.get(&block), Some(Slot::Fetching(_))) {
             self.slots.remove(&block);
+            self.fetching -= 1;
         }
     }
 
-    /// Removes the quarter that was not used for longest.
+    /// Removes a part of what is kept: what was not used for longest, and what was read ahead and is
+    /// still to be asked for as the last.
     fn evict(&mut self) {
-        let used = |slot: &Slot| match slot {
-            Slot::Kept(_, used) => Some(*used),
-            Slot::Fetching(_) => None,
+        let (is_full, ahead) = (self.is_full(), self.ahead.wanted());
+        let rank = |block: &u64, slot: &Slot| match slot {
+            Slot::Kept(bytes, used) if is_full || bytes.is_some() => {
+                Some((ahead.contains(block), *used))
+            }
+            _ => None,
         };
-        let mut uses: Vec<_> = self.slots.values().filter_map(used).collect();
-        uses.sort_unstable();
-        let limit = uses.get(KEPT / 4).copied().unwrap_or_default();
-        self.slots.retain(|_, slot| used(slot).is_none_or(|used| used > limit));
-        self.kept = self.slots.values().filter(|slot| matches!(slot, Slot::Kept(..))).count();
+        let mut ranks: Vec<_> = self.slots.iter().filter_map(|(it, slot)| rank(it, slot)).collect();
+        ranks.sort_unstable();
+        let count = if is_full { SLOTS / 4 } else { BLOCKS / 8 };
+        let Some(limit) = ranks.get(count).or(ranks.last()).copied() else { return };
+        self.slots.retain(|block, slot| rank(block, slot).is_none_or(|rank| rank > limit));
+        let is_data = |slot: &&Slot| matches!(slot, Slot::Kept(Some(_), _));
+        self.kept = self.slots.values().filter(is_data).count();
     }
 }
 
@@ -160,7 +205,7 @@ mod tests {
 
     fn missing(found: Found) -> (Vec<u64>, Arc<Fetch>) {
         match found {
-            Found::Missing(missing, fetch) => (missing, fetch),
+            Found::Missing(missing, fetch, _) => (missing, fetch),
             _ => panic!("something is there"),
         }
     }
@@ -205,8 +250,19 @@ mod tests {
         assert_eq!(missing(cache.find(11..12, 99_999)).0[0], 11);
         for block in 20_000..30_000 {
             cache.keep(block, Some(Bytes::new()));
-            assert!(cache.kept <= KEPT && cache.slots.len() <= KEPT + WINDOW_MAX as usize);
+            assert!(cache.kept <= BLOCKS && cache.slots.len() <= BLOCKS + 2);
         }
         assert!(cache.kept(29_990..30_000).is_some() && cache.kept(20_000..20_001).is_none());
+        // However many are being read, what has arrived can be taken.
+        let fetch = Fetch::new();
+        cache.mark(100_000..110_000, &fetch);
+        for block in 100_000..110_000 {
+            cache.keep(block, Some(Bytes::new()));
+            assert!(cache.kept(block..block + 1).is_some() && cache.kept <= BLOCKS);
+        }
+        for block in 0..150_000 {
+            cache.keep(block, None);
+            assert!(cache.slots.len() <= SLOTS + 1);
+        }
     }
 }

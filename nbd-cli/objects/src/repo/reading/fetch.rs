@@ -1,17 +1,21 @@
 //! Reads blocks from packs: many by one request.
 
-use std::sync::{Arc, PoisonError};
+use std::ops::Range;
+use std::pin::Pin;
+use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
 
 use super::super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::super::id::{Key, PackId};
 use super::super::map::missing;
+use super::super::objects::shorter;
 use super::super::page::{BLOCK_SIZE, PAGE_BLOCKS};
 use super::super::seal::Sealer;
 use super::super::stored::Stored;
-use super::cache::{Fetch, WINDOW_MAX};
+use super::ahead::WINDOW_MAX;
+use super::cache::Fetch;
 use super::{Damage, Disk};
 
 /// Most bytes of a request.
@@ -20,6 +24,10 @@ const REQUEST_MAX: u64 = 12 << 20;
 const GAP_MAX: u64 = 64 << 10;
 /// Requests of one fetch at a time.
 const REQUESTS: usize = 8;
+/// Blocks that are opened in one go: those who wait for them need not wait for a whole pack.
+const OPENED: usize = 32;
+/// Most blocks of a part that is read ahead, without holes.
+const PART_MAX: u64 = 320;
 
 /// Blocks that one request reads.
 struct Group {
@@ -40,7 +48,7 @@ struct Ending<'a> {
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
         {
-            let mut cache = self.disk.cache.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut cache = self.disk.cache();
             self.blocks.iter().for_each(|&block| cache.fail(block));
         }
         self.fetch.end(std::mem::replace(&mut self.result, Ok(())));
@@ -58,18 +66,77 @@ impl Disk {
         let mut ending = Ending { disk: &self, blocks, fetch, result: given_up() };
         if let Some(cut) = self.pack_begins(&ending.blocks, wanted).await {
             let later = ending.blocks.split_off(cut);
-            self.cache.lock().unwrap_or_else(PoisonError::into_inner).cut(&later);
+            self.cache().cut(&later);
         }
+        self.fetch_all(&mut ending).await;
+    }
+
+    async fn fetch_all(&self, ending: &mut Ending<'_>) {
         let mut result = Ok(());
         let groups = self.groups(&ending.blocks, &mut result).await;
-        let requests = groups.into_iter().map(|group| self.read_group(group));
+        let fetch = ending.fetch;
+        let requests = groups.into_iter().map(|group| self.read_group(group, fetch));
         let mut requests = futures_util::stream::iter(requests).buffer_unordered(REQUESTS);
         while let Some(read) = requests.next().await {
-            for (block, bytes) in read {
-                self.settle(block, bytes.map(Some), &mut result);
-            }
+            result = result.and(read);
         }
         ending.result = result;
+    }
+
+    /// Begins to read ahead of a reader, as long as there is room.
+    pub(super) async fn read_ahead(self: Arc<Self>) {
+        let mut from = self.cache().ahead.plan();
+        while let Some(start) = from {
+            let Some((part, blocks)) = self.part_from(start).await else {
+                // Whoever needs its page gets the error.
+                return self.cache().ahead.stop();
+            };
+            let fetch = Fetch::new();
+            let mut cache = self.cache();
+            if cache.ahead.begins(&part, blocks.len() as u64) && !blocks.is_empty() {
+                let blocks = cache.mark(blocks, &fetch);
+                let disk = Arc::clone(&self);
+                tokio::spawn(async move { disk.fetch_part(blocks, &fetch).await });
+            }
+            from = cache.ahead.plan();
+        }
+    }
+
+    async fn fetch_part(self: Arc<Self>, blocks: Vec<u64>, fetch: &Fetch) {
+        let mut ending = Ending { disk: &self, blocks, fetch, result: given_up() };
+        self.fetch_all(&mut ending).await;
+        drop(ending);
+        if self.cache().ahead.arrived() {
+            self.go_on().await;
+        }
+    }
+
+    /// Boxed, because one begins the other.
+    fn go_on(self: &Arc<Self>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(Arc::clone(self).read_ahead())
+    }
+
+    /// Finds the blocks of the next part, from `start` on, and where it ends: it ends with a pack.
+    async fn part_from(&self, start: u64) -> Option<(Range<u64>, Vec<u64>)> {
+        let count = self.count;
+        let (mut at, mut blocks, mut pack) = (start, Vec::new(), None);
+        while at < count && (blocks.len() as u64) < PART_MAX {
+            let (number, index) = (at / PAGE_BLOCKS, at % PAGE_BLOCKS);
+            if self.map.is_zero(number as usize) {
+                at = (number + 1) * PAGE_BLOCKS;
+                continue;
+            }
+            let page = self.map.page(number as usize).await.ok()?;
+            if let Some(stored) = page.blocks.get(index as usize).copied().flatten() {
+                let is_other = pack.replace(stored.pack).is_some_and(|pack| pack != stored.pack);
+                if is_other && blocks.len() as u64 > WINDOW_MAX / 2 {
+                    break;
+                }
+                blocks.push(at);
+            }
+            at += 1;
+        }
+        Some((start..at.min(count), blocks))
     }
 
     /// Finds where, among blocks that are read ahead, the pack begins that goes on behind them. One
@@ -127,32 +194,73 @@ impl Disk {
         groups
     }
 
-    async fn read_group(&self, group: Group) -> Vec<(u64, Result<Bytes>)> {
-        let Group { pack, start, end, blocks } = group;
-        let read = self.objects.read_range(Key::Pack(pack), start..end).await;
-        let bytes = match read.and_then(|bytes| bytes.ok_or_else(|| missing(pack))) {
-            Ok(bytes) => bytes,
-            Err(error) => {
-                return blocks.iter().map(|(block, _)| (*block, Err(error.clone()))).collect();
+    /// Reads a group into the cache, as it arrives.
+    async fn read_group(&self, group: Group, fetch: &Fetch) -> Result<()> {
+        let (mut rest, mut result) = (&group.blocks[..], Ok(()));
+        if let Err(error) = self.receive(&group, &mut rest, &mut result, fetch).await {
+            for (block, _) in rest {
+                self.settle(*block, Err(error.clone()), &mut result);
             }
-        };
+        }
+        result
+    }
+
+    /// Takes from the front of `rest` what has been settled.
+    async fn receive(
+        &self,
+        group: &Group,
+        rest: &mut &[(u64, Stored)],
+        result: &mut Result<()>,
+        fetch: &Fetch,
+    ) -> Result<()> {
+        let key = Key::Pack(group.pack);
+        let _turn = self.requests.acquire().await;
+        let stream = self.objects.stream_range(key, group.start..group.end).await?;
+        let mut stream = stream.ok_or_else(|| missing(group.pack))?;
+        let (mut bytes, mut start) = (BytesMut::new(), group.start);
+        while !rest.is_empty() {
+            let (count, end) = next_piece(rest);
+            let length = (end - start) as usize;
+            while bytes.len() < length {
+                let piece = stream.next().await.unwrap_or_else(|| Err(shorter(key)))?;
+                bytes.extend_from_slice(&piece);
+            }
+            let (blocks, later) = rest.split_at(count);
+            let opened = self.open_frames(blocks, bytes.split_to(length).freeze(), start).await;
+            for (block, opened) in opened {
+                self.settle(block, opened.map(Some), result);
+            }
+            (*rest, start) = (later, end);
+            fetch.moved();
+        }
+        Ok(())
+    }
+
+    /// Opens blocks in bytes of a pack from `start` on.
+    async fn open_frames(
+        &self,
+        blocks: &[(u64, Stored)],
+        bytes: Bytes,
+        start: u64,
+    ) -> Vec<(u64, Result<Bytes>)> {
         let sealer = self.objects.sealer.clone();
-        let lengths: Vec<_> =
-            blocks.iter().map(|(block, _)| self.map.block_length(*block)).collect();
-        let numbers: Vec<_> = blocks.iter().map(|(block, _)| *block).collect();
         let disk = self.start;
+        let frames: Vec<_> = blocks
+            .iter()
+            .map(|(block, stored)| (*block, *stored, self.map.block_length(*block)))
+            .collect();
         let open = move || {
-            let opened = blocks.iter().zip(lengths).map(|((block, stored), length)| {
+            let opened = frames.into_iter().map(|(block, stored, length)| {
                 let range = stored.range();
                 let frame = bytes.get((range.start - start) as usize..(range.end - start) as usize);
-                let offset = (*block * BLOCK_SIZE).saturating_sub(disk);
-                (*block, open(&sealer, offset, stored, frame.unwrap_or_default(), length))
+                let offset = (block * BLOCK_SIZE).saturating_sub(disk);
+                (block, open(&sealer, offset, &stored, frame.unwrap_or_default(), length))
             });
             opened.collect()
         };
         tokio::task::spawn_blocking(open).await.unwrap_or_else(|error| {
             let error = RepositoryError::invalid(format!("a block could not be opened: {error}"));
-            numbers.into_iter().map(|block| (block, Err(error.clone()))).collect()
+            blocks.iter().map(|(block, _)| (*block, Err(error.clone()))).collect()
         })
     }
 
@@ -169,8 +277,22 @@ impl Disk {
                 return;
             }
         };
-        self.cache.lock().unwrap_or_else(PoisonError::into_inner).keep(block, bytes);
+        self.cache().keep(block, bytes);
     }
+}
+
+/// Returns how many of the blocks, which are sorted by their places, are opened next, and where
+/// they end: behind it no other begins before.
+fn next_piece(blocks: &[(u64, Stored)]) -> (usize, u64) {
+    let mut end = 0;
+    for (count, (_, stored)) in blocks.iter().enumerate() {
+        let range = stored.range();
+        if count >= OPENED && range.start >= end {
+            return (count, end);
+        }
+        end = end.max(range.end);
+    }
+    (blocks.len(), end)
 }
 
 fn open(

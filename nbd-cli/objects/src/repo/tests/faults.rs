@@ -10,7 +10,7 @@ use crate::testing::{Fault, TestStore};
 use crate::transport::WHOLE_MAX;
 use crate::{Environment, StoreSettings, Timeouts};
 
-fn place_in(store: &TestStore) -> Place {
+pub(super) fn place_in(store: &TestStore) -> Place {
     let variables = [("AWS_ACCESS_KEY_ID", "AKIAKEY"), ("AWS_SECRET_ACCESS_KEY", "s3cr3t")];
     let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
     let settings = StoreSettings {
