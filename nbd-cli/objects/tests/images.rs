@@ -154,6 +154,41 @@ fn sequential_reads_are_fetched_in_long_ranges() {
 }
 
 #[test]
+fn several_requests_are_on_their_way_for_one_sequential_reader() {
+    let bench = Bench::new(160 * BLOCK_LEN);
+    let patient = StoreSettings { timeouts: Timeouts::default(), ..settings(&bench.store) };
+    let url: StoreUrl = "s3://bucket/disk.img".parse().unwrap();
+    let storage = ObjectStorage::open(&url, &patient, &bench.cache(), never()).unwrap();
+    let first = |seen: &Seen| {
+        let range = seen.range.as_deref()?.strip_prefix("bytes=")?.split('-').next()?;
+        Some(range.parse::<usize>().ok()? / BLOCK_LEN)
+    };
+    bench.store.fail(move |seen| match first(seen) {
+        Some(64..) => Fault::Held,
+        _ => Fault::None,
+    });
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for offset in (0..bench.data.len()).step_by(64 << 10) {
+                assert!(bench.is_right(&storage, offset, 64 << 10));
+            }
+        });
+        let start = std::time::Instant::now();
+        while bench.store.held() < 3 {
+            assert!(start.elapsed() < Duration::from_secs(60), "{} requests", bench.store.held());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        bench.store.fail(|_| Fault::None);
+        bench.store.release();
+    });
+    let mut blocks: Vec<_> = bench.gets().iter().map(|seen| first(seen).unwrap()).collect();
+    let count = blocks.len();
+    blocks.sort_unstable();
+    blocks.dedup();
+    assert_eq!(blocks.len(), count, "each block is fetched once");
+}
+
+#[test]
 fn replaced_object_is_an_error_and_never_a_mix() {
     for fault in [Fault::None, Fault::NoCondition] {
         let bench = Bench::new(4 * BLOCK_LEN);

@@ -1,6 +1,5 @@
 //! Which blocks are in the cache, and which gives way.
 
-use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -8,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::shown::shown;
 
-use super::cache_file::{BLOCK_LEN, CacheFile, Entry, Key};
+use super::cache_file::{BLOCK_LEN, ByKey, CacheFile, Entry, Key};
 
 /// Smallest cache, in bytes: the longest read-ahead, several times.
 pub const CACHE_SIZE_MIN: u64 = 64 << 20;
@@ -48,7 +47,7 @@ pub(super) struct Cache {
 #[derive(Debug, Default)]
 struct State {
     slots: Vec<Slot>,
-    map: HashMap<Key, usize>,
+    map: ByKey<usize>,
     /// Most slots.
     capacity: usize,
     /// Where the search for a slot goes on (the algorithm CLOCK).
@@ -105,7 +104,12 @@ impl Cache {
 
     /// Whether blocks can be kept.
     pub(super) fn is_on(&self) -> bool {
-        self.file.is_some() && self.state().capacity > 0
+        self.capacity() > 0
+    }
+
+    /// Returns how many blocks can be kept.
+    pub(super) fn capacity(&self) -> u64 {
+        self.file.as_ref().map_or(0, |_| self.state().capacity as u64)
     }
 
     pub(super) fn contains(&self, key: Key) -> bool {

@@ -1,5 +1,6 @@
 //! Fetches blocks of objects into the cache.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use futures_util::StreamExt as _;
 use object_store::{GetOptions, GetRange, GetResult};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
 
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::runtime::runtime;
@@ -17,10 +19,15 @@ use crate::store::Place;
 use super::cache::{Cache, CacheSettings};
 use super::cache_file::{BLOCK_LEN, Key};
 use super::flights::{Flights, Run};
-use super::sequences::AHEAD_MAX;
+use super::sequences::{AHEAD_MAX, RUN_MAX};
 
-/// Requests for blocks that are made at once. Each holds one block in memory.
+/// Requests for blocks that are made at once. Each holds a few blocks in memory.
 const REQUESTS_MAX: usize = 16;
+/// Blocks of a request that have arrived and are not in the cache yet. A local disk that is slower
+/// than the store holds the request up then.
+const KEEPING_MAX: usize = 8;
+/// Blocks that are written to the cache at once: its file takes one at a time.
+const WRITES_MAX: usize = 2;
 
 /// The cache of all objects of a process.
 ///
@@ -31,6 +38,7 @@ pub struct ObjectCache {
     pub(super) cache: Arc<Cache>,
     pub(super) flights: Arc<Flights>,
     requests: Arc<Semaphore>,
+    writes: Arc<Semaphore>,
     runtime: Handle,
 }
 
@@ -48,6 +56,7 @@ impl ObjectCache {
             cache: Arc::new(Cache::open(settings)?),
             flights: Arc::default(),
             requests: Arc::new(Semaphore::new(REQUESTS_MAX)),
+            writes: Arc::new(Semaphore::new(WRITES_MAX)),
             runtime,
         })
     }
@@ -56,13 +65,19 @@ impl ObjectCache {
         &self.runtime
     }
 
+    /// Blocks that are read ahead for one reader, at most: a small cache has to keep them until they
+    /// are read.
+    pub(super) fn ahead_max(&self) -> u64 {
+        AHEAD_MAX.min(self.cache.capacity() / 4)
+    }
+
     /// Begins to fetch those blocks of a range that are missing.
     pub(super) fn launch(&self, object: &Arc<PinnedObject>, blocks: Range<u64>) {
         if blocks.is_empty() {
             return;
         }
         let is_there = |key| self.cache.contains(key);
-        for run in self.flights.begin(object.id, blocks, AHEAD_MAX, is_there) {
+        for run in self.flights.begin(object.id, blocks, RUN_MAX, is_there) {
             let (this, object) = (self.clone(), Arc::clone(object));
             self.runtime.spawn(async move { this.fetch(&object, run).await });
         }
@@ -82,16 +97,22 @@ impl ObjectCache {
         let range = object.range(&blocks);
         let reply = object.get(range.clone()).await?;
         let mut stream = reply.into_stream();
-        let mut block = BytesMut::new();
+        let (mut block, mut keeping) = (BytesMut::new(), VecDeque::new());
         while let Some(data) = stream.next().await {
             let mut data = data.map_err(|error| object.failed(&error))?;
             while !data.is_empty() {
                 let expected = object.block_len(run.key().block);
+                if block.is_empty() {
+                    block.reserve(expected);
+                }
                 let part = data.split_to(data.len().min(expected - block.len()));
                 block.extend_from_slice(&part);
                 if block.len() == expected {
-                    self.land(run, block.split().freeze()).await;
+                    self.land(run, block.split().freeze(), &mut keeping).await;
                     if run.blocks().is_empty() {
+                        while let Some(kept) = keeping.pop_front() {
+                            let _ = kept.await;
+                        }
                         return Ok(());
                     }
                 }
@@ -102,13 +123,23 @@ impl ObjectCache {
         Err(StoreError::new(StoreErrorKind::Unavailable, why))
     }
 
-    /// Keeps a block, then hands it out: later readers find it in the cache.
-    async fn land(&self, run: &mut Run, data: Bytes) {
-        self.keep(run.key(), data.clone()).await;
-        run.land(data);
+    /// Hands a block out, and keeps it: readers find it with the request until it is in the cache.
+    async fn land(&self, run: &mut Run, data: Bytes, keeping: &mut VecDeque<JoinHandle<()>>) {
+        let (key, landed) = (run.key(), run.land(data.clone()));
+        if keeping.len() >= KEEPING_MAX
+            && let Some(kept) = keeping.pop_front()
+        {
+            let _ = kept.await;
+        }
+        let this = self.clone();
+        keeping.push_back(self.runtime.spawn(async move {
+            this.keep(key, data).await;
+            drop(landed);
+        }));
     }
 
     pub(super) async fn keep(&self, key: Key, data: Bytes) {
+        let _turn = self.writes.acquire().await;
         let cache = Arc::clone(&self.cache);
         // A slow local disk does not hold up requests.
         let kept = self.runtime.spawn_blocking(move || cache.put(key, &data));

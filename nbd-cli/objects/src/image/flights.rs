@@ -1,6 +1,5 @@
 //! Blocks that are being fetched: one request, however many wait.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -8,7 +7,7 @@ use bytes::Bytes;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::runtime::LOOK_EVERY;
 
-use super::cache_file::Key;
+use super::cache_file::{ByKey, Key};
 
 /// The block that a request fetches.
 #[derive(Debug, Default)]
@@ -34,6 +33,12 @@ impl Flight {
         }
     }
 
+    /// Returns the block if it has arrived.
+    pub(super) fn landed(&self) -> Option<Bytes> {
+        let outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+        outcome.clone()?.ok()
+    }
+
     fn land(&self, outcome: Result<Bytes>) {
         let mut place = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
         place.get_or_insert(outcome);
@@ -43,7 +48,7 @@ impl Flight {
 
 /// All blocks that are being fetched.
 #[derive(Debug, Default)]
-pub(super) struct Flights(Mutex<HashMap<Key, Arc<Flight>>>);
+pub(super) struct Flights(Mutex<ByKey<Arc<Flight>>>);
 
 impl Flights {
     pub(super) fn get(&self, key: Key) -> Option<Arc<Flight>> {
@@ -51,7 +56,7 @@ impl Flights {
     }
 
     /// Registers those blocks of a range that are neither here nor excluded, as runs of at most
-    /// `longest` neighbours. The caller fetches each run.
+    /// `longest` neighbours, which begin at multiples of that. The caller fetches each run.
     pub(super) fn begin(
         self: &Arc<Self>,
         object: [u8; 16],
@@ -68,7 +73,7 @@ impl Flights {
             }
             flights.insert(key, Arc::default());
             match runs.last_mut() {
-                Some(run) if run.end == block && run.end - run.next < longest => run.end += 1,
+                Some(run) if run.end == block && !block.is_multiple_of(longest) => run.end += 1,
                 _ => runs.push(Run {
                     flights: Arc::clone(self),
                     object,
@@ -80,11 +85,21 @@ impl Flights {
         runs
     }
 
-    fn land(&self, key: Key, outcome: Result<Bytes>) {
-        let flight = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
-        if let Some(flight) = flight {
-            flight.land(outcome);
-        }
+    fn end(&self, key: Key) -> Option<Arc<Flight>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&key)
+    }
+}
+
+/// A block that has arrived, for those who come before it is in the cache.
+#[derive(Debug)]
+pub(super) struct Landed {
+    flights: Arc<Flights>,
+    key: Key,
+}
+
+impl Drop for Landed {
+    fn drop(&mut self) {
+        self.flights.end(self.key);
     }
 }
 
@@ -108,17 +123,22 @@ impl Run {
         Key { object: self.object, block: self.next }
     }
 
-    /// Hands out the next block.
-    pub(super) fn land(&mut self, data: Bytes) {
+    /// Hands out the next block, until the result is dropped.
+    pub(super) fn land(&mut self, data: Bytes) -> Landed {
         let key = self.key();
         self.next += 1;
-        self.flights.land(key, Ok(data));
+        if let Some(flight) = self.flights.get(key) {
+            flight.land(Ok(data));
+        }
+        Landed { flights: Arc::clone(&self.flights), key }
     }
 
     /// Hands out an error for all blocks that have not arrived.
     pub(super) fn fail(&mut self, error: &StoreError) {
         for block in self.next..self.end {
-            self.flights.land(Key { object: self.object, block }, Err(error.clone()));
+            if let Some(flight) = self.flights.end(Key { object: self.object, block }) {
+                flight.land(Err(error.clone()));
+            }
         }
         self.next = self.end;
     }
@@ -143,7 +163,7 @@ mod tests {
         let cached = |key: Key| key.block == 3;
         let runs = flights.begin(OBJECT, 0..8, 3, cached);
         let ranges: Vec<_> = runs.iter().map(Run::blocks).collect();
-        assert_eq!(ranges, [0..3, 4..7, 7..8]);
+        assert_eq!(ranges, [0..3, 4..6, 6..8]);
         assert!(flights.begin(OBJECT, 0..8, 3, cached).is_empty(), "all are on their way");
         drop(runs);
         assert_eq!(flights.begin(OBJECT, 0..1, 3, cached).len(), 1);
@@ -158,11 +178,16 @@ mod tests {
         std::thread::scope(|scope| {
             let waiters: Vec<_> =
                 (0..4).map(|_| scope.spawn(|| waiting[0].wait(&|| false).unwrap())).collect();
-            runs[0].land(Bytes::from_static(b"block"));
+            let landed = runs[0].land(Bytes::from_static(b"block"));
             for waiter in waiters {
                 assert_eq!(waiter.join().unwrap(), "block");
             }
+            // It is not in the cache yet.
+            let late = flights.get(landed.key).unwrap();
+            assert_eq!(late.landed().unwrap(), "block");
+            assert!(flights.begin(OBJECT, 0..1, 9, |_| false).is_empty());
         });
+        assert!(waiting[1].landed().is_none());
         let error = waiting[1].wait(&|| true).unwrap_err();
         assert_eq!(error.kind(), StoreErrorKind::Interrupted);
         drop(runs);

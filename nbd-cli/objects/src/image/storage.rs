@@ -78,7 +78,8 @@ impl ObjectStorage {
         let end = offset.saturating_add(length as u64);
         let blocks = offset / BLOCK_LEN as u64..end.div_ceil(BLOCK_LEN as u64);
         let mut sequences = self.sequences.lock().unwrap_or_else(PoisonError::into_inner);
-        let ahead = sequences.read(blocks.clone(), self.object.blocks());
+        let longest = self.cache.ahead_max();
+        let ahead = sequences.read(blocks.clone(), self.object.blocks(), longest);
         match self.cache.cache.is_on() {
             true => (blocks, ahead),
             // What is read ahead would be lost.
@@ -167,7 +168,11 @@ impl Storage for ObjectStorage {
         for (block, within, part) in by_block(offset, buffer) {
             let key = Key { object: self.object.id, block };
             if !self.cache.cache.try_read(key, within, part) {
-                return Ok(TryRead::WouldBlock);
+                // It may have just arrived.
+                let landed = self.cache.flights.get(key).and_then(|flight| flight.landed());
+                let data = landed.as_ref().and_then(|data| data.get(within..within + part.len()));
+                let Some(data) = data else { return Ok(TryRead::WouldBlock) };
+                part.copy_from_slice(data);
             }
         }
         let (_, ahead) = self.note(offset, length);
