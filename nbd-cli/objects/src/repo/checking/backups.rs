@@ -1,6 +1,9 @@
 //! Checks the maps of backups.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use futures_util::future::join_all;
 
 use super::super::error::{RepositoryErrorKind, Result};
 use super::super::id::Key;
@@ -12,6 +15,9 @@ use super::super::root::PageRoot;
 use super::super::seal::{Hash, Sealer};
 use super::super::stored::Stored;
 use super::Needs;
+
+/// Pages that are read at a time: several requests, in a few MiB of memory.
+const PAGES: usize = 128;
 
 impl Repository {
     pub(super) async fn check_backup(&self, info: &BackupInfo, needs: &mut Needs) -> Result<()> {
@@ -34,21 +40,28 @@ impl Repository {
         for pack in map.root().packs() {
             needs.packs.entry(*pack).or_default();
         }
-        for (page_number, page) in map.root().pages().iter().enumerate() {
-            let Some(page) = page else { continue };
-            let end = needs.packs.entry(page.stored.pack).or_default();
-            *end = page.stored.range().end.max(*end);
-            let said = said(&map, page_number, page);
-            if !needs.pages.insert(said) {
-                continue;
+        let pages: Vec<_> = map.root().pages().iter().enumerate().collect();
+        for pages in pages.chunks(PAGES) {
+            let mut unchecked = Vec::new();
+            for &(number, page) in pages {
+                let Some(page) = page else { continue };
+                let end = needs.packs.entry(page.stored.pack).or_default();
+                *end = page.stored.range().end.max(*end);
+                let said = said(&map, number, page);
+                if needs.pages.insert(said) {
+                    unchecked.push((number, page, said));
+                }
             }
-            let problems = self.check_page(&map, page_number, page, needs).await?;
-            if !problems.is_empty() {
-                // Other backups with this page are named as well.
-                needs.pages.remove(&said);
-            }
-            for problem in problems {
-                needs.problems.entry(problem).or_default().insert(number);
+            let reads = join_all(unchecked.iter().map(|(number, ..)| map.page(*number))).await;
+            for ((page_number, page, said), content) in unchecked.into_iter().zip(reads) {
+                let problems = self.check_page(&map, (page_number, page), content, needs).await?;
+                if !problems.is_empty() {
+                    // Other backups with this page are named as well.
+                    needs.pages.remove(&said);
+                }
+                for problem in problems {
+                    needs.problems.entry(problem).or_default().insert(number);
+                }
             }
         }
         Ok(())
@@ -58,11 +71,11 @@ impl Repository {
     async fn check_page(
         &self,
         map: &Map,
-        number: usize,
-        page: &PageRoot,
+        (number, page): (usize, &PageRoot),
+        content: Result<Arc<Page>>,
         needs: &mut Needs,
     ) -> Result<Vec<String>> {
-        let content = match map.page(number).await {
+        let content = match content {
             Ok(content) => content,
             Err(error) if error.kind() == RepositoryErrorKind::Damaged => {
                 return Ok(vec![error.to_string()]);
