@@ -128,6 +128,8 @@ pub(crate) mod rank {
         KEY_DERIVATION,
         /// What was written of a file that is written once.
         WRITTEN_PARTS,
+        /// The error of data that could not be written back. Held while the system is asked.
+        LOST_PARTS,
         /// The files that this process writes to. Held while one is opened or closed for writing.
         WRITTEN_FILES,
     }

@@ -2,16 +2,16 @@
 //!
 //! The pages of a large file that is written once displace what others on the machine read again
 //! and again. After the first part, each window is written back as soon as it is complete, and some
-//! windows later its pages are given up; what the disk has not taken by then, when a group of windows
-//! is complete. A thread of its own does this: whoever starts to write pages back waits while the disk takes no
-//! more requests, which halved the speed of copies with two threads.
+//! windows later its pages are given up; what the disk has not taken by then, when a group of
+//! windows is complete. A thread of its own does this: the thread that starts to write pages back
+//! waits while the disk takes no more requests, which halved the speed of copies with two threads.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::Ordering::{AcqRel, Relaxed};
-use std::sync::atomic::{AtomicBool, AtomicI32};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
@@ -77,8 +77,9 @@ pub(super) struct WriteBehind {
     written: OrderedMutex<{ rank::WRITTEN_PARTS }, Written>,
     /// Started with the first window; `None` if the system has no thread for it.
     helper: OnceLock<Option<Helper>>,
-    /// The error of data that could not be written back.
-    lost: AtomicI32,
+    /// The error of data that could not be written back. Held while the system is asked for one:
+    /// others must not go on as if there were none, until it is here.
+    lost: OrderedMutex<{ rank::LOST_PARTS }, Option<i32>>,
 }
 
 #[derive(Debug, Default)]
@@ -125,7 +126,7 @@ impl WriteBehind {
     pub(super) fn wrote(&self, offset: u64, length: u64) -> io::Result<()> {
         let Some((window, waits)) = self.add(offset, length) else { return Ok(()) };
         if waits {
-            self.noted(self.pages.wait())?;
+            self.noted(|| self.pages.wait())?;
         }
         let start = || Helper::start(Arc::clone(&self.pages), self.sizes);
         if let Some(helper) = self.helper.get_or_init(start) {
@@ -155,23 +156,21 @@ impl WriteBehind {
         Some((window, waits))
     }
 
-    /// Fails, now and from now on, if data could not be written back. Does not wait.
+    /// Fails, now and from now on, if data could not be written back. Does not wait for the disk.
     ///
     /// # Errors
     ///
     /// That of the system.
     pub(super) fn check(&self) -> io::Result<()> {
-        match self.lost.load(Relaxed) {
-            0 => self.noted(self.pages.check()),
-            code => Err(io::Error::from_raw_os_error(code)),
-        }
+        self.noted(|| self.pages.check())
     }
 
-    fn noted(&self, result: io::Result<()>) -> io::Result<()> {
-        result.inspect_err(|error| {
-            let code = error.raw_os_error().unwrap_or(libc::EIO);
-            let _ = self.lost.compare_exchange(0, code, AcqRel, Relaxed);
-        })
+    fn noted(&self, ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let mut lost = self.lost.lock();
+        if let Some(code) = *lost {
+            return Err(io::Error::from_raw_os_error(code));
+        }
+        ask().inspect_err(|error| *lost = Some(error.raw_os_error().unwrap_or(libc::EIO)))
     }
 }
 
@@ -428,6 +427,52 @@ mod tests {
         for failed in [write(&storage), storage.sync()] {
             assert_eq!(failed.unwrap_err().kind(), io::ErrorKind::StorageFull);
         }
+    }
+
+    /// Tells an error, once, and only after another caller is done or waits for it.
+    struct Slow {
+        failures: Mutex<Vec<i32>>,
+        asked: std::sync::mpsc::SyncSender<()>,
+        other: Mutex<Receiver<()>>,
+    }
+
+    impl Pages for Slow {
+        fn give_up(&self, _: Range<u64>) {}
+
+        fn wait(&self) -> io::Result<()> {
+            self.check()
+        }
+
+        fn check(&self) -> io::Result<()> {
+            let Some(code) = self.failures.lock().unwrap().pop() else { return Ok(()) };
+            self.asked.send(()).unwrap();
+            let _ = self.other.lock().unwrap().recv_timeout(Duration::from_millis(100));
+            Err(io::Error::from_raw_os_error(code))
+        }
+    }
+
+    #[test]
+    fn a_sync_fails_although_a_write_beside_it_took_the_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        std::fs::write(&path, b"").unwrap();
+        let (asked, was_asked) = std::sync::mpsc::sync_channel(1);
+        let (done, other) = channel();
+        let failures = Mutex::new(vec![libc::EIO]);
+        let pages = Arc::new(Slow { failures, asked, other: Mutex::new(other) });
+        let behind = WriteBehind::with_sizes(pages, Backlog::OfSystem, SMALL);
+        let mut storage = FileStorage::open(&path, Access::ReadWrite, Locking::Off).unwrap();
+        storage.write_behind = Some(Box::new(behind));
+        thread::scope(|scope| {
+            let writing = scope.spawn(|| {
+                storage.write_at(HostOffset::new(0), &[7; MIB as usize], Durability::Cached)
+            });
+            was_asked.recv().unwrap();
+            let synced = storage.sync();
+            done.send(()).unwrap();
+            assert_eq!(synced.unwrap_err().raw_os_error(), Some(libc::EIO));
+            assert!(writing.join().unwrap().is_err());
+        });
     }
 
     #[test]
