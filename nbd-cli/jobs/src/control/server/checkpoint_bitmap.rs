@@ -67,7 +67,7 @@ impl RequestedBase {
 pub(super) fn begin(
     disk: &Checkpointed,
     terms: &CheckpointTerms,
-    at_switch: impl FnOnce() -> Result<(), Failure>,
+    at_switch: &mut dyn FnMut() -> Result<(), Failure>,
 ) -> Result<PointInTimeView, Failure> {
     let file = nameless_file(&terms.temporary_directory).map_err(|error| {
         let message = format!(
@@ -126,7 +126,7 @@ pub(super) fn start_with_bitmap(
         }
         let changes = added_dirty(&name, terms.backup);
         let bitmap = CheckpointBitmap { name, origin: BitmapOrigin::Added };
-        let view = begin(disk, terms, || freeze(image, &changes, &bitmap, then))?;
+        let view = begin(disk, terms, &mut || freeze(image, &changes, &bitmap, then))?;
         return Ok(StartedCheckpoint { view, bitmap: Some(bitmap), restart_reason: None });
     };
     if found.recording == Recording::Disabled {
@@ -151,7 +151,7 @@ pub(super) fn start_with_bitmap(
         false => BitmapOrigin::NotOffered,
     };
     let bitmap = CheckpointBitmap { name, origin };
-    let started = begin(disk, terms, || freeze(image, &changes, &bitmap, then));
+    let started = begin(disk, terms, &mut || freeze(image, &changes, &bitmap, then));
     let view = started.inspect_err(|_| offer_again(image, &bitmap, &*terms.observer))?;
     let (image, frozen) = (Arc::clone(image), bitmap.frozen());
     let observer = terms.observer.clone();
