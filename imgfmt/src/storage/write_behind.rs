@@ -30,7 +30,8 @@ pub enum Backlog {
 /// Sizes, in bytes.
 #[derive(Clone, Copy, Debug)]
 struct Sizes {
-    /// Number of bytes that are left alone: what ends before that need not compete for the disk.
+    /// Number of bytes that are left alone: what ends before that need not compete with its own
+    /// writeback.
     first: u64,
     /// Number of bytes per start of writeback.
     window: u64,
@@ -46,7 +47,7 @@ struct Sizes {
 }
 
 const SIZES: Sizes = Sizes {
-    first: 256 << 20,
+    first: 1 << 30,
     window: 8 << 20,
     step: 1 << 20,
     behind: 8,
@@ -146,7 +147,9 @@ impl WriteBehind {
         }
         let window = std::mem::take(&mut written.window);
         written.total = written.total.saturating_add(window.bytes);
-        written.unwaited = written.unwaited.saturating_add(window.bytes);
+        if !is_first {
+            written.unwaited = written.unwaited.saturating_add(window.bytes);
+        }
         let waits = self.backlog == Backlog::Limited
             && written.unwaited >= self.sizes.group
             && written.total > self.sizes.unwaited;
