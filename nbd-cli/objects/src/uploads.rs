@@ -1,12 +1,13 @@
 //! Uploads that are not complete: the client of the store has no means to list them.
 
+use bytes::{Buf as _, Bytes};
 use hyper::header::DATE;
 use hyper::{Method, StatusCode};
 use object_store::aws::{AwsAuthorizer, AwsCredentialProvider};
 use object_store::client::{HttpRequest, HttpRequestBody, HttpService as _};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
-use serde::de::IgnoredAny;
+use serde::de::{DeserializeOwned, IgnoredAny};
 
 use crate::calendar::{of_http, of_s3};
 use crate::crypto::OpenSsl;
@@ -54,9 +55,9 @@ impl Uploads {
         let query = format!("max-uploads=1000&prefix={prefix}&uploads=");
         // A bucket in the name of the host has no path of its own.
         let has_path = self.bucket.split_once("://").is_some_and(|(_, rest)| rest.contains('/'));
-        let (text, time) = self.get(if has_path { "" } else { "/" }, &query).await?;
+        let (body, time) = self.get(if has_path { "" } else { "/" }, &query).await?;
         let time = time.ok_or("the store does not tell its time")?;
-        let uploads = uploads(&text, key).ok_or("the reply is not a whole list of uploads")?;
+        let uploads = uploads(body, key).ok_or("the reply is not a whole list of uploads")?;
         Ok(Listed { uploads, time })
     }
 
@@ -64,13 +65,12 @@ impl Uploads {
     pub(crate) async fn is_empty(&self, key: &str, id: &str) -> Result<bool, String> {
         let path = format!("/{}", utf8_percent_encode(key, PATH));
         let query = format!("max-parts=1&uploadId={}", utf8_percent_encode(id, QUERY));
-        let (text, _) = self.get(&path, &query).await?;
-        let list: PartList = quick_xml::de::from_str(&text)
-            .map_err(|error| format!("the reply is not a list of parts: {error}"))?;
+        let (body, _) = self.get(&path, &query).await?;
+        let list: PartList = parsed(body).ok_or("the reply is not a list of parts")?;
         Ok(!list.is_truncated && list.part.is_none())
     }
 
-    async fn get(&self, path: &str, query: &str) -> Result<(String, Option<u64>), String> {
+    async fn get(&self, path: &str, query: &str) -> Result<(Bytes, Option<u64>), String> {
         let mut request = HttpRequest::new(HttpRequestBody::empty());
         *request.method_mut() = Method::GET;
         let address = format!("{}{path}?{query}", self.bucket);
@@ -89,7 +89,7 @@ impl Uploads {
         let time = reply.headers().get(DATE).and_then(|date| of_http(date.to_str().ok()?));
         let body = reply.into_body().bytes().await.map_err(|error| shown(&error.to_string()))?;
         match status {
-            StatusCode::OK => Ok((String::from_utf8_lossy(&body).into_owned(), time)),
+            StatusCode::OK => Ok((body, time)),
             status => Err(format!("the store answered {status}")),
         }
     }
@@ -131,10 +131,16 @@ struct PartList {
     part: Option<IgnoredAny>,
 }
 
+/// Parses a reply from the reader that `object_store` uses: another one would be a parser of its
+/// own in the program.
+fn parsed<T: DeserializeOwned>(body: Bytes) -> Option<T> {
+    quick_xml::de::from_reader(body.reader()).ok()
+}
+
 /// Reads a list of uploads, of which those of other keys are left out; `None` if it is not a whole
 /// one.
-fn uploads(text: &str, key: &str) -> Option<Vec<Upload>> {
-    let list: UploadList = quick_xml::de::from_str(text).ok()?;
+fn uploads(body: Bytes, key: &str) -> Option<Vec<Upload>> {
+    let list: UploadList = parsed(body)?;
     let own = list.uploads.into_iter().filter(|upload| upload.key == key);
     let upload = |upload: ListedUpload| Upload {
         id: upload.upload_id,
@@ -165,14 +171,15 @@ mod tests {
         };
         let all = [upload("a&amp;b", "1"), upload("a&amp;b.bak", "2"), upload("a&#38;b", "3&lt;")];
         let text = list("false", &all.concat());
-        let found = uploads(&text, "a&b").unwrap();
+        let read = |text: &str, key| uploads(Bytes::copy_from_slice(text.as_bytes()), key);
+        let found = read(&text, "a&b").unwrap();
         let of = |id: &str| Upload {
             id: id.to_owned(),
             begun: Some(86_401),
             initiator: "me us".to_owned(),
         };
         assert_eq!(found, [of("1"), of("3<")]);
-        assert_eq!(uploads(&list("false", ""), "a").unwrap(), []);
+        assert_eq!(read(&list("false", ""), "a").unwrap(), []);
         for bad in [
             "",
             "<html>Welcome</html>",
@@ -182,7 +189,7 @@ mod tests {
             &list("false", "<Upload><Key>a</Key>"),
             &list("false", "<Upload><Key>a&b</Key><UploadId>1</UploadId></Upload>"),
         ] {
-            assert_eq!(uploads(bad, "a"), None, "{bad}");
+            assert_eq!(read(bad, "a"), None, "{bad}");
         }
     }
 
