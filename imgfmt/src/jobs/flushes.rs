@@ -7,11 +7,9 @@ use super::error::JobError;
 use crate::error::Error;
 use crate::image::Image;
 
-/// The time after which what was written is flushed: a crash costs what was written since then.
+/// The time after which what was written is flushed: a crash costs what was written since then. Not
+/// sooner, because the flush takes processor time from the job.
 const PERIOD: Duration = Duration::from_secs(3);
-
-/// The number of bytes after which it is flushed earlier, so that the disk works while the job does.
-const BYTES: u64 = 256 << 20;
 
 /// The flushes of a job, one at a time, each on a thread.
 #[derive(Debug)]
@@ -23,24 +21,21 @@ pub(super) struct Flushes<'scope, 'env> {
     began: Instant,
     /// Whether something has changed since then.
     is_changed: bool,
-    /// Data written since then, in bytes.
-    written: u64,
 }
 
 impl<'scope, 'env> Flushes<'scope, 'env> {
     pub(super) fn new(scope: &'scope Scope<'scope, 'env>, image: &'env Image) -> Self {
         let began = Instant::now();
-        Self { scope, image, running: None, began, is_changed: false, written: 0 }
+        Self { scope, image, running: None, began, is_changed: false }
     }
 
-    /// The image has changed, with so many bytes of data. Starts a flush if it is time for one.
+    /// The image has changed. Starts a flush if it is time for one.
     ///
     /// # Errors
     ///
     /// `Destination`: the last flush has failed.
-    pub(super) fn changed(&mut self, written: u64) -> Result<(), JobError> {
+    pub(super) fn changed(&mut self) -> Result<(), JobError> {
         self.is_changed = true;
-        self.written += written;
         self.flush_if_due()
     }
 
@@ -53,11 +48,11 @@ impl<'scope, 'env> Flushes<'scope, 'env> {
         if self.running.as_ref().is_some_and(ScopedJoinHandle::is_finished) {
             self.wait()?;
         }
-        let is_due = self.written >= BYTES || self.began.elapsed() >= PERIOD;
+        let is_due = self.began.elapsed() >= PERIOD;
         if !self.is_changed || !is_due || self.running.is_some() {
             return Ok(());
         }
-        (self.began, self.is_changed, self.written) = (Instant::now(), false, 0);
+        (self.began, self.is_changed) = (Instant::now(), false);
         let image = self.image;
         let thread = Builder::new().name("flush".to_owned());
         match thread.spawn_scoped(self.scope, || image.flush()) {
@@ -125,6 +120,11 @@ mod tests {
         }
     }
 
+    /// When a flush began after which it is time for the next one.
+    fn long_ago() -> Instant {
+        Instant::now().checked_sub(PERIOD).unwrap()
+    }
+
     #[test]
     fn a_job_goes_on_while_its_data_is_flushed() {
         let (storage, image) = image();
@@ -134,13 +134,14 @@ mod tests {
             let mut flushes = Flushes::new(scope, &image);
             // However slow this is, it is not the time.
             flushes.began += Duration::from_secs(3600);
-            flushes.flush_if_due().unwrap();
-            flushes.changed(BYTES - 1).unwrap();
+            flushes.changed().unwrap();
             assert!(flushes.running.is_none(), "it is not time");
-            flushes.changed(1).unwrap();
+            flushes.began = long_ago();
+            flushes.flush_if_due().unwrap();
             wait_until(|| storage.held() == 1);
             // None waits for it, and there is one at a time.
-            flushes.changed(2 * BYTES).unwrap();
+            flushes.began = long_ago();
+            flushes.changed().unwrap();
             assert_eq!(storage.calls(), calls + 1);
             storage.release();
             wait_until(|| flushes.running.as_ref().unwrap().is_finished());
@@ -157,10 +158,10 @@ mod tests {
         let calls = storage.calls();
         std::thread::scope(|scope| {
             let mut flushes = Flushes::new(scope, &image);
-            flushes.began = Instant::now().checked_sub(PERIOD).unwrap();
+            flushes.began = long_ago();
             flushes.flush_if_due().unwrap();
             assert!(flushes.running.is_none(), "nothing has changed");
-            flushes.changed(0).unwrap();
+            flushes.changed().unwrap();
             flushes.end(Ok(())).unwrap();
         });
         assert_eq!(storage.calls(), calls + 1);
@@ -174,7 +175,8 @@ mod tests {
             storage.set_fault(Some(Fault { calls: calls..calls + 1, code: EIO }));
             let error = std::thread::scope(|scope| {
                 let mut flushes = Flushes::new(scope, &image);
-                flushes.changed(BYTES).unwrap();
+                flushes.began = long_ago();
+                flushes.changed().unwrap();
                 let outcome = is_noticed.then(|| {
                     wait_until(|| flushes.running.as_ref().unwrap().is_finished());
                     flushes.flush_if_due()

@@ -42,11 +42,11 @@ pub struct ToStream {
 /// overlay has, also discarded ones, stay as they are.
 ///
 /// The disk does not change, and others may use it meanwhile: what they write stays, and where they
-/// read what is below, that and the 8 MiB after it are copied first. Bitmaps record nothing. What was
-/// copied is flushed every three seconds or 256 MiB, beside the copying, and after an error; another
-/// call goes on, after a crash where the last flush was. When it has succeeded, the layers between
-/// are not needed any more: [close](Image::close) the overlay; then
-/// [`Image::change_backing_file`] can set the base as backing file, or none.
+/// read what is below, that and the 8 MiB after it are copied first. Bitmaps record nothing. What
+/// was copied is flushed every three seconds, beside the copying, and after an error; another call
+/// goes on, after a crash where the last flush was. When it has succeeded, the layers between are
+/// not needed any more: [close](Image::close) the overlay; then [`Image::change_backing_file`] can
+/// set the base as backing file, or none.
 ///
 /// # Errors
 ///
@@ -348,6 +348,6 @@ impl<'scope, 'a> Streaming<'scope, 'a> {
             return self.flushes.flush_if_due();
         }
         self.context.observer.copied(range);
-        self.flushes.changed(populated.data)
+        self.flushes.changed()
     }
 }
