@@ -41,19 +41,10 @@ struct Sizes {
     behind: usize,
     /// Number of bytes after which they are given up again.
     group: u64,
-    /// Written first without waiting for the disk, whatever the backlog: a short copy ends before the
-    /// disk has it.
-    unwaited: u64,
 }
 
-const SIZES: Sizes = Sizes {
-    first: 1 << 30,
-    window: 8 << 20,
-    step: 1 << 20,
-    behind: 8,
-    group: 512 << 20,
-    unwaited: 1 << 30,
-};
+const SIZES: Sizes =
+    Sizes { first: 1 << 30, window: 8 << 20, step: 1 << 20, behind: 8, group: 512 << 20 };
 /// A wide range has little in each part.
 const STEPS_MAX: u64 = 64;
 
@@ -87,9 +78,10 @@ pub(super) struct WriteBehind {
 struct Written {
     /// Written since the last window was complete.
     window: Part,
-    /// Written since the disk was last waited for.
+    /// Whether the first part is complete, which is left alone.
+    has_first: bool,
+    /// Written after it, since the disk was last waited for.
     unwaited: u64,
-    total: u64,
 }
 
 /// Bytes that were written, and from the first to the last one; there may be gaps.
@@ -140,19 +132,15 @@ impl WriteBehind {
     fn add(&self, offset: u64, length: u64) -> Option<(Part, bool)> {
         let mut written = self.written.lock();
         written.window.add(length, &(offset..offset.saturating_add(length)));
-        let is_first = written.total == 0;
-        let least = if is_first { self.sizes.first } else { self.sizes.window };
+        let least = if written.has_first { self.sizes.window } else { self.sizes.first };
         if written.window.bytes < least {
             return None;
         }
         let window = std::mem::take(&mut written.window);
-        written.total = written.total.saturating_add(window.bytes);
-        if !is_first {
+        if std::mem::replace(&mut written.has_first, true) {
             written.unwaited = written.unwaited.saturating_add(window.bytes);
         }
-        let waits = self.backlog == Backlog::Limited
-            && written.unwaited >= self.sizes.group
-            && written.total > self.sizes.unwaited;
+        let waits = self.backlog == Backlog::Limited && written.unwaited >= self.sizes.group;
         if waits {
             written.unwaited = 0;
         }
@@ -268,14 +256,8 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
     const TMPFS: rustix::fs::FsWord = 0x0102_1994;
-    const SMALL: Sizes = Sizes {
-        first: MIB,
-        window: MIB,
-        step: 64 * MIB,
-        behind: 2,
-        group: 4 * MIB,
-        unwaited: 8 * MIB,
-    };
+    const SMALL: Sizes =
+        Sizes { first: MIB, window: MIB, step: 64 * MIB, behind: 2, group: 4 * MIB };
 
     fn small(pages: &Arc<Noting>, backlog: Backlog) -> WriteBehind {
         WriteBehind::with_sizes(Arc::clone(pages) as _, backlog, SMALL)
@@ -402,12 +384,17 @@ mod tests {
     #[test]
     fn a_limited_backlog_waits_for_the_disk_beyond_its_first_part() {
         for (backlog, expected) in [(Backlog::OfSystem, 0), (Backlog::Limited, 2)] {
-            let pages = Arc::default();
-            let behind = small(&pages, backlog);
-            for number in 0..16 {
+            let (pages, sizes) = (Arc::<Noting>::default(), Sizes { first: 8 * MIB, ..SMALL });
+            let behind = WriteBehind::with_sizes(Arc::clone(&pages) as _, backlog, sizes);
+            let waited = || *pages.waited.lock().unwrap();
+            for number in 0..11 {
                 behind.wrote(number * MIB, MIB).unwrap();
             }
-            assert_eq!(*pages.waited.lock().unwrap(), expected, "{backlog:?}");
+            assert_eq!(waited(), 0, "{backlog:?}");
+            for number in 11..16 {
+                behind.wrote(number * MIB, MIB).unwrap();
+            }
+            assert_eq!(waited(), expected, "{backlog:?}");
         }
     }
 
