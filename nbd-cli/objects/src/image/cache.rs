@@ -1,5 +1,6 @@
 //! Which blocks are in the cache, and which gives way.
 
+use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -7,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::shown::shown;
 
-use super::cache_file::{BLOCK_LEN, ByKey, CacheFile, Entry, Key};
+use super::cache_file::{BLOCK_LEN, CacheFile, Entry, Key};
 
 /// Smallest cache, in bytes: the longest read-ahead, several times.
 pub const CACHE_SIZE_MIN: u64 = 64 << 20;
@@ -47,7 +48,7 @@ pub(super) struct Cache {
 #[derive(Debug, Default)]
 struct State {
     slots: Vec<Slot>,
-    map: ByKey<usize>,
+    map: HashMap<Key, usize>,
     /// Most slots.
     capacity: usize,
     /// Where the search for a slot goes on (the algorithm CLOCK).

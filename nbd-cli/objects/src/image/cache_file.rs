@@ -14,9 +14,7 @@
 //! written after the data. Whatever a crash leaves of that, an entry that is complete has the sum
 //! of the data that belongs to it, and data with another sum is not used.
 
-use std::collections::HashMap;
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::hash::{BuildHasherDefault, Hash, Hasher};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
@@ -36,44 +34,12 @@ const HEADER_LEN: u64 = 4096;
 const ENTRY_LEN: usize = 64;
 
 /// A block of an object.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     /// A digest of the object's address, ETag and length.
     pub(super) object: [u8; 16],
     /// The number of the block.
     pub(super) block: u64,
-}
-
-impl Hash for Key {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        let object = self.object.first_chunk().map_or(0, |first| u64::from_le_bytes(*first));
-        // Odd, so that no two blocks of an object are alike; the upper half depends on all bits.
-        let mixed = (object ^ self.block).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        state.write_u64(mixed ^ (mixed >> 32));
-    }
-}
-
-/// Things by block.
-pub(super) type ByKey<T> = HashMap<Key, T, BuildHasherDefault<KeyHasher>>;
-
-/// Takes the hash of a key as it is: reads that find their block in the cache are that short.
-#[derive(Debug, Default)]
-pub(super) struct KeyHasher(u64);
-
-impl Hasher for KeyHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
-        }
-    }
-
-    fn write_u64(&mut self, word: u64) {
-        self.0 = word;
-    }
 }
 
 /// An entry of the index.

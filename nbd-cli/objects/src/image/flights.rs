@@ -1,5 +1,6 @@
 //! Blocks that are being fetched: one request, however many wait.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -7,7 +8,7 @@ use bytes::Bytes;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::runtime::LOOK_EVERY;
 
-use super::cache_file::{ByKey, Key};
+use super::cache_file::Key;
 
 /// The block that a request fetches.
 #[derive(Debug, Default)]
@@ -48,7 +49,7 @@ impl Flight {
 
 /// All blocks that are being fetched.
 #[derive(Debug, Default)]
-pub(super) struct Flights(Mutex<ByKey<Arc<Flight>>>);
+pub(super) struct Flights(Mutex<HashMap<Key, Arc<Flight>>>);
 
 impl Flights {
     pub(super) fn get(&self, key: Key) -> Option<Arc<Flight>> {
