@@ -33,6 +33,49 @@ struct CheckpointRequest {
     connection: Option<ConnectionId>,
 }
 
+/// Returns the checkpoints that a request wants, and their exports.
+fn requested(
+    request: Request,
+    connection: ConnectionId,
+) -> Result<Vec<(String, CheckpointRequest)>, Failure> {
+    let until = |lifetime| match lifetime {
+        Lifetime::Server => None,
+        Lifetime::Connection => Some(connection),
+    };
+    match request {
+        Request::CheckpointStart {
+            export,
+            bitmap,
+            if_missing,
+            if_unusable,
+            view,
+            base,
+            trust_base,
+            lifetime,
+        } => {
+            let base = RequestedBase::new(base.as_deref(), trust_base)?;
+            let connection = until(lifetime);
+            let one = CheckpointRequest { bitmap, if_missing, if_unusable, base, view, connection };
+            Ok(vec![(export, one)])
+        }
+        Request::CheckpointStartTogether { checkpoints, lifetime } => {
+            let connection = until(lifetime);
+            let one = |one: TogetherCheckpoint| {
+                let TogetherCheckpoint { export, bitmap, if_missing, if_unusable, base } = one;
+                let (base, view) = (RequestedBase::new(base.as_deref(), false)?, None);
+                let one =
+                    CheckpointRequest { bitmap, if_missing, if_unusable, base, view, connection };
+                Ok((export, one))
+            };
+            checkpoints.into_iter().map(one).collect()
+        }
+        _ => {
+            let message = "this request is for no checkpoint";
+            Err(Failure::new(ErrorKind::InvalidRequest, message))
+        }
+    }
+}
+
 /// A checkpoint that is about to be started.
 struct Prepared {
     export: String,
@@ -75,51 +118,9 @@ impl Controller {
         request: Request,
         connection: ConnectionId,
     ) -> Result<Value, Failure> {
-        let until = |lifetime| match lifetime {
-            Lifetime::Server => None,
-            Lifetime::Connection => Some(connection),
-        };
-        let (export, bitmap, if_missing, if_unusable, view, base, trust_base, lifetime) =
-            match request {
-                Request::CheckpointStart {
-                    export,
-                    bitmap,
-                    if_missing,
-                    if_unusable,
-                    view,
-                    base,
-                    trust_base,
-                    lifetime,
-                } => (export, bitmap, if_missing, if_unusable, view, base, trust_base, lifetime),
-                Request::CheckpointStartTogether { checkpoints, lifetime } => {
-                    let mut requests = Vec::new();
-                    for one in checkpoints {
-                        let TogetherCheckpoint { export, bitmap, if_missing, if_unusable, base } =
-                            one;
-                        let base = RequestedBase::new(base.as_deref(), false)?;
-                        let (view, connection) = (None, until(lifetime));
-                        let request = CheckpointRequest {
-                            bitmap,
-                            if_missing,
-                            if_unusable,
-                            view,
-                            base,
-                            connection,
-                        };
-                        requests.push((export, request));
-                    }
-                    return encoded(self.start_checkpoints(disks, requests).await?);
-                }
-                _ => {
-                    let message = "this request is for no checkpoint";
-                    return Err(Failure::new(ErrorKind::InvalidRequest, message));
-                }
-            };
-        let base = RequestedBase::new(base.as_deref(), trust_base)?;
-        let connection = until(lifetime);
-        let request = CheckpointRequest { bitmap, if_missing, if_unusable, view, base, connection };
-        let started = self.start_checkpoints(disks, vec![(export, request)]).await?;
-        encoded(started.first())
+        let is_one = matches!(request, Request::CheckpointStart { .. });
+        let started = self.start_checkpoints(disks, requested(request, connection)?).await?;
+        if is_one { encoded(started.first()) } else { encoded(started) }
     }
 
     /// Starts checkpoints at one moment: all or none.
