@@ -21,6 +21,9 @@ use crate::control::{
 /// Suffix of the name of a view's export.
 const VIEW_SUFFIX: &str = ".checkpoint";
 
+/// Most checkpoints that are started at one moment: each starts within the one before, on one stack.
+const TOGETHER_MAX: usize = 128;
+
 /// A requested checkpoint.
 struct CheckpointRequest {
     bitmap: Option<String>,
@@ -57,6 +60,12 @@ fn requested(
             let connection = until(lifetime);
             let one = CheckpointRequest { bitmap, if_missing, if_unusable, base, view, connection };
             Ok(vec![(export, one)])
+        }
+        Request::CheckpointStartTogether { checkpoints, .. }
+            if checkpoints.len() > TOGETHER_MAX =>
+        {
+            let message = format!("at most {TOGETHER_MAX} checkpoints are started at once");
+            Err(Failure::new(ErrorKind::InvalidRequest, message))
         }
         Request::CheckpointStartTogether { checkpoints, lifetime } => {
             let connection = until(lifetime);
@@ -266,5 +275,31 @@ impl Controller {
         export: &str,
     ) -> Result<Value, Failure> {
         self.end_checkpoint(disks, export, Outcome::Failure).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_checkpoints_than_a_stack_has_room_for_are_refused() {
+        let wanted = |count: usize| {
+            let one = |number| TogetherCheckpoint {
+                export: format!("export{number}"),
+                bitmap: None,
+                if_missing: IfMissing::default(),
+                if_unusable: IfUnusable::default(),
+                base: None,
+            };
+            let checkpoints = (0..count).map(one).collect();
+            let lifetime = Lifetime::Connection;
+            requested(Request::CheckpointStartTogether { checkpoints, lifetime }, ConnectionId(7))
+        };
+        let all = wanted(TOGETHER_MAX).unwrap();
+        assert!(all.len() == TOGETHER_MAX && all[3].0 == "export3");
+        assert!(all.iter().all(|(_, one)| one.connection == Some(ConnectionId(7))));
+        let refused = wanted(TOGETHER_MAX + 1).err().unwrap();
+        assert_eq!(refused.kind, ErrorKind::InvalidRequest);
     }
 }
