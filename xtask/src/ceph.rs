@@ -32,7 +32,7 @@ pub(crate) struct Unpacked {
 ///
 /// # Errors
 ///
-/// This is no Debian for x86_64, or the archive cannot be reached.
+/// This system is not Debian for x86_64, or the archive cannot be reached.
 pub(crate) fn ensure() -> Result<Unpacked> {
     /// Rounds that begin at the same time need it once.
     static ONE: Mutex<()> = Mutex::new(());

@@ -196,7 +196,7 @@ fn files_in(directory: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Keeps the folder of other people's crates on this machine out of the program: it tells who has
-/// built it, and takes 25 kB. Flags of a configuration file are not used then; those of the
+/// built it, and takes 23 kB. Flags of a configuration file are not used then; those of the
 /// environment are.
 fn leave_out_paths(build: &mut Command) {
     const SEPARATOR: &str = "\x1f";

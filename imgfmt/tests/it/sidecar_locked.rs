@@ -1,4 +1,4 @@
-//! A sidecar that somebody else has locked while the image itself is free: a writer waits a
+//! A sidecar that another program has locked while the image itself is free: a writer waits a
 //! moment or is refused, and the bits are still there for the next one.
 
 use std::fs::File;

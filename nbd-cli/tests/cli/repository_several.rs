@@ -274,7 +274,7 @@ fn names_of_disks_lead_nowhere_else() {
         says(lab.backup(&[named(wrong)]), &["a name of its own"]);
     }
     says(lab.backup(&[named("a"), named("a")]), &["a name of its own"]);
-    // A path is none, and neither is what is no text.
+    // Neither a path nor bytes that are not UTF-8 can be a name.
     says(lab.backup(&[named("a"), path.clone()]), &["has no name"]);
     says(lab.backup(&[named("a"), named("../x")]), &["has no name"]);
     let mut bytes = b"\xff=".to_vec();

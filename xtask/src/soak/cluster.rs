@@ -73,7 +73,7 @@ impl Cluster {
     ///
     /// # Errors
     ///
-    /// The search path is no text.
+    /// The search path is not UTF-8.
     pub(super) fn allow(&self, command: &mut Command) -> Result<()> {
         let path = std::env::var("PATH").context("PATH")?;
         command.env("PATH", format!("{}:{path}", self.directory.join("bin").display()));

@@ -105,9 +105,9 @@ fn disks(args: &BackupArgs) -> Result<(Disks, OsString), CommandError> {
         };
         let disk = match &args.control {
             Some(socket) => {
-                let export = source.to_str().ok_or_else(|| {
-                    CommandError::new("the names of exports are UTF-8; this one is none")
-                })?;
+                let export = source
+                    .to_str()
+                    .ok_or_else(|| CommandError::new("the name of the export is not UTF-8"))?;
                 let (socket, export) = (socket.clone(), export.to_owned());
                 let source = BackupSource::Checkpoint { socket, export, uri: None };
                 DiskToBackUp::Served(Box::new(source))

@@ -99,7 +99,7 @@ fn split_context(arguments: &Arguments) -> Result<(OsString, Option<MetaContextN
     let (mut context, mut rest) = (None, Vec::new());
     for part in text.split(',') {
         match part.split_once("x-dirty-bitmap=") {
-            // A part after an empty one begins with a doubled comma, which is no border.
+            // A part after an empty one begins with a doubled comma, which does not divide.
             Some(("" | "file.", name)) if rest.last() != Some(&"") => context = Some(name),
             _ => rest.push(part),
         }

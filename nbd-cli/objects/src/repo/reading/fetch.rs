@@ -88,7 +88,7 @@ impl Disk {
         let mut from = self.cache().ahead.plan();
         while let Some(start) = from {
             let Some((part, blocks)) = self.part_from(start).await else {
-                // Whoever needs its page gets the error.
+                // The read that needs the page gets the error.
                 return self.cache().ahead.stop();
             };
             let fetch = Fetch::new();
