@@ -10,7 +10,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
 use crate::command::{cargo, is_installed, output_of, run_step, workspace_root};
@@ -116,6 +116,9 @@ fn run_in(options: &Options, root: Option<&bare::Root>) -> Result<()> {
     let tree = packages.join(&name);
     gather(&program, &tree)?;
     try_out(&tree)?;
+    if options.profile == PROFILE {
+        check_paths(&tree.join("bin/nbd-cli"))?;
+    }
     if options.profile == PROFILE && !vendored {
         check_size(&tree.join("bin/nbd-cli"))?;
     }
@@ -200,9 +203,7 @@ fn files_in(directory: &Path) -> Result<Vec<PathBuf>> {
 /// environment are.
 fn leave_out_paths(build: &mut Command) {
     const SEPARATOR: &str = "\x1f";
-    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
-    let home = home.or_else(|| env::home_dir().map(|home| home.join(".cargo"))).unwrap_or_default();
-    let Ok(registries) = fs::read_dir(home.join("registry/src")) else { return };
+    let Ok(registries) = fs::read_dir(registries()) else { return };
     let mut flags = env::var_os("CARGO_ENCODED_RUSTFLAGS").unwrap_or_else(|| {
         let plain = env::var("RUSTFLAGS").unwrap_or_default();
         plain.split_whitespace().collect::<Vec<_>>().join(SEPARATOR).into()
@@ -216,6 +217,25 @@ fn leave_out_paths(build: &mut Command) {
         flags.push("=");
     }
     build.env("CARGO_ENCODED_RUSTFLAGS", flags);
+}
+
+/// The folder with the sources of other people's crates.
+fn registries() -> PathBuf {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| env::home_dir().map(|home| home.join(".cargo"))).unwrap_or_default();
+    home.join("registry/src")
+}
+
+/// Fails if the program names the folder that [`leave_out_paths`] leaves out.
+fn check_paths(program: &Path) -> Result<()> {
+    let (text, folder) = (fs::read(program).context("the program")?, registries());
+    let folder = folder.as_os_str().as_encoded_bytes();
+    ensure!(
+        !text.windows(folder.len()).any(|part| part == folder),
+        "the program names {}, which tells who has built it",
+        registries().display()
+    );
+    Ok(())
 }
 
 fn check_size(program: &Path) -> Result<()> {
