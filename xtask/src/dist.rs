@@ -102,6 +102,7 @@ fn run_in(options: &Options, root: Option<&bare::Root>) -> Result<()> {
     install::choose_openssl(&mut build, vendored);
     if options.profile == PROFILE {
         leave_out_paths(&mut build);
+        leave_out_strategies(&mut build);
     }
     run_step("build", &mut build)?;
 
@@ -217,6 +218,17 @@ fn leave_out_paths(build: &mut Command) {
         flags.push("=");
     }
     build.env("CARGO_ENCODED_RUSTFLAGS", flags);
+}
+
+/// Leaves the strategies of zstd out that are for its higher levels: the program compresses at
+/// levels 1 (`nbd-cli/objects`) and 3 (`imgfmt`), whose strategy is `ZSTD_dfast` at most. What it
+/// decompresses may have been compressed by any strategy.
+fn leave_out_strategies(build: &mut Command) {
+    let mut flags = env::var_os("CFLAGS").unwrap_or_default();
+    for strategy in ["GREEDY", "LAZY", "LAZY2", "BTLAZY2", "BTOPT", "BTULTRA"] {
+        flags.push(format!(" -DZSTD_EXCLUDE_{strategy}_BLOCK_COMPRESSOR"));
+    }
+    build.env("CFLAGS", flags);
 }
 
 /// The folder with the sources of other people's crates.
