@@ -377,6 +377,25 @@ fn object_is_replaced_where_its_etag_is_misunderstood_and_never_where_there_was_
 }
 
 #[test]
+fn store_that_refuses_what_has_not_changed_is_not_taken_for_another_program() {
+    for replaces in [false, true] {
+        let bench = Bench::new(PART);
+        if replaces {
+            bench.store.put(KEY, "old");
+        }
+        bench.store.fail(|seen| if completes(seen) { Fault::Status(412) } else { Fault::None });
+        let error = bench.push(|options| options.replace = replaces).unwrap_err().to_string();
+        assert!(error.contains("the object is what it was; push again"), "{error}");
+        assert_eq!(bench.store.object(KEY).is_some(), replaces);
+        // No part is sent twice.
+        bench.store.fail(|_| Fault::None);
+        let pushed = bench.push(|options| options.replace = replaces).unwrap();
+        assert_eq!(pushed.resumed, PART as u64);
+        assert!(bench.is_there());
+    }
+}
+
+#[test]
 fn refusals_are_not_repeated_and_say_what_the_store_says() {
     let bench = Bench { idle: Duration::from_secs(20), ..Bench::new(PART) };
     for (status, says) in [

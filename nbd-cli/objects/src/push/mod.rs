@@ -192,6 +192,16 @@ impl Target {
         StoreError::new(StoreErrorKind::Exists, why)
     }
 
+    /// The error if the store says that the object has changed, and it has not.
+    fn refused(&self) -> StoreError {
+        let why = format!(
+            "cannot write {}: the store answered that its condition does not hold, and the object is \
+             what it was; push again, which sends no part twice",
+            self.name
+        );
+        StoreError::new(StoreErrorKind::Unsuitable, why)
+    }
+
     fn failed(&self, operation: &str, error: &object_store::Error) -> StoreError {
         StoreError::of(operation, &self.name, error)
     }
@@ -409,9 +419,12 @@ impl Job {
                     );
                 }
                 Err(object_store::Error::Precondition { .. }) => {
-                    return match self.is_own(parts).await? {
-                        true => Ok(()),
-                        false => Err(target.taken().into()),
+                    return if self.is_own(parts).await? {
+                        Ok(())
+                    } else if target.found().await?.as_ref() == before {
+                        Err(target.refused().into())
+                    } else {
+                        Err(target.taken().into())
                     };
                 }
                 Err(error) => return Err(target.failed("write", &error).into()),
@@ -425,7 +438,10 @@ impl Job {
         match multipart_tag(parts) {
             _ if found.size != self.size => Ok(false),
             Some(expected) => Ok(found.is_tagged(&expected)),
-            None => self.verify(parts).await.map(|()| true),
+            None => match self.verify(parts).await {
+                Err(error) if error.kind() == StoreErrorKind::Unsuitable => Ok(false),
+                verified => verified.map(|()| true),
+            },
         }
     }
 
