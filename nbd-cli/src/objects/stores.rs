@@ -12,7 +12,7 @@ use nbd_jobs::JobError;
 use nbd_jobs::object::{ObjectOpener, ObjectUrl};
 use nbd_jobs::repository::{open_disk, repository_error, split_address};
 use nbd_jobs::size::{ByteSize, parse_duration};
-use nbd_objects::repo::{Damage, Repository};
+use nbd_objects::repo::{BackupName, Damage, Repository};
 use nbd_objects::{
     Addressing, CACHE_SIZE_MIN, CacheSettings, Environment, Interrupted, ObjectCache,
     ObjectStorage, Place, StoreSettings, StoreUrl, Timeouts,
@@ -146,7 +146,10 @@ impl ObjectArgs {
             let (id, head, disk) = repository.find_disk(&backup).await.map_err(repository_error)?;
             head.of_disk(disk.as_deref()).map_err(repository_error)?;
             let disk = disk.map_or_else(String::new, |disk| format!("#{disk}"));
-            Ok(format!("{}@{id}{disk}", head.name))
+            // Earlier versions made some with names that no address has.
+            let name = BackupName::parse(&head.name)
+                .map_or_else(|_| String::new(), |name| name.to_string());
+            Ok(format!("{name}@{id}{disk}"))
         };
         let backup = self.in_repository(address, find)?;
         // It was split before.

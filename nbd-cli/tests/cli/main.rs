@@ -113,6 +113,7 @@ mod repository;
 mod repository_export;
 #[cfg(feature = "object-storage")]
 mod repository_import;
+mod repository_names;
 #[cfg(feature = "object-storage")]
 mod repository_several;
 mod serve_access;

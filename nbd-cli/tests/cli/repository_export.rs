@@ -34,7 +34,7 @@ impl Lab {
     fn back_up(&mut self, change: impl FnOnce(&File)) {
         let path = self.disk.path();
         change(&File::options().write(true).open(path).expect("the disk"));
-        let made = json(&["backup", "--json", "--name", "vm 1/a", path, &self.repository]);
+        let made = json(&["backup", "--json", "--name", "vm 1:a", path, &self.repository]);
         let copy = self.disk.beside(&format!("{}.state", self.states.len()));
         std::fs::copy(path, &copy).expect("room");
         self.states.push((made["id"].as_str().expect("text").to_owned(), copy));
@@ -74,7 +74,7 @@ fn exported_chain_has_each_backup_for_qemu() {
     lab.back_up(|disk| disk.set_len((4 << 20) + 1024).expect("room"));
     lab.back_up(|disk| disk.set_len((2 << 20) + 100).expect("room"));
     let folder = lab.disk.beside("chain");
-    let files = lab.export("vm 1/a", &folder);
+    let files = lab.export("vm 1:a", &folder);
     assert_eq!(files.len(), 7);
     lab.judge(&qemu_img, &files);
     let path = |index: usize| files[index]["file"].as_str().expect("a path");
@@ -111,26 +111,26 @@ fn export_goes_on_where_an_earlier_one_ended() {
     lab.back_up(|_| {});
     lab.back_up(|disk| disk.write_all_at(&[1; 1000], 0).expect("room"));
     let folder = lab.disk.beside("chain");
-    let first = lab.export("vm 1/a", &folder);
+    let first = lab.export("vm 1:a", &folder);
     // The oldest is gone, a new one is there, and a killed export has left a part of it.
     nbd_cli(&["repo", "forget", &lab.repository, &lab.states[0].0]).success();
     lab.back_up(|disk| disk.write_all_at(&[2; 1000], 5 << 20).expect("room"));
-    let again = lab.export("vm 1/a", &lab.disk.beside("other"));
+    let again = lab.export("vm 1:a", &lab.disk.beside("other"));
     let name = Path::new(again[1]["file"].as_str().expect("a path")).file_name().expect("a name");
     let partial = Path::new(&folder).join(name).with_extension("qcow2.partial");
     std::fs::write(&partial, "a part").expect("room");
-    let second = lab.export("vm 1/a", &folder);
+    let second = lab.export("vm 1:a", &folder);
     assert!(!partial.exists());
     assert_eq!(second.len(), 2, "{second:?}");
     assert_eq!((&second[0]["new"], &second[1]["new"]), (&false.into(), &true.into()));
     assert_eq!(second[1]["base"], first[1]["file"]);
     lab.judge(&qemu_img, &[first.clone(), second.clone()].concat());
     // One by itself needs no other.
-    let alone = lab.export(&format!("vm 1/a@{}", lab.states[1].0), &lab.disk.beside("alone"));
+    let alone = lab.export(&format!("vm 1:a@{}", lab.states[1].0), &lab.disk.beside("alone"));
     assert_eq!((alone.len(), &alone[0]["base"]), (1, &Value::Null));
     lab.judge(&qemu_img, &alone);
     // A file that was changed, and one that is not there, are nothing to build on.
-    let export = || nbd_cli(&["repo", "export", &lab.repository, "vm 1/a", &folder]);
+    let export = || nbd_cli(&["repo", "export", &lab.repository, "vm 1:a", &folder]);
     let below = first[0]["file"].as_str().expect("a path");
     let aside = lab.disk.beside("aside");
     std::fs::rename(below, &aside).expect("it is moved");

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgfmt::{OpenOptions, Uuid};
-use nbd_objects::repo::{Id, Repository};
+use nbd_objects::repo::{BackupName, Id, Repository};
 
 use self::files::{Chain, Layer};
 use super::identity::identity_of;
@@ -22,7 +22,7 @@ use crate::{JobContext, JobError};
 #[non_exhaustive]
 pub struct ImportOptions {
     /// The name of the disk in the repository.
-    pub name: String,
+    pub name: BackupName,
     /// How the files are opened: the format of the newest, their passphrases, and the files that they
     /// may name. By default only those in their directory and below.
     pub image: OpenOptions,
@@ -32,9 +32,10 @@ pub struct ImportOptions {
     pub verify: Verify,
 }
 
-impl Default for ImportOptions {
-    fn default() -> Self {
-        let RepositoryOptions { name, requests, verify, .. } = RepositoryOptions::default();
+impl ImportOptions {
+    /// Imports backups of this name.
+    pub fn new(name: BackupName) -> Self {
+        let RepositoryOptions { name, requests, verify, .. } = RepositoryOptions::new(name);
         Self { name, image: OpenOptions::new(), requests, verify }
     }
 }
@@ -179,8 +180,7 @@ impl Import<'_> {
         below: Option<Below>,
         time: u64,
     ) -> Result<Imported, JobError> {
-        let mut options = RepositoryOptions::default();
-        options.name.clone_from(&self.options.name);
+        let mut options = RepositoryOptions::new(self.options.name.clone());
         (options.requests, options.verify) = (self.options.requests, self.options.verify);
         let identity = layer.backup.as_ref().map(|backup| &backup.identity);
         let described = Described {

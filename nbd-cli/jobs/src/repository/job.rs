@@ -162,7 +162,7 @@ impl Work<'_> {
         parts: Parts<'_>,
         described: &Described,
     ) -> Result<BackedUpToRepository, JobError> {
-        let mut new = NewBackup::default();
+        let mut new = NewBackup::new(self.options.name.clone());
         new.size = source.size().unwrap_or_default();
         new.export.clone_from(&described.export);
         new.bitmap.clone_from(&described.bitmap);
@@ -184,7 +184,6 @@ impl Work<'_> {
         let started = Instant::now();
         let is_dirty = |disk: &Disk<'_>| matches!(disk.parts, Parts::Dirty(..));
         let size = new.size;
-        new.name.clone_from(&self.options.name);
         new.host = host_name();
         new.base = self.base;
         new.follows = self.follows.filter(|_| disks.iter().any(is_dirty));

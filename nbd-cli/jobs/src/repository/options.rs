@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use imgfmt::Image;
-use nbd_objects::repo::{Id, Repository, RepositoryError, RepositoryErrorKind};
+use nbd_objects::repo::{BackupName, Id, Repository, RepositoryError, RepositoryErrorKind};
 
 use crate::backup::BackupSource;
 use crate::restore::Verify;
@@ -30,7 +30,7 @@ pub struct RepositoryOptions {
     /// Reads in flight: 1 to 4096. By default 8, each of at most 1 MiB.
     pub requests: NonZeroUsize,
     /// The name of the disk in the repository.
-    pub name: String,
+    pub name: BackupName,
     /// The bitmap of the server that starts with this backup. If the last backup of this name is the
     /// one with which it started, only the dirty parts are read.
     pub bitmap: Option<String>,
@@ -42,12 +42,13 @@ pub struct RepositoryOptions {
     pub verify: Verify,
 }
 
-impl Default for RepositoryOptions {
-    fn default() -> Self {
+impl RepositoryOptions {
+    /// Makes backups of this name.
+    pub fn new(name: BackupName) -> Self {
         Self {
             connect: ConnectOptions::default(),
             requests: NonZeroUsize::new(8).unwrap_or(NonZeroUsize::MIN),
-            name: String::new(),
+            name,
             bitmap: None,
             full: false,
             like: Vec::new(),

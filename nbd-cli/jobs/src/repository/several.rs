@@ -68,7 +68,7 @@ pub(super) async fn run(
     work: &Work<'_>,
     opened: Vec<Opened>,
 ) -> Result<BackedUpToRepository, JobError> {
-    let mut new = NewBackup::default();
+    let mut new = NewBackup::new(work.options.name.clone());
     new.disks = opened.iter().map(|disk| disk.head.clone()).collect();
     new.size = new.disks.last().map_or(0, |last| last.offset + last.size);
     let disks: Vec<_> = opened

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
 
+use super::name::is_name;
 use super::page::{DISK_SIZE_MAX, PAGE_SPAN};
 
 /// Longest name of a disk, in bytes: with what a restore adds, it is the name of a file.
@@ -84,7 +85,8 @@ fn place(
 /// Returns whether these can be the names of the disks of a backup.
 pub fn are_names<'a>(names: impl IntoIterator<Item = &'a str>) -> bool {
     let mut seen = HashSet::new();
-    names.into_iter().all(|name| is_name(name) && seen.insert(name)) && seen.len() <= DISKS_MAX
+    names.into_iter().all(|name| is_name(name, NAME_LEN_MAX, "/@#=:") && seen.insert(name))
+        && seen.len() <= DISKS_MAX
 }
 
 /// Returns whether these can be the disks of a backup that ends at `size`.
@@ -99,12 +101,6 @@ pub(crate) fn are_laid_out(disks: &[DiskHead], size: u64) -> bool {
         end = own_end;
     }
     end == size && are_names(disks.iter().map(|disk| &*disk.name))
-}
-
-fn is_name(name: &str) -> bool {
-    let is_wrong = |it: char| it.is_control() || matches!(it, '/' | '@' | '#' | '=' | ':');
-    let is_short = (1..=NAME_LEN_MAX).contains(&name.len());
-    is_short && !matches!(name, "." | "..") && !name.contains(is_wrong)
 }
 
 #[cfg(test)]

@@ -85,7 +85,7 @@ impl Repository {
 
     /// Finds the backup that a text names: `NAME@latest` or `NAME`, `NAME@2026-11-20` (the newest
     /// of this day, in UTC), `NAME@2026-11-20T18:30` (the newest that was begun before), `NAME@ID`
-    /// (the first digits of its identity are enough).
+    /// (the first digits of its identity are enough) or `@ID`.
     ///
     /// # Errors
     ///
@@ -118,18 +118,21 @@ impl Repository {
         let (name, which) = text.rsplit_once('@').unwrap_or((text, "latest"));
         let live = all.iter().filter(|info| !info.is_forgotten);
         let heads = live.filter_map(|info| Some((info.id, info.head.as_ref().ok()?)));
-        let own: Vec<_> = heads.filter(|(_, head)| head.name == name).collect();
+        let meant = Which::parse(which);
+        // An identity needs no name: those of earlier versions may be of no address.
+        let is_any = name.is_empty() && matches!(meant, Some(Which::Id(_)));
+        let own: Vec<_> = heads.filter(|(_, head)| is_any || head.name == name).collect();
         // Of which disk they are is not known.
         let live = all.iter().filter(|info| !info.is_forgotten && info.head.is_err());
         let unreadable: Vec<_> = live.map(|info| info.id).collect();
-        if let Some(id) = Which::parse(which).and_then(|which| which.hidden(&own, &unreadable)) {
+        if let Some(id) = meant.as_ref().and_then(|which| which.hidden(&own, &unreadable)) {
             return Err(RepositoryError::damaged(format!(
                 "the backup {id} in {} cannot be read, and may be '{text}'; name another one as \
                  '{name}@ID', or forget it ('repo forget --damaged {id}')",
                 self.name()
             )));
         }
-        if own.is_empty() {
+        if own.is_empty() && !is_any {
             let mut names: Vec<_> =
                 all.iter().filter_map(|info| Some(&*info.head.as_ref().ok()?.name)).collect();
             names.sort_unstable();
@@ -141,13 +144,13 @@ impl Repository {
                 self.name()
             )));
         }
-        let found = match Which::parse(which) {
+        let found = match meant {
             Some(Which::Id(start)) => {
                 let mut found = own.iter().filter(|(id, _)| id.to_string().starts_with(&start));
                 let first = found.next();
                 if found.next().is_some() {
                     return Err(RepositoryError::invalid(format!(
-                        "more than one backup of '{name}' starts with '{start}'"
+                        "more than one backup may be '{text}'; give more digits of its identity"
                     )));
                 }
                 first

@@ -114,7 +114,8 @@ impl Repository {
         let time = new.time.unwrap_or(now);
         // When it was begun must be known even if its object cannot be read.
         let id = Id::random_at(time)?;
-        let record = SessionRecord { name: new.name.clone(), host: new.host.clone(), time: now };
+        let record =
+            SessionRecord { name: new.name.to_string(), host: new.host.clone(), time: now };
         let objects = &self.objects;
         let mut writer = Writer::new(id, record.encode(&objects.sealer, id, 0)?, Rules::ALL);
         if let Step::Request(register) = writer.step() {

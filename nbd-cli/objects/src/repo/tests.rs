@@ -45,7 +45,8 @@ fn disk(blocks: u64, seed: u64) -> Vec<u8> {
 }
 
 fn new(name: &str, disk: &[u8], base: Option<Id>) -> NewBackup {
-    NewBackup { name: name.to_owned(), size: disk.len() as u64, base, ..NewBackup::default() }
+    let name = BackupName::of_earlier_version(name);
+    NewBackup { size: disk.len() as u64, base, ..NewBackup::new(name) }
 }
 
 async fn give_all(session: &mut Session, disk: &[u8]) {

@@ -7,11 +7,12 @@ use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::remote::Remotes;
 use nbd_jobs::repository::{
     BackedUpToRepository, DiskToBackUp, NamedDisk, RepositoryOptions, backup_disks_to_repository,
-    backup_to_repository,
+    backup_to_repository, repository_error,
 };
 use nbd_jobs::serving::split_name;
 use nbd_jobs::size::rounded;
 use nbd_jobs::{BackupSource, Cancellation, JobContext};
+use nbd_objects::repo::BackupName;
 use nbd_proto::NbdUri;
 use serde::Serialize;
 
@@ -46,6 +47,7 @@ pub(super) fn run(
     args: &BackupArgs,
     cancelled: fn() -> Result<Cancellation, CommandError>,
 ) -> Result<Outcome, CommandError> {
+    let options = options(args)?;
     let (disks, repository) = disks(args)?;
     let shown = Shown::new(args.summary.visibility());
     let runtime = runtime()?;
@@ -54,7 +56,6 @@ pub(super) fn run(
         let opened = open(&repository, &args.repository.passphrase).await?;
         let context =
             JobContext { observer: shown.clone(), cancellation, rate_limit: args.rate.limit() };
-        let options = options(args);
         let made = match &disks {
             Disks::One(disk) => backup_to_repository(disk, &opened, &options, &context).await,
             Disks::Several(disks) => {
@@ -161,16 +162,16 @@ fn disk(args: &BackupArgs, source: &OsStr) -> Result<DiskToBackUp, CommandError>
     Ok(DiskToBackUp::Image(Arc::new(image)))
 }
 
-fn options(args: &BackupArgs) -> RepositoryOptions {
-    let mut options = RepositoryOptions::default();
+fn options(args: &BackupArgs) -> Result<RepositoryOptions, CommandError> {
+    let name = args.repository.name.as_deref().unwrap_or_default();
+    let mut options = RepositoryOptions::new(BackupName::parse(name).map_err(repository_error)?);
     options.connect = args.connection.options(&args.tls);
     options.requests = args.requests.unwrap_or(options.requests);
-    options.name = args.repository.name.clone().unwrap_or_default();
     options.bitmap.clone_from(&args.bitmap);
     options.full = args.repository.full;
     options.like.clone_from(&args.repository.like);
     options.verify = args.verified();
-    options
+    Ok(options)
 }
 
 fn report(args: &BackupArgs, repository: &OsString, made: &BackedUpToRepository) -> Report {

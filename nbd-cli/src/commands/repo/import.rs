@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 use nbd_jobs::Verify;
-use nbd_jobs::repository::{ImportOptions, Imported, import_to_repository};
+use nbd_jobs::repository::{ImportOptions, Imported, import_to_repository, repository_error};
 use nbd_jobs::size::rounded;
+use nbd_objects::repo::BackupName;
 use serde::Serialize;
 
 use super::store::StoreArgs;
@@ -68,9 +69,9 @@ struct ImportedFile {
 }
 
 pub(super) async fn run(args: &ImportArgs) -> Result<Outcome, CommandError> {
+    let name = BackupName::parse(&args.name).map_err(repository_error)?;
     let repository = args.store.open().await?;
-    let mut options = ImportOptions::default();
-    options.name.clone_from(&args.name);
+    let mut options = ImportOptions::new(name);
     options.image = args.open.options();
     options.requests = args.requests;
     options.verify = if args.verify { Verify::Copied } else { Verify::Nothing };

@@ -77,7 +77,7 @@ impl Session {
             format!(
                 "another backup of '{}' was made meanwhile, and its bitmap may have been cleared, \
                  so there is no backup; make it again",
-                self.new.name
+                &*self.new.name
             ),
         )
     }
@@ -97,7 +97,7 @@ impl Session {
 
     fn head(&self) -> Head {
         Head {
-            name: self.new.name.clone(),
+            name: self.new.name.to_string(),
             size: self.new.size,
             time: self.time,
             identity: self.new.identity.clone(),

@@ -3,6 +3,7 @@
 use super::super::disks::{DISKS_MAX, DiskHead, are_laid_out};
 use super::super::error::{RepositoryError, Result};
 use super::super::id::{Id, random};
+use super::super::name::BackupName;
 use super::super::page::DISK_SIZE_MAX;
 use super::super::root::HEAD_LEN_MAX;
 
@@ -14,11 +15,11 @@ pub(super) const LOOKS: usize = 512;
 const ROOM_IN_HEAD: usize = 8 << 10;
 
 /// A backup that is to be made.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NewBackup {
-    /// The name of the disk: 1 to 1024 bytes, without `@` and control characters.
-    pub name: String,
+    /// Its name: that of the disk, or of the machine with these disks.
+    pub name: BackupName,
     /// Size of the disk in bytes, at most [`DISK_SIZE_MAX`].
     pub size: u64,
     /// The machine that makes it, for those who list sessions.
@@ -48,6 +49,27 @@ pub struct NewBackup {
     pub like: Vec<Id>,
 }
 
+impl NewBackup {
+    /// Begins the description of a backup: that of an empty disk.
+    pub fn new(name: BackupName) -> Self {
+        Self {
+            name,
+            size: 0,
+            host: String::new(),
+            export: None,
+            bitmap: None,
+            identity: None,
+            disk: None,
+            time: None,
+            imported: None,
+            disks: Vec::new(),
+            base: None,
+            follows: None,
+            like: Vec::new(),
+        }
+    }
+}
+
 /// The result of a backup. Sizes are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -65,14 +87,8 @@ pub struct Made {
     pub packs: u32,
 }
 
-/// Refuses names and sizes that cannot be.
+/// Refuses disks and sizes that cannot be.
 pub(super) fn check(new: &NewBackup) -> Result<()> {
-    let is_name = |name: &str| !name.contains('@') && !name.contains(char::is_control);
-    if new.name.is_empty() || new.name.len() > 1024 || !is_name(&new.name) {
-        return Err(RepositoryError::invalid(
-            "the name of a disk has 1 to 1024 bytes, and neither '@' nor control characters",
-        ));
-    }
     if !new.disks.is_empty() && !are_laid_out(&new.disks, new.size) {
         return Err(RepositoryError::invalid(format!(
             "the disks of a backup are at most {DISKS_MAX}, and each has a name of its own of 1 to 128 \

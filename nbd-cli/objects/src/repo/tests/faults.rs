@@ -271,7 +271,7 @@ async fn extent_of_a_backup_costs_one_request_for_its_map() {
     let repository = Repository::init(place_in(&store), None).await.unwrap();
     // Two pages that are not read together, and are all data.
     let (page, zero) = (BLOCK_SIZE * PAGE_BLOCKS, 15 * PAGE_BLOCKS);
-    let new = NewBackup { name: "vm1".into(), size: 17 * page, ..NewBackup::default() };
+    let new = NewBackup { size: 17 * page, ..new("vm1", &[], None) };
     let mut session = repository.begin(new).await.unwrap();
     session.zero(zero).await.unwrap();
     give_all(&mut session, &vec![1; 2 * page as usize]).await;
