@@ -49,6 +49,9 @@ mod report;
 mod rows;
 mod running;
 mod sample;
+// The tests start it in the same way.
+#[path = "../../../../nbd-cli/tests/cli/support/seaweedfs.rs"]
+mod seaweedfs;
 mod servers;
 mod statistics;
 mod sys;

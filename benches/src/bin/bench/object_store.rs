@@ -4,21 +4,19 @@
 //! benchmark, or its CPU time would be counted as that of the client.
 
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::net::TcpStream;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use super::lab::Lab;
+use super::seaweedfs::{PATIENCE, answers, arguments, ask, free_ports, make_bucket, s3};
 use super::{process, running};
 
 const KEY_ID: &str = "AKIABENCH";
 const SECRET: &str = "s3cr3t";
-/// How long the store may take to start.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Everybody may read, so that clients without signatures can be compared.
 const IDENTITIES: &str = r#"{"identities":[
     {"name":"bench","actions":["Admin"],"credentials":[{"accessKey":"AKIABENCH","secretKey":"s3cr3t"}]},
@@ -27,8 +25,8 @@ const IDENTITIES: &str = r#"{"identities":[
 /// A running store with the bucket `bucket`.
 #[derive(Debug)]
 pub(crate) struct ObjectStore {
-    /// The address for clients: of the store, or of the proxy before it.
-    address: String,
+    /// The port for clients: of the store, or of the proxy before it.
+    port: u16,
     processes: Vec<Daemon>,
 }
 
@@ -47,23 +45,26 @@ impl ObjectStore {
         let directory = lab.file(name);
         fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
         fs::write(directory.join("s3.json"), IDENTITIES)?;
-        let ports = free_ports()?;
+        let ports = free_ports::<9>()?;
         let mut arguments = vec![program.display().to_string()];
-        arguments.extend(self::arguments(&directory, ports));
+        arguments.extend(self::arguments(&directory, &ports));
         let store = Daemon::start(lab, "store", &arguments)?;
-        let mut running = Self { address: local(ports[6]), processes: vec![store] };
-        wait_until_ready(ports).with_context(|| {
+        let mut running = Self { port: s3(&ports), processes: vec![store] };
+        // The bucket may be there from an earlier block.
+        let has_bucket = || make_bucket(&ports).is_ok_and(|it| ["201", "409"].contains(&&*it));
+        let is_ready = wait(has_bucket).and_then(|()| wait(|| answers(&ports)));
+        is_ready.with_context(|| {
             let log = fs::read_to_string(lab.file("store.log")).unwrap_or_default();
             let last: Vec<_> = log.lines().rev().take(3).collect();
             format!("the store does not start: {}", last.join("; "))
         })?;
         if delay > 0 {
-            let proxy = local(ports[8]);
+            let proxy = ports[8];
             let program = lab.target_directory.join("dist/delay").display().to_string();
-            let arguments = [program, proxy.clone(), running.address, delay.to_string()];
+            let arguments = [program, local(proxy), local(running.port), delay.to_string()];
             running.processes.push(Daemon::start(lab, "delay", &arguments)?);
-            running.address = proxy;
-            wait(|| TcpStream::connect(&running.address).is_ok())?;
+            running.port = proxy;
+            wait(|| TcpStream::connect(("127.0.0.1", proxy)).is_ok())?;
         }
         Ok(running)
     }
@@ -75,18 +76,18 @@ impl ObjectStore {
     /// It cannot be read.
     pub(crate) fn wait_for(&self, key: &str) -> Result<()> {
         let request = format!("GET /bucket/{key}");
-        wait(|| ask(&self.address, &request).is_ok_and(|it| it == "200"))
+        wait(|| ask(self.port, &request).is_ok_and(|it| it == "200"))
     }
 
     /// The address without the scheme.
-    pub(crate) fn address(&self) -> &str {
-        &self.address
+    pub(crate) fn address(&self) -> String {
+        local(self.port)
     }
 
     /// Gives a program the keys of the store, and its address where it knows that variable.
     pub(crate) fn allow(&self, lab: &Lab<'_>, command: &mut Command) {
         command.env("AWS_ACCESS_KEY_ID", KEY_ID).env("AWS_SECRET_ACCESS_KEY", SECRET);
-        command.env("AWS_ENDPOINT_URL", format!("http://{}", self.address));
+        command.env("AWS_ENDPOINT_URL", format!("http://{}", self.address()));
         command.env_remove("AWS_PROFILE").env("HOME", lab.directory);
         // What clients keep from run to run would make the later ones faster.
         drop(fs::remove_dir_all(lab.file("cache")));
@@ -131,60 +132,6 @@ fn local(port: u16) -> String {
     format!("127.0.0.1:{port}")
 }
 
-fn free_ports() -> Result<[u16; 9]> {
-    let mut listeners = Vec::new();
-    let mut ports = [0; 9];
-    for port in &mut ports {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        *port = listener.local_addr()?.port();
-        listeners.push(listener);
-    }
-    Ok(ports)
-}
-
-fn arguments(directory: &Path, ports: [u16; 9]) -> Vec<String> {
-    let directory = directory.display();
-    let mut arguments = vec![
-        "-logtostderr".to_owned(),
-        "server".to_owned(),
-        format!("-dir={directory}"),
-        format!("-filer.localSocket={directory}/filer"),
-        format!("-s3.localSocket={directory}/s3"),
-        format!("-s3.config={directory}/s3.json"),
-    ];
-    let names = ["master.port", "volume.port", "filer.port", "s3.port"]
-        .map(|name| [name.to_owned(), name.to_owned() + ".grpc"]);
-    arguments
-        .extend(names.iter().flatten().zip(ports).map(|(name, port)| format!("-{name}={port}")));
-    let others = [
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        "-filer",
-        "-s3",
-        "-s3.iam=false",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-master.telemetry=false",
-        "-master.electionTimeout=1s",
-        "-master.volumeSizeLimitMB=1024",
-        "-volume.minFreeSpace=0",
-        "-volume.max=100",
-    ];
-    arguments.extend(others.map(str::to_owned));
-    arguments
-}
-
-/// Waits until the store has a bucket and answers.
-fn wait_until_ready(ports: [u16; 9]) -> Result<()> {
-    let is_made = || {
-        // It may be there from an earlier block.
-        ask(&local(ports[4]), "POST /buckets/bucket/")
-            .is_ok_and(|it| ["201", "409"].contains(&&*it))
-    };
-    wait(is_made)?;
-    wait(|| ask(&local(ports[6]), "GET /").is_ok_and(|it| it.starts_with(['2', '4'])))
-}
-
 fn wait(mut is_done: impl FnMut() -> bool) -> Result<()> {
     let start = Instant::now();
     while !is_done() {
@@ -194,14 +141,4 @@ fn wait(mut is_done: impl FnMut() -> bool) -> Result<()> {
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())
-}
-
-/// The status of a reply.
-fn ask(address: &str, request: &str) -> std::io::Result<String> {
-    let mut stream = TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    write!(stream, "{request} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n")?;
-    let mut head = [0; 12];
-    stream.read_exact(&mut head)?;
-    Ok(String::from_utf8_lossy(&head[9..]).into_owned())
 }

@@ -12,6 +12,8 @@ pub(crate) mod qemu_img;
 pub(crate) mod qemu_nbd;
 #[cfg(feature = "object-storage")]
 pub(crate) mod real_store;
+#[cfg(feature = "object-storage")]
+mod seaweedfs;
 mod server;
 pub(crate) mod service_manager;
 pub(crate) mod tls;

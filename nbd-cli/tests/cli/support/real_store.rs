@@ -5,8 +5,6 @@
 //! `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` are right. `cargo xtask soak --only ceph` gives
 //! that of a Ceph.
 
-use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -15,11 +13,10 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use super::PROGRAM;
+use super::seaweedfs::{PATIENCE, answers, arguments, free_ports, make_bucket, s3};
 
 const KEY_ID: &str = "AKIATESTKEY";
 const SECRET: &str = "s3cr3t of the tests";
-/// How long the store may take to start.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// The user without rights, for tests that root runs.
 const NOBODY: u32 = 65534;
 
@@ -78,10 +75,10 @@ impl RealStore {
         let directory =
             tempfile::Builder::new().prefix("seaweedfs").tempdir().expect("a directory");
         let directory = directory.keep();
-        let ports = free_ports();
+        let ports = free_ports::<8>().expect("ports");
         let mut command = Command::new("sh");
         command.args(["-c", KEEPER, "sh"]).arg(for_anyone(program, &directory));
-        command.args(arguments(&directory, ports)).current_dir(&directory);
+        command.args(arguments(&directory, &ports)).current_dir(&directory);
         // Signals of the terminal are for the tests.
         command
             .env("HOME", &directory)
@@ -99,8 +96,8 @@ impl RealStore {
         std::fs::write(directory.join("s3.json"), identities).expect("it is written");
         let mut keeper = command.stdout(Stdio::null()).spawn().expect("a shell");
         let stdin = keeper.stdin.take().expect("its input");
-        wait_until_ready(&mut keeper, &directory, ports)?;
-        let endpoint = format!("http://127.0.0.1:{}", ports[6]);
+        wait_until_ready(&mut keeper, &directory, &ports)?;
+        let endpoint = format!("http://127.0.0.1:{}", s3(&ports));
         let (key_id, secret) = (KEY_ID.to_owned(), SECRET.to_owned());
         Ok(Self { endpoint, key_id, secret, _keeper: Some(stdin) })
     }
@@ -132,50 +129,13 @@ fn for_anyone(program: &Path, directory: &Path) -> PathBuf {
     linked
 }
 
-fn free_ports() -> [u16; 8] {
-    let listeners = [(); 8].map(|()| TcpListener::bind("127.0.0.1:0").expect("a port"));
-    listeners.map(|listener| listener.local_addr().expect("an address").port())
-}
-
-fn arguments(directory: &Path, ports: [u16; 8]) -> Vec<String> {
-    let directory = directory.display();
-    let mut arguments = vec![
-        "-logtostderr".to_owned(),
-        "server".to_owned(),
-        format!("-dir={directory}"),
-        format!("-filer.localSocket={directory}/filer"),
-        format!("-s3.localSocket={directory}/s3"),
-        format!("-s3.config={directory}/s3.json"),
-    ];
-    let names = ["master.port", "volume.port", "filer.port", "s3.port"]
-        .map(|name| [name.to_owned(), name.to_owned() + ".grpc"]);
-    let names = names.iter().flatten();
-    arguments.extend(names.zip(ports).map(|(name, port)| format!("-{name}={port}")));
-    let others = [
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        "-filer",
-        "-s3",
-        "-s3.iam=false",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-master.telemetry=false",
-        "-master.electionTimeout=1s",
-        "-master.volumeSizeLimitMB=1024",
-        // A few MiB are accepted even on a disk that is nearly full.
-        "-volume.minFreeSpace=0",
-    ];
-    arguments.extend(others.map(str::to_owned));
-    arguments
-}
-
 /// Waits until the store has a bucket, and answers.
-fn wait_until_ready(keeper: &mut Child, directory: &Path, ports: [u16; 8]) -> Result<(), String> {
-    let (start, mut has_bucket) = (Instant::now(), false);
+fn wait_until_ready(keeper: &mut Child, directory: &Path, ports: &[u16]) -> Result<(), String> {
+    let (start, mut is_made) = (Instant::now(), false);
     loop {
-        has_bucket =
-            has_bucket || ask(ports[4], "POST /buckets/bucket/").is_ok_and(|it| it == "201");
-        if has_bucket && ask(ports[6], "GET /").is_ok_and(|it| it.starts_with(['2', '4'])) {
+        // A store that has one is of another program.
+        is_made = is_made || make_bucket(ports).is_ok_and(|it| it == "201");
+        if is_made && answers(ports) {
             return Ok(());
         }
         // The keeper removes the directory when the store is to end, and never before.
@@ -186,14 +146,4 @@ fn wait_until_ready(keeper: &mut Child, directory: &Path, ports: [u16; 8]) -> Re
         }
         std::thread::sleep(Duration::from_millis(50));
     }
-}
-
-/// The status of a reply.
-fn ask(port: u16, request: &str) -> std::io::Result<String> {
-    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    write!(stream, "{request} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n")?;
-    let mut head = [0; 12];
-    stream.read_exact(&mut head)?;
-    Ok(String::from_utf8_lossy(&head[9..]).into_owned())
 }
