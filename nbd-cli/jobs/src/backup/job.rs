@@ -277,7 +277,7 @@ async fn run_and_save(job: &Arc<Job>, partial: &mut Partial) -> Result<(), JobEr
 
 /// Makes progress durable: flushes the data, then records the position.
 async fn save(job: &Job, partial: &mut Partial) -> Result<(), JobError> {
-    let done = job.done().await;
+    let done = job.done();
     job.destination.finish(true).await?;
     partial.save(done)
 }

@@ -42,7 +42,7 @@ pub(crate) async fn run(job: &Arc<Job>, flush: bool) -> Result<(), JobError> {
         engine::run(job).await?;
         return job.context.cancellation.unless_cancelled(job.destination.finish(flush)).await;
     };
-    let mut safe = Safe { position: job.done().await, reconnects: client.reconnects() };
+    let mut safe = Safe { position: job.done(), reconnects: client.reconnects() };
     for _ in 0..MOST_ROUNDS {
         round(job, (client, uri), &mut safe).await?;
         job.context.cancellation.unless_cancelled(job.destination.finish(flush)).await?;
@@ -83,7 +83,7 @@ async fn round(
             () = tokio::time::sleep(FLUSH_INTERVAL), if can_flush => {
                 // First the position up to which everything was answered, then the flush that
                 // covers it.
-                let done = job.done().await;
+                let done = job.done();
                 let flushing = async {
                     let flushed = client.flush().await;
                     flushed.map_err(|error| JobError::destination(failed(uri, "flush", &error)))

@@ -7,13 +7,13 @@ use std::sync::{Mutex as SyncMutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use imgfmt::zero::{Content as RunContent, runs};
 use nbd_client::{ReadMemory, ZeroMode};
-use tokio::sync::Mutex;
 
 use super::content::Content;
 use super::destination::Destination;
 use super::holes::{WriteSpan, write_spans};
 use super::options::{CopyOptions, Zeroes};
 use super::plan::{Extents, Lengths, Plan, PlannedRange};
+use super::shared_plan::SharedPlan;
 use super::source::Source;
 use super::sum::{InOrder, Sum};
 use crate::checksum::Checksum;
@@ -73,7 +73,7 @@ pub(crate) struct Job {
     sparse: Option<usize>,
     /// Unit of writing holes that the source reports, in bytes.
     hole_unit: u64,
-    plan: Mutex<Plan>,
+    plan: SharedPlan,
     /// The offsets of the ranges in work.
     begun: SyncMutex<BTreeSet<u64>>,
     counts: Counts,
@@ -145,7 +145,7 @@ impl Job {
             ZeroPolicy::Write(_) => MAX_ZERO_LENGTH,
         };
         let longest = Lengths { data: request_size as u64, zeroes: longest_zeroes };
-        let plan = Mutex::new(Plan::new(settings.start, size, settings.unit, longest, extents));
+        let plan = Plan::new(settings.start, size, settings.unit, longest, extents);
         Self {
             source,
             destination,
@@ -160,7 +160,7 @@ impl Job {
             sparse,
             // Smaller ones are not worth a separate request.
             hole_unit: settings.sparse.unwrap_or(settings.unit),
-            plan,
+            plan: SharedPlan::new(plan),
             begun: SyncMutex::default(),
             counts: Counts::default(),
             sum: settings.sum,
@@ -169,19 +169,17 @@ impl Job {
 
     /// The next range of the disk.
     pub(super) async fn next_range(&self) -> Result<Option<PlannedRange>, JobError> {
-        let mut plan = self.plan.lock().await;
-        let range = plan.next().await?;
-        if let Some(range) = &range {
-            // Done while the plan is locked, so that `done` never sees a gap.
+        // While the plan is locked, so that `done` never sees a gap.
+        let begin = |range: &PlannedRange| {
             self.begun().insert(range.offset);
-        }
-        Ok(range)
+        };
+        self.plan.next(begin).await
     }
 
     /// Returns the position up to which the destination has received everything, in bytes from the
     /// start.
-    pub(crate) async fn done(&self) -> u64 {
-        let plan = self.plan.lock().await;
+    pub(crate) fn done(&self) -> u64 {
+        let plan = self.plan.lock();
         let first = self.begun().first().copied();
         first.unwrap_or_else(|| plan.position())
     }
@@ -196,7 +194,7 @@ impl Job {
         let size = self.source.size().unwrap_or_default();
         let (unit, longest) = self.cut;
         let extents = self.source.extents(position);
-        *self.plan.lock().await = Plan::new(position, size, unit, longest, extents);
+        *self.plan.lock() = Plan::new(position, size, unit, longest, extents);
         self.begun().clear();
         self.meter.set_back(size.saturating_sub(position));
         Ok(position)

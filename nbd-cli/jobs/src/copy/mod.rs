@@ -11,6 +11,7 @@ pub(crate) mod job;
 pub(crate) mod local_file;
 mod options;
 pub(crate) mod plan;
+pub(crate) mod shared_plan;
 pub(crate) mod source;
 mod stream;
 pub(crate) mod sum;

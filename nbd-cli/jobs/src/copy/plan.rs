@@ -76,7 +76,7 @@ impl ImageExtents {
 
 /// What is known about a part of the disk.
 #[derive(Clone, Copy)]
-struct Known {
+pub(super) struct Known {
     end: u64,
     content: Content,
     depth: u32,
@@ -95,7 +95,8 @@ pub(crate) struct Plan {
     /// Every boundary between ranges is a multiple of this power of two.
     alignment: u64,
     longest: Lengths,
-    extents: Extents,
+    /// Absent while somebody waits for an answer.
+    extents: Option<Extents>,
     /// Start of the next range.
     at: u64,
     /// The known part.
@@ -115,7 +116,7 @@ impl Plan {
             size,
             alignment,
             longest,
-            extents,
+            extents: Some(extents),
             at: start,
             known: Known::new(start, Content::Data),
         }
@@ -126,13 +127,15 @@ impl Plan {
         self.at
     }
 
-    /// Returns the next range, or `None` at the end of the disk.
-    pub(crate) async fn next(&mut self) -> Result<Option<PlannedRange>, JobError> {
+    /// Returns the next range if that takes no waiting for another program.
+    pub(super) fn step(&mut self) -> Result<Step, JobError> {
         if self.at >= self.size {
-            return Ok(None);
+            return Ok(Step::Next(None));
         }
         if self.at >= self.known.end {
-            self.known = self.look().await?;
+            let local = self.extents.as_mut().and_then(|it| it.local(self.at, self.size));
+            let Some(known) = local else { return Ok(Step::Look) };
+            self.known = self.whole_blocks(known?);
         }
         let Known { end, content, depth } = self.known;
         let longest = match content {
@@ -142,55 +145,111 @@ impl Plan {
         let offset = self.at;
         let length = (end - offset).min(longest);
         self.at += length;
-        Ok(Some(PlannedRange { offset, length, content, depth }))
+        Ok(Step::Next(Some(PlannedRange { offset, length, content, depth })))
     }
 
-    /// Determines the content at the current offset and its end.
-    async fn look(&mut self) -> Result<Known, JobError> {
-        let Known { end, content, depth } = self.extents.at(self.at, self.size).await?;
-        // Only whole blocks count as zero or unchanged; a partly zero or unchanged block is data.
+    /// Takes out what has to be waited for, unless the answer is there or the disk has ended.
+    ///
+    /// # Errors
+    ///
+    /// The task that took it out before was stopped.
+    pub(super) fn begin_look(&mut self) -> Result<Option<Look>, JobError> {
+        if self.at < self.known.end || self.at >= self.size {
+            return Ok(None);
+        }
+        let extents = self.extents.take();
+        let extents = extents.ok_or_else(|| JobError::source("the copy was stopped"))?;
+        Ok(Some(Look { extents, at: self.at, size: self.size }))
+    }
+
+    /// Puts it back, with the answer.
+    pub(super) fn end_look(
+        &mut self,
+        look: Look,
+        answer: Result<Known, JobError>,
+    ) -> Result<(), JobError> {
+        self.extents = Some(look.extents);
+        self.known = self.whole_blocks(answer?);
+        Ok(())
+    }
+
+    /// Only whole blocks count as zero or unchanged; a partly zero or unchanged block is data.
+    fn whole_blocks(&self, known: Known) -> Known {
+        let Known { end, content, depth } = known;
         if end >= self.size {
-            return Ok(Known { end: self.size, content, depth });
+            return Known { end: self.size, content, depth };
         }
         let end_of_whole_blocks = end - end % self.alignment;
         if content != Content::Data && end_of_whole_blocks > self.at {
-            return Ok(Known { end: end_of_whole_blocks, content, depth });
+            return Known { end: end_of_whole_blocks, content, depth };
         }
         let end_of_block = end.next_multiple_of(self.alignment);
-        let is_mixed = end_of_block > end && matches!(self.extents, Extents::Image(_));
+        let is_mixed = end_of_block > end && matches!(self.extents, Some(Extents::Image(_)));
         let depth = if is_mixed { 0 } else { depth };
-        Ok(Known { end: end_of_block.min(self.size), content: Content::Data, depth })
+        Known { end: end_of_block.min(self.size), content: Content::Data, depth }
+    }
+}
+
+/// What [`Plan::step`] found.
+pub(super) enum Step {
+    /// The next range, or the end of the disk.
+    Next(Option<PlannedRange>),
+    /// Another program has to be waited for.
+    Look,
+}
+
+/// A question to another program.
+pub(super) struct Look {
+    extents: Extents,
+    at: u64,
+    size: u64,
+}
+
+impl Look {
+    pub(super) async fn answer(&mut self) -> Result<Known, JobError> {
+        self.extents.at(self.at, self.size).await
     }
 }
 
 impl Extents {
-    /// Returns the extent that holds the byte `at`; its end is above that.
-    async fn at(&mut self, at: u64, size: u64) -> Result<Known, JobError> {
-        match self {
+    /// Returns the extent that holds the byte `at`, as [`at`](Self::at) does, of what this process
+    /// knows itself.
+    fn local(&mut self, at: u64, size: u64) -> Option<Result<Known, JobError>> {
+        Some(match self {
             Self::Unknown => Ok(Known::new(size, Content::Data)),
-            Self::File(file) => {
-                let found = file.next_extent(HostOffset::new(at), size - at).map_err(|error| {
-                    JobError::source(format!("cannot find holes at offset {at}: {error}"))
-                })?;
-                // An empty answer would stall the plan.
-                let end = at.saturating_add(found.length.max(1)).min(size);
-                Ok(Known::new(end, content_of(found.kind)))
-            }
+            Self::File(file) => match file.next_extent(HostOffset::new(at), size - at) {
+                Ok(found) => {
+                    // An empty answer would stall the plan.
+                    let end = at.saturating_add(found.length.max(1)).min(size);
+                    Ok(Known::new(end, content_of(found.kind)))
+                }
+                Err(error) => {
+                    Err(JobError::source(format!("cannot find holes at offset {at}: {error}")))
+                }
+            },
             Self::Image(extents) => {
-                let known = extents.at(at)?;
-                Ok(Known { end: known.end.min(size), ..known })
-            }
-            Self::Dirty(extents) => {
-                let (end, content) = extents.at(at, size).await?;
-                Ok(Known::new(end, content))
+                extents.at(at).map(|known| Known { end: known.end.min(size), ..known })
             }
             #[cfg(feature = "object-storage")]
-            Self::TopOfImage(extents) => {
-                let known = extents.at(at)?;
+            Self::TopOfImage(extents) => extents.at(at).map(|known| {
                 // What is known to be zero needs no base, which may be of a smaller disk.
                 let is_own = known.depth == 1 || known.content == Content::Zero;
                 let content = if is_own { known.content } else { Content::Unchanged };
-                Ok(Known::new(known.end.min(size), content))
+                Known::new(known.end.min(size), content)
+            }),
+            _ => return None,
+        })
+    }
+
+    /// Returns the extent that holds the byte `at`; its end is above that.
+    async fn at(&mut self, at: u64, size: u64) -> Result<Known, JobError> {
+        if let Some(known) = self.local(at, size) {
+            return known;
+        }
+        match self {
+            Self::Dirty(extents) => {
+                let (end, content) = extents.at(at, size).await?;
+                Ok(Known::new(end, content))
             }
             #[cfg(feature = "object-storage")]
             Self::Told(told) => loop {
@@ -220,6 +279,7 @@ impl Extents {
                 }
                 return Ok(Known::new(end, allocated(&extent)));
             },
+            _ => Ok(Known::new(size, Content::Data)),
         }
     }
 }
@@ -229,12 +289,14 @@ mod tests {
     use imgfmt::{Access, Locking};
 
     use super::*;
+    use crate::copy::shared_plan::SharedPlan;
 
     const LONGEST: Lengths = Lengths { data: 65_536, zeroes: 256 << 20 };
 
-    async fn ranges(mut plan: Plan) -> Vec<PlannedRange> {
+    async fn ranges(plan: Plan) -> Vec<PlannedRange> {
+        let plan = SharedPlan::new(plan);
         let mut ranges = Vec::new();
-        while let Some(range) = plan.next().await.unwrap() {
+        while let Some(range) = plan.next(|_| {}).await.unwrap() {
             ranges.push(range);
         }
         ranges

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use bytes::BytesMut;
 use imgfmt::is_zero;
-use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
 use super::content::Content;
 use super::plan::{Lengths, Plan, PlannedRange};
+use super::shared_plan::SharedPlan;
 use super::source::Source;
 use crate::observer::Meter;
 use crate::{JobContext, JobError, JobErrorKind, Phase};
@@ -24,7 +24,7 @@ pub(crate) struct Verification {
     pub(crate) copy: Source,
     context: JobContext,
     meter: Meter,
-    plan: Mutex<Plan>,
+    plan: SharedPlan,
 }
 
 impl Verification {
@@ -39,7 +39,7 @@ impl Verification {
     ) -> Self {
         let longest = Lengths { data: PIECE.max(unit), zeroes: LONGEST_ZEROES };
         let size = source.size().unwrap_or_default();
-        let plan = Mutex::new(Plan::new(0, size, unit, longest, extents));
+        let plan = SharedPlan::new(Plan::new(0, size, unit, longest, extents));
         let meter = Meter::begin(context, Phase::Verifying, source.size(), 0);
         Self { source, copy, context: context.clone(), meter, plan }
     }
@@ -67,7 +67,7 @@ impl Verification {
     async fn compare_pieces(&self) -> Result<u64, JobError> {
         let mut compared = 0;
         loop {
-            let range = self.plan.lock().await.next().await?;
+            let range = self.plan.next(|_| {}).await?;
             let Some(range) = range else { return Ok(compared) };
             let equal = match range.content {
                 Content::Unchanged => {

@@ -17,6 +17,7 @@ use crate::backup::{connect_to_disk, context_of};
 use crate::copy::content::Content;
 use crate::copy::dirty::DirtyExtents;
 use crate::copy::plan::{Extents, ImageExtents, Lengths, Plan};
+use crate::copy::shared_plan::SharedPlan;
 use crate::copy::source::Source;
 use crate::copy::verify::Verification;
 use crate::restore::Verify;
@@ -248,14 +249,14 @@ impl Work<'_> {
         let source = &disk.source;
         let longest = Lengths { data: READ, zeroes: KNOWN };
         let extents = disk.parts.extents(source);
-        let mut plan = Plan::new(0, disk.size(), BLOCK_SIZE, longest, extents);
+        let plan = SharedPlan::new(Plan::new(0, disk.size(), BLOCK_SIZE, longest, extents));
         // Memory that is used again stays warm, and in one piece.
         let memory = ReadMemory::new(self.options.requests.get());
         let mut steps = VecDeque::new();
         let (mut read, before) = (0, progress.done);
         loop {
             while steps.len() < self.options.requests.get() {
-                let Some(range) = plan.next().await? else { break };
+                let Some(range) = plan.next(|_| {}).await? else { break };
                 let blocks = range.length.div_ceil(BLOCK_SIZE);
                 steps.push_back(match range.content {
                     Content::Zero => Step::Zero(blocks),
