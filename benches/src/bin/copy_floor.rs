@@ -1,9 +1,9 @@
 //! The floor of copies: the same bytes moved by the fewest calls, without a protocol.
 //!
-//! An end that is a server is a thread behind a unix socket: as a source it reads the file and sends
-//! its bytes, as a destination it receives them into memory. There are no requests and no replies, so
-//! the time that another program takes beyond this is the cost of the protocol and of that program;
-//! the time of this one is the cost of the kernel's copies.
+//! An end that is a server is a thread behind a unix socket: as a source it reads the data of the file
+//! and sends it, as a destination it receives it into memory. There are no requests and no replies,
+//! and nobody asks for holes, so the time that another program takes beyond this is the cost of the
+//! protocol and of that program; the time of this one is the cost of the kernel's copies.
 //!
 //! Between two files, a thread for each core reads and writes, and leaves holes out. The space of each
 //! write is allocated before it, which costs ext4 less than to reserve it block by block. Nothing is
@@ -28,6 +28,8 @@ use rustix::io::Errno;
 const PIECE_BYTES: usize = 256 << 10;
 /// The same between files.
 const FILE_PIECE_BYTES: u64 = 1 << 20;
+/// The offset and the length of an extent.
+const HEADER_BYTES: usize = 16;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -52,11 +54,12 @@ fn run(arguments: &[String]) -> io::Result<u64> {
     match (is_server(from)?, is_server(to)?) {
         (false, false) => copy_file(&File::open(source)?, &File::create(target)?),
         (true, false) => receive(source, |mut received| {
-            let mut file = File::create(target)?;
-            move_all(&mut received, &mut file)
+            let file = File::create(target)?;
+            file.set_len(source.metadata()?.len())?;
+            take_extents(&mut received, |data, at| file.write_all_at(data, at))
         }),
         (false, true) => {
-            send(source.metadata()?.len(), |socket| move_all(&mut File::open(source)?, socket))
+            send(source.metadata()?.len(), |socket| give_extents(&File::open(source)?, socket))
         }
         (true, true) => receive(source, |mut received| {
             send(source.metadata()?.len(), |socket| move_all(&mut received, socket))
@@ -111,6 +114,55 @@ fn copy_pieces(from: &File, to: &File, length: u64, next: &AtomicU64) -> io::Res
     }
 }
 
+/// Sends every extent of a file that has data: its offset, its length and its bytes. Returns the
+/// number of bytes that were sent.
+fn give_extents(file: &File, to: &mut impl Write) -> io::Result<u64> {
+    let mut piece = vec![0; PIECE_BYTES];
+    let (mut end, mut sent) = (0, 0);
+    loop {
+        let mut at = match rustix::fs::seek(file, SeekFrom::Data(end)) {
+            Ok(data) => data,
+            Err(Errno::NXIO) => return Ok(sent),
+            Err(error) => return Err(error.into()),
+        };
+        end = rustix::fs::seek(file, SeekFrom::Hole(at))?;
+        to.write_all(&[at.to_le_bytes(), (end - at).to_le_bytes()].concat())?;
+        sent += HEADER_BYTES as u64 + (end - at);
+        while at < end {
+            let piece = &mut piece[..(end - at).min(PIECE_BYTES as u64) as usize];
+            file.read_exact_at(piece, at)?;
+            to.write_all(piece)?;
+            at += piece.len() as u64;
+        }
+    }
+}
+
+/// Takes what [`give_extents`] sends; returns the number of bytes that were received.
+fn take_extents(
+    from: &mut impl Read,
+    mut put: impl FnMut(&[u8], u64) -> io::Result<()>,
+) -> io::Result<u64> {
+    let mut piece = vec![0; PIECE_BYTES];
+    let mut received = 0;
+    loop {
+        let mut header = [0; HEADER_BYTES];
+        match from.read_exact(&mut header) {
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(received),
+            read => read?,
+        }
+        let header = u128::from_le_bytes(header);
+        let (mut at, mut rest) = (header as u64, (header >> 64) as u64);
+        received += HEADER_BYTES as u64 + rest;
+        while rest > 0 {
+            let piece = &mut piece[..rest.min(PIECE_BYTES as u64) as usize];
+            from.read_exact(piece)?;
+            put(piece, at)?;
+            at += piece.len() as u64;
+            rest -= piece.len() as u64;
+        }
+    }
+}
+
 /// Moves all bytes; returns their number.
 fn move_all(from: &mut impl Read, to: &mut impl Write) -> io::Result<u64> {
     let mut piece = vec![0; PIECE_BYTES];
@@ -130,9 +182,9 @@ fn move_all(from: &mut impl Read, to: &mut impl Write) -> io::Result<u64> {
 
 /// Calls `take` with a socket to which a thread sends a file.
 fn receive(source: &Path, take: impl FnOnce(UnixStream) -> io::Result<u64>) -> io::Result<u64> {
-    let mut file = File::open(source)?;
+    let file = File::open(source)?;
     let (near, mut far) = UnixStream::pair()?;
-    let server = thread::spawn(move || move_all(&mut file, &mut far));
+    let server = thread::spawn(move || give_extents(&file, &mut far));
     let taken = take(near);
     let sent = server.join().map_err(|_| io::Error::other("the source panicked"))?;
     let taken = taken?;
@@ -144,18 +196,13 @@ fn send(size: u64, give: impl FnOnce(&mut UnixStream) -> io::Result<u64>) -> io:
     let size = usize::try_from(size).map_err(|_| ErrorKind::FileTooLarge)?;
     let (mut near, mut far) = UnixStream::pair()?;
     let server = thread::spawn(move || {
+        // What is not written takes no memory.
         let mut disk = vec![0; size];
-        let mut filled = 0;
-        while let Some(rest) = disk.get_mut(filled..)
-            && !rest.is_empty()
-        {
-            let piece = rest.len().min(PIECE_BYTES);
-            match far.read(&mut rest[..piece])? {
-                0 => break,
-                length => filled += length,
-            }
-        }
-        Ok::<_, io::Error>(filled as u64)
+        take_extents(&mut far, |data, at| {
+            let room = usize::try_from(at).ok().and_then(|at| disk.get_mut(at..at + data.len()));
+            room.ok_or(ErrorKind::InvalidData)?.copy_from_slice(data);
+            Ok(())
+        })
     });
     let given = give(&mut near);
     drop(near);
@@ -169,37 +216,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_bytes_arrive_between_every_pair_of_ends() {
+    fn data_and_holes_arrive_between_every_pair_of_ends() {
         let directory = tempfile::tempdir().expect("temporary directory");
         let [source, target] = ["source", "target"].map(|name| directory.path().join(name));
-        let bytes: Vec<u8> = (0..1_000_003_u32).map(|number| number as u8).collect();
-        std::fs::write(&source, &bytes).expect("written");
+        let file = File::create(&source).expect("created");
+        for offset in [3 << 20, 12 << 20, 40 << 20] {
+            file.write_all_at(&[7; 800_000], offset).expect("written");
+        }
+        file.set_len((64 << 20) + 1).expect("longer");
         for (from, to) in
             [("file", "file"), ("file", "server"), ("server", "file"), ("server", "server")]
         {
             drop(std::fs::remove_file(&target));
             let ends = [from, &source.display().to_string(), to, &target.display().to_string()];
             let moved = run(&ends.map(str::to_owned)).expect("copied");
-            assert_eq!(moved, bytes.len() as u64, "{from} to {to}");
+            assert!(moved >= 3 * 800_000, "{from} to {to}");
             if to == "file" {
-                assert!(std::fs::read(&target).expect("readable") == bytes, "{from} to {to}");
+                let [from, to] = [&source, &target].map(|path| std::fs::read(path).expect("read"));
+                assert!(from == to);
             }
         }
-    }
-
-    #[test]
-    fn a_file_with_holes_arrives() {
-        let directory = tempfile::tempdir().expect("temporary directory");
-        let [source, target] = ["source", "target"].map(|name| directory.path().join(name));
-        let file = File::create(&source).expect("created");
-        for offset in [3 << 20, 12 << 20, 40 << 20] {
-            file.write_all_at(&[7; 8192], offset).expect("written");
-        }
-        file.set_len((64 << 20) + 1).expect("longer");
-        let file = File::open(&source).expect("opened");
-        copy_file(&file, &File::create(&target).expect("created")).expect("copied");
-        let [from, to] = [&source, &target].map(|path| std::fs::read(path).expect("readable"));
-        assert!(from == to);
     }
 
     #[test]

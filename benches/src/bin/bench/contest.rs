@@ -63,6 +63,8 @@ pub(crate) enum Against {
     /// The contender of a peer with the least CPU time for the same work. The ratio compares CPU
     /// times, not throughput.
     BestPeerPerCore,
+    /// The same up to the floor, as with throughput.
+    BestPeerPerCoreUpToFloor,
     /// The contender of this name in the same row.
     Contender(&'static str),
     /// Our throughput in the row of this name.
@@ -160,6 +162,11 @@ impl ContestReport {
         self.peers().max_by(|a, b| a.median.throughput.total_cmp(&b.median.throughput))
     }
 
+    /// The least CPU time of a peer for the same work.
+    fn cheapest_peer(&self) -> Option<f64> {
+        self.peers().map(|peer| peer.median.cpu_us_per_work).min_by(f64::total_cmp)
+    }
+
     fn peers(&self) -> impl Iterator<Item = &ContenderReport> {
         self.contenders
             .iter()
@@ -178,7 +185,9 @@ pub(crate) fn judge(bars: &[ContestBar], rows: &[ContestReport]) -> Vec<BarRepor
                 Against::BestPeer | Against::BestPeerUpToFloor => {
                     "throughput / best peer".to_owned()
                 }
-                Against::BestPeerPerCore => "work per CPU time / best peer".to_owned(),
+                Against::BestPeerPerCore | Against::BestPeerPerCoreUpToFloor => {
+                    "work per CPU time / best peer".to_owned()
+                }
                 Against::Contender(name) => format!("throughput / {name}"),
                 Against::OursInRow(name) => format!("throughput / {name}"),
                 Against::OursInRowPerCore(name) => format!("work per CPU time / {name}"),
@@ -201,11 +210,16 @@ pub(crate) fn judge(bars: &[ContestBar], rows: &[ContestReport]) -> Vec<BarRepor
 
 /// The limit that applies in a row, and why it is not that of the bar.
 fn limit(bar: &ContestBar, row: &ContestReport) -> (Limit, String) {
-    let floor = || {
-        let (floor, peer) = (row.median_of(FLOOR)?, row.fastest_peer()?);
-        Some(floor.throughput / peer.median.throughput)
+    let floor = || match bar.against {
+        Against::BestPeerUpToFloor => {
+            Some(row.median_of(FLOOR)?.throughput / row.fastest_peer()?.median.throughput)
+        }
+        Against::BestPeerPerCoreUpToFloor => {
+            Some(row.cheapest_peer()? / row.median_of(FLOOR)?.cpu_us_per_work)
+        }
+        _ => None,
     };
-    if let (Against::BestPeerUpToFloor, Limit::AtLeast(wanted)) = (&bar.against, bar.limit)
+    if let Limit::AtLeast(wanted) = bar.limit
         && let Some(most) = floor()
         && most < wanted
     {
@@ -222,9 +236,8 @@ fn ratio(against: &Against, row: &ContestReport, rows: &[ContestReport]) -> Opti
     let other = match against {
         Against::Nothing => return Some(ours.throughput),
         Against::BestPeer | Against::BestPeerUpToFloor => row.fastest_peer()?.median,
-        Against::BestPeerPerCore => {
-            let costs = row.peers().map(|peer| peer.median.cpu_us_per_work);
-            return Some(costs.min_by(f64::total_cmp)? / ours.cpu_us_per_work);
+        Against::BestPeerPerCore | Against::BestPeerPerCoreUpToFloor => {
+            return Some(row.cheapest_peer()? / ours.cpu_us_per_work);
         }
         Against::Contender(name) => *row.median_of(name)?,
         Against::OursInRow(name) => *ours_in(name, rows)?,
@@ -289,6 +302,7 @@ mod tests {
             bar("one", Against::Nothing, 41.0),
             bar("four", Against::OursInRowPerCore("one".to_owned()), 1.5),
             bar("one", Against::BestPeerUpToFloor, 2.5),
+            bar("low", Against::BestPeerPerCoreUpToFloor, 1.5),
             bar("low", Against::BestPeerUpToFloor, 1.5),
         ];
         let judged = judge(&bars, &rows);
@@ -304,6 +318,7 @@ mod tests {
                 (Some(40.0), Verdict::Fail),
                 (Some(1.5), Verdict::Pass),
                 (Some(2.0), Verdict::Fail),
+                (Some(1.2), Verdict::Pass),
                 (Some(1.2), Verdict::Pass),
             ]
         );

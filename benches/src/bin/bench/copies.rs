@@ -2,9 +2,9 @@
 //!
 //! The servers are nbdkit's in all rows, so only the clients differ: its file plugin as the source,
 //! its memory plugin as the destination. Nothing is flushed, and a file that was written is removed
-//! right after its block. CPU time is that of the client and of the servers. In the rows of the full
-//! disk without TLS, and between files, the floor moves the same bytes between threads, without a
-//! protocol: what it takes is the cost of the kernel's copies.
+//! right after its block. CPU time is that of the client and of the servers. In the rows without TLS
+//! the floor moves the same bytes between threads, without a protocol, and nobody asks for holes:
+//! what it takes is the cost of the kernel's copies.
 
 use std::fs::{self, File, Permissions};
 use std::io::{Seek, SeekFrom, Write};
@@ -35,6 +35,8 @@ const TARGET: &str = "target.img";
 const LARGER: u64 = 10;
 /// One of this many MiB of the sparse disk has data.
 const SPARSENESS: u64 = 100;
+/// Memory beside the data that a tool may use, in bytes.
+const WARM_BEYOND: u64 = 256 << 20;
 /// Our throughput and our work per CPU time, relative to the best peer.
 const SPEED: f64 = 1.5;
 const WORK: f64 = 1.43;
@@ -146,7 +148,7 @@ fn contests(_: &Options) -> Vec<Contest> {
 
 fn bars() -> Vec<ContestBar> {
     let bars = |copy: Copy| {
-        [(Against::BestPeerUpToFloor, SPEED), (Against::BestPeerPerCore, WORK)].map(
+        [(Against::BestPeerUpToFloor, SPEED), (Against::BestPeerPerCoreUpToFloor, WORK)].map(
             |(against, limit)| ContestBar {
                 row: copy.name(),
                 against,
@@ -192,6 +194,7 @@ impl Copy {
     fn measure(&self, lab: &Lab<'_>, tool: Tool) -> Result<Sample> {
         let size = self.disk.size(lab.options);
         lab.settle(self.disk.file())?;
+        self.warm_memory(lab);
         let target = lab.file(TARGET);
         drop(fs::remove_file(&target));
         let sockets = self.sockets(lab);
@@ -217,14 +220,25 @@ impl Copy {
         Ok(Sample::new(ClientResult::timed((size / MEBIBYTE) as f64, elapsed), usage))
     }
 
-    /// The floor encrypts nothing, and looks for holes only in files.
+    /// Uses as much memory as the copy will, and gives it back. A virtual machine may have returned
+    /// free memory to its host, which then has to find a page for each that is used again: that costs
+    /// more than the copy, and hits one tool and not the next.
+    fn warm_memory(&self, lab: &Lab<'_>) {
+        let data = match self.disk {
+            Disk::Full => self.disk.size(lab.options),
+            Disk::Sparse => self.disk.size(lab.options) / SPARSENESS,
+        };
+        drop(std::hint::black_box(vec![1_u8; (data + WARM_BEYOND) as usize]));
+    }
+
+    /// The floor encrypts nothing.
     fn has_floor(&self) -> bool {
-        let is_local = (self.from, self.to) == (End::File, End::File);
-        self.channel == Channel::Plain && (self.disk == Disk::Full || is_local)
+        self.channel == Channel::Plain
     }
 
     fn measure_floor(&self, lab: &Lab<'_>) -> Result<Sample> {
         lab.settle(self.disk.file())?;
+        self.warm_memory(lab);
         let target = lab.file(TARGET);
         drop(fs::remove_file(&target));
         let mut command = Command::new(lab.target_directory.join("dist").join("copy_floor"));
@@ -330,12 +344,11 @@ mod tests {
     }
 
     #[test]
-    fn the_floor_takes_part_where_it_does_what_the_tools_do() {
+    fn the_floor_takes_part_where_nothing_is_encrypted() {
         let with_floor: Vec<_> =
             rows().iter().filter(|row| row.has_floor()).map(Copy::name).collect();
-        assert_eq!(with_floor.len(), 5, "{with_floor:?}");
-        let is_right = |name: &String| name.ends_with("-full") || name == "copy-file-file-sparse";
-        assert!(with_floor.iter().all(is_right), "{with_floor:?}");
+        assert_eq!(with_floor.len(), 8, "{with_floor:?}");
+        assert!(!with_floor.iter().any(|name| name.ends_with("-tls")), "{with_floor:?}");
     }
 
     #[test]

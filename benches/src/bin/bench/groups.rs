@@ -80,7 +80,8 @@ mod tests {
                     Against::Nothing
                     | Against::BestPeer
                     | Against::BestPeerUpToFloor
-                    | Against::BestPeerPerCore => {}
+                    | Against::BestPeerPerCore
+                    | Against::BestPeerPerCoreUpToFloor => {}
                 }
             }
         }
