@@ -126,6 +126,8 @@ pub(crate) struct Walk<'w> {
     effort: u64,
     has_found: bool,
     is_reader: bool,
+    /// Whether holes of a file count that lie in the blocks of a format.
+    looks_into_blocks: bool,
     visit: &'w mut Visit<'w>,
 }
 
@@ -143,13 +145,20 @@ impl<'w> Walk<'w> {
     /// The walk of a reader of the disk.
     pub(crate) fn new(holes: Holes, lookup: Lookup, visit: &'w mut Visit<'w>) -> Self {
         let (depth, effort, has_found, is_reader) = (1, u64::MAX, false, true);
-        Self { holes, lookup, depth, effort, has_found, is_reader, visit }
+        let looks_into_blocks = false;
+        Self { holes, lookup, depth, effort, has_found, is_reader, looks_into_blocks, visit }
     }
 
     /// Makes it the walk of a list of extents, which ends when this many table entries were examined
     /// and something was found.
     pub(crate) fn with_effort(self, effort: u64) -> Self {
         Self { effort, is_reader: false, ..self }
+    }
+
+    /// Makes it one that tells holes of files in the blocks of other programs' formats, which maps as
+    /// those programs show them do not.
+    pub(crate) fn into_blocks(self, looks_into_blocks: bool) -> Self {
+        Self { looks_into_blocks, ..self }
     }
 
     /// Makes it the walk of a job that copies the layers below.
@@ -246,6 +255,11 @@ impl<'w> Walk<'w> {
     #[inline]
     pub(crate) fn is_reader(&self) -> bool {
         self.is_reader
+    }
+
+    /// Whether holes of a file count that lie in the blocks of a format.
+    pub(crate) fn looks_into_blocks(&self) -> bool {
+        self.looks_into_blocks
     }
 
     /// Whether the effort is used up.

@@ -169,11 +169,21 @@ fn split_at_end<'a>(
 
 /// Appends the extents of a range to a list, to the end of the range or until the list is full.
 pub(crate) fn extents(layer: &dyn Layer, range: GuestRange, list: &mut ExtentList) -> Result<()> {
+    extents_of(layer, range, list, false)
+}
+
+/// The same; `into_blocks`: holes of files count wherever they are zeroes of the disk.
+pub(crate) fn extents_of(
+    layer: &dyn Layer,
+    range: GuestRange,
+    list: &mut ExtentList,
+    into_blocks: bool,
+) -> Result<()> {
     let mut visit = |_: &dyn Layer, Mapping { range, content, depth }: Mapping<'_>| {
         Ok(list.push(Extent { range, kind: content.kind(), depth }))
     };
     // Finding the end of an extent of a huge disk could take hours.
-    let walk = Walk::new(Holes::Told, Lookup::MayRead, &mut visit);
+    let walk = Walk::new(Holes::Told, Lookup::MayRead, &mut visit).into_blocks(into_blocks);
     layer.map(range, &mut walk.with_effort(EFFORT_MAX)).map(drop)
 }
 

@@ -162,7 +162,9 @@ impl Source<'_> {
                     may_have_holes: false,
                     is_file_content: true,
                 };
-                match self.is_preallocated {
+                // The bytes are the disk's as they are: what is compressed has another place, and of
+                // blocks with a bitmap only the sectors that count are here.
+                match self.is_preallocated || walk.looks_into_blocks() {
                     true => walk.push_file(self.layer, range, file, Content::Zero),
                     false => walk.push(self.layer, range, Content::File(file)),
                 }

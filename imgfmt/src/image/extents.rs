@@ -30,6 +30,7 @@ pub struct Extents<I> {
     ahead: Option<Result<Extent>>,
     steps_left: usize,
     extents_per_step: usize,
+    into_blocks: bool,
     /// Whether nothing follows.
     is_over: bool,
 }
@@ -73,11 +74,11 @@ impl Image {
     }
 
     /// One step: at least one extent, unless the range is empty.
-    fn step(&self, range: GuestRange, max_count: usize) -> Result<Vec<Extent>> {
+    fn step(&self, range: GuestRange, max_count: usize, into_blocks: bool) -> Result<Vec<Extent>> {
         let range = self.check("map", range.offset(), range.length())?;
         let mut list = ExtentList::new(max_count);
         if !range.is_empty() {
-            let found = read::extents(self.layer(), range, &mut list);
+            let found = read::extents_of(self.layer(), range, &mut list, into_blocks);
             found.map_err(|error| self.name(error))?;
         }
         Ok(list.into_vec())
@@ -93,6 +94,7 @@ impl<I: Deref<Target = Image>> Extents<I> {
             ahead: None,
             steps_left: usize::MAX,
             extents_per_step: EXTENTS_PER_STEP,
+            into_blocks: false,
             is_over: false,
         }
     }
@@ -103,6 +105,14 @@ impl<I: Deref<Target = Image>> Extents<I> {
     #[must_use]
     pub fn bounded(mut self, steps: usize, extents_per_step: usize) -> Self {
         (self.steps_left, self.extents_per_step) = (steps, extents_per_step.max(1));
+        self
+    }
+
+    /// Finds holes of files in the blocks of other programs' formats too. They read as zeroes, but a
+    /// block with holes is data to those programs, and to maps.
+    #[must_use]
+    pub(crate) fn into_blocks(mut self) -> Self {
+        self.into_blocks = true;
         self
     }
 
@@ -122,7 +132,7 @@ impl<I: Deref<Target = Image>> Extents<I> {
     /// Examines more of the range.
     fn step(&mut self) -> Result<()> {
         self.steps_left -= 1;
-        self.found = self.image.step(self.rest, self.extents_per_step)?.into();
+        self.found = self.image.step(self.rest, self.extents_per_step, self.into_blocks)?.into();
         let start = match self.found.back() {
             Some(last) => last.range.end(),
             None if self.rest.is_empty() => self.rest.end(),

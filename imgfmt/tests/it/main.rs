@@ -63,6 +63,7 @@ mod formats_written;
 mod full_disk;
 mod fuzz_corpus;
 mod holes;
+mod holes_in_blocks;
 mod jobs;
 mod jobs_compare;
 mod jobs_salvage;

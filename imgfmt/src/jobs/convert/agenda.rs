@@ -61,7 +61,7 @@ impl<'a> Agenda<'a> {
     ) -> Self {
         Self {
             source,
-            extents: source.extents(whole(source)),
+            extents: source.extents(whole(source)).into_blocks(),
             walked: 0,
             unreadable,
             size: source.size(),
@@ -109,7 +109,8 @@ impl<'a> Agenda<'a> {
             Err(error) if self.unreadable == Unreadable::Zeroed && is_lost(&error) => {
                 let start = self.walked;
                 self.walked = ((start / self.unit + 1) * self.unit).min(self.size);
-                self.extents = self.source.extents(span(self.walked, self.size));
+                let rest = span(self.walked, self.size);
+                self.extents = self.source.extents(rest).into_blocks();
                 let range = span(start, self.walked);
                 (!range.is_empty()).then_some(Ok((ExtentKind::Data, range)))
             }

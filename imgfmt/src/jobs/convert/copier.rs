@@ -267,7 +267,8 @@ impl Copy<'_> {
         }
         let (unit, end) = (self.unit, range.end().bytes());
         let mut done = range.offset().bytes();
-        for extent in self.destination.extents(range) {
+        // Not what reads as zero in blocks of the image below.
+        for extent in self.destination.extents(range).into_blocks() {
             self.context.cancellation.check()?;
             let extent = extent.map_err(JobError::destination)?;
             if extent.kind == ExtentKind::Data {
