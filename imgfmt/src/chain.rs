@@ -116,9 +116,9 @@ pub(crate) fn luks_place(storage: &dyn Storage, options: &OpenOptions) -> Result
     })
 }
 
-/// The size of the disk that the backing file name `name` would refer to in a new image at `path`,
-/// if the new image could be opened above it.
-pub(crate) fn named_size(path: &Path, name: &OsStr, options: &OpenOptions) -> Result<u64> {
+/// Opens what the backing file name `name` would refer to in a new image at `path`, if the new image
+/// could be opened above it.
+pub(crate) fn open_named(path: &Path, name: &OsStr, options: &OpenOptions) -> Result<Chain> {
     let target = options.policy.resolve(Some(path), name)?;
     let opened = open_target(target, options, Access::ReadOnly, &[])?;
     let OpenTarget { storage, path: below, backing } = opened;
@@ -128,8 +128,7 @@ pub(crate) fn named_size(path: &Path, name: &OsStr, options: &OpenOptions) -> Re
     // The new image is a layer too.
     let mut files = Files { layers: vec![None], ..Files::default() };
     let opened = open_layers(layer, &mut files);
-    let chain = opened.map_err(|error| named(error, shown.as_deref()))?;
-    Ok(chain.top.layer().size())
+    opened.map_err(|error| named(error, shown.as_deref()))
 }
 
 /// A layer that is open.
@@ -221,7 +220,7 @@ pub(crate) fn check_depth(
         snapshot: None,
         ..options.clone()
     };
-    match named_size(path, name, &options) {
+    match open_named(path, name, &options) {
         Err(error) if error.is_chain_too_long() => Err(error),
         _ => Ok(()),
     }

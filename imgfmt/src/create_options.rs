@@ -98,7 +98,7 @@ pub struct CreateOptions {
     /// Size of the disk in bytes; `None` means the size of the backing file.
     pub size: Option<u64>,
     /// Name of the backing file, as stored in the image (a relative one starts at the image's
-    /// directory), and its format.
+    /// directory), and its format. That of a VMDK is a VMDK.
     pub backing: Option<(OsString, Format)>,
     /// How the new image and its backing file are opened. The format, the access and the snapshot
     /// are those of the new image; locking and policy also apply to the backing file while it is

@@ -10,7 +10,8 @@ pub enum Subformat {
     /// (`monolithicSparse`).
     #[default]
     Dynamic,
-    /// Every block has its place from the start: VDI, VHD and VHDX.
+    /// Every block has its place from the start: VDI, VHD, VHDX and VMDK (`monolithicFlat`), whose
+    /// data is in a file of its own.
     Fixed,
     /// Grains are compressed, and the file is written from the start to the end, as OVA archives
     /// need it: VMDK. It is not an image until it is [closed](crate::Image::close): what a flush or a FUA
@@ -51,6 +52,9 @@ pub enum VmdkAdapter {
 pub struct ForeignOptions {
     /// How the image is laid out.
     pub subformat: Subformat,
+    /// Whether the data of a VMDK is in files of at most 2 GiB (`twoGbMaxExtentSparse`,
+    /// `twoGbMaxExtentFlat`).
+    pub split_extents: bool,
     /// Size of the blocks of a VHDX in bytes: a power of two from 1 MiB to 256 MiB. `None` chooses
     /// one by the size of the disk.
     pub block_size: Option<u64>,
@@ -68,6 +72,8 @@ pub struct ForeignOptions {
     pub tools_version: Option<String>,
     /// Whether other programs may mark grains of a VMDK as zeroed.
     pub zeroed_grains: bool,
-    /// The name that the file will have, if it is made under another one: a VMDK contains it.
+    /// The name that the file will have, if it is made under another one: a VMDK contains it. If that
+    /// one only has an ending more, the [files with the data](crate::Image::own_files) of a VMDK get the
+    /// same ending, and are to be renamed before the file itself.
     pub final_name: Option<OsString>,
 }

@@ -100,14 +100,14 @@ pub(crate) mod rank {
         LOG_QUEUE,
         /// The contents of the slots of the sidecar's log. Held while they are written.
         LOG_SLOTS,
+        /// The table of blocks of a new image. Held while a page of it is read or written, and a block
+        /// is added, which may be read from the image below.
+        NEW_IMAGE,
         /// Held while a page of the tables of an image that is only read is looked for or replaced,
         /// and not while it is read.
         FOREIGN_PAGE,
         /// Held while decompressed blocks of an image that is only read are looked for or kept.
         FOREIGN_DECODED,
-        /// The table of blocks of a new image. Held while a page of it is read or written, and a block
-        /// is added.
-        NEW_IMAGE,
         /// Held while the first sector of a raw image that was found by probing is checked and
         /// changed.
         FIRST_SECTOR,

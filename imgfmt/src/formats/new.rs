@@ -4,10 +4,11 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::sync::Arc;
 
+use super::foreign::Identity;
 use crate::create_options::invalid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::foreign_options::{ForeignOptions, Subformat};
-use crate::layer::WritableLayer;
+use crate::layer::{Backing, Layer, WritableLayer};
 use crate::storage::Storage;
 
 /// What a new image is to be.
@@ -18,6 +19,17 @@ pub(crate) struct NewForeign<'o> {
     /// The name of the file, without its directory.
     pub(crate) name: OsString,
     pub(crate) options: &'o ForeignOptions,
+    /// The image that shows where it has nothing.
+    pub(crate) parent: Option<NewParent>,
+}
+
+/// The image below a new one.
+#[derive(Debug)]
+pub(crate) struct NewParent {
+    /// The name that the new image records.
+    pub(crate) name: OsString,
+    pub(crate) layer: Arc<dyn Layer>,
+    pub(crate) identity: Option<Identity>,
 }
 
 /// A new image that was found possible.
@@ -30,7 +42,10 @@ pub(crate) struct Planned {
     pub(crate) length: Box<dyn Fn(u64) -> u64>,
     /// Whether it can be written from the start to the end.
     pub(crate) in_order: InOrder,
-    /// Makes it in an empty storage, unless the function, which is asked repeatedly, gives it up.
+    /// The files with its data, if they are several, under their final names.
+    pub(crate) extents: Vec<(OsString, Self)>,
+    /// Makes it in an empty storage with these extents, unless the function, which is asked
+    /// repeatedly, gives it up.
     pub(crate) begin: Box<Begin>,
 }
 
@@ -48,7 +63,10 @@ pub(crate) enum InOrder {
 }
 
 pub(crate) type Begin =
-    dyn FnOnce(Arc<dyn Storage>, fn() -> bool) -> Result<Box<dyn WritableLayer>>;
+    dyn FnOnce(Arc<dyn Storage>, Extents, fn() -> bool) -> Result<Box<dyn WritableLayer>>;
+
+/// The parts of a disk, in order.
+pub(crate) type Extents = Vec<Box<dyn WritableLayer>>;
 
 impl fmt::Debug for Planned {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -70,6 +88,11 @@ impl NewForeign<'_> {
             Subformat::Fixed => Ok(true),
             Subformat::StreamOptimized => Err(missing(format, "compressed form")),
         }
+    }
+
+    /// What is below it.
+    pub(super) fn backing(&self) -> Option<Backing> {
+        self.parent.as_ref().map(|parent| Backing::new(Arc::clone(&parent.layer)))
     }
 
     /// The name as text for other programs.

@@ -13,9 +13,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::block_table::{BlockTable, TableShape};
 use super::new::{InOrder, Planned};
 use crate::error::{Error, ErrorKind, Result};
-use crate::layer::{Layer, Walk, WritableLayer};
+use crate::layer::{Backing, Layer, Walk, WritableLayer};
 use crate::mapping::{Content, FileSpan, Mapped};
 use crate::ordered_lock::{OrderedMutex, rank};
+use crate::read;
 use crate::storage::{Capabilities, Durability, Speed, Storage, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
 
@@ -72,6 +73,10 @@ pub(super) struct Shape {
     pub(super) is_fixed: bool,
     /// What is written first, besides the table.
     pub(super) parts: Vec<Part>,
+    /// Where on the disk it begins, if it is one of several files.
+    pub(super) start: u64,
+    /// What shows where it has nothing; zeroes without it.
+    pub(super) backing: Option<Backing>,
 }
 
 impl Shape {
@@ -126,8 +131,10 @@ impl<B: NewBlocks> NewImage<B> {
             true => of_none + fixed.unwrap_or(count) * stride + behind,
             false => of_none + behind,
         };
-        let begin = move |storage, give_up| Ok(Self::begin(storage, blocks, shape, give_up)? as _);
-        Planned { size, block_size, length: Box::new(length), in_order, begin: Box::new(begin) }
+        let begin =
+            move |storage, _, give_up| Ok(Self::begin(storage, blocks, shape, give_up)? as _);
+        let (length, begin) = (Box::new(length), Box::new(begin));
+        Planned { size, block_size, length, in_order, extents: Vec::new(), begin }
     }
 
     /// Begins an image in an empty storage.
@@ -180,6 +187,7 @@ impl<B: NewBlocks> NewImage<B> {
     /// where they follow each other.
     fn place(&self, start: u64, length: u64) -> Result<Vec<(u64, u64)>> {
         let shape = &self.shape;
+        let start = start - shape.start;
         if shape.is_fixed {
             return Ok(vec![(shape.data + start, length)]);
         }
@@ -192,7 +200,10 @@ impl<B: NewBlocks> NewImage<B> {
             let rest = (shape.block_size - inside).min(end - position);
             let offset = match self.find(&mut filling, block)? {
                 Some(offset) => offset,
-                None => self.add(&mut filling, block)?,
+                None => {
+                    let is_whole = rest == shape.block_size.min(shape.size - (position - inside));
+                    self.add(&mut filling, block, is_whole)?
+                }
             };
             join(&mut pieces, offset + inside, rest);
             position += rest;
@@ -204,9 +215,10 @@ impl<B: NewBlocks> NewImage<B> {
     /// of it ends.
     fn stored_at(&self, position: u64) -> Result<(Option<u64>, u64)> {
         let shape = &self.shape;
-        let (block, inside) = (position / shape.block_size, position % shape.block_size);
+        let offset = position - shape.start;
+        let (block, inside) = (offset / shape.block_size, offset % shape.block_size);
         let place = match shape.is_fixed {
-            true => Some(shape.data + position),
+            true => Some(shape.data + offset),
             false => self.find(&mut self.filling.lock(), block)?.map(|data| data + inside),
         };
         Ok((place, position - inside + shape.block_size))
@@ -220,8 +232,8 @@ impl<B: NewBlocks> NewImage<B> {
         Ok(number.map(|number| self.shape.end(number) + self.shape.before.len() as u64))
     }
 
-    /// Adds a block to the file.
-    fn add(&self, filling: &mut Filling, block: u64) -> Result<u64> {
+    /// Adds a block to the file, of which all is written next, or a part.
+    fn add(&self, filling: &mut Filling, block: u64, is_whole: bool) -> Result<u64> {
         let (number, offset) = (filling.count, self.shape.end(filling.count));
         if number >= self.shape.blocks_max {
             let detail = "the file would become larger than its format allows";
@@ -233,12 +245,29 @@ impl<B: NewBlocks> NewImage<B> {
                 self.storage.write_at(HostOffset::new(offset), before, Durability::Cached);
             written.map_err(io("write to"))?;
         }
+        if let (Some(backing), false) = (&self.shape.backing, is_whole) {
+            self.copy_up(backing, block, offset + before.len() as u64)?;
+        }
         if let Some(table) = &mut filling.table {
             let entry = self.blocks.stored(number, offset);
             table.set(self.blocks.index(block), entry).map_err(io("write to"))?;
         }
         filling.count += 1;
         Ok(offset + before.len() as u64)
+    }
+
+    /// Copies what the layer below has of a block to its place in the file.
+    fn copy_up(&self, backing: &Backing, block: u64, place: u64) -> Result<()> {
+        let shape = &self.shape;
+        let start = shape.start + block * shape.block_size;
+        let end = (start + shape.block_size).min(shape.start + shape.size).min(backing.size);
+        if start >= end {
+            return Ok(());
+        }
+        let mut bytes = vec![0; (end - start) as usize];
+        read::read_at(&*backing.layer, GuestOffset::new(start), &mut bytes)?;
+        let written = self.storage.write_at(HostOffset::new(place), &bytes, Durability::Cached);
+        written.map_err(io("write to"))
     }
 
     /// Makes the file complete, with what is stored so far.
@@ -282,9 +311,10 @@ impl<B: NewBlocks> Layer for NewImage<B> {
             let stop = block_end.min(end);
             walk.spend(1);
             let range = span(position, stop);
-            let mapped = match offset.map(HostOffset::new) {
-                None => walk.push(self, range, Content::Zero)?,
-                Some(offset) => {
+            let mapped = match (offset.map(HostOffset::new), &self.shape.backing) {
+                (None, None) => walk.push(self, range, Content::Zero)?,
+                (None, backing) => Backing::map(backing.as_ref(), self, range, walk)?,
+                (Some(offset), _) => {
                     let storage = &self.storage;
                     // A block may end behind what was written of it.
                     let file = FileSpan {
@@ -362,8 +392,13 @@ impl<B: NewBlocks> NewImage<B> {
         while position < end {
             let (place, block_end) = self.stored_at(position)?;
             let stop = block_end.min(end);
-            if let Some(place) = place {
-                self.write_zeroes_in_file(place, stop - position, mode).map_err(io("write to"))?;
+            let pieces = match place {
+                Some(place) => vec![(place, stop - position)],
+                None if self.shape.backing.is_some() => self.place(position, stop - position)?,
+                None => Vec::new(),
+            };
+            for (place, length) in pieces {
+                self.write_zeroes_in_file(place, length, mode).map_err(io("write to"))?;
             }
             position = stop;
         }

@@ -1,30 +1,28 @@
 //! Creating images.
 
 use std::ffi::OsStr;
-use std::fs::{File, OpenOptions as FileOptions};
+use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use super::Image;
+use super::create_foreign::create_foreign;
+use super::new_files::{NewFiles, open_below, open_to_write, refuse_contradicting_encryption};
 use super::on_device::{NewOnDevice, is_block_device};
 use crate::access::Access;
 use crate::backing_file::BackingFile;
 use crate::cache_mode::CacheMode;
 use crate::chain;
 use crate::create_options::{CreateOptions, DataFile, Preallocation, invalid};
-use crate::driver::{Chain, Driver, Layers, NamedFile, NewImage};
 use crate::error::{Error, ErrorKind, Result};
-use crate::foreign_options::Subformat;
 use crate::format::Format;
-use crate::formats::{self, NewForeign, Planned};
+use crate::formats;
 use crate::luks::{NEW_HEADER_LENGTH, SECTOR};
 use crate::options::OpenOptions;
 use crate::passphrase::NewKey;
 use crate::qcow2;
-use crate::storage::{Durability, FileStorage, Storage as _};
+use crate::storage::{Durability, FileStorage};
 use crate::units::GuestOffset;
 
 impl Image {
@@ -79,9 +77,9 @@ fn create(path: &Path, options: &CreateOptions) -> Result<Image> {
     }
     let syncs = open.cache != CacheMode::Unsafe;
     if formats::entry(options.format).is_some() {
-        return create_foreign(path, options, &open, syncs);
+        return create_foreign(path, options, &open);
     }
-    let mut made = NewFiles { paths: Vec::new(), syncs };
+    let mut made = NewFiles::new(syncs);
     let (size, content) = plan(path, options)?;
     if let Some(data_path) = data_file(path, options) {
         made.create(&data_path, |file| file.set_len(size))?;
@@ -96,82 +94,6 @@ fn create(path: &Path, options: &CreateOptions) -> Result<Image> {
     }
     made.keep();
     Ok(image)
-}
-
-/// Makes a new file of another program's format, which is complete when it is closed.
-fn create_foreign(
-    path: &Path,
-    options: &CreateOptions,
-    open: &OpenOptions,
-    syncs: bool,
-) -> Result<Image> {
-    let named = |error: Error| error.with_path(path);
-    let planned = plan_foreign(path, options).map_err(named)?;
-    let length = (planned.length)(0);
-    // The contents are put on stable storage when there are any.
-    let mut made = NewFiles { paths: Vec::new(), syncs: false };
-    made.create(path, |_| Ok(()))?;
-    let storage = Arc::new(open.open_file(path, Access::ReadWrite)?);
-    let direct = storage.direct_alignment();
-    let file =
-        storage.identity().map(|identity| NamedFile { layer: 0, path: path.to_owned(), identity });
-    let image = (planned.begin)(storage, options.give_up).map_err(named)?;
-    if options.preallocation != Preallocation::Off {
-        set_space_aside_for(path, length)?;
-    }
-    // Others are complete, and readable, only when they are closed.
-    if syncs && image.filled_in_order().is_none() {
-        image.flush().map_err(named)?;
-    }
-    let top = Driver::New(NewImage { format: options.format, image });
-    let files = file.into_iter().collect();
-    let (below, others, opened) = Default::default();
-    let chain = Chain::new(top, Layers { below, files, others, opened });
-    let cache = open.cache;
-    let image = Image { chain, path: Some(path.into()), access: Access::ReadWrite, cache, direct };
-    if (options.give_up)() {
-        return Err(Error::new(ErrorKind::Io, "create", "it was given up").with_path(path));
-    }
-    if syncs {
-        made.sync_names()?;
-    }
-    made.keep();
-    Ok(image)
-}
-
-/// Plans a new image of another program's format, as far as that is possible with these options.
-pub(crate) fn plan_foreign(path: &Path, options: &CreateOptions) -> Result<Planned> {
-    let what = options.format.description();
-    let Some(plan) = formats::entry(options.format).and_then(|entry| entry.plan) else {
-        let detail = format!("{what} images cannot be made; make a qcow2 image");
-        return Err(Error::new(ErrorKind::Unsupported, "create", detail));
-    };
-    if options.backing.is_some() || options.data_file.is_some() {
-        let detail = format!("a new {what} image has neither a backing file nor a data file");
-        return Err(invalid(detail));
-    }
-    refuse_contradicting_encryption(options)?;
-    let Some(size) = options.size else {
-        return Err(invalid("a size is needed where no backing file has one"));
-    };
-    let is_fixed = options.foreign.subformat == Subformat::Fixed;
-    match options.preallocation {
-        Preallocation::Off => {}
-        Preallocation::Falloc if is_fixed => {}
-        Preallocation::Falloc => {
-            let detail = format!("space can be set aside for fixed {what} images only");
-            return Err(invalid(detail));
-        }
-        Preallocation::Metadata | Preallocation::Full => {
-            let detail = format!(
-                "this preallocation is not possible for {what} images; make a fixed one, for which \
-                 space can be set aside (falloc)"
-            );
-            return Err(invalid(detail));
-        }
-    }
-    let name = path.file_name().unwrap_or_default().to_owned();
-    plan(&NewForeign { size, name, options: &options.foreign })
 }
 
 /// The path of the data file of a new image, if it gets one.
@@ -292,82 +214,6 @@ fn new_luks_header(_: &NewKey) -> Result<Vec<u8>> {
     Err(Error::new(ErrorKind::Unsupported, "encrypt", detail))
 }
 
-/// Refuses encryption where it is not possible, and preallocation that would show noise.
-fn refuse_contradicting_encryption(options: &CreateOptions) -> Result<()> {
-    if options.encryption.is_none() {
-        return match options.format {
-            Format::Luks => {
-                let detail = "an encrypted volume needs a passphrase";
-                Err(Error::new(ErrorKind::KeyRequired, "create", detail))
-            }
-            _ => Ok(()),
-        };
-    }
-    Err(invalid(match (options.format, options.preallocation) {
-        (Format::Luks, Preallocation::Metadata) => {
-            "an encrypted volume has no metadata to preallocate; set its space aside (falloc) or write \
-             zeroes (full)"
-        }
-        (Format::Qcow2, _) if options.data_file.is_some() => "an encrypted image has no data file",
-        (Format::Qcow2, Preallocation::Metadata | Preallocation::Falloc) => {
-            "the clusters of an encrypted image would read as noise with this preallocation; leave it out, \
-             or let zeroes be written (full)"
-        }
-        (Format::Luks | Format::Qcow2, _) => return Ok(()),
-        _ => "only qcow2 images and LUKS volumes are encrypted",
-    }))
-}
-
-/// New files that are removed again unless everything succeeds.
-struct NewFiles {
-    paths: Vec<PathBuf>,
-    /// Whether the content of each is put on stable storage.
-    syncs: bool,
-}
-
-impl NewFiles {
-    fn create(&mut self, path: &Path, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<()> {
-        let io_error = |error: io::Error| match error.kind() {
-            io::ErrorKind::AlreadyExists => Error::new(
-                ErrorKind::AlreadyExists,
-                "create",
-                "there is a file of that name; remove it first or choose another name",
-            )
-            .with_path(path),
-            _ => Error::from_io("create", error).with_path(path),
-        };
-        let mut new = FileOptions::new();
-        let file = new.read(true).write(true).create_new(true).open(path).map_err(io_error)?;
-        self.paths.push(path.to_owned());
-        let sync = |()| if self.syncs { file.sync_all() } else { Ok(()) };
-        fill(&file).and_then(sync).map_err(io_error)
-    }
-
-    /// Puts the names of the files on stable storage.
-    fn sync_names(&self) -> Result<()> {
-        for path in &self.paths {
-            let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-            let directory = File::open(directory.unwrap_or(Path::new(".")));
-            let synced = directory.and_then(|directory| directory.sync_all());
-            synced.map_err(|error| Error::from_io("create", error).with_path(path))?;
-        }
-        Ok(())
-    }
-
-    fn keep(mut self) {
-        self.paths.clear();
-    }
-}
-
-impl Drop for NewFiles {
-    fn drop(&mut self) {
-        for path in &self.paths {
-            // An incomplete image is useless. The error that led here is reported, not this one.
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
 /// Preallocates as the options say.
 fn preallocate(path: &Path, options: &CreateOptions, open: &OpenOptions) -> Result<()> {
     let is_raw_data = matches!(options.data_file, Some((_, DataFile::Raw)));
@@ -399,19 +245,6 @@ fn set_space_aside(path: &Path) -> rustix::io::Result<()> {
         0 => Ok(()),
         _ => rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length),
     }
-}
-
-/// The same for a file that will have this length.
-fn set_space_aside_for(path: &Path, length: u64) -> Result<()> {
-    let set_aside = open_to_write(path).and_then(|file| {
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length.max(1))
-    });
-    set_aside.map_err(|error| Error::from_io("set space aside for", error.into()).with_path(path))
-}
-
-fn open_to_write(path: &Path) -> rustix::io::Result<OwnedFd> {
-    let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, rustix::fs::Mode::empty())
 }
 
 /// The options for opening the new image. Its data file is the caller's choice.
@@ -489,12 +322,7 @@ fn fill(file: &File, steps: Vec<Step<'_>>) -> io::Result<()> {
 
 /// Opens the backing file to verify it, and returns the size of its disk.
 fn backing_size(path: &Path, name: &OsStr, format: Format, create: &CreateOptions) -> Result<u64> {
-    let options = OpenOptions::new()
-        .format(format)
-        .locking(create.open.locking)
-        .policy(create.open.policy.clone());
-    let options = OpenOptions { passphrases: create.open.passphrases.clone(), ..options };
-    chain::named_size(path, name, &options)
+    Ok(open_below(path, name, format, create)?.top.layer().size())
 }
 
 #[cfg(test)]

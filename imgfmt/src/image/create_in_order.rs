@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::Image;
-use super::create::plan_foreign;
+use super::create_foreign::plan_foreign;
 use crate::access::Access;
 use crate::cache_mode::CacheMode;
 use crate::create_options::{CreateOptions, Preallocation, invalid};
@@ -60,10 +60,10 @@ fn begin(storage: Arc<dyn Storage>, options: &CreateOptions) -> Result<Box<dyn W
         }
         Format::Qcow2 | Format::Luks => Err(cannot(options.format, OTHER_FORMATS)),
         format => {
-            let planned = plan_foreign(Path::new(NAME), options)?;
+            let planned = plan_foreign(Path::new(NAME), options, None)?;
             match planned.in_order {
                 InOrder::No(instead) => Err(cannot(format, instead)),
-                InOrder::Always => (planned.begin)(storage, options.give_up),
+                InOrder::Always => (planned.begin)(storage, Vec::new(), options.give_up),
                 InOrder::Disk(ending) => Ok(DiskInOrder::boxed(storage, planned.size, ending)),
             }
         }

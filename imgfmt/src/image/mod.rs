@@ -2,11 +2,13 @@
 
 mod bitmaps;
 mod create;
+mod create_foreign;
 mod create_in_order;
 mod detach;
 mod extents;
 mod inspect;
 mod keys;
+mod new_files;
 mod on_device;
 mod overwrite;
 mod read;
@@ -16,7 +18,7 @@ mod write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub(crate) use self::create::plan_foreign;
+pub(crate) use self::create_foreign::plan_foreign;
 pub use self::detach::NewBase;
 pub use self::extents::Extents;
 pub use self::on_device::NewOnDevice;
@@ -199,6 +201,13 @@ impl Image {
     pub fn files(&self) -> Vec<(PathBuf, FileIdentity)> {
         let layers = self.chain.layers();
         layers.files.iter().map(|file| (file.path.clone(), file.identity)).collect()
+    }
+
+    /// Returns the paths of the files of the image itself: its own, and then its data file or extents.
+    pub fn own_files(&self) -> Vec<PathBuf> {
+        let layers = self.chain.layers();
+        let own = layers.files.iter().filter(|file| file.layer == 0);
+        own.map(|file| file.path.clone()).collect()
     }
 
     /// Returns what else than named files the image consists of, from the top to the bottom, as it is

@@ -90,7 +90,7 @@ fn foreign(
     context: &JobContext,
 ) -> Result<Measurement, JobError> {
     let create = CreateOptions { size: Some(size), ..create.clone() };
-    let planned = plan_foreign(Path::new("disk"), &create)
+    let planned = plan_foreign(Path::new("disk"), &create, None)
         .map_err(|error| JobError::image(JobErrorKind::InvalidArgument, error))?;
     let blocks = match disk {
         MeasuredDisk::Image(image) => data_clusters(image, planned.block_size, context)?,

@@ -58,6 +58,7 @@ mod formats_damaged;
 mod formats_large;
 mod formats_vhdx;
 mod formats_vmdk;
+mod formats_vmdk_written;
 mod formats_vs_qemu;
 mod formats_written;
 mod full_disk;

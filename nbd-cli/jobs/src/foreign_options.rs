@@ -20,9 +20,15 @@ const VHDX: &[(&str, &str)] = &[
 ];
 const VMDK: &[(&str, &str)] = &[
     ("adapter_type=<str>", "The controller: ide (default), lsilogic, buslogic or legacyESX"),
+    ("backing_file=<str>", "File name of a base image, a VMDK too"),
+    ("backing_fmt=<str>", "Image format of the base image: vmdk"),
     ("compat6=<bool (on/off)>", "Whether the version of the hardware is 6"),
     ("hwversion=<str>", "The version of the hardware"),
-    ("subformat=<str>", "Type of the image: monolithicSparse (default) or streamOptimized"),
+    (
+        "subformat=<str>",
+        "Type of the image: monolithicSparse (default), monolithicFlat, twoGbMaxExtentSparse, \
+         twoGbMaxExtentFlat or streamOptimized",
+    ),
     ("toolsversion=<str>", "The version of the guest's tools"),
     ("zeroed_grain=<bool (on/off)>", "Whether grains may be marked as zeroed"),
 ];
@@ -97,16 +103,15 @@ fn take_vmdk(taken: &mut Taken<'_>, foreign: &mut ForeignOptions) -> Result<(), 
         version => version,
     };
     foreign.tools_version = taken.text("toolsversion", None);
-    foreign.subformat = match taken.text("subformat", None).as_deref() {
-        None | Some("monolithicSparse") => Subformat::Dynamic,
-        Some("streamOptimized") => Subformat::StreamOptimized,
-        Some(other @ ("monolithicFlat" | "twoGbMaxExtentSparse" | "twoGbMaxExtentFlat")) => {
-            return Err(format!(
-                "the subformat {other} is not supported: only images in one file are made"
-            ));
-        }
+    let (subformat, is_split) = match taken.text("subformat", None).as_deref() {
+        None | Some("monolithicSparse") => (Subformat::Dynamic, false),
+        Some("monolithicFlat") => (Subformat::Fixed, false),
+        Some("twoGbMaxExtentSparse") => (Subformat::Dynamic, true),
+        Some("twoGbMaxExtentFlat") => (Subformat::Fixed, true),
+        Some("streamOptimized") => (Subformat::StreamOptimized, false),
         Some(other) => return Err(not_accepted("subformat", other)),
     };
+    (foreign.subformat, foreign.split_extents) = (subformat, is_split);
     foreign.zeroed_grains = taken.switch_or("zeroed_grain", false)?;
     Ok(())
 }

@@ -460,7 +460,7 @@ fn what_is_not_supported_is_refused_by_name_and_changes_nothing() {
     std::fs::hard_link(here.join("old.img"), here.join("second-name.img")).unwrap();
     for (line, part) in [
         ("create -f qed new.img 1M", "qed"),
-        ("create -f vmdk -o subformat=monolithicFlat new.img 1M", "monolithicFlat"),
+        ("create -f vmdk -o subformat=monolithicFlat,zeroed_grain=on new.img 1M", "zeroed grains"),
         ("create -f vhdx -o preallocation=full new.img 1M", "preallocation"),
         ("create -f qcow2 -o encrypt.format=luks new.img 1M", "encrypt"),
         ("create -f qcow2 -o nocow=on new.img 1M", "nocow"),

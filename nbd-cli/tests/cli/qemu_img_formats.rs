@@ -43,6 +43,31 @@ fn images_of_other_formats_are_created_and_converted_alike() {
         convert -p -m 8 -O vmdk -o subformat=streamOptimized top.qcow2 new.vmdk ; compare top.qcow2 new.vmdk
         convert -c -O vmdk disk.qcow2 new.vmdk ; compare disk.qcow2 new.vmdk
         convert -c -O vdi disk.qcow2 new.vdi
+        create -f vmdk -o subformat=monolithicFlat new.vmdk 3M => new.vmdk
+        create -f vmdk -o subformat=monolithicFlat new.vmdk 3M ; create -f vmdk -o subformat=monolithicFlat new.vmdk 2M => new.vmdk
+        create -f vmdk -o subformat=twoGbMaxExtentFlat,adapter_type=lsilogic,toolsversion=7 new.vmdk 5G => new.vmdk
+        create -f vmdk -o subformat=twoGbMaxExtentSparse,zeroed_grain=on new.vmdk 5G => new.vmdk
+        create -f vmdk -o subformat=twoGbMaxExtentSparse,compat6=on sub/new 3M => sub/new
+        create -f vmdk -o subformat=twoGbMaxExtentSparse,hwversion=9 sub/a.b.vmdk 3M => sub/a.b.vmdk
+        create -f vmdk -o subformat=monolithicFlat,zeroed_grain=on new.vmdk 3M
+        create -f vmdk -o subformat=nosuch new.vmdk 3M
+        create -f vmdk -b sparse.vmdk -F vmdk new.vmdk => new.vmdk
+        create -f vmdk -b sparse.vmdk -F vmdk new.vmdk 3M => new.vmdk
+        create -f vmdk -b sparse.vmdk -F vmdk -o subformat=twoGbMaxExtentSparse new.vmdk => new.vmdk
+        create -f vmdk -o backing_file=sparse.vmdk,backing_fmt=vmdk,adapter_type=lsilogic,hwversion=9 new.vmdk => new.vmdk
+        create -f vmdk -b sparse.vmdk -F vmdk new.vmdk ; create -f vmdk -b new.vmdk -F vmdk third.vmdk 4M ; compare sparse.vmdk third.vmdk
+        create -f vmdk -b sparse.vmdk -F vmdk -o subformat=monolithicFlat new.vmdk
+        create -f vmdk -b sparse.vmdk new.vmdk
+        create -f vmdk -b raw.img -F raw new.vmdk
+        create -f vmdk -b sparse.vmdk -F vmdk sparse.vmdk
+        convert -O vmdk -o subformat=monolithicFlat disk.qcow2 new.vmdk => new.vmdk
+        convert -O vmdk -o subformat=monolithicFlat odd.img new.vmdk ; compare odd.img new.vmdk
+        convert -p -O vmdk -o subformat=twoGbMaxExtentFlat top.qcow2 new.vmdk => new.vmdk
+        convert -O vmdk -o subformat=twoGbMaxExtentSparse longer.qcow2 new.vmdk => new.vmdk
+        convert -S 0 -O vmdk -o subformat=monolithicFlat disk.qcow2 new.vmdk ; compare disk.qcow2 new.vmdk
+        convert -O vmdk -o subformat=monolithicFlat disk.qcow2 new.vmdk ; convert -O vmdk -o subformat=twoGbMaxExtentSparse new.vmdk second.vmdk => second.vmdk
+        convert -O vmdk disk.qcow2 base.vmdk ; convert -O vmdk -B base.vmdk -F vmdk top.qcow2 new.vmdk ; compare top.qcow2 new.vmdk
+        convert -O vmdk disk.qcow2 base.vmdk ; convert -O vmdk -o subformat=twoGbMaxExtentSparse -B base.vmdk -F vmdk raw.img new.vmdk ; compare raw.img new.vmdk
         dd -O vdi bs=64k if=disk.qcow2 of=new.vdi => new.vdi
         ",
     );

@@ -83,6 +83,8 @@ pub(in crate::formats) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
         table: Some(table),
         is_fixed,
         parts: vec![(0, header)],
+        start: 0,
+        backing: None,
     };
     Ok(NewImage::plan(Vdi, shape, 0, InOrder::No(OTHER_FORMATS)))
 }

@@ -92,6 +92,8 @@ pub(in crate::formats) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
         table: Some(table),
         is_fixed,
         parts,
+        start: 0,
+        backing: None,
     };
     let free = if new.options.absent_blocks { state::NOT_PRESENT } else { state::ZERO };
     Ok(NewImage::plan(

@@ -27,10 +27,10 @@ pub(super) const SECTOR: u64 = 512;
 const LENGTH_MAX: u64 = 1 << 20;
 
 /// Most extents of one disk: each is an open file.
-const EXTENTS_MAX: usize = 4096;
+pub(super) const EXTENTS_MAX: usize = 4096;
 
 /// The content identifier of no parent.
-const NO_PARENT: u32 = u32::MAX;
+pub(super) const NO_PARENT: u32 = u32::MAX;
 
 /// What a descriptor says.
 #[derive(Debug)]

@@ -9,6 +9,7 @@ mod esx;
 mod grain;
 mod new;
 mod sparse;
+mod split;
 mod stream;
 
 use std::collections::HashMap;
@@ -24,7 +25,7 @@ use self::sparse::{HOSTED_MAGIC, HostedHeader, Lookups, Sparse};
 use super::blocks::{Piece, Place, Source, lacks};
 use super::file::ImageFile;
 use super::foreign::{ForeignImage, Identity, OpenFile, Opening, Parent};
-use super::new::{NewForeign, Planned, missing, too_large};
+use super::new::{NewForeign, Planned, too_large};
 use crate::create_options::invalid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::foreign_info::{FormatDetails, VmdkExtent, VmdkInfo};
@@ -76,16 +77,25 @@ pub(super) fn open(opening: Opening<'_>) -> Result<Box<dyn ForeignImage>> {
 /// Plans a new image.
 pub(super) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
     let size = new.size_in(SECTOR)?;
-    if size / SECTOR > SECTORS_MAX {
+    let options = new.options;
+    let is_flat = options.subformat == Subformat::Fixed;
+    let is_single = !is_flat && !options.split_extents;
+    if is_single && size / SECTOR > SECTORS_MAX {
         return Err(too_large(size, "VMDK in one file", "2 TiB"));
+    }
+    if is_flat && (new.parent.is_some() || options.zeroed_grains) {
+        return Err(invalid("a flat VMDK has neither a backing file nor zeroed grains"));
     }
     if size == 0 {
         return Err(invalid("a VMDK of 0 bytes is not possible: nothing could open it"));
     }
-    match new.options.subformat {
-        Subformat::Dynamic => new::plan(new, size),
-        Subformat::Fixed => Err(missing("VMDK", "fixed form in one file; make a raw image")),
+    match options.subformat {
+        Subformat::StreamOptimized if new.parent.is_some() => {
+            Err(invalid("a VMDK of compressed grains is made without a backing file"))
+        }
         Subformat::StreamOptimized => stream::plan(new, size),
+        Subformat::Dynamic if is_single => new::plan(new, size),
+        _ => split::plan(new, size),
     }
 }
 

@@ -1,4 +1,4 @@
-//! New VMDK images: one file with everything (`monolithicSparse`).
+//! New VMDK images: one file with everything (`monolithicSparse`), and extents of others.
 //!
 //! The header is followed by the descriptor, a directory with its tables, which are a copy, and the
 //! directory and the tables that count. The tables follow each other, so they are one table.
@@ -6,14 +6,14 @@
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
 
-use super::descriptor::SECTOR;
+use super::descriptor::{NO_PARENT, SECTOR};
 use super::sparse::{HOSTED_MAGIC, LINE_ENDS};
 use crate::bytes::u32_le_at;
 use crate::create_options::invalid;
 use crate::error::Result;
 use crate::foreign_options::VmdkAdapter;
 use crate::formats::block_table::{Numbers, TableShape};
-use crate::formats::new::{InOrder, NewForeign, Planned, random, too_large};
+use crate::formats::new::{InOrder, NewForeign, OTHER_FORMATS, Planned, random, too_large};
 use crate::formats::new_blocks::{NewBlocks, NewImage, Shape};
 
 /// The size of a grain in bytes, and the grains of a table.
@@ -47,7 +47,20 @@ impl NewBlocks for Vmdk {
     }
 }
 
+/// Plans an image that is a single file.
 pub(super) fn plan(new: &NewForeign<'_>, size: u64) -> Result<Planned> {
+    let text = descriptor(new, size, "monolithicSparse", &extent_line(new, size))?;
+    fits(&text)?;
+    sparse(new, (0, size), Some(text))
+}
+
+/// Plans a sparse extent, from an offset of the disk on and of a length. With the descriptor it is an
+/// image; without it, only the descriptor that names it makes one of it.
+pub(super) fn sparse(
+    new: &NewForeign<'_>,
+    (start, size): (u64, u64),
+    text: Option<Vec<u8>>,
+) -> Result<Planned> {
     let tables = size.div_ceil(GRAIN * TABLE_GRAINS);
     let directory_sectors = (tables * 4).div_ceil(SECTOR);
     let copy = DESCRIPTOR + DESCRIPTOR_SECTORS;
@@ -62,12 +75,16 @@ pub(super) fn plan(new: &NewForeign<'_>, size: u64) -> Result<Planned> {
     let mut header = Header::new(size, if new.options.zeroed_grains { 2 } else { 1 });
     header.set_flags(if new.options.zeroed_grains { 0b111 } else { 0b11 });
     header.set_places(Some(copy), directory, data / SECTOR);
-    let parts = vec![
+    if text.is_none() {
+        header.set_no_descriptor();
+    }
+    let text = text.map(|text| (DESCRIPTOR * SECTOR, text));
+    let parts = [
         (0, header.0),
-        (DESCRIPTOR * SECTOR, descriptor(new, size, "monolithicSparse")?),
         (copy * SECTOR, directory_of(copy + directory_sectors, tables)),
         (directory * SECTOR, directory_of(directory + directory_sectors, tables)),
     ];
+    let parts = parts.into_iter().chain(text).collect();
     let table = TableShape {
         place: (directory + directory_sectors) * SECTOR,
         copy: Some((copy + directory_sectors) * SECTOR),
@@ -83,13 +100,28 @@ pub(super) fn plan(new: &NewForeign<'_>, size: u64) -> Result<Planned> {
         table: Some(table),
         is_fixed: false,
         parts,
+        start,
+        backing: new.backing(),
     };
-    Ok(NewImage::plan(
-        Vmdk { data },
-        shape,
-        0,
-        InOrder::No("make one of compressed grains (subformat=streamOptimized)"),
-    ))
+    let otherwise = "make one of compressed grains (subformat=streamOptimized)";
+    Ok(NewImage::plan(Vmdk { data }, shape, 0, InOrder::No(otherwise)))
+}
+
+/// Plans an extent with the bytes of the disk as they are.
+pub(super) fn flat((start, size): (u64, u64)) -> Planned {
+    let shape = Shape {
+        size,
+        block_size: size,
+        before: Vec::new(),
+        data: 0,
+        blocks_max: 1,
+        table: None,
+        is_fixed: true,
+        parts: Vec::new(),
+        start,
+        backing: None,
+    };
+    NewImage::plan(Vmdk { data: 0 }, shape, 0, InOrder::No(OTHER_FORMATS))
 }
 
 /// The sectors of tables that follow each other.
@@ -128,14 +160,44 @@ impl Header {
         }
     }
 
+    /// Says that the descriptor is elsewhere.
+    fn set_no_descriptor(&mut self) {
+        self.0[28..44].fill(0);
+    }
+
     /// Says that grains are compressed (deflate).
     pub(super) fn set_compressed(&mut self) {
         self.0[77..79].copy_from_slice(&1_u16.to_le_bytes());
     }
 }
 
-/// The descriptor of a disk in one file.
-pub(super) fn descriptor(new: &NewForeign<'_>, size: u64, kind: &str) -> Result<Vec<u8>> {
+/// The line of the only extent, which is in the file with the descriptor, whatever its name is.
+pub(super) fn extent_line(new: &NewForeign<'_>, size: u64) -> Vec<u8> {
+    let name = Some(new.name().as_bytes()).filter(|name| is_quotable(name));
+    let start = format!("RW {} SPARSE \"", size / SECTOR);
+    [start.as_bytes(), name.unwrap_or(b"disk.vmdk"), b"\"\n"].concat()
+}
+
+/// Whether a descriptor can have this name.
+pub(super) fn is_quotable(name: &[u8]) -> bool {
+    name.iter().all(|byte| !matches!(byte, b'"' | b'\n' | b'\r' | 0))
+}
+
+/// Checks that a descriptor fits into a file with data.
+pub(super) fn fits(text: &[u8]) -> Result<()> {
+    match text.len() as u64 <= DESCRIPTOR_SECTORS * SECTOR {
+        true => Ok(()),
+        false => Err(invalid("the name or a version is too long for the descriptor of a VMDK")),
+    }
+}
+
+/// The descriptor of a disk with these lines for its extents.
+pub(super) fn descriptor(
+    new: &NewForeign<'_>,
+    size: u64,
+    kind: &str,
+    extents: &[u8],
+) -> Result<Vec<u8>> {
     let sectors = size / SECTOR;
     let (adapter, heads) = match new.options.adapter {
         VmdkAdapter::Ide => ("ide", 16),
@@ -154,19 +216,14 @@ pub(super) fn descriptor(new: &NewForeign<'_>, size: u64, kind: &str) -> Result<
             "a version of hardware or tools consists of letters, digits, dots, hyphens and underscores",
         ));
     }
-    let is_quotable = |byte: &u8| !matches!(byte, b'"' | b'\n' | b'\r' | 0);
-    // The extent is in this file, whatever its name is.
-    let name = Some(new.name().as_bytes()).filter(|name| name.iter().all(is_quotable));
-    let name = name.unwrap_or(b"disk.vmdk");
     // All ones and the value before it have meanings of their own.
     let id = u32_le_at(&random()?, 0) & 0x7fff_ffff;
-    let mut text = format!(
-        "# Disk DescriptorFile\nversion=1\nCID={id:08x}\nparentCID=ffffffff\n\
-         createType=\"{kind}\"\n\n# Extent description\nRW {sectors} SPARSE \""
-    )
-    .into_bytes();
-    text.extend_from_slice(name);
-    let mut rest = "\"\n\n# The Disk Data Base\n#DDB\n\n".to_owned();
+    let (parent, hint) = parent_of(new)?;
+    let start = format!(
+        "# Disk DescriptorFile\nversion=1\nCID={id:08x}\nparentCID={parent:08x}\n\
+         createType=\"{kind}\"\n"
+    );
+    let mut rest = "\n# The Disk Data Base\n#DDB\n\n".to_owned();
     let cylinders = (sectors / (63 * heads)).to_string();
     let heads = heads.to_string();
     for (key, value) in [
@@ -180,9 +237,22 @@ pub(super) fn descriptor(new: &NewForeign<'_>, size: u64, kind: &str) -> Result<
         // A String takes everything.
         let _ = writeln!(rest, "ddb.{key} = \"{value}\"");
     }
-    text.extend_from_slice(rest.as_bytes());
-    match text.len() as u64 <= DESCRIPTOR_SECTORS * SECTOR {
-        true => Ok(text),
-        false => Err(invalid("the name or a version is too long for the descriptor of a VMDK")),
+    let head = b"\n# Extent description\n";
+    Ok([start.as_bytes(), &hint, head, extents, rest.as_bytes()].concat())
+}
+
+/// The content identifier of the image below, and the line with its name.
+fn parent_of(new: &NewForeign<'_>) -> Result<(u32, Vec<u8>)> {
+    let Some(parent) = &new.parent else { return Ok((NO_PARENT, Vec::new())) };
+    let Some(identity) = parent.identity else {
+        return Err(invalid("the backing file has no content identifier that could be recorded"));
+    };
+    let name = parent.name.as_bytes();
+    if !is_quotable(name) {
+        return Err(invalid(
+            "a VMDK cannot record a name of a backing file with quotes or line ends",
+        ));
     }
+    let hint = [b"parentFileNameHint=\"".as_slice(), name, b"\"\n"].concat();
+    Ok((u32_le_at(&identity.0, 0), hint))
 }

@@ -14,7 +14,9 @@ use std::io;
 use std::sync::Arc;
 
 use super::descriptor::SECTOR;
-use super::new::{DESCRIPTOR, GRAIN, Header, SECTORS_MAX, TABLE_GRAINS, descriptor};
+use super::new::{
+    DESCRIPTOR, GRAIN, Header, SECTORS_MAX, TABLE_GRAINS, descriptor, extent_line, fits,
+};
 use super::sparse::{DIRECTORY_AT_END, MARKER_LENGTH};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::new::{InOrder, NewForeign, Planned};
@@ -48,7 +50,8 @@ pub(super) fn plan(new: &NewForeign<'_>, size: u64) -> Result<Planned> {
     let mut header = Header::new(size, VERSION);
     header.set_flags(FLAGS);
     header.set_compressed();
-    let text = descriptor(new, size, "streamOptimized")?;
+    let text = descriptor(new, size, "streamOptimized", &extent_line(new, size))?;
+    fits(&text)?;
     let directory = (tables * 4).next_multiple_of(SECTOR);
     // What compression saves is not known in advance.
     let length = move |count| {
@@ -56,9 +59,10 @@ pub(super) fn plan(new: &NewForeign<'_>, size: u64) -> Result<Planned> {
         DATA + count * (GRAIN + SECTOR) + tables_length + directory + 4 * SECTOR
     };
     let begin =
-        move |storage, _: fn() -> bool| Ok(Stream::begin(storage, size, header, text)? as _);
+        move |storage, _, _: fn() -> bool| Ok(Stream::begin(storage, size, header, text)? as _);
     let (length, begin) = (Box::new(length), Box::new(begin));
-    Ok(Planned { size, block_size: GRAIN, length, in_order: InOrder::Always, begin })
+    let (in_order, extents) = (InOrder::Always, Vec::new());
+    Ok(Planned { size, block_size: GRAIN, length, in_order, extents, begin })
 }
 
 /// A new image that is written from the start to the end.

@@ -76,6 +76,8 @@ pub(in crate::formats) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
             table: None,
             is_fixed,
             parts: Vec::new(),
+            start: 0,
+            backing: None,
         },
         false => Shape {
             size,
@@ -86,6 +88,8 @@ pub(in crate::formats) fn plan(new: &NewForeign<'_>) -> Result<Planned> {
             table: Some(table),
             is_fixed,
             parts: vec![(0, footer.clone()), (HEADER, dynamic_header(blocks))],
+            start: 0,
+            backing: None,
         },
     };
     let data = shape.data;
@@ -199,7 +203,7 @@ mod tests {
         let options = ForeignOptions { vhd_size: VhdSize::Geometry, ..ForeignOptions::default() };
         for exponent in 0..41 {
             for size in [1_u64 << exponent, (1 << exponent) + 513, 3 << exponent >> 1] {
-                let new = NewForeign { size, name: "disk".into(), options: &options };
+                let new = NewForeign { size, name: "disk".into(), options: &options, parent: None };
                 let (found, geometry) = disk(&new).unwrap();
                 let (cylinders, heads, track) = geometry.unwrap();
                 assert!(found >= size && found - size < 3 << 20, "{size}: {found}");
@@ -214,7 +218,7 @@ mod tests {
         let mut options = ForeignOptions::default();
         let mut size = |size: u64, vhd_size| {
             options.vhd_size = vhd_size;
-            let new = NewForeign { size, name: "disk".into(), options: &options };
+            let new = NewForeign { size, name: "disk".into(), options: &options, parent: None };
             disk(&new).map(|(size, _)| size)
         };
         assert_eq!(size((5 << 20) + 1, VhdSize::WholeMebibytes).unwrap(), 6 << 20);

@@ -62,6 +62,8 @@ impl Conversion<'_> {
         if let Some((name, _)) = &create.data_file {
             // It was created too: one that exists is an error.
             new.add_companion(new.path().with_file_name(name));
+        } else {
+            new.add_extents(&image, locking)?;
         }
         let filled = self.fill(image, new.path());
         filled.map_err(|error| left(&error, &new.left_behind()))?;

@@ -6,6 +6,7 @@
 //! see [`device`].
 
 mod attributes;
+mod companions;
 pub mod device;
 mod publish;
 
@@ -18,11 +19,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgfmt::storage::FileStorage;
-use imgfmt::{Access, ErrorKind, Locking};
+use imgfmt::{Access, ErrorKind, Image, Locking};
 
+use self::companions::{Companion, SUFFIX, name_all};
+use self::publish::directory_of;
 use crate::{JobError, JobErrorKind, Observer, TemporaryFile};
-
-const SUFFIX: &str = ".partial";
 
 /// Longest file name in bytes, on every relevant file system of Linux.
 const NAME_MAX: usize = 255;
@@ -100,7 +101,7 @@ pub struct NewFile {
     partial: PathBuf,
     replaces: Option<Box<Replaced>>,
     /// Files that are useless without it.
-    companions: Vec<PathBuf>,
+    companions: Vec<Companion>,
     is_kept: bool,
     observer: Arc<dyn Observer>,
 }
@@ -238,8 +239,48 @@ impl NewFile {
 
     /// Adds a file that was created with this one, such as its data file: it is removed with it.
     pub fn add_companion(&mut self, path: PathBuf) {
-        self.observer.temporary_file(&path, TemporaryFile::Made);
-        self.companions.push(path);
+        self.add(Companion::named(path));
+    }
+
+    /// Adds the files with the data of a new image that has just been created in this one, if they are
+    /// files of their own: they are named, or removed, with it.
+    ///
+    /// # Errors
+    ///
+    /// If there are files of their names, unless this one replaces another: then, if they are in use or
+    /// cannot be replaced.
+    pub fn add_extents(&mut self, image: &Image, locking: Locking) -> Result<(), JobError> {
+        // Whatever happens, they do not stay.
+        image.own_files().into_iter().skip(1).for_each(|made| self.add(Companion::part(made)));
+        let may_replace = self.replaces.is_some();
+        for companion in &mut self.companions {
+            let (made, name) = (&companion.made, &companion.name);
+            if made == name || name.symlink_metadata().is_err() {
+                continue;
+            }
+            let refused = |why: &str| {
+                let name = name.display();
+                JobError::destination(format!("cannot put a part of the disk into '{name}': {why}"))
+            };
+            let Some((_, metadata)) = replaceable(name).filter(|_| may_replace) else {
+                let why = "there is a file of that name; remove it first or choose another name";
+                return Err(refused(why));
+            };
+            let lock = FileStorage::open(name, Access::ReadWrite, locking)
+                .map_err(|error| JobError::image(JobErrorKind::Destination, error))?;
+            File::options()
+                .write(true)
+                .open(made)
+                .and_then(|file| attributes::copy(name, &metadata, &file))
+                .map_err(|error| refused(&error.to_string()))?;
+            companion.old = Some(lock);
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, companion: Companion) {
+        self.observer.temporary_file(&companion.made, TemporaryFile::Made);
+        self.companions.push(companion);
     }
 
     /// Describes the state after a failed command, in words that follow a semicolon.
@@ -277,8 +318,11 @@ impl NewFile {
 
     fn publish(&self, now: bool) -> io::Result<()> {
         if now {
-            File::open(&self.partial)?.sync_all()?;
+            let made = self.companions.iter().map(|companion| &companion.made);
+            made.chain([&self.partial]).try_for_each(|path| File::open(path)?.sync_all())?;
         }
+        let old = self.replaces.as_ref().map(|old| &old.metadata);
+        name_all(&self.companions, &self.name, old)?;
         match &self.replaces {
             None => publish::as_new(&self.partial, &self.name)?,
             Some(old) => publish::instead_of(&self.partial, &self.name, &old.metadata)?,
@@ -289,7 +333,8 @@ impl NewFile {
 
 impl Drop for NewFile {
     fn drop(&mut self) {
-        for path in std::iter::once(&self.partial).chain(&self.companions) {
+        let companions = self.companions.iter().map(|companion| &companion.made);
+        for path in std::iter::once(&self.partial).chain(companions) {
             if !self.is_kept {
                 // A part of a disk is useless; the error that led here is reported.
                 let _ = fs::remove_file(path);
@@ -334,13 +379,6 @@ fn in_the_way(name: &Path, partial: &Path) -> JobError {
              remove it if it is not needed, and run the command again"
         ),
     })
-}
-
-fn directory_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(directory) if !directory.as_os_str().is_empty() => directory,
-        _ => Path::new("."),
-    }
 }
 
 #[cfg(test)]

@@ -260,7 +260,8 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
             device::complete_image(&args.path, new)?;
         }
         _ => {
-            let (new, image) = NewFile::begin(&args.path, &warnings(), create)?;
+            let (mut new, image) = NewFile::begin(&args.path, &warnings(), create)?;
+            new.add_extents(&image, args.locks.locking())?;
             image.close()?;
             new.complete(Durable::Now)?;
         }

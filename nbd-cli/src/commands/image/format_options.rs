@@ -72,6 +72,16 @@ impl FormatOptions {
         if create.format == Format::Qcow2 {
             disk_options::take_qcow2(&mut options, create).map_err(CommandError::new)?;
         }
+        if create.format == Format::Vmdk
+            && let Some(name) = options.take("backing_file")
+        {
+            let format = options.take("backing_fmt");
+            if create.backing.is_some() || format.is_some_and(|format| format != "vmdk") {
+                let message = "the backing file of a VMDK is given once, and is a VMDK too";
+                return Err(CommandError::new(message));
+            }
+            create.backing = Some((name.into(), Format::Vmdk));
+        }
         foreign_options::take(create.format, &mut options, &mut create.foreign)
             .map_err(CommandError::new)?;
         match options.left_over() {

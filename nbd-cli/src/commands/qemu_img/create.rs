@@ -146,7 +146,8 @@ fn make(path: &Path, create: &CreateOptions) -> Result<(), Refusal> {
             Ok(device::complete_image(path, new)?)
         }
         _ => {
-            let (new, image) = NewFile::begin_or_replace(path, Locking::Auto, &observer, make)?;
+            let (mut new, image) = NewFile::begin_or_replace(path, Locking::Auto, &observer, make)?;
+            new.add_extents(&image, Locking::Auto)?;
             if create.format == Format::Raw {
                 // As in QEMU: direct I/O tells the size of a disk's sectors where there is data.
                 let first = vec![0; image.size().min(FIRST_BLOCK) as usize];

@@ -119,6 +119,9 @@ impl NewImage {
             _ => {
                 // Without an option, the geometry counts, as in QEMU.
                 new.create.foreign.vhd_size = VhdSize::Geometry;
+                if format == Format::Vmdk {
+                    new.take_backing(&mut options);
+                }
                 let foreign = &mut new.create.foreign;
                 let said = foreign_options::take(format, &mut options, foreign);
                 new.said = said.map_err(Refusal::new)?;
@@ -160,8 +163,12 @@ impl NewImage {
             (None, true) => return Err(Refusal::new("data-file-raw requires data-file")),
             (None, false) => None,
         };
-        self.backing = (options.take("backing_file"), options.take("backing_fmt"));
+        self.take_backing(options);
         Ok(())
+    }
+
+    fn take_backing(&mut self, options: &mut KeyValues) {
+        self.backing = (options.take("backing_file"), options.take("backing_fmt"));
     }
 
     /// Sets the backing file: these options come before those in the lists.
@@ -179,7 +186,7 @@ impl NewImage {
             (None, None) => return Ok(()),
             given => given,
         };
-        if self.create.format != Format::Qcow2 {
+        if !matches!(self.create.format, Format::Qcow2 | Format::Vmdk) {
             let format = self.create.format;
             return Err(Refusal::new(format!(
                 "Backing file not supported for file format '{format}'"
@@ -207,6 +214,13 @@ impl NewImage {
         match &self.backing {
             (None, None) => Ok(()),
             _ => Err(Refusal::new("backing_file and backing_fmt are not supported here")),
+        }
+    }
+
+    fn report_backing(&self, add: &mut dyn FnMut(&str, &str)) {
+        if let Some((name, format)) = &self.create.backing {
+            add("backing_file", &name.to_string_lossy());
+            add("backing_fmt", format.name());
         }
     }
 
@@ -241,14 +255,17 @@ impl NewImage {
                     add("data_file_raw", "on");
                 }
             }
-            if let Some((name, format)) = &create.backing {
-                add("backing_file", &name.to_string_lossy());
-                add("backing_fmt", format.name());
-            }
+            self.report_backing(&mut add);
             add("lazy_refcounts", on_off(create.lazy_refcounts == LazyRefcounts::On));
             add("refcount_bits", &create.refcount_bits.to_string());
         }
-        self.said.iter().for_each(|(key, value)| add(key, value));
+        for (key, value) in &self.said {
+            // Where QEMU has it.
+            if *key == "compat6" {
+                self.report_backing(&mut add);
+            }
+            add(key, value);
+        }
         if !is_qcow2 {
             self.encrypted.said.iter().for_each(|(key, value)| add(key, value));
         }

@@ -8,9 +8,9 @@ use crate::testing::{FailingStorage, Fault};
 fn begin() -> (Arc<FailingStorage>, Box<dyn WritableLayer>) {
     let storage = FailingStorage::new(Arc::new(MemoryStorage::new(0)));
     let options = ForeignOptions::default();
-    let new = NewForeign { size: 64 << 20, name: "a.vmdk".into(), options: &options };
+    let new = NewForeign { size: 64 << 20, name: "a.vmdk".into(), options: &options, parent: None };
     let planned = plan(&new, 64 << 20).unwrap();
-    let image = (planned.begin)(Arc::clone(&storage) as _, || false).unwrap();
+    let image = (planned.begin)(Arc::clone(&storage) as _, Vec::new(), || false).unwrap();
     (storage, image)
 }
 
