@@ -125,9 +125,9 @@ pub struct CreateOptions {
     /// file.
     pub data_file: Option<(OsString, DataFile)>,
     /// The key of an encrypted image, a LUKS volume or qcow2: LUKS version 1 with AES-256 in XTS
-    /// mode, as QEMU makes it. A new LUKS volume reads as noise until it is written. Of the kinds of
-    /// preallocation an encrypted qcow2 image can have [`Full`](Preallocation::Full) only; it has no
-    /// data file.
+    /// mode, as QEMU makes it. A new LUKS volume reads as noise until it is written, and so do clusters
+    /// of an encrypted qcow2 image that are allocated in advance, unless with
+    /// [`Full`](Preallocation::Full). It has no data file.
     pub encryption: Option<NewKey>,
     /// What only formats of other programs have.
     pub foreign: ForeignOptions,

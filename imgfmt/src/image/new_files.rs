@@ -77,7 +77,7 @@ pub(super) fn open_to_write(path: &Path) -> rustix::io::Result<OwnedFd> {
     rustix::fs::open(path, flags, rustix::fs::Mode::empty())
 }
 
-/// Refuses encryption where it is not possible, and preallocation that would show noise.
+/// Refuses encryption where it is not possible.
 pub(super) fn refuse_contradicting_encryption(options: &CreateOptions) -> Result<()> {
     if options.encryption.is_none() {
         return match options.format {
@@ -94,10 +94,6 @@ pub(super) fn refuse_contradicting_encryption(options: &CreateOptions) -> Result
              zeroes (full)"
         }
         (Format::Qcow2, _) if options.data_file.is_some() => "an encrypted image has no data file",
-        (Format::Qcow2, Preallocation::Metadata | Preallocation::Falloc) => {
-            "the clusters of an encrypted image would read as noise with this preallocation; leave it out, \
-             or let zeroes be written (full)"
-        }
         (Format::Luks | Format::Qcow2, _) => return Ok(()),
         _ => "only qcow2 images and LUKS volumes are encrypted",
     }))

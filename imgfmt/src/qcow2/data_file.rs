@@ -242,13 +242,15 @@ impl DataFile {
         !matches!(self.extended_to.load(Acquire), 0 | NEVER)
     }
 
-    /// Makes the file at least `end` bytes long. No other write may run. A length takes up no space.
+    /// Makes the file with the metadata at least `end` bytes long, where the data is in it too. No other
+    /// write may run. A length takes up no space, and reads as noise if the data is encrypted.
     pub(in crate::qcow2) fn grow_to(&self, end: HostOffset) -> Result<()> {
         let grow = || {
-            if self.storage.len()? >= end.bytes() {
+            let file = &self.metadata.file;
+            if file.len()? >= end.bytes() {
                 return Ok(());
             }
-            self.storage.set_len(end.bytes()).map_err(|error| match error.kind() {
+            file.set_len(end.bytes()).map_err(|error| match error.kind() {
                 // A device has a fixed size.
                 io::ErrorKind::Unsupported => io::ErrorKind::StorageFull.into(),
                 _ => error,

@@ -70,6 +70,20 @@ fn the_form_of_qemu_img_makes_encrypted_images_and_reports_them_alike() {
     for (format, options) in [
         ("qcow2", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"),
         ("luks", "key-secret=s,iter-time=10,cipher-alg=aes-256"),
+        (
+            "qcow2",
+            "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,preallocation=metadata",
+        ),
+        (
+            "qcow2",
+            "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,preallocation=falloc",
+        ),
+        (
+            "qcow2",
+            "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,preallocation=full",
+        ),
+        ("luks", "key-secret=s,iter-time=10,preallocation=falloc"),
+        ("luks", "key-secret=s,iter-time=10,preallocation=full"),
     ] {
         let directory = tempfile::tempdir().expect("room");
         let here = directory.path();

@@ -4,9 +4,10 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
-use imgfmt::jobs::{self, Background, SourceReader, copy_bitmaps};
+use imgfmt::jobs::{self, Background, SourceReader, Zeroes, copy_bitmaps};
 use imgfmt::{
     Access, BitmapInfo, CacheMode, Format, Image, IncompleteDisk, OpenOptions, OpenPolicy,
+    Preallocation,
 };
 use nbd_proto::NbdUri;
 
@@ -102,11 +103,13 @@ impl Conversion<'_> {
     fn fill(&self, image: Image, path: &Path) -> Result<(), JobError> {
         let to = ImageLocation::File(path.to_owned());
         let create = &self.options.create;
-        let background = match (&create.backing, create.format) {
-            (Some(_), _) => Background::Compared,
-            // A new volume reads as noise.
-            (None, Format::Luks) => Background::Unknown,
-            (None, _) => Background::Zero,
+        // What is set aside of an encrypted disk reads as noise.
+        let is_noise = create.encryption.is_some()
+            && matches!(create.preallocation, Preallocation::Metadata | Preallocation::Falloc);
+        let background = match &create.backing {
+            Some(_) => Background::Compared,
+            None if is_noise || create.format == Format::Luks => Background::Unknown,
+            None => Background::Zero,
         };
         self.copy(&image, &to, background)?;
         copy_bitmaps(self.source, &image, &self.bitmaps).map_err(|error| self.named(&to, error))?;
@@ -226,6 +229,11 @@ impl Conversion<'_> {
         options.background = background;
         options.clusters = self.options.clusters;
         (options.zeroes, options.unreadable) = (self.options.zeroes, self.options.unreadable);
+        let create = &self.options.create;
+        if create.encryption.is_some() && create.preallocation == Preallocation::Falloc {
+            // Zeroes of other kinds would give the space back.
+            options.zeroes = Zeroes::Data;
+        }
         options.reader.clone_from(&self.reader);
         let converted = jobs::convert(self.source, image, &options, &self.context.for_images());
         converted.map(drop).map_err(|error| self.named(to, error))
