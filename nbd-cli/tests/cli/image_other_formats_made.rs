@@ -205,6 +205,24 @@ fn image_create_and_convert_take_the_options_of_vmdk_that_qemu_img_has() {
 }
 
 #[test]
+fn an_existing_image_is_not_written_into_and_the_command_says_so() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let from = source(directory.path());
+    for (format, option) in KINDS {
+        let to = directory.path().join(format!("{format}-{option}"));
+        let name = to.to_str().expect("text");
+        nbd_cli(&["image", "convert", "-O", format, "-o", option, &from, name]).success();
+        let before = fs::read(&to).expect("it is there");
+        for command in ["image", "qemu-img"] {
+            let outcome = nbd_cli(&[command, "convert", "-n", "-O", format, &from, name]);
+            assert_eq!(outcome.code, Some(1), "{format}: {outcome:?}");
+            assert!(outcome.stderr.contains("is not written into"), "{format}: {outcome:?}");
+        }
+        assert!(fs::read(&to).expect("it is there") == before, "{format}");
+    }
+}
+
+#[test]
 fn the_qemu_img_front_end_makes_what_qemu_img_makes() {
     let directory = tempfile::tempdir().expect("a directory");
     let from = source(directory.path());

@@ -37,6 +37,12 @@ fn encrypted_images_are_opened_with_their_secrets_alike() {
         convert -O raw JSON new.img
         convert SECRET -O raw locked.qcow2 new.img
         convert SECRET -f luks -O raw a.luks new.img
+        convert -n SECRET --target-image-opts raw.img TOLUKS ; convert SECRET LUKS -O raw new.img => new.img
+        convert -n SECRET --target-image-opts disk.qcow2 TOQCOW2 ; convert SECRET QCOW2 -O raw new.img => new.img
+        convert -n --target-image-opts raw.img TOLUKS ; convert SECRET LUKS -O raw new.img => new.img
+        convert -n WRONG --target-image-opts raw.img TOLUKS ; convert SECRET LUKS -O raw new.img => new.img
+        convert -n WRONG --target-image-opts raw.img TOQCOW2
+        convert -n SECRET -O luks raw.img a.luks
         compare SECRET JSON disk.qcow2
         map SECRET --image-opts driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.filename=locked.qcow2
         map SECRET --image-opts driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.filename=disk.qcow2
@@ -57,6 +63,8 @@ fn encrypted_images_are_opened_with_their_secrets_alike() {
     let words = [
         ("SECRET", "--object secret,id=s,data=x"),
         ("WRONG", "--object secret,id=s,data=y"),
+        ("TOLUKS", LUKS.trim_start_matches("--image-opts ")),
+        ("TOQCOW2", QCOW2.trim_start_matches("--image-opts ")),
         ("LUKS", LUKS),
         ("QCOW2", QCOW2),
         ("JSON", JSON),

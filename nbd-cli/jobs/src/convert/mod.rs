@@ -73,6 +73,11 @@ pub fn convert(
     let (format, exists) = (options.create.format, options.destination == Destination::Existing);
     match to {
         ImageLocation::File(path) => match (target::look(path)?, format) {
+            _ if exists && !format.is_writable() => Err(JobError::invalid(format!(
+                "{to}: an existing {} image is not written into; without -n (--no-create) a new one is \
+                 made",
+                format.description()
+            ))),
             // The device is the disk.
             (Existing::BlockDevice, Format::Raw) => copy.overwrite_device(path),
             _ if exists => copy.replace(to),

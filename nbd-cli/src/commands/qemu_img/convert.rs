@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::num::{NonZeroU64, NonZeroUsize};
 
 use imgfmt::jobs::{Background, Clusters, RateLimit, Unreadable, Zeroes};
-use imgfmt::{Access, CreateOptions, Format, Locking, Preallocation, Subformat};
+use imgfmt::{Access, CreateOptions, Format, Locking, OpenOptions, Preallocation, Subformat};
 use nbd_jobs::convert::{ConvertOptions, CopiedBitmaps, Destination, convert};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::qemu_name::{BackingInName, DriverSettings};
@@ -41,11 +41,13 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     if !more.is_empty() {
         refuse_for_several(arguments)?;
     }
-    let to = Place::parse(to, arguments.has(Opt::TargetImageOpts))?;
+    let to = Place::parse(to, arguments.has(Opt::TargetImageOpts))?.with_keys(arguments)?;
     let (to, said) = target_of(arguments, &to)?;
-    format = said.unwrap_or(format);
+    format = said.format.unwrap_or(format);
     check_options(arguments, format)?;
     let mut options = options(arguments, &from, format, &lists)?;
+    // The keys of the source are not those of the target.
+    (options.write.passphrases, options.write.encryption) = (said.passphrases, said.encryption);
     for place in more {
         options.read.passphrases.extend(place.options.passphrases);
         options.more.push(place.location);
@@ -83,25 +85,30 @@ fn refuse_for_several(arguments: &Arguments) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Returns the target, and the format that its name says: it may say nothing else.
+/// Returns the target, and what its name says: only its format and its encryption.
 fn target_of<'a>(
     arguments: &Arguments,
     to: &'a Place,
-) -> Result<(&'a ImageLocation, Option<Format>), Refusal> {
+) -> Result<(&'a ImageLocation, OpenOptions), Refusal> {
     if arguments.has(Opt::TargetImageOpts) && arguments.has(Opt::TargetFormat) {
         return Err(Refusal::new("--target-image-opts and -O are mutually exclusive"));
     }
+    let is_more = |settings: &DriverSettings| {
+        let mut known = DriverSettings::default();
+        known.key_secret.clone_from(&settings.key_secret);
+        known.encryption = settings.encryption;
+        *settings != known
+    };
     if let ImageLocation::Described { backing, settings, .. } = &to.location
-        && (!matches!(backing, BackingInName::AsNamed) || *settings != DriverSettings::default())
+        && (!matches!(backing, BackingInName::AsNamed) || is_more(settings))
     {
         return Err(Refusal::new(format!(
             "the name of {} says how it is used or what its backing file is, which is not supported \
-             for a target; leave all but its driver and its file out, and give the cache with -t",
+             for a target; leave all but its driver, its file and its key out, and give the cache with -t",
             to.location
         )));
     }
-    let (location, said) = to.settled()?;
-    Ok((location, said.format))
+    to.settled()
 }
 
 /// Refuses options that contradict each other or are not supported.
@@ -144,7 +151,8 @@ fn options(
     format: Format,
     lists: &[String],
 ) -> Result<ConvertOptions, Refusal> {
-    let mut new = NewImage::new(format, lists, &arguments.secrets)?;
+    let mut new = NewImage::new(made_format(arguments, format), lists, &arguments.secrets)?;
+    new.create.format = format;
     if !arguments.has(Opt::NoCreate) {
         new.set_backing(arguments.text(Opt::Backing)?, arguments.text(Opt::BackingFormat)?)?;
     }
@@ -175,8 +183,6 @@ fn options(
     options.write = from.options.clone();
     (options.write.format, options.write.access) = (Some(format), Access::ReadWrite);
     options.write.locking = Locking::Auto;
-    // The keys of the source are not those of the target.
-    options.write.passphrases.clear();
     (options.remotes, options.reconnecting) = (from.remotes.clone(), from.remotes.clone());
     options.destination = match arguments.has(Opt::NoCreate) {
         true => Destination::Existing,
@@ -206,6 +212,13 @@ fn options(
         options.durable = Durable::Now;
     }
     Ok(options)
+}
+
+/// The format whose options are read.
+fn made_format(arguments: &Arguments, format: Format) -> Format {
+    // A volume that exists has its key.
+    let is_volume = arguments.has(Opt::NoCreate) && format == Format::Luks;
+    if is_volume { Format::Raw } else { format }
 }
 
 /// The preallocation of an image without holes.

@@ -33,13 +33,21 @@ impl Place {
         format: Opt,
         cache: Opt,
     ) -> Result<Self, Refusal> {
-        let mut place = Self::to_describe(arguments, operand, format, cache)?;
-        for id in place.location.key_secrets() {
+        Self::to_describe(arguments, operand, format, cache)?.with_keys(arguments)
+    }
+
+    /// Adds the keys that its name gives.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such secret.
+    pub(super) fn with_keys(mut self, arguments: &Arguments) -> Result<Self, Refusal> {
+        for id in self.location.key_secrets() {
             let passphrase =
-                arguments.secrets.passphrase(id).map_err(|why| place.not_opened(&why))?;
-            place.options.passphrases.push(passphrase);
+                arguments.secrets.passphrase(id).map_err(|why| self.not_opened(&why))?;
+            self.options.passphrases.push(passphrase);
         }
-        Ok(place)
+        Ok(self)
     }
 
     /// As [`new`](Self::new), for commands that need no key.
