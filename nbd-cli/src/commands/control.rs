@@ -34,6 +34,9 @@ Programs can use the socket themselves: one JSON object per line and one per rep
 or {\"error\":{\"kind\":\"not-found\",\"message\":\"…\"}}. Fields have the names of the arguments here.
 The default export of `serve disk.qcow2` has the empty name, written ''.";
 
+/// Seconds without progress from which on a stream says so: what it reads may hang.
+const IDLE_SHOWN: u64 = 5;
+
 /// Arguments of `nbd-cli control`.
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
@@ -157,7 +160,9 @@ fn stream_in_words(stream: &StreamState) -> String {
         _ => "in an unknown state",
     };
     let (done, total) = (rounded(stream.done), rounded(stream.total));
-    format!("{phase}, {done} of {total}{}", problem.unwrap_or_default())
+    let idle = stream.idle.filter(|seconds| *seconds >= IDLE_SHOWN);
+    let idle = idle.map(|seconds| format!(", nothing copied for {seconds} s")).unwrap_or_default();
+    format!("{phase}, {done} of {total}{idle}{}", problem.unwrap_or_default())
 }
 
 fn print_listing(listing: &Listing, output: &mut Output) -> Result<(), CommandError> {
@@ -172,6 +177,9 @@ fn print_listing(listing: &Listing, output: &mut Output) -> Result<(), CommandEr
             export.clients
         ))?;
         output.line(&format!("  {}", in_words(export.since, &export.traffic)))?;
+        if let Some(problem) = &export.problem {
+            output.line(&format!("  {}", printable(problem)))?;
+        }
         for bitmap in &export.bitmaps {
             let text = |field: &str| bitmap.get(field).and_then(Value::as_str).unwrap_or_default();
             let number = |field: &str| bitmap.get(field).and_then(Value::as_u64);
@@ -221,6 +229,15 @@ mod tests {
 
     use super::*;
     use crate::args::{Cli, Command};
+
+    #[test]
+    fn a_stream_that_copies_nothing_says_for_how_long() {
+        for (idle, said) in [(3, ""), (17, ", nothing copied for 17 s")] {
+            let text = format!(r#"{{"phase":"running","done":1024,"total":2048,"idle":{idle}}}"#);
+            let state = serde_json::from_str(&text).unwrap();
+            assert_eq!(stream_in_words(&state), format!("running, 1 KiB of 2 KiB{said}"));
+        }
+    }
 
     #[test]
     fn the_command_line_says_what_goes_over_the_socket() {

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use rustix::fs::FlockOperation;
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -82,6 +83,12 @@ fn is_saved(qemu_img: &std::path::Path, image: &str) {
     assert!(!std::path::Path::new(&format!("{image}.dirty")).exists());
 }
 
+/// Whether no process has a lock on a file.
+fn is_unlocked(path: &str) -> bool {
+    let file = File::options().write(true).open(path).expect("a file");
+    rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+}
+
 #[test]
 fn a_layer_that_hangs_keeps_neither_its_image_nor_others_from_being_closed() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
@@ -92,7 +99,8 @@ fn a_layer_that_hangs_keeps_neither_its_image_nor_others_from_being_closed() {
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &other, "8M"]);
     let (a, b) = (format!("upper={upper}"), format!("other={other}"));
     for by_signal in [true, false] {
-        let mut server = place.serve(&["--trust-image", &a, &b]);
+        let pid_file = place.disk.beside("pid");
+        let mut server = place.serve(&["--trust-image", "--pid-file", &pid_file, &a, &b]);
         for name in ["upper", "other"] {
             if by_signal {
                 place.say(&["bitmap-add", name, "daily"]).success();
@@ -118,8 +126,14 @@ fn a_layer_that_hangs_keeps_neither_its_image_nor_others_from_being_closed() {
             true => server.signal(Signal::TERM),
             false => drop(place.say(&["shutdown"]).success()),
         }
+        // Clients are cut off soon, and the write goes on until then.
+        wait_until("the request is given up, and the pid file is locked until then", || {
+            let is_free = is_unlocked(&pid_file);
+            let is_given_up = place.log().contains("a request was given up");
+            assert!(is_given_up || !is_free, "the write is still in flight: {}", place.log());
+            is_given_up
+        });
         assert_eq!(server.wait().code(), Some(0), "{}", place.log());
-        assert!(place.log().contains("a request was given up"), "{}", place.log());
         place.upstream.signal(Signal::CONT);
         for image in [&upper, &other] {
             is_saved(&qemu_img, image);
@@ -173,5 +187,73 @@ fn an_export_that_hangs_is_removed_and_requests_go_on() {
     assert!(list.contains("near") && !list.contains("far"), "{list}");
     place.upstream.signal(Signal::CONT);
     nbd_cli(&["info", "--size", &server.uri_of("near")]).success();
+    server.end();
+}
+
+#[test]
+fn requests_about_others_are_carried_out_while_one_about_a_disk_that_hangs_is_not() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let place = Place::new();
+    let (upper, other) = (place.disk.beside("upper.qcow2"), place.disk.beside("other.qcow2"));
+    let below = ["-b", place.upstream.uri(), "-F", "raw", &upper];
+    peer(&qemu_img, &[&["create", "-q", "-f", "qcow2"][..], &below].concat());
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &other, "8M"]);
+    let (a, b) = (format!("upper={upper}"), format!("other={other}"));
+    let server = place.serve(&["--trust-image", &a, &b]);
+    for name in ["upper", "other"] {
+        place.say(&["bitmap-add", name, "daily"]).success();
+    }
+    place.stop_upstream();
+    let uri = server.uri_of("upper");
+    let write = ["-f", "raw", "-c", "write -P 8 5000k 512", &uri];
+    let _writes = place.hang("upper", Command::new(&qemu_io).args(write));
+    let mut clear = Command::new(PROGRAM);
+    clear.args(["control", &place.disk.beside("control"), "bitmap-clear", "upper", "daily"]);
+    let mut clear = Killed(clear.stdout(Stdio::null()).spawn().expect("a program"));
+    let exports = || -> Value {
+        let list = place.say(&["list", "--json"]).success();
+        serde_json::from_str::<Value>(&list).expect("JSON")["exports"].clone()
+    };
+    // It waits for that write, and so do the bitmaps.
+    let is_upper = |export: &&Value| export["name"] == "upper";
+    let mut listed = Value::Null;
+    wait_until("the bitmaps of the disk that hangs are not listed", || {
+        listed = exports();
+        let all = listed.as_array().expect("a list");
+        all.iter().find(is_upper).expect("the export")["problem"].is_string()
+    });
+    let all = listed.as_array().expect("a list");
+    let near = all.iter().find(|export| export["name"] == "other").expect("the export");
+    assert_eq!(near["bitmaps"][0]["name"], "daily", "{near}");
+    assert!(place.say(&["list"]).success().contains("its bitmaps are not listed"));
+    place.say(&["checkpoint-start", "other", "--bitmap", "daily"]).success();
+    place.say(&["checkpoint-end", "other", "success"]).success();
+    place.say(&["bitmap-add", "other", "weekly"]).success();
+    place.say(&["add-export", "third", "memory:1M"]).success();
+    place.say(&["remove-export", "other"]).success();
+    place.upstream.signal(Signal::CONT);
+    assert!(clear.0.wait().expect("a program").success());
+    assert!(exports()[1]["problem"].is_null());
+    server.end();
+}
+
+#[test]
+fn a_stream_whose_layer_hangs_tells_since_when_it_has_copied_nothing() {
+    tools!(qemu_img = "qemu-img");
+    let place = Place::new();
+    let upper = place.disk.beside("upper.qcow2");
+    let below = ["-b", place.upstream.uri(), "-F", "raw", &upper];
+    peer(&qemu_img, &[&["create", "-q", "-f", "qcow2"][..], &below].concat());
+    let server = place.serve(&["--trust-image", &format!("upper={upper}")]);
+    place.stop_upstream();
+    place.say(&["stream", "upper"]).success();
+    wait_until("the stream says so", || {
+        let list: Value =
+            serde_json::from_str(&place.say(&["list", "--json"]).success()).expect("JSON");
+        let stream = &list["exports"][0]["stream"];
+        assert_eq!(stream["phase"], "running", "{stream}");
+        stream["idle"].as_u64().expect("a number") >= 1
+    });
+    place.upstream.signal(Signal::CONT);
     server.end();
 }

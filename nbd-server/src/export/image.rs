@@ -28,8 +28,10 @@ pub struct ImageExport {
     /// The file whose bytes are the disk's, at the same offsets, if the image is raw.
     file: Option<Arc<OwnedFd>>,
     info: ExportInfo,
-    /// The contexts of bitmaps, in order. Held while one is examined.
+    /// The contexts of bitmaps, in order. Never held while the image is used, which may hang.
     bitmaps: RwLock<Vec<MetaContextName>>,
+    /// Held for reading while a bitmap is examined.
+    in_use: RwLock<()>,
     /// The last field: it is dropped when the image is closed.
     open: Arc<()>,
 }
@@ -66,8 +68,8 @@ impl ImageExport {
     pub fn new(image: Image) -> Self {
         let file = raw_file(&image);
         let info = describe(&image);
-        let (bitmaps, open) = (RwLock::default(), Arc::default());
-        Self { image, depth: None, file, info, bitmaps, open }
+        let (bitmaps, in_use, open) = (RwLock::default(), RwLock::default(), Arc::default());
+        Self { image, depth: None, file, info, bitmaps, in_use, open }
     }
 
     /// Offers the context `qemu:allocation-depth` as well.
@@ -124,7 +126,10 @@ impl ImageExport {
         let mut bitmaps = self.bitmaps.write().unwrap_or_else(PoisonError::into_inner);
         let count = bitmaps.len();
         bitmaps.retain(|context| context.dirty_bitmap() != Some(name));
-        bitmaps.len() < count
+        let was_offered = bitmaps.len() < count;
+        drop(bitmaps);
+        drop(self.in_use.write());
+        was_offered
     }
 
     fn dirty_status(
@@ -133,8 +138,11 @@ impl ImageExport {
         range: GuestRange,
         max_count: usize,
     ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        let _in_use = self.in_use.read().unwrap_or_else(PoisonError::into_inner);
         let offered = self.bitmaps.read().unwrap_or_else(PoisonError::into_inner);
-        if !offered.iter().any(|context| context.dirty_bitmap() == Some(bitmap)) {
+        let is_offered = offered.iter().any(|context| context.dirty_bitmap() == Some(bitmap));
+        drop(offered);
+        if !is_offered {
             let why =
                 "the bitmap is not offered any more, or not while a checkpoint is in progress";
             return Err(ExportError::new(Errno::EIO, why));

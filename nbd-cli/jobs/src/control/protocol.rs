@@ -300,6 +300,10 @@ pub struct StreamState {
     /// Why it is paused or has failed, a sentence.
     #[serde(default)]
     pub problem: Option<String>,
+    /// Seconds since it has last copied something, or since its start, until it has ended: what it
+    /// reads may hang.
+    #[serde(default)]
+    pub idle: Option<u64>,
 }
 
 /// The exports and the clients.
@@ -341,6 +345,9 @@ pub struct ExportState {
     /// of the backup that it `began-after`, or `perhaps-began-after` if another program has used
     /// the image.
     pub bitmaps: Vec<Value>,
+    /// Why its bitmaps are not listed, if they are not, a sentence: what the disk is on may hang.
+    #[serde(default)]
+    pub problem: Option<String>,
     /// UUID of the disk; known since its first backup.
     #[serde(default)]
     pub disk: Option<String>,

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
 
 use nbd_jobs::control::server::{Controller, OpeningGuard};
 use nbd_jobs::control::{ErrorKind, Failure};
@@ -345,7 +344,7 @@ impl Reloader {
         let mut names = Vec::new();
         for (export, source) in added.into_iter().zip(opened) {
             let name = export.name;
-            match self.add(&name, source, config.args.open_timeout, guard).await {
+            match self.add(&name, source, guard).await {
                 Ok(()) => names.push(name),
                 Err(why) => {
                     left.push(format!("{name}: {why}"));
@@ -360,12 +359,11 @@ impl Reloader {
         &self,
         name: &str,
         source: OpenedExport,
-        limit: Duration,
         guard: Option<&OpeningGuard>,
     ) -> Result<(), String> {
         match (source, &self.controller, guard) {
             (OpenedExport::Controlled(disk), Some(controller), Some(guard)) => {
-                let added = controller.add_opened(name, guard.clone(), disk, limit).await;
+                let added = controller.add_opened(name, guard.clone(), *disk).await;
                 added.map(drop).map_err(|failure| failure.to_string())
             }
             (source, ..) => {

@@ -94,7 +94,7 @@ pub(super) fn try_to_open(export: &ExportSpec) -> Result<(), CommandError> {
 pub(super) enum OpenedExport {
     Plain(ExportEntry),
     /// The disk of a server with a control socket.
-    Controlled(ServedDisk),
+    Controlled(Box<ServedDisk>),
 }
 
 impl OpenedExport {
@@ -121,7 +121,8 @@ pub(super) fn open_export(
     let disk = disk.configured(|plain| entry(export, tls_only, plain));
     let is_lost = is_memory(source) || options.temporary;
     let (source, choices) = (source.clone(), choices(options));
-    Ok(OpenedExport::Controlled(if is_lost { disk } else { reopened(disk, source, choices) }))
+    let disk = if is_lost { disk } else { reopened(disk, source, choices) };
+    Ok(OpenedExport::Controlled(Box::new(disk)))
 }
 
 /// Opens every source and registers it.
@@ -139,7 +140,7 @@ pub(super) fn add_all(
             CommandError::new(format!("cannot export '{source}': {error}"))
         })?;
         if let (OpenedExport::Controlled(disk), Some(disks)) = (source, &mut controlled) {
-            disks.insert(&*export.name, disk);
+            disks.insert(&*export.name, *disk);
         }
     }
     if let Some(first) = exports.first() {

@@ -11,13 +11,14 @@ use crate::export::{
 };
 
 const SIZE: u64 = 4 << 20;
+const LIMIT: Duration = Duration::from_secs(60);
 
 fn file() -> File {
     tempfile::tempfile().unwrap()
 }
 
 fn begin(disk: &Checkpointed) -> PointInTimeView {
-    disk.begin(file(), || Ok::<_, String>(())).unwrap()
+    disk.begin(file(), LIMIT, || Ok::<_, String>(())).unwrap()
 }
 
 /// A disk in which every byte tells its place.
@@ -55,7 +56,7 @@ fn every_kind_of_change_leaves_the_view_as_it_was() {
 fn a_view_that_has_ended_fails_and_changes_cost_nothing_more() {
     let (disk, _) = disk();
     let view = begin(&disk);
-    let second = disk.begin(file(), || Ok::<_, String>(()));
+    let second = disk.begin(file(), LIMIT, || Ok::<_, String>(()));
     assert!(matches!(second, Err(CheckpointError::InProgress)));
     assert!(disk.end());
     assert!(!disk.end(), "it has ended already");
@@ -74,7 +75,7 @@ fn what_cannot_be_set_aside_costs_the_view_and_not_the_write() {
     let sealed = memfd_create("sealed", MemfdFlags::ALLOW_SEALING).unwrap();
     rustix::fs::ftruncate(&sealed, SIZE).unwrap();
     fcntl_add_seals(&sealed, SealFlags::WRITE).unwrap();
-    let view = disk.begin(File::from(sealed), || Ok::<_, String>(())).unwrap();
+    let view = disk.begin(File::from(sealed), LIMIT, || Ok::<_, String>(())).unwrap();
     assert_eq!(disk.failure(), Some(None));
     // What is short is collected in memory before it is written.
     disk.write_at(0, &[9; 4096], Durability::Cached).unwrap();
@@ -90,7 +91,7 @@ fn what_cannot_be_set_aside_costs_the_view_and_not_the_write() {
 #[test]
 fn a_failure_at_the_moment_of_the_checkpoint_leaves_none() {
     let (disk, _) = disk();
-    let failed = disk.begin(file(), || Err("no bitmap"));
+    let failed = disk.begin(file(), LIMIT, || Err("no bitmap"));
     assert_eq!(failed.unwrap_err().to_string(), "no bitmap");
     assert_eq!(disk.failure(), None);
     begin(&disk);
@@ -114,8 +115,8 @@ fn allocation_of_the_view_is_that_of_the_old_disk() {
 /// Lets a write begin, and finish when it is told to.
 struct Slow {
     disk: MemoryExport,
-    begun: std::sync::Mutex<mpsc::Sender<()>>,
-    finish: std::sync::Mutex<mpsc::Receiver<()>>,
+    begun: Mutex<mpsc::Sender<()>>,
+    finish: Mutex<mpsc::Receiver<()>>,
 }
 
 impl Export for Slow {
@@ -136,8 +137,8 @@ impl Export for Slow {
     }
 }
 
-#[test]
-fn the_moment_is_never_in_the_middle_of_a_write() {
+/// A slow disk, what tells that a write has begun, and what lets one finish.
+fn slow() -> (Checkpointed, mpsc::Receiver<()>, mpsc::Sender<()>) {
     let (begun_sender, begun) = mpsc::channel();
     let (finish, finish_receiver) = mpsc::channel();
     let disk = Checkpointed::new(Arc::new(Slow {
@@ -145,13 +146,19 @@ fn the_moment_is_never_in_the_middle_of_a_write() {
         begun: begun_sender.into(),
         finish: finish_receiver.into(),
     }));
+    (disk, begun, finish)
+}
+
+#[test]
+fn the_moment_is_never_in_the_middle_of_a_write() {
+    let (disk, begun, finish) = slow();
     std::thread::scope(|scope| {
         scope.spawn(|| disk.write_at(0, &[7; 8192], Durability::Cached).unwrap());
         begun.recv().unwrap();
         let (switched, moment) = mpsc::channel();
         let disk = &disk;
         let beginning = scope.spawn(move || {
-            disk.begin(file(), || switched.send(()).map_err(|_| "nobody waits")).unwrap()
+            disk.begin(file(), LIMIT, || switched.send(()).map_err(|_| "nobody waits")).unwrap()
         });
         // That nothing happens can only be waited for; a moment too early would be seen here.
         assert!(moment.recv_timeout(Duration::from_millis(50)).is_err());
@@ -161,6 +168,41 @@ fn the_moment_is_never_in_the_middle_of_a_write() {
         let mut found = vec![0; 8192];
         view.read_at(0, &mut found).unwrap();
         assert_eq!(found, [7; 8192]);
+    });
+}
+
+#[test]
+fn a_checkpoint_that_waits_too_long_for_a_write_is_given_up_and_writes_go_on() {
+    let (disk, begun, finish) = slow();
+    std::thread::scope(|scope| {
+        scope.spawn(|| disk.write_at(0, &[7; 8192], Durability::Cached).unwrap());
+        begun.recv().unwrap();
+        let limit = Duration::from_millis(20);
+        let failed = disk.begin(file(), limit, || Err("the moment has come"));
+        assert!(matches!(failed, Err(CheckpointError::Busy(_))), "{failed:?}");
+        assert_eq!((disk.failure(), disk.end()), (None, false));
+        let write = Operation::Write(8192, Durability::Cached);
+        assert_eq!(disk.may_block(write), disk.disk().may_block(write));
+        // The other one still hangs.
+        scope.spawn(|| disk.write_at(8192, &[8; 8192], Durability::Cached).unwrap());
+        begun.recv().unwrap();
+        finish.send(()).unwrap();
+        finish.send(()).unwrap();
+    });
+    begin(&disk);
+}
+
+#[test]
+fn a_checkpoint_is_looked_at_and_ended_while_a_write_hangs() {
+    let (disk, begun, finish) = slow();
+    let view = begin(&disk);
+    std::thread::scope(|scope| {
+        scope.spawn(|| disk.write_at(0, &[7; 8192], Durability::Cached).unwrap());
+        begun.recv().unwrap();
+        assert_eq!(disk.failure(), Some(None));
+        assert!(disk.end());
+        assert_eq!(view.read_at(0, &mut [0; 10]).unwrap_err().errno, Errno::EIO);
+        finish.send(()).unwrap();
     });
 }
 

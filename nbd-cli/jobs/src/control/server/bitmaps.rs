@@ -7,16 +7,14 @@ use nbd_proto::wire::MetaContextName;
 use nbd_server::export::ImageExport;
 use serde_json::{Value, json};
 
-use super::controller::blocking;
-use super::disks::{ServedDisk, ServedDisks};
+use super::controller::{Controller, blocking};
+use super::disks::ServedDisk;
 use crate::control::{ErrorKind, Failure, InitialState, Request};
 use crate::frozen_bits;
 
-/// The bitmaps of a disk.
-pub(super) async fn list(disk: &ServedDisk) -> Result<Vec<Value>, Failure> {
-    let Some(image) = disk.image.clone() else { return Ok(Vec::new()) };
-    let found = blocking(move || image.image().bitmaps()).await?;
-    Ok(found.iter().map(describe).collect())
+/// The bitmaps of an image. May block.
+pub(super) fn list(image: &ImageExport) -> Vec<Value> {
+    image.image().bitmaps().iter().map(describe).collect()
 }
 
 fn describe(bitmap: &BitmapInfo) -> Value {
@@ -38,7 +36,7 @@ fn describe(bitmap: &BitmapInfo) -> Value {
 }
 
 /// Executes a request that changes bitmaps.
-pub(super) async fn change(disks: &ServedDisks, request: Request) -> Result<Value, Failure> {
+pub(super) async fn change(controller: &Controller, request: Request) -> Result<Value, Failure> {
     let (export, change) = match request {
         Request::BitmapAdd { export, bitmap: name, granularity, initial } => {
             let granularity = granularity.unwrap_or(BITMAP_GRANULARITY_DEFAULT);
@@ -57,10 +55,13 @@ pub(super) async fn change(disks: &ServedDisks, request: Request) -> Result<Valu
         }
         _ => return Err(Failure::new(ErrorKind::InvalidRequest, "no request about a bitmap")),
     };
+    let (turn, disks) = controller.turn(&export, controller.patience).await?;
     let disk = disks.get(&export)?;
     refuse_if_frozen(disk, &change)?;
     let image = disk.image()?;
+    drop(disks);
     blocking(move || -> Result<Value, Failure> {
+        let _turn = turn;
         let changes = [change.clone()];
         carry_out(&image, change).map_err(|error| {
             let kind = Failure::from(&error).kind;

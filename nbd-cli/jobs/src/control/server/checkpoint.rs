@@ -1,18 +1,18 @@
 //! The start and the end of a checkpoint.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use imgfmt::Uuid;
 use nbd_server::InUse;
-use nbd_server::export::{Checkpointed, ImageExport};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::checkpoint_bitmap::{
-    CheckpointTerms, RequestedBase, StartedCheckpoint, begin, settle, start_with_bitmap,
-};
+use super::checkpoint_bitmap::{CheckpointTerms, RequestedBase, StartedCheckpoint, settle};
 use super::controller::{Controller, blocking, encoded};
-use super::disks::{BitmapOrigin, ConnectionId, RunningCheckpoint, ServedDisks};
+use super::disks::{BitmapOrigin, ConnectionId, RunningCheckpoint, ServedDisks, Turn};
 use super::event::ControlEvent;
+use super::together::{Prepared, start_all};
 use crate::control::{
     CheckpointStarted, ErrorKind, Failure, IfMissing, IfUnusable, Lifetime, Outcome, Request,
     TogetherCheckpoint,
@@ -21,7 +21,7 @@ use crate::control::{
 /// Suffix of the name of a view's export.
 const VIEW_SUFFIX: &str = ".checkpoint";
 
-/// Most checkpoints that are started at one moment: each starts within the one before, on one stack.
+/// Most checkpoints that are started at one moment: each has a thread meanwhile.
 const TOGETHER_MAX: usize = 128;
 
 /// A requested checkpoint.
@@ -85,98 +85,92 @@ fn requested(
     }
 }
 
-/// A checkpoint that is about to be started.
-struct Prepared {
-    export: String,
-    disk: Arc<Checkpointed>,
-    bitmap: Option<(Arc<ImageExport>, String)>,
-    terms: CheckpointTerms,
-    /// Name of the view's export.
-    view: String,
-    connection: Option<ConnectionId>,
-}
-
-/// Starts checkpoints at one moment: while no disk is written to, each of the others is started as
-/// well, and if that fails, this one is not.
-fn start_all(prepared: &[Prepared]) -> Result<Vec<StartedCheckpoint>, Failure> {
-    let Some((first, rest)) = prepared.split_first() else { return Ok(Vec::new()) };
-    let mut others = Vec::new();
-    let mut then = || {
-        others = start_all(rest)?;
-        Ok(())
-    };
-    let started = match &first.bitmap {
-        Some((image, name)) => {
-            start_with_bitmap(&first.disk, image, name.clone(), &first.terms, &mut then)?
-        }
-        None => {
-            let view = begin(&first.disk, &first.terms, &mut then)?;
-            StartedCheckpoint::without_bitmap(view)
-        }
-    };
-    let mut all = vec![started];
-    all.extend(others);
-    Ok(all)
-}
-
 impl Controller {
     /// Starts the checkpoint of a request, or several.
     pub(super) async fn start_requested(
         &self,
-        disks: &mut ServedDisks,
         request: Request,
         connection: ConnectionId,
     ) -> Result<Value, Failure> {
         let is_one = matches!(request, Request::CheckpointStart { .. });
-        let started = self.start_checkpoints(disks, requested(request, connection)?).await?;
+        let started = self.start_checkpoints(requested(request, connection)?).await?;
         if is_one { encoded(started.first()) } else { encoded(started) }
     }
 
     /// Starts checkpoints at one moment: all or none.
     async fn start_checkpoints(
         &self,
-        disks: &mut ServedDisks,
         requests: Vec<(String, CheckpointRequest)>,
     ) -> Result<Vec<CheckpointStarted>, Failure> {
-        let mut prepared: Vec<Prepared> = Vec::new();
+        let mut turns = self.turns(requests.iter().map(|(export, _)| export.clone())).await?;
+        let disks = self.disks.lock().await;
+        let mut prepared = Vec::new();
         for (export, request) in requests {
-            // Its writes would be held back twice.
-            if prepared.iter().any(|other| other.export == export) {
-                let message = format!("two checkpoints of '{export}' cannot be started at once");
-                return Err(Failure::new(ErrorKind::InvalidRequest, message));
+            if let Some(turn) = turns.remove(&export) {
+                prepared.push(Arc::new(self.prepare(&disks, export, request, turn)?));
             }
-            prepared.push(self.prepare(disks, export, request)?);
         }
+        drop(disks);
+        let patience = self.patience;
         let (prepared, started) = blocking(move || {
-            let started = start_all(&prepared);
+            let started = start_all(&prepared, patience);
             (prepared, started)
         })
         .await?;
+        let started = started?;
         let mut replies = Vec::with_capacity(prepared.len());
-        let names: Vec<_> = prepared.iter().map(|one| one.export.clone()).collect();
         let mut failure = None;
-        for (one, started) in prepared.into_iter().zip(started?) {
-            match self.show_view(disks, one, started) {
+        let mut disks = self.disks.lock().await;
+        for (one, started) in prepared.iter().zip(started) {
+            match self.show_view(&mut disks, one, started) {
                 Ok(reply) => replies.push(reply),
                 Err(error) => failure = failure.or(Some(error)),
             }
         }
+        drop(disks);
         let Some(failure) = failure else { return Ok(replies) };
-        for export in &names {
+        for one in prepared {
+            let export = one.terms.export.clone();
+            // The next request needs the turn.
+            drop(one);
             // One that cannot be ended is the next request's; the others must not wait for it.
-            let _ = self.abandon_checkpoint(disks, export).await;
+            let _ = self.end_checkpoint(&export, Outcome::Failure, None).await;
         }
         Err(failure)
+    }
+
+    /// Waits until no other request is about any of these disks.
+    async fn turns(
+        &self,
+        exports: impl Iterator<Item = String>,
+    ) -> Result<BTreeMap<String, Turn>, Failure> {
+        let mut exports: Vec<_> = exports.collect();
+        // In one order, so that no two requests wait for each other.
+        exports.sort();
+        let deadline = Instant::now() + self.patience;
+        let mut turns = BTreeMap::new();
+        for export in exports {
+            // Its writes would be held back twice.
+            if turns.contains_key(&export) {
+                let message = format!("two checkpoints of '{export}' cannot be started at once");
+                return Err(Failure::new(ErrorKind::InvalidRequest, message));
+            }
+            let rest = deadline.saturating_duration_since(Instant::now());
+            let (turn, _) = self.turn(&export, rest.max(Duration::from_millis(1))).await?;
+            turns.insert(export, turn);
+        }
+        Ok(turns)
     }
 
     /// Checks what can be known beforehand.
     fn prepare(
         &self,
-        disks: &mut ServedDisks,
+        disks: &ServedDisks,
         export: String,
         request: CheckpointRequest,
+        turn: Turn,
     ) -> Result<Prepared, Failure> {
-        let disk = disks.get_mut(&export)?;
+        let disk = disks.get(&export)?;
         let backup = Uuid::random().map_err(|error| {
             let message = format!("the system gives no random numbers: {error}");
             Failure::new(ErrorKind::Failed, message)
@@ -191,6 +185,8 @@ impl Controller {
             None => None,
         };
         let terms = CheckpointTerms {
+            export,
+            patience: self.patience,
             if_missing: request.if_missing,
             if_unusable: request.if_unusable,
             base: request.base,
@@ -199,18 +195,19 @@ impl Controller {
             observer: self.observer.clone(),
         };
         let (disk, connection) = (disk.export.clone(), request.connection);
-        Ok(Prepared { export, disk, bitmap, terms, view, connection })
+        Ok(Prepared { disk, bitmap, terms, view, connection, _turn: turn })
     }
 
     /// Exports the view of a checkpoint that was started.
     fn show_view(
         &self,
         disks: &mut ServedDisks,
-        prepared: Prepared,
+        prepared: &Prepared,
         started: StartedCheckpoint,
     ) -> Result<CheckpointStarted, Failure> {
-        let Prepared { export, terms, view: view_name, connection, .. } = prepared;
-        let disk = disks.get_mut(&export)?;
+        let (terms, view_name) = (&prepared.terms, prepared.view.clone());
+        let (export, connection) = (&*terms.export, prepared.connection);
+        let disk = disks.get_mut(export)?;
         let StartedCheckpoint { view, bitmap, restart_reason } = started;
         let had_bits = bitmap.as_ref().filter(|bitmap| bitmap.origin != BitmapOrigin::Added);
         let reply = CheckpointStarted {
@@ -223,23 +220,30 @@ impl Controller {
         };
         disk.checkpoint = Some(RunningCheckpoint { view: view_name.clone(), bitmap, connection });
         // Clients that may not use the disk may not use its view either.
-        let entry = self.server.exports().find(&export).map(|(_, entry)| entry);
+        let entry = self.server.exports().find(export).map(|(_, entry)| entry);
         let entry = entry.unwrap_or_else(|| disk.entry()).with_export(Arc::new(view));
         let entry = entry.description(format!("'{export}' at one moment"));
         let added = self.server.exports().add(view_name, entry);
         added.map_err(|error| Failure::new(ErrorKind::InvalidRequest, error.to_string()))?;
-        self.observe(&ControlEvent::CheckpointStarted { export: &export, view: &reply.view });
+        self.observe(&ControlEvent::CheckpointStarted { export, view: &reply.view });
         Ok(reply)
     }
 
+    /// Ends a checkpoint; if a connection is given, only one that is bound to it, and however long
+    /// earlier requests take.
     pub(super) async fn end_checkpoint(
         &self,
-        disks: &mut ServedDisks,
         export: &str,
         outcome: Outcome,
-    ) -> Result<Value, Failure> {
-        let disk = disks.get_mut(export)?;
-        let checkpoint = disk.checkpoint.clone().ok_or_else(|| {
+        connection: Option<ConnectionId>,
+    ) -> Result<(), Failure> {
+        let limit = if connection.is_some() { Duration::ZERO } else { self.patience };
+        let (turn, disks) = self.turn(export, limit).await?;
+        let disk = disks.get(export)?;
+        let checkpoint = disk.checkpoint.clone();
+        let checkpoint =
+            checkpoint.filter(|it| connection.is_none() || it.connection == connection);
+        let checkpoint = checkpoint.ok_or_else(|| {
             let message = format!("no checkpoint of '{export}' is in progress");
             Failure::new(ErrorKind::NotFound, message)
         })?;
@@ -252,11 +256,14 @@ impl Controller {
             );
             return Err(Failure::new(ErrorKind::Failed, message));
         }
+        let (checkpointed, image) = (disk.export.clone(), disk.image.clone());
+        drop(disks);
         // It may never have been registered.
         let _ = self.server.remove_export(&checkpoint.view, InUse::Disconnect).await;
-        let (checkpointed, image) = (disk.export.clone(), disk.image.clone());
         let observer = self.observer.clone();
+        let own = turn.clone();
         blocking(move || {
+            let _turn = own;
             checkpointed.end();
             match (checkpoint.bitmap, image) {
                 (Some(bitmap), Some(image)) => settle(&image, &bitmap, outcome, &*observer),
@@ -264,17 +271,12 @@ impl Controller {
             }
         })
         .await??;
-        disk.checkpoint = None;
+        if let Ok(disk) = self.disks.lock().await.get_mut(export) {
+            disk.checkpoint = None;
+        }
+        drop(turn);
         self.observe(&ControlEvent::CheckpointEnded { export, outcome });
-        Ok(json!({}))
-    }
-
-    pub(super) async fn abandon_checkpoint(
-        &self,
-        disks: &mut ServedDisks,
-        export: &str,
-    ) -> Result<Value, Failure> {
-        self.end_checkpoint(disks, export, Outcome::Failure).await
+        Ok(())
     }
 }
 

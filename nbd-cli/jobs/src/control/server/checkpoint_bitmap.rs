@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use imgfmt::{
     BeganAfter, BitmapChange, BitmapInfo, BitmapState, GuestOffset, GuestRange, Recording, Uuid,
@@ -17,6 +18,7 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 use super::disks::{BitmapOrigin, CheckpointBitmap};
 use super::event::{ControlEvent, ControlObserver};
 use crate::control::{ErrorKind, Failure, IfMissing, IfUnusable, Outcome};
+use crate::text::printable;
 
 /// Set in the status of a dirty range.
 const DIRTY: u64 = 1;
@@ -63,21 +65,33 @@ impl RequestedBase {
     }
 }
 
+/// The failure of a checkpoint whose disk is not ready in time.
+pub(super) fn not_ready(terms: &CheckpointTerms) -> Failure {
+    let message = format!(
+        "no checkpoint was started: after {} s, writes to '{}' that were in flight or a change of \
+         its bitmap have not ended; what the disk is on may hang",
+        terms.patience.as_secs_f64(),
+        printable(&terms.export)
+    );
+    Failure::new(ErrorKind::Failed, message)
+}
+
 /// Starts a checkpoint; `at_switch` is called between two writes.
 pub(super) fn begin(
     disk: &Checkpointed,
     terms: &CheckpointTerms,
     at_switch: &mut dyn FnMut() -> Result<(), Failure>,
 ) -> Result<PointInTimeView, Failure> {
-    let file = nameless_file(&terms.temporary_directory).map_err(|error| {
+    let file = nameless_file(&terms.temporary_directory, terms.backup).map_err(|error| {
         let message = format!(
             "cannot create a file for overwritten data: {error}; set TMPDIR to a directory with \
              room"
         );
         Failure::new(ErrorKind::Failed, message)
     })?;
-    disk.begin(file, at_switch).map_err(|error| match error {
+    disk.begin(file, terms.patience, at_switch).map_err(|error| match error {
         CheckpointError::AtSwitch(failure) => failure,
+        CheckpointError::Busy(_) => not_ready(terms),
         CheckpointError::InProgress => Failure::new(ErrorKind::InUse, error.to_string()),
         error => Failure::new(ErrorKind::Failed, error.to_string()),
     })
@@ -85,6 +99,9 @@ pub(super) fn begin(
 
 /// The terms of a checkpoint.
 pub(super) struct CheckpointTerms {
+    pub(super) export: String,
+    /// The time for writes in flight.
+    pub(super) patience: Duration,
     pub(super) if_missing: IfMissing,
     pub(super) if_unusable: IfUnusable,
     pub(super) base: RequestedBase,
@@ -263,13 +280,13 @@ fn dirty_status(
 }
 
 /// Creates a file without a name.
-fn nameless_file(directory: &Path) -> io::Result<File> {
+fn nameless_file(directory: &Path, backup: Uuid) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     match openat(CWD, directory, flags, Mode::RUSR | Mode::WUSR) {
         Ok(file) => Ok(file.into()),
         // Not every file system supports that.
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
-            let path = directory.join(format!("nbd-cli-{}.checkpoint", std::process::id()));
+            let path = directory.join(format!("nbd-cli-{backup}.checkpoint"));
             let file = File::options().read(true).write(true).create_new(true).open(&path)?;
             std::fs::remove_file(&path)?;
             Ok(file)

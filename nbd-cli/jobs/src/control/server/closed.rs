@@ -289,27 +289,6 @@ mod tests {
         assert!(controller.disks.lock().await.refuse_closing().is_ok());
     }
 
-    #[tokio::test(flavor = "multi_thread")]
-    async fn a_disk_that_waits_for_a_request_that_hangs_is_given_up_and_then_a_takeover_waits() {
-        let server = Server::new(ServerConfig::default(), ExportRegistry::new()).start();
-        let controller = Controller::new(server.handle().clone(), ServedDisks::default());
-        let (disk, has_begun, end) = slow_disk();
-        let opening = controller.begin_opening().unwrap();
-        // As a request does that hangs.
-        let hanging = controller.disks.lock().await;
-        let added = controller.add_opened("vm", opening, disk, Duration::from_millis(50)).await;
-        let refused = added.unwrap_err();
-        assert!(refused.message.contains("after 0.05 s another request"), "{refused}");
-        drop(hanging);
-        tokio::task::spawn_blocking(move || has_begun.recv().unwrap()).await.unwrap();
-        assert!(controller.openings.suspend().is_err(), "its image is not closed yet");
-        end.send(()).unwrap();
-        controller.suspend().await.unwrap();
-        assert!(controller.begin_opening().is_err());
-        controller.resume().await;
-        controller.begin_opening().unwrap();
-    }
-
     /// A disk that fails to flush once it is told to.
     struct Unflushed(MemoryExport, Arc<AtomicBool>);
 

@@ -5,24 +5,30 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use imgfmt::Format;
 use nbd_server::ServerHandle;
 use serde::Serialize;
 use serde_json::Value;
-use tokio::sync::{Mutex, Notify};
+use tokio::sync::{Mutex, MutexGuard, Notify, OwnedMutexGuard};
 
 use super::closed::{LOOK, TIME_TO_CLOSE, refuse_removed};
-use super::disks::{ConnectionId, RunningCheckpoint, ServedDisk, ServedDisks};
+use super::disks::{ConnectionId, ServedDisk, ServedDisks, Turn, not_found, still_working};
 use super::event::{ControlEvent, ControlObserver, ignore};
 use super::files::check_names;
 use super::openings::{OpeningGuard, Openings};
 use super::streaming::TIME_TO_STOP;
-use crate::control::{ErrorKind, Failure};
+use crate::control::{ErrorKind, Failure, Outcome};
+use crate::opening::within;
 
 /// The directory of files for data that is overwritten during a checkpoint: not one in memory.
 const TEMPORARY_DIRECTORY: &str = "/var/tmp";
+
+/// The time for an earlier request about a disk, and for its writes in flight when a checkpoint is
+/// started: guests give a disk up that does not answer for 30 s.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A source that a client asks to export.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,10 +50,10 @@ pub type Reloading = Pin<Box<dyn Future<Output = Result<Value, Failure>> + Send>
 type Reload = dyn Fn() -> Reloading + Send + Sync;
 type UrisOf = dyn Fn(&str) -> Vec<String> + Send + Sync;
 
-/// Executes the requests of a control socket, one at a time. The sources of exports are opened beside
-/// other requests.
+/// Executes the requests of a control socket, those about one disk one at a time.
 pub struct Controller {
     pub(super) server: ServerHandle,
+    /// Never held while a disk is used, which may hang.
     pub(super) disks: Mutex<ServedDisks>,
     pub(super) open: Arc<OpenSource>,
     /// Zero for no limit.
@@ -56,6 +62,7 @@ pub struct Controller {
     pub(super) reload: Box<Reload>,
     pub(super) observer: Arc<ControlObserver>,
     pub(super) temporary_directory: PathBuf,
+    pub(super) patience: Duration,
     pub(super) stop: Notify,
     /// The program that takes over, once it has asked.
     successor: std::sync::Mutex<Option<UnixStream>>,
@@ -84,6 +91,7 @@ impl Controller {
             }),
             observer: ignore(),
             temporary_directory: PathBuf::from(TEMPORARY_DIRECTORY),
+            patience: PATIENCE,
             stop: Notify::new(),
             successor: std::sync::Mutex::default(),
             succession: Notify::new(),
@@ -197,7 +205,8 @@ impl Controller {
             disks.refuse_if_suspended()?;
             disks.check_takeover()?;
             refuse_removed(self.server.exports().removed_in_use())?;
-            match disks.refuse_closing().and_then(|()| self.openings.suspend()) {
+            let refused = disks.refuse_closing().and_then(|()| disks.refuse_working());
+            match refused.and_then(|()| self.openings.suspend()) {
                 Ok(()) => {
                     disks.is_suspended = true;
                     return Ok(());
@@ -253,16 +262,18 @@ impl Controller {
     /// Safe: it can be called again for the checkpoints that are left.
     pub async fn end_checkpoints(&self) {
         self.end_streams().await;
-        self.abandon_checkpoints(|_| true).await;
+        self.abandon_checkpoints(None).await;
     }
 
     /// Ends all streams, and waits for that, but not for a read that hangs.
     async fn end_streams(&self) {
         let disks = self.disks.lock().await;
-        let all: Vec<_> = disks.disks.values().filter_map(|disk| disk.streaming.as_ref()).collect();
-        all.iter().for_each(|streaming| streaming.cancel("the server ends"));
+        let all = disks.disks.values().filter_map(|disk| disk.streaming.as_ref());
+        let all: Vec<_> = all.map(|streaming| streaming.cancel("the server ends")).collect();
+        drop(disks);
+        let deadline = Instant::now() + TIME_TO_STOP;
         for streaming in all {
-            streaming.ended(TIME_TO_STOP).await;
+            streaming.ended(deadline).await;
         }
     }
 
@@ -273,7 +284,7 @@ impl Controller {
 
     /// Unregisters a client: the checkpoints bound to its connection are ended as failed.
     pub(super) async fn end_connection(&self, id: ConnectionId) {
-        self.abandon_checkpoints(|checkpoint| checkpoint.connection == Some(id)).await;
+        self.abandon_checkpoints(Some(id)).await;
     }
 
     pub(super) fn observe(&self, event: &ControlEvent<'_>) {
@@ -296,18 +307,50 @@ impl Controller {
         }
     }
 
-    async fn abandon_checkpoints(&self, which: impl Fn(&RunningCheckpoint) -> bool) {
-        let mut disks = self.disks.lock().await;
-        for export in disks.names() {
-            if disks.get(&export).is_ok_and(|disk| disk.checkpoint.as_ref().is_some_and(&which))
-                && let Err(failure) = self.abandon_checkpoint(&mut disks, &export).await
+    /// Waits until no other request is about a disk, for `limit` at most, or without an end if that is
+    /// zero. Returns the disks as well, so that the next step can look at this one.
+    pub(super) async fn turn(
+        &self,
+        export: &str,
+        limit: Duration,
+    ) -> Result<(Turn, MutexGuard<'_, ServedDisks>), Failure> {
+        let disks = self.disks.lock().await;
+        disks.refuse_if_suspended()?;
+        let turn = Arc::clone(&disks.get(export)?.turn);
+        drop(disks);
+        let Some(turn) = within(limit, turn.lock_owned()).await else {
+            return Err(still_working(export));
+        };
+        let disks = self.disks.lock().await;
+        disks.refuse_if_suspended()?;
+        // There may be another disk of that name by now.
+        if !Arc::ptr_eq(&disks.get(export)?.turn, OwnedMutexGuard::mutex(&turn)) {
+            return Err(not_found(export));
+        }
+        Ok((Arc::new(turn), disks))
+    }
+
+    /// Ends all checkpoints, or those that are bound to a connection, as failed: all at a time,
+    /// because one may hang.
+    async fn abandon_checkpoints(&self, connection: Option<ConnectionId>) {
+        let names = self.disks.lock().await.with_checkpoint(connection);
+        let abandon = async |export: String| {
+            let ended = self.end_checkpoint(&export, Outcome::Failure, connection);
+            if let Err(failure) = ended.await
+                && failure.kind != ErrorKind::NotFound
             {
                 self.observe(&ControlEvent::CheckpointNotEnded {
                     export: &export,
                     failure: &failure,
                 });
             }
-        }
+        };
+        let mut all: Vec<_> = names.into_iter().map(|export| Box::pin(abandon(export))).collect();
+        std::future::poll_fn(|context| {
+            all.retain_mut(|one| one.as_mut().poll(context).is_pending());
+            if all.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
     }
 }
 

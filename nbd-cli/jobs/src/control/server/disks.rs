@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 use imgfmt::Image;
 use nbd_server::export::{Checkpointed, Export, ExportEntry, ImageExport};
 use serde_json::{Value, json};
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::files::DiskFiles;
 use super::openings::taken_over;
@@ -16,6 +17,10 @@ use crate::text::printable;
 /// Identifies one connection to the control socket; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ConnectionId(pub(super) u64);
+
+/// What a request holds while it is about a disk, and also its thread, whose I/O may hang: others
+/// about the same disk wait, and none about another one.
+pub(super) type Turn = Arc<OwnedMutexGuard<()>>;
 
 /// A disk that is exported with checkpoints.
 pub struct ServedDisk {
@@ -30,6 +35,9 @@ pub struct ServedDisk {
     pub(super) reopen: Option<Arc<Reopen>>,
     /// The last stream into the image.
     pub(super) streaming: Option<Streaming>,
+    pub(super) turn: Arc<Mutex<()>>,
+    /// Held while a thread looks at the bitmaps.
+    pub(super) look: Arc<Mutex<()>>,
 }
 
 /// Opens a disk again that was closed. Called on a thread that may block.
@@ -78,6 +86,7 @@ impl ServedDisk {
         let entry = ExportEntry::new(export.clone());
         let (source, reopen) = (source.into(), None);
         let identity = (source.clone(), String::new());
+        let (turn, look) = Default::default();
         Self {
             source,
             identity,
@@ -87,6 +96,8 @@ impl ServedDisk {
             entry,
             reopen,
             streaming: None,
+            turn,
+            look,
         }
     }
 
@@ -172,7 +183,7 @@ impl ServedDisk {
         DiskFiles { source, view, ..files.unwrap_or_default() }
     }
 
-    /// Returns the UUID of the disk, if it has one.
+    /// Returns the UUID of the disk, if it has one. May block, unless the caller has the turn.
     pub(super) fn id(&self) -> Option<String> {
         self.image.as_ref()?.image().disk_id().map(|id| id.to_string())
     }
@@ -237,6 +248,15 @@ impl ServedDisks {
         Err(Failure::new(ErrorKind::InUse, message))
     }
 
+    /// Refuses a takeover while a request is about a disk.
+    pub(super) fn refuse_working(&self) -> Result<(), Failure> {
+        let mut disks = self.disks.iter();
+        match disks.find(|(_, disk)| disk.turn.try_lock().is_err()) {
+            Some((name, _)) => Err(still_working(name)),
+            None => Ok(()),
+        }
+    }
+
     /// Takes the disks; those that are being closed are remembered by both.
     pub(super) fn take(&mut self) -> Self {
         let (disks, closing) = (std::mem::take(&mut self.disks), self.closing.clone());
@@ -261,6 +281,7 @@ impl ServedDisks {
         Ok(())
     }
 
+    /// Removes the disk whose turn the caller has.
     pub(super) fn remove(&mut self, name: &str) -> Option<ServedDisk> {
         let removed = self.disks.remove(name)?;
         self.note_closing(name, &removed);
@@ -297,8 +318,14 @@ impl ServedDisks {
         if self.is_suspended { Err(taken_over()) } else { Ok(()) }
     }
 
-    pub(super) fn names(&self) -> Vec<String> {
-        self.disks.keys().cloned().collect()
+    /// The exports with a checkpoint, or with one that is bound to a connection.
+    pub(super) fn with_checkpoint(&self, connection: Option<ConnectionId>) -> Vec<String> {
+        let has_one = |disk: &ServedDisk| {
+            let checkpoint = disk.checkpoint.as_ref();
+            checkpoint.is_some_and(|it| connection.is_none() || it.connection == connection)
+        };
+        let found = self.disks.iter().filter(|(_, disk)| has_one(disk));
+        found.map(|(name, _)| name.clone()).collect()
     }
 
     pub(super) fn get(&self, name: &str) -> Result<&ServedDisk, Failure> {
@@ -310,6 +337,16 @@ impl ServedDisks {
     }
 }
 
-fn not_found(name: &str) -> Failure {
+/// The failure of a request that waited for an earlier one about the same disk.
+pub(super) fn still_working(name: &str) -> Failure {
+    let message = format!(
+        "another request about '{}' is still being carried out; wait for its end, or mend what the \
+         disk is on if it hangs",
+        printable(name)
+    );
+    Failure::new(ErrorKind::InUse, message)
+}
+
+pub(super) fn not_found(name: &str) -> Failure {
     Failure::new(ErrorKind::NotFound, format!("there is no disk exported as '{name}'"))
 }

@@ -40,6 +40,7 @@ mod slots;
 mod socket;
 mod stream;
 mod streaming;
+mod together;
 
 pub use self::closed::{ClosedDisks, NotClosed, refuse_removed};
 pub use self::controller::{Controller, Reloading, RequestedSource};

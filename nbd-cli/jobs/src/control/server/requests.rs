@@ -1,17 +1,17 @@
 //! Requests about exports, and the distribution of all requests.
 
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use imgfmt::Format;
 use nbd_proto::wire::TransmissionFlags;
 use nbd_server::export::ExportEntry;
 use nbd_server::{ClientStatistics, InUse, RemoveError};
 use serde_json::{Value, json};
-use tokio::sync::MutexGuard;
 
 use super::bitmaps;
 use super::controller::{Controller, RequestedSource, blocking, encoded};
-use super::disks::{ConnectionId, ServedDisk, ServedDisks};
+use super::disks::{ConnectionId, ServedDisk, ServedDisks, still_working};
 use super::event::ControlEvent;
 use super::openings::OpeningGuard;
 use super::streaming::{StreamRequest, Streaming};
@@ -22,8 +22,9 @@ use crate::opening::{open_within, within};
 use crate::status::Status;
 use crate::text::printable;
 
-/// The time that a request to end the server gives to requests before it.
-const TIME_FOR_OTHERS: Duration = Duration::from_secs(1);
+/// The time for a look at the bitmaps of all disks, and at least of one: they may hang.
+const TIME_TO_LOOK: Duration = Duration::from_secs(2);
+const LOOK_MIN: Duration = Duration::from_millis(50);
 
 impl Controller {
     /// Executes a request.
@@ -49,39 +50,35 @@ impl Controller {
             let source = RequestedSource { name, source, read_only, format };
             return self.open_and_add(source, description).await;
         }
-        let mut disks = self.disks.lock().await;
-        disks.refuse_if_suspended()?;
         match request {
-            Request::List {} => encoded(self.list(&disks).await?),
-            Request::RemoveExport { name, on_use } => self.remove(disks, &name, on_use).await,
+            Request::List {} => encoded(self.list().await?),
+            Request::RemoveExport { name, on_use } => {
+                self.remove_export(&name, on_use).await.map(|()| json!({}))
+            }
             request @ (Request::CheckpointStart { .. }
             | Request::CheckpointStartTogether { .. }) => {
-                self.start_requested(&mut disks, request, connection).await
+                self.start_requested(request, connection).await
             }
             Request::CheckpointEnd { export, outcome } => {
-                self.end_checkpoint(&mut disks, &export, outcome).await
+                self.end_checkpoint(&export, outcome, None).await.map(|()| json!({}))
             }
             Request::Stream { export, base, rate, action } => encoded(match action {
                 StreamAction::Start => {
-                    let request = StreamRequest { base, rate };
-                    self.start_stream(&mut disks, &export, request).await?
+                    self.start_stream(&export, StreamRequest { base, rate }).await?
                 }
-                StreamAction::Cancel => self.cancel_stream(&mut disks, &export).await?,
+                StreamAction::Cancel => self.cancel_stream(&export).await?,
             }),
             Request::Takeover {} => {
                 let message = "a takeover comes from a program that takes over";
                 Err(Failure::new(ErrorKind::InvalidRequest, message))
             }
-            request => bitmaps::change(&disks, request).await,
+            request => bitmaps::change(self, request).await,
         }
     }
 
-    /// Ends the server, unless another program takes it over. A request that hangs has the lock for
-    /// as long as it likes, and only the end of the server ends it.
+    /// Ends the server, unless another program takes it over.
     async fn shut_down(&self) -> Result<Value, Failure> {
-        if let Some(disks) = within(TIME_FOR_OTHERS, self.disks.lock()).await {
-            disks.refuse_if_suspended()?;
-        }
+        self.disks.lock().await.refuse_if_suspended()?;
         self.stop.notify_one();
         Ok(json!({}))
     }
@@ -102,7 +99,7 @@ impl Controller {
         disk: ServedDisk,
     ) -> Result<Vec<String>, Failure> {
         match self.begin_opening() {
-            Ok(opening) => self.add_opened(name, opening, disk, Duration::ZERO).await,
+            Ok(opening) => self.add_opened(name, opening, disk).await,
             Err(refused) => {
                 // The last one to drop an image closes it, which may block.
                 let _ = blocking(move || drop(disk)).await;
@@ -112,14 +109,12 @@ impl Controller {
     }
 
     /// As [`add_export`](Self::add_export), for a disk that was opened since [`opening`] began.
-    /// Waits at most for `limit` until other requests have been carried out, or without an end if
-    /// that is zero.
     ///
     /// [`opening`]: Self::begin_opening
     ///
     /// # Errors
     ///
-    /// As [`add_export`](Self::add_export); `InUse` after the limit.
+    /// As [`add_export`](Self::add_export).
     ///
     /// # Cancel safety
     ///
@@ -130,23 +125,11 @@ impl Controller {
         // Before the disk: parameters are dropped in reverse order.
         opening: OpeningGuard,
         disk: ServedDisk,
-        limit: Duration,
     ) -> Result<Vec<String>, Failure> {
         let name = name.into();
-        let Some(mut disks) = within(limit, self.disks.lock()).await else {
-            // Closing it may hang as well, and nothing waits for that but a takeover.
-            let closing = (disk, opening);
-            let thread = std::thread::Builder::new().name("close".to_owned());
-            // Without a thread it is closed here.
-            let _ = thread.spawn(move || drop(closing));
-            let message = format!(
-                "it is not added: after {} s another request of the control socket is still being \
-                 carried out",
-                limit.as_secs_f64()
-            );
-            return Err(Failure::new(ErrorKind::InUse, message));
-        };
-        let refused = disks.refuse_if_suspended().and_then(|()| self.register(&name, &disk));
+        let mut disks = self.disks.lock().await;
+        let refused =
+            disks.refuse_if_suspended().and_then(|()| self.register(&name, &disks, &disk));
         if let Err(refused) = refused {
             disks.note_closing(&name, &disk);
             // The last one to drop an image closes it, which may hang, and other requests must not.
@@ -157,6 +140,7 @@ impl Controller {
         let uris = (self.uris)(&name);
         self.observe(&ControlEvent::ExportAdded { export: &name });
         disks.insert(name, disk);
+        drop(opening);
         Ok(uris)
     }
 
@@ -172,8 +156,36 @@ impl Controller {
     ///
     /// Not safe: the export may be removed while its disk remains open.
     pub async fn remove_export(&self, name: &str, on_use: OnUse) -> Result<(), Failure> {
-        let disks = self.disks.lock().await;
-        self.remove(disks, name, on_use).await.map(drop)
+        let (turn, disks) = self.turn(name, self.patience).await?;
+        refuse_busy(&disks, name)?;
+        drop(disks);
+        let in_use = match on_use {
+            OnUse::Refuse => InUse::Refuse,
+            OnUse::Disconnect => InUse::Disconnect,
+        };
+        let entry = self.server.remove_export(name, in_use).await.map_err(|error| {
+            let message = error.to_string();
+            match error {
+                RemoveError::InUse { .. } => {
+                    let advice = "add --disconnect (\"on-use\":\"disconnect\") to end connections";
+                    Failure::new(ErrorKind::InUse, format!("{message}; {advice}"))
+                }
+                _ => Failure::new(ErrorKind::NotFound, message),
+            }
+        })?;
+        let disk = self.disks.lock().await.remove(name);
+        drop(turn);
+        self.observe(&ControlEvent::ExportRemoved { export: name });
+        let limit = self.current_open_timeout();
+        let Some(closed) = within(limit, blocking(move || close(Some(entry), disk))).await else {
+            let message = format!(
+                "the export is removed, but after {} s it is neither flushed nor closed: what it \
+                 is on hangs; that goes on in the background",
+                limit.as_secs_f64()
+            );
+            return Err(Failure::new(ErrorKind::Failed, message));
+        };
+        closed?
     }
 
     /// Removes an export for new clients; those that use it keep it until they leave, and its disk
@@ -188,7 +200,7 @@ impl Controller {
     ///
     /// Safe: the disk is closed in the background.
     pub async fn release_export(&self, name: &str) -> Result<(), Failure> {
-        let mut disks = self.disks.lock().await;
+        let (_turn, mut disks) = self.turn(name, self.patience).await?;
         refuse_busy(&disks, name)?;
         let entry = self.server.exports().remove(name);
         let disk = disks.remove(name);
@@ -198,16 +210,48 @@ impl Controller {
         blocking(move || close(entry, disk)).await?
     }
 
-    async fn list(&self, disks: &ServedDisks) -> Result<Listing, Failure> {
+    /// Looks at the bitmaps and the identities of all disks that have any. What hangs is left out.
+    async fn look(&self) -> Result<Vec<(String, Look)>, Failure> {
+        let disks = self.disks.lock().await;
+        disks.refuse_if_suspended()?;
+        let looked = disks.disks.iter().filter_map(|(name, disk)| {
+            Some((name.clone(), disk.image.clone()?, Arc::clone(&disk.look)))
+        });
+        let looked: Vec<_> = looked.collect();
+        drop(disks);
+        let deadline = Instant::now() + TIME_TO_LOOK;
+        let mut found = Vec::with_capacity(looked.len());
+        for (name, image, look) in looked {
+            let look = async {
+                // Not more than one thread hangs for each.
+                let guard = look.lock_owned().await;
+                blocking(move || {
+                    let _guard = guard;
+                    let id = image.image().disk_id().map(|id| id.to_string());
+                    (bitmaps::list(&image), id)
+                })
+                .await
+            };
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if let Some(look) = within(rest.max(LOOK_MIN), look).await {
+                found.push((name, look?));
+            }
+        }
+        Ok(found)
+    }
+
+    async fn list(&self) -> Result<Listing, Failure> {
+        let mut looks = self.look().await?;
+        let disks = self.disks.lock().await;
         let statistics = self.server.statistics();
         let mut exports = Vec::new();
         for (name, entry) in self.server.exports().entries() {
             let (info, done) = (entry.export().info(), entry.statistics());
             let disk = disks.get(&name).ok();
-            let bitmaps = match disk {
-                Some(disk) => bitmaps::list(disk).await?,
-                None => Vec::new(),
-            };
+            let look = looks.iter_mut().find(|(looked, _)| *looked == name);
+            let look = look.map(|(_, look)| std::mem::take(look));
+            let hangs = look.is_none() && disk.is_some_and(|disk| disk.image.is_some());
+            let (bitmaps, id) = look.unwrap_or_default();
             exports.push(ExportState {
                 size: info.size,
                 read_only: info.flags.contains(TransmissionFlags::READ_ONLY),
@@ -216,7 +260,8 @@ impl Controller {
                 traffic: Traffic::new(&done.requests, done.in_flight),
                 source: disk.map(|disk| disk.source.clone()),
                 bitmaps,
-                disk: disk.and_then(ServedDisk::id),
+                problem: hangs.then(|| HANGS.to_owned()),
+                disk: id,
                 checkpoint: disk.and_then(ServedDisk::describe_checkpoint),
                 stream: disk.and_then(|disk| disk.streaming.as_ref()).map(Streaming::state),
                 name,
@@ -256,7 +301,7 @@ impl Controller {
         if let Some(text) = description {
             disk = disk.configured(|entry| entry.description(text));
         }
-        let uris = self.add_opened(name, opening, disk, limit).await?;
+        let uris = self.add_opened(name, opening, disk).await?;
         Ok(json!({ "uris": uris }))
     }
 
@@ -268,50 +313,23 @@ impl Controller {
         Ok(())
     }
 
-    fn register(&self, name: &str, disk: &ServedDisk) -> Result<(), Failure> {
+    fn register(&self, name: &str, disks: &ServedDisks, disk: &ServedDisk) -> Result<(), Failure> {
         self.refuse_taken(name)?;
+        if disks.get(name).is_ok() {
+            // It is being removed.
+            return Err(still_working(name));
+        }
         let added = self.server.exports().add(name, disk.entry());
         added.map_err(|error| Failure::new(ErrorKind::InvalidRequest, error.to_string()))
     }
-
-    async fn remove(
-        &self,
-        mut disks: MutexGuard<'_, ServedDisks>,
-        name: &str,
-        on_use: OnUse,
-    ) -> Result<Value, Failure> {
-        refuse_busy(&disks, name)?;
-        let in_use = match on_use {
-            OnUse::Refuse => InUse::Refuse,
-            OnUse::Disconnect => InUse::Disconnect,
-        };
-        let entry = self.server.remove_export(name, in_use).await.map_err(|error| {
-            let message = error.to_string();
-            match error {
-                RemoveError::InUse { .. } => {
-                    let advice = "add --disconnect (\"on-use\":\"disconnect\") to end connections";
-                    Failure::new(ErrorKind::InUse, format!("{message}; {advice}"))
-                }
-                _ => Failure::new(ErrorKind::NotFound, message),
-            }
-        })?;
-        let disk = disks.remove(name);
-        self.observe(&ControlEvent::ExportRemoved { export: name });
-        // Its flush may hang, and other requests must not.
-        drop(disks);
-        let limit = self.current_open_timeout();
-        let Some(closed) = within(limit, blocking(move || close(Some(entry), disk))).await else {
-            let message = format!(
-                "the export is removed, but after {} s it is neither flushed nor closed: what it \
-                 is on hangs; that goes on in the background",
-                limit.as_secs_f64()
-            );
-            return Err(Failure::new(ErrorKind::Failed, message));
-        };
-        closed??;
-        Ok(json!({}))
-    }
 }
+
+/// The bitmaps of a disk, and its UUID.
+type Look = (Vec<Value>, Option<String>);
+
+/// Why bitmaps are not listed.
+const HANGS: &str = "its bitmaps are not listed, because what the disk is on does not answer, or a request about \
+     them takes long";
 
 /// Refuses to remove a disk that a checkpoint or a stream uses.
 fn refuse_busy(disks: &ServedDisks, name: &str) -> Result<(), Failure> {

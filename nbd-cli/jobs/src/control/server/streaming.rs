@@ -27,8 +27,10 @@ pub(super) struct Streaming {
 }
 
 /// What the thread of a stream tells.
-struct Shared {
+pub(super) struct Shared {
     state: Mutex<StreamState>,
+    /// The last progress, or the start.
+    progressed: Mutex<Instant>,
     export: String,
     observer: Arc<ControlObserver>,
 }
@@ -48,7 +50,8 @@ impl Streaming {
     ) -> Result<Self, Failure> {
         let base = request.base.map(|name| find_base(image.image(), name)).transpose()?;
         let state = StreamState { total: image.image().size(), ..StreamState::default() };
-        let shared = Shared { state: Mutex::new(state), export: export.to_owned(), observer };
+        let (state, progressed) = (Mutex::new(state), Mutex::new(Instant::now()));
+        let shared = Shared { state, progressed, export: export.to_owned(), observer };
         let (cancellation, shared) = (Cancellation::new(), Arc::new(shared));
         let context = JobContext {
             observer: Arc::clone(&shared) as _,
@@ -71,24 +74,17 @@ impl Streaming {
     }
 
     pub(super) fn state(&self) -> StreamState {
-        self.shared.lock().clone()
+        self.shared.state()
     }
 
     pub(super) fn is_running(&self) -> bool {
-        !self.state().phase.is_over()
+        self.shared.is_running()
     }
 
-    pub(super) fn cancel(&self, reason: &str) {
+    /// Has the stream end. Returns what tells when it has.
+    pub(super) fn cancel(&self, reason: &str) -> Arc<Shared> {
         self.cancellation.cancel(reason);
-    }
-
-    /// Waits until the stream has ended; returns whether it has.
-    pub(super) async fn ended(&self, limit: Duration) -> bool {
-        let deadline = Instant::now() + limit;
-        while self.is_running() && Instant::now() < deadline {
-            tokio::time::sleep(LOOK).await;
-        }
-        !self.is_running()
+        Arc::clone(&self.shared)
     }
 }
 
@@ -105,6 +101,31 @@ impl Drop for Streaming {
 }
 
 impl Shared {
+    pub(super) fn state(&self) -> StreamState {
+        let mut state = self.lock().clone();
+        let progressed = *self.progressed.lock().unwrap_or_else(PoisonError::into_inner);
+        state.idle = (!state.phase.is_over()).then(|| progressed.elapsed().as_secs());
+        state
+    }
+
+    fn is_running(&self) -> bool {
+        !self.lock().phase.is_over()
+    }
+
+    /// Waits until the stream has ended; returns whether it has.
+    pub(super) async fn ended(&self, deadline: Instant) -> bool {
+        while self.is_running() && Instant::now() < deadline {
+            tokio::time::sleep(LOOK).await;
+        }
+        !self.is_running()
+    }
+
+    /// Notes that something was copied.
+    fn runs(&self, state: &mut StreamState) {
+        (state.phase, state.problem) = (StreamPhase::Running, None);
+        *self.progressed.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, StreamState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -143,14 +164,13 @@ impl Observer for Shared {
         let mut state = self.lock();
         // After a failure it looks at the beginning again, and copies only what is missing.
         if progress.done > state.done {
-            (state.phase, state.problem) = (StreamPhase::Running, None);
+            self.runs(&mut state);
             state.done = progress.done;
         }
     }
 
     fn copied(&self, _: GuestRange) {
-        let mut state = self.lock();
-        (state.phase, state.problem) = (StreamPhase::Running, None);
+        self.runs(&mut self.lock());
     }
 }
 
