@@ -166,7 +166,7 @@ async fn attach(args: &AttachArgs) -> Result<Outcome, CommandError> {
     args.tls.check(uri.as_ref())?;
     // Checked before anything is opened or a server is contacted.
     ensure_driver()?;
-    let pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
+    args.pid_file.as_deref().map(PidFile::write).transpose()?.into_iter().for_each(PidFile::keep);
     let options = options(args, uri.as_ref())?;
     let attached = signals.meanwhile(connected(args, uri, &options)).await?;
     announce(&attached);
@@ -176,7 +176,6 @@ async fn attach(args: &AttachArgs) -> Result<Outcome, CommandError> {
     logging::include_warnings();
     service_manager::ready();
     keep_device(attached, &mut signals).await?;
-    drop(pid_file);
     Ok(Outcome::Success)
 }
 

@@ -182,10 +182,11 @@ impl Setup {
         };
         if let Ok(Served::HandsOver(_)) = &served {
             stop_helpers(monitor, reloading).await;
+            drop(pid_file);
         } else {
+            pid_file.into_iter().for_each(PidFile::keep);
             close(registry, monitor, reloading).await;
         }
-        drop(pid_file);
         served
     }
 }
@@ -207,8 +208,7 @@ fn private_directory(args: &ServeArgs) -> Result<Option<PrivateDirectory>, Comma
     Ok(is_wanted.then(PrivateDirectory::new).transpose()?)
 }
 
-/// Closes the images. Call it before the lock on the process id file is released: until then other
-/// programs must not use them.
+/// Closes the images.
 async fn close(
     registry: ExportRegistry,
     monitor: Option<RunningMonitor>,
@@ -287,7 +287,6 @@ async fn check(
 }
 
 /// Starts the status page. It holds the exports until it is dropped, which closes their images.
-/// That has to happen before the process id file is unlocked.
 fn monitor(args: &ServeArgs, server: &Server) -> Result<Option<RunningMonitor>, CommandError> {
     let Some(address) = &args.metrics else { return Ok(None) };
     let explained = |error: MonitorError| CommandError::new(error.to_string());

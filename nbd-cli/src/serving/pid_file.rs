@@ -12,8 +12,8 @@ use crate::error::CommandError;
 /// Attempts to lock a file that other processes keep replacing.
 const MAX_ATTEMPTS: usize = 100;
 
-/// A written file, locked until the process ends. The file remains, as in qemu-nbd: a file without
-/// a lock is stale.
+/// A written file, locked until this is dropped. The file remains, as in qemu-nbd: a file without a
+/// lock is stale.
 #[derive(Debug)]
 pub(crate) struct PidFile {
     _locked: File,
@@ -47,6 +47,12 @@ impl PidFile {
             "Cannot lock pid file '{}': it keeps changing",
             path.display()
         )))
+    }
+
+    /// Keeps the file locked until the process ends: until then, a thread may carry out the request of
+    /// a client that was cut off, and no other process must use the disk.
+    pub(crate) fn keep(self) {
+        Box::leak(Box::new(self));
     }
 }
 

@@ -44,7 +44,13 @@ async fn serve(
     export: Arc<dyn Export>,
     signals: &mut EndSignals,
 ) -> Result<(), Refusal> {
-    let pid_file = options.pid_file.as_deref().map(PidFile::write).transpose()?;
+    options
+        .pid_file
+        .as_deref()
+        .map(PidFile::write)
+        .transpose()?
+        .into_iter()
+        .for_each(PidFile::keep);
     let mut config = ServerConfig::default();
     let aio = if options.aio == Some(AioMode::Threads) { Aio::Threads } else { Aio::Auto };
     config.io_uring = aio.may_use_io_uring();
@@ -56,9 +62,7 @@ async fn serve(
         complain(&format!("{} is attached", attached.path().display()));
     }
     daemon::ready(role, options)?;
-    keep_device(attached, signals).await?;
-    drop(pid_file);
-    Ok(())
+    Ok(keep_device(attached, signals).await?)
 }
 
 fn properties(options: &Options, index: u32) -> AttachOptions {

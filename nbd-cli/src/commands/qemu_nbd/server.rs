@@ -65,7 +65,13 @@ async fn serve(
     server: Server,
     signals: EndSignals,
 ) -> Result<(), Refusal> {
-    let _pid_file = options.pid_file.as_deref().map(PidFile::write).transpose()?;
+    options
+        .pid_file
+        .as_deref()
+        .map(PidFile::write)
+        .transpose()?
+        .into_iter()
+        .for_each(PidFile::keep);
     daemon::ready(role, options)?;
     let mut clients = server.handle().client_count();
     let persistent = options.persistent;
