@@ -67,6 +67,7 @@ enum Hint {
     FoundFormat(Format),
     ChainTooLong,
     CouldBeShared,
+    LostWriteback,
 }
 
 /// The result type of this crate.
@@ -89,6 +90,12 @@ impl Error {
 
     /// Converts an error of the operating system; the kind follows from its code.
     pub fn from_io(operation: &'static str, source: io::Error) -> Self {
+        if let Some(lost) = source.get_ref().and_then(|it| it.downcast_ref::<LostWriteback>()) {
+            let mut error = Self::from_io(operation, io::Error::from_raw_os_error(lost.0));
+            error.0.detail = lost.to_string();
+            error.0.hint = Some(Hint::LostWriteback);
+            return error;
+        }
         let mut error = Self::new(kind_of(&source), operation, detail_of(&source));
         error.0.source = Some(source);
         error
@@ -161,10 +168,13 @@ impl Error {
         self
     }
 
-    /// Sets the byte offset in the virtual disk (or in the file, for metadata).
+    /// Sets the byte offset in the virtual disk (or in the file, for metadata), unless data of an
+    /// unknown place is lost.
     #[must_use]
     pub fn at(mut self, offset: u64) -> Self {
-        self.0.offset.get_or_insert(offset);
+        if self.0.hint != Some(Hint::LostWriteback) {
+            self.0.offset.get_or_insert(offset);
+        }
         self
     }
 
@@ -210,6 +220,29 @@ pub struct LostBytes(
     pub Box<dyn StdError + Send + Sync>,
 );
 
+/// Within the error of a [`Storage`](crate::Storage): data that it had accepted before is lost. The
+/// system could not write it back, which it tells once, to any later write or flush, and not where.
+#[derive(Debug)]
+pub struct LostWriteback(
+    /// The system's number of the reason.
+    pub i32,
+);
+
+impl LostWriteback {
+    pub(crate) fn error(code: i32) -> io::Error {
+        io::Error::new(io::Error::from_raw_os_error(code).kind(), Self(code))
+    }
+}
+
+impl fmt::Display for LostWriteback {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let reason = system_words(&io::Error::from_raw_os_error(self.0));
+        write!(f, "data written before, the system does not tell where, is lost: {reason}")
+    }
+}
+
+impl StdError for LostWriteback {}
+
 impl fmt::Display for LostBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
@@ -233,18 +266,42 @@ impl fmt::Display for Error {
     }
 }
 
-/// Escapes the characters that control a terminal or the direction of text: names are those of
-/// images, and their authors are not trusted.
+/// Escapes the characters that control a terminal or the direction of text, or cannot be seen: names
+/// are those of images, and their authors are not trusted.
 struct Escaping<'a, 'f>(&'a mut fmt::Formatter<'f>);
 
 impl fmt::Write for Escaping<'_, '_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        let is_direction = |c| matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        let is_plain = |c: char| !c.is_control() && !is_direction(c);
         text.chars().try_for_each(|c| match is_plain(c) {
             true => self.0.write_char(c),
             false => write!(self.0, "{}", c.escape_default()),
         })
+    }
+}
+
+/// Returns whether a character shows itself, and nothing else: it does not control a terminal or the
+/// direction of text, and is not invisible. Names are those of others and may lie.
+#[must_use]
+pub fn is_plain(character: char) -> bool {
+    match character {
+        ' '..='~' => true,
+        // Ignored where text is shown, although they are letters and marks.
+        '\u{34f}'
+        | '\u{115f}'..='\u{1160}'
+        | '\u{17b4}'..='\u{17b5}'
+        | '\u{180b}'..='\u{180f}'
+        | '\u{2800}'
+        | '\u{3164}'
+        | '\u{fe00}'..='\u{fe0f}'
+        | '\u{ffa0}'
+        | '\u{e0100}'..='\u{e01ef}' => false,
+        _ => {
+            // The standard library escapes everything that cannot be seen, and marks only at the
+            // start of a text.
+            let mut text = String::from("a");
+            text.push(character);
+            text.escape_debug().count() == 2
+        }
     }
 }
 
@@ -322,9 +379,10 @@ mod tests {
 
     #[test]
     fn names_that_an_image_holds_control_no_terminal() {
-        let detail = "the image refers to 'a\x1b[2J\r\n\u{202e}ü\\'";
+        let detail = "the image refers to 'a\x1b[2J\r\n\u{202e}\u{200f}ü\\'";
         let error = Error::new(ErrorKind::PolicyDenied, "open", detail).with_path("b\x07");
-        let expected = r"cannot open 'b\u{7}': the image refers to 'a\u{1b}[2J\r\n\u{202e}ü\'";
+        let expected =
+            r"cannot open 'b\u{7}': the image refers to 'a\u{1b}[2J\r\n\u{202e}\u{200f}ü\'";
         assert_eq!(error.to_string(), expected);
     }
 
@@ -339,6 +397,17 @@ mod tests {
             error.to_string(),
             "cannot write to '/disk.img' at offset 4096: no space is left on the device; free some"
         );
+    }
+
+    #[test]
+    fn an_error_of_lost_data_names_no_place_because_the_system_tells_none() {
+        let error = Error::from_io("write to", LostWriteback::error(libc::ENOSPC));
+        let error = error.with_path("/disk.img").at(4096);
+        assert_eq!((error.kind(), error.offset()), (ErrorKind::NoSpace, None));
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+        let expected = "cannot write to '/disk.img': data written before, the system does not tell \
+                        where, is lost: No space left on device";
+        assert_eq!(error.to_string(), expected);
     }
 
     #[test]

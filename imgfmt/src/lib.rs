@@ -123,7 +123,7 @@ pub use create_options::{
 #[cfg(all(feature = "encryption", feature = "test-util"))]
 #[doc(hidden)]
 pub use crypto::luks::seal as seal_luks_header;
-pub use error::{Error, ErrorKind, LostBytes, Result};
+pub use error::{Error, ErrorKind, LostBytes, LostWriteback, Result, is_plain};
 pub use extent::{Extent, ExtentKind};
 pub use foreign_info::{
     FormatDetails, ImageKind, VdiInfo, VhdxInfo, VmdkExtent, VmdkInfo, VpcInfo,

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::Durability;
+use crate::error::LostWriteback;
 
 /// Writes all of `data`; every write starts at a multiple of `unit` bytes.
 pub(super) fn write_all(
@@ -58,7 +59,7 @@ fn is_full(error: &io::Error) -> bool {
 /// once. Then this write does not lack space.
 fn cause(error: io::Error, write: impl FnOnce() -> io::Result<usize>) -> io::Error {
     match write() {
-        Ok(_) => Errno::IO.into(),
+        Ok(_) => LostWriteback::error(Errno::IO.raw_os_error()),
         Err(_) => error,
     }
 }
@@ -81,7 +82,8 @@ mod tests {
         let error = write_all(&full, 0, &[1; 512], 1, Durability::Fua).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull, "the bytes have no space either");
         let lost = || Errno::NOSPC.into();
-        assert_eq!(cause(lost(), || Ok(512)).raw_os_error(), Some(libc::EIO));
+        let error = cause(lost(), || Ok(512)).to_string();
+        assert!(error.ends_with("is lost: Input/output error"), "{error}");
         let error = cause(lost(), || Err(lost()));
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
     }

@@ -16,6 +16,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 
+use crate::error::LostWriteback;
 use crate::ordered_lock::{OrderedMutex, rank};
 
 /// What waits in the page cache for a slow disk, of a file that is written once.
@@ -158,10 +159,10 @@ impl WriteBehind {
 
     fn noted(&self, ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mut lost = self.lost.lock();
-        if let Some(code) = *lost {
-            return Err(io::Error::from_raw_os_error(code));
+        if lost.is_none() {
+            *lost = ask().err().map(|error| error.raw_os_error().unwrap_or(libc::EIO));
         }
-        ask().inspect_err(|error| *lost = Some(error.raw_os_error().unwrap_or(libc::EIO)))
+        lost.map_or(Ok(()), |code| Err(LostWriteback::error(code)))
     }
 }
 
@@ -460,7 +461,7 @@ mod tests {
             was_asked.recv().unwrap();
             let synced = storage.sync();
             done.send(()).unwrap();
-            assert_eq!(synced.unwrap_err().raw_os_error(), Some(libc::EIO));
+            assert!(synced.unwrap_err().to_string().contains("Input/output error"));
             assert!(writing.join().unwrap().is_err());
         });
     }
@@ -478,7 +479,7 @@ mod tests {
             pages.failures.lock().unwrap().push(libc::EIO);
             for _ in 0..2 {
                 let error = behind.wrote(11 * MIB, MIB).unwrap_err();
-                assert_eq!(error.raw_os_error(), Some(libc::EIO));
+                assert!(error.to_string().contains("is lost: Input/output error"), "{error}");
                 assert!(behind.check().is_err());
             }
         }

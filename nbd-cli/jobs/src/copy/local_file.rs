@@ -98,6 +98,8 @@ pub(super) fn file_error(
     offset: Option<u64>,
     error: &io::Error,
 ) -> JobError {
+    let is_elsewhere = error.get_ref().is_some_and(|inner| inner.is::<imgfmt::LostWriteback>());
+    let offset = offset.filter(|_| !is_elsewhere);
     let position = offset.map(|offset| format!(" at offset {offset}")).unwrap_or_default();
     let advice = match error.kind() {
         io::ErrorKind::StorageFull => "; free some space or choose another destination",
