@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 
-use nbd_jobs::text::without_error_numbers;
+use nbd_jobs::text::{readable, without_error_numbers};
 use nbd_jobs::{JobError, JobErrorKind};
 
 /// The outcome of a command that did not fail.
@@ -51,7 +51,7 @@ pub(crate) struct CommandError {
 impl CommandError {
     /// Creates a failure; `message` is the whole sentence.
     pub(crate) fn new(message: impl Into<String>) -> Self {
-        let message = without_error_numbers(message.into());
+        let message = readable(&without_error_numbers(message.into()));
         Self { kind: CommandErrorKind::Failure, message, could_be_shared: false }
     }
 

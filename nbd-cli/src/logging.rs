@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use clap::{Args, ValueEnum};
+use nbd_jobs::text::{readable, readable_json};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -60,15 +61,16 @@ struct LogFile {
 /// If NBD_LOG is malformed, or the file cannot be opened.
 pub(crate) fn start(verbosity: u8, args: &LogArgs) -> Result<(), CommandError> {
     let levels = levels(verbosity, std::env::var(LEVELS).ok().as_deref())?;
+    let format = args.log_format;
     let (writer, is_terminal) = match &args.log_file {
         Some(path) => {
             let path = std::path::absolute(path).map_err(|error| cannot_open(path, &error))?;
             let file = Mutex::new(open(&path).map_err(|error| cannot_open(&path, &error))?);
             // A process has at most one.
             let file = FILE.get_or_init(|| LogFile { path, file });
-            (BoxMakeWriter::new(move || Line(file)), false)
+            (BoxMakeWriter::new(move || Line(format, Some(file))), false)
         }
-        None => (BoxMakeWriter::new(io::stderr), io::stderr().is_terminal()),
+        None => (BoxMakeWriter::new(move || Line(format, None)), io::stderr().is_terminal()),
     };
     let layer = tracing_subscriber::fmt::layer()
         .with_writer(writer)
@@ -133,12 +135,24 @@ fn cannot_open(path: &Path, error: &io::Error) -> CommandError {
     CommandError::new(format!("cannot open the log file '{}': {error}", path.display()))
 }
 
-/// Writes a line, which arrives complete.
-struct Line(&'static LogFile);
+/// Writes a line, which arrives complete, to a file or to standard error.
+struct Line(LogFormat, Option<&'static LogFile>);
 
 impl Write for Line {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        self.0.file.lock().unwrap_or_else(PoisonError::into_inner).write(line)
+        let text = String::from_utf8_lossy(line);
+        let text = match self.0 {
+            LogFormat::Text => readable(&text),
+            LogFormat::Json => readable_json(&text),
+        };
+        match self.1 {
+            Some(log) => {
+                let mut file = log.file.lock().unwrap_or_else(PoisonError::into_inner);
+                file.write_all(text.as_bytes())?;
+            }
+            None => io::stderr().write_all(text.as_bytes())?,
+        }
+        Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {

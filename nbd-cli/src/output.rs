@@ -3,7 +3,7 @@
 use std::io::{self, BufWriter, IsTerminal as _, StdoutLock, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nbd_jobs::text::without_error_numbers;
+use nbd_jobs::text::{readable, readable_json, without_error_numbers};
 use serde::Serialize;
 
 use crate::error::{CommandError, CommandErrorKind};
@@ -33,9 +33,10 @@ impl Output {
         Self { writer: BufWriter::with_capacity(32 * 1024, io::stdout().lock()) }
     }
 
-    /// Writes one line.
+    /// Writes one line of text.
     pub(crate) fn line(&mut self, text: &str) -> Result<(), CommandError> {
-        writeln!(self.writer, "{text}").map_err(|error| CommandError::output(&error))
+        self.text(&readable(text))?;
+        self.text("\n")
     }
 
     /// Writes text without changes.
@@ -45,9 +46,15 @@ impl Output {
 
     /// Writes a value as indented JSON.
     pub(crate) fn json(&mut self, value: &impl Serialize) -> Result<(), CommandError> {
-        serde_json::to_writer_pretty(&mut self.writer, value)
-            .map_err(|error| CommandError::output(&error.into()))?;
-        self.line("")
+        let text = serde_json::to_string_pretty(value);
+        self.text(&readable_json(&text.map_err(|error| CommandError::output(&error.into()))?))?;
+        self.text("\n")
+    }
+
+    /// Writes a value as JSON in one line, without its end.
+    pub(crate) fn compact_json(&mut self, value: &impl Serialize) -> Result<(), CommandError> {
+        let text = serde_json::to_string(value);
+        self.text(&readable_json(&text.map_err(|error| CommandError::output(&error.into()))?))
     }
 
     /// Flushes the output.
@@ -85,7 +92,7 @@ pub(crate) fn warn_in_log() {
 
 /// Writes a warning to standard error or to the log; a closed standard error is not an error.
 pub(crate) fn warn(message: &str) {
-    let message = without_error_numbers(message.to_owned());
+    let message = readable(&without_error_numbers(message.to_owned()));
     if WARNS_IN_LOG.load(Ordering::Relaxed) && tracing::enabled!(tracing::Level::WARN) {
         return tracing::warn!("{message}");
     }

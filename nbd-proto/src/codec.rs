@@ -92,18 +92,41 @@ pub(crate) fn truncate_text(text: &str, limit: usize) -> &str {
     text.get(..end).unwrap_or("")
 }
 
-/// Text sent by the peer, safe to print on a terminal: control characters are escaped.
+/// Returns whether a character shows itself, and nothing else: it does not control a terminal or the
+/// direction of text, and is not invisible. Names are those of others and may lie.
+#[must_use]
+pub fn is_plain(character: char) -> bool {
+    match character {
+        ' '..='~' => true,
+        // Ignored where text is shown, although they are letters and marks.
+        '\u{34f}'
+        | '\u{115f}'..='\u{1160}'
+        | '\u{17b4}'..='\u{17b5}'
+        | '\u{180b}'..='\u{180f}'
+        | '\u{2800}'
+        | '\u{3164}'
+        | '\u{fe00}'..='\u{fe0f}'
+        | '\u{ffa0}'
+        | '\u{e0100}'..='\u{e01ef}' => false,
+        _ => {
+            // The standard library escapes everything that cannot be seen, and marks only at the
+            // start of a text.
+            let mut text = String::from("a");
+            text.push(character);
+            text.escape_debug().count() == 2
+        }
+    }
+}
+
+/// Text sent by the peer, safe to print on a terminal: what is not plain is escaped.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PeerText<'a>(pub(crate) &'a str);
 
 impl std::fmt::Display for PeerText<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.chars().try_for_each(|character| {
-            if character.is_control() {
-                write!(f, "{}", character.escape_default())
-            } else {
-                write!(f, "{character}")
-            }
+        self.0.chars().try_for_each(|character| match is_plain(character) {
+            true => write!(f, "{character}"),
+            false => write!(f, "{}", character.escape_default()),
         })
     }
 }
@@ -111,6 +134,22 @@ impl std::fmt::Display for PeerText<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_controls_text_or_is_invisible_is_not_plain() {
+        let directions = ('\u{202a}'..='\u{202e}').chain('\u{2066}'..='\u{2069}');
+        let marks =
+            ['\u{200b}', '\u{200d}', '\u{200e}', '\u{200f}', '\u{61c}', '\u{ad}', '\u{feff}'];
+        let others = ['\u{1b}', '\u{9b}', '\n', '\u{7f}', '\u{2028}', '\u{3164}', '\u{e0041}'];
+        for character in directions.chain(marks).chain(others) {
+            assert!(!is_plain(character), "{character:?}");
+        }
+        // Names that were written on a Mac have marks.
+        for character in " '\"\\~aéße\u{301}日本語עבריתعربيपा🖴".chars() {
+            assert!(is_plain(character), "{character:?}");
+        }
+        assert_eq!(PeerText("a\u{202e}b\n").to_string(), "a\\u{202e}b\\n");
+    }
 
     #[test]
     fn fields_come_out_big_endian_and_then_nothing() {

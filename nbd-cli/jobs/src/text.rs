@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use nbd_proto::codec::is_plain;
+
 /// Removes the error numbers that the standard library appends to the system's texts.
 pub fn without_error_numbers(mut message: String) -> String {
     const BEFORE: &str = " (os error ";
@@ -16,15 +18,46 @@ pub fn without_error_numbers(mut message: String) -> String {
     message
 }
 
-/// Text of a server with control characters escaped: it must not control the terminal.
+/// A name or a text of others, with everything escaped that controls a terminal or the direction of
+/// text, or cannot be seen.
 pub fn printable(text: &str) -> String {
+    replaced(text, is_plain, |shown, character| {
+        // Writing to a string cannot fail.
+        let _ = write!(shown, "{}", character.escape_default());
+    })
+}
+
+/// Text with names in it, such as a message, with everything escaped that controls the direction of
+/// text or cannot be seen. What controls a terminal is the text's own.
+pub fn readable(text: &str) -> String {
+    replaced(
+        text,
+        |it| it.is_control() || is_plain(it),
+        |shown, character| {
+            let _ = write!(shown, "{}", character.escape_default());
+        },
+    )
+}
+
+/// JSON with the same characters escaped: its value stays the same.
+pub fn readable_json(text: &str) -> String {
+    replaced(
+        text,
+        |it| it.is_control() || is_plain(it),
+        |shown, character| {
+            for unit in character.encode_utf16(&mut [0; 2]) {
+                let _ = write!(shown, "\\u{unit:04x}");
+            }
+        },
+    )
+}
+
+fn replaced(text: &str, is_kept: fn(char) -> bool, replace: fn(&mut String, char)) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {
-        if character.is_control() {
-            // Writing to a string cannot fail.
-            let _ = write!(shown, "{}", character.escape_default());
-        } else {
-            shown.push(character);
+        match is_kept(character) {
+            true => shown.push(character),
+            false => replace(&mut shown, character),
         }
     }
     shown
@@ -48,5 +81,16 @@ mod tests {
     #[test]
     fn a_server_cannot_send_escape_sequences_to_the_terminal() {
         assert_eq!(printable("disk\u{1b}[2J\n é"), "disk\\u{1b}[2J\\n é");
+    }
+
+    #[test]
+    fn names_of_others_cannot_be_read_as_other_names() {
+        assert_eq!(printable("gmi.\u{202e}2wocq\u{200f}"), "gmi.\\u{202e}2wocq\\u{200f}");
+        assert_eq!(readable("a\n\u{1b}[1m\u{61c}b"), "a\n\u{1b}[1m\\u{61c}b");
+        let name = "a\u{2067}\u{e0041}b\"\\é\n";
+        let json = serde_json::to_string(name).expect("JSON");
+        let shown = readable_json(&json);
+        assert_eq!(shown, r#""a\u2067\udb40\udc41b\"\\é\n""#);
+        assert_eq!(serde_json::from_str::<String>(&shown).expect("JSON"), name);
     }
 }

@@ -24,10 +24,9 @@ pub(crate) fn shown(text: &str) -> String {
     printable(text).take(SHOWN_MAX).collect()
 }
 
-/// The characters of a text, with blanks for those that control terminals or the direction.
+/// The characters of a text, with blanks for those that control terminals or cannot be seen.
 pub(crate) fn printable(text: &str) -> impl Iterator<Item = char> {
-    let is_direction = |char| matches!(char, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    text.chars().map(move |char| if char.is_control() || is_direction(char) { ' ' } else { char })
+    text.chars().map(|char| if imgfmt::is_plain(char) { char } else { ' ' })
 }
 
 #[cfg(test)]
@@ -46,7 +45,7 @@ mod tests {
     }
     #[test]
     fn text_of_others_controls_no_terminal_and_is_short() {
-        assert_eq!(shown("a\x1b[2J\nb\u{202e}c"), "a [2J b c");
+        assert_eq!(shown("a\x1b[2J\nb\u{202e}c\u{200f}"), "a [2J b c ");
         assert_eq!(shown("Not a directory (os error 20)"), "Not a directory");
         assert_eq!(shown(&"ü".repeat(5000)).chars().count(), SHOWN_MAX);
     }

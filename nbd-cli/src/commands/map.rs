@@ -181,7 +181,7 @@ impl MapPrinter {
                 let extent = JsonExtent { offset, length, kind: flags, description };
                 let separator = if std::mem::take(first) { "\n" } else { ",\n" };
                 output.text(separator)?;
-                output.text(&compact(&extent)?)
+                output.compact_json(&extent)
             }
             Self::Totals { bytes, .. } => {
                 if bytes.len() >= MAX_TOTALS && !bytes.contains_key(&flags) {
@@ -238,7 +238,7 @@ fn totals(
             }
             ReportFormat::Json => {
                 output.text(separator)?;
-                output.text(&compact(&JsonTotal { size: total, percent, kind, description })?)?;
+                output.compact_json(&JsonTotal { size: total, percent, kind, description })?;
                 separator = ",\n";
             }
         }
@@ -248,9 +248,4 @@ fn totals(
         ReportFormat::Json if bytes.is_empty() => output.line("[]"),
         ReportFormat::Json => output.line("\n]"),
     }
-}
-
-/// Formats one value on one line.
-fn compact(value: &impl Serialize) -> Result<String, CommandError> {
-    serde_json::to_string(value).map_err(|error| CommandError::output(&error.into()))
 }

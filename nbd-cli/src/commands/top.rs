@@ -90,8 +90,8 @@ fn print(args: &TopArgs, mut before: Status) -> Result<Outcome, CommandError> {
         args.sort.apply(&mut activity);
         let mut output = Output::new();
         if args.json {
-            let line = serde_json::to_string(&activity);
-            output.line(&line.map_err(|error| CommandError::output(&error.into()))?)?;
+            output.compact_json(&activity)?;
+            output.text("\n")?;
         } else {
             let lines = table(&activity, terminal::columns(), None);
             lines.iter().try_for_each(|line| output.line(line.text.trim_end()))?;

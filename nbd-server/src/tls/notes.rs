@@ -30,14 +30,13 @@ pub enum PeerIdentity {
     User(String),
 }
 
-/// Text of a peer that is safe to print: control characters are escaped.
+/// Text of a peer that is safe to print: what is not plain is escaped.
 pub(super) fn printable(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for character in text.chars() {
-        if character.is_control() {
-            out.extend(character.escape_debug());
-        } else {
-            out.push(character);
+        match nbd_proto::codec::is_plain(character) {
+            true => out.push(character),
+            false => out.extend(character.escape_debug()),
         }
     }
     out

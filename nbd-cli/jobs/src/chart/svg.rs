@@ -163,7 +163,6 @@ fn escaped(text: &str) -> String {
             '<' => escaped.push_str("&lt;"),
             '>' => escaped.push_str("&gt;"),
             '"' => escaped.push_str("&quot;"),
-            '\u{fffe}' | '\u{ffff}' => escaped.push('\u{fffd}'),
             character => escaped.push(character),
         }
     }
@@ -177,7 +176,7 @@ mod tests {
     #[test]
     fn names_are_text_whatever_they_contain() {
         let svg = Chart::of_picture(4096).svg("a<b>&\"\u{1b}\u{ffff}é");
-        let title = "<title id=\"map-title\">a&lt;b&gt;&amp;&quot;\\u{1b}\u{fffd}é</title>";
+        let title = "<title id=\"map-title\">a&lt;b&gt;&amp;&quot;\\u{1b}\\u{ffff}é</title>";
         assert!(svg.contains(title), "{svg}");
     }
 

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::protocol::{ErrorKind, Failure, Request};
+use crate::text::readable_json;
 
 /// Returns the line of a reply, with its line feed.
 pub fn encode(reply: Result<Value, Failure>) -> Vec<u8> {
@@ -10,7 +11,7 @@ pub fn encode(reply: Result<Value, Failure>) -> Vec<u8> {
         Ok(result) => json!({ "result": result }),
         Err(failure) => json!({ "error": failure }),
     };
-    let mut line = value.to_string().into_bytes();
+    let mut line = readable_json(&value.to_string()).into_bytes();
     line.push(b'\n');
     line
 }

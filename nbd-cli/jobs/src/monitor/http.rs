@@ -17,6 +17,7 @@ use super::disk_map::DiskMaps;
 use super::page::page;
 use super::prometheus::{self, ExportSample};
 use crate::status::Status;
+use crate::text::readable_json;
 
 /// The age up to which pictures of disks are shown, to scrapers and on the page.
 const MAX_AGE_FOR_METRICS: Duration = Duration::from_secs(30);
@@ -114,7 +115,7 @@ impl Site {
 
     fn status(&self) -> Reply {
         match serde_json::to_string(&Status::of(&self.server)) {
-            Ok(text) => reply("application/json", text),
+            Ok(text) => reply("application/json", readable_json(&text)),
             Err(_) => refusal(StatusCode::INTERNAL_SERVER_ERROR, "the numbers cannot be written\n"),
         }
     }

@@ -3,6 +3,7 @@
 
 use std::fmt::Write as _;
 
+use nbd_proto::codec::is_plain;
 use nbd_server::ServerStatistics;
 use nbd_server::statistics::{ExportStatistics, LatencyHistogram};
 
@@ -176,6 +177,9 @@ impl Metrics {
                     '\n' => self.text.push_str("\\n"),
                     // Parsers that take them for line ends are common.
                     character if character.is_control() => self.text.push('\u{fffd}'),
+                    character if !is_plain(character) => {
+                        let _ = write!(self.text, "\\{}", character.escape_default());
+                    }
                     character => self.text.push(character),
                 }
             }

@@ -146,8 +146,7 @@ impl MapPrinter {
             ReportFormat::Text => output.line(&text(entry)),
             ReportFormat::Json => {
                 output.text(std::mem::replace(&mut self.separator, ",\n"))?;
-                let text = serde_json::to_string(entry);
-                output.text(&text.map_err(|error| CommandError::output(&error.into()))?)
+                output.compact_json(entry)
             }
         }
     }
