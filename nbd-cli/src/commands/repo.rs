@@ -1,6 +1,7 @@
 //! `nbd-cli repo`: repositories of backups.
 
 mod args;
+mod compact;
 mod export;
 mod import;
 mod keys;
@@ -32,6 +33,7 @@ pub(crate) fn run(args: &RepoArgs) -> Result<Outcome, CommandError> {
             RepoCommand::Forget(args) => forget(args).await,
             RepoCommand::Prune(args) => prune(args).await,
             RepoCommand::Gc(args) => gc(args).await,
+            RepoCommand::Compact(args) => compact::run(args).await,
             RepoCommand::Stats(args) => report::stats(args).await,
             RepoCommand::ForgetSession(args) => forget_session(args).await,
             RepoCommand::Export(args) => export::run(args).await,

@@ -77,6 +77,56 @@ fn backup_of_an_image_is_listed_checked_restored_and_forgotten() {
 }
 
 #[test]
+fn compaction_says_what_it_frees_and_changes_no_backup() {
+    let disk = Disk::sparse();
+    let repository = repository(&disk);
+    let noise = |seed: u8| -> Vec<u8> {
+        let mut state = u64::from(seed);
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 56) as u8
+        };
+        (0..2 << 20).map(|_| next()).collect()
+    };
+    let (file, mut content) = (disk.beside("disk"), noise(1));
+    std::fs::write(&file, &content).expect("room");
+    let back_up = || json(&["backup", "--name", "vm1", "--json", &file, &repository]);
+    let first = back_up();
+    content[..1 << 20].copy_from_slice(&noise(2)[..1 << 20]);
+    std::fs::write(&file, &content).expect("room");
+    let second = back_up();
+    let compact = ["repo", "compact", "--json", &repository];
+    let nothing = json(&compact);
+    assert_eq!((&nothing["packs"], &nothing["backups"]), (&0.into(), &0.into()), "{nothing}");
+    let first = first["id"].as_str().expect("text");
+    nbd_cli(&["repo", "forget", &repository, first]).success();
+    let planned = json(&["repo", "compact", "--json", "--dry-run", &repository]);
+    assert_eq!((&planned["packs"], &planned["backups"]), (&1.into(), &0.into()), "{planned}");
+    let told = nbd_cli(&["repo", "compact", &repository]).success();
+    assert!(
+        told.contains("moved: 1 backups") && told.contains("'repo gc' frees 2.0 MiB"),
+        "{told}"
+    );
+    let listed = json(&["repo", "list", "--json", &repository]);
+    assert_eq!(listed["backups"].as_array().map(Vec::len), Some(2), "{listed}");
+    let collected = json(&["repo", "gc", "--json", &repository]);
+    assert!(collected["bytes"].as_u64() > Some(2 << 20), "{collected}");
+    let restored = disk.beside("restored");
+    let id = second["id"].as_str().expect("text");
+    nbd_cli(&["restore", &format!("backup:{repository}/vm1@{id}"), &restored]).success();
+    assert!(std::fs::read(&restored).expect("a disk") == content);
+    // What stands for a compaction is no backup.
+    let compaction = std::fs::read_dir(Path::new(&repository).join("moved")).expect("a folder");
+    let names = compaction.map(|entry| entry.expect("an entry").file_name());
+    let names: Vec<_> = names.map(|name| name.into_string().expect("text")).collect();
+    assert_eq!(names.len(), 1);
+    says(nbd_cli(&["repo", "forget", &repository, &names[0]]), &["there is no backup"]);
+    let third = back_up();
+    assert!(third["added"].as_u64() < Some(64 << 10), "{third}");
+    nbd_cli(&["repo", "check", "--read-data", &repository]).success();
+}
+
+#[test]
 fn damaged_small_objects_stop_no_list_and_gc_says_what_to_do() {
     let disk = Disk::sparse();
     let repository = repository(&disk);

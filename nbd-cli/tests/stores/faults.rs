@@ -47,6 +47,11 @@ fn forget_prune_and_gc_bear_faults_of_the_store() {
 }
 
 #[test]
+fn compaction_bears_faults_of_the_store() {
+    met(&["repo compact", "repo gc, compacted"], is_thorough() && seed().is_multiple_of(2));
+}
+
+#[test]
 fn changes_of_passphrases_bear_faults_of_the_store() {
     met(&["repo key add", "repo key remove"], true);
 }

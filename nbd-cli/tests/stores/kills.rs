@@ -33,6 +33,11 @@ fn interrupted_forget_prune_and_gc_lose_no_backup() {
 }
 
 #[test]
+fn interrupted_compaction_is_completed_by_another_one_and_costs_no_backup() {
+    interrupted(&["repo compact", "repo gc, compacted"], is_thorough() && seed().is_multiple_of(2));
+}
+
+#[test]
 fn interrupted_change_of_passphrases_keeps_one_that_opens() {
     interrupted(&["repo key add", "repo key remove"], true);
 }

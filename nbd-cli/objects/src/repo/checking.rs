@@ -14,6 +14,7 @@ use super::listing::bytes_of;
 use super::map::Map;
 use super::pack::{Footer, FrameKind};
 use super::page::{BLOCK_SIZE, PAGE_LEN_MAX};
+use super::protocol::Moves;
 use super::repository::Repository;
 use super::seal::{Hash, Sealer};
 use super::stored::PACK_BYTES_MAX;
@@ -62,8 +63,8 @@ struct Needs {
     /// Pages that were read, and what backups say of them: they are shared by many backups.
     pages: HashSet<Hash>,
     /// Packs that were read whole and are as they were written: where their directories are, and
-    /// the block of each that is shorter than others: its offset and its length, in bytes.
-    sound: HashMap<PackId, (Footer, Option<(u32, u32)>)>,
+    /// the blocks that are shorter than others: offsets and lengths, in bytes.
+    sound: HashMap<PackId, (Footer, Vec<(u32, u32)>)>,
     directories: Directories,
     /// Last blocks that were read: pack, offset, length in bytes.
     last: HashSet<(PackId, u32, usize)>,
@@ -79,11 +80,30 @@ impl Repository {
     ///
     /// As for all requests to the store. Damage is not an error.
     pub async fn check(&self, percent: f64) -> Result<Checked> {
+        let mut moves = self.moves().await?;
+        loop {
+            let checked = self.check_once(percent, &moves).await?;
+            let before = std::mem::replace(&mut moves, self.moves().await?);
+            // What is missing may have been moved meanwhile.
+            if checked.problems.is_empty() || moves == before {
+                return Ok(checked);
+            }
+        }
+    }
+
+    async fn check_once(&self, percent: f64, moves: &Moves) -> Result<Checked> {
         let mut needs = Needs::default();
         let read = self.read_packs(percent, &mut needs).await?;
-        let listed = self.list().await?;
+        let (listed, compactions) = self.list_all().await?;
+        for compaction in compactions.iter().filter(|id| !moves.has(**id)) {
+            let problem = format!(
+                "the compaction backups/{compaction} is damaged, or there is no object \
+                 moved/{compaction}: what it moved is looked for where it was before"
+            );
+            needs.problems.entry(problem).or_default();
+        }
         for info in listed.iter().filter(|info| !info.is_forgotten) {
-            self.check_backup(info, &mut needs).await?;
+            self.check_backup(info, moves, &mut needs).await?;
         }
         // Those that backups need which were made meanwhile are there now.
         let sizes = self.pack_sizes().await?;
@@ -104,7 +124,7 @@ impl Repository {
             };
             needs.lost_packs.insert(*pack, problem);
         }
-        self.name_backups(&mut needs).await?;
+        self.name_backups(&mut needs, moves).await?;
         let names = &needs.names;
         let named = |backups: BTreeSet<usize>| {
             backups.into_iter().filter_map(|number| names.get(number).cloned()).collect()
@@ -153,7 +173,7 @@ impl Repository {
 
     /// Makes problems of packs those of the backups that need them. A backup that was forgotten
     /// meanwhile has none: a gc may have deleted its packs.
-    async fn name_backups(&self, needs: &mut Needs) -> Result<()> {
+    async fn name_backups(&self, needs: &mut Needs, moves: &Moves) -> Result<()> {
         let bad = std::mem::take(&mut needs.bad_packs);
         for problem in bad.values().flatten() {
             needs.problems.entry(problem.clone()).or_default();
@@ -165,7 +185,7 @@ impl Repository {
         }
         let mut gone = BTreeSet::new();
         for number in 0..needs.names.len() {
-            let map = match Map::open(self, needs.names[number].0).await {
+            let map = match Map::open(self, moves, needs.names[number].0).await {
                 Ok(map) => map,
                 Err(error) if error.kind() == RepositoryErrorKind::Damaged => {
                     needs.problems.entry(error.to_string()).or_default().insert(number);
@@ -217,13 +237,13 @@ struct Found {
     /// What is wrong.
     problems: Vec<String>,
     footer: Option<Footer>,
-    /// Offset and length, in bytes, of a block that is shorter than others.
-    short: Option<(u32, u32)>,
+    /// Offsets and lengths, in bytes, of blocks that are shorter than others.
+    short: Vec<(u32, u32)>,
 }
 
 impl Found {
     fn bad(problem: String) -> Self {
-        Self { problems: vec![problem], footer: None, short: None }
+        Self { problems: vec![problem], footer: None, short: Vec::new() }
     }
 }
 
@@ -241,7 +261,7 @@ fn look(sealer: &Sealer, pack: PackId, content: &[u8]) -> Found {
         Ok(entries) => entries,
         Err(why) => return Found::bad(damaged(&why)),
     };
-    let (mut problems, mut short) = (Vec::new(), None);
+    let (mut problems, mut short) = (Vec::new(), Vec::new());
     for entry in entries {
         let stored = entry.stored;
         let (is_block, longest) = match entry.kind {
@@ -253,15 +273,13 @@ fn look(sealer: &Sealer, pack: PackId, content: &[u8]) -> Found {
             Ok(content) if sealer.hash(&content) != stored.hash => {
                 "holds something else than was written".to_owned()
             }
-            // The last one of the disk.
-            Ok(content) if is_block && content.len() < longest => {
-                let own = (stored.offset, content.len() as u32);
-                if short.replace(own).is_none() {
-                    continue;
+            Ok(content) => {
+                // The last one of a disk.
+                if is_block && content.len() < longest {
+                    short.push((stored.offset, content.len() as u32));
                 }
-                "is a second block of less than 64 KiB".to_owned()
+                continue;
             }
-            Ok(_) => continue,
             Err(broken) => broken.to_string(),
         };
         problems.push(damaged(&format!("its frame at byte {} {why}", stored.offset)));

@@ -226,11 +226,7 @@ impl Repository {
                 Step::Request(request @ Request::Create(..)) => {
                     machine.answer(tries.create(&self.objects, request).await?);
                 }
-                Step::Request(Request::Get(key)) => {
-                    let answer = self.objects.carry_out(Request::Get(key)).await;
-                    machine.answer(answer.map_err(|error| with_remedy(key, error))?);
-                }
-                Step::Request(request) => machine.answer(self.objects.carry_out(request).await?),
+                Step::Request(request) => machine.answer(self.carry_out(request).await?),
                 Step::Reached(Collected::Running(session)) => {
                     match self.decide(session, &mut patience).await? {
                         Decision::End => {
@@ -255,6 +251,20 @@ impl Repository {
         remove_staged(&self.objects).await?;
         garbage.lists = machine.lists().to_vec();
         Ok(garbage)
+    }
+
+    /// Carries a request out; of an object that is damaged, the error says what to do.
+    async fn carry_out(&self, request: Request) -> Result<Answer> {
+        let key = match request {
+            Request::Get(key) => Some(key),
+            Request::GetMap(id, _) => Some(Key::Backup(id)),
+            _ => None,
+        };
+        let answer = self.objects.carry_out(request).await;
+        answer.map_err(|error| match key {
+            Some(key) => with_remedy(key, error),
+            None => error,
+        })
     }
 
     fn lost(&self, id: Id) -> RepositoryError {

@@ -100,6 +100,8 @@ pub(crate) enum Key {
     Condemned(Id),
     /// `pins/PIN`.
     Pin(Id),
+    /// `moved/SESSION`.
+    Moved(Id),
 }
 
 /// A group of objects that are listed together.
@@ -117,6 +119,8 @@ pub(crate) enum Folder {
     Condemned,
     /// `pins/`.
     Pins,
+    /// `moved/`.
+    Moved,
 }
 
 impl fmt::Display for Folder {
@@ -128,6 +132,7 @@ impl fmt::Display for Folder {
             Self::Sessions => f.write_str("sessions"),
             Self::Condemned => f.write_str("condemned"),
             Self::Pins => f.write_str("pins"),
+            Self::Moved => f.write_str("moved"),
         }
     }
 }
@@ -140,6 +145,7 @@ impl fmt::Display for Key {
             Self::Session(id) => write!(f, "sessions/{id}"),
             Self::Condemned(id) => write!(f, "condemned/{id}"),
             Self::Pin(id) => write!(f, "pins/{id}"),
+            Self::Moved(id) => write!(f, "moved/{id}"),
         }
     }
 }
@@ -164,6 +170,7 @@ impl FromStr for Key {
             "sessions" => name.parse().map(Self::Session),
             "condemned" => name.parse().map(Self::Condemned),
             "pins" => name.parse().map(Self::Pin),
+            "moved" => name.parse().map(Self::Moved),
             _ => Err(()),
         }
     }
@@ -177,9 +184,8 @@ mod tests {
     fn names_are_read_as_they_are_printed() {
         let id = Id::from_bytes([0xa5; 16]);
         let pack = PackId { session: id, number: 0x1f };
-        for key in
-            [Key::Pack(pack), Key::Backup(id), Key::Session(id), Key::Condemned(id), Key::Pin(id)]
-        {
+        let of_id = [Key::Backup, Key::Session, Key::Condemned, Key::Pin, Key::Moved];
+        for key in of_id.map(|key| key(id)).into_iter().chain([Key::Pack(pack)]) {
             assert_eq!(key.to_string().parse(), Ok(key));
         }
         let name = id.to_string();

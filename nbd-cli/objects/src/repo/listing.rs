@@ -1,7 +1,6 @@
 //! The backups of a repository, and how one of them is named.
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use object_store::GetRange;
 
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Folder, Id, Key};
@@ -11,8 +10,6 @@ use crate::calendar::{day, seconds};
 
 /// Heads read at a time.
 const READS: usize = 16;
-/// Bytes read of each backup: the head, unless its names are long.
-const FIRST_LEN: u64 = 4096;
 /// Milliseconds of a day.
 const DAY: u64 = 86_400_000;
 
@@ -27,6 +24,13 @@ pub struct BackupInfo {
     pub is_forgotten: bool,
 }
 
+/// What a name of a backup stands for.
+enum Looked {
+    Backup(Box<BackupInfo>),
+    Compaction(Id),
+    Nothing,
+}
+
 /// The sum of sizes, which are what the store says.
 pub(crate) fn bytes_of<'a>(sizes: impl IntoIterator<Item = &'a u64>) -> u64 {
     sizes.into_iter().fold(0, |sum, size| sum.saturating_add(*size))
@@ -39,6 +43,11 @@ impl Repository {
     ///
     /// As for all requests to the store. A damaged backup is not an error.
     pub async fn list(&self) -> Result<Vec<BackupInfo>> {
+        self.list_all().await.map(|(backups, _)| backups)
+    }
+
+    /// Lists the backups, and the compactions.
+    pub(crate) async fn list_all(&self) -> Result<(Vec<BackupInfo>, Vec<Id>)> {
         let listed = self.objects.list(Folder::Backups).await?;
         // Nothing is behind the prefix of a tombstone that is left for its name alone.
         let listed = listed.into_iter().filter(|listed| listed.size != PREFIX_LEN as u64);
@@ -46,41 +55,39 @@ impl Repository {
             Key::Backup(id) => Some(id),
             _ => None,
         });
-        let found = futures_util::stream::iter(ids).map(|id| self.look(id)).buffered(READS);
-        let mut found: Vec<_> =
-            found.try_collect::<Vec<_>>().await?.into_iter().flatten().collect();
-        found.sort_by_key(|info| (info.head.as_ref().map_or(0, |head| head.time), info.id));
-        Ok(found)
+        let mut found = futures_util::stream::iter(ids).map(|id| self.look(id)).buffered(READS);
+        let (mut backups, mut compactions) = (Vec::new(), Vec::new());
+        while let Some(looked) = found.try_next().await? {
+            match looked {
+                Looked::Backup(info) => backups.push(*info),
+                Looked::Compaction(id) => compactions.push(id),
+                Looked::Nothing => {}
+            }
+        }
+        backups.sort_by_key(|info| (info.head.as_ref().map_or(0, |head| head.time), info.id));
+        Ok((backups, compactions))
     }
 
-    async fn look(&self, id: Id) -> Result<Option<BackupInfo>> {
-        let first = |length| GetRange::Bounded(0..length);
-        let key = Key::Backup(id);
-        let (mut bytes, size) = match self.objects.read_some(key, first(FIRST_LEN)).await {
-            Ok(Some(found)) => found,
-            Ok(None) => return Ok(None),
+    async fn look(&self, id: Id) -> Result<Looked> {
+        let bytes = match self.objects.read_front(id).await {
+            Ok(Some((bytes, _))) => bytes,
+            Ok(None) => return Ok(Looked::Nothing),
             // It is empty.
             Err(error) if error.kind() == RepositoryErrorKind::Damaged => {
-                return Ok(Some(BackupInfo { id, head: Err(error), is_forgotten: false }));
+                let info = BackupInfo { id, head: Err(error), is_forgotten: false };
+                return Ok(Looked::Backup(Box::new(info)));
             }
             Err(error) => return Err(error),
         };
-        let wanted = (PREFIX_LEN + root::head_length(&bytes).unwrap_or_default()) as u64;
-        if wanted > bytes.len() as u64 && wanted <= size {
-            bytes = match self.objects.read_some(key, first(wanted)).await? {
-                Some((bytes, _)) => bytes,
-                None => return Ok(None),
-            };
-        }
         let kind = root::kind(&bytes);
-        if kind == Some(Kind::Empty) {
-            return Ok(None);
-        }
         let head = match kind {
+            Some(Kind::Empty) => return Ok(Looked::Nothing),
+            Some(Kind::Compaction) => return Ok(Looked::Compaction(id)),
             Some(_) => root::head(&self.objects.sealer, id, &bytes),
             None => Err(root::unknown(id)),
         };
-        Ok(Some(BackupInfo { id, head, is_forgotten: kind == Some(Kind::Forgotten) }))
+        let is_forgotten = kind == Some(Kind::Forgotten);
+        Ok(Looked::Backup(Box::new(BackupInfo { id, head, is_forgotten })))
     }
 
     /// Finds the backup that a text names: `NAME@latest` or `NAME`, `NAME@2026-11-20` (the newest

@@ -3,12 +3,15 @@
 mod base;
 mod blocks;
 mod commit;
+mod compacting;
 mod known;
 mod new_backup;
 mod packs;
 mod pages;
 mod puts;
 mod renewal;
+mod sender;
+mod usage;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -19,19 +22,19 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use self::blocks::{Prepared, prepare};
+pub use self::compacting::{CompactOptions, Compacted, OnCopied};
 use self::known::Known;
 pub use self::new_backup::{Made, NewBackup};
 use self::new_backup::{check, first_look};
 use self::packs::Packs;
-use self::puts::Puts;
 use self::renewal::Renewal;
+use self::sender::Sender;
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
-use super::id::{Id, PackId};
+use super::id::Id;
 use super::map::Map;
 use super::objects::Creates;
-use super::pack::PackBuilder;
 use super::page::{BLOCK_SIZE, Page};
-use super::protocol::{Answer, Committed, Request, Rules, Step, Writer};
+use super::protocol::{Answer, Committed, Moves, Request, Rules, Step, Writer};
 use super::repository::Repository;
 use super::root::RootBuilder;
 use super::seal::Hash;
@@ -76,16 +79,13 @@ pub struct Session {
     /// Compressed pages that are in no pack yet: number, frame, hash.
     pages: Vec<(usize, Vec<u8>, Hash)>,
     pages_len: usize,
-    pack: PackBuilder,
-    next_pack: u32,
-    puts: Puts,
+    sender: Sender,
     renewal: Renewal,
     /// Pieces of data that may be compressed at this moment.
     cores: Arc<Semaphore>,
     /// What is left of pieces of data.
     spent: Vec<Bytes>,
     data: u64,
-    added: u64,
     found: u64,
     /// Whether something that was given did not get into the map or the store.
     has_failed: bool,
@@ -125,13 +125,18 @@ impl Repository {
         let mut renewal = Renewal::start(Arc::clone(objects), id, record, RENEWAL);
         self.drive(&mut writer, &mut renewal).await?;
         // Only now: what was condemned before is known.
+        let moves = match new.base.is_some() || !new.like.is_empty() {
+            true => self.moves().await?,
+            false => Moves::default(),
+        };
         let base = match new.base {
-            Some(base) => Some(Map::open(self, base).await?),
+            Some(base) => Some(Map::open(self, &moves, base).await?),
             None => None,
         };
         let line = self.line(&new.name).await?;
         let packs = Packs::list(self, &writer).await?;
-        let known = Known::find(self, &writer, &packs, (id, &new.name), &new.like).await?;
+        let mut known = Known::find(self, &writer, (id, &new.name)).await?;
+        known.add_backups(self, &packs, &moves, &new.like).await?;
         Ok(Session {
             repository: self.clone(),
             id,
@@ -148,14 +153,11 @@ impl Repository {
             root: RootBuilder::default(),
             pages: Vec::new(),
             pages_len: 0,
-            pack: PackBuilder::new(PackId { session: id, number: 0 }),
-            next_pack: 1,
-            puts: Puts::default(),
+            sender: Sender::new(Arc::clone(&self.objects), id),
             renewal,
             cores: Arc::new(Semaphore::new(cores())),
             spent: Vec::new(),
             data: 0,
-            added: 0,
             found: 0,
             has_failed: false,
             new,
@@ -255,7 +257,7 @@ impl Session {
 
     async fn give(&mut self, piece: Piece) -> Result<()> {
         if self.renewal.is_ended() {
-            return Err(self.ended());
+            return Err(ended("backup", self.id));
         }
         self.check_sound()?;
         // Until all went well; and for good if this is dropped at an await.
@@ -285,18 +287,18 @@ impl Session {
         while !self.queue.is_empty() {
             self.take().await.unwrap();
         }
-        self.puts.sent().await.unwrap();
-        self.puts.is_empty()
+        self.sender.puts.sent().await.unwrap();
+        self.sender.puts.is_empty()
     }
+}
 
-    fn ended(&self) -> RepositoryError {
-        RepositoryError::new(
-            RepositoryErrorKind::Fenced,
-            format!(
-                "somebody ended the session {} of this backup ('repo gc' or 'repo forget-session'), \
-                 so there is no backup; make it again",
-                self.id
-            ),
-        )
-    }
+/// The error of a session that another program ended.
+fn ended(what: &str, session: Id) -> RepositoryError {
+    RepositoryError::new(
+        RepositoryErrorKind::Fenced,
+        format!(
+            "somebody ended the session {session} of this {what} ('repo gc' or 'repo \
+             forget-session'), so there is no {what}; make it again"
+        ),
+    )
 }

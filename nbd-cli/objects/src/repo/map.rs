@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::error::{RepositoryError, Result};
-use super::id::{Id, Key, PackId};
+use super::id::{Folder, Id, Key, PackId};
 use super::objects::Objects;
 use super::page::{BLOCK_SIZE, PAGE_BLOCKS, Page};
-use super::protocol::{Answer, Object, Request};
+use super::protocol::{Answer, Moves, Object, Request};
 use super::repository::Repository;
 use super::root::{self, Head, PageRoot, Root};
 
@@ -17,6 +17,9 @@ const PAGES_KEPT: usize = 256;
 const PAGES_READ: usize = 16;
 /// Requests for pages at a time.
 const READS: usize = 8;
+
+/// Maps of a backup that are looked for, if each is removed meanwhile.
+const TRIES: u32 = 4;
 
 /// The map of a backup.
 pub(crate) struct Map {
@@ -62,23 +65,48 @@ impl Pages {
 }
 
 impl Map {
-    /// Opens the map of a backup. Its packs stay, because it is pinned or a session is registered.
-    pub(crate) async fn open(repository: &Repository, id: Id) -> Result<Self> {
+    /// Opens the map of a backup, as the compactions say. Its packs stay, because a session is
+    /// registered.
+    pub(crate) async fn open(repository: &Repository, moves: &Moves, id: Id) -> Result<Self> {
         let found = repository.objects.carry_out(Request::Get(Key::Backup(id))).await?;
-        match found {
-            Answer::Found(Object::Live(backup)) => Self::of(repository, id, &backup.object),
-            _ => Err(RepositoryError::not_found(format!(
+        let Answer::Found(Object::Live(backup)) = found else {
+            return Err(RepositoryError::not_found(format!(
                 "{} has no backup {id}, or it was forgotten",
                 repository.name()
-            ))),
+            )));
+        };
+        let mut chosen = moves.map_of(id);
+        for _ in 0..TRIES {
+            let Some((compaction, moved)) = chosen else {
+                return Self::of(repository, id, &backup.object, None);
+            };
+            match repository.objects.carry_out(Request::GetMap(compaction, moved)).await? {
+                Answer::Found(Object::Live(map)) => {
+                    return Self::of(repository, id, &backup.object, Some(&map.object));
+                }
+                // It was moved once more.
+                _ => chosen = repository.moves().await?.map_of(id),
+            }
         }
+        Err(RepositoryError::damaged(format!("the map of the backup {id} is moved all the time")))
     }
 
-    /// Opens the map in the object of a backup.
-    pub(crate) fn of(repository: &Repository, id: Id, object: &[u8]) -> Result<Self> {
+    /// Opens the map in the object of a backup, or the one that it has instead.
+    pub(crate) fn of(
+        repository: &Repository,
+        id: Id,
+        object: &[u8],
+        map: Option<&[u8]>,
+    ) -> Result<Self> {
         let sealer = &repository.objects.sealer;
         let head = root::head(sealer, id, object)?;
-        let root = root::body(sealer, id, object, &head)?;
+        let root = match map {
+            None => root::body(sealer, id, object, &head)?,
+            Some(map) => Root::decode(map, head.size).ok_or_else(|| {
+                let message = format!("a compaction has a malformed map of the backup {id}");
+                RepositoryError::damaged(message)
+            })?,
+        };
         let objects = Arc::clone(&repository.objects);
         Ok(Self { objects, id, head, root, pages: Mutex::default(), reads: Default::default() })
     }
@@ -187,6 +215,21 @@ impl Map {
             self.objects.sealer.open(stored.place(), frame, page.content as usize, stored.hash);
         let content = content.map_err(|broken| damaged(&broken.to_string()))?;
         Page::decode(&content, self.blocks_of(number)).ok_or_else(|| damaged("is malformed"))
+    }
+}
+
+impl Repository {
+    /// Reads what the compactions move, as far as they can be read.
+    pub(crate) async fn moves(&self) -> Result<Moves> {
+        let mut moves = Moves::default();
+        for listed in self.objects.list(Folder::Moved).await? {
+            let Key::Moved(id) = listed.key else { continue };
+            let found = self.objects.carry_out(Request::GetMoves(id)).await?;
+            if let Answer::Found(Object::Compaction(compaction)) = found {
+                moves.add(id, compaction.moved);
+            }
+        }
+        Ok(moves)
     }
 }
 

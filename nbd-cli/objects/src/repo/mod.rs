@@ -4,6 +4,7 @@
 
 mod checking;
 mod collecting;
+mod compaction;
 mod config;
 mod disks;
 mod error;
@@ -38,7 +39,7 @@ pub use self::disks::{DISKS_MAX, DiskHead, are_names, lay_out};
 pub use self::error::{RepositoryError, RepositoryErrorKind, Result};
 pub use self::id::Id;
 pub use self::listing::BackupInfo;
-pub use self::making::{Made, NewBackup, Session};
+pub use self::making::{CompactOptions, Compacted, Made, NewBackup, OnCopied, Session};
 pub use self::name::BackupName;
 pub use self::objects::Creates;
 pub use self::pack::PACK_SIZE;

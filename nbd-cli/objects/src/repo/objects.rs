@@ -12,13 +12,14 @@ use object_store::{
     Error, GetOptions, GetRange, GetResultPayload, ObjectStoreExt as _, PutMode, PutOptions,
 };
 
+use super::compaction;
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Folder, Id, Key, PackId};
 use super::pack_list::{push_packs, read_packs};
 use super::pin_record::{self, ReaderInfo};
-use super::protocol::{Answer, Backup, Object, Request};
+use super::protocol::{Answer, Backup, Moved, Object, Request};
 use super::reader::Reader;
-use super::root::{self, Kind};
+use super::root::{self, Kind, PREFIX_LEN};
 use super::seal::{CONDEMNED, FramePlace, Hash, Sealer};
 use super::stored::push;
 use crate::refusal::Refusal;
@@ -35,6 +36,8 @@ const LISTED_MAX: usize = 8 << 20;
 const NAMES_MAX: usize = 100_000;
 /// Longest object that is neither a backup nor a list, in bytes.
 pub(crate) const SMALL_LEN_MAX: u64 = 64 << 10;
+/// Bytes of a backup that are read for its head, unless its names are long.
+const FIRST_LEN: u64 = 4096;
 
 /// Whether the store honours `If-None-Match: *`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,6 +170,20 @@ impl Objects {
         Ok(Some((found.bytes().await.map_err(failed)?, size)))
     }
 
+    /// Reads the first bytes of a backup or of a compaction, with its head, and the size of the
+    /// object.
+    pub(crate) async fn read_front(&self, id: Id) -> Result<Option<(Bytes, u64)>> {
+        let (key, first) = (Key::Backup(id), |length| GetRange::Bounded(0..length));
+        let Some((bytes, size)) = self.read_some(key, first(FIRST_LEN)).await? else {
+            return Ok(None);
+        };
+        let wanted = (PREFIX_LEN + root::head_length(&bytes).unwrap_or_default()) as u64;
+        match wanted > bytes.len() as u64 && wanted <= size {
+            true => self.read_some(key, first(wanted)).await,
+            false => Ok(Some((bytes, size))),
+        }
+    }
+
     /// Returns whether there is an object, whatever it holds.
     pub(crate) async fn exists(&self, key: Key) -> Result<bool> {
         let name = key.to_string();
@@ -256,11 +273,10 @@ impl Objects {
                 self.write(&key.to_string(), self.encode(key, object)?).await?;
                 Answer::Done
             }
-            Request::Create(Key::Backup(id), object @ Object::Live(_))
-                if self.creates == Creates::Overwriting =>
-            {
-                self.put_unless_ended(id, object).await?
-            }
+            Request::Create(
+                Key::Backup(id),
+                object @ (Object::Live(_) | Object::Compaction(_)),
+            ) if self.creates == Creates::Overwriting => self.put_unless_ended(id, object).await?,
             Request::Create(key, object) => {
                 match self.create(&key.to_string(), self.encode(key, object)?).await? {
                     true => Answer::Done,
@@ -277,6 +293,11 @@ impl Objects {
                 }
                 found => found?,
             },
+            Request::GetMoves(id) => match self.get_moves(id).await {
+                Err(error) if error.kind() == RepositoryErrorKind::Damaged => Answer::Damaged,
+                found => found?,
+            },
+            Request::GetMap(id, moved) => self.get_map(id, &moved).await?,
             Request::List(folder) => {
                 Answer::Listed(self.list(folder).await?.into_iter().map(|it| it.key).collect())
             }
@@ -316,12 +337,46 @@ impl Objects {
         })
     }
 
+    async fn get_moves(&self, id: Id) -> Result<Answer> {
+        let Some((front, size)) = self.read_front(id).await? else { return Ok(Answer::Missing) };
+        match root::kind(&front) {
+            Some(Kind::Empty) => Ok(Answer::Found(Object::Tombstone(None))),
+            Some(Kind::Compaction) => {
+                let found = compaction::decode(&self.sealer, id, &front, size)?;
+                Ok(Answer::Found(Object::Compaction(found)))
+            }
+            _ => Err(root::unknown(id)),
+        }
+    }
+
+    /// [`Answer::Missing`] says that the compaction is a tombstone by now.
+    async fn get_map(&self, id: Id, moved: &Moved) -> Result<Answer> {
+        let (key, start) = (Key::Backup(id), moved.part.offset);
+        let range = start..start + u64::from(moved.part.length);
+        let frame = match self.read_range(key, range).await {
+            Err(error) if error.kind() == RepositoryErrorKind::Damaged => {
+                return match self.get_moves(id).await? {
+                    Answer::Found(Object::Compaction(_)) => Err(error),
+                    _ => Ok(Answer::Missing),
+                };
+            }
+            found => found?,
+        };
+        let Some(frame) = frame else { return Ok(Answer::Missing) };
+        let map = compaction::open_map(&self.sealer, id, moved, &frame)?;
+        let packs = read_packs(&mut Reader(&map));
+        let packs = packs.ok_or_else(|| root::damaged(id, "is malformed"))?.into();
+        Ok(Answer::Found(Object::Live(Backup { packs, object: map.into() })))
+    }
+
     fn encode(&self, key: Key, object: Object) -> Result<Bytes> {
         Ok(match (key, object) {
             (_, Object::Live(backup)) => backup.object,
             (_, Object::Tombstone(Some(backup))) => root::forgotten(&backup.object),
             (_, Object::Tombstone(None)) => root::empty(),
             (_, Object::Session(record)) => record,
+            (_, Object::Compaction(compaction)) => compaction.object,
+            (_, Object::Mark) => Bytes::from_static(b"moved"),
             (Key::Condemned(id), Object::Condemned(packs)) => {
                 encode_list(&self.sealer, id, &packs)?
             }
@@ -346,13 +401,19 @@ impl Objects {
                 None => Err(RepositoryError::damaged(format!("the object {key} is damaged"))),
             },
             Key::Pack(_) => Err(RepositoryError::invalid("packs are read in parts")),
+            Key::Moved(_) => Ok(Object::Mark),
         }
     }
 
     fn decode_backup(&self, id: Id, content: Bytes) -> Result<Object> {
         let kind = root::kind(&content).ok_or_else(|| root::unknown(id))?;
-        if kind == Kind::Empty {
-            return Ok(Object::Tombstone(None));
+        match kind {
+            Kind::Empty => return Ok(Object::Tombstone(None)),
+            Kind::Compaction => {
+                let found = compaction::decode(&self.sealer, id, &content, content.len() as u64)?;
+                return Ok(Object::Compaction(found));
+            }
+            _ => {}
         }
         let head = root::head(&self.sealer, id, &content)?;
         let root = root::body(&self.sealer, id, &content, &head)?;

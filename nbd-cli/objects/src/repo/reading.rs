@@ -108,7 +108,7 @@ impl Repository {
         damage: Damage,
     ) -> Result<OpenBackup> {
         let mut reader = Reader::new(Id::random()?, id, Rules::ALL);
-        let object = loop {
+        let opened = loop {
             match reader.step() {
                 Step::Request(request) => {
                     let answer = self.objects.carry_out(request).await;
@@ -117,7 +117,7 @@ impl Repository {
                     }
                     reader.answer(answer?);
                 }
-                Step::Reached(Some(backup)) => break backup.object,
+                Step::Reached(Some(opened)) => break opened,
                 Step::Reached(None) => {
                     return Err(RepositoryError::new(
                         RepositoryErrorKind::Fenced,
@@ -126,7 +126,8 @@ impl Repository {
                 }
             }
         };
-        let opened = Map::of(self, id, &object);
+        let map = opened.map.as_ref().map(|map| &*map.object);
+        let opened = Map::of(self, id, &opened.backup.object, map);
         let opened = opened.and_then(|map| map.head().of_disk(name).map(|head| (map, head)));
         let (map, head) = match opened {
             Ok(opened) => opened,

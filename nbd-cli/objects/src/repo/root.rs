@@ -16,7 +16,7 @@ use super::seal::{FramePlace, Hash, OVERHEAD, ROOT, Sealer};
 use super::stored::{Stored, push, stored};
 
 /// The first bytes of every object of a backup. The version follows: 2 if it has several disks, which
-/// older programs would take for one.
+/// older programs would take for one, and 3 for a compaction.
 const MAGIC: &[u8; 7] = b"nbdroot";
 /// Where the kind is.
 const KIND: usize = 8;
@@ -25,7 +25,7 @@ pub(crate) const PREFIX_LEN: usize = 32;
 /// Longest head, in bytes.
 pub(crate) const HEAD_LEN_MAX: usize = 64 << 10;
 /// Longest body, in bytes.
-const BODY_LEN_MAX: u64 = 256 << 20;
+pub(crate) const BODY_LEN_MAX: u64 = 256 << 20;
 /// Most packs and references to packs, so that a body stays below its limit.
 const REFERENCES_MAX: usize = 24 << 20;
 
@@ -140,6 +140,8 @@ pub(crate) enum Kind {
     Forgotten,
     /// No backup: nothing but the name, so that no writer can take it.
     Empty,
+    /// A compaction.
+    Compaction,
 }
 
 /// A page of the map.
@@ -249,7 +251,7 @@ impl Root {
         numbers.iter().filter_map(|&number| self.packs.get(number as usize).copied())
     }
 
-    fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         push_packs(&mut bytes, self.packs.iter());
         let numbers: HashMap<_, _> = self.packs.iter().zip(1u32..).collect();
@@ -273,11 +275,16 @@ impl Root {
                 bytes.extend_from_slice(&number.to_le_bytes());
             }
         }
-        bytes
+        match bytes.len() as u64 <= BODY_LEN_MAX {
+            true => Ok(bytes),
+            false => Err(RepositoryError::invalid(
+                "the map of this disk is too long; make a backup under another name",
+            )),
+        }
     }
 
     /// Decodes the body of a backup of a disk of `size` bytes; `None` if it is malformed.
-    fn decode(bytes: &[u8], size: u64) -> Option<Self> {
+    pub(crate) fn decode(bytes: &[u8], size: u64) -> Option<Self> {
         let mut reader = Reader(bytes);
         let mut root = Self { packs: read_packs(&mut reader)?, ..Self::default() };
         let pages = reader.count(4)?;
@@ -316,12 +323,7 @@ impl Root {
 
 /// Returns the object of a backup. The head's length and hash of the body are filled in.
 pub(crate) fn encode(sealer: &Sealer, id: Id, head: &Head, root: &Root) -> Result<Bytes> {
-    let content = root.encode();
-    if content.len() as u64 > BODY_LEN_MAX {
-        return Err(RepositoryError::invalid(
-            "the map of this disk is too long; make a backup under another name",
-        ));
-    }
+    let content = root.encode()?;
     let version = head.version();
     let mut head = head.clone();
     head.body_length = content.len() as u64;
@@ -333,17 +335,22 @@ pub(crate) fn encode(sealer: &Sealer, id: Id, head: &Head, root: &Root) -> Resul
     }
     let head = sealer.frame(place(id, 0), &text)?;
     let body = sealer.frame(place(id, 1), &content)?;
-    let mut object = Vec::with_capacity(PREFIX_LEN + head.len() + body.len());
-    object.extend_from_slice(MAGIC);
-    object.extend_from_slice(&[version, 0, 0, 0, 0]);
-    push(&mut object, head.len());
-    object.extend_from_slice(&checksum(&head).0);
-    object.extend_from_slice(&head);
+    let mut object = front(version, &head);
     object.extend_from_slice(&body);
     Ok(object.into())
 }
 
-fn place(session: Id, part: u32) -> FramePlace {
+/// The first bytes of an object, with its head.
+pub(crate) fn front(version: u8, head: &[u8]) -> Vec<u8> {
+    let mut object = MAGIC.to_vec();
+    object.extend_from_slice(&[version, 0, 0, 0, 0]);
+    push(&mut object, head.len());
+    object.extend_from_slice(&checksum(head).0);
+    object.extend_from_slice(head);
+    object
+}
+
+pub(crate) fn place(session: Id, part: u32) -> FramePlace {
     FramePlace { session, number: ROOT, offset: part }
 }
 
@@ -383,13 +390,11 @@ fn with_kind(object: &Bytes, kind: u8) -> Bytes {
 pub(crate) fn kind(object: &[u8]) -> Option<Kind> {
     let prefix = object.first_chunk::<PREFIX_LEN>()?;
     let rest = prefix.strip_prefix(MAGIC)?;
-    if !matches!(rest.first()?, 1 | 2) {
-        return None;
-    }
-    match rest.get(1)? {
-        0 => Some(Kind::Live),
-        1 => Some(Kind::Forgotten),
-        2 => Some(Kind::Empty),
+    match (rest.first()?, rest.get(1)?) {
+        (1 | 2, 0) => Some(Kind::Live),
+        (1 | 2, 1) => Some(Kind::Forgotten),
+        (1 | 2, 2) => Some(Kind::Empty),
+        (3, 0) => Some(Kind::Compaction),
         _ => None,
     }
 }
@@ -407,15 +412,26 @@ pub(crate) fn head_length(object: &[u8]) -> Option<usize> {
     (1..=HEAD_LEN_MAX).contains(&length).then_some(length)
 }
 
+/// The error of an object of a backup.
+pub(crate) fn damaged(id: Id, why: &str) -> RepositoryError {
+    RepositoryError::damaged(format!("the object backups/{id} {why}"))
+}
+
+/// Returns the head as it is stored.
+pub(crate) fn stored_head(id: Id, object: &[u8]) -> Result<&[u8]> {
+    let length = head_length(object).ok_or_else(|| damaged(id, "is malformed"))?;
+    let stored = object.get(PREFIX_LEN..PREFIX_LEN + length);
+    let stored = stored.ok_or_else(|| damaged(id, "ends too early"))?;
+    match object.get(16..PREFIX_LEN) == Some(&checksum(stored).0[..]) {
+        true => Ok(stored),
+        false => Err(damaged(id, "holds something else than was written")),
+    }
+}
+
 /// Reads the head of a backup or of its tombstone.
 pub(crate) fn head(sealer: &Sealer, id: Id, object: &[u8]) -> Result<Head> {
-    let damaged = |why: &str| RepositoryError::damaged(format!("the object backups/{id} {why}"));
-    let length = head_length(object).ok_or_else(|| damaged("is malformed"))?;
-    let stored = object.get(PREFIX_LEN..PREFIX_LEN + length);
-    let stored = stored.ok_or_else(|| damaged("ends too early"))?;
-    if object.get(16..PREFIX_LEN) != Some(&checksum(stored).0[..]) {
-        return Err(damaged("holds something else than was written"));
-    }
+    let damaged = |why: &str| damaged(id, why);
+    let stored = stored_head(id, object)?;
     let text = sealer.open_unknown(place(id, 0), stored, HEAD_LEN_MAX);
     let text = text.map_err(|broken| damaged(&broken.to_string()))?;
     let head: Head = serde_json::from_slice(&text).map_err(|_| damaged("is malformed"))?;
@@ -431,7 +447,7 @@ pub(crate) fn head(sealer: &Sealer, id: Id, object: &[u8]) -> Result<Head> {
 
 /// Reads the body of a backup or of its tombstone.
 pub(crate) fn body(sealer: &Sealer, id: Id, object: &[u8], head: &Head) -> Result<Root> {
-    let damaged = |why: &str| RepositoryError::damaged(format!("the object backups/{id} {why}"));
+    let damaged = |why: &str| damaged(id, why);
     let start = PREFIX_LEN + head_length(object).unwrap_or_default();
     let frame = object.get(start..).unwrap_or_default();
     let length = usize::try_from(head.body_length).unwrap_or(usize::MAX);
@@ -560,7 +576,7 @@ mod tests {
 
     #[test]
     fn damaged_bodies_are_refused_without_a_panic() {
-        let bytes = a_root(12).encode();
+        let bytes = a_root(12).encode().unwrap();
         let size = 12 * PAGE_SPAN;
         for at in 0..bytes.len() {
             for value in [0, 1, 0x7f, 0xff] {

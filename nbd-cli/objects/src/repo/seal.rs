@@ -1,6 +1,7 @@
 //! Frames: blocks, map pages and other content as it is stored, compressed and, on request,
 //! encrypted.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
 
@@ -191,18 +192,42 @@ impl Sealer {
         if frame.len() > longest.saturating_add(OVERHEAD) {
             return Err(Broken::Length);
         }
-        let opened;
-        let packed = match &self.keys {
-            None => frame,
-            Some(keys) => {
-                let (sealed, tag) = frame.split_last_chunk::<TAG_LEN>().ok_or(Broken::Length)?;
-                let (key, nonce) = (keys.of_session(place.session), nonce(place));
-                let cipher = Cipher::aes_256_gcm();
-                opened = decrypt_aead(cipher, &key, Some(&nonce), &[], sealed, tag)
-                    .map_err(|_| Broken::Authenticity)?;
-                &opened[..]
-            }
-        };
+        Self::unpack(&self.unseal(place, frame)?, longest)
+    }
+
+    /// Takes back what [`seal`](Self::seal) did.
+    fn unseal<'a>(
+        &self,
+        place: FramePlace,
+        frame: &'a [u8],
+    ) -> std::result::Result<Cow<'a, [u8]>, Broken> {
+        let Some(keys) = &self.keys else { return Ok(Cow::Borrowed(frame)) };
+        let (sealed, tag) = frame.split_last_chunk::<TAG_LEN>().ok_or(Broken::Length)?;
+        let (key, nonce) = (keys.of_session(place.session), nonce(place));
+        let opened = decrypt_aead(Cipher::aes_256_gcm(), &key, Some(&nonce), &[], sealed, tag);
+        opened.map(Cow::Owned).map_err(|_| Broken::Authenticity)
+    }
+
+    /// Returns what is sealed in a frame, if its content has at most `longest` bytes and this hash:
+    /// it can be sealed for another place.
+    pub(crate) fn packed(
+        &self,
+        place: FramePlace,
+        frame: &[u8],
+        longest: usize,
+        hash: Hash,
+    ) -> std::result::Result<Vec<u8>, Broken> {
+        if frame.len() > longest.saturating_add(OVERHEAD) {
+            return Err(Broken::Length);
+        }
+        let packed = self.unseal(place, frame)?;
+        match self.hash(&Self::unpack(&packed, longest)?) == hash {
+            true => Ok(packed.into_owned()),
+            false => Err(Broken::Content),
+        }
+    }
+
+    fn unpack(packed: &[u8], longest: usize) -> std::result::Result<Vec<u8>, Broken> {
         match packed.split_first() {
             Some((&RAW, content)) if content.len() <= longest => Ok(content.to_vec()),
             // No more than `longest` bytes are ever allocated, whatever the frame says.

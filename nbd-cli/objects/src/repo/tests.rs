@@ -1,5 +1,6 @@
 //! Backups of disks in memory, into stores in memory and in folders.
 
+mod compacting;
 mod faults;
 mod maps;
 mod reading;

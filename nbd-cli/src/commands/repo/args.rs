@@ -11,6 +11,7 @@ use super::import::ImportArgs;
 use super::keys::KeyArgs;
 use super::store::StoreArgs;
 use super::text::{id, percent};
+use crate::progress::SummaryArgs;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -21,6 +22,7 @@ Examples:
   nbd-cli restore backup:/srv/backups/vm1@2026-11-20 disk.img
   nbd-cli repo prune /srv/backups --keep-daily 7 --keep-weekly 4
   nbd-cli repo gc /srv/backups
+  nbd-cli repo compact /srv/backups
   nbd-cli repo check /srv/backups --read-data=10%
   nbd-cli repo export /srv/backups vm1 /srv/files
   nbd-cli repo import /srv/backups --name vm1 /srv/files/monday.qcow2
@@ -54,6 +56,8 @@ pub enum RepoCommand {
     Prune(PruneArgs),
     /// Delete what no backup needs
     Gc(GcArgs),
+    /// Write packs anew of which little is needed; gc frees their space
+    Compact(CompactArgs),
     /// Show how much space is used
     Stats(StatsArgs),
     /// End an interrupted backup, or the reading of one
@@ -200,6 +204,28 @@ pub struct GcArgs {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `nbd-cli repo compact`.
+#[derive(Debug, Args)]
+pub struct CompactArgs {
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub store: StoreArgs,
+
+    /// The part of the repository that may stay unneeded. Packs of which the least is needed are
+    /// written anew first, until no more than this is left; with 0%, all that have something
+    /// unneeded.
+    #[arg(long, value_name = "PERCENT", default_value = "5%", value_parser = percent)]
+    pub max_unused: f64,
+
+    /// Only say what would be done.
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub summary: SummaryArgs,
 }
 
 /// Arguments of `nbd-cli repo stats`.

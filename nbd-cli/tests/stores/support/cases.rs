@@ -180,6 +180,8 @@ pub(crate) fn cases(world: &World) -> Vec<Case<'_>> {
         forget(world),
         prune(world),
         gc(world),
+        compact(world),
+        gc_after_compact(world),
         several(world),
         restore(world),
         restore_several(world),
@@ -357,6 +359,57 @@ fn gc(world: &World) -> Case<'_> {
         is_swept(scene, context);
     };
     case(world, "repo gc", &["repo", "gc", "--idle", "1ms", REPOSITORY], None, again)
+}
+
+const COMPACT: [&str; 6] = ["repo", "compact", "-q", "--max-unused", "0%", REPOSITORY];
+
+/// What is there when the older backup of `vm` is forgotten: a part of its packs is needed.
+fn to_compact(world: &World) -> Scene {
+    let scene = world.scene(&world.contents);
+    scene.run(&["repo", "forget", REPOSITORY, &world.older]).success();
+    scene
+}
+
+fn compact(world: &World) -> Case<'_> {
+    let again = |scene: &Scene, outcome: &Outcome, context: &str| {
+        assert!(outcome.is_success(), "{context}: {outcome:?}");
+        // The first one ends what was interrupted, the second one sweeps what that left.
+        for _ in 0..2 {
+            scene.run(&["repo", "gc", "--idle", "1ms", REPOSITORY]).success();
+            world.judge(scene, Some(&world.older), context);
+        }
+        is_swept(scene, context);
+        is_compacted(scene, context);
+    };
+    let mut case = case(world, "repo compact", &COMPACT, Some(&world.older), again);
+    case.contents = to_compact(world).store.contents();
+    case
+}
+
+/// Every mark is that of a compaction, and nothing is left to compact.
+#[track_caller]
+fn is_compacted(scene: &Scene, context: &str) {
+    let keys = scene.store.keys();
+    let marks = keys.iter().filter(|key| key.contains("/moved/")).count();
+    assert_eq!(marks, 1, "{context}: {keys:?}");
+    let left = ["repo", "compact", "--json", "--dry-run", "--max-unused", "20%", REPOSITORY];
+    assert_eq!(scene.json(&left)["packs"], 0, "{context}");
+}
+
+/// A collector that finds packs of before a compaction.
+fn gc_after_compact(world: &World) -> Case<'_> {
+    let again = |scene: &Scene, outcome: &Outcome, context: &str| {
+        assert!(outcome.is_success(), "{context}: {outcome:?}");
+        world.judge(scene, Some(&world.older), context);
+        is_swept(scene, context);
+        is_compacted(scene, context);
+    };
+    let gc = ["repo", "gc", "--idle", "1ms", REPOSITORY];
+    let mut case = case(world, "repo gc, compacted", &gc, Some(&world.older), again);
+    let scene = to_compact(world);
+    scene.run(&COMPACT).success();
+    case.contents = scene.store.contents();
+    case
 }
 
 fn restore(world: &World) -> Case<'_> {

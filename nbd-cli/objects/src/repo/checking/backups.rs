@@ -10,6 +10,7 @@ use super::super::id::Key;
 use super::super::listing::BackupInfo;
 use super::super::map::Map;
 use super::super::page::{BLOCK_SIZE, PAGE_BLOCKS, Page};
+use super::super::protocol::Moves;
 use super::super::repository::Repository;
 use super::super::root::PageRoot;
 use super::super::seal::{Hash, Sealer};
@@ -20,11 +21,16 @@ use super::Needs;
 const PAGES: usize = 128;
 
 impl Repository {
-    pub(super) async fn check_backup(&self, info: &BackupInfo, needs: &mut Needs) -> Result<()> {
+    pub(super) async fn check_backup(
+        &self,
+        info: &BackupInfo,
+        moves: &Moves,
+        needs: &mut Needs,
+    ) -> Result<()> {
         let number = needs.names.len();
         let name = info.head.as_ref().map_or_else(|_| "?".to_owned(), |head| head.name.clone());
         needs.names.push((info.id, name));
-        let map = match Map::open(self, info.id).await {
+        let map = match Map::open(self, moves, info.id).await {
             Ok(map) => map,
             Err(error) if error.kind() == RepositoryErrorKind::Damaged => {
                 needs.problems.entry(error.to_string()).or_default().insert(number);
@@ -118,14 +124,14 @@ impl Repository {
     ) -> Result<Option<String>> {
         let length = map.block_length(block);
         let key = Key::Pack(stored.pack);
-        if let Some((footer, short)) = needs.sound.get(&stored.pack).copied() {
-            match needs.directories.lists(self, footer, stored).await? {
+        if let Some((footer, short)) = needs.sound.get(&stored.pack) {
+            match needs.directories.lists(self, *footer, stored).await? {
                 None => return Ok(None),
                 Some(false) => return Ok(Some(format!("{key} has no such block"))),
                 Some(true) => {}
             }
-            let short = short.filter(|(offset, _)| *offset == stored.offset);
-            let own = short.map_or(BLOCK_SIZE as usize, |(_, length)| length as usize);
+            let short = short.iter().find(|(offset, _)| *offset == stored.offset);
+            let own = short.map_or(BLOCK_SIZE as usize, |(_, length)| *length as usize);
             let why = || format!("its block in {key} has {own} bytes, and the disk {length} there");
             return Ok((own != length).then(why));
         }

@@ -3,9 +3,9 @@
 use super::super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::super::id::Key;
 use super::super::page::PAGE_SPAN;
-use super::super::protocol::{Backup, Committed};
+use super::super::protocol::{Backup, Committed, Object};
 use super::super::root::{self, Head};
-use super::{Made, Session};
+use super::{Made, Session, ended};
 
 impl Session {
     /// Makes what was given a backup. When it returns, the backup is durable.
@@ -23,8 +23,7 @@ impl Session {
             self.take().await?;
         }
         self.send_pages().await?;
-        self.send_pack().await?;
-        self.puts.finish().await?;
+        self.sender.finish().await?;
         let root = std::mem::take(&mut self.root).finish();
         if root.pages().len() as u64 != self.new.size.div_ceil(PAGE_SPAN) {
             return Err(RepositoryError::invalid(
@@ -34,17 +33,17 @@ impl Session {
         }
         let head = self.head();
         let object = root::encode(&self.repository.objects.sealer, self.id, &head, &root)?;
-        let added = self.added + object.len() as u64;
+        let added = self.sender.added + object.len() as u64;
         // All was read: a bitmap that is cleared from now on does not matter to this backup.
         let is_alone = self.repository.line(&self.new.name).await? == self.line;
         if self.new.follows.is_some() && !(is_alone && self.new.follows == self.line.last()?) {
             return Err(self.overtaken().await);
         }
-        self.writer.commit(Backup { packs: root.packs().into(), object });
+        self.writer.commit(Object::Live(Backup { packs: root.packs().into(), object }));
         let repository = self.repository.clone();
         match repository.drive(&mut self.writer, &mut self.renewal).await? {
             Committed::Yes => {}
-            Committed::Fenced | Committed::Ready => return Err(self.ended()),
+            Committed::Fenced | Committed::Ready => return Err(ended("backup", self.id)),
         }
         let (name, line, id) = (&self.new.name, self.line, self.id);
         // A server that knows with which backup a bitmap started does not need to ask.
@@ -63,7 +62,7 @@ impl Session {
             data: self.data,
             added,
             found: self.found,
-            packs: self.next_pack - 1,
+            packs: self.sender.packs,
         })
     }
 
@@ -107,7 +106,7 @@ impl Session {
             imported: self.new.imported.clone(),
             disks: self.new.disks.clone(),
             data: self.data,
-            added: self.added,
+            added: self.sender.added,
             body_length: 0,
             body_hash: String::new(),
         }

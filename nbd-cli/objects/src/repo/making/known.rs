@@ -11,7 +11,7 @@ use super::super::id::{Folder, Id, Key, PackId};
 use super::super::map::Map;
 use super::super::objects::SMALL_LEN_MAX;
 use super::super::pack::{Entry, FOOTER_LEN, Footer, FrameKind};
-use super::super::protocol::Writer;
+use super::super::protocol::{Moves, Writer};
 use super::super::repository::Repository;
 use super::super::seal::Hash;
 use super::super::session_record::SessionRecord;
@@ -20,7 +20,7 @@ use super::packs::Packs;
 
 /// Most frames of interrupted sessions, and of named backups: 64 GiB of blocks, in about 122 MiB of
 /// memory each. What is not known is sent again.
-const FRAMES_MAX: usize = 1 << 20;
+pub(super) const FRAMES_MAX: usize = 1 << 20;
 /// Packs whose directories are read at a time.
 const READS: usize = 16;
 
@@ -43,13 +43,11 @@ impl Known {
         self.blocks.len() + self.pages.len()
     }
 
-    /// Looks for frames that a backup can use. The session of the writer is registered.
+    /// Looks for frames of interrupted sessions of this name. The session of the writer is registered.
     pub(super) async fn find(
         repository: &Repository,
         writer: &Writer,
-        packs: &Packs,
         (own, name): (Id, &str),
-        like: &[Id],
     ) -> Result<Self> {
         let mut known = Self::default();
         let objects = &repository.objects;
@@ -84,11 +82,23 @@ impl Known {
             known.add(entries);
         }
         drop(entries);
-        let most = known.len() + FRAMES_MAX;
-        for &like in like {
-            known.add_backup(repository, packs, like, most).await?;
-        }
         Ok(known)
+    }
+
+    /// Adds the blocks of the backups that the user names.
+    pub(super) async fn add_backups(
+        &mut self,
+        repository: &Repository,
+        packs: &Packs,
+        moves: &Moves,
+        like: &[Id],
+    ) -> Result<()> {
+        let most = self.len() + FRAMES_MAX;
+        for &like in like {
+            let map = Map::open(repository, moves, like).await?;
+            self.add_backup(&map, packs, most).await?;
+        }
+        Ok(())
     }
 
     fn add(&mut self, entries: Vec<Entry>) {
@@ -100,14 +110,7 @@ impl Known {
         }
     }
 
-    async fn add_backup(
-        &mut self,
-        repository: &Repository,
-        packs: &Packs,
-        backup: Id,
-        most: usize,
-    ) -> Result<()> {
-        let map = Map::open(repository, backup).await?;
+    async fn add_backup(&mut self, map: &Map, packs: &Packs, most: usize) -> Result<()> {
         for number in 0..map.root().pages().len() {
             let page = map.page(number).await?;
             for stored in page.blocks.iter().flatten() {

@@ -25,6 +25,16 @@ impl Packs {
         Ok(Self(packs.collect()))
     }
 
+    #[cfg(test)]
+    pub(super) fn of(packs: Vec<(PackId, u32)>) -> Self {
+        Self(packs)
+    }
+
+    /// The packs and their sizes.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (PackId, u32)> + '_ {
+        self.0.iter().copied()
+    }
+
     fn size(&self, pack: PackId) -> Option<u64> {
         let place = self.0.binary_search_by_key(&pack, |(pack, _)| *pack).ok()?;
         Some(u64::from(self.0[place].1))

@@ -1,10 +1,9 @@
-//! The map of a backup that is being made, and the packs that are sent.
+//! The map of a backup that is being made.
 
 use super::super::error::{RepositoryError, Result};
-use super::super::id::{Key, PackId};
-use super::super::pack::{FrameKind, PACK_SIZE, PackBuilder};
+use super::super::pack::{FrameKind, PACK_SIZE};
 use super::super::page::{BLOCK_SIZE, PAGE_BLOCKS};
-use super::super::seal::{Hash, PACKS_MAX, Sealer};
+use super::super::seal::Sealer;
 use super::super::stored::Stored;
 use super::base::no_base;
 use super::blocks::Prepared;
@@ -49,7 +48,7 @@ impl Session {
                             Some(stored)
                         }
                         Prepared::New(packed, hash) => {
-                            Some(self.store((FrameKind::Block, index), packed, hash).await?)
+                            Some(self.sender.store((FrameKind::Block, index), packed, hash).await?)
                         }
                     };
                     self.push(stored).await?;
@@ -110,48 +109,17 @@ impl Session {
         Ok(())
     }
 
-    /// Adds a frame to the pack, and sends the pack if it is full.
-    async fn store(
-        &mut self,
-        what: (FrameKind, u64),
-        packed: Vec<u8>,
-        hash: Hash,
-    ) -> Result<Stored> {
-        let stored = self.pack.add(&self.repository.objects.sealer, what, packed, hash)?;
-        if self.pack.len() >= PACK_SIZE {
-            self.send_pack().await?;
-        }
-        Ok(stored)
-    }
-
     /// Puts all pages into packs. They are together there, so that a reader gets many by one
     /// request.
     pub(super) async fn send_pages(&mut self) -> Result<()> {
-        if self.pack.len() + self.pages_len > PACK_SIZE {
-            self.send_pack().await?;
+        if self.sender.len() + self.pages_len > PACK_SIZE {
+            self.sender.send_pack().await?;
         }
         self.pages_len = 0;
         for (number, packed, hash) in std::mem::take(&mut self.pages) {
-            let stored = self.store((FrameKind::Page, number as u64), packed, hash).await?;
+            let stored = self.sender.store((FrameKind::Page, number as u64), packed, hash).await?;
             self.root.place(number, stored)?;
         }
         Ok(())
-    }
-
-    pub(super) async fn send_pack(&mut self) -> Result<()> {
-        if self.pack.len() == 0 {
-            return Ok(());
-        }
-        if self.next_pack > PACKS_MAX {
-            return Err(RepositoryError::invalid("the backup has too many packs"));
-        }
-        let next = PackId { session: self.id, number: self.next_pack };
-        let memory = self.puts.memory();
-        let full = std::mem::replace(&mut self.pack, PackBuilder::reusing(next, memory));
-        self.next_pack += 1;
-        let name = Key::Pack(full.id()).to_string();
-        let content = full.finish(&self.repository.objects.sealer)?;
-        self.added += content.len() as u64;
-        self.puts.send(&self.repository.objects, name, content).await
     }
 }

@@ -40,6 +40,11 @@ impl Renewal {
         Self { stop: Some(stop), task: Some(task), is_ended }
     }
 
+    /// One that does nothing.
+    pub(super) fn none() -> Self {
+        Self { stop: None, task: None, is_ended: Arc::default() }
+    }
+
     /// Returns whether the session was ended, as far as it is known.
     pub(super) fn is_ended(&self) -> bool {
         self.is_ended.load(Ordering::Relaxed)

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::super::id::{Folder, Id, Key, PackId};
-use super::{Answer, Object, Request, Rules, Step};
+use super::{Answer, Moves, Object, Request, Rules, Step};
 
 /// Deletions of packs at a time.
 const DELETIONS: usize = 16;
@@ -19,8 +19,13 @@ pub(crate) struct Collector {
     /// What may be deleted.
     condemned: BTreeSet<PackId>,
     round: Round,
-    /// Backups that were tombstones with a root in the first round, and that nobody has pinned.
+    /// Backups that were tombstones with a root in the first round, and that nobody has pinned; and
+    /// compactions of which no map was chosen then, and which move no pinned backup.
     shrinkable: BTreeSet<Id>,
+    /// What the compactions of the first round move.
+    moves: Moves,
+    /// Names that are marked as those of compactions.
+    marked: BTreeSet<Id>,
     /// Backups and tombstones that were listed in the first round.
     names: BTreeSet<Id>,
     /// Packs that were listed at the start; only the search ever uses them.
@@ -36,8 +41,10 @@ struct Round {
     pinned: BTreeSet<Id>,
     /// Packs of live and of pinned backups.
     needed: BTreeSet<PackId>,
-    /// Tombstones with a root that are not pinned.
+    /// Tombstones with a root that are not pinned, and those of compactions.
     forgotten: BTreeSet<Id>,
+    /// Compactions that have the map of a live backup.
+    chosen: BTreeSet<Id>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -46,7 +53,10 @@ enum State {
     ListPins,
     ReadPins(Vec<Key>),
     ListBackups,
-    ReadBackups(Vec<Key>),
+    /// The compactions are read before these backups.
+    ListMoved(Vec<Request>),
+    /// Backups, compactions and maps, last one first.
+    ReadBackups(Vec<Request>),
     Condemn,
     ListSessions,
     /// The first is looked at: has it ended?
@@ -59,6 +69,8 @@ enum State {
     RemoveSession(Vec<Key>),
     Delete(Vec<PackId>),
     Shrink(Vec<Id>),
+    /// The last one is a tombstone now.
+    RemoveMark(Vec<Id>),
     Forgive,
     /// A name of a backup that was listed is not there any more: nothing is deleted.
     ForgiveLost(Id),
@@ -94,6 +106,8 @@ impl Collector {
             condemned: BTreeSet::new(),
             round: Round::default(),
             shrinkable: BTreeSet::new(),
+            moves: Moves::default(),
+            marked: BTreeSet::new(),
             names: BTreeSet::new(),
             packs: BTreeSet::new(),
             lists: Vec::new(),
@@ -153,14 +167,18 @@ impl Collector {
             State::ListPacks => Request::List(Folder::Packs),
             State::ListPins => Request::List(Folder::Pins),
             State::ListBackups => Request::List(Folder::Backups),
-            State::ReadPins(keys)
-            | State::ReadBackups(keys)
-            | State::Sessions(keys)
-            | State::ReadOthers(keys) => match keys.last() {
-                Some(Key::Session(id)) => Request::Get(Key::Backup(*id)),
-                Some(key) => Request::Get(*key),
+            State::ListMoved(_) => Request::List(Folder::Moved),
+            State::ReadBackups(requests) => match requests.last() {
+                Some(request) => request.clone(),
                 None => return Step::Reached(Collected::Done),
             },
+            State::ReadPins(keys) | State::Sessions(keys) | State::ReadOthers(keys) => {
+                match keys.last() {
+                    Some(Key::Session(id)) => Request::Get(Key::Backup(*id)),
+                    Some(key) => Request::Get(*key),
+                    None => return Step::Reached(Collected::Done),
+                }
+            }
             State::Condemn => {
                 let list = Object::Condemned(Arc::new(self.condemned.clone()));
                 Request::Put(Key::Condemned(self.id), list)
@@ -184,6 +202,10 @@ impl Collector {
                 (Some(id), true) => Request::Put(Key::Backup(*id), Object::Tombstone(None)),
                 (Some(id), false) => Request::Delete(Key::Backup(*id)),
                 (None, _) => return Step::Reached(Collected::Done),
+            },
+            State::RemoveMark(ids) => match ids.last() {
+                Some(id) => Request::Delete(Key::Moved(*id)),
+                None => return Step::Reached(Collected::Done),
             },
             State::Forgive | State::ForgiveLost(_) => Request::Delete(Key::Condemned(self.id)),
             State::Lost(id) => return Step::Reached(Collected::Lost(*id)),
@@ -219,15 +241,10 @@ impl Collector {
                 Self::reading_pins(keys)
             }
             (State::ListBackups, Answer::Listed(keys)) => self.after_list(keys),
-            (State::ReadBackups(mut keys), answer) => match (keys.pop().and_then(name), answer) {
-                // Names are never deleted.
-                (Some(id), Answer::Missing) if self.rules.keep_tombstones => State::ForgiveLost(id),
-                (Some(id), Answer::Found(object)) => {
-                    self.mark(id, object);
-                    self.reading_backups(keys)
-                }
-                _ => self.reading_backups(keys),
-            },
+            (State::ListMoved(requests), Answer::Listed(keys)) => {
+                self.reading_moves(requests, &keys)
+            }
+            (State::ReadBackups(requests), answer) => self.answer_of_backup(requests, answer),
             (State::Condemn, _) => State::ListSessions,
             (State::ListSessions, Answer::Listed(keys)) => match self.rules.wait_for_sessions {
                 true => self.next_session(keys),
@@ -245,7 +262,10 @@ impl Collector {
                 packs.pop();
                 self.deleting(packs)
             }
-            (State::Shrink(mut ids), _) => {
+            (State::Shrink(ids), _) if ids.last().is_some_and(|id| self.marked.contains(id)) => {
+                State::RemoveMark(ids)
+            }
+            (State::Shrink(mut ids) | State::RemoveMark(mut ids), _) => {
                 ids.pop();
                 Self::shrinking(ids)
             }
@@ -306,47 +326,124 @@ impl Collector {
         let names = keys.iter().copied().filter_map(name).collect();
         if !self.round.is_second {
             self.names = names;
-            return self.reading_backups(keys);
+            return State::ListMoved(keys.into_iter().map(Request::Get).collect());
         }
         let lost = self.names.difference(&names).next();
         if let Some(id) = lost.filter(|_| self.rules.keep_tombstones) {
             return State::ForgiveLost(*id);
         }
-        let is_pinned = |id: &Id| self.round.pinned.contains(id) && self.shrinkable.contains(id);
-        let is_new = |id: Id| !self.names.contains(&id) || is_pinned(&id);
+        let is_moved = |id: Id| self.keeps_maps() && self.moves.map_of(id).is_some();
+        let is_pinned = |id: Id| {
+            self.round.pinned.contains(&id) && (self.shrinkable.contains(&id) || is_moved(id))
+        };
+        let is_new = |id: Id| !self.names.contains(&id) || is_pinned(id);
         keys.retain(|&key| name(key).is_some_and(is_new));
-        self.reading_backups(keys)
+        self.reading_backups(keys.into_iter().map(Request::Get).collect())
+    }
+
+    /// Puts the compactions that are marked behind the backups, so that they are read first.
+    fn reading_moves(&mut self, mut requests: Vec<Request>, keys: &[Key]) -> State {
+        let marked = keys.iter().filter_map(|key| match key {
+            Key::Moved(id) => Some(*id),
+            _ => None,
+        });
+        // Others are new: the second round reads them.
+        self.marked = marked.filter(|id| self.names.contains(id)).collect();
+        requests.retain(|request| match request {
+            Request::Get(Key::Backup(id)) => !self.marked.contains(id),
+            _ => true,
+        });
+        requests.extend(self.marked.iter().map(|id| Request::GetMoves(*id)));
+        self.reading_backups(requests)
+    }
+
+    /// Returns whether pinned backups keep all their maps: their readers may have chosen any of
+    /// them.
+    fn keeps_maps(&self) -> bool {
+        self.rules.keep_maps && (!self.round.is_second || self.rules.keep_maps_again)
+    }
+
+    fn answer_of_backup(&mut self, mut requests: Vec<Request>, answer: Answer) -> State {
+        match (requests.pop(), answer) {
+            // Names are never deleted.
+            (Some(Request::GetMoves(id) | Request::Get(Key::Backup(id))), Answer::Missing)
+                if self.rules.keep_tombstones =>
+            {
+                return State::ForgiveLost(id);
+            }
+            (Some(Request::GetMoves(id)), Answer::Found(Object::Compaction(it))) => {
+                self.moves.add(id, it.moved);
+            }
+            // Its mark is left.
+            (Some(Request::GetMoves(id)), Answer::Found(_)) => {
+                self.round.forgotten.insert(id);
+            }
+            // What is damaged says so itself, and stops this. A backup is read behind all
+            // compactions: they may move it.
+            (Some(Request::GetMoves(id)), _) => requests.insert(0, Request::Get(Key::Backup(id))),
+            // It is new, or not marked. What reads by it is not known, so all of it stays.
+            (Some(Request::Get(Key::Backup(id))), Answer::Found(Object::Compaction(it))) => {
+                if self.rules.heed_marks || self.round.is_second {
+                    let maps = it.moved.iter().map(|moved| Request::GetMap(id, *moved));
+                    requests.extend(maps);
+                } else {
+                    self.moves.add(id, it.moved);
+                }
+            }
+            (Some(Request::Get(Key::Backup(id))), Answer::Found(object)) => {
+                self.mark(id, object, &mut requests);
+            }
+            (Some(Request::GetMap(..)), Answer::Found(Object::Live(map))) => {
+                self.round.needed.extend(map.packs.iter());
+            }
+            // A compaction without this map is a tombstone: another collector saw that nobody reads
+            // by it.
+            _ => {}
+        }
+        self.reading_backups(requests)
     }
 
     fn reading_pins(keys: Vec<Key>) -> State {
         if keys.is_empty() { State::ListBackups } else { State::ReadPins(keys) }
     }
 
-    fn mark(&mut self, id: Id, object: Object) {
+    /// Notes what a backup needs: its own packs, or those of maps that are read next.
+    fn mark(&mut self, id: Id, object: Object, requests: &mut Vec<Request>) {
         let is_pinned = self.round.pinned.contains(&id);
-        match object {
-            Object::Live(backup) => self.round.needed.extend(backup.packs.iter()),
-            Object::Tombstone(Some(backup)) if is_pinned => {
-                self.round.needed.extend(backup.packs.iter());
+        let keeps_maps = is_pinned && self.keeps_maps();
+        match (object, self.moves.map_of(id)) {
+            (Object::Live(_), Some((compaction, moved))) if !keeps_maps => {
+                self.round.chosen.insert(compaction);
+                requests.push(Request::GetMap(compaction, moved));
             }
-            Object::Tombstone(Some(_)) => drop(self.round.forgotten.insert(id)),
+            (Object::Tombstone(Some(_)), _) if !is_pinned => drop(self.round.forgotten.insert(id)),
+            (Object::Live(backup) | Object::Tombstone(Some(backup)), _) => {
+                self.round.needed.extend(backup.packs.iter());
+                if keeps_maps {
+                    let maps = self.moves.all_of(id);
+                    requests.extend(maps.map(|(id, moved)| Request::GetMap(id, moved)));
+                }
+            }
             _ => {}
         }
     }
 
     /// Reads the next backup, or uses what was learnt.
-    fn reading_backups(&mut self, keys: Vec<Key>) -> State {
-        if !keys.is_empty() {
-            return State::ReadBackups(keys);
+    fn reading_backups(&mut self, requests: Vec<Request>) -> State {
+        if !requests.is_empty() {
+            return State::ReadBackups(requests);
         }
-        let round = std::mem::take(&mut self.round);
-        self.condemned.retain(|pack| !round.needed.contains(pack));
-        if round.is_second {
-            self.shrinkable.retain(|id| !round.pinned.contains(id));
+        let Round { is_second, pinned, needed, mut forgotten, chosen } =
+            std::mem::take(&mut self.round);
+        self.condemned.retain(|pack| !needed.contains(pack));
+        let is_read = |id: &Id| pinned.contains(id) || self.moves.has_any(*id, &pinned);
+        if is_second {
+            self.shrinkable.retain(|id| !is_read(id));
             let packs = self.condemned.iter().copied().collect();
             return self.deleting(packs);
         }
-        self.shrinkable = round.forgotten;
+        forgotten.extend(self.moves.ids().filter(|id| !chosen.contains(id) && !is_read(id)));
+        self.shrinkable = forgotten;
         State::Condemn
     }
 

@@ -7,6 +7,7 @@
 
 mod collector;
 mod forget;
+mod moves;
 mod reader;
 #[cfg(test)]
 mod search;
@@ -21,6 +22,7 @@ use super::id::{Folder, Id, Key, PackId};
 
 pub(crate) use self::collector::{Collected, Collector};
 pub(crate) use self::forget::Forget;
+pub(crate) use self::moves::{Compaction, Moved, Moves, Part};
 pub(crate) use self::reader::Reader;
 pub(crate) use self::writer::{Committed, Writer};
 
@@ -46,6 +48,10 @@ pub(crate) enum Object {
     Condemned(Arc<BTreeSet<PackId>>),
     /// The backup that is read.
     Pin(Id),
+    /// A compaction.
+    Compaction(Compaction),
+    /// Says that there may be a compaction.
+    Mark,
 }
 
 /// A request to the store.
@@ -57,6 +63,10 @@ pub(crate) enum Request {
     Create(Key, Object),
     /// Reads an object.
     Get(Key),
+    /// Reads which backups a compaction moves. What is none, or damaged, is [`Answer::Damaged`].
+    GetMoves(Id),
+    /// Reads the map of a backup in a compaction.
+    GetMap(Id, Moved),
     /// Lists the objects of a folder.
     List(Folder),
     /// Removes an object, if there is one.
@@ -110,6 +120,16 @@ pub(crate) struct Rules {
     pub(crate) keep_tombstones: bool,
     /// Packs are listed after the list of another collector was read, and before it is removed.
     pub(crate) list_packs_again: bool,
+    /// Pinned backups keep all maps that they have had.
+    pub(crate) keep_maps: bool,
+    /// They do so in the second look as well.
+    pub(crate) keep_maps_again: bool,
+    /// A reader lists the compactions after it has pinned.
+    pub(crate) list_moved_after_pin: bool,
+    /// A compaction is marked before it is created.
+    pub(crate) mark_first: bool,
+    /// For a collector, a compaction that is not marked moves nothing, as for readers.
+    pub(crate) heed_marks: bool,
 }
 
 impl Rules {
@@ -124,5 +144,10 @@ impl Rules {
         pin_first: true,
         keep_tombstones: true,
         list_packs_again: true,
+        keep_maps: true,
+        keep_maps_again: true,
+        list_moved_after_pin: true,
+        mark_first: true,
+        heed_marks: true,
     };
 }

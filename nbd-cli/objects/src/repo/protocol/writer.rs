@@ -1,4 +1,4 @@
-//! A writer of a backup.
+//! A writer of a backup or of a compaction.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::super::id::{Folder, Id, Key, PackId};
-use super::{Answer, Backup, Object, Request, Rules, Step};
+use super::{Answer, Object, Request, Rules, Step};
 
 /// Registers a session, learns what must not be referred to, and commits.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -27,9 +27,13 @@ enum State {
     /// The lists that are still to be read, last one first.
     ReadCondemned(Vec<Key>),
     Writing,
-    Create(Backup),
+    /// A compaction is marked.
+    Mark(Object),
+    Create(Object),
     /// The create found an object: whose is it?
-    Look(Backup),
+    Look(Object),
+    /// Only the search ever marks a compaction when it is there.
+    MarkLate,
     EndSession(Committed),
     Ended(Committed),
 }
@@ -62,9 +66,12 @@ impl Writer {
     }
 
     /// Commits, once it is [`Committed::Ready`].
-    pub(crate) fn commit(&mut self, backup: Backup) {
+    pub(crate) fn commit(&mut self, object: Object) {
         if self.state == State::Writing {
-            self.state = State::Create(backup);
+            self.state = match &object {
+                Object::Compaction(_) if self.rules.mark_first => State::Mark(object),
+                _ => State::Create(object),
+            };
         }
     }
 
@@ -80,13 +87,11 @@ impl Writer {
                 None => return Step::Reached(Committed::Ready),
             },
             State::Writing => return Step::Reached(Committed::Ready),
-            State::Create(backup) => {
-                let object = Object::Live(backup.clone());
-                match self.rules.create {
-                    true => Request::Create(Key::Backup(self.id), object),
-                    false => Request::Put(Key::Backup(self.id), object),
-                }
-            }
+            State::Mark(_) | State::MarkLate => Request::Put(Key::Moved(self.id), Object::Mark),
+            State::Create(object) => match self.rules.create {
+                true => Request::Create(Key::Backup(self.id), object.clone()),
+                false => Request::Put(Key::Backup(self.id), object.clone()),
+            },
             State::Look(_) => Request::Get(Key::Backup(self.id)),
             State::EndSession(_) => Request::Delete(Key::Session(self.id)),
             State::Ended(committed) => return Step::Reached(*committed),
@@ -112,22 +117,26 @@ impl Writer {
                 }
                 self.reading(keys)
             }
-            (State::Create(_), Answer::Done) => State::EndSession(Committed::Yes),
-            (State::Create(backup), _) => State::Look(backup),
-            (State::Look(backup), answer) => match answer {
+            (State::Mark(object), _) => State::Create(object),
+            (State::Create(object), Answer::Done) => self.created(&object),
+            (State::Create(object), _) => State::Look(object),
+            (State::Look(object), answer) => match answer {
                 // The reply to an earlier attempt was lost.
-                Answer::Found(Object::Live(found)) if found == backup => {
-                    State::EndSession(Committed::Yes)
-                }
-                Answer::Found(Object::Tombstone(Some(found))) if found == backup => {
-                    State::EndSession(Committed::Yes)
-                }
-                Answer::Missing => State::Create(backup),
+                Answer::Found(found) if is_own(&object, &found) => self.created(&object),
+                Answer::Missing => State::Create(object),
                 _ => State::EndSession(Committed::Fenced),
             },
+            (State::MarkLate, _) => State::EndSession(Committed::Yes),
             (State::EndSession(committed), _) => State::Ended(committed),
             (state, _) => state,
         };
+    }
+
+    fn created(&self, object: &Object) -> State {
+        match object {
+            Object::Compaction(_) if !self.rules.mark_first => State::MarkLate,
+            _ => State::EndSession(Committed::Yes),
+        }
     }
 
     fn reading(&self, keys: Vec<Key>) -> State {
@@ -136,5 +145,14 @@ impl Writer {
             (true, true) => State::Writing,
             (true, false) => State::Register,
         }
+    }
+}
+
+/// Returns whether what was found is what was created, or the tombstone of it.
+fn is_own(own: &Object, found: &Object) -> bool {
+    match (own, found) {
+        (Object::Live(own), Object::Live(found) | Object::Tombstone(Some(found))) => own == found,
+        (Object::Compaction(own), Object::Compaction(found)) => own.is(found),
+        _ => false,
     }
 }

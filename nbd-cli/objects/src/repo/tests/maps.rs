@@ -4,6 +4,7 @@ use super::super::id::{Key, PackId};
 use super::super::map::Map;
 use super::super::pack::{FrameKind, PackBuilder};
 use super::super::page::Page;
+use super::super::protocol::Moves;
 use super::super::root::{self, Head, RootBuilder};
 use super::super::seal::Sealer;
 use super::super::stored::Stored;
@@ -23,7 +24,7 @@ async fn page_that_is_damaged_in_the_last_backup_is_not_shared_with_the_next() {
         let repository = Repository::init(place(), passphrase).await.unwrap();
         let disk = disk(1600, 37);
         let full = back_up(&repository, "vm1", &disk, None).await;
-        let map = Map::open(&repository, full.id).await.unwrap();
+        let map = Map::open(&repository, &Moves::default(), full.id).await.unwrap();
         let page = map.root().pages()[1].unwrap().stored;
         change(&repository, Key::Pack(page.pack), page.range().start + 20).await;
         assert!(content(&repository, full.id).await.is_err());
@@ -39,7 +40,7 @@ async fn page_whose_pack_was_cut_is_not_shared_with_the_next_backup() {
     let repository = repository().await;
     let disk = disk(1600, 41);
     let full = back_up(&repository, "vm1", &disk, None).await;
-    let map = Map::open(&repository, full.id).await.unwrap();
+    let map = Map::open(&repository, &Moves::default(), full.id).await.unwrap();
     let blocks = map.page(1).await.unwrap();
     let last = *blocks.blocks.iter().flatten().last().unwrap();
     let name = Key::Pack(last.pack).to_string();
@@ -58,7 +59,7 @@ async fn forge(
     size: Option<u64>,
     change: impl Fn(u16, Vec<PackId>) -> (u16, Vec<PackId>),
 ) -> Id {
-    let map = Map::open(repository, like).await.unwrap();
+    let map = Map::open(repository, &Moves::default(), like).await.unwrap();
     let mut builder = RootBuilder::default();
     for (number, page) in map.root().pages().iter().enumerate() {
         let Some(page) = page else {
@@ -138,7 +139,7 @@ async fn check_that_reads_packs_compares_them_with_the_maps() {
         let repository = Repository::init(place(), passphrase).await.unwrap();
         let disk = disk(300, 53);
         let good = back_up(&repository, "vm1", &disk, None).await;
-        let map = Map::open(&repository, good.id).await.unwrap();
+        let map = Map::open(&repository, &Moves::default(), good.id).await.unwrap();
         let page = map.page(0).await.unwrap();
         let first = page.blocks.iter().position(Option::is_some).unwrap();
         let pack = page.blocks[first].unwrap().pack;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::super::id::Key;
 use super::super::map::Map;
+use super::super::protocol::Moves;
 use super::faults::place_in;
 use super::*;
 use crate::testing::{Fault, Seen, TestStore};
@@ -112,7 +113,7 @@ async fn reader_that_goes_away_ends_what_is_read_ahead() {
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_pack_ahead_fails_its_own_blocks_and_no_others() {
     let (_store, repository, disk, id) = scene().await;
-    let map = Map::open(&repository, id).await.unwrap();
+    let map = Map::open(&repository, &Moves::default(), id).await.unwrap();
     let mut lost = Vec::new();
     let mut victim = None;
     for (number, _) in map.root().pages().iter().enumerate() {
