@@ -118,6 +118,21 @@ impl Command {
             _ => false,
         }
     }
+
+    /// Returns whether the command reads each part of an image once.
+    pub(crate) fn reads_once(&self) -> bool {
+        match self {
+            Self::Copy(_) | Self::Checksum(_) | Self::QemuImg(_) => true,
+            Self::Backup(args) => args.verify.is_none(),
+            Self::Image(args) => {
+                matches!(
+                    args.command,
+                    image::ImageCommand::Convert(_) | image::ImageCommand::Compare(_)
+                )
+            }
+            _ => false,
+        }
+    }
 }
 
 #[cfg(test)]

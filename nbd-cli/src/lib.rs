@@ -125,6 +125,9 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
     if command.writes() {
         signals::watch()?;
     }
+    if command.reads_once() {
+        objects::read_once();
+    }
     match command {
         Command::Serve(args) => commands::serve::run(*args),
         Command::Info(args) => commands::info::run(&args),

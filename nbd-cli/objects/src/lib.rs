@@ -23,7 +23,7 @@ mod uploads;
 
 pub use error::{Result, StoreError, StoreErrorKind};
 pub use image::{
-    BLOCK_LEN, CACHE_SIZE_MIN, CacheSettings, Interrupted, ObjectCache, ObjectStorage,
+    BLOCK_LEN, CACHE_SIZE_MIN, CacheSettings, Interrupted, ObjectCache, ObjectStorage, Reads,
 };
 pub use location::{SCHEMES, StoreUrl};
 pub use push::{PushOptions, PushSource, Pushed, push};

@@ -10,8 +10,8 @@ use imgfmt::storage::TryRead;
 use imgfmt::{HostOffset, Storage as _};
 use nbd_objects::testing::{Fault, Seen, TestStore};
 use nbd_objects::{
-    BLOCK_LEN, CacheSettings, Environment, Interrupted, ObjectCache, ObjectStorage, StoreError,
-    StoreSettings, StoreUrl, Timeouts,
+    BLOCK_LEN, CacheSettings, Environment, Interrupted, ObjectCache, ObjectStorage, Reads,
+    StoreError, StoreSettings, StoreUrl, Timeouts,
 };
 
 const KEY: &str = "/bucket/disk.img";
@@ -56,8 +56,23 @@ impl Bench {
     }
 
     fn cache(&self) -> ObjectCache {
+        self.cache_for(Reads::Again)
+    }
+
+    fn cache_for(&self, reads: Reads) -> ObjectCache {
         let directory = Some(self.directory.path().to_owned());
-        ObjectCache::open(&CacheSettings { directory, is_optional: false, size: 64 << 20 }).unwrap()
+        let settings = CacheSettings { directory, is_optional: false, reads, size: 64 << 20 };
+        ObjectCache::open(&settings).unwrap()
+    }
+
+    /// Bytes that were fetched.
+    fn fetched(&self) -> u64 {
+        let length = |seen: Seen| {
+            let range = seen.range.unwrap();
+            let (first, last) = range.trim_start_matches("bytes=").split_once('-').unwrap();
+            last.parse::<u64>().unwrap() - first.parse::<u64>().unwrap() + 1
+        };
+        self.gets().into_iter().map(length).sum()
     }
 
     /// A task that has brought the last block may have the cache a moment longer than its reader.
@@ -123,6 +138,42 @@ fn next_process_finds_the_blocks_and_asks_once_for_the_tag() {
     let storage = bench.open().unwrap();
     assert!(bench.is_right(&storage, 0, 3 * BLOCK_LEN));
     assert_eq!(bench.gets().len(), 1, "only the opening asks the store");
+}
+
+#[test]
+fn what_is_read_once_is_fetched_once_and_not_written_to_the_disk() {
+    let bench = Bench::new(150 * BLOCK_LEN + 777);
+    let cache = bench.cache_for(Reads::Once);
+    let one = bench.open_with(&cache).unwrap();
+    // Another reader of the same object is a little behind.
+    let other = bench.open_with(&cache).unwrap();
+    bench.gets();
+    for offset in (0..bench.data.len()).step_by(100_000) {
+        assert!(bench.is_right(&one, offset, 100_000), "{offset}");
+        assert!(bench.is_right(&other, offset.saturating_sub(BLOCK_LEN), 100_000), "{offset}");
+    }
+    // The first one came when the object was opened.
+    assert_eq!(bench.fetched(), (bench.data.len() - BLOCK_LEN) as u64);
+    let blocks = std::fs::metadata(bench.directory.path().join("blocks")).unwrap();
+    assert_eq!(blocks.len(), BLOCK_LEN as u64);
+    // What is wanted once more is fetched once more.
+    assert!(bench.is_right(&one, 2 * BLOCK_LEN, 4096));
+    assert_eq!(bench.gets().len(), 1);
+}
+
+#[test]
+fn parts_that_are_read_later_are_fetched_once_even_if_they_are_many() {
+    let count = 300;
+    let bench = Bench::new(count * BLOCK_LEN);
+    let storage = bench.open_with(&bench.cache_for(Reads::Once)).unwrap();
+    // More than is held in memory.
+    for part in [0, 1, 3, 2] {
+        for block in 0..count {
+            let (offset, length) = (block * BLOCK_LEN + part * BLOCK_LEN / 4, BLOCK_LEN / 4);
+            assert!(bench.is_right(&storage, offset, length), "{block} {part}");
+        }
+    }
+    assert_eq!(bench.fetched(), bench.data.len() as u64);
 }
 
 #[test]

@@ -7,5 +7,9 @@ mod stores;
 
 #[cfg(not(feature = "object-storage"))]
 pub use none::ObjectArgs;
+#[cfg(not(feature = "object-storage"))]
+pub(crate) use none::read_once;
+#[cfg(feature = "object-storage")]
+pub(crate) use stores::read_once;
 #[cfg(feature = "object-storage")]
 pub use stores::{AddressingChoice, ObjectArgs};

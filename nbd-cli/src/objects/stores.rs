@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use nbd_jobs::size::{ByteSize, parse_duration};
 use nbd_objects::repo::{BackupName, Damage, Repository};
 use nbd_objects::{
     Addressing, CACHE_SIZE_MIN, CacheSettings, Environment, Interrupted, ObjectCache,
-    ObjectStorage, Place, StoreSettings, StoreUrl, Timeouts,
+    ObjectStorage, Place, Reads, StoreSettings, StoreUrl, Timeouts,
 };
 
 use crate::passphrase::passphrase_of_environment;
@@ -79,6 +80,14 @@ pub enum AddressingChoice {
     Path,
     /// The host: BUCKET.HOST/KEY.
     Virtual,
+}
+
+/// Whether this process reads each part of an image once.
+static READS_ONCE: AtomicBool = AtomicBool::new(false);
+
+/// Says that this process reads each part of an image once.
+pub(crate) fn read_once() {
+    READS_ONCE.store(true, Ordering::Relaxed);
 }
 
 /// The one cache of this process.
@@ -214,6 +223,7 @@ impl ObjectArgs {
         let settings = CacheSettings {
             directory: self.cache_directory(),
             is_optional: self.cache_dir.is_none(),
+            reads: if READS_ONCE.load(Ordering::Relaxed) { Reads::Once } else { Reads::Again },
             size: self.cache_size.map_or(CacheSettings::default().size, ByteSize::bytes),
         };
         if settings.size < CACHE_SIZE_MIN {

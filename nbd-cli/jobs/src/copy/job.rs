@@ -111,8 +111,14 @@ impl Settings {
         let looks = options.zeroes != Zeroes::Allocate && !matches!(destination, Destination::Null);
         let sparse = options.sparse.filter(|_| looks).map(|sparse| sparse.max(unit));
         let (mut requests, mut request_size) = (options.requests.get(), options.request_size);
-        let is_local = matches!(source, Source::File { .. })
-            && matches!(destination, Destination::File { .. });
+        let is_local = match source {
+            Source::File { .. } => matches!(destination, Destination::File { .. }),
+            // Its blocks are fetched by other requests: each of these only wakes threads.
+            Source::Image { .. } => {
+                matches!(destination, Destination::File { .. } | Destination::Null)
+            }
+            _ => false,
+        };
         if is_local && request_size < FILE_PIECE {
             // The same memory.
             let larger = FILE_PIECE / request_size.max(1);

@@ -19,6 +19,17 @@ const CACHE_SIZE_MAX: u64 = 1 << 40;
 /// Largest cache without a name, in bytes: every process can have one.
 const UNNAMED_MAX: u64 = 256 << 20;
 
+/// How often a process reads the blocks of objects.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reads {
+    /// Again and again: all blocks are kept on the local disk.
+    #[default]
+    Again,
+    /// Once, in order: blocks are kept in memory until they have been read, and on the local disk only
+    /// if that is long.
+    Once,
+}
+
 /// The place and size of a cache.
 #[derive(Clone, Debug)]
 pub struct CacheSettings {
@@ -28,13 +39,15 @@ pub struct CacheSettings {
     /// Whether the process goes on with a temporary cache, or none, if the directory cannot be
     /// used.
     pub is_optional: bool,
+    /// How often blocks are read.
+    pub reads: Reads,
     /// Limit of its data, in bytes. A cache that ends with its process has at most 256 MiB.
     pub size: u64,
 }
 
 impl Default for CacheSettings {
     fn default() -> Self {
-        Self { directory: None, is_optional: true, size: 4 << 30 }
+        Self { directory: None, is_optional: true, reads: Reads::Again, size: 4 << 30 }
     }
 }
 
@@ -269,6 +282,7 @@ mod tests {
             directory: Some(directory.to_owned()),
             is_optional: false,
             size: CACHE_SIZE_MIN,
+            ..CacheSettings::default()
         };
         let cache = Cache::open(&settings).unwrap();
         cache.state().capacity = blocks;
@@ -286,7 +300,7 @@ mod tests {
         let size = 1 << 30;
         let of = |directory: Option<&std::path::Path>| {
             let directory = directory.map(std::path::Path::to_owned);
-            Cache::open(&CacheSettings { directory, is_optional: true, size }).unwrap()
+            Cache::open(&CacheSettings { directory, size, ..CacheSettings::default() }).unwrap()
         };
         let blocks = |bytes: u64| (bytes / BLOCK_LEN as u64) as usize;
         let first = of(Some(directory.path()));

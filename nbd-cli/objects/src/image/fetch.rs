@@ -5,7 +5,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::StreamExt as _;
 use object_store::{GetOptions, GetRange, GetResult};
 use tokio::runtime::Handle;
@@ -16,10 +16,12 @@ use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::runtime::runtime;
 use crate::store::Place;
 
-use super::cache::{Cache, CacheSettings};
+use super::cache::{Cache, CacheSettings, Reads};
 use super::cache_file::{BLOCK_LEN, Key};
-use super::flights::{Flights, Run};
+use super::flights::{Flights, Landed, Run};
+use super::held::Held;
 use super::sequences::{AHEAD_MAX, RUN_MAX};
+use super::spare::Spare;
 
 /// Requests for blocks that are made at once. Each holds a few blocks in memory.
 const REQUESTS_MAX: usize = 16;
@@ -37,6 +39,9 @@ const WRITES_MAX: usize = 2;
 pub struct ObjectCache {
     pub(super) cache: Arc<Cache>,
     pub(super) flights: Arc<Flights>,
+    /// Blocks that are read once.
+    held: Option<Arc<Held>>,
+    spare: Arc<Spare>,
     requests: Arc<Semaphore>,
     writes: Arc<Semaphore>,
     runtime: Handle,
@@ -55,6 +60,8 @@ impl ObjectCache {
         Ok(Self {
             cache: Arc::new(Cache::open(settings)?),
             flights: Arc::default(),
+            held: (settings.reads == Reads::Once).then(Arc::default),
+            spare: Arc::default(),
             requests: Arc::new(Semaphore::new(REQUESTS_MAX)),
             writes: Arc::new(Semaphore::new(WRITES_MAX)),
             runtime,
@@ -66,9 +73,12 @@ impl ObjectCache {
     }
 
     /// Blocks that are read ahead for one reader, at most: a small cache has to keep them until they
-    /// are read.
+    /// are read. None if they would be lost.
     pub(super) fn ahead_max(&self) -> u64 {
-        AHEAD_MAX.min(self.cache.capacity() / 4)
+        match self.held {
+            Some(_) => AHEAD_MAX,
+            None => AHEAD_MAX.min(self.cache.capacity() / 4),
+        }
     }
 
     /// Begins to fetch those blocks of a range that are missing.
@@ -97,18 +107,19 @@ impl ObjectCache {
         let range = object.range(&blocks);
         let reply = object.get(range.clone()).await?;
         let mut stream = reply.into_stream();
-        let (mut block, mut keeping) = (BytesMut::new(), VecDeque::new());
+        let (mut block, mut keeping) = (Vec::new(), VecDeque::new());
         while let Some(data) = stream.next().await {
             let mut data = data.map_err(|error| object.failed(&error))?;
             while !data.is_empty() {
                 let expected = object.block_len(run.key().block);
                 if block.is_empty() {
-                    block.reserve(expected);
+                    block = self.spare.take();
                 }
                 let part = data.split_to(data.len().min(expected - block.len()));
                 block.extend_from_slice(&part);
                 if block.len() == expected {
-                    self.land(run, block.split().freeze(), &mut keeping).await;
+                    let whole = self.spare.lend(std::mem::take(&mut block));
+                    self.land(run.land(whole), &mut keeping).await;
                     if run.blocks().is_empty() {
                         while let Some(kept) = keeping.pop_front() {
                             let _ = kept.await;
@@ -123,9 +134,14 @@ impl ObjectCache {
         Err(StoreError::new(StoreErrorKind::Unavailable, why))
     }
 
-    /// Hands a block out, and keeps it: readers find it with the request until it is in the cache.
-    async fn land(&self, run: &mut Run, data: Bytes, keeping: &mut VecDeque<JoinHandle<()>>) {
-        let (key, landed) = (run.key(), run.land(data.clone()));
+    /// Keeps a block: readers find it with the request until it is in the cache. A block that is read
+    /// once need not come there.
+    async fn land(&self, landed: Landed, keeping: &mut VecDeque<JoinHandle<()>>) {
+        let landed = match &self.held {
+            Some(held) => held.hold(landed),
+            None => Some(landed),
+        };
+        let Some(landed) = landed else { return };
         if keeping.len() >= KEEPING_MAX
             && let Some(kept) = keeping.pop_front()
         {
@@ -133,7 +149,7 @@ impl ObjectCache {
         }
         let this = self.clone();
         keeping.push_back(self.runtime.spawn(async move {
-            this.keep(key, data).await;
+            this.keep(landed.key, landed.data.clone()).await;
             drop(landed);
         }));
     }

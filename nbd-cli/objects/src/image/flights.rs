@@ -1,6 +1,7 @@
 //! Blocks that are being fetched: one request, however many wait.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -8,13 +9,20 @@ use bytes::Bytes;
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::runtime::LOOK_EVERY;
 
-use super::cache_file::Key;
+use super::cache_file::{BLOCK_LEN, Key};
+
+/// A 64th of a block, in bytes.
+const PART_LEN: usize = BLOCK_LEN / 64;
 
 /// The block that a request fetches.
 #[derive(Debug, Default)]
 pub(super) struct Flight {
     outcome: Mutex<Option<Result<Bytes>>>,
     landed: Condvar,
+    /// Calls that wait or have waited; it changes under the lock of the outcome.
+    waiters: AtomicU32,
+    /// A bit for each 64th of the block that was read, at least in part.
+    read: AtomicU64,
 }
 
 impl Flight {
@@ -29,6 +37,7 @@ impl Flight {
                 let why = "the read from the store was interrupted";
                 return Err(StoreError::new(StoreErrorKind::Interrupted, why));
             }
+            self.waiters.fetch_add(1, Ordering::Relaxed);
             let waited = self.landed.wait_timeout(outcome, LOOK_EVERY);
             outcome = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -40,10 +49,22 @@ impl Flight {
         outcome.clone()?.ok()
     }
 
+    /// Notes that a part was read.
+    pub(super) fn note_read(&self, offset: usize, length: usize) {
+        let (first, end) = (offset / PART_LEN, (offset + length).div_ceil(PART_LEN));
+        let until = |part: usize| 1u64.checked_shl(part as u32).unwrap_or(0).wrapping_sub(1);
+        self.read.fetch_or(until(end) & !until(first), Ordering::Relaxed);
+    }
+
     fn land(&self, outcome: Result<Bytes>) {
         let mut place = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
         place.get_or_insert(outcome);
-        self.landed.notify_all();
+        // Those who wake up find it unlocked; to wake nobody is a system call too.
+        let has_waiters = self.waiters.load(Ordering::Relaxed) > 0;
+        drop(place);
+        if has_waiters {
+            self.landed.notify_all();
+        }
     }
 }
 
@@ -95,7 +116,17 @@ impl Flights {
 #[derive(Debug)]
 pub(super) struct Landed {
     flights: Arc<Flights>,
-    key: Key,
+    flight: Arc<Flight>,
+    pub(super) key: Key,
+    pub(super) data: Bytes,
+}
+
+impl Landed {
+    /// Returns whether something of each part was read.
+    pub(super) fn is_read(&self) -> bool {
+        let parts = self.data.len().div_ceil(PART_LEN) as u32;
+        self.flight.read.load(Ordering::Relaxed).count_ones() >= parts
+    }
 }
 
 impl Drop for Landed {
@@ -128,10 +159,9 @@ impl Run {
     pub(super) fn land(&mut self, data: Bytes) -> Landed {
         let key = self.key();
         self.next += 1;
-        if let Some(flight) = self.flights.get(key) {
-            flight.land(Ok(data));
-        }
-        Landed { flights: Arc::clone(&self.flights), key }
+        let flight = self.flights.get(key).unwrap_or_default();
+        flight.land(Ok(data.clone()));
+        Landed { flights: Arc::clone(&self.flights), flight, key, data }
     }
 
     /// Hands out an error for all blocks that have not arrived.

@@ -78,13 +78,8 @@ impl ObjectStorage {
         let end = offset.saturating_add(length as u64);
         let blocks = offset / BLOCK_LEN as u64..end.div_ceil(BLOCK_LEN as u64);
         let mut sequences = self.sequences.lock().unwrap_or_else(PoisonError::into_inner);
-        let longest = self.cache.ahead_max();
-        let ahead = sequences.read(blocks.clone(), self.object.blocks(), longest);
-        match self.cache.cache.is_on() {
-            true => (blocks, ahead),
-            // What is read ahead would be lost.
-            false => (blocks.clone(), blocks.end..blocks.end),
-        }
+        let ahead = sequences.read(blocks.clone(), self.object.blocks(), self.cache.ahead_max());
+        (blocks, ahead)
     }
 
     /// Reads a part of one block.
@@ -99,6 +94,7 @@ impl ObjectStorage {
                 let part = data.get(offset..).and_then(|data| data.get(..buffer.len()));
                 let part = part.ok_or_else(|| self.too_short())?;
                 buffer.copy_from_slice(part);
+                flight.note_read(offset, buffer.len());
                 return Ok(());
             }
             self.cache.launch(&self.object, block..block + 1);
@@ -169,10 +165,12 @@ impl Storage for ObjectStorage {
             let key = Key { object: self.object.id, block };
             if !self.cache.cache.try_read(key, within, part) {
                 // It may have just arrived.
-                let landed = self.cache.flights.get(key).and_then(|flight| flight.landed());
+                let flight = self.cache.flights.get(key).unwrap_or_default();
+                let landed = flight.landed();
                 let data = landed.as_ref().and_then(|data| data.get(within..within + part.len()));
                 let Some(data) = data else { return Ok(TryRead::WouldBlock) };
                 part.copy_from_slice(data);
+                flight.note_read(within, part.len());
             }
         }
         let (_, ahead) = self.note(offset, length);
@@ -184,7 +182,7 @@ impl Storage for ObjectStorage {
         let first = offset.bytes() / BLOCK_LEN as u64;
         let end = offset.bytes().saturating_add(length).div_ceil(BLOCK_LEN as u64);
         let end = end.min(first.saturating_add(AHEAD_MAX)).min(self.object.blocks());
-        if self.cache.cache.is_on() {
+        if self.cache.ahead_max() > 0 {
             self.cache.launch(&self.object, first..end);
         }
         Ok(())
