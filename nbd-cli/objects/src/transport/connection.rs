@@ -3,8 +3,8 @@
 use std::fmt;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -63,7 +63,10 @@ impl fmt::Display for Origin {
 /// Makes connections.
 #[derive(Debug)]
 pub(super) struct Dialer {
-    tls: Tls,
+    /// Empty until a connection needs it, unless the user names the authorities: to read those of
+    /// this machine takes longer than a small request.
+    tls: OnceLock<Tls>,
+    settings: StoreSettings,
     /// A variable that sets a proxy, which has no effect.
     proxy: Option<String>,
 }
@@ -78,8 +81,21 @@ impl fmt::Debug for Tls {
 
 impl Dialer {
     pub(super) fn new(settings: &StoreSettings) -> Result<Self> {
-        let tls = Tls(trust::connector(settings)?);
-        Ok(Self { tls, proxy: settings.environment.proxy().map(str::to_owned) })
+        let tls = OnceLock::new();
+        if trust::named(settings).is_some() {
+            let made = Tls(trust::connector(settings)?);
+            tls.get_or_init(|| made);
+        }
+        let proxy = settings.environment.proxy().map(str::to_owned);
+        Ok(Self { tls, settings: settings.clone(), proxy })
+    }
+
+    fn tls(&self) -> Result<&SslConnector> {
+        if let Some(tls) = self.tls.get() {
+            return Ok(&tls.0);
+        }
+        let tls = Tls(trust::connector(&self.settings)?);
+        Ok(&self.tls.get_or_init(|| tls).0)
     }
 
     /// Connects, with TLS if the address wants it.
@@ -120,7 +136,8 @@ impl Dialer {
         if !origin.is_tls {
             return Ok(Stream::Plain(stream));
         }
-        let configuration = self.tls.0.configure().map_err(|error| error.to_string())?;
+        let tls = self.tls().map_err(|error| error.to_string())?;
+        let configuration = tls.configure().map_err(|error| error.to_string())?;
         let ssl = configuration.into_ssl(&origin.host).map_err(|error| error.to_string())?;
         let mut stream = SslStream::new(ssl, stream).map_err(|error| error.to_string())?;
         match Pin::new(&mut stream).connect().await {

@@ -30,10 +30,7 @@ pub(super) fn connector(settings: &StoreSettings) -> Result<SslConnector> {
     };
     let mut builder = SslConnector::builder(SslMethod::tls_client()).map_err(failed)?;
     builder.set_min_proto_version(Some(SslVersion::TLS1_2)).map_err(failed)?;
-    let environment = &settings.environment;
-    let given = settings.authorities.as_deref();
-    let named = || environment.get("AWS_CA_BUNDLE").map(Path::new);
-    if let Some(file) = given.or_else(named) {
+    if let Some(file) = named(settings) {
         let mut store = openssl::x509::store::X509StoreBuilder::new().map_err(failed)?;
         let pem = std::fs::read(file).map_err(|error| unreadable(file, &error.to_string()))?;
         let certificates = openssl::x509::X509::stack_from_pem(&pem).unwrap_or_default();
@@ -45,9 +42,15 @@ pub(super) fn connector(settings: &StoreSettings) -> Result<SslConnector> {
         }
         builder.set_cert_store(store.build());
     } else {
-        trust_this_machine(&mut builder, environment.get("SSL_CERT_FILE"));
+        trust_this_machine(&mut builder, settings.environment.get("SSL_CERT_FILE"));
     }
     Ok(builder.build())
+}
+
+/// The file of authorities that the user names.
+pub(super) fn named(settings: &StoreSettings) -> Option<&Path> {
+    let variable = || settings.environment.get("AWS_CA_BUNDLE").map(Path::new);
+    settings.authorities.as_deref().or_else(variable)
 }
 
 /// Trusts what this machine trusts. If that cannot be found, no certificate is valid.
