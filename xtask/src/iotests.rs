@@ -2,7 +2,8 @@
 //!
 //! The tests are QEMU's and stay where its source is; nothing of them is in this repository. Each
 //! test runs with QEMU's qemu-img first. If it passes, it runs again with ours in its place: all
-//! other programs (qemu-io, qemu-nbd, …) stay QEMU's.
+//! other programs (qemu-io, qemu-nbd, …) stay QEMU's. Each format has its own directory, so several
+//! runs with other formats can be made at the same time.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -62,11 +63,15 @@ enum Outcome {
     NotRun,
 }
 
-/// The tests of a format that pass with QEMU's program.
+/// The tests of a format.
 #[derive(Debug, Default)]
 struct Tally {
-    baseline: usize,
+    /// How many pass with both programs.
+    passed: usize,
+    /// Those that pass with QEMU's program only.
     failed: Vec<String>,
+    /// Those that do not pass with QEMU's program here.
+    useless: Vec<String>,
 }
 
 /// Runs the tests and prints how many pass. The output of failed ones is kept in `target/iotests`.
@@ -80,11 +85,19 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for format in &options.formats {
         let mut tally = Tally::default();
         for test in suite.tests(format)? {
-            if suite.run(&suite.theirs, format, &test)? != Outcome::Passed {
-                continue;
+            match suite.run(&suite.theirs, format, &test)? {
+                Outcome::NotRun => continue,
+                Outcome::Failed => {
+                    println!("{format} {test}: fails with QEMU's program");
+                    tally.useless.push(test);
+                    continue;
+                }
+                Outcome::Passed => {}
             }
-            tally.baseline += 1;
-            if suite.run(&suite.ours, format, &test)? != Outcome::Passed {
+            if suite.run(&suite.ours, format, &test)? == Outcome::Passed {
+                println!("{format} {test}: passes");
+                tally.passed += 1;
+            } else {
                 println!("{format} {test}: fails with this program");
                 tally.failed.push(test);
             }
@@ -98,11 +111,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 /// Formats the results as a table of Markdown.
 fn table(tallies: &BTreeMap<&str, Tally>) -> String {
     let mut text =
-        "| format | pass with QEMU's | of these with ours | others |\n|---|---|---|---|\n"
-            .to_owned();
-    for (format, Tally { baseline, failed }) in tallies {
-        let passed = baseline - failed.len();
-        let line = format!("| {format} | {baseline} | {passed} | {} |\n", failed.join(" "));
+        "| format | pass | fail here only | fail with either |\n|---|---|---|---|\n".to_owned();
+    for (format, Tally { passed, failed, useless }) in tallies {
+        let (here, either) = (failed.len(), useless.len());
+        let line = format!("| {format} | {passed} | {here}: {} | {either} |\n", failed.join(" "));
         text.push_str(&line);
     }
     text
@@ -130,10 +142,11 @@ impl<'a> Suite<'a> {
         let output = std::path::absolute(target_directory().join("iotests"))?;
         let ours = output.join("program/qemu-img");
         fs::create_dir_all(output.join("program"))?;
-        if ours.is_symlink() {
-            fs::remove_file(&ours)?;
+        let program = program(options)?;
+        if fs::read_link(&ours).ok().as_ref() != Some(&program) {
+            let _ = fs::remove_file(&ours);
+            symlink(program, &ours)?;
         }
-        symlink(program(options)?, &ours)?;
         programs[0].1 = with_an_accelerator(&programs[0].1, &output.join("program"))?;
         Ok(Self { options, directory, output, programs, theirs, ours })
     }
@@ -141,7 +154,7 @@ impl<'a> Suite<'a> {
     /// A run of `check` with this qemu-img, which a time limit ends.
     fn check(&self, program: &Path, format: &str) -> Result<Command> {
         let which = if program == self.ours { "ours" } else { "qemu" };
-        let place = self.output.join(which);
+        let place = self.output.join(which).join(format);
         fs::create_dir_all(&place)?;
         let mut command = Command::new("timeout");
         command.arg("--kill-after=10").arg(self.options.limit.to_string());
@@ -171,7 +184,7 @@ impl<'a> Suite<'a> {
     fn run(&self, program: &Path, format: &str, test: &str) -> Result<Outcome> {
         let mut command = self.check(program, format)?;
         let place = command.get_current_dir().unwrap_or(&self.output).to_owned();
-        let log = place.join(format!("{format}-{}.log", test.replace('/', "-")));
+        let log = place.join(format!("{}.log", test.replace('/', "-")));
         let file = File::create(&log)?;
         command.arg(test).stdout(file.try_clone()?).stderr(file);
         command.status().context("cannot start `timeout`")?;
@@ -243,8 +256,9 @@ mod tests {
 
     #[test]
     fn the_table_names_what_fails() {
-        let tally = Tally { baseline: 3, failed: vec!["007".to_owned()] };
+        let (failed, useless) = (vec!["007".to_owned()], vec!["008".to_owned()]);
+        let tally = Tally { passed: 2, failed, useless };
         let text = table(&BTreeMap::from([("vdi", tally)]));
-        assert!(text.ends_with("| vdi | 3 | 2 | 007 |\n"), "{text}");
+        assert!(text.ends_with("| vdi | 2 | 1: 007 | 1 |\n"), "{text}");
     }
 }
