@@ -15,7 +15,7 @@ use crate::key_values::KeyValues;
 use crate::location::Location;
 use crate::object::ObjectUrl;
 use crate::qemu_name::{
-    BackingInName, DriverSettings, FormatInName, GivenInName, NameInImage, NamedImage, from_json,
+    BackingInName, DriverSettings, ExportOptions, FormatInName, NameInImage, NamedImage, from_json,
     from_key_values, from_name_in_image, has_scheme, path_in,
 };
 use crate::remote::{Remotes, backing_file};
@@ -134,16 +134,50 @@ impl ImageLocation {
 
     /// Returns the ids of the secrets that its name gives for it and for the described images below.
     pub fn key_secrets(&self) -> Vec<&str> {
-        fn given(backing: &BackingInName) -> Option<&GivenInName> {
-            match backing {
-                BackingInName::Given(given) => Some(given),
-                BackingInName::AsNamed | BackingInName::Ignored => None,
-            }
-        }
         let Self::Described { backing, settings, .. } = self else { return Vec::new() };
-        let below = std::iter::successors(given(backing), |image| given(&image.backing));
-        let all = std::iter::once(settings).chain(below.map(|image| &image.settings));
+        let below = backing.described().map(|image| &image.settings);
+        let all = std::iter::once(settings).chain(below);
         all.filter_map(|settings| settings.key_secret.as_deref()).collect()
+    }
+
+    /// Resolves the credentials of TLS in its name, for it and for the described images below:
+    /// `secure` adds those of an id to the URI of their export.
+    ///
+    /// # Errors
+    ///
+    /// Those of `secure`.
+    pub fn resolve_credentials(
+        &mut self,
+        secure: &dyn Fn(&str, &mut NbdUri) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let resolve = |uri: &mut NbdUri, options: &mut ExportOptions| match options.tls_creds.take()
+        {
+            None => Ok(()),
+            Some(id) => {
+                uri.tls.hostname = options.tls_hostname.take();
+                secure(&id, uri)
+            }
+        };
+        let Self::Described { location, backing, settings, .. } = self else { return Ok(()) };
+        if let Self::Export { uri, .. } = &mut **location {
+            resolve(uri, &mut settings.export)?;
+        }
+        let mut next = backing;
+        while let BackingInName::Given(given) = next {
+            if let Some(NameInImage::Export(uri)) = &mut given.name {
+                resolve(uri, &mut given.settings.export)?;
+            }
+            next = &mut given.backing;
+        }
+        Ok(())
+    }
+
+    /// Removes the context of the option `x-dirty-bitmap` from its name.
+    pub fn take_dirty_bitmap(&mut self) -> Option<String> {
+        match self {
+            Self::Described { settings, .. } => settings.export.dirty_bitmap.take(),
+            _ => None,
+        }
     }
 
     /// Returns the file or export, and the options with the format and the backing file that its
@@ -326,7 +360,13 @@ impl ImageLocation {
             Self::File(path) => path.to_string_lossy().into_owned(),
             Self::Export { uri, .. } => uri.to_string(),
             Self::Object(url) => url.to_string(),
-            Self::Described { location, .. } => location.name(),
+            Self::Described { location, .. } => match &**location {
+                // As in QEMU, the options that are not the address of the export are left out.
+                Self::Export { uri, .. } => {
+                    NbdUri::new(uri.transport.clone(), uri.export_name.clone()).to_string()
+                }
+                location => location.name(),
+            },
         }
     }
 

@@ -64,6 +64,7 @@ impl FromStr for DescribedLocation {
         if is_inside || image.backing != BackingInName::AsNamed {
             return Err("the disk in an image is copied with 'nbd-cli image convert'".into());
         }
+        image.settings.export.refuse()?;
         let location = match image.name {
             NameInImage::Export(uri) => Location::Nbd(*uri),
             NameInImage::File(path) => Location::File(path),

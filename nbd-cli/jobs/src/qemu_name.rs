@@ -20,7 +20,7 @@ pub use self::driver_options::{
 use self::driver_options::{tcp, uri};
 #[cfg(feature = "server")]
 pub(crate) use self::settings::check_aio;
-pub use self::settings::{AioMode, CacheSwitches, DriverSettings};
+pub use self::settings::{AioMode, CacheSwitches, DriverSettings, ExportOptions};
 #[cfg(feature = "server")]
 pub(crate) use self::values::{parse_detect_zeroes, parse_discard, take_size, take_window};
 
@@ -89,10 +89,17 @@ pub fn from_name_in_image(text: &str) -> Result<(NameInImage, BackingInName), St
         return Ok((NameInImage::File(path.into()), BackingInName::AsNamed));
     }
     match text.strip_prefix("json:") {
-        Some(object) => match from_json(object)? {
-            named if named.settings.key_secret.is_some() => Err(settings::NO_SECRETS.to_owned()),
-            named => Ok((named.name, named.backing)),
-        },
+        Some(object) => {
+            let named = from_json(object)?;
+            let below = named.backing.described().map(|image| &image.settings);
+            for settings in std::iter::once(&named.settings).chain(below) {
+                settings.export.refuse()?;
+            }
+            match named.settings.key_secret {
+                Some(_) => Err(settings::NO_SECRETS.to_owned()),
+                None => Ok((named.name, named.backing)),
+            }
+        }
         None => Ok((NameInImage::Export(Box::new(from_name(text)?)), BackingInName::AsNamed)),
     }
 }

@@ -12,15 +12,15 @@ use crate::key_values::KeyValues;
 const SECRET_MAX: u64 = 8 << 20;
 
 /// The source of a password. Its `Debug` form does not contain it.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Secret {
     source: Source,
     format: Format,
 }
 
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 enum Source {
-    Data(String),
+    Known(Passphrase),
     File(PathBuf),
 }
 
@@ -48,18 +48,18 @@ impl Secret {
                 return Err(format!("'{encrypted}' is not supported: secrets are not encrypted"));
             }
         }
-        let source = match (properties.take("data"), properties.take("file")) {
-            (Some(data), None) => Source::Data(data),
-            (None, Some(file)) => Source::File(file.into()),
-            (Some(_), Some(_)) => return Err("'file' and 'data' are mutually exclusive".to_owned()),
-            (None, None) => return Err("Either 'file' or 'data' must be provided".to_owned()),
-        };
         let format = match properties.take("format").as_deref() {
             None | Some("raw") => Format::Raw,
             Some("base64") => Format::Base64,
             Some(other) => {
                 return Err(format!("Parameter 'format' does not accept value '{other}'"));
             }
+        };
+        let source = match (properties.take("data"), properties.take("file")) {
+            (Some(data), None) => Source::Known(format.decode(data.into_bytes())?),
+            (None, Some(file)) => Source::File(file.into()),
+            (Some(_), Some(_)) => return Err("'file' and 'data' are mutually exclusive".to_owned()),
+            (None, None) => return Err("Either 'file' or 'data' must be provided".to_owned()),
         };
         Ok(Self { source, format })
     }
@@ -70,24 +70,38 @@ impl Secret {
     ///
     /// A sentence if the file cannot be read, has more than 8 MiB, or is not base64 as it should be.
     pub fn read(&self) -> Result<Passphrase, String> {
-        let bytes = match &self.source {
-            Source::Data(data) => data.clone().into_bytes(),
-            Source::File(path) => {
-                let failed = |error: io::Error| {
-                    imgfmt::Error::from_io("read the secret in", error).with_path(path).to_string()
-                };
-                let mut bytes = Vec::with_capacity(64 << 10);
-                let file = File::open(path).map_err(failed)?;
-                file.take(SECRET_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
-                if bytes.len() as u64 > SECRET_MAX {
-                    return Err(failed(io::ErrorKind::FileTooLarge.into()));
-                }
-                bytes
-            }
+        let path = match &self.source {
+            Source::Known(passphrase) => return Ok(passphrase.clone()),
+            Source::File(path) => path,
         };
-        match self.format {
-            Format::Raw => Ok(Passphrase::new(bytes)),
-            Format::Base64 => {
+        let failed = |error: io::Error| {
+            imgfmt::Error::from_io("read the secret in", error).with_path(path).to_string()
+        };
+        let mut bytes = Vec::with_capacity(64 << 10);
+        let file = File::open(path).map_err(failed)?;
+        file.take(SECRET_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+        if bytes.len() as u64 > SECRET_MAX {
+            return Err(failed(io::ErrorKind::FileTooLarge.into()));
+        }
+        self.format.decode(bytes)
+    }
+
+    /// Reads the secret now and keeps it, for one that can be read only once.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read).
+    pub fn load(&mut self) -> Result<(), String> {
+        self.source = Source::Known(self.read()?);
+        Ok(())
+    }
+}
+
+impl Format {
+    fn decode(self, bytes: Vec<u8>) -> Result<Passphrase, String> {
+        match self {
+            Self::Raw => Ok(Passphrase::new(bytes)),
+            Self::Base64 => {
                 // Made passphrases, so that their memory is overwritten.
                 let text: String =
                     String::from_utf8_lossy(&bytes).split_ascii_whitespace().collect();

@@ -95,6 +95,7 @@ mod qemu_img_convert;
 mod qemu_img_details;
 mod qemu_img_encrypted;
 mod qemu_img_formats;
+mod qemu_img_tls;
 mod qemu_nbd_backing;
 mod qemu_nbd_beside;
 mod qemu_nbd_chain;

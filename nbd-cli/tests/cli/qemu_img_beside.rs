@@ -468,7 +468,7 @@ fn what_is_not_supported_is_refused_by_name_and_changes_nothing() {
         ("convert -O qcow2 -o data_file=x old.img sub/new.img", "data_file"),
         ("create old.img 1M", "several names"),
         ("convert --salvage old.img old.img new.img", "--salvage"),
-        ("info --object tls-creds-x509,id=a,dir=b old.img", "tls-creds-x509"),
+        ("info --object throttle-group,id=a old.img", "throttle-group"),
         ("info --image-opts driver=rbd,pool=a", "rbd"),
         ("resize -f raw --preallocation=metadata old.img 1M", "--preallocation"),
     ] {

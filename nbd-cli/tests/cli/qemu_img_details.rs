@@ -78,11 +78,33 @@ fn a_context_of_an_export_is_mapped_in_the_place_of_its_allocation() {
         maps.push(theirs);
     }
     assert_ne!(maps[0], maps[1]);
+    let socket = server.socket().display();
+    let context = "qemu:dirty-bitmap:b";
+    for line in [
+        format!(
+            "--image-opts driver=raw,file.driver=nbd,file.path={socket},file.x-dirty-bitmap={context}"
+        ),
+        format!("json:{{'driver':'nbd','path':'{socket}','x-dirty-bitmap':'{context}'}}"),
+        format!(
+            "json:{{'driver':'raw','file':{{'driver':'nbd','path':'{socket}','x-dirty-bitmap':'{context}'}}}}"
+        ),
+    ] {
+        let line = words(&format!("map --output=json {line}"));
+        let theirs = run(Command::new("qemu-img").args(&line)).success();
+        assert_eq!(theirs, maps[0], "{line:?}");
+        assert_eq!(ours(directory.path(), &line).success(), theirs, "{line:?}");
+    }
     let line = ["map", "--output=json", "-f", "raw", server.uri()].map(str::to_owned);
     let theirs = run(Command::new("qemu-img").args(&line)).success();
     assert_eq!(ours(directory.path(), &line).success(), theirs);
-    for wrong in ["x-dirty-bitmap=qemu:dirty-bitmap:nosuch", "x-dirty-bitmap=b"] {
-        let line = ["map", "--image-opts", &format!("{options},{wrong}")].map(str::to_owned);
+    let raw = format!("driver=raw,file.driver=nbd,file.path={socket}");
+    for wrong in [
+        format!("{options},x-dirty-bitmap=qemu:dirty-bitmap:nosuch"),
+        format!("{options},x-dirty-bitmap=b"),
+        format!("{raw},x-dirty-bitmap={context}"),
+        format!("{options},file.x-dirty-bitmap={context}"),
+    ] {
+        let line = ["map", "--image-opts", &wrong].map(str::to_owned);
         let theirs = run(Command::new("qemu-img").args(&line));
         let ours = ours(directory.path(), &line);
         assert_eq!((ours.code, theirs.code), (Some(1), Some(1)), "{wrong}: {ours:?}");

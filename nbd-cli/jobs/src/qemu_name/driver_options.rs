@@ -53,6 +53,18 @@ pub enum BackingInName {
 }
 
 impl BackingInName {
+    /// The images that are described one below the other.
+    pub fn described(&self) -> impl Iterator<Item = &GivenInName> {
+        std::iter::successors(self.given(), |image| image.backing.given())
+    }
+
+    fn given(&self) -> Option<&GivenInName> {
+        match self {
+            Self::Given(given) => Some(given),
+            Self::AsNamed | Self::Ignored => None,
+        }
+    }
+
     /// Checks how the backing files are used; `cache` is the mode of the image above.
     ///
     /// # Errors
@@ -184,7 +196,13 @@ impl GivenInName {
         depth: usize,
     ) -> Result<Option<NameInImage>, String> {
         let name = match driver {
-            Some("nbd") => Some(NameInImage::Export(Box::new(from_options(&mut options)?))),
+            Some("nbd") => {
+                let export = &mut self.settings.export;
+                export.tls_creds = options.take("tls-creds");
+                export.tls_hostname = options.take("tls-hostname");
+                export.dirty_bitmap = options.take("x-dirty-bitmap");
+                Some(NameInImage::Export(Box::new(from_options(&mut options)?)))
+            }
             None | Some("file" | "host_device") => {
                 self.settings.take_file(&mut options)?;
                 let path = options.take("filename");

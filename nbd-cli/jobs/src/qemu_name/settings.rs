@@ -73,12 +73,43 @@ pub struct DriverSettings {
     pub key_secret: Option<String>,
     /// Whether a qcow2 image must be encrypted.
     pub encryption: ExpectedEncryption,
+    /// Options of the driver `nbd` beside the address of the export.
+    pub export: ExportOptions,
     /// The treatment of discards; `None`: not given.
     #[cfg(feature = "server")]
     pub discard: Option<Discard>,
     /// The treatment of zeroes in writes; `None`: not given.
     #[cfg(feature = "server")]
     pub detect_zeroes: Option<DetectZeroes>,
+}
+
+/// Options of the driver `nbd` that not all commands know; `None` where they are not given.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ExportOptions {
+    /// The id of the object with the credentials of TLS.
+    pub tls_creds: Option<String>,
+    /// The name that the server's certificate must contain.
+    pub tls_hostname: Option<String>,
+    /// The context that is shown in the place of `base:allocation`.
+    pub dirty_bitmap: Option<String>,
+}
+
+impl ExportOptions {
+    /// Refuses them, for a use that does not know them.
+    ///
+    /// # Errors
+    ///
+    /// A sentence that names one of them.
+    pub fn refuse(&self) -> Result<(), String> {
+        let option = match self {
+            Self { tls_creds: Some(_), .. } => "tls-creds",
+            Self { tls_hostname: Some(_), .. } => "tls-hostname",
+            Self { dirty_bitmap: Some(_), .. } => "x-dirty-bitmap",
+            _ => return Ok(()),
+        };
+        Err(format!("the option '{option}' of the driver 'nbd' is not supported here"))
+    }
 }
 
 /// The cache options of drivers, which override a [`CacheMode`]; `None` where they are not given.
@@ -122,6 +153,7 @@ impl DriverSettings {
     ///
     /// A sentence that names the option.
     pub fn check(&self, access: Access, cache: CacheMode) -> Result<(), String> {
+        self.export.refuse()?;
         if access == Access::ReadWrite {
             if self.read_only {
                 return Err("its name says read-only=on, and this command writes to it".to_owned());

@@ -31,6 +31,7 @@ mod tls;
 
 pub use self::check::Activation;
 pub use self::error::CommandLineError;
+pub use self::objects::Objects;
 pub use self::options::{Options, Wanted, parse};
 pub use self::source::OpenedSource;
 pub use crate::qemu_name::AioMode;

@@ -4,19 +4,26 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use imgfmt::Passphrase;
+use nbd_proto::NbdUri;
+use nbd_proto::uri::Security;
 use nbd_server::tls::{Matching, Rule, Verdict};
 
 use crate::key_values::KeyValues;
 use crate::secret::Secret;
 
+/// The file with the keys of TLS credentials.
+pub(super) const PSK_FILE: &str = "keys.psk";
+/// The default user of a client's key.
+const DEFAULT_USER: &str = "qemu";
+
 /// The defined objects.
 #[derive(Debug, Default)]
-pub(super) struct Objects {
+pub struct Objects {
     objects: BTreeMap<String, Object>,
 }
 
 /// An object whose properties were checked, but whose files were not read.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(super) enum Object {
     Secret(Secret),
     TlsCredentials(TlsCredentials),
@@ -62,7 +69,7 @@ impl Objects {
     /// # Errors
     ///
     /// A sentence about the invalid property.
-    pub(super) fn add(&mut self, text: &str) -> Result<(), String> {
+    pub fn add(&mut self, text: &str) -> Result<(), String> {
         let mut properties = KeyValues::parse(text, Some("qom-type"))?;
         let kind = properties.take("qom-type").filter(|kind| !kind.is_empty());
         let kind = kind.ok_or_else(|| missing("qom-type"))?;
@@ -121,6 +128,41 @@ impl Objects {
         }
     }
 
+    /// Adds the credentials of that id, which must be for a client, to the URI of an export.
+    ///
+    /// # Errors
+    ///
+    /// A sentence if there are none, or they cannot be used.
+    pub fn secure(&self, id: &str, uri: &mut NbdUri) -> Result<(), String> {
+        let credentials = self.credentials(id, true)?;
+        uri.security = Security::Tls;
+        match &credentials.kind {
+            CredentialsKind::Psk { user } => {
+                uri.tls.psk_file = Some(credentials.directory.join(PSK_FILE));
+                uri.user = Some(user.as_deref().unwrap_or(DEFAULT_USER).to_owned());
+            }
+            CredentialsKind::X509 { verify_peer, password } => {
+                self.refuse_password(password.as_deref())?;
+                uri.tls.certificates = Some(credentials.directory.clone());
+                uri.tls.verify_peer = Some(*verify_peer);
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses the passphrase of a private key.
+    pub(super) fn refuse_password(&self, password: Option<&str>) -> Result<(), String> {
+        match password.map(|id| (id, self.objects.get(id))) {
+            None => Ok(()),
+            Some((_, Some(Object::Secret(_)))) => {
+                Err("'passwordid' is not supported: private keys must not be encrypted; keep the \
+                     key in a file that only its user can read"
+                    .to_owned())
+            }
+            Some((id, _)) => Err(format!("No secret with id '{id}'")),
+        }
+    }
+
     /// Returns the access list of that id.
     ///
     /// # Errors
@@ -134,12 +176,24 @@ impl Objects {
         }
     }
 
-    /// Reads the secret of that id.
+    /// Reads all secrets now, each once, and keeps them.
+    ///
+    /// # Errors
+    ///
+    /// A sentence if one cannot be read.
+    pub fn load_secrets(&mut self) -> Result<(), String> {
+        self.objects.values_mut().try_for_each(|object| match object {
+            Object::Secret(secret) => secret.load(),
+            _ => Ok(()),
+        })
+    }
+
+    /// Returns the secret of that id, which is read unless it is known.
     ///
     /// # Errors
     ///
     /// A sentence if there is none, or it cannot be read.
-    pub(super) fn passphrase(&self, id: &str) -> Result<Passphrase, String> {
+    pub fn passphrase(&self, id: &str) -> Result<Passphrase, String> {
         match self.objects.get(id) {
             Some(Object::Secret(secret)) => secret.read(),
             _ => Err(format!("No secret with id '{id}'")),
@@ -149,11 +203,6 @@ impl Objects {
     /// Returns whether there are secrets.
     pub(super) fn has_secrets(&self) -> bool {
         self.objects.values().any(|object| matches!(object, Object::Secret(_)))
-    }
-
-    /// Returns whether there is a secret of that id.
-    pub(super) fn has_secret(&self, id: &str) -> bool {
-        matches!(self.objects.get(id), Some(Object::Secret(_)))
     }
 }
 

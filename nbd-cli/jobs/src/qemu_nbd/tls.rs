@@ -4,20 +4,17 @@ use std::fs::File;
 use std::io::Read as _;
 use std::path::Path;
 
-use nbd_client::{TlsOptions, VerifyPeer};
+use nbd_proto::NbdUri;
 use nbd_server::tls::{
     Authorization as Allowed, ClientCertificates, CredentialSource, Matching, Rule, TlsCredentials,
     TlsMode, Verdict,
 };
 
 use super::error::CommandLineError;
-use super::objects::{Authorization, CredentialsKind};
+use super::objects::{Authorization, CredentialsKind, PSK_FILE};
 use super::options::Options;
 use crate::key_values::KeyValues;
 
-const PSK_FILE: &str = "keys.psk";
-/// The default user of a client's key.
-const DEFAULT_USER: &str = "qemu";
 /// Longest file with rules that is read, in bytes.
 const MAX_RULES_LEN: u64 = 1 << 20;
 
@@ -31,13 +28,15 @@ impl Options {
         for_server(self).map_err(CommandLineError::new)
     }
 
-    /// Returns the TLS settings of `-L`; `None`: without TLS.
+    /// Adds TLS to the URI of `-L`, if it is wanted.
     ///
     /// # Errors
     ///
     /// If an option is missing or is for a server.
-    pub fn client_tls(&self) -> Result<Option<TlsOptions>, CommandLineError> {
-        for_client(self).map_err(CommandLineError::new)
+    pub fn secure(&self, uri: &mut NbdUri) -> Result<(), CommandLineError> {
+        let Some(id) = &self.tls_creds else { return Ok(()) };
+        uri.tls.hostname.clone_from(&self.tls_hostname);
+        self.objects.secure(id, uri).map_err(CommandLineError::new)
     }
 }
 
@@ -58,7 +57,7 @@ fn for_server(options: &Options) -> Result<TlsMode, String> {
             CredentialSource::Psk { file: credentials.directory.join(PSK_FILE) }
         }
         CredentialsKind::X509 { verify_peer, password } => {
-            refuse_password(options, password.as_deref())?;
+            options.objects.refuse_password(password.as_deref())?;
             if options.tls_authz.is_some() && !verify_peer {
                 return Err("--tls-authz needs the certificates of clients, but they are not \
                             asked for one with verify-peer=off"
@@ -78,37 +77,6 @@ fn for_server(options: &Options) -> Result<TlsMode, String> {
         }
     };
     TlsCredentials::load(source).map(TlsMode::Require).map_err(|error| error.to_string())
-}
-
-/// The TLS settings of `-L`.
-fn for_client(options: &Options) -> Result<Option<TlsOptions>, String> {
-    let Some(id) = &options.tls_creds else { return Ok(None) };
-    let credentials = options.objects.credentials(id, options.list)?;
-    let tls = TlsOptions::new(nbd_client::TlsMode::Require);
-    let tls = match &credentials.kind {
-        CredentialsKind::Psk { user } => tls
-            .pre_shared_keys(credentials.directory.join(PSK_FILE))
-            .user(user.as_deref().unwrap_or(DEFAULT_USER)),
-        CredentialsKind::X509 { verify_peer, password } => {
-            refuse_password(options, password.as_deref())?;
-            let verify = if *verify_peer { VerifyPeer::Required } else { VerifyPeer::Off };
-            tls.certificates(&credentials.directory).verify_peer(verify)
-        }
-    };
-    Ok(Some(match &options.tls_hostname {
-        Some(name) => tls.hostname(name),
-        None => tls,
-    }))
-}
-
-fn refuse_password(options: &Options, password: Option<&str>) -> Result<(), String> {
-    match password {
-        None => Ok(()),
-        Some(id) if !options.objects.has_secret(id) => Err(format!("No secret with id '{id}'")),
-        Some(_) => Err("'passwordid' is not supported: private keys must not be encrypted; keep \
-                        the key in a file that only the server can read"
-            .to_owned()),
-    }
 }
 
 fn allowed(authorization: &Authorization) -> Result<Allowed, String> {

@@ -38,10 +38,9 @@ impl Arguments {
             }
             given.push(option);
         }
-        let mut secrets = Secrets::default();
-        for (_, object) in given.iter().filter(|(option, _)| *option == Opt::Object) {
-            secrets.read(&as_text(object)?)?;
-        }
+        let objects = given.iter().filter(|(option, _)| *option == Opt::Object);
+        let objects = objects.map(|(_, object)| as_text(object)).collect::<Result<Vec<_>, _>>()?;
+        let secrets = Secrets::read(&objects)?;
         Ok(Some(Self { given, operands: words.into_operands(), secrets }))
     }
 

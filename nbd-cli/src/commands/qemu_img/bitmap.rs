@@ -48,7 +48,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
 /// The image whose bitmaps are merged, if it is another one.
 fn source(arguments: &Arguments) -> Result<Option<Image>, Refusal> {
     let Some(file) = arguments.value(Opt::SourceFile) else { return Ok(None) };
-    let mut place = Place::parse(file, false)?;
+    let mut place = Place::parse(arguments, file, false)?;
     place.options.format = arguments.format(Opt::SourceFormat)?;
     // The image that is changed may be below it.
     place.options.backing = BackingFile::Ignored;

@@ -41,7 +41,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     if !more.is_empty() {
         refuse_for_several(arguments)?;
     }
-    let to = Place::parse(to, arguments.has(Opt::TargetImageOpts))?.with_keys(arguments)?;
+    let is_options = arguments.has(Opt::TargetImageOpts);
+    let to = Place::parse(arguments, to, is_options)?.with_keys(arguments)?;
     let (to, said) = target_of(arguments, &to)?;
     format = said.format.unwrap_or(format);
     check_options(arguments, format)?;

@@ -44,7 +44,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
             "{shown}: new images of the format '{format}' are not supported; make a qcow2 image"
         )));
     }
-    let place = Place::parse(name, false)?;
+    let place = Place::parse(arguments, name, false)?;
     let ImageLocation::File(path) = &place.location else {
         return Err(Refusal::new(format!("{shown}: only files and devices can be created")));
     };

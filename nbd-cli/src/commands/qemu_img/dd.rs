@@ -75,15 +75,14 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     let format = arguments.format(Opt::TargetFormat)?;
     let source = Place::new(arguments, from, Opt::Format, Opt::None)?;
-    let size = source.open()?.size();
     // As in QEMU, `count` counts what is skipped.
-    let end = operands.count.and_then(|count| count.checked_mul(block));
-    let end = end.unwrap_or(u64::MAX).min(size);
+    let end = operands.count.and_then(|count| count.checked_mul(block)).unwrap_or(u64::MAX);
     let start = operands.skip.saturating_mul(block);
-    if start > end {
+    // A server may end after the first connection, so its disk is opened twice only if it has to be.
+    if start > 0 && start > end.min(source.open()?.size()) {
         complain(&format!("{}: cannot skip to specified offset", from.display()));
     }
-    let to = Place::parse(to, false)?.location;
+    let to = Place::parse(arguments, to, false)?.location;
     if !matches!(to, ImageLocation::File(_)) {
         return Err(Refusal::new(format!("{to}: only files can be written")));
     }

@@ -1,21 +1,17 @@
 //! `qemu-img map`.
 
-use std::ffi::OsString;
-
 use imgfmt::Format;
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::image_map::{MapEntry, map_export, map_image};
-use nbd_jobs::image_report::describe_chain;
 use nbd_jobs::text::printable;
 use nbd_proto::wire::MetaContextName;
 
 use super::arguments::Arguments;
 use super::known::Opt;
 use super::options::{SECTOR, size_argument};
-use super::place::Place;
+use super::place::{Place, shown_name};
 use super::refusal::Refusal;
 use crate::async_runtime::runtime;
-use crate::connect::ServerArgs;
 use crate::error::CommandError;
 use crate::output::{Output, ReportFormat};
 use crate::signals;
@@ -48,18 +44,24 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let end = size(Opt::MaxLength, "max length")?
         .and_then(|length| start.checked_add(length))
         .unwrap_or(u64::MAX);
-    let (operand, context) = split_context(arguments)?;
-    let place = Place::new(arguments, &operand, Opt::Format, Opt::None)?;
-    let (location, _) = place.settled()?;
-    let layers = layers(&place)?;
+    let mut place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::None)?;
+    let context = take_context(&mut place)?;
+    let (location, options) = place.settled()?;
+    let layers = match options.format {
+        // Over one connection: a server may end after the first one.
+        Some(Format::Raw) if location.uri().is_some() => {
+            let name = shown_name(location);
+            vec![LayerFile { name, is_raw: true, is_scattered: false, is_encrypted: false }]
+        }
+        _ => layers(&place)?,
+    };
     let is_raw = layers.first().is_some_and(|layer| layer.is_raw);
     let mut printer = Printer { format, layers, start, end, is_first: true, output: Output::new() };
     match location {
         // The server does not know the map of an image inside its export.
         ImageLocation::Export { uri, .. } if is_raw => {
             printer.begin()?;
-            let server = ServerArgs::default();
-            let (connector, cancellation) = (server.connector(uri), signals::cancellation());
+            let (connector, cancellation) = (place.remotes.connector(uri), signals::cancellation());
             let add = |_, entry| printer.add(entry);
             // As in QEMU, nothing is told of the layers that the server has.
             let context = context.unwrap_or_else(MetaContextName::base_allocation);
@@ -92,36 +94,21 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     Ok(0)
 }
 
-/// The operand without QEMU's option `x-dirty-bitmap`, and its value: a context of the export.
-fn split_context(arguments: &Arguments) -> Result<(OsString, Option<MetaContextName>), Refusal> {
-    let operand = arguments.only_operand()?;
-    let text = operand.to_string_lossy();
-    let (mut context, mut rest) = (None, Vec::new());
-    for part in text.split(',') {
-        match part.split_once("x-dirty-bitmap=") {
-            // A part after an empty one begins with a doubled comma, which does not divide.
-            Some(("" | "file.", name)) if rest.last() != Some(&"") => context = Some(name),
-            _ => rest.push(part),
-        }
-    }
-    match context.filter(|_| arguments.has(Opt::ImageOpts)) {
-        None => Ok((operand.to_owned(), None)),
-        Some(name) => match MetaContextName::new(name) {
-            Ok(context) => Ok((rest.join(",").into(), Some(context))),
-            Err(error) => Err(Refusal::new(format!("x-dirty-bitmap={}: {error}", printable(name)))),
-        },
-    }
+/// Removes the context of QEMU's option `x-dirty-bitmap` from the name of an export.
+fn take_context(place: &mut Place) -> Result<Option<MetaContextName>, Refusal> {
+    let Some(name) = place.location.take_dirty_bitmap() else { return Ok(None) };
+    MetaContextName::new(&*name)
+        .map(Some)
+        .map_err(|error| Refusal::new(format!("x-dirty-bitmap={}: {error}", printable(&name))))
 }
 
 fn layers(place: &Place) -> Result<Vec<LayerFile>, Refusal> {
-    let images = describe_chain(place.location.clone(), &place.options, &place.remotes);
-    let images = images.map_err(|error| place.not_opened(&error.to_string()))?;
     let mut layers = Vec::new();
-    for image in images {
+    for image in place.layers()? {
         let data = image.info.qcow2.as_ref().and_then(|qcow2| qcow2.data_file_name.as_deref());
         let name = match data {
             Some(name) => image.location.beside(name)?.name(),
-            None => image.location.name(),
+            None => shown_name(&image.location),
         };
         let format = image.info.format;
         let is_scattered = !matches!(format, Format::Raw | Format::Qcow2);

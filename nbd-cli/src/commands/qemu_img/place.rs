@@ -5,8 +5,11 @@ use std::path::Path;
 
 use imgfmt::{Access, CacheMode, FileNames, Format, Image, Locking, OpenOptions, OpenPolicy};
 use nbd_jobs::image_location::ImageLocation;
+use nbd_jobs::image_report::{DescribedImage, describe_chain};
 use nbd_jobs::remote::{Remotes, UnknownExport, allow_exports};
 use nbd_jobs::text::printable;
+use nbd_proto::limits::DEFAULT_PORT;
+use nbd_proto::uri::Transport;
 
 use super::arguments::Arguments;
 use super::known::Opt;
@@ -65,7 +68,7 @@ impl Place {
         if is_options && arguments.has(format) {
             return Err(Refusal::usage("--image-opts and --format are mutually exclusive"));
         }
-        let mut place = Self::parse(operand, is_options)?;
+        let mut place = Self::parse(arguments, operand, is_options)?;
         place.options.format = arguments.format(format)?;
         if let Some(mode) = arguments.text(cache)? {
             place.options.cache = parse_cache(&mode)?;
@@ -81,13 +84,18 @@ impl Place {
     /// # Errors
     ///
     /// If it is malformed.
-    pub(super) fn parse(operand: &OsStr, is_options: bool) -> Result<Self, Refusal> {
+    pub(super) fn parse(
+        arguments: &Arguments,
+        operand: &OsStr,
+        is_options: bool,
+    ) -> Result<Self, Refusal> {
         let name = operand.to_string_lossy().into_owned();
         let location = match is_options {
             true => ImageLocation::from_options(&name),
             false => ImageLocation::parse(operand),
         };
-        let location = location.map_err(|error| could_not_open(&name, &error.to_string()))?;
+        let mut location = location.map_err(|error| could_not_open(&name, &error.to_string()))?;
+        arguments.secrets.resolve(&mut location).map_err(|why| could_not_open(&name, &why))?;
         let remotes = remotes();
         let mut options = OpenOptions::new().policy(trusting(&remotes));
         options.names = FileNames::AsInQemu;
@@ -145,6 +153,16 @@ impl Place {
         image.map_err(|error| self.not_opened(&error.to_string()))
     }
 
+    /// The image and all layers of its backing chain.
+    ///
+    /// # Errors
+    ///
+    /// If one of them cannot be read.
+    pub(super) fn layers(&self) -> Result<Vec<DescribedImage>, Refusal> {
+        let images = describe_chain(self.location.clone(), &self.options, &self.remotes);
+        images.map_err(|error| self.not_opened(&error.to_string()))
+    }
+
     /// The error of an image that cannot be opened.
     pub(super) fn not_opened(&self, why: &str) -> Refusal {
         could_not_open(&self.location.name(), why)
@@ -185,6 +203,19 @@ pub(super) fn trusting(remotes: &Remotes) -> OpenPolicy {
     allow_exports(OpenPolicy::any_file().allow_format_probe(), remotes)
 }
 
+/// The name of a file or export, as QEMU writes it: with the port, and no more slashes than needed.
+pub(super) fn shown_name(location: &ImageLocation) -> String {
+    let name = location.name();
+    if let (Some(uri), Some(rest)) = (location.uri(), name.strip_prefix("nbd://"))
+        && let Transport::Tcp { port: DEFAULT_PORT, .. } = uri.transport
+        && let Some((host, export)) = rest.split_once('/')
+    {
+        let slash = if export.is_empty() { "" } else { "/" };
+        return format!("nbd://{host}:{DEFAULT_PORT}{slash}{export}");
+    }
+    name.replace("nbd+unix:///?", "nbd+unix://?")
+}
+
 fn could_not_open(name: &str, why: &str) -> Refusal {
     Refusal::new(format!("Could not open '{}': {why}", printable(name)))
 }
@@ -199,5 +230,27 @@ pub(super) fn parse_cache(name: &str) -> Result<CacheMode, Refusal> {
         "off" => Ok(CacheMode::None),
         _ => CacheMode::from_name(name)
             .ok_or_else(|| Refusal::new(format!("Invalid cache option: {}", printable(name)))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exports_are_named_as_by_qemu() {
+        for (given, expected) in [
+            ("nbd://localhost", "nbd://localhost:10809"),
+            ("nbd:localhost:10809:exportname=a", "nbd://localhost:10809/a"),
+            ("nbd://localhost:10810/a", "nbd://localhost:10810/a"),
+            ("nbd://[::1]/", "nbd://[::1]:10809"),
+            ("nbd:unix:/s", "nbd+unix://?socket=/s"),
+            ("nbd+unix:///a?socket=/s", "nbd+unix:///a?socket=/s"),
+            ("json:{'driver':'nbd','path':'/s'}", "nbd+unix://?socket=/s"),
+            ("disk.img", "disk.img"),
+        ] {
+            let location = ImageLocation::parse(OsStr::new(given)).expect("a name");
+            assert_eq!(shown_name(&location), expected, "{given}");
+        }
     }
 }

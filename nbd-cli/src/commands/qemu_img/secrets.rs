@@ -1,28 +1,34 @@
-//! The objects of `--object`: secrets, by their ids.
-
-use std::collections::BTreeMap;
+//! The objects of `--object`: secrets, and the credentials of TLS, by their ids.
 
 use imgfmt::Passphrase;
-use nbd_jobs::key_values::KeyValues;
-use nbd_jobs::secret::Secret;
+use nbd_jobs::image_location::ImageLocation;
+use nbd_jobs::qemu_nbd::Objects;
 use nbd_jobs::text::printable;
 
 use super::refusal::Refusal;
 use crate::key_file::leave_no_dump;
 
-/// The secrets of a command line. As in QEMU, all of them are read, each once.
+/// The objects of a command line. As in QEMU, all secrets are read, each once.
 #[derive(Debug, Default)]
-pub(super) struct Secrets(BTreeMap<String, Passphrase>);
+pub(super) struct Secrets(Objects);
 
 impl Secrets {
-    /// Reads the secret of an object.
+    /// Reads the objects.
     ///
     /// # Errors
     ///
-    /// If the object is malformed or not supported, or the secret cannot be read.
-    pub(super) fn read(&mut self, object: &str) -> Result<(), Refusal> {
+    /// If one is malformed or not supported, or a secret cannot be read.
+    pub(super) fn read(objects: &[String]) -> Result<Self, Refusal> {
+        let mut secrets = Self::default();
+        if objects.is_empty() {
+            return Ok(secrets);
+        }
         leave_no_dump();
-        self.add(object).map_err(Refusal::new)
+        let added = objects.iter().try_for_each(|object| secrets.0.add(object));
+        added
+            .and_then(|()| secrets.0.load_secrets())
+            .map_err(|why| Refusal::new(printable(&why)))?;
+        Ok(secrets)
     }
 
     /// Returns the passphrase of that id.
@@ -31,32 +37,16 @@ impl Secrets {
     ///
     /// A sentence if there is none.
     pub(super) fn passphrase(&self, id: &str) -> Result<Passphrase, String> {
-        let found = self.0.get(id).cloned();
-        found.ok_or_else(|| format!("No secret with id '{}'", printable(id)))
+        self.0.passphrase(id).map_err(|why| printable(&why))
     }
 
-    fn add(&mut self, text: &str) -> Result<(), String> {
-        let mut properties = KeyValues::parse(text, Some("qom-type"))?;
-        let kind = properties.take("qom-type").unwrap_or_default();
-        let id = properties.take("id").ok_or("Parameter 'id' is missing")?;
-        match kind.as_str() {
-            "secret" => {}
-            "" => return Err("Parameter 'qom-type' is missing".to_owned()),
-            kind => {
-                return Err(format!(
-                    "--object {} is not supported; for a server with TLS give the URI nbds://…, \
-                     whose parameters name the credentials",
-                    printable(kind)
-                ));
-            }
-        }
-        let secret = Secret::new(&mut properties)?;
-        if let Some(key) = properties.left_over() {
-            return Err(format!("Invalid parameter '{}'", printable(key)));
-        }
-        match self.0.insert(id.clone(), secret.read()?) {
-            None => Ok(()),
-            Some(_) => Err(format!("there are two objects with the id '{}'", printable(&id))),
-        }
+    /// Resolves the credentials of TLS in the name of an image.
+    ///
+    /// # Errors
+    ///
+    /// A sentence if there are none of an id.
+    pub(super) fn resolve(&self, location: &mut ImageLocation) -> Result<(), String> {
+        let resolved = location.resolve_credentials(&|id, uri| self.0.secure(id, uri));
+        resolved.map_err(|why| printable(&why))
     }
 }

@@ -2,13 +2,14 @@
 
 use std::fmt::Write as _;
 
-use nbd_client::{Connector, ExportInfo, Scope, ServerInfo};
+use nbd_client::{ExportInfo, Scope, ServerInfo};
 use nbd_jobs::qemu_nbd::Options;
 use nbd_proto::uri::{NbdUri, Transport};
 use nbd_proto::wire::{ReplyMode, TransmissionFlags};
 
 use super::refusal::{Refusal, print};
 use crate::async_runtime::runtime;
+use crate::connect::ServerArgs;
 use crate::output::printable;
 
 /// The named flags, in the order of their bits.
@@ -35,10 +36,9 @@ pub(super) fn run(options: &Options) -> Result<(), Refusal> {
             Transport::Tcp { host, port }
         }
     };
-    let mut connector = Connector::new(NbdUri::new(transport, ""));
-    if let Some(tls) = options.client_tls()? {
-        connector = connector.tls(tls);
-    }
+    let mut uri = NbdUri::new(transport, "");
+    options.secure(&mut uri)?;
+    let connector = ServerArgs::default().connector(&uri);
     let server = runtime()?.block_on(connector.inspect(Scope::AllExports));
     let server = server.map_err(|error| Refusal::new(printable(&error.to_string())))?;
     if let Some(refused) = server.refused.first() {
