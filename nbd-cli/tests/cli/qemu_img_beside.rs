@@ -446,6 +446,12 @@ fn images_are_changed_alike() {
         create -f qcow2 -b longer.qcow2 -F qcow2 third.qcow2 ; commit -b raw.img third.qcow2 => third.qcow2 raw.img
         create -f qcow2 -b top.qcow2 -F qcow2 third.qcow2 ; commit -b raw.img third.qcow2
         create -f qcow2 -b ../top.qcow2 -F qcow2 sub/third.qcow2 1M ; commit -q -b disk.qcow2 sub/third.qcow2 => sub/third.qcow2 disk.qcow2
+        commit -b sub/raw.img sub/up.qcow2
+        create -f qcow2 sub/low.qcow2 1M ; create -f qcow2 -b low.qcow2 -F qcow2 sub/mid.qcow2 ; create -f qcow2 -b mid.qcow2 -F qcow2 sub/high.qcow2 ; commit -b low.qcow2 sub/high.qcow2 => sub/high.qcow2 sub/low.qcow2
+        create -f qcow2 sub/low.qcow2 1M ; create -f qcow2 -b low.qcow2 -F qcow2 sub/mid.qcow2 ; create -f qcow2 -b mid.qcow2 -F qcow2 sub/high.qcow2 ; commit -b sub/low.qcow2 sub/high.qcow2
+        create -f qcow2 -b ../top.qcow2 -F qcow2 sub/third.qcow2 1M ; commit -b ../disk.qcow2 sub/third.qcow2
+        create -f qcow2 -b ../top.qcow2 -F qcow2 sub/third.qcow2 1M ; commit -b top.qcow2 sub/third.qcow2
+        create -f qcow2 -b ../top.qcow2 -F qcow2 sub/third.qcow2 1M ; commit -b ./../sub/../top.qcow2 sub/third.qcow2 => sub/third.qcow2 top.qcow2
         commit orphan.qcow2
         commit
         ",

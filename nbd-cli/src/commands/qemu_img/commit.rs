@@ -1,5 +1,6 @@
 //! `qemu-img commit`.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use imgfmt::Image;
@@ -14,6 +15,23 @@ use super::place::Place;
 use super::progress::Percentage;
 use super::refusal::Refusal;
 use super::text;
+
+/// Returns the file of a layer below. As in QEMU, a relative name starts at the directory of the
+/// image above that layer, not at the working directory.
+fn layer_named(place: &Place, name: &OsStr) -> Result<PathBuf, Refusal> {
+    let file = |location: &ImageLocation| location.path().canonicalize().ok();
+    for pair in place.layers()?.windows(2) {
+        let named = file(&pair[0].location.beside(name)?);
+        if named.is_some() && named == file(&pair[1].location) {
+            return Ok(named.unwrap_or_default());
+        }
+    }
+    Err(Refusal::new(format!(
+        "'{}' is not a layer below '{}'",
+        name.display(),
+        place.location.name()
+    )))
+}
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?;
@@ -31,10 +49,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let mut committed = Committed::Emptied;
     let mut base: Option<PathBuf> = None;
     if let Some(name) = arguments.value(Opt::Base) {
-        // As in QEMU, names in the chain start at the directory of the image that has them.
-        let given = ImageLocation::parse(name)?.path().to_owned();
-        let beside = ImageLocation::File(path.to_owned()).beside(name)?.path().to_owned();
-        base = (name != backing).then(|| if given.exists() { given } else { beside });
+        if name != backing {
+            base = Some(layer_named(&place, name)?);
+        }
         committed = Committed::Kept;
     }
     if arguments.has(Opt::Drop) {
