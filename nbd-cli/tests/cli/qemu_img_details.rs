@@ -4,6 +4,7 @@
 use std::process::Command;
 
 use crate::support::qemu_img::{ours, words};
+use crate::support::qemu_nbd::wait_until;
 use crate::support::{Server, run};
 use crate::tools;
 
@@ -126,4 +127,60 @@ fn a_new_raw_disk_has_its_first_block_and_an_enlarged_one_the_space_asked_for() 
     }
     ours(directory.path(), &words("create disk.img 0")).success();
     assert_eq!(std::fs::metadata(directory.path().join("disk.img")).unwrap().len(), 0);
+}
+
+#[test]
+fn a_server_that_ends_after_its_first_client_is_enough() {
+    tools!(_qemu_img = "qemu-img", qemu_nbd = "qemu-nbd");
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    for line in [
+        "create -q -f raw disk.img 1M",
+        "create -q -f qcow2 disk.qcow2 1M",
+        "create -q -f raw same.img 1M",
+    ] {
+        run(Command::new("qemu-img").args(words(line)).current_dir(here)).success();
+    }
+    let socket = here.join("socket");
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    for line in [
+        "info -f raw URI",
+        "info --output=json -f raw URI",
+        "info --image-opts driver=nbd,path=SOCKET",
+        "info --output=json --image-opts driver=nbd,path=SOCKET",
+        "info URI",
+        "info --backing-chain URI",
+        "map -f raw URI",
+        "map --output=json -f raw URI",
+        "map --output=json --image-opts driver=nbd,path=SOCKET",
+        "check -f qcow2 URI",
+        "measure -O qcow2 -f raw URI",
+        "compare -f raw -F raw URI same.img",
+        "convert -f raw -O qcow2 URI copy.qcow2",
+        "convert -n -f raw -O raw same.img URI",
+        "dd -f raw -O raw if=URI of=copy.img",
+    ] {
+        let disk = if line.contains("qcow2 URI") { "disk.qcow2" } else { "disk.img" };
+        let line = line.replace("URI", &uri).replace("SOCKET", &socket.display().to_string());
+        let words = words(&line);
+        let mut outcomes = Vec::new();
+        for is_ours in [false, true] {
+            let mut server = Command::new(&qemu_nbd);
+            server.args(["-f", "raw", "-k"]).arg(&socket).arg(disk).current_dir(here);
+            let mut server = server.spawn().expect("it starts");
+            wait_until("the server listens", || socket.exists());
+            let outcome = match is_ours {
+                true => ours(here, &words),
+                false => run(Command::new("qemu-img").args(&words).current_dir(here)),
+            };
+            // It has ended, unless nobody has come.
+            server.kill().expect("a child");
+            server.wait().expect("it ends");
+            let _ = std::fs::remove_file(&socket);
+            outcomes.push(outcome);
+        }
+        let [theirs, ours] = &outcomes[..] else { unreachable!("two") };
+        assert_eq!((ours.code, theirs.code), (Some(0), Some(0)), "{line}: {ours:?} {theirs:?}");
+        assert_eq!(ours.stdout, theirs.stdout, "{line}");
+    }
 }

@@ -61,7 +61,7 @@ pub struct DescribedImage {
     pub info: ImageInfo,
     /// The space that its file occupies, in bytes; `None` for an export.
     pub actual_size: Option<u64>,
-    /// The server of an export; only of the image that the caller has named.
+    /// The server of an export, after [`ask_server`](Self::ask_server).
     pub server: Option<ServerReport>,
 }
 
@@ -139,17 +139,15 @@ pub enum FormatSpecificData {
 ///
 /// # Errors
 ///
-/// If the image or the server cannot be read, or `options` contradict the name of the image.
+/// If the image cannot be read, or `options` contradict its name.
 pub fn describe(
     location: ImageLocation,
     options: &OpenOptions,
     remotes: &Remotes,
 ) -> Result<DescribedImage, JobError> {
-    let files = location.local_files();
-    let server = location.uri().map(|uri| server(uri, files, remotes)).transpose()?;
     let info = location.inspect(options, remotes)?;
     let actual_size = space_taken(&location)?;
-    Ok(DescribedImage { location, info, actual_size, server })
+    Ok(DescribedImage { location, info, actual_size, server: None })
 }
 
 /// Describes an image and all layers below it, the image first. Blocks, and must not be called by
@@ -169,12 +167,8 @@ pub fn describe_chain(
     for info in location.inspect_chain(options, remotes)? {
         let Some(location) = next else { break };
         next = location.backing(info.backing_name.as_deref())?;
-        let server = match (layers.is_empty(), location.uri()) {
-            (true, Some(uri)) => Some(server(uri, location.local_files(), remotes)?),
-            _ => None,
-        };
         let actual_size = space_taken(&location)?;
-        layers.push(DescribedImage { location, info, actual_size, server });
+        layers.push(DescribedImage { location, info, actual_size, server: None });
     }
     Ok(layers)
 }
@@ -215,6 +209,18 @@ fn actual_size(path: &Path) -> Result<Option<u64>, JobError> {
 }
 
 impl DescribedImage {
+    /// Describes the server of an export as well, over another connection; does nothing for a file.
+    ///
+    /// # Errors
+    ///
+    /// If the server cannot be reached or refuses.
+    pub fn ask_server(&mut self, remotes: &Remotes) -> Result<(), JobError> {
+        if let Some(uri) = self.location.uri() {
+            self.server = Some(server(uri, self.location.local_files(), remotes)?);
+        }
+        Ok(())
+    }
+
     /// Returns the facts with the keys of qemu-img.
     #[must_use]
     pub fn report(&self) -> ImageReport {

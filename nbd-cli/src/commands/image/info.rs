@@ -131,10 +131,14 @@ pub(super) fn print_json(path: &Path, options: &OpenOptions) -> Result<(), Comma
 fn layers(args: &InfoArgs, location: ImageLocation) -> Result<Vec<DescribedImage>, CommandError> {
     let options = args.share.apply(args.open.options_with(&args.server));
     let remotes = args.server.remotes();
-    Ok(match args.backing_chain || args.graph {
+    let mut layers = match args.backing_chain || args.graph {
         true => describe_chain(location, &options, &remotes)?,
         false => vec![describe(location, &options, &remotes)?],
-    })
+    };
+    if let Some(named) = layers.first_mut() {
+        named.ask_server(&remotes)?;
+    }
+    Ok(layers)
 }
 
 fn text(found: &DescribedImage, output: &mut Output) -> Result<(), CommandError> {

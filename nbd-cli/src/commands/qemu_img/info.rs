@@ -1,12 +1,14 @@
 //! `qemu-img info`.
 
 use imgfmt::{Format, FormatDetails, Passphrase};
-use nbd_jobs::image_report::{DescribedImage, describe, describe_chain};
+use nbd_jobs::image_location::ImageLocation;
+use nbd_jobs::image_report::{DescribedImage, describe};
+use nbd_jobs::qemu_name::FormatInName;
 use serde_json::{Value, json};
 
 use super::arguments::Arguments;
 use super::known::Opt;
-use super::place::Place;
+use super::place::{Place, shown_name};
 use super::refusal::Refusal;
 use super::text::{human_size, json, properties, snapshots};
 use crate::output::{Output, ReportFormat, printable};
@@ -20,12 +22,13 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         place.options.passphrases.push(Passphrase::new(Vec::new()));
     }
     let is_chain = arguments.has(Opt::BackingChain);
-    let described = match is_chain {
-        true => describe_chain(place.location.clone(), &place.options, &place.remotes),
-        false => describe(place.location.clone(), &place.options, &place.remotes)
-            .map(|image| vec![image]),
+    let images = match is_chain {
+        true => place.layers()?,
+        false => {
+            let image = describe(place.location.clone(), &place.options, &place.remotes);
+            vec![image.map_err(|error| place.not_opened(&error.to_string()))?]
+        }
     };
-    let images = described.map_err(|error| place.not_opened(&error.to_string()))?;
     let mut output = Output::new();
     match format {
         ReportFormat::Json if is_chain => {
@@ -51,11 +54,17 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
 
 /// The report of an image, with the keys of qemu-img and no others.
 fn report(image: &DescribedImage) -> Result<Value, Refusal> {
+    if is_protocol_alone(image) {
+        return Ok(file(image));
+    }
     let report = serde_json::to_value(image.report());
     let mut report = report.map_err(|error| Refusal::new(error.to_string()))?;
     if let Value::Object(members) = &mut report {
         members.remove("backup");
-        members.remove("server");
+        if image.info.format == Format::Raw && image.location.is_remote() {
+            members.remove("dirty-flag");
+        }
+        members.insert("filename".to_owned(), shown_name(&image.location).into());
         if let Some(FormatDetails::Vdi(_) | FormatDetails::Vpc(_) | FormatDetails::Vhdx(_)) =
             image.info.details
         {
@@ -110,9 +119,8 @@ fn file(image: &DescribedImage) -> Value {
     let mut info = json!({
         "children": [],
         "virtual-size": length(image),
-        "filename": image.location.name(),
+        "filename": shown_name(&image.location),
         "format": protocol,
-        "dirty-flag": false,
     });
     if let Value::Object(members) = &mut info {
         if let Some(bytes) = image.actual_size {
@@ -121,8 +129,16 @@ fn file(image: &DescribedImage) -> Value {
         if protocol == "file" {
             members.insert("format-specific".to_owned(), json!({ "type": "file", "data": {} }));
         }
+        if !image.location.is_remote() {
+            members.insert("dirty-flag".to_owned(), false.into());
+        }
     }
     info
+}
+
+/// Whether the options name the driver of a file or an export alone, without a format above it.
+fn is_protocol_alone(image: &DescribedImage) -> bool {
+    matches!(image.location, ImageLocation::Described { format: FormatInName::Bytes, .. })
 }
 
 fn protocol(image: &DescribedImage) -> &'static str {
@@ -150,9 +166,9 @@ fn length(image: &DescribedImage) -> u64 {
 fn text(image: &DescribedImage, output: &mut Output) -> Result<(), Refusal> {
     let report = report(image)?;
     let info = &image.info;
-    let name = printable(&image.location.name());
+    let name = printable(&shown_name(&image.location));
     output.line(&format!("image: {name}"))?;
-    output.line(&format!("file format: {}", info.format))?;
+    output.line(&format!("file format: {}", report["format"].as_str().unwrap_or_default()))?;
     output.line(&format!("virtual size: {} ({} bytes)", human_size(info.size), info.size))?;
     let taken = image.actual_size.map_or("unavailable".to_owned(), human_size);
     output.line(&format!("disk size: {taken}"))?;
@@ -182,6 +198,9 @@ fn text(image: &DescribedImage, output: &mut Output) -> Result<(), Refusal> {
     if specific.as_object().is_some_and(|members| !members.is_empty()) {
         output.line("Format specific information:")?;
         properties(specific, 4, output)?;
+    }
+    if is_protocol_alone(image) {
+        return Ok(());
     }
     output.line("Child node '/file':")?;
     output.line(&format!("    filename: {name}"))?;
