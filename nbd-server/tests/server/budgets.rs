@@ -221,6 +221,24 @@ fn clients_that_hold_the_whole_budget_and_stall_stop_nobody_who_asks_for_less() 
 }
 
 #[test]
+fn clients_that_leave_while_they_wait_for_memory_are_forgotten() {
+    let mut config = ServerConfig::default();
+    config.memory_limit = LARGE as usize;
+    let server = TestServer::with(config, Arc::new(MemoryExport::new(64 << 20)));
+    let begin = || {
+        let client = Client::connect(&server, ReplyMode::Extended);
+        let mut bytes = client.encode(&header(CommandType::WRITE, 0, LARGE));
+        bytes.resize(bytes.len() + 1000, 0x55);
+        client.send(bytes);
+        client
+    };
+    let _has_all_memory = begin();
+    let wait: Vec<_> = (0..8).map(|_| begin()).collect();
+    drop(wait);
+    wait_until("they are gone", || server.handle().clients().len() == 1);
+}
+
+#[test]
 fn requests_already_received_are_answered_after_a_pause_of_the_client() {
     // More requests than the receive buffer holds, which all wait because nothing can be sent; then
     // everything is wanted at once.

@@ -32,7 +32,7 @@ impl Watch {
         socket: &Socket,
         (backlog, throttle): (&Backlog, &Throttle),
     ) -> Poll<Result<(), ConnectionError>> {
-        if !backlog.is_in_pool() && !throttle.is_waiting() {
+        if !backlog.is_in_pool() && !backlog.is_waiting() && !throttle.is_waiting() {
             return Poll::Pending;
         }
         // A client that has sent DISC may leave at once. Its writes are still carried out.
