@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 use crate::connection::Socket;
 use crate::error::system_words;
 use crate::listener::Listener;
+use crate::log_limit::may_warn;
 use crate::shutdown::{Phase, Shutdown};
 use crate::worker::Accepted;
 
@@ -100,13 +101,15 @@ impl Acceptor {
         }
         let deadline = self.queue_timeout;
         if deadline.is_zero() || waiting.len() >= MAX_WAITING {
-            tracing::warn!(%peer, "closed a client: the limit of connections is reached");
+            if may_warn() {
+                tracing::warn!(%peer, "closed a client: the limit of connections is reached");
+            }
             return None;
         }
         tracing::info!(%peer, "a client waits: the limit of connections is reached");
         waiting.spawn(async move {
             let place = wait_for_place(places, deadline).await;
-            if place.is_none() {
+            if place.is_none() && may_warn() {
                 tracing::warn!(%peer, "closed a client that waited for another one to leave");
             }
             Some(Accepted { socket, peer, place: place?, ungreeted: None, continued: None })

@@ -61,6 +61,7 @@ mod handle;
 mod handover;
 mod listen_address;
 mod listener;
+mod log_limit;
 mod overview;
 mod paused;
 mod queue;

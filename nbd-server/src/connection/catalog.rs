@@ -12,6 +12,7 @@ use super::socket::Socket;
 use crate::access::Access;
 use crate::client::ClientInfo;
 use crate::export::{ExportEntry, ExportRegistry};
+use crate::log_limit::may_warn;
 use crate::quota::Admission;
 use crate::rules::Permission;
 
@@ -104,7 +105,7 @@ impl Catalog {
     /// warning.
     fn report(&self, export: &str, why: &'static str) {
         let client = &self.client;
-        if self.has_warned.swap(true, Ordering::Relaxed) {
+        if self.has_warned.swap(true, Ordering::Relaxed) || !may_warn() {
             tracing::debug!(?export, %client, "{why}");
         } else {
             tracing::warn!(?export, %client, "{why}");

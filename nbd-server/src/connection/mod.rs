@@ -40,6 +40,7 @@ use crate::client;
 use crate::clients::Arrival;
 use crate::error::system_words;
 use crate::export::{Export, ExportEntry, ExportError, Waiter};
+use crate::log_limit::may_warn;
 use crate::paused::Continued;
 use crate::queue::GroupId;
 use crate::shutdown::{Phase, Shutdown};
@@ -117,7 +118,8 @@ pub(crate) async fn serve(
                 }
                 Err(error) => tracing::warn!(error = system_words(&error), "connection failed"),
             },
-            Err(error) => tracing::warn!(%error, "connection failed"),
+            Err(error) if may_warn() => tracing::warn!(%error, "connection failed"),
+            Err(error) => tracing::debug!(%error, "connection failed"),
         },
         () = present.cut() => tracing::info!("connection cut: the export was removed"),
         () = shutdown.reached(Phase::Aborting) => {
@@ -190,7 +192,7 @@ async fn establish(
         result = negotiation => match result {
             Ok(Ok(Some(established))) => return Some(established),
             #[cfg(feature = "tls")]
-            Ok(Err(ConnectionError::Tls(error))) => {
+            Ok(Err(ConnectionError::Tls(error))) if may_warn() => {
                 // A refused client does not get the reason; the administrator needs it.
                 tracing::warn!(%error, "no TLS with a client");
             }

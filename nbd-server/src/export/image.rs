@@ -15,6 +15,7 @@ use nbd_proto::wire::{
 use super::{
     Descriptors, Durability, Export, ExportError, ExportInfo, FastExport, Speed, ZeroMode,
 };
+use crate::log_limit::may_warn;
 
 /// Maximum number of queries for extents to answer one block status request.
 const STEPS_MAX: usize = 4;
@@ -322,7 +323,7 @@ const fn durable(durability: Durability) -> imgfmt::Durability {
 /// in the server's log.
 fn translate(error: &imgfmt::Error) -> ExportError {
     // "Not fast" is an answer, not a failure.
-    if error.kind() != ErrorKind::NotFast {
+    if error.kind() != ErrorKind::NotFast && may_warn() {
         tracing::warn!(%error, "a request failed");
     }
     let (errno, message) = match error.kind() {

@@ -9,6 +9,7 @@ use nbd_proto::wire::Errno;
 
 use crate::error::system_words;
 use crate::export::{ExportError, PlacedRead, PlacedWrite};
+use crate::log_limit::may_warn;
 
 /// A read to be carried out: bytes of one file, between bytes that are known already.
 pub(crate) struct RingRead {
@@ -126,7 +127,9 @@ impl Outcome {
 
 /// What the client is told of a write to stable storage that failed.
 fn lost(error: &io::Error) -> ExportError {
-    tracing::warn!(error = system_words(error), "a durable write failed");
+    if may_warn() {
+        tracing::warn!(error = system_words(error), "a durable write failed");
+    }
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             ExportError::new(Errno::ENOSPC, "no space is left where the image is stored")
