@@ -1,5 +1,7 @@
 //! The runtime of the commands that use the network.
 
+use nbd_jobs::tasks;
+
 use crate::error::CommandError;
 use crate::signals;
 
@@ -8,7 +10,7 @@ pub(crate) fn block_on<T>(
     work: impl Future<Output = Result<T, CommandError>>,
 ) -> Result<T, CommandError> {
     let runtime = runtime()?;
-    let result = runtime.block_on(work);
+    let result = tasks::block_on(&runtime, work);
     if signals::caught().is_some() {
         // A hanging read or write must not prevent an interrupted command from ending.
         runtime.shutdown_background();

@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::panic;
 use std::sync::{Mutex, PoisonError};
 
+use nbd_jobs::tasks;
 use rustix::fs::OFlags;
 use rustix::process::{Signal, getpid, kill_process};
 use rustix::termios::{
@@ -83,7 +84,7 @@ impl Screen {
         gone: impl FnOnce() + Send + 'static,
     ) -> Result<(), CommandError> {
         let mut terminal = self.terminal.try_clone().map_err(|error| unusable(&error))?;
-        let thread = std::thread::Builder::new().name("keys".to_owned()).spawn(move || {
+        let thread = tasks::start_thread("keys", move || {
             let mut keys = [0; 64];
             loop {
                 match terminal.read(&mut keys) {

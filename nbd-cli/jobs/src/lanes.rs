@@ -11,7 +11,9 @@ use std::thread;
 
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::oneshot;
-use tokio::task::{JoinError, spawn_blocking};
+use tokio::task::JoinError;
+
+use crate::tasks;
 
 /// Most threads of a job: more wait for each other, at a file or at a server.
 const MAX_LANES: usize = 4;
@@ -68,12 +70,12 @@ fn start_one() -> Option<(Handle, oneshot::Sender<()>)> {
         IS_LANE.set(true);
         if sender.send(runtime.handle().clone()).is_ok() {
             // An error: the sender was dropped, which is what ends the thread.
-            let _ = runtime.block_on(stopped);
+            let _ = tasks::block_on(&runtime, stopped);
         }
         // A read or write that hangs must not keep the thread.
         runtime.shutdown_background();
     };
-    thread::Builder::new().name("nbd-copy".to_owned()).spawn(drive).ok()?;
+    tasks::start_thread("nbd-copy", drive).ok()?;
     Some((receiver.recv().ok()?, stop))
 }
 
@@ -91,7 +93,7 @@ pub(crate) fn is_lane() -> bool {
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, JoinError> {
-    if is_lane() { Ok(work()) } else { spawn_blocking(work).await }
+    if is_lane() { Ok(work()) } else { tasks::spawn_blocking(work).await }
 }
 
 #[cfg(test)]

@@ -104,6 +104,7 @@ mod sys;
 #[cfg(feature = "server")]
 pub mod takeover;
 pub mod target;
+pub mod tasks;
 pub mod text;
 #[cfg(feature = "server")]
 mod unix_socket;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::error::JobError;
+use crate::tasks;
 
 /// Maximum number of threads that open something: each that hangs holds files and their locks.
 const OPENING_MAX: usize = 16;
@@ -94,8 +95,7 @@ async fn open_in_place<T: Send + 'static>(
     };
     let (sender, opened) = oneshot::channel();
     let own = step.clone();
-    let thread = std::thread::Builder::new().name("open".to_owned());
-    let thread = thread.spawn(move || {
+    let thread = tasks::start_thread("open", move || {
         // If it is waited for no longer, what is open is closed here.
         let _ = sender.send(open(&own));
         drop(place);

@@ -13,6 +13,7 @@ use crate::connect::explain_unknown_export;
 use crate::error::{JobError, JobErrorKind};
 use crate::object::{OBJECT_SCHEMES, ObjectOpener, ObjectUrl};
 use crate::qemu_name::{BackingInName, JSON_SCHEME, NameInImage, SCHEMES, from_name_in_image};
+use crate::tasks;
 
 /// Connections to a server that allows several.
 const CONNECTIONS: NonZeroUsize = NonZeroUsize::new(4).expect("it is not zero");
@@ -149,7 +150,7 @@ pub(crate) fn run_elsewhere<T: Send>(work: impl Future<Output = T> + Send) -> io
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            Ok(runtime.block_on(work))
+            Ok(tasks::block_on(&runtime, work))
         });
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })

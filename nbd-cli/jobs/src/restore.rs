@@ -21,6 +21,7 @@ use crate::copy::verify::Verification;
 use crate::copy::{Knowledge, check_concurrency};
 use crate::layers::{self, Checked};
 use crate::target::{self, Durable, Existing, NewFile, device};
+use crate::tasks;
 use crate::{ConnectOptions, JobContext, JobError, JobErrorKind, Location};
 
 /// Size of a request, in bytes.
@@ -382,7 +383,7 @@ async fn check(
 ) -> Result<Checked, JobError> {
     let (image, open, context) = (image.clone(), options.image.clone(), context.clone());
     let check = move || layers::check_chain(&image, &sum, &open, &context);
-    let checked = tokio::task::spawn_blocking(check).await;
+    let checked = tasks::spawn_blocking(check).await;
     let checked = checked.map_err(|error| JobError::given_up("read", &error))?;
     checked.map_err(|error| match error.kind() {
         JobErrorKind::Mismatch => {

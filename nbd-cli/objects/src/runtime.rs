@@ -1,6 +1,7 @@
 //! The runtime of the requests.
 
 use std::io;
+use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +14,13 @@ const THREADS: usize = 2;
 pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 static RUNTIME: Mutex<Option<Runtime>> = Mutex::new(None);
+
+/// Hides the type of a future: for each type that is spawned, the runtime has some kilobytes of code.
+pub(crate) fn boxed<T>(
+    future: impl Future<Output = T> + Send + 'static,
+) -> Pin<Box<dyn Future<Output = T> + Send>> {
+    Box::pin(future)
+}
 
 /// Returns the runtime on which all requests of this process run, and starts its threads at the
 /// first call.

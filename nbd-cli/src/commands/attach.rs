@@ -18,6 +18,7 @@ use nbd_jobs::object::ObjectUrl;
 use nbd_jobs::qemu_name;
 use nbd_jobs::serving::{ServeOptions, Writes, is_memory, source_uri};
 use nbd_jobs::size::{ByteSize, parse_duration};
+use nbd_jobs::tasks;
 use nbd_proto::NbdUri;
 use nbd_server::ServerConfig;
 use nbd_server::export::Export;
@@ -157,7 +158,7 @@ pub(crate) fn run(args: &AttachArgs) -> Result<Outcome, CommandError> {
     if args.role == Role::Background {
         background::leave_session();
     }
-    runtime()?.block_on(attach(args))
+    tasks::block_on(&runtime()?, attach(args))
 }
 
 async fn attach(args: &AttachArgs) -> Result<Outcome, CommandError> {
@@ -280,7 +281,7 @@ async fn opened(
     device: Option<u32>,
     mut choices: ServeOptions,
 ) -> Result<Arc<dyn Export>, CommandError> {
-    let opening = tokio::task::spawn_blocking(move || {
+    let opening = tasks::spawn_blocking(move || {
         if device.is_some_and(waits_for_adoption) {
             choices.patience = Some(RELEASE);
         }

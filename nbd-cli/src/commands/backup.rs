@@ -8,6 +8,7 @@ mod repository;
 
 use std::num::NonZeroUsize;
 
+use nbd_jobs::tasks;
 use nbd_jobs::{
     BackupOptions, BackupSource, Cancellation, JobContext, Leftover, Sharing, UnknownBase,
 };
@@ -40,7 +41,7 @@ pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
                 let context = JobContext { observer: shown.clone(), cancellation, rate_limit };
                 Ok(nbd_jobs::backup(&source, target, &options, &context).await?)
             };
-            runtime()?.block_on(work)
+            tasks::block_on(&runtime()?, work)
         }
         source => {
             signals::watch()?;
@@ -64,7 +65,7 @@ fn cancelled_by_signal() -> Result<Cancellation, CommandError> {
     let mut signals = EndSignals::new(Hangup::Ends)?;
     let cancellation = Cancellation::new();
     let cancelled = cancellation.clone();
-    tokio::spawn(async move {
+    tasks::spawn(async move {
         let first = signals.next().await;
         cancelled.cancel(format!("signal {}", first.number()));
         let second = signals.insisted().await;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 use nbd_jobs::devices::{DetachMode, Detached, detach, parse_device};
+use nbd_jobs::tasks;
 
 use crate::async_runtime::runtime;
 use crate::error::{CommandError, Outcome};
@@ -38,7 +39,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) fn run(args: &DetachArgs) -> Result<Outcome, CommandError> {
     let device = args.device;
     let mode = if args.force { DetachMode::Force } else { DetachMode::WhenUnused };
-    let detached = runtime()?.block_on(async {
+    let detached = tasks::block_on(&runtime()?, async {
         let mut detaching = pin!(detach(device, mode));
         if let Ok(detached) = tokio::time::timeout(PATIENCE, detaching.as_mut()).await {
             return detached;

@@ -10,6 +10,7 @@ use std::io::Write as _;
 use clap::Args;
 use nbd_client::{Scope, ServerInfo};
 use nbd_jobs::server_report::{ExportReport, ServerReport, content_of};
+use nbd_jobs::tasks;
 use nbd_proto::NbdUri;
 
 use super::image::info::draw_chain;
@@ -117,7 +118,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
         }
         (None, Some(uri)) => {
             args.server.check([uri])?;
-            runtime()?.block_on(info(args, uri))
+            tasks::block_on(&runtime()?, info(args, uri))
         }
         (_, None) => Err(CommandError::new("give an NBD URI, or --graph with an image")),
     }

@@ -1,6 +1,7 @@
 //! `nbd-cli list-meta`: the metadata contexts that a server offers for an export.
 
 use clap::Args;
+use nbd_jobs::tasks;
 use nbd_proto::NbdUri;
 use serde::Serialize;
 
@@ -44,8 +45,8 @@ struct ContextsReport<'a> {
 pub(crate) fn run(args: &ListMetaArgs) -> Result<Outcome, CommandError> {
     args.server.check([&args.uri])?;
     let connector = args.server.connector(&args.uri);
-    let contexts = runtime()?
-        .block_on(connector.list_meta_contexts(&args.queries))
+    let listing = connector.list_meta_contexts(&args.queries);
+    let contexts = tasks::block_on(&runtime()?, listing)
         .map_err(|error| failed(&args.uri, "list the metadata contexts of", &error))?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {

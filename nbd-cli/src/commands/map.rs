@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use nbd_jobs::chart::{Chart, Class};
+use nbd_jobs::tasks;
 use nbd_proto::NbdUri;
 use nbd_proto::wire::MetaContextName;
 use serde::Serialize;
@@ -106,7 +107,7 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
     })?;
     args.server.check([&args.uri])?;
     let mut output = Output::new();
-    runtime()?.block_on(map(args, &context, &mut output))?;
+    tasks::block_on(&runtime()?, map(args, &context, &mut output))?;
     output.finish()?;
     Ok(Outcome::Success)
 }

@@ -9,6 +9,7 @@ use nbd_jobs::JobContext;
 use nbd_jobs::frozen_bits::report_thaw;
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::mount::{MountOptions, MountSource, Mounted, mount};
+use nbd_jobs::tasks;
 
 use super::image::location;
 use super::image::open::{TrustArgs, options};
@@ -95,7 +96,7 @@ pub(crate) fn run(args: MountArgs) -> Result<Outcome, CommandError> {
     if args.role == Role::Background {
         background::leave_session();
     }
-    runtime()?.block_on(serve(args))
+    tasks::block_on(&runtime()?, serve(args))
 }
 
 async fn serve(args: MountArgs) -> Result<Outcome, CommandError> {
@@ -131,7 +132,7 @@ async fn serve(args: MountArgs) -> Result<Outcome, CommandError> {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, CommandError> + Send + 'static,
 ) -> Result<T, CommandError> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| match error.try_into_panic() {
+    tasks::spawn_blocking(work).await.unwrap_or_else(|error| match error.try_into_panic() {
         Ok(panic) => std::panic::resume_unwind(panic),
         Err(error) => Err(CommandError::new(format!("the mount was cancelled: {error}"))),
     })

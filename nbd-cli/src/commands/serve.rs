@@ -24,6 +24,7 @@ use nbd_jobs::monitor::{Monitor, MonitorError, RunningMonitor};
 use nbd_jobs::opening::open_within;
 use nbd_jobs::serving::PrivateDirectory;
 use nbd_jobs::size::ByteSize;
+use nbd_jobs::tasks;
 use nbd_server::tls::TlsMode;
 use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, Server, ServerConfig};
 use tokio::task::JoinHandle;
@@ -63,7 +64,7 @@ pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
     }
     // Dropped after the runtime, whose tasks may hold images.
     let mut guard = None;
-    runtime()?.block_on(serve(args, &mut guard))
+    tasks::block_on(&runtime()?, serve(args, &mut guard))
 }
 
 /// Serves. The value in `guard` has to be dropped after everything that is open.
@@ -219,7 +220,7 @@ async fn close(
     // hang until its server is given up.
     let closing = registry.entries().into_iter().map(|(name, entry)| {
         let registry = registry.clone();
-        tokio::task::spawn_blocking(move || drop((entry, registry.remove(&name))))
+        tasks::spawn_blocking(move || drop((entry, registry.remove(&name))))
     });
     for closed in closing.collect::<Vec<_>>() {
         let _ = closed.await;
@@ -233,7 +234,7 @@ async fn stop_helpers(monitor: Option<RunningMonitor>, reloading: Option<JoinHan
         let _ = reloading.await;
     }
     // Waiting for the monitor may block.
-    let _ = tokio::task::spawn_blocking(move || drop(monitor)).await;
+    let _ = tasks::spawn_blocking(move || drop(monitor)).await;
 }
 
 /// Returns the options of the file, if there is one, together with command line options that a file
@@ -313,7 +314,7 @@ async fn serve_controlled(
     let Some(signal) = signals else { return Ok(Served::Ended(Outcome::Success)) };
     let socket = Arc::new(socket);
     let (accepting, served) = (Arc::clone(&socket), Arc::clone(&controller));
-    let listening = tokio::spawn(async move { accepting.serve(served).await });
+    let listening = tasks::spawn(async move { accepting.serve(served).await });
     let mut server = server.start();
     let mut failed = None;
     let successor = tokio::select! {
@@ -336,7 +337,7 @@ async fn serve_controlled(
     }
     if let Some(mut signals) = signals.take() {
         // A second signal ends the process without waiting for slow clients.
-        tokio::spawn(async move {
+        tasks::spawn(async move {
             std::process::exit(signals.insisted().await.exit_status().into());
         });
     }

@@ -9,6 +9,7 @@ use nbd_jobs::JobError;
 use nbd_jobs::chart::Color;
 use nbd_jobs::size::{parse_duration, parse_limit};
 use nbd_jobs::status::Status;
+use nbd_jobs::tasks;
 use nbd_jobs::watch::{Activity, Line, LineKind, Order, WatchSource, table};
 
 use crate::error::{CommandError, Outcome};
@@ -256,8 +257,7 @@ fn watch(
 ) -> Result<Receiver<Result<Status, JobError>>, CommandError> {
     let (source, interval, limit) = (args.source.clone(), args.interval, args.timeout);
     let (sender, numbers) = mpsc::sync_channel(1);
-    let thread = std::thread::Builder::new().name("watch".to_owned());
-    let thread = thread.spawn(move || {
+    let thread = tasks::start_thread("watch", move || {
         loop {
             std::thread::sleep(interval);
             if !offer(source.fetch(limit), &sender, &events) {

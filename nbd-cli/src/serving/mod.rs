@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use nbd_jobs::serving::{ServeOptions, Writes};
+use nbd_jobs::tasks;
 use nbd_server::{ServeError, Server};
 
 pub(crate) use self::device::keep_device;
@@ -71,7 +72,7 @@ pub(crate) async fn serve_until_signal(
     ended: impl Future<Output = ()>,
 ) -> Result<(), CommandError> {
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    tokio::spawn(async move {
+    tasks::spawn(async move {
         signals.next().await;
         let _ = stop.send(());
         // A second signal ends the process without waiting for slow clients.

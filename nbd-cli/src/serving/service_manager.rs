@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use nbd_jobs::takeover::ServiceManager;
+use nbd_jobs::tasks;
 use sd_notify::NotifyState;
 
 /// That of the server from which this one has taken over.
@@ -40,7 +41,7 @@ pub(crate) fn ready() {
     // manager knows of it, and is not heard then.
     let limit = current().and_then(|manager| manager.watchdog);
     let Some(period) = limit.map(|limit| limit / 3) else { return };
-    tokio::spawn(async move {
+    tasks::spawn(async move {
         loop {
             tell(&[NotifyState::Watchdog]);
             tokio::time::sleep(period.max(Duration::from_millis(1))).await;

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
-use std::thread;
 
 use nbd_client::blocking::Interrupter;
 use nbd_jobs::Cancellation;
+use nbd_jobs::tasks;
 use rustix::process::Signal as Number;
 use tokio::sync::watch::{Receiver, Sender, channel};
 
@@ -36,13 +36,15 @@ pub(crate) fn watch() -> Result<(), CommandError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
     let runtime = runtime.map_err(failed)?;
     let ends = REQUESTS.into_iter().chain(NOTICES).chain([Number::HUP]);
-    let caught = runtime.block_on(async { Caught::new(ends.filter(|it| !was_ignored(*it))) })?;
+    let caught =
+        tasks::block_on(&runtime, async { Caught::new(ends.filter(|it| !was_ignored(*it))) })?;
     let (sender, receiver) = channel(None);
     if FIRST.set(receiver).is_err() {
         return Ok(());
     }
-    let watching = thread::Builder::new().name("signals".to_owned());
-    let watching = watching.spawn(move || runtime.block_on(remember(caught, &sender)));
+    let watching = tasks::start_thread("signals", move || {
+        tasks::block_on(&runtime, remember(caught, &sender));
+    });
     watching.map(drop).map_err(failed)
 }
 

@@ -36,6 +36,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
+use nbd_jobs::tasks;
 use rustix::process::Signal as Number;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -151,7 +152,8 @@ pub(crate) fn prepare() -> Result<(), CommandError> {
     // A handler remains after its runtime has ended. It does nothing: its existence is enough.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
     let runtime = runtime.map_err(failed)?;
-    let caught = runtime.block_on(async { signal(SignalKind::from_raw(Number::XFSZ.as_raw())) });
+    let caught =
+        tasks::block_on(&runtime, async { signal(SignalKind::from_raw(Number::XFSZ.as_raw())) });
     caught.map(drop).map_err(failed)
 }
 

@@ -4,8 +4,8 @@
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, OnceLock, PoisonError};
-use std::thread;
 
+use nbd_jobs::tasks;
 use rustix::process::Signal as Number;
 
 use super::{ARE_CAUGHT, Caught, EndSignal, REQUESTS, was_ignored};
@@ -46,13 +46,12 @@ fn watch() -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let ends = REQUESTS.into_iter().chain([Number::HUP]).filter(|it| !was_ignored(*it));
     let before = ARE_CAUGHT.load(Ordering::SeqCst);
-    let caught = runtime.block_on(async { Caught::new(ends) });
+    let caught = tasks::block_on(&runtime, async { Caught::new(ends) });
     ARE_CAUGHT.store(before, Ordering::SeqCst);
     let mut caught = caught.map_err(|error| io::Error::other(error.to_string()))?;
-    let watching = thread::Builder::new().name("prompt".to_owned());
-    let watching = watching.spawn(move || {
+    let watching = tasks::start_thread("prompt", move || {
         loop {
-            let signal = EndSignal(runtime.block_on(caught.next()));
+            let signal = EndSignal(tasks::block_on(&runtime, caught.next()));
             if put_back() || !ARE_CAUGHT.load(Ordering::SeqCst) {
                 std::process::exit(signal.exit_status().into());
             }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 
+use nbd_jobs::tasks;
 use rustix::process::Signal as Number;
 
 use super::{Caught, EndSignal, NOTICES, was_ignored};
@@ -105,7 +106,7 @@ impl EndSignals {
 /// If the system refuses to catch the signal.
 pub(crate) fn on_hangup(act: impl Fn() + Send + 'static) -> Result<(), CommandError> {
     let mut hangups = Caught::new([Number::HUP])?;
-    tokio::spawn(async move {
+    tasks::spawn(async move {
         loop {
             hangups.next().await;
             act();

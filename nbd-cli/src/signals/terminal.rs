@@ -1,6 +1,7 @@
 //! The signals of a display on a terminal, which has to be restored before the process ends or
 //! stops.
 
+use nbd_jobs::tasks;
 use rustix::process::Signal as Number;
 
 use super::{Caught, EndSignal, NOTICES, REQUESTS, was_ignored};
@@ -32,10 +33,9 @@ pub(crate) fn on_terminal_signals(
     let others = [Number::HUP, Number::USR1, Number::USR2, Number::IO, Number::TSTP];
     let ends = REQUESTS.into_iter().chain(NOTICES).chain(others);
     let numbers = ends.filter(|it| !was_ignored(*it)).chain([Number::WINCH]);
-    let mut caught = runtime.block_on(async { Caught::new(numbers) })?;
-    let thread = std::thread::Builder::new().name("signals".to_owned());
-    let thread = thread.spawn(move || {
-        runtime.block_on(async {
+    let mut caught = tasks::block_on(&runtime, async { Caught::new(numbers) })?;
+    let thread = tasks::start_thread("signals", move || {
+        tasks::block_on(&runtime, async {
             loop {
                 act(match caught.next().await {
                     Number::WINCH => TerminalSignal::Resized,

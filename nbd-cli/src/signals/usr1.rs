@@ -1,8 +1,8 @@
 //! SIGUSR1, with which the caller of a long command asks how far it is.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 
+use nbd_jobs::tasks;
 use rustix::process::Signal as Number;
 
 use super::Caught;
@@ -19,10 +19,10 @@ pub(crate) fn watch_requests() -> Result<(), CommandError> {
     let failed = |error| CommandError::new(format!("cannot catch SIGUSR1: {error}"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
     let runtime = runtime.map_err(failed)?;
-    let mut caught = runtime.block_on(async { Caught::new([Number::USR1]) })?;
-    let watching = thread::Builder::new().name("requests".to_owned()).spawn(move || {
+    let mut caught = tasks::block_on(&runtime, async { Caught::new([Number::USR1]) })?;
+    let watching = tasks::start_thread("requests", move || {
         loop {
-            runtime.block_on(caught.next());
+            tasks::block_on(&runtime, caught.next());
             REQUESTED.store(true, Ordering::Relaxed);
         }
     });

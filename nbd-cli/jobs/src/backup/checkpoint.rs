@@ -16,6 +16,7 @@ use crate::control::{
     CheckpointStarted, Conversation, IfMissing, IfUnusable, Lifetime, Listing, Outcome, Request,
 };
 use crate::observer::{JobContext, Observer};
+use crate::tasks;
 use crate::text::printable;
 use crate::{ConnectOptions, JobError, JobErrorKind};
 
@@ -111,7 +112,7 @@ pub(crate) struct Socket(Option<Conversation>);
 impl Socket {
     pub(crate) async fn open(path: &Path, connect: &ConnectOptions) -> Result<Self, JobError> {
         let (path, limit) = (path.to_owned(), connect.timeout.unwrap_or(PATIENCE));
-        let opened = tokio::task::spawn_blocking(move || Conversation::begin(&path, limit)).await;
+        let opened = tasks::spawn_blocking(move || Conversation::begin(&path, limit)).await;
         opened.map_err(|error| JobError::given_up("request", &error))?.map(|it| Self(Some(it)))
     }
 
@@ -125,7 +126,7 @@ impl Socket {
         let mut conversation = self.0.take().ok_or_else(|| {
             JobError::new(JobErrorKind::ControlSocket, "a request to the server was given up")
         })?;
-        let asked = tokio::task::spawn_blocking(move || {
+        let asked = tasks::spawn_blocking(move || {
             let result = conversation.call(&request);
             (conversation, result)
         });

@@ -23,6 +23,7 @@ use crate::copy::sum::{OfLayers, Sum};
 use crate::copy::verify::Verification;
 use crate::layers;
 use crate::restore::Verify;
+use crate::tasks;
 use crate::text::printable;
 use crate::{ConnectOptions, JobContext, JobError, JobErrorKind};
 
@@ -250,7 +251,7 @@ async fn earlier(
     let sum = move || {
         layers::sum_of(&image, layers::disk(&image, start), |range| Ok(vec![range]), &context)
     };
-    let summed = tokio::task::spawn_blocking(sum).await;
+    let summed = tasks::spawn_blocking(sum).await;
     summed.map_err(|error| JobError::given_up("read", &error))?
 }
 

@@ -5,13 +5,13 @@ use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 use std::time::Duration;
 
 use imgfmt::{Durability, HostOffset, Storage};
 
 use crate::cancellation::Cancellation;
 use crate::error::{JobError, JobErrorKind};
+use crate::tasks;
 
 /// How often a write that waits for the reader looks whether the job was cancelled.
 const INTERVAL: Duration = Duration::from_millis(50);
@@ -65,7 +65,7 @@ impl OutputStorage {
                 }
             }
         };
-        thread::Builder::new().name("output".to_owned()).spawn(write_all)?;
+        tasks::start_thread("output", write_all)?;
         let state = Mutex::new(State { end: 0, writes, results, ended: None });
         Ok(Self { state, cancellation })
     }
@@ -151,6 +151,7 @@ impl Storage for OutputStorage {
 #[cfg(test)]
 mod tests {
     use std::io::Read as _;
+    use std::thread;
 
     use super::*;
 

@@ -20,6 +20,7 @@ use crate::connect::{self, ConnectOptions, failed};
 use crate::lanes;
 use crate::location::Location;
 use crate::target::{Durable, NewFile, device};
+use crate::tasks;
 use crate::zeroes::ZEROES;
 use crate::{JobContext, JobError, JobErrorKind};
 
@@ -271,7 +272,7 @@ impl Destination {
             }
             Self::File { storage, path, .. } => {
                 let storage = storage.clone();
-                let flushed = tokio::task::spawn_blocking(move || storage.sync()).await;
+                let flushed = tasks::spawn_blocking(move || storage.sync()).await;
                 flushed
                     .map_err(|error| JobError::given_up("flush", &error))?
                     .map_err(|error| file_error("flush", path, None, &error))

@@ -11,6 +11,7 @@ use super::source::Source;
 use super::stream;
 use crate::error::JobError;
 use crate::size::exact;
+use crate::tasks;
 
 /// Copies everything, unless the job is cancelled.
 pub(crate) async fn run(job: &Arc<Job>) -> Result<(), JobError> {
@@ -43,7 +44,7 @@ async fn in_parallel(job: &Arc<Job>) -> Result<(), JobError> {
     for (number, memory) in (0..job.requests).zip(memory.iter().cycle()) {
         let (job, memory) = (job.clone(), memory.clone());
         let runtime = job.lanes.runtime(number);
-        tasks.spawn_on(async move { job.copy_pieces(&memory).await }, &runtime);
+        tasks.spawn_on(tasks::boxed(async move { job.copy_pieces(&memory).await }), &runtime);
     }
     while let Some(ended) = tasks.join_next().await {
         // The first error ends the copy: dropping the set stops the other tasks.

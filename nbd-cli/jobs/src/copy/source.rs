@@ -21,6 +21,7 @@ use crate::files::open_file;
 use crate::lanes::is_lane;
 use crate::location::Location;
 use crate::object::ObjectUrl;
+use crate::tasks;
 use crate::{JobContext, JobError, JobErrorKind};
 
 /// An open source. Clones refer to the same one.
@@ -157,7 +158,7 @@ impl Source {
                     }
                 }
                 let storage = storage.clone();
-                let reading = tokio::task::spawn_blocking(move || {
+                let reading = tasks::spawn_blocking(move || {
                     buffer.resize(length, 0);
                     let read = storage.read_exact_at(at, &mut buffer);
                     read.map(|()| buffer.freeze())
@@ -176,7 +177,7 @@ impl Source {
                     }
                 }
                 let image = image.clone();
-                let reading = tokio::task::spawn_blocking(move || {
+                let reading = tasks::spawn_blocking(move || {
                     buffer.resize(length, 0);
                     let read = image.read_at(at, &mut buffer);
                     read.map(|()| buffer.freeze())
@@ -214,7 +215,7 @@ impl Source {
             Self::Image { image, .. } => {
                 let image = image.clone();
                 let look = move || is_zero_in_image(&image, offset, end);
-                tokio::task::spawn_blocking(look).await.unwrap_or(false)
+                tasks::spawn_blocking(look).await.unwrap_or(false)
             }
             Self::Nbd { client, .. } => {
                 let context = MetaContextName::base_allocation();
@@ -249,7 +250,7 @@ impl Source {
 /// Opens the bytes of an object.
 async fn object(url: &ObjectUrl, connect: &ConnectOptions) -> Result<Source, JobError> {
     let (url, objects) = (url.clone(), connect.objects.clone());
-    let opening = tokio::task::spawn_blocking(move || {
+    let opening = tasks::spawn_blocking(move || {
         let storage = objects.open(&url).map_err(|error| JobError::source(error.to_string()))?;
         let size = storage.len().map_err(|error| JobError::source(error.to_string()))?;
         let image = Image::from_storage(storage, &OpenOptions::new().format(Format::Raw));

@@ -14,6 +14,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::content::Content;
 use super::job::Job;
 use super::plan::PlannedRange;
+use crate::tasks;
 use crate::{JobError, JobErrorKind};
 
 /// Reads standard input to its end; the writes go on in parallel.
@@ -38,12 +39,12 @@ pub(super) async fn from_standard_input(job: &Arc<Job>) -> Result<(), JobError> 
         job.sum_data(offset, &data, 1).await?;
         let permit = permits.clone().acquire_owned().await;
         let job = job.clone();
-        tasks.spawn(async move {
+        tasks.spawn(tasks::boxed(async move {
             let stored = job.store(offset, &data).await;
             job.meter.add(length, 0);
             drop(permit);
             stored
-        });
+        }));
         while let Some(ended) = tasks.try_join_next() {
             flatten(ended)?;
         }
@@ -139,7 +140,7 @@ impl Ahead {
                     job.context.keep_rate(range.length).await;
                     job.source.read_chunks(range.offset, range.length, &ReadMemory::default()).await
                 };
-                Self::Data(tokio::spawn(read))
+                Self::Data(tasks::spawn(read))
             }
         }
     }
@@ -157,7 +158,7 @@ async fn read_standard_input(length: usize) -> Result<Bytes, JobError> {
         input.take(length as u64).read_to_end(&mut data)?;
         Ok(data)
     };
-    match tokio::task::spawn_blocking(read).await {
+    match tasks::spawn_blocking(read).await {
         Ok(Ok(data)) => Ok(data.into()),
         Ok(Err(error)) => {
             Err(JobError::source(format!("cannot read from standard input: {error}")))
@@ -171,7 +172,7 @@ async fn write_standard_output(data: Bytes) -> Result<(), JobError> {
     let write = move || -> io::Result<()> {
         File::from(io::stdout().as_fd().try_clone_to_owned()?).write_all(&data)
     };
-    match tokio::task::spawn_blocking(write).await {
+    match tasks::spawn_blocking(write).await {
         Ok(result) => result.map_err(|error| output_error(&error)),
         Err(error) => Err(JobError::given_up("write", &error)),
     }

@@ -11,6 +11,7 @@ use super::plan::{Lengths, Plan, PlannedRange};
 use super::shared_plan::SharedPlan;
 use super::source::Source;
 use crate::observer::Meter;
+use crate::tasks;
 use crate::{JobContext, JobError, JobErrorKind, Phase};
 
 /// Longest part with one checksum, in bytes.
@@ -55,7 +56,7 @@ impl Verification {
         let mut running = JoinSet::new();
         for _ in 0..tasks {
             let this = Arc::clone(self);
-            running.spawn(async move { this.compare_pieces().await });
+            running.spawn(tasks::boxed(async move { this.compare_pieces().await }));
         }
         let mut compared = 0;
         while let Some(ended) = running.join_next().await {

@@ -18,6 +18,7 @@ use super::record::{Note, Record};
 use super::sysfs::{Attachment, SysDevice};
 use super::{device_error, path_of};
 use crate::error::{JobError, JobErrorKind};
+use crate::tasks;
 use crate::text::printable;
 
 /// The time between two looks whether the device is still connected.
@@ -226,7 +227,7 @@ impl Attached {
             return Err(device_error(index, why));
         }
         // It may take long, and an export of this process has to be served meanwhile.
-        let detaching = tokio::task::spawn_blocking(move || {
+        let detaching = tasks::spawn_blocking(move || {
             disconnect(&mut driver()?, index, DetachMode::WhenUnused)
         });
         detaching.await.map_err(|error| JobError::given_up("detachment", &error))?

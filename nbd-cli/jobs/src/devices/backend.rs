@@ -10,6 +10,7 @@ use nbd_server::export::{Export, ExportEntry};
 use nbd_server::{ExportRegistry, RunningServer, Server, ServerConfig};
 
 use crate::error::{JobError, JobErrorKind};
+use crate::tasks;
 use crate::text::printable;
 
 /// The backend of a device: it serves the device's requests.
@@ -122,7 +123,7 @@ impl Backend {
         server.shutdown();
         let closed = server.wait().await;
         // Images are closed with their last owner, which may block.
-        let dropped = tokio::task::spawn_blocking(move || drop(server)).await;
+        let dropped = tasks::spawn_blocking(move || drop(server)).await;
         dropped.map_err(|error| JobError::given_up("close of an image", &error))?;
         closed.map_err(|error| JobError::destination(error.to_string()))
     }

@@ -15,6 +15,7 @@ use super::record::{self, Record};
 use super::sysfs::SysDevice;
 use super::{device_error, path_of};
 use crate::error::{JobError, JobErrorKind};
+use crate::tasks;
 
 /// The time between two looks at a device that is about to go.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -61,7 +62,7 @@ pub async fn detach(device: u32, mode: DetachMode) -> Result<Detached, JobError>
         return Err(device_error(device, "it is not attached"));
     }
     let mut driver = super::load::driver()?;
-    let detaching = tokio::task::spawn_blocking(move || disconnect(&mut driver, device, mode));
+    let detaching = tasks::spawn_blocking(move || disconnect(&mut driver, device, mode));
     detaching.await.map_err(|error| JobError::given_up("detachment", &error))??;
     let start = Instant::now();
     while known.is_connected() {

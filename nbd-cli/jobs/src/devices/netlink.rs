@@ -18,6 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
 
 use super::message::{CONNECT, DISCONNECT, DeviceMessage, LINK_DEAD, MULTICAST_GROUP, RECONFIGURE};
+use crate::tasks;
 
 /// The properties of a device for the kernel.
 #[derive(Clone, Debug)]
@@ -128,9 +129,7 @@ impl Driver {
         socket.set_non_blocking(true)?;
         let (sender, receiver) = mpsc::channel(QUEUED);
         let family = self.family;
-        std::thread::Builder::new()
-            .name("nbd-announcements".to_owned())
-            .spawn(move || listen(&socket, family, &sender))?;
+        tasks::start_thread("nbd-announcements", move || listen(&socket, family, &sender))?;
         Ok(Announcements { receiver })
     }
 

@@ -9,6 +9,8 @@ use nbd_server::export::Export;
 use serde::Serialize;
 use tokio::sync::{Semaphore, watch};
 
+use crate::tasks;
+
 /// Most cells of a picture.
 const MAX_CELLS: u64 = 512;
 const MIN_CELL_LENGTH: u64 = 512;
@@ -140,7 +142,7 @@ impl DiskMaps {
         };
         let export = Weak::clone(export);
         let source = Source { export: Weak::clone(&export), gate: Arc::clone(&self.gate) };
-        let walk = tokio::spawn(draw(source, Arc::clone(&self.turn), sender));
+        let walk = tasks::spawn(draw(source, Arc::clone(&self.turn), sender));
         let latest = receiver.clone();
         known.insert(address, Known { export, latest, walk: Some(walk) });
         (receiver, true)
@@ -174,7 +176,7 @@ impl Source {
 async fn draw(source: Source, turn: Arc<Semaphore>, sender: watch::Sender<Option<Arc<Picture>>>) {
     let Ok(_turn) = turn.acquire().await else { return };
     let started = Instant::now();
-    match tokio::task::spawn_blocking(move || DiskMap::of(&source)).await {
+    match tasks::spawn_blocking(move || DiskMap::of(&source)).await {
         Ok(Ok(Some(map))) => {
             let picture = Picture { map, at: Instant::now(), took: started.elapsed() };
             sender.send_replace(Some(Arc::new(picture)));

@@ -20,6 +20,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::address::MetricsAddress;
 use super::error::{MonitorError, in_words};
 use super::http::Site;
+use crate::tasks;
 use crate::unix_socket::{SocketFile, listen_privately};
 
 /// Most connections at a time; further ones wait.
@@ -46,6 +47,26 @@ pub(super) struct MonitorListener {
 enum Kind {
     Tcp(StdTcpListener),
     Unix(StdUnixListener, SocketFile),
+}
+
+/// The socket in the runtime.
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+/// A connection of either kind: the code that answers HTTP is large, and once in the program.
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
+
+impl Listener {
+    async fn next(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(match self {
+            Self::Tcp(listener) => Box::new(listener.accept().await?.0),
+            Self::Unix(listener) => Box::new(listener.accept().await?.0),
+        })
+    }
 }
 
 impl MonitorListener {
@@ -80,19 +101,19 @@ impl MonitorListener {
 
     /// Answers clients. Dropping the future ends their connections.
     pub(super) async fn serve(self, site: Arc<Site>) {
-        let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let served = match self.kind {
-            Kind::Tcp(listener) => match TcpListener::from_std(listener) {
-                Ok(listener) => accept(slots, site, async || Ok(listener.accept().await?.0)).await,
-                Err(error) => Err(error),
-            },
-            Kind::Unix(listener, _file) => match UnixListener::from_std(listener) {
-                Ok(listener) => accept(slots, site, async || Ok(listener.accept().await?.0)).await,
-                Err(error) => Err(error),
-            },
+        let _file;
+        let listener = match self.kind {
+            Kind::Tcp(listener) => TcpListener::from_std(listener).map(Listener::Tcp),
+            Kind::Unix(listener, file) => {
+                _file = file;
+                UnixListener::from_std(listener).map(Listener::Unix)
+            }
         };
-        if let Err(error) = served {
-            tracing::error!(error = in_words(&error), "the status page cannot be served");
+        match listener {
+            Ok(listener) => accept(&listener, &site).await,
+            Err(error) => {
+                tracing::error!(error = in_words(&error), "the status page cannot be served");
+            }
         }
     }
 }
@@ -138,17 +159,14 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-async fn accept<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
-    slots: Arc<Semaphore>,
-    site: Arc<Site>,
-    next: impl AsyncFn() -> io::Result<S>,
-) -> io::Result<()> {
+async fn accept(listener: &Listener, site: &Arc<Site>) {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut connections = tokio::task::JoinSet::new();
     loop {
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return Ok(()) };
-        match next().await {
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        match listener.next().await {
             Ok(stream) => {
-                connections.spawn(converse(stream, Arc::clone(&site), slot));
+                connections.spawn(tasks::boxed(converse(stream, Arc::clone(site), slot)));
             }
             Err(error) => {
                 tracing::warn!(error = in_words(&error), "cannot accept a reader of metrics");
@@ -159,11 +177,7 @@ async fn accept<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     }
 }
 
-async fn converse<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
-    stream: S,
-    site: Arc<Site>,
-    _slot: OwnedSemaphorePermit,
-) {
+async fn converse(stream: Box<dyn Stream>, site: Arc<Site>, _slot: OwnedSemaphorePermit) {
     let service = service_fn(move |request| {
         let site = Arc::clone(&site);
         async move { Ok::<_, std::convert::Infallible>(site.answer(&request).await) }

@@ -20,6 +20,8 @@ pub use self::error::MonitorError;
 use self::http::Site;
 use self::listener::MonitorListener;
 
+use crate::tasks;
+
 /// The socket of the monitor, before it answers.
 pub struct Monitor {
     listener: MonitorListener,
@@ -61,20 +63,18 @@ impl Monitor {
         let maps = DiskMaps::default();
         let site = Arc::new(Site::new(server, maps.clone(), self.listener.host()));
         let (stop, stopped) = tokio::sync::oneshot::channel();
-        let thread = std::thread::Builder::new()
-            .name("nbd-monitor".to_owned())
-            .spawn(move || {
-                runtime.block_on(async {
-                    tokio::select! {
-                        () = self.listener.serve(site) => {}
-                        // An error means that the owner has dropped it.
-                        _ = stopped => {}
-                    }
-                });
-                // Walks over disks end at their next step.
-                runtime.shutdown_background();
-            })
-            .map_err(MonitorError::Thread)?;
+        let serve = move || {
+            tasks::block_on(&runtime, async {
+                tokio::select! {
+                    () = self.listener.serve(site) => {}
+                    // An error means that the owner has dropped it.
+                    _ = stopped => {}
+                }
+            });
+            // Walks over disks end at their next step.
+            runtime.shutdown_background();
+        };
+        let thread = tasks::start_thread("nbd-monitor", serve).map_err(MonitorError::Thread)?;
         Ok(RunningMonitor { maps, stop: Some(stop), thread: Some(thread) })
     }
 }

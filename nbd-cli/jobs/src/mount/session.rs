@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 use super::disk::MountedDisk;
 use super::requests::{MAX_READ, MountedFiles};
 use crate::error::{JobError, JobErrorKind};
+use crate::tasks;
 use crate::text::printable;
 
 const DEVICE: &str = "/dev/fuse";
@@ -103,13 +104,11 @@ impl Mounted {
         let mut session = session.map_err(|error| failed(&error))?;
         let unmounter = session.unmount_callable();
         let (sender, ended) = oneshot::channel();
-        let thread = std::thread::Builder::new().name("mount".into());
-        thread
-            .spawn(move || {
-                // Without a receiver, no thread waits.
-                let _ = sender.send(session.run());
-            })
-            .map_err(|error| failed(&error))?;
+        let run = move || {
+            // Without a receiver, no thread waits.
+            let _ = sender.send(session.run());
+        };
+        tasks::start_thread("mount", run).map_err(|error| failed(&error))?;
         Ok(Self { disks, directory: directory_found, parts, unmounter, ended })
     }
 

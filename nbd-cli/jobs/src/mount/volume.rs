@@ -16,6 +16,7 @@ use super::disk::MountedDisk;
 use super::file_system::{FileInfo, FileSystem, Name};
 use super::part_reader::PartReader;
 use super::{ext4, fat};
+use crate::tasks;
 
 /// A kind of file system that is understood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,9 +106,7 @@ impl Volume {
         }
         let (sender, receiver) = mpsc::channel();
         let (disk, range, kind) = (Arc::clone(&self.disk), self.range.clone(), self.kind);
-        let builder = std::thread::Builder::new().name("files".into());
-        builder
-            .spawn(move || run(kind, PartReader::new(disk, range), &receiver))
+        tasks::start_thread("files", move || run(kind, PartReader::new(disk, range), &receiver))
             .map_err(|_| Errno::EAGAIN)?;
         *thread = Some(sender.clone());
         Ok(sender)

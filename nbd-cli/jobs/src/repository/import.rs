@@ -15,6 +15,7 @@ use super::job::{Described, Parts, Work};
 use super::options::{RepositoryOptions, earlier};
 use crate::copy::source::Source;
 use crate::restore::Verify;
+use crate::tasks;
 use crate::{JobContext, JobError};
 
 /// Options of an import.
@@ -222,6 +223,6 @@ impl Import<'_> {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, JobError> + Send + 'static,
 ) -> Result<T, JobError> {
-    let done = tokio::task::spawn_blocking(work).await;
+    let done = tasks::spawn_blocking(work).await;
     done.map_err(|error| JobError::given_up("read", &error))?
 }

@@ -21,6 +21,7 @@ use crate::copy::shared_plan::SharedPlan;
 use crate::copy::source::Source;
 use crate::copy::verify::Verification;
 use crate::restore::Verify;
+use crate::tasks;
 use crate::{JobContext, JobError, JobErrorKind, Phase, Progress};
 
 /// Longest read, in bytes.
@@ -232,7 +233,7 @@ impl Work<'_> {
             read += self.copy_disk(disk, &mut session, (&mut progress, size)).await?;
         }
         if let Some(check) = self.before_commit.clone() {
-            let checked = tokio::task::spawn_blocking(move || check()).await;
+            let checked = tasks::spawn_blocking(move || check()).await;
             checked.map_err(|error| JobError::given_up("read", &error))??;
         }
         let made = session.commit().await.map_err(repository_error)?;
@@ -352,7 +353,7 @@ impl Work<'_> {
         storage: Arc<dyn Storage>,
     ) -> Result<u64, JobError> {
         let raw = OpenOptions::new().format(Format::Raw);
-        let image = tokio::task::spawn_blocking(move || Image::from_storage(storage, &raw)).await;
+        let image = tasks::spawn_blocking(move || Image::from_storage(storage, &raw)).await;
         let image = image.map_err(|error| JobError::given_up("read", &error))?;
         let image = image.map_err(|error| JobError::image(JobErrorKind::Destination, error))?;
         let copy = Source::image(Arc::new(image));
@@ -366,7 +367,7 @@ impl Work<'_> {
 fn begin(source: &Arc<Source>, offset: u64, length: u64, memory: BytesMut) -> Read {
     let source = Arc::clone(source);
     let read = async move { source.read(offset, length, memory).await };
-    Read(tokio::spawn(read))
+    Read(tasks::spawn(read))
 }
 
 async fn ended(read: &mut Read) -> Result<Bytes, JobError> {

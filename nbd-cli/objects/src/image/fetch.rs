@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use crate::error::{Result, StoreError, StoreErrorKind};
-use crate::runtime::runtime;
+use crate::runtime::{boxed, runtime};
 use crate::store::Place;
 
 use super::cache::{Cache, CacheSettings, Reads};
@@ -89,7 +89,7 @@ impl ObjectCache {
         let is_there = |key| self.cache.contains(key);
         for run in self.flights.begin(object.id, blocks, RUN_MAX, is_there) {
             let (this, object) = (self.clone(), Arc::clone(object));
-            self.runtime.spawn(async move { this.fetch(&object, run).await });
+            self.runtime.spawn(boxed(async move { this.fetch(&object, run).await }));
         }
     }
 
@@ -148,10 +148,10 @@ impl ObjectCache {
             let _ = kept.await;
         }
         let this = self.clone();
-        keeping.push_back(self.runtime.spawn(async move {
+        keeping.push_back(self.runtime.spawn(boxed(async move {
             this.keep(landed.key, landed.data.clone()).await;
             drop(landed);
-        }));
+        })));
     }
 
     pub(super) async fn keep(&self, key: Key, data: Bytes) {

@@ -12,7 +12,7 @@ use openssl::sha::Sha256;
 
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::location::StoreUrl;
-use crate::runtime::LOOK_EVERY;
+use crate::runtime::{LOOK_EVERY, boxed};
 use crate::settings::StoreSettings;
 use crate::store::Place;
 
@@ -253,7 +253,7 @@ fn complete<T: Send + 'static>(
     is_interrupted: &Interrupted,
 ) -> Result<T> {
     let (sender, receiver) = mpsc::sync_channel(1);
-    let task = cache.runtime().spawn(async move { sender.send(work.await) });
+    let task = cache.runtime().spawn(boxed(async move { drop(sender.send(work.await)) }));
     loop {
         match receiver.recv_timeout(LOOK_EVERY) {
             Ok(outcome) => return Ok(outcome),

@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use crate::crypto::{from_hex, hex};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::location::StoreUrl;
-use crate::runtime::{LOOK_EVERY, runtime};
+use crate::runtime::{LOOK_EVERY, boxed, runtime};
 use crate::settings::StoreSettings;
 use crate::shown::shown;
 use crate::store::{Bucket, key_path, s3};
@@ -129,7 +129,7 @@ pub fn push(
         part_len,
         done: sender,
     };
-    let task = runtime.spawn(job.run(record));
+    let task = runtime.spawn(boxed(job.run(record)));
     while !task.is_finished() {
         std::thread::sleep(LOOK_EVERY);
         while let Ok(done) = receiver.try_recv() {

@@ -42,6 +42,7 @@ use super::session_record::SessionRecord;
 use super::stored::Stored;
 use super::succession::Line;
 use super::tries::Tries;
+use crate::runtime::boxed;
 
 /// Pieces of data that are compressed at a time.
 const PIECES: usize = 8;
@@ -234,7 +235,7 @@ impl Session {
             tokio::task::spawn_blocking(work).await.ok()
         };
         self.given += count;
-        self.give(Piece::Data(tokio::spawn(work))).await
+        self.give(Piece::Data(tokio::spawn(boxed(work)))).await
     }
 
     /// Returns the memory of data that was given, which is not needed any more.

@@ -25,6 +25,7 @@ use super::page::{BLOCK_SIZE, PAGE_BLOCKS, PAGE_SPAN};
 use super::protocol::{Reader, Rules, Step};
 use super::repository::Repository;
 use super::root::Head;
+use crate::runtime::boxed;
 
 /// Blocks of one step of a read: no read needs more than the cache holds.
 const STEP: u64 = 64;
@@ -199,10 +200,10 @@ impl Drop for OpenBackup {
         let (Some(mut reader), Ok(runtime)) = (reader, crate::runtime()) else { return };
         let repository = self.repository.clone();
         let (sender, removed) = mpsc::channel();
-        runtime.spawn(async move {
+        runtime.spawn(boxed(async move {
             repository.unpin(&mut reader).await;
             let _ = sender.send(());
-        });
+        }));
         // A process that ends at once would leave the pin.
         let _ = removed.recv_timeout(std::time::Duration::from_secs(10));
     }
@@ -237,7 +238,7 @@ impl Disk {
                     let wanted = blocks.end;
                     let task = async move { disk.fetch(missing, wanted, &fetch).await };
                     // Not this task's own: others wait for the same blocks.
-                    tokio::spawn(task);
+                    tokio::spawn(boxed(task));
                     (arrival.wait().await, true)
                 }
             };
@@ -268,7 +269,7 @@ impl Disk {
     fn read_ahead_if(self: &Arc<Self>, is_due: bool) {
         if is_due {
             match crate::runtime() {
-                Ok(runtime) => drop(runtime.spawn(Arc::clone(self).read_ahead())),
+                Ok(runtime) => drop(runtime.spawn(boxed(Arc::clone(self).read_ahead()))),
                 Err(_) => self.cache().ahead.stop(),
             }
         }
@@ -280,9 +281,9 @@ fn wait<T: Send + 'static>(
     future: impl Future<Output = Result<T>> + Send + 'static,
 ) -> io::Result<T> {
     let (sender, receiver) = mpsc::channel();
-    crate::runtime()?.spawn(async move {
+    crate::runtime()?.spawn(boxed(async move {
         let _ = sender.send(future.await);
-    });
+    }));
     match receiver.recv() {
         Ok(result) => result.map_err(io::Error::other),
         Err(_) => Err(io::Error::other("a request was given up")),

@@ -22,6 +22,7 @@ use tokio::time::{sleep, timeout};
 use tokio_openssl::SslStream;
 
 use crate::error::Result;
+use crate::runtime::boxed;
 use crate::settings::{StoreSettings, Timeouts};
 use crate::shown::shown;
 
@@ -118,11 +119,11 @@ impl Dialer {
             .await
             .map_err(|error| failed(HttpErrorKind::Connect, error.to_string()))?;
         // It ends when the sender and the body of the last reply are dropped.
-        tokio::spawn(async move {
+        tokio::spawn(boxed(async move {
             if let Err(error) = driver.await {
                 tracing::trace!(%error, "a connection to a store has ended");
             }
-        });
+        }));
         Ok(Connection { sender, moved })
     }
 

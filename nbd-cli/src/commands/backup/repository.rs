@@ -11,6 +11,7 @@ use nbd_jobs::repository::{
 };
 use nbd_jobs::serving::split_name;
 use nbd_jobs::size::rounded;
+use nbd_jobs::tasks;
 use nbd_jobs::{BackupSource, Cancellation, JobContext};
 use nbd_objects::repo::BackupName;
 use nbd_proto::NbdUri;
@@ -64,7 +65,7 @@ pub(super) fn run(
         };
         Ok::<_, CommandError>(made?)
     };
-    let result = runtime.block_on(work);
+    let result = tasks::block_on(&runtime, work);
     shown.clear();
     let made = result?;
     if let Some(format) = args.summary.format() {

@@ -8,6 +8,7 @@ use imgfmt::Format;
 use nbd_jobs::chart::{Chart, Class};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::image_map::{MapEntry, map_export, map_image};
+use nbd_jobs::tasks;
 
 use super::location;
 use super::open::OpenArgs;
@@ -93,7 +94,7 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
         ImageLocation::Export { uri, .. } if matches!(options.format, None | Some(Format::Raw)) => {
             let (connector, cancellation) = (args.server.connector(uri), signals::cancellation());
             let add = |size, entry| report.add(size, &entry, &mut output);
-            runtime()?.block_on(map_export(connector, &cancellation, None, add))?;
+            tasks::block_on(&runtime()?, map_export(connector, &cancellation, None, add))?;
         }
         _ => {
             let image = location.open(&options, &args.server.remotes()).map_err(advise_sharing)?;

@@ -3,6 +3,7 @@
 use imgfmt::Format;
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::image_map::{MapEntry, map_export, map_image};
+use nbd_jobs::tasks;
 use nbd_jobs::text::printable;
 use nbd_proto::wire::MetaContextName;
 
@@ -65,7 +66,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
             let add = |_, entry| printer.add(entry);
             // As in QEMU, nothing is told of the layers that the server has.
             let context = context.unwrap_or_else(MetaContextName::base_allocation);
-            runtime()?.block_on(map_export(connector, &cancellation, Some(&context), add))?;
+            tasks::block_on(
+                &runtime()?,
+                map_export(connector, &cancellation, Some(&context), add),
+            )?;
         }
         _ if context.is_some() => {
             return Err(Refusal::new("x-dirty-bitmap is an option of exports with a raw disk"));

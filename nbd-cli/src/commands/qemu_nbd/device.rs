@@ -8,6 +8,7 @@ use nbd_jobs::devices::{
     parse_device,
 };
 use nbd_jobs::qemu_nbd::{AioMode, Options};
+use nbd_jobs::tasks;
 use nbd_server::ServerConfig;
 use nbd_server::export::Export;
 
@@ -23,15 +24,16 @@ pub(super) fn connect(options: &Options, device: &str, role: Role) -> Result<(),
     let index = parse_device(device).map_err(Refusal::new)?;
     ensure_driver().map_err(CommandError::from)?;
     let runtime = runtime()?;
-    let mut signals = runtime.block_on(async { EndSignals::new(Hangup::Ends) })?;
+    let mut signals = tasks::block_on(&runtime, async { EndSignals::new(Hangup::Ends) })?;
     // An image on another server blocks: it is opened, and finally dropped, outside of tasks.
     let export = std::thread::scope(|scope| {
         let (done, opened) = tokio::sync::oneshot::channel();
         scope.spawn(move || done.send(source::open(options)));
-        runtime.block_on(signals.meanwhile(opened))
+        tasks::block_on(&runtime, signals.meanwhile(opened))
     });
     let export = export.map_err(|_| Refusal::new("opening the image has ended unexpectedly"))??;
-    let kept = runtime.block_on(serve(options, index, role, Arc::clone(&export), &mut signals));
+    let kept =
+        tasks::block_on(&runtime, serve(options, index, role, Arc::clone(&export), &mut signals));
     drop(export);
     drop(runtime);
     kept
@@ -83,7 +85,7 @@ pub(super) fn disconnect(options: &Options) -> Result<(), Refusal> {
     let device = options.files.first().map_or_else(String::new, |file| file.display().to_string());
     let index = parse_device(&device).map_err(Refusal::new)?;
     if attached_devices().iter().any(|attached| attached.index == index) {
-        let detached = runtime()?.block_on(detach(index, DetachMode::WhenUnused));
+        let detached = tasks::block_on(&runtime()?, detach(index, DetachMode::WhenUnused));
         detached.map_err(CommandError::from)?;
     } else if !std::path::Path::new(&format!("/sys/block/nbd{index}")).exists() {
         return Err(Refusal::new(format!("{device}: this kernel has no such device")));

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use nbd_client::{ExportInfo, Scope, ServerInfo};
 use nbd_jobs::qemu_nbd::Options;
+use nbd_jobs::tasks;
 use nbd_proto::uri::{NbdUri, Transport};
 use nbd_proto::wire::{ReplyMode, TransmissionFlags};
 
@@ -39,7 +40,7 @@ pub(super) fn run(options: &Options) -> Result<(), Refusal> {
     let mut uri = NbdUri::new(transport, "");
     options.secure(&mut uri)?;
     let connector = ServerArgs::default().connector(&uri);
-    let server = runtime()?.block_on(connector.inspect(Scope::AllExports));
+    let server = tasks::block_on(&runtime()?, connector.inspect(Scope::AllExports));
     let server = server.map_err(|error| Refusal::new(printable(&error.to_string())))?;
     if let Some(refused) = server.refused.first() {
         return Err(Refusal::new(printable(&refused.reason)));

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use nbd_jobs::qemu_nbd::{AioMode, Options};
+use nbd_jobs::tasks;
 use nbd_server::export::{Export, ExportEntry};
 use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
 
@@ -16,16 +17,16 @@ use crate::signals::{EndSignals, Hangup};
 pub(super) fn run(options: &Options, role: Role) -> Result<(), Refusal> {
     let runtime = runtime()?;
     let registry = ExportRegistry::new();
-    let (server, mut signals) = runtime.block_on(listen(options, registry.clone()))?;
+    let (server, mut signals) = tasks::block_on(&runtime, listen(options, registry.clone()))?;
     // An image on another server blocks: it is opened, and finally dropped, outside of tasks.
     let export = std::thread::scope(|scope| {
         let (done, opened) = tokio::sync::oneshot::channel();
         scope.spawn(move || done.send(source::open(options)));
-        runtime.block_on(signals.meanwhile(opened))
+        tasks::block_on(&runtime, signals.meanwhile(opened))
     });
     let export = export.map_err(|_| Refusal::new("opening the image has ended unexpectedly"))??;
     add(options, &registry, Arc::clone(&export))?;
-    let served = runtime.block_on(serve(options, role, server, signals));
+    let served = tasks::block_on(&runtime, serve(options, role, server, signals));
     // The image first: a process that waits for its locks should not wait for threads to end.
     drop(registry);
     drop(export);

@@ -7,6 +7,7 @@ use nbd_jobs::control::server::{Controller, OpeningGuard};
 use nbd_jobs::control::{ErrorKind, Failure};
 use nbd_jobs::opening::{open_within, within};
 use nbd_jobs::serving::{Changes, LiveSettings};
+use nbd_jobs::tasks;
 use nbd_jobs::text::without_error_numbers;
 use nbd_server::ServerHandle;
 use nbd_server::export::{Export, ExportEntry};
@@ -83,7 +84,7 @@ impl Drop for Opening {
         if !opened.is_empty() {
             let closing = (opened, self.guard.take());
             // Closing an image may block. Without a thread it is closed here.
-            let _ = std::thread::Builder::new().name("close".to_owned()).spawn(|| drop(closing));
+            let _ = tasks::start_thread("close", || drop(closing));
         }
     }
 }
@@ -153,7 +154,7 @@ impl Reloader {
     ) -> Result<JoinHandle<()>, CommandError> {
         let mut hangups = signal(SignalKind::hangup())
             .map_err(|error| CommandError::new(format!("cannot catch SIGHUP: {error}")))?;
-        let reloading = tokio::spawn(async move {
+        let reloading = tasks::spawn(async move {
             loop {
                 let wish = tokio::select! {
                     Some(wish) = wishes.recv() => Some(wish),
@@ -382,7 +383,7 @@ impl Reloader {
             None => {
                 let removed: Option<ExportEntry> = self.server.exports().remove(name);
                 // The last one to drop an image closes it, which may block.
-                let closing = tokio::task::spawn_blocking(move || {
+                let closing = tasks::spawn_blocking(move || {
                     removed.map_or(Ok(()), |entry| entry.export().flush())
                 });
                 match closing.await {

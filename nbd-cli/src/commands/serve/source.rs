@@ -11,6 +11,7 @@ use nbd_jobs::control::{ErrorKind, Failure};
 use nbd_jobs::object::shown;
 use nbd_jobs::serving::{OfferedBitmaps, ServeOptions, Writes, is_memory, split_name};
 use nbd_jobs::size::ByteSize;
+use nbd_jobs::tasks;
 use nbd_server::ExportRegistry;
 use nbd_server::export::ExportEntry;
 use nbd_server::export::filters::{FilterOptions, Medium};
@@ -156,7 +157,7 @@ pub(super) async fn open_sources(
     registry: &ExportRegistry,
 ) -> Result<Option<ServedDisks>, CommandError> {
     let (args, exports, registry) = (Arc::clone(args), Arc::clone(exports), registry.clone());
-    let opening = tokio::task::spawn_blocking(move || {
+    let opening = tasks::spawn_blocking(move || {
         // A program that takes over compares the disks with those of the other server.
         let is_controlled = args.control.is_some() || args.takeover.is_some();
         let mut disks = is_controlled.then(ServedDisks::default);

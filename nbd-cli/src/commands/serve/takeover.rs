@@ -9,6 +9,7 @@ use nbd_jobs::control::server::{
     ControlSocket, Controller, NotClosed, ServedDisks, refuse_removed,
 };
 use nbd_jobs::takeover::{Predecessor, Successor, TakenOver, TakeoverError};
+use nbd_jobs::tasks;
 use nbd_jobs::text::without_error_numbers;
 use nbd_server::{BoundAddress, ExportRegistry, Paused, PausedListener, RunningServer, Server};
 
@@ -170,14 +171,14 @@ impl Opened {
 
 async fn begin(control: &Path) -> Result<(Predecessor, TakenOver), CommandError> {
     let control = control.to_owned();
-    let begun = tokio::task::spawn_blocking(move || Predecessor::begin(&control)).await;
+    let begun = tasks::spawn_blocking(move || Predecessor::begin(&control)).await;
     let begun = begun.map_err(|error| CommandError::new(format!("cancelled: {error}")))?;
     begun.map_err(|error| CommandError::new(error.to_string()))
 }
 
 /// Refuses to open files that are no longer those that the other server had open.
 async fn check_names(taken: TakenOver, names: Vec<String>) -> Result<TakenOver, CommandError> {
-    let checked = tokio::task::spawn_blocking(move || {
+    let checked = tasks::spawn_blocking(move || {
         taken.check_names(names.iter().map(|name| &**name)).map(|()| taken)
     });
     let checked =
@@ -191,7 +192,7 @@ async fn check_names(taken: TakenOver, names: Vec<String>) -> Result<TakenOver, 
 ///
 /// If it continues.
 pub(super) async fn complete(predecessor: Predecessor) -> Result<(), CommandError> {
-    let completed = tokio::task::spawn_blocking(move || predecessor.complete()).await;
+    let completed = tasks::spawn_blocking(move || predecessor.complete()).await;
     let completed = completed.map_err(|error| CommandError::new(format!("cancelled: {error}")))?;
     completed.map_err(|error| CommandError::new(error.to_string()))
 }
@@ -255,7 +256,7 @@ impl HandOver {
     ///
     /// If neither server can serve.
     pub(super) async fn carry_out(self) -> Result<Option<Opened>, CommandError> {
-        let done = tokio::task::spawn_blocking(move || self.carry_out_blocking()).await;
+        let done = tasks::spawn_blocking(move || self.carry_out_blocking()).await;
         done.map_err(|error| CommandError::new(format!("handing over was cancelled: {error}")))
     }
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{ArgAction, Args, ValueEnum};
+use nbd_jobs::tasks;
 use nbd_jobs::text::without_error_numbers;
 use nbd_proto::tls::{CA_CERTIFICATE_FILE, CLIENT_CERTIFICATE_FILE, CLIENT_KEY_FILE, PSK_FILE};
 use nbd_proto::uri::{NbdUri, Security, Transport};
@@ -160,7 +161,7 @@ pub(super) fn reload_on_hangup(tls: &TlsMode) -> Result<(), CommandError> {
     let Some(credentials) = tls.credentials().cloned() else { return Ok(()) };
     let mut hangups = signal(SignalKind::hangup())
         .map_err(|error| CommandError::new(format!("cannot catch SIGHUP: {error}")))?;
-    tokio::spawn(async move {
+    tasks::spawn(async move {
         while hangups.recv().await.is_some() {
             service_manager::reloading();
             let reloaded = credentials.reload();

@@ -22,6 +22,7 @@ use super::openings::{OpeningGuard, Openings};
 use super::streaming::TIME_TO_STOP;
 use crate::control::{ErrorKind, Failure, Outcome};
 use crate::opening::within;
+use crate::tasks;
 
 /// The directory of files for data that is overwritten during a checkpoint: not one in memory.
 const TEMPORARY_DIRECTORY: &str = "/var/tmp";
@@ -301,7 +302,7 @@ impl Controller {
         let disks = std::mem::take(&mut self.disks.lock().await.disks);
         // Closing an image may block, and one that hangs must not keep the others open.
         let closing: Vec<_> =
-            disks.into_values().map(|disk| tokio::task::spawn_blocking(|| drop(disk))).collect();
+            disks.into_values().map(|disk| tasks::spawn_blocking(|| drop(disk))).collect();
         for closed in closing {
             let _ = closed.await;
         }
@@ -364,7 +365,7 @@ impl std::fmt::Debug for Controller {
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Failure> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| {
+    tasks::spawn_blocking(work).await.map_err(|error| {
         Failure::new(ErrorKind::Failed, format!("the request was abandoned: {error}"))
     })
 }

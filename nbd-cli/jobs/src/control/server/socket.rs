@@ -19,6 +19,7 @@ use super::event::ControlEvent;
 use super::lines::{Line, Lines};
 use super::slots::{Activity, ClientSlot, ClientSlots};
 use crate::control::{ErrorKind, Failure, Lifetime, MAX_LINE_LEN, Request, decode, encode};
+use crate::tasks;
 use crate::unix_socket::{SocketFile, listen_privately};
 
 /// Backlog of the listening socket: a burst of clients is not refused.
@@ -136,7 +137,7 @@ impl ControlSocket {
                 continue;
             };
             let controller = Arc::clone(&controller);
-            tokio::spawn(async move {
+            tasks::spawn(async move {
                 if let Err(error) = converse(stream, &controller, &slot).await {
                     controller.observe(&ControlEvent::ClientLost { error: &error });
                 }

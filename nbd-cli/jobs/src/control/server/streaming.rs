@@ -12,6 +12,7 @@ use nbd_server::export::ImageExport;
 
 use super::event::{ControlEvent, ControlObserver};
 use crate::control::{ErrorKind, Failure, StreamPhase, StreamState};
+use crate::tasks;
 use crate::text::printable;
 
 /// The time until a layer that could not be read is read again.
@@ -59,8 +60,7 @@ impl Streaming {
             rate_limit: request.rate.and_then(NonZeroU64::new).map(RateLimit::new),
         };
         let told = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name("stream".to_owned());
-        let started = thread.spawn(move || {
+        let started = tasks::start_thread("stream", move || {
             // After a panic, the state would say for ever that it runs.
             let ended = catch_unwind(AssertUnwindSafe(|| run(&image, base, &context, &told)));
             // The image is free when the end is shown.

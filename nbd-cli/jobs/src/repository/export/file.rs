@@ -24,6 +24,7 @@ use crate::copy::plan::Extents;
 use crate::copy::source::Source;
 use crate::copy::sum::{OfLayers, Sum};
 use crate::target::{Durable, NewFile};
+use crate::tasks;
 use crate::{ConnectOptions, JobContext, JobError, JobErrorKind};
 
 /// Size of a request, in bytes.
@@ -95,7 +96,7 @@ impl New<'_> {
             }
             Image::seal_backup(&path, &options(), &identity).map_err(image_error)
         };
-        let sealed = tokio::task::spawn_blocking(seal).await;
+        let sealed = tasks::spawn_blocking(seal).await;
         sealed.map_err(|error| JobError::given_up("write", &error))??;
         new.complete(Durable::Now)?;
         Ok(copied)
@@ -117,7 +118,7 @@ impl New<'_> {
             None => (source.extents(0), Background::Zero, ZeroPolicy::Skip),
             Some(base) => {
                 let (sender, told) = channel(PARTS);
-                tokio::spawn(tell(Arc::clone(opened), Arc::clone(&base.backup), sender));
+                tasks::spawn(tell(Arc::clone(opened), Arc::clone(&base.backup), sender));
                 // Zero clusters: holes would expose the layer below.
                 let zeroes = ZeroPolicy::Write(ZeroMode::MayUnmap);
                 (Extents::Told(told), Background::Unknown, zeroes)
@@ -145,7 +146,7 @@ impl New<'_> {
             _ => None,
         };
         let destination = job.destination;
-        let closed = tokio::task::spawn_blocking(move || destination.close_image()).await;
+        let closed = tasks::spawn_blocking(move || destination.close_image()).await;
         closed.map_err(|error| JobError::given_up("write", &error))??;
         Ok((copied, content))
     }

@@ -7,6 +7,7 @@ use tokio::task::JoinSet;
 
 use super::super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::super::objects::Objects;
+use crate::runtime::boxed;
 
 /// Packs that are sent at a time.
 const PUTS: usize = 4;
@@ -32,10 +33,10 @@ impl Puts {
             self.sent().await?;
         }
         let objects = Arc::clone(objects);
-        self.tasks.spawn(async move {
+        self.tasks.spawn(boxed(async move {
             objects.write(&name, content.clone()).await?;
             Ok(content)
-        });
+        }));
         Ok(())
     }
 

@@ -11,6 +11,7 @@ use super::super::error::Result;
 use super::super::id::{Id, Key};
 use super::super::objects::{Creates, Objects};
 use super::super::session_record::SessionRecord;
+use crate::runtime::boxed;
 
 /// Renews the record of a session, so that a collector can tell a slow backup from one that was
 /// killed. Ends when it is dropped.
@@ -32,11 +33,11 @@ impl Renewal {
         let (stop, stopped) = oneshot::channel();
         let is_ended = Arc::new(AtomicBool::new(false));
         let ended = Arc::clone(&is_ended);
-        let task = tokio::spawn(async move {
+        let task = tokio::spawn(boxed(async move {
             if renew(&objects, (id, &record), interval, stopped).await {
                 ended.store(true, Ordering::Relaxed);
             }
-        });
+        }));
         Self { stop: Some(stop), task: Some(task), is_ended }
     }
 

@@ -17,6 +17,7 @@ use super::super::stored::Stored;
 use super::ahead::WINDOW_MAX;
 use super::cache::Fetch;
 use super::{Damage, Disk};
+use crate::runtime::boxed;
 
 /// Most bytes of a request.
 const REQUEST_MAX: u64 = 12 << 20;
@@ -96,7 +97,7 @@ impl Disk {
             if cache.ahead.begins(&part, blocks.len() as u64) && !blocks.is_empty() {
                 let blocks = cache.mark(blocks, &fetch);
                 let disk = Arc::clone(&self);
-                tokio::spawn(async move { disk.fetch_part(blocks, &fetch).await });
+                tokio::spawn(boxed(async move { disk.fetch_part(blocks, &fetch).await }));
             }
             from = cache.ahead.plan();
         }
