@@ -86,7 +86,7 @@ fn a_browser_shows_the_numbers_of_map() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = listener.local_addr().expect("an address").port().to_string();
     drop(listener);
-    let name = "<b>disk<i>";
+    let name = "<b>disk<i>\u{202e}x";
     let source = format!("{name}={}", disk.path());
     let server = Server::ours(&["--metrics", &port, &source]);
     let mut browser = Command::new(chromium);
@@ -94,12 +94,16 @@ fn a_browser_shows_the_numbers_of_map() {
     browser.arg(format!("--user-data-dir={}", disk.beside("browser"))).arg("--dump-dom");
     browser.arg(format!("http://127.0.0.1:{port}/"));
     let page = run(&mut browser).success();
-    assert!(page.contains("&lt;b&gt;disk&lt;i&gt;</h2>"), "a name is text: {page}");
+    assert!(page.contains("&lt;b&gt;disk&lt;i&gt;\\u{202e}x</h2>"), "a name is text: {page}");
     for (class, kind) in [("data", "data"), ("hole-zero", "hole,zero")] {
         let cell = format!("data-class=\"{class}\" data-bytes=\"");
         let (_, rest) = page.split_once(&cell).unwrap_or_else(|| panic!("no {class} in {page}"));
         let bytes = rest.split('"').next().and_then(|bytes| bytes.parse::<u64>().ok());
-        assert_eq!(bytes, Some(totals(&server.uri_of("%3Cb%3Edisk%3Ci%3E"), kind)), "{class}");
+        assert_eq!(
+            bytes,
+            Some(totals(&server.uri_of("%3Cb%3Edisk%3Ci%3E%E2%80%AEx"), kind)),
+            "{class}"
+        );
     }
     for part in
         ["<html lang=\"en\">", "<main>", "role=\"status\"", "aria-label=\"Disk of 8.0 MiB: "]

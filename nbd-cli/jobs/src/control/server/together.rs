@@ -5,7 +5,6 @@
 //! thread undoes its change and lets writes go on, as soon as its disk answers.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use nbd_server::export::{Checkpointed, ImageExport};
@@ -15,6 +14,7 @@ use super::checkpoint_bitmap::{
 };
 use super::disks::{ConnectionId, Turn};
 use crate::control::{ErrorKind, Failure};
+use crate::tasks;
 
 /// A checkpoint that is about to be started.
 pub(super) struct Prepared {
@@ -139,7 +139,7 @@ pub(super) fn start_all(
     let moment = Arc::new(Moment { state, changed: Condvar::new() });
     for (index, one) in all.iter().enumerate() {
         let (one, own) = (Arc::clone(one), Arc::clone(&moment));
-        let thread = thread::Builder::new().name("checkpoint".to_owned()).spawn(move || {
+        let thread = tasks::start_thread("checkpoint", move || {
             let started = one.start(&mut || own.come(index));
             // The disk is free when the end is known.
             drop(one);
@@ -164,6 +164,7 @@ pub(super) fn start_all(
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
+    use std::thread;
 
     use nbd_proto::wire::Errno;
     use nbd_server::export::{Durability, Export, ExportError, ExportInfo, MemoryExport};
