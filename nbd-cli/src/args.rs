@@ -65,7 +65,7 @@ pub enum Command {
     /// Show which parts of an export hold data
     Map(map::MapArgs),
     /// Copy a disk between NBD servers, files and devices
-    Copy(copy::CopyArgs),
+    Copy(Box<copy::CopyArgs>),
     /// Compute the digest of a disk
     Checksum(checksum::ChecksumArgs),
     /// Show disks and their partitions as files, and the files in them

@@ -133,7 +133,7 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::Info(args) => commands::info::run(&args),
         Command::ListMeta(args) => commands::list_meta::run(&args),
         Command::Map(args) => commands::map::run(&args),
-        Command::Copy(args) => commands::copy::run(args),
+        Command::Copy(args) => commands::copy::run(*args),
         Command::Checksum(args) => commands::checksum::run(&args),
         #[cfg(feature = "mount")]
         Command::Mount(args) => commands::mount::run(args),
