@@ -235,7 +235,7 @@ mod tests {
         for (idle, said) in [(3, ""), (17, ", nothing copied for 17 s")] {
             let text = format!(r#"{{"phase":"running","done":1024,"total":2048,"idle":{idle}}}"#);
             let state = serde_json::from_str(&text).unwrap();
-            assert_eq!(stream_in_words(&state), format!("running, 1 KiB of 2 KiB{said}"));
+            assert_eq!(stream_in_words(&state), format!("running, 1.0 KiB of 2.0 KiB{said}"));
         }
     }
 
