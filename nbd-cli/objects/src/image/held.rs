@@ -23,12 +23,14 @@ impl Held {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         held.push_back(landed);
         let most = if held.len() > HELD_MAX { 0 } else { READ_MAX };
-        let mut read = held.iter().filter(|landed| landed.is_read()).count();
-        held.retain(|landed| {
-            let stays = read <= most || !landed.is_read();
-            read -= usize::from(!stays);
-            stays
-        });
+        // By their places: requests overtake each other, so the first to arrive may be the last to
+        // be read, and a reader that is behind still wants it.
+        let mut read: Vec<_> =
+            held.iter().filter(|it| it.is_read()).map(|it| it.key.block).collect();
+        read.sort_unstable();
+        if let Some(last) = read.len().checked_sub(most + 1).and_then(|at| read.get(at)) {
+            held.retain(|it| it.key.block > *last || !it.is_read());
+        }
         if held.len() > HELD_MAX { held.pop_front() } else { None }
     }
 }
@@ -42,6 +44,27 @@ mod tests {
     use super::super::cache_file::{BLOCK_LEN, Key};
     use super::super::flights::Flights;
     use super::*;
+
+    #[test]
+    fn what_arrived_first_but_was_read_last_is_kept_for_a_reader_that_is_behind() {
+        let (flights, held) = (Arc::new(Flights::default()), Held::default());
+        let object = [1; 16];
+        let land = |block: u64| {
+            let mut runs = flights.begin(object, block..block + 1, 1, |_| false);
+            held.hold(runs[0].land(Bytes::from(vec![0; BLOCK_LEN])))
+        };
+        let flight = |block| flights.get(Key { object, block });
+        let count = READ_MAX as u64 + 2;
+        for block in (0..count).rev() {
+            assert!(land(block).is_none());
+        }
+        for block in 0..count {
+            flight(block).unwrap().note_read(0, BLOCK_LEN);
+        }
+        assert!(land(count).is_none());
+        assert!(flight(count - 1).is_some() && flight(2).is_some());
+        assert!(flight(0).is_none() && flight(1).is_none());
+    }
 
     #[test]
     fn blocks_that_were_read_give_way_first_and_the_others_are_handed_back() {
