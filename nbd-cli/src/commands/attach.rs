@@ -167,7 +167,7 @@ async fn attach(args: &AttachArgs) -> Result<Outcome, CommandError> {
     args.tls.check(uri.as_ref())?;
     // Checked before anything is opened or a server is contacted.
     ensure_driver()?;
-    args.pid_file.as_deref().map(PidFile::write).transpose()?.into_iter().for_each(PidFile::keep);
+    PidFile::write_and_keep(args.pid_file.as_deref())?;
     let options = options(args, uri.as_ref())?;
     let attached = signals.meanwhile(connected(args, uri, &options)).await?;
     announce(&attached);

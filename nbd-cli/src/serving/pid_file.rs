@@ -49,6 +49,16 @@ impl PidFile {
         )))
     }
 
+    /// Writes it to where the user wants one, if so, and keeps it.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    pub(crate) fn write_and_keep(path: Option<&Path>) -> Result<(), CommandError> {
+        path.map(Self::write).transpose()?.into_iter().for_each(Self::keep);
+        Ok(())
+    }
+
     /// Keeps the file locked until the process ends: until then, a thread may carry out the request of
     /// a client that was cut off, and no other process must use the disk.
     pub(crate) fn keep(self) {

@@ -46,13 +46,7 @@ async fn serve(
     export: Arc<dyn Export>,
     signals: &mut EndSignals,
 ) -> Result<(), Refusal> {
-    options
-        .pid_file
-        .as_deref()
-        .map(PidFile::write)
-        .transpose()?
-        .into_iter()
-        .for_each(PidFile::keep);
+    PidFile::write_and_keep(options.pid_file.as_deref())?;
     let mut config = ServerConfig::default();
     let aio = if options.aio == Some(AioMode::Threads) { Aio::Threads } else { Aio::Auto };
     config.io_uring = aio.may_use_io_uring();

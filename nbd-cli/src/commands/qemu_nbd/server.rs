@@ -66,13 +66,7 @@ async fn serve(
     server: Server,
     signals: EndSignals,
 ) -> Result<(), Refusal> {
-    options
-        .pid_file
-        .as_deref()
-        .map(PidFile::write)
-        .transpose()?
-        .into_iter()
-        .for_each(PidFile::keep);
+    PidFile::write_and_keep(options.pid_file.as_deref())?;
     daemon::ready(role, options)?;
     let mut clients = server.handle().client_count();
     let persistent = options.persistent;
