@@ -95,7 +95,7 @@ pub(crate) struct Plan {
     /// Every boundary between ranges is a multiple of this power of two.
     alignment: u64,
     longest: Lengths,
-    /// Absent while somebody waits for an answer.
+    /// Absent while a task waits for an answer.
     extents: Option<Extents>,
     /// Start of the next range.
     at: u64,

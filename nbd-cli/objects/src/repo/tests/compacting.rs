@@ -291,7 +291,7 @@ async fn damaged_compaction_is_named_and_stops_a_gc() {
 async fn mark_that_is_missing_or_of_a_backup_costs_no_backup() {
     let repository = repository().await;
     let made = versions(&repository).await;
-    // A backup is no compaction, whatever the marks say.
+    // A backup with a mark is not a compaction.
     let stray = Request::Put(Key::Moved(made[0].0), Object::Mark);
     repository.objects.carry_out(stray).await.unwrap();
     repository.compact(&options(0.05)).await.unwrap();

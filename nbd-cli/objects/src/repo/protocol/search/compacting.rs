@@ -76,7 +76,7 @@ fn every_rule_of_compactions_is_needed() {
         ("keep them in the second look", |rules| rules.keep_maps_again = false),
         ("list moved after the pin", |rules| rules.list_moved_after_pin = false),
         // One of both would do. With the first a crash leaves no compaction that is never used,
-        // with the second a mark that somebody removed by hand costs no backup.
+        // with the second a mark that was removed by hand costs no backup.
         ("mark first, and heed marks", |rules| {
             (rules.mark_first, rules.heed_marks) = (false, false);
         }),
