@@ -39,12 +39,30 @@ fn every_workload_is_made_as_often_as_asked_and_counted_by_kind() {
 #[test]
 fn time_rate_and_warm_up_are_kept() {
     let server = Server::ours(&["memory:1M"]);
-    let arguments = ["--duration", "600ms", "--rate", "500", "--warm-up", "300ms", "-d", "4"];
-    let report = report(server.uri(), &arguments);
-    let (seconds, requests) =
-        (report["seconds"].as_f64().expect("time"), report["requests"].as_u64().expect("count"));
-    assert!(seconds >= 0.6, "{report}");
-    assert!(requests > 0 && requests as f64 <= 500.0 * seconds + 8.0, "{report}");
+    for connections in [1, MANY] {
+        let arguments = ["--duration", "600ms", "--rate", "500", "--warm-up", "300ms", "-d", "4"];
+        let count = connections.to_string();
+        let arguments = [&arguments[..], &["-C", &count]].concat();
+        let report = report(server.uri(), &arguments);
+        let seconds = report["seconds"].as_f64().expect("time");
+        let requests = report["requests"].as_u64().expect("count");
+        assert!(seconds >= 0.6, "{report}");
+        let most = 500.0 * seconds + 8.0 * connections as f64;
+        assert!(requests > 0 && requests as f64 <= most, "{report}");
+    }
+}
+
+/// Connections that share threads, unless the machine has half as many cores.
+const MANY: usize = 40;
+
+#[test]
+fn connections_that_share_threads_make_their_parts_of_the_load() {
+    let server = Server::ours(&["memory:64M"]);
+    let connections = MANY.to_string();
+    let arguments = ["-w", "mixed", "--requests", "20000", "--destroy-data", "-C", &connections];
+    let report =
+        report(server.uri(), &[&arguments[..], &["-b", "4K:9,256K:1", "-d", "8"]].concat());
+    assert_eq!(report["requests"], 20_000, "{report}");
 }
 
 #[test]

@@ -30,6 +30,8 @@ enum Lie {
     Torn,
     /// A flush does nothing: what was written since the start can be lost.
     NotFlushed,
+    /// Some writes are not answered for a long time.
+    Silent,
 }
 
 /// A disk of [`SIZE`] bytes that lies, and can crash.
@@ -87,6 +89,10 @@ impl Filter for Disc {
                 }
             }
             Lie::Dropped if is_chosen => Ok(()),
+            Lie::Silent if is_chosen => {
+                std::thread::sleep(std::time::Duration::from_secs(6));
+                Ok(())
+            }
             Lie::Misplaced if is_chosen => self.write((offset + length) % (SIZE - length), data),
             Lie::Torn if is_chosen => self.write(offset, &data[..data.len() / 2]),
             _ => self.write(offset, data),
@@ -158,6 +164,7 @@ fn honest_server_passes_with_any_load() {
         &["-b", "512:3,4K:1", "--zipf", "1.2"],
         &["--pattern", "sequential", "--flush-every", "20", "-C", "3"],
         &["--fua", "--read-percent", "0"],
+        &["-C", "40", "--flush-every", "20"],
         &["--replies", "simple", "-b", "64K"],
     ] {
         let text = verified(Lie::None, arguments).success();
@@ -237,6 +244,26 @@ fn crash_that_loses_what_was_flushed_is_found_out() {
 
 #[test]
 fn server_killed_in_the_middle_keeps_everything_that_a_file_keeps() {
+    keeps_everything_when_killed("2");
+}
+
+#[test]
+fn connections_that_share_threads_are_made_again() {
+    keeps_everything_when_killed("40");
+}
+
+#[test]
+fn request_that_is_not_answered_ends_the_load_although_others_are() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let serving = serve(&Disc::new(Lie::Silent), &directory.path().join("s"));
+    for connections in ["1", "40"] {
+        let arguments = ["--timeout", "3s", "--reconnect", "0", "-C", connections];
+        let arguments = [&VERIFY[..], &arguments, &["--duration", "1m", &serving.uri]].concat();
+        says(nbd_cli(&arguments), &["a request was not answered within 3s"]);
+    }
+}
+
+fn keeps_everything_when_killed(connections: &str) {
     let disk = Disk::sparse();
     let socket = disk.beside("socket");
     let serve = || {
@@ -245,7 +272,7 @@ fn server_killed_in_the_middle_keeps_everything_that_a_file_keeps() {
         Process::start(&mut command, socket.clone().into())
     };
     let server = serve();
-    let child = start(server.uri(), &["--flush-every", "50", "-C", "2"]);
+    let child = start(server.uri(), &["--flush-every", "50", "-C", connections]);
     std::thread::sleep(std::time::Duration::from_millis(1200));
     // With SIGKILL.
     drop(server);

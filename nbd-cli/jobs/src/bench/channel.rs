@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use nbd_client::{NegotiatedStream, PlainSocket};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, send, sendmsg};
 use tokio::io::{AsyncRead as _, AsyncWrite as _, ReadBuf};
 use tokio::runtime::Handle;
@@ -150,11 +149,18 @@ impl Channel {
                 return Ok(Self::Stream { stream: Box::new(stream), runtime: runtime.clone() });
             }
         };
-        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
         Ok(Self::Socket(socket))
     }
 
-    /// Sends as much as the connection accepts, and waits for bytes until `until` or for [`PATIENCE`].
+    /// The socket, if there is no TLS on it.
+    pub(super) const fn socket(&self) -> Option<&OwnedFd> {
+        match self {
+            Self::Socket(socket) => Some(socket),
+            Self::Stream { .. } => None,
+        }
+    }
+
+    /// Sends as much as the connection accepts, and waits for bytes for this time.
     /// Returns the number of received bytes.
     ///
     /// # Errors
@@ -164,50 +170,64 @@ impl Channel {
         &mut self,
         out: &mut Outgoing,
         buffer: &mut [u8],
-        until: Option<Instant>,
+        wait: Duration,
     ) -> io::Result<usize> {
         match self {
-            Self::Socket(socket) => exchange(socket, out, buffer, until),
-            Self::Stream { stream, runtime } => {
-                let wait = until.map_or(PATIENCE, |until| {
-                    until.saturating_duration_since(Instant::now()).min(PATIENCE)
-                });
-                runtime.block_on(async {
-                    let exchanged = exchange_stream(stream, out, buffer);
-                    tokio::time::timeout(wait, exchanged).await.unwrap_or(Ok(0))
-                })
+            Self::Socket(socket) => {
+                send_some(socket, out)?;
+                wait_for(&mut [interest(socket, out)], wait)?;
+                self.receive(buffer)
             }
+            Self::Stream { stream, runtime } => runtime.block_on(async {
+                let exchanged = exchange_stream(stream, out, buffer);
+                tokio::time::timeout(wait, exchanged).await.unwrap_or(Ok(0))
+            }),
+        }
+    }
+
+    /// Sends as much as a socket accepts without waiting.
+    ///
+    /// # Errors
+    ///
+    /// If the connection is lost.
+    pub(super) fn send(&mut self, out: &mut Outgoing) -> io::Result<()> {
+        self.socket().map_or(Ok(()), |socket| send_some(socket, out))
+    }
+
+    /// Receives what a socket has, without waiting. Returns the number of bytes.
+    ///
+    /// # Errors
+    ///
+    /// If the connection is lost.
+    pub(super) fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let Some(socket) = self.socket() else { return Ok(0) };
+        match recv(socket, buffer, RecvFlags::DONTWAIT) {
+            Ok((_, 0)) => Err(closed()),
+            Ok((_, length)) => Ok(length),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(0),
+            Err(error) => Err(error.into()),
         }
     }
 }
 
-fn exchange(
-    socket: &OwnedFd,
-    out: &mut Outgoing,
-    buffer: &mut [u8],
-    until: Option<Instant>,
-) -> io::Result<usize> {
-    send_some(socket, out)?;
-    let mut flags = RecvFlags::empty();
-    if !out.is_empty() || until.is_some() {
-        let wait = until.map_or(PATIENCE, |until| {
-            until.saturating_duration_since(Instant::now()).min(PATIENCE)
-        });
-        let wait = Timespec { tv_sec: 0, tv_nsec: wait.as_nanos().min(999_999_999) as _ };
-        let mut wanted = PollFlags::IN;
-        if !out.is_empty() {
-            wanted |= PollFlags::OUT;
-        }
-        match poll(&mut [PollFd::new(socket, wanted)], Some(&wait)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        flags |= RecvFlags::DONTWAIT;
-    }
-    match recv(socket, buffer, flags) {
-        Ok((_, 0)) => Err(closed()),
-        Ok((_, length)) => Ok(length),
-        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(0),
+/// The time until `due`, at most [`PATIENCE`].
+pub(super) fn patience(due: Option<Instant>) -> Duration {
+    due.map_or(PATIENCE, |due| due.saturating_duration_since(Instant::now()).min(PATIENCE))
+}
+
+/// What to wait for on a socket: replies, and room for what is not sent.
+pub(super) fn interest<'a>(socket: &'a OwnedFd, out: &Outgoing) -> PollFd<'a> {
+    let room = if out.is_empty() { PollFlags::empty() } else { PollFlags::OUT };
+    PollFd::new(socket, PollFlags::IN | room)
+}
+
+/// Waits for one of the sockets.
+///
+/// Not in `recv`: on a unix socket, that is woken too when the server takes a request from it.
+pub(super) fn wait_for(sockets: &mut [PollFd<'_>], wait: Duration) -> io::Result<()> {
+    let wait = Timespec { tv_sec: 0, tv_nsec: wait.as_nanos().min(999_999_999) as _ };
+    match poll(sockets, Some(&wait)) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }

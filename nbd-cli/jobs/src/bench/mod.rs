@@ -12,12 +12,14 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Each connection has a thread, which makes requests and takes replies on the socket itself: the client of
-//! `nbd-client` makes the connection and hands it over. Requests are gathered and written together.
+//! A few threads share the connections. They make requests and take replies on the sockets themselves: the
+//! client of `nbd-client` makes the connections and hands them over. Requests are gathered and written
+//! together.
 
 mod block;
 mod channel;
 mod cpu;
+mod crew;
 mod job;
 mod ledger;
 mod options;

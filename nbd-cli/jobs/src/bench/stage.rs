@@ -1,13 +1,16 @@
 //! A stage of a run: all connections work until they are done or have to end.
 
+use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval_at, sleep_until};
 
 use super::cpu::{self, Process};
+use super::crew::{Done, Member, divide, drive};
 use super::report::{BenchInterval, Stage};
 use super::shared::Shared;
 use super::source::Source;
@@ -67,7 +70,7 @@ impl Drop for Ending<'_> {
     }
 }
 
-/// Has every worker make the requests of its source, on a thread of its own.
+/// Has every worker make the requests of its source.
 ///
 /// # Errors
 ///
@@ -100,10 +103,10 @@ pub(super) async fn run(
         tokio::select! {
             ended = tasks.join_next() => match ended {
                 None => break,
-                Some(Ok((index, worker, result))) => {
+                Some(Ok(crew)) => for (index, worker, result) in crew {
                     done.push((index, worker));
                     failure = failure.or(result.err());
-                }
+                },
                 Some(Err(error)) => failure = Some(JobError::given_up("connection", &error)),
             },
             () = sleep_until(until.into()), if deadline.is_some() => {
@@ -137,21 +140,16 @@ pub(super) async fn run(
     failure.map_or(Ok(measured), Err)
 }
 
-/// A worker that is done: its number and its result.
-type Done = (usize, Worker, Result<(), JobError>);
-
-/// Starts the threads.
-fn start_all(workers: &mut Vec<Worker>, sources: Vec<Source>) -> JoinSet<Done> {
+/// Starts the threads. A few connections have one each, which serves them best; more than two for each
+/// core would wake each other for every few replies, and share one for each core.
+fn start_all(workers: &mut Vec<Worker>, sources: Vec<Source>) -> JoinSet<Vec<Done>> {
+    let members = workers.drain(..).zip(sources).enumerate();
+    let members = members.map(|(index, (worker, source))| Member::new(index, worker, source));
+    let cores = available_parallelism().map_or(1, NonZero::get);
+    let threads = if members.len() <= cores * 2 { members.len() } else { cores };
     let mut tasks = JoinSet::new();
-    for ((mut worker, mut source), index) in workers.drain(..).zip(sources).zip(0_usize..) {
-        tasks.spawn_blocking(move || {
-            let result = worker.drive(&mut source);
-            worker.publish();
-            if result.is_err() {
-                worker.shared.is_over.store(true, Ordering::Relaxed);
-            }
-            (index, worker, result)
-        });
+    for crew in divide(members.collect(), threads) {
+        tasks.spawn_blocking(move || drive(crew));
     }
     tasks
 }

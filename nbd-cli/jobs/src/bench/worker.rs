@@ -1,8 +1,9 @@
-//! One connection and its thread: makes requests, takes replies.
+//! One connection: makes requests, takes replies.
 //!
 //! Requests are gathered and written together, and replies are parsed in one large buffer: a request
 //! costs little more than the copy of its data by the kernel.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use nbd_proto::transmission::client::Transmission;
 use nbd_proto::transmission::{Command, Durability, Fragmentation, Speed, ZeroMode};
 use tokio::runtime::Handle;
 
-use super::channel::{Channel, Outgoing, PATIENCE};
+use super::channel::{Channel, Outgoing, patience};
 use super::ledger::Ledger;
 use super::options::RequestKind;
 use super::recorder::Recorder;
@@ -55,6 +56,17 @@ pub(super) enum Trouble {
     Fatal(JobError),
 }
 
+/// The next event of a connection.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Waiting {
+    /// It is done.
+    ForNothing,
+    /// The time at which a request is due. None is in flight.
+    UntilDue(Instant),
+    /// Replies, or the time at which the next request is due.
+    ForReplies(Option<Instant>),
+}
+
 /// One connection.
 pub(super) struct Worker {
     pub(super) shared: Arc<Shared>,
@@ -78,6 +90,8 @@ pub(super) struct Worker {
     published: Instant,
     /// A write that waits for another one of the same block.
     blocked: Option<(Target, Instant)>,
+    /// The time at which the load was found to be cancelled.
+    cancelled: Option<Instant>,
     /// Counts what was sent, to choose random data.
     sent: u64,
 }
@@ -107,53 +121,95 @@ impl Worker {
             counted: false,
             published: Instant::now(),
             blocked: None,
+            cancelled: None,
             sent: 0,
         }
+    }
+
+    /// Makes as many requests of `source` as may be in flight. Says what the connection waits for.
+    ///
+    /// # Errors
+    ///
+    /// If the server refuses a request, or the connection is lost for good.
+    pub(super) fn prepare(&mut self, source: &mut Source) -> Result<Waiting, JobError> {
+        loop {
+            let now = Instant::now();
+            let next = match self.keep_count(now).and_then(|()| self.issue(source, now)) {
+                Ok(next) => next,
+                Err(trouble) => {
+                    self.recover(trouble)?;
+                    continue;
+                }
+            };
+            return Ok(match next {
+                _ if self.slots.in_flight() > 0 && !self.has_given_up(now) => {
+                    Waiting::ForReplies(next)
+                }
+                Some(due) if self.slots.in_flight() == 0 => Waiting::UntilDue(due),
+                _ => Waiting::ForNothing,
+            });
+        }
+    }
+
+    /// Whether the load was cancelled so long ago that answers are not waited for.
+    fn has_given_up(&mut self, now: Instant) -> bool {
+        self.shared.is_cancelled()
+            && now.duration_since(*self.cancelled.get_or_insert(now)) > DRAIN_LIMIT
     }
 
     /// Makes the requests of `source` until there are no more and all are answered.
     ///
     /// # Errors
     ///
-    /// If the server refuses a request, or the connection is lost for good.
+    /// As for [`Worker::prepare`].
     pub(super) fn drive(&mut self, source: &mut Source) -> Result<(), JobError> {
-        let mut cancelled = None;
         loop {
-            let now = Instant::now();
-            self.keep_count(now);
-            let wait = match self.issue(source, now) {
-                Ok(wait) => wait,
-                Err(trouble) => {
-                    self.recover(trouble)?;
-                    continue;
+            match self.prepare(source)? {
+                Waiting::ForNothing => return Ok(()),
+                Waiting::UntilDue(due) => std::thread::sleep(patience(Some(due))),
+                Waiting::ForReplies(due) => {
+                    let free = self.input.get_mut(self.unread.end..).unwrap_or_default();
+                    let came = self.channel.exchange(&mut self.out, free, patience(due));
+                    self.received(came)?;
                 }
-            };
-            if self.slots.in_flight() == 0 {
-                let Some(until) = wait else { return Ok(()) };
-                std::thread::sleep(until.saturating_duration_since(now).min(PATIENCE));
-                continue;
-            }
-            if self.shared.is_cancelled()
-                && now.duration_since(*cancelled.get_or_insert(now)) > DRAIN_LIMIT
-            {
-                return Ok(());
-            }
-            if let Err(trouble) = self.exchange(wait) {
-                self.recover(trouble)?;
             }
         }
     }
 
-    /// Sends, and receives.
-    fn exchange(&mut self, wait: Option<Instant>) -> Result<(), Trouble> {
-        let free = self.input.get_mut(self.unread.end..).unwrap_or_default();
-        let came = self.channel.exchange(&mut self.out, free, wait);
-        let came = came.map_err(|error| Trouble::Lost(error.to_string()))?;
-        if came == 0 {
-            return self.check_timeout();
+    /// Sends as much as the connection accepts without waiting.
+    ///
+    /// # Errors
+    ///
+    /// If the connection is lost for good.
+    pub(super) fn send_now(&mut self) -> Result<(), JobError> {
+        match self.channel.send(&mut self.out) {
+            Ok(()) => Ok(()),
+            Err(error) => self.recover(Trouble::Lost(error.to_string())),
         }
-        self.unread.end += came;
-        self.take_replies(Instant::now())
+    }
+
+    /// Takes the replies that have come, without waiting.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Worker::prepare`].
+    pub(super) fn receive_now(&mut self) -> Result<(), JobError> {
+        let free = self.input.get_mut(self.unread.end..).unwrap_or_default();
+        let came = self.channel.receive(free);
+        self.received(came)
+    }
+
+    /// Takes what was received: this many bytes.
+    fn received(&mut self, came: io::Result<usize>) -> Result<(), JobError> {
+        let taken = match came {
+            Ok(0) => self.check_timeout(),
+            Ok(came) => {
+                self.unread.end += came;
+                self.take_replies(Instant::now())
+            }
+            Err(error) => Err(Trouble::Lost(error.to_string())),
+        };
+        taken.or_else(|trouble| self.recover(trouble))
     }
 
     fn check_timeout(&mut self) -> Result<(), Trouble> {
@@ -257,8 +313,9 @@ impl Worker {
         }
     }
 
-    /// Starts to count when the warm-up is over, and hands results over periodically.
-    fn keep_count(&mut self, now: Instant) {
+    /// Starts to count when the warm-up is over, and periodically hands results over and looks for
+    /// requests that are not answered.
+    fn keep_count(&mut self, now: Instant) -> Result<(), Trouble> {
         let counts = self.shared.counts.load(Ordering::Relaxed);
         if counts != self.counted {
             self.counted = counts;
@@ -267,7 +324,14 @@ impl Worker {
         if now.duration_since(self.published) >= PUBLISH_EVERY {
             self.published = now;
             self.publish();
+            self.check_timeout()?;
         }
+        Ok(())
+    }
+
+    /// Has all connections end: this one has failed.
+    pub(super) fn end_all(&self) {
+        self.shared.is_over.store(true, Ordering::Relaxed);
     }
 
     /// Hands results over.
