@@ -67,6 +67,7 @@ mod chain;
 mod create_options;
 #[cfg(feature = "encryption")]
 mod crypto;
+mod decompression;
 mod driver;
 mod error;
 mod extent;
@@ -123,6 +124,7 @@ pub use create_options::{
 #[cfg(all(feature = "encryption", feature = "test-util"))]
 #[doc(hidden)]
 pub use crypto::luks::seal as seal_luks_header;
+pub use decompression::{BeginDecompression, before_decompression};
 pub use error::{Error, ErrorKind, LostBytes, LostWriteback, Result, is_plain};
 pub use extent::{Extent, ExtentKind};
 pub use foreign_info::{

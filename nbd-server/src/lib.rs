@@ -63,6 +63,7 @@ mod listen_address;
 mod listener;
 mod log_limit;
 mod overview;
+mod pace;
 mod paused;
 mod queue;
 mod quota;

@@ -1,32 +1,20 @@
 //! The pool of threads for blocking work, and its queue.
 
-use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
+use crate::pace::{self, Pace};
 use crate::queue::{Class, Cost, FairQueue, FlowId, GroupId, Limits, Popped, Started};
-use crate::sys;
 
 /// Threads for each core, and in all. A disk with a deep queue wants more than there are cores;
 /// beyond some dozens they only wait for each other.
 const THREADS_PER_CORE: usize = 4;
 const LEAST_THREADS: usize = 32;
 const MOST_THREADS: usize = 128;
-
-/// The time slice of a thread that works rather than waits: several times the system's default.
-const WORK_SLICE: Duration = Duration::from_millis(20);
-
-/// That of a thread that waits: the same as that of the [workers](crate::worker).
-const WAIT_SLICE: Duration = sys::SHORTEST_SLICE;
-
-thread_local! {
-    /// Whether the slice of this thread is that for work; `None` before it is set.
-    static IS_SLOW: Cell<Option<bool>> = const { Cell::new(None) };
-}
 
 /// Something to be carried out, in steps of some milliseconds where that is possible.
 pub(crate) trait Job: Send {
@@ -130,7 +118,7 @@ impl Scheduler {
     /// Carries out a job, and then others for as long as there are any.
     fn run(&self, first: Popped<Box<dyn Job>>) {
         let mut next = Some(first);
-        let pace = Pace;
+        let pace = JobPace;
         while let Some(Popped { job, started }) = next.take() {
             pace.set(started.class());
             let start = Instant::now();
@@ -165,21 +153,16 @@ impl Scheduler {
     }
 }
 
-/// How soon the current thread lets others have its core. What works for long gives way to
-/// connections and clients that wake up; its share of the cores stays what it is. Systems without
-/// such a setting (before Linux 6.12) are left as they are.
-struct Pace;
+/// The pace of a thread that carries out jobs.
+struct JobPace;
 
-impl Pace {
+impl JobPace {
     fn set(&self, class: Class) {
-        let is_slow = class != Class::Wait;
-        if IS_SLOW.replace(Some(is_slow)) != Some(is_slow) {
-            sys::set_time_slice(if is_slow { WORK_SLICE } else { WAIT_SLICE });
-        }
+        pace::set(if class == Class::Wait { Pace::Waits } else { Pace::Computes });
     }
 }
 
-impl Drop for Pace {
+impl Drop for JobPace {
     fn drop(&mut self) {
         // The thread belongs to the runtime.
         self.set(Class::Wait);

@@ -179,6 +179,49 @@ fn an_overlay_of_any_format_shows_its_backing_file() {
     }
 }
 
+thread_local! {
+    /// Decompressions that have begun, and that have ended.
+    static DECOMPRESSIONS: std::cell::Cell<(u32, u32)> = const { std::cell::Cell::new((0, 0)) };
+}
+
+struct Decompressing;
+
+impl Drop for Decompressing {
+    fn drop(&mut self) {
+        DECOMPRESSIONS.set((DECOMPRESSIONS.get().0, DECOMPRESSIONS.get().1 + 1));
+    }
+}
+
+#[test]
+fn a_thread_is_told_before_it_decompresses() {
+    if !has_tools() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("source");
+    std::fs::write(&source, [7; 1 << 20]).unwrap();
+    imgfmt::before_decompression(|| {
+        DECOMPRESSIONS.set((DECOMPRESSIONS.get().0 + 1, DECOMPRESSIONS.get().1));
+        Box::new(Decompressing)
+    });
+    for (format, options) in [
+        ("qcow2", "compression_type=zlib"),
+        ("qcow2", "compression_type=zstd"),
+        ("qcow", "encryption=off"),
+        ("vmdk", "subformat=streamOptimized"),
+    ] {
+        let path = directory.path().join(format);
+        let (from, to) = (text(&source), text(&path));
+        run("qemu-img", &["convert", "-c", "-f", "raw", "-O", format, "-o", options, from, to]);
+        let image = Image::open(&path, &OpenOptions::new()).unwrap();
+        DECOMPRESSIONS.set((0, 0));
+        let mut found = vec![0; 512];
+        image.read_at(common::at(0), &mut found).unwrap();
+        assert!(found.iter().all(|byte| *byte == 7));
+        assert_eq!(DECOMPRESSIONS.get(), (1, 1), "{format}: {options}");
+    }
+}
+
 #[test]
 fn compressed_clusters_of_any_format_are_read() {
     if !has_tools() {

@@ -23,6 +23,7 @@ use super::decoded::Decoded;
 use super::file::{Cursor, ImageFile};
 use super::foreign::{ForeignImage, Opening, Parent};
 use crate::bytes::{u32_at, u64_at};
+use crate::decompression;
 use crate::error::Result;
 use crate::mapping::Encoded;
 use crate::units::HostOffset;
@@ -97,6 +98,7 @@ impl Qcow {
         let read = self.file.storage().read_at(encoded.offset, &mut input);
         let read = read.map_err(|error| self.file.io("read", error, guest))?;
         let mut cluster = vec![0; self.cluster() as usize];
+        let _begun = decompression::begin();
         flate2::read::DeflateDecoder::new(&input[..read])
             .read_exact(&mut cluster)
             .map_err(|_| self.file.corrupt("a compressed cluster is damaged", guest))?;

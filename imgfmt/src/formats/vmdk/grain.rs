@@ -11,6 +11,7 @@ use std::sync::Arc;
 use super::descriptor::SECTOR;
 use super::sparse::{MARKER_LENGTH, Sparse};
 use crate::bytes::{u32_le_at, u64_le_at};
+use crate::decompression;
 use crate::error::Result;
 use crate::mapping::Encoded;
 use crate::ordered_lock::{OrderedRwLock, rank};
@@ -86,6 +87,7 @@ fn decompressed(sparse: &Sparse, encoded: Encoded, first: u64, guest: u64) -> Re
     }
     let mut grain = vec![0; sparse.grain as usize];
     let mut inflater = flate2::Decompress::new(true);
+    let _begun = decompression::begin();
     let finished = inflater.decompress(stream, &mut grain, flate2::FlushDecompress::Finish);
     if !matches!(finished, Ok(flate2::Status::StreamEnd)) {
         return corrupt("a compressed grain is damaged");

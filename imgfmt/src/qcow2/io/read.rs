@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::decompression;
 use crate::error::Result;
 use crate::layer::{Backing, Walk};
 use crate::mapping::{Content, Encoded, FileSpan, Form, Holes, Mapped};
@@ -140,6 +141,7 @@ impl Qcow2 {
             .read_at(compressed.offset, &mut input)
             .map_err(|error| self.metadata.io("read", error, guest))?;
         let mut cluster = vec![0; self.geometry().cluster_size() as usize];
+        let _begun = decompression::begin();
         compress::decompress(self.metadata.header().compression, &input[..read], &mut cluster)
             .map_err(|detail| self.metadata.corrupt(detail, guest.bytes()))?;
         let cluster: Arc<[u8]> = cluster.into();
