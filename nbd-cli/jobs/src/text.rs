@@ -67,6 +67,14 @@ fn replaced(text: &str, is_kept: fn(char) -> bool, replace: fn(&mut String, char
 mod tests {
     use super::*;
 
+    /// `imgfmt` and `nbd-proto` do not know each other, so each has a definition.
+    #[test]
+    fn characters_are_plain_in_names_of_images_as_in_those_of_exports() {
+        for character in '\0'..=char::MAX {
+            assert_eq!(imgfmt::is_plain(character), is_plain(character), "{character:?}");
+        }
+    }
+
     #[test]
     fn numbers_of_system_errors_are_not_for_people() {
         for (message, plain) in [
