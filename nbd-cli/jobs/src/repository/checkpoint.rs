@@ -4,8 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use imgfmt::Uuid;
-use nbd_objects::repo::{DiskHead, Head, Id};
+use nbd_objects::repo::{DiskHead, DiskOrigin, Head, Id};
 
+use super::identity::identity_in;
 use super::job::{Described, Work};
 use super::options::{BackedUpToRepository, DiskToBackUp};
 use super::several::{NamedDisk, open_served, place, run};
@@ -85,10 +86,7 @@ fn start_of(
     let export = listing.exports.iter().find(|found| found.name == export)?;
     let found = export.bitmaps.iter().find(|found| found["name"] == bitmap)?;
     let start: Uuid = found["began-after"].as_str()?.parse().ok()?;
-    let is_it = |head: &Head| {
-        head.identity.as_deref().and_then(|it| it.parse().ok()) == Some(start)
-            && head.size == export.size
-    };
+    let is_it = |head: &Head| identity_in(&head.origin) == Some(start) && head.size == export.size;
     let (id, _) = earlier.iter().find(|(_, head)| is_it(head))?;
     Some((*id, start))
 }
@@ -103,14 +101,22 @@ async fn copy(
     let bitmap = work.options.bitmap.as_deref();
     let (uri, issued) = uri_of_view((connect, observer, bitmap), server, started)?;
     let described = Described {
-        export: Some(server.export.to_owned()),
-        bitmap: work.options.bitmap.clone(),
-        identity: Some(issued.backup.to_string()),
-        disk: issued.disk.map(|disk| disk.to_string()),
+        origin: origin_of((issued.backup, issued.disk), server.export, work),
         imported: None,
     };
     let dirty = bitmap.filter(|_| is_incremental);
     work.run_served(&uri, dirty, &described).await.map_err(told_what_next)
+}
+
+/// Returns where the disk of a checkpoint comes from: the identities are those of the backup and, if
+/// its server has one, of the disk.
+fn origin_of((backup, disk): (Uuid, Option<Uuid>), export: &str, work: &Work<'_>) -> DiskOrigin {
+    DiskOrigin {
+        identity: Some(backup.to_string()),
+        disk: disk.map(|disk| disk.to_string()),
+        export: Some(export.to_owned()),
+        bitmap: work.options.bitmap.clone(),
+    }
 }
 
 /// The backup after which a bitmap started, and the size of its disk, if they are known.
@@ -217,8 +223,7 @@ fn began_after(bitmap: &str, export: &str, listing: &Listing) -> Start {
 /// Returns whether a backup has a disk of that size, after the backup of which a bitmap started.
 fn is_start(head: &Head, name: &str, start: Start) -> bool {
     let is_it = |disk: &DiskHead, (start, size): (Uuid, u64)| {
-        let identity = disk.identity.as_deref().and_then(|it| it.parse().ok());
-        disk.name == name && disk.size == size && identity == Some(start)
+        disk.name == name && disk.size == size && identity_in(&disk.origin) == Some(start)
     };
     start.is_some_and(|start| head.disks.iter().any(|disk| is_it(disk, start)))
 }
@@ -243,10 +248,7 @@ async fn copy_together(
         let (uri, issued) = uri_of_view((connect, observer, bitmap), server, started)?;
         let head = DiskHead {
             name: (*name).to_owned(),
-            identity: Some(issued.backup.to_string()),
-            disk: issued.disk.map(|disk| disk.to_string()),
-            export: Some((*export).to_owned()),
-            bitmap: work.options.bitmap.clone(),
+            origin: origin_of((issued.backup, issued.disk), export, work),
             ..DiskHead::default()
         };
         let dirty = bitmap.filter(|_| start.is_some()).map(context_of).transpose()?;

@@ -1,13 +1,18 @@
 //! Identities of backups, as files record them.
 
 use imgfmt::Uuid;
-use nbd_objects::repo::{Head, Id};
+use nbd_objects::repo::{DiskOrigin, Head, Id};
 
 use crate::JobError;
 
+/// The identity that the server of a disk knows for a backup, if it has one.
+pub(super) fn identity_in(origin: &DiskOrigin) -> Option<Uuid> {
+    origin.identity.as_deref()?.parse().ok()
+}
+
 /// The identity of a backup in its file: that which its server knows, or that in the repository.
 pub(super) fn identity_of(id: Id, head: &Head) -> Result<Uuid, JobError> {
-    if let Some(known) = head.identity.as_deref().and_then(|text| text.parse().ok()) {
+    if let Some(known) = identity_in(&head.origin) {
         return Ok(known);
     }
     let mut text = id.to_string();
@@ -39,10 +44,10 @@ mod tests {
         let mut head: Head = serde_json::from_str(head).unwrap();
         let own = "01234567-89ab-cdef-0123-456789abcdef";
         assert_eq!(identity_of(id, &head).unwrap().to_string(), own);
-        head.identity = Some("nonsense".to_owned());
+        head.origin.identity = Some("nonsense".to_owned());
         assert_eq!(identity_of(id, &head).unwrap().to_string(), own);
         let known = "11234567-89ab-cdef-0123-456789abcdef";
-        head.identity = Some(known.to_owned());
+        head.origin.identity = Some(known.to_owned());
         assert_eq!(identity_of(id, &head).unwrap().to_string(), known);
         // Each of several disks has its own.
         let disk = |name: &str| DiskHead { name: name.to_owned(), ..DiskHead::default() };

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgfmt::{OpenOptions, Uuid};
-use nbd_objects::repo::{BackupName, Id, Repository};
+use nbd_objects::repo::{BackupName, DiskOrigin, Id, Repository};
 
 use self::files::{Chain, Layer};
 use super::identity::identity_of;
@@ -184,15 +184,15 @@ impl Import<'_> {
         let mut options = RepositoryOptions::new(self.options.name.clone());
         (options.requests, options.verify) = (self.options.requests, self.options.verify);
         let identity = layer.backup.as_ref().map(|backup| &backup.identity);
-        let described = Described {
+        let origin = DiskOrigin {
             export: identity.map(|identity| identity.export.clone()),
             // Whether it started again since is not known here: a bitmap is used only by the identity
             // that its server knows.
             bitmap: None,
             identity: identity.map(|identity| identity.id.to_string()),
             disk: identity.and_then(|identity| identity.disk).map(|disk| disk.to_string()),
-            imported: Some((time, layer.what.clone())),
         };
+        let described = Described { origin, imported: Some((time, layer.what.clone())) };
         let same = Arc::clone(layer);
         let newest = self.known.first().map(|known| known.id);
         let work = Work {

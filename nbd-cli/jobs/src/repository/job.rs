@@ -7,7 +7,9 @@ use std::time::Instant;
 use bytes::{Bytes, BytesMut};
 use imgfmt::{Format, Image, OpenOptions, Storage};
 use nbd_client::{Client, ReadMemory};
-use nbd_objects::repo::{BLOCK_SIZE, Damage, Id, Made, NewBackup, Repository, Session, host_name};
+use nbd_objects::repo::{
+    BLOCK_SIZE, Damage, DiskOrigin, Id, Made, NewBackup, Repository, Session, host_name,
+};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::MetaContextName;
 use tokio::task::JoinHandle;
@@ -32,10 +34,7 @@ const KNOWN: u64 = 1 << 40;
 /// What is recorded of the disk.
 #[derive(Default)]
 pub(super) struct Described {
-    pub(super) export: Option<String>,
-    pub(super) bitmap: Option<String>,
-    pub(super) identity: Option<String>,
-    pub(super) disk: Option<String>,
+    pub(super) origin: DiskOrigin,
     /// When an imported image was written last, in milliseconds since 1970, and what it was.
     pub(super) imported: Option<(u64, String)>,
 }
@@ -166,10 +165,7 @@ impl Work<'_> {
     ) -> Result<BackedUpToRepository, JobError> {
         let mut new = NewBackup::new(self.options.name.clone());
         new.size = source.size().unwrap_or_default();
-        new.export.clone_from(&described.export);
-        new.bitmap.clone_from(&described.bitmap);
-        new.identity.clone_from(&described.identity);
-        new.disk.clone_from(&described.disk);
+        new.origin = described.origin.clone();
         if let Some((time, what)) = &described.imported {
             (new.time, new.imported) = (Some(*time), Some(what.clone()));
         }

@@ -11,7 +11,7 @@ mod several;
 
 use std::sync::Arc;
 
-use nbd_objects::repo::{Head, Id, Repository};
+use nbd_objects::repo::{DiskOrigin, Head, Id, Repository};
 use nbd_proto::NbdUri;
 
 pub use self::disk::{open_disk, split_address};
@@ -78,11 +78,12 @@ pub async fn backup_to_repository(
                     }
                     _ => None,
                 };
-                let described = Described {
+                let origin = DiskOrigin {
                     export: Some(uri.export_name.clone()),
                     bitmap: options.bitmap.clone(),
-                    ..Described::default()
+                    ..DiskOrigin::default()
                 };
+                let described = Described { origin, imported: None };
                 work.run_served(uri, dirty, &described).await
             }
             BackupSource::Checkpoint { socket, export, uri } => {
@@ -209,7 +210,7 @@ impl<'a> Work<'a> {
             return Ok(false);
         };
         check_bitmap(uri, bitmap, head)?;
-        if head.bitmap.is_none() {
+        if head.origin.bitmap.is_none() {
             self.reads_all(&format!("the last backup of '{name}' was made without a bitmap"));
             return Ok(false);
         }
@@ -220,10 +221,11 @@ impl<'a> Work<'a> {
 
 /// Refuses a bitmap or an export that is not the one of the last backup: it may be a slip.
 fn check_bitmap(uri: &NbdUri, bitmap: &str, last: &Head) -> Result<(), JobError> {
-    let why = if let Some(own) = last.bitmap.as_deref().filter(|own| *own != bitmap) {
+    let origin = &last.origin;
+    let why = if let Some(own) = origin.bitmap.as_deref().filter(|own| *own != bitmap) {
         format!("it was made for the bitmap '{}'", printable(own))
-    } else if last.export.as_ref() != Some(&uri.export_name) && last.bitmap.is_some() {
-        let own = last.export.as_deref().unwrap_or_default();
+    } else if origin.export.as_ref() != Some(&uri.export_name) && origin.bitmap.is_some() {
+        let own = origin.export.as_deref().unwrap_or_default();
         format!("it is of the export '{}'", printable(own))
     } else {
         return Ok(());

@@ -117,8 +117,8 @@ pub(super) async fn open(
                 return Err(JobError::invalid("a disk at a checkpoint is not opened by its URI"));
             };
             work.options.connect.tls.check([uri])?;
-            head.export = Some(uri.export_name.clone());
-            head.bitmap.clone_from(&work.options.bitmap);
+            head.origin.export = Some(uri.export_name.clone());
+            head.origin.bitmap.clone_from(&work.options.bitmap);
             let bitmap = work.options.bitmap.as_deref();
             let is_known = last
                 .is_some_and(|(_, last)| last.disks.iter().any(|other| other.name == disk.name));
@@ -147,9 +147,11 @@ pub(super) fn follows(
     disk: &DiskHead,
     last: Option<&(Id, Head)>,
 ) -> Result<Option<MetaContextName>, JobError> {
-    let (Some(bitmap), Some((_, last))) = (&disk.bitmap, last) else { return Ok(None) };
+    let (Some(bitmap), Some((_, last))) = (&disk.origin.bitmap, last) else { return Ok(None) };
     let is_it = |other: &&DiskHead| {
-        other.is_same_place(disk) && other.bitmap == disk.bitmap && other.export == disk.export
+        other.is_same_place(disk)
+            && other.origin.bitmap == disk.origin.bitmap
+            && other.origin.export == disk.origin.export
     };
     if last.disks.iter().any(|other| is_it(&other)) {
         return context_of(bitmap).map(Some);

@@ -15,6 +15,23 @@ pub const DISKS_MAX: usize = 128;
 /// map is nearly nothing, and a disk that grows into it stays where it is.
 const ROOM: (u64, u64) = (1 << 30, 1 << 40);
 
+/// Where a disk comes from, and what its server knows of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskOrigin {
+    /// The identity that the server knows for this backup of it, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<String>,
+    /// The identity of the disk, if the server has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
+    /// The export that was read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub export: Option<String>,
+    /// The dirty bitmap that starts with this backup.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bitmap: Option<String>,
+}
+
 /// One of several disks of a backup. Unknown fields are ignored.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -26,18 +43,9 @@ pub struct DiskHead {
     pub offset: u64,
     /// Its size in bytes.
     pub size: u64,
-    /// The identity that its server knows for this backup of it, if it has one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub identity: Option<String>,
-    /// The identity of the disk, if its server has one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub disk: Option<String>,
-    /// The export that was read.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub export: Option<String>,
-    /// The dirty bitmap that starts with this backup.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bitmap: Option<String>,
+    /// Where it comes from.
+    #[serde(flatten)]
+    pub origin: DiskOrigin,
 }
 
 impl DiskHead {

@@ -3,9 +3,10 @@
 use futures_util::{StreamExt as _, TryStreamExt as _};
 
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
+use super::head::Head;
 use super::id::{Folder, Id, Key};
 use super::repository::Repository;
-use super::root::{self, Head, Kind, PREFIX_LEN};
+use super::root::{self, Kind, PREFIX_LEN};
 use crate::calendar::{day, seconds};
 
 /// Heads read at a time.

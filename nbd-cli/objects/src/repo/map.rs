@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::error::{RepositoryError, Result};
+use super::head::Head;
 use super::id::{Folder, Id, Key, PackId};
 use super::objects::Objects;
 use super::page::{BLOCK_SIZE, PAGE_BLOCKS, Page};
 use super::protocol::{Answer, Moves, Object, Request};
 use super::repository::Repository;
-use super::root::{self, Head, PageRoot, Root};
+use super::root::{self, PageRoot, Root};
 
 /// Pages that are kept: 256 are 8 GiB of a disk, in about 6 MiB of memory.
 const PAGES_KEPT: usize = 256;

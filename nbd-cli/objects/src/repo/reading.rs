@@ -18,13 +18,13 @@ use self::ahead::Ahead;
 use self::cache::{Cache, Found};
 pub use self::difference::Difference;
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
+use super::head::Head;
 use super::id::Id;
 use super::map::Map;
 use super::objects::Objects;
 use super::page::{BLOCK_SIZE, PAGE_BLOCKS, PAGE_SPAN};
 use super::protocol::{Reader, Rules, Step};
 use super::repository::Repository;
-use super::root::Head;
 use crate::runtime::boxed;
 
 /// Blocks of one step of a read: no read needs more than the cache holds.

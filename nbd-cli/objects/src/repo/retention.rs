@@ -1,8 +1,8 @@
 //! Which backups are kept.
 
+use super::head::Head;
 use super::id::Id;
 use super::listing::BackupInfo;
-use super::root::Head;
 
 /// How many backups of each disk are kept. A backup is kept if any rule keeps it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -83,6 +83,7 @@ fn month(time: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::disks::DiskOrigin;
     use super::*;
 
     fn backup(name: &str, day: u64, number: u8) -> BackupInfo {
@@ -90,10 +91,7 @@ mod tests {
             name: name.to_owned(),
             size: 0,
             time: day * 24 * HOUR + u64::from(number),
-            identity: None,
-            disk: None,
-            export: None,
-            bitmap: None,
+            origin: DiskOrigin::default(),
             imported: None,
             disks: Vec::new(),
             data: 0,

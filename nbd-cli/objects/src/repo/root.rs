@@ -4,10 +4,10 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
 
-use super::disks::{DiskHead, are_laid_out};
+use super::disks::are_laid_out;
 use super::error::{RepositoryError, Result};
+use super::head::Head;
 use super::id::{Id, PackId};
 use super::pack_list::{push_packs, read_packs};
 use super::page::{DISK_SIZE_MAX, PAGE_LEN_MAX, PAGE_SPAN};
@@ -28,108 +28,6 @@ pub(crate) const HEAD_LEN_MAX: usize = 64 << 10;
 pub(crate) const BODY_LEN_MAX: u64 = 256 << 20;
 /// Most packs and references to packs, so that a body stays below its limit.
 const REFERENCES_MAX: usize = 24 << 20;
-
-/// What a backup is. Unknown fields are ignored: what must be understood changes the version.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Head {
-    /// The name of the disk.
-    pub name: String,
-    /// Size of the disk, in bytes.
-    pub size: u64,
-    /// When the backup was begun, in milliseconds since 1970; of an imported one, when its image was
-    /// written last.
-    pub time: u64,
-    /// The identity that the server knows for it, if it has one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub identity: Option<String>,
-    /// The identity of the disk, if the server has one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub disk: Option<String>,
-    /// The export that was read.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub export: Option<String>,
-    /// The dirty bitmap that starts with this backup.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bitmap: Option<String>,
-    /// What an imported image was, so that it is not imported again.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub imported: Option<String>,
-    /// The disks, if it has several. Then `size` is where the last one ends, and what is recorded of
-    /// one disk is with them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub disks: Vec<DiskHead>,
-    /// Bytes of the disk that are not zero, in whole blocks.
-    pub data: u64,
-    /// Bytes that this backup added to the repository.
-    pub added: u64,
-    /// Length of the body before compression, in bytes.
-    pub body_length: u64,
-    /// Hash of the body, as 32 hexadecimal digits.
-    pub body_hash: String,
-}
-
-impl Head {
-    /// Bytes of its disks.
-    pub fn bytes(&self) -> u64 {
-        match self.disks.is_empty() {
-            true => self.size,
-            false => self.disks.iter().fold(0, |sum, disk| disk.size.saturating_add(sum)),
-        }
-    }
-
-    /// Returns what the backup is of one disk: of that of this name, if it has several. Its name is then
-    /// `NAME#DISK`, and it has only this disk.
-    ///
-    /// # Errors
-    ///
-    /// If it has no such disk, or several and no name is given; the error says which there are.
-    pub fn of_disk(&self, name: Option<&str>) -> Result<Self> {
-        if name.is_none() && self.disks.is_empty() {
-            return Ok(self.clone());
-        }
-        let has: Vec<_> = self.disks.iter().take(8).map(|disk| &*disk.name).collect();
-        let found = name.and_then(|name| self.disks.iter().find(|disk| disk.name == name));
-        let Some(disk) = found else {
-            return Err(RepositoryError::invalid(match (&has[..], name) {
-                ([], _) => format!("the backup of '{}' is of one disk, without a name", self.name),
-                ([first, ..], None) => format!(
-                    "the backup of '{0}' has named disks ({1}); name one, as in {0}@latest#{first}",
-                    self.name,
-                    has.join(", "),
-                ),
-                (_, Some(name)) => format!(
-                    "the backup of '{}' has no disk '{name}' (it has {})",
-                    self.name,
-                    has.join(", ")
-                ),
-            }));
-        };
-        Ok(Self {
-            name: format!("{}#{}", self.name, disk.name),
-            size: disk.size,
-            identity: disk.identity.clone(),
-            disk: disk.disk.clone(),
-            export: disk.export.clone(),
-            bitmap: disk.bitmap.clone(),
-            disks: vec![disk.clone()],
-            ..self.clone()
-        })
-    }
-
-    /// Describes the place of a byte of the map.
-    pub(crate) fn place(&self, byte: u64) -> String {
-        match self.disks.iter().rfind(|disk| disk.offset <= byte) {
-            Some(disk) => format!("byte {} of its disk '{}'", byte - disk.offset, disk.name),
-            None => format!("byte {byte}"),
-        }
-    }
-
-    /// The version of the object.
-    fn version(&self) -> u8 {
-        if self.disks.is_empty() { 1 } else { 2 }
-    }
-}
 
 /// What an object of a backup is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -461,6 +359,7 @@ pub(crate) fn body(sealer: &Sealer, id: Id, object: &[u8], head: &Head) -> Resul
 
 #[cfg(test)]
 mod tests {
+    use super::super::disks::{DiskHead, DiskOrigin};
     use super::*;
 
     fn a_root(pages: u32) -> Root {
@@ -486,10 +385,7 @@ mod tests {
             name: "vm1".to_owned(),
             size: (pages * PAGE_SPAN).saturating_sub(100),
             time: 1,
-            identity: None,
-            disk: None,
-            export: None,
-            bitmap: Some("b".to_owned()),
+            origin: DiskOrigin { bitmap: Some("b".to_owned()), ..DiskOrigin::default() },
             imported: None,
             disks: Vec::new(),
             data: 0,
@@ -511,7 +407,7 @@ mod tests {
                 {
                     assert_eq!(kind(&object), Some(expected));
                     let found = head(&sealer, id, &object).unwrap();
-                    assert_eq!((&*found.name, found.bitmap.as_deref()), ("vm1", Some("b")));
+                    assert_eq!((&*found.name, found.origin.bitmap.as_deref()), ("vm1", Some("b")));
                     assert_eq!(body(&sealer, id, &object, &found).unwrap(), root);
                 }
                 let page = root.pages().iter().flatten().last();
@@ -528,8 +424,7 @@ mod tests {
             name: name.to_owned(),
             offset,
             size,
-            identity: Some(format!("of {name}")),
-            ..DiskHead::default()
+            origin: DiskOrigin { identity: Some(format!("of {name}")), ..DiskOrigin::default() },
         };
         let mut several = a_head(3);
         several.disks = vec![disk("a", 0, 7), disk("b", PAGE_SPAN, 2 * PAGE_SPAN - 100)];
@@ -539,7 +434,7 @@ mod tests {
         let found = head(&sealer, id, &object).unwrap();
         assert_eq!((found.disks.len(), found.bytes()), (2, 2 * PAGE_SPAN - 93));
         let one = found.of_disk(Some("b")).unwrap();
-        assert_eq!((&*one.name, one.identity.as_deref()), ("vm1#b", Some("of b")));
+        assert_eq!((&*one.name, one.origin.identity.as_deref()), ("vm1#b", Some("of b")));
         assert_eq!((one.size, one.disks.len()), (2 * PAGE_SPAN - 100, 1));
         let refused = |name: Option<&str>| found.of_disk(name).unwrap_err().to_string();
         assert!(refused(None).contains("named disks (a, b)"));

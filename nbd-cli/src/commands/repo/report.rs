@@ -126,14 +126,14 @@ impl Backup {
             size: head.map(Head::bytes),
             data: head.map(|head| head.data),
             added: head.map(|head| head.added),
-            export: head.and_then(|head| head.export.clone()),
-            bitmap: head.and_then(|head| head.bitmap.clone()),
+            export: head.and_then(|head| head.origin.export.clone()),
+            bitmap: head.and_then(|head| head.origin.bitmap.clone()),
             disks: head.map_or_else(Vec::new, |head| {
                 let disk = |disk: &DiskHead| DiskOfBackup {
                     name: disk.name.clone(),
                     size: disk.size,
-                    export: disk.export.clone(),
-                    bitmap: disk.bitmap.clone(),
+                    export: disk.origin.export.clone(),
+                    bitmap: disk.origin.bitmap.clone(),
                 };
                 head.disks.iter().map(disk).collect()
             }),

@@ -81,7 +81,7 @@ impl New<'_> {
         if let Some(base) = self.base {
             identity.base = BackupBase::Backup(identity_of(base.id, &base.head)?);
         }
-        identity.disk = self.head.disk.as_deref().and_then(|text| text.parse().ok());
+        identity.disk = self.head.origin.disk.as_deref().and_then(|text| text.parse().ok());
         identity.content = content;
         // No name of an export: which backups were made since, and whether a bitmap started again, is
         // known to a server that knows the identity, and not to the files of this folder.

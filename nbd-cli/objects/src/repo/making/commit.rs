@@ -1,10 +1,11 @@
 //! The end of a backup that is being made.
 
 use super::super::error::{RepositoryError, RepositoryErrorKind, Result};
+use super::super::head::Head;
 use super::super::id::Key;
 use super::super::page::PAGE_SPAN;
 use super::super::protocol::{Backup, Committed, Object};
-use super::super::root::{self, Head};
+use super::super::root;
 use super::{Made, Session, ended};
 
 impl Session {
@@ -49,8 +50,8 @@ impl Session {
         // A server that knows with which backup a bitmap started does not need to ask.
         let disks = &self.new.disks;
         let is_known = match disks.is_empty() {
-            true => self.new.identity.is_some(),
-            false => disks.iter().all(|disk| disk.identity.is_some()),
+            true => self.new.origin.identity.is_some(),
+            false => disks.iter().all(|disk| disk.origin.identity.is_some()),
         };
         let told = match is_known {
             true => repository.name_last(name, line, id, is_alone).await,
@@ -82,8 +83,8 @@ impl Session {
     }
 
     fn untold(&self, error: &RepositoryError) -> RepositoryError {
-        let has_bitmap =
-            self.new.bitmap.is_some() || self.new.disks.iter().any(|disk| disk.bitmap.is_some());
+        let disks = self.new.disks.iter().map(|disk| &disk.origin);
+        let has_bitmap = disks.chain([&self.new.origin]).any(|origin| origin.bitmap.is_some());
         let bitmap = if has_bitmap { ", so do not clear its bitmap" } else { "" };
         RepositoryError::new(
             error.kind(),
@@ -99,10 +100,7 @@ impl Session {
             name: self.new.name.to_string(),
             size: self.new.size,
             time: self.time,
-            identity: self.new.identity.clone(),
-            disk: self.new.disk.clone(),
-            export: self.new.export.clone(),
-            bitmap: self.new.bitmap.clone(),
+            origin: self.new.origin.clone(),
             imported: self.new.imported.clone(),
             disks: self.new.disks.clone(),
             data: self.data,

@@ -1,6 +1,6 @@
 //! What a backup is of, and its result.
 
-use super::super::disks::{DISKS_MAX, DiskHead, are_laid_out};
+use super::super::disks::{DISKS_MAX, DiskHead, DiskOrigin, are_laid_out};
 use super::super::error::{RepositoryError, Result};
 use super::super::id::{Id, random};
 use super::super::name::BackupName;
@@ -24,14 +24,8 @@ pub struct NewBackup {
     pub size: u64,
     /// The machine that makes it, for those who list sessions.
     pub host: String,
-    /// The export that is read.
-    pub export: Option<String>,
-    /// The dirty bitmap that starts with this backup.
-    pub bitmap: Option<String>,
-    /// The identity that the server knows for this backup.
-    pub identity: Option<String>,
-    /// The identity of the disk.
-    pub disk: Option<String>,
+    /// Where the disk comes from, if there is only one.
+    pub origin: DiskOrigin,
     /// The time of the backup, in milliseconds since 1970, if it is not now.
     pub time: Option<u64>,
     /// What is recorded of an imported image, so that it is not imported again.
@@ -56,10 +50,7 @@ impl NewBackup {
             name,
             size: 0,
             host: String::new(),
-            export: None,
-            bitmap: None,
-            identity: None,
-            disk: None,
+            origin: DiskOrigin::default(),
             time: None,
             imported: None,
             disks: Vec::new(),

@@ -1,11 +1,12 @@
 //! Maps that are damaged, or say something else than what is there.
 
+use super::super::head::Head;
 use super::super::id::{Key, PackId};
 use super::super::map::Map;
 use super::super::pack::{FrameKind, PackBuilder};
 use super::super::page::Page;
 use super::super::protocol::Moves;
-use super::super::root::{self, Head, RootBuilder};
+use super::super::root::{self, RootBuilder};
 use super::super::seal::Sealer;
 use super::super::stored::Stored;
 use super::*;
