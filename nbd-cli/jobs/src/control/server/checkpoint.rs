@@ -285,7 +285,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn more_checkpoints_than_a_stack_has_room_for_are_refused() {
+    fn more_checkpoints_at_one_moment_than_there_may_be_threads_for_are_refused() {
         let wanted = |count: usize| {
             let one = |number| TogetherCheckpoint {
                 export: format!("export{number}"),

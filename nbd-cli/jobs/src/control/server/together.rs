@@ -4,16 +4,17 @@
 //! bitmap. When all are ready, all checkpoints start. If one fails or takes too long, none does: each
 //! thread undoes its change and lets writes go on, as soon as its disk answers.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nbd_server::export::{Checkpointed, ImageExport};
 
 use super::checkpoint_bitmap::{
-    CheckpointTerms, StartedCheckpoint, begin, not_ready, start_with_bitmap,
+    CheckpointTerms, StartedCheckpoint, begin, not_ready, settle, start_with_bitmap,
 };
 use super::disks::{ConnectionId, Turn};
-use crate::control::{ErrorKind, Failure};
+use crate::control::{ErrorKind, Failure, Outcome};
 use crate::tasks;
 
 /// A checkpoint that is about to be started.
@@ -39,6 +40,37 @@ impl Prepared {
                 start_with_bitmap(&self.disk, image, name.clone(), &self.terms, then)
             }
             None => begin(&self.disk, &self.terms, then).map(StartedCheckpoint::without_bitmap),
+        }
+    }
+
+    /// As [`start`](Self::start); a panic is a failure too, because others wait for this disk.
+    fn try_to_start(
+        &self,
+        then: &mut dyn FnMut() -> Result<(), Failure>,
+    ) -> Result<StartedCheckpoint, Failure> {
+        let mut was_ready = false;
+        let mut ready = || {
+            was_ready = true;
+            then()
+        };
+        let started = catch_unwind(AssertUnwindSafe(|| self.start(&mut ready)));
+        started.unwrap_or_else(|_| {
+            // Before that, there may be another checkpoint, which stays.
+            if was_ready {
+                self.disk.end();
+            }
+            let message = "the checkpoint failed because of a mistake in this program; please \
+                           report it";
+            Err(Failure::new(ErrorKind::Failed, message))
+        })
+    }
+
+    /// Ends a checkpoint that was started, because another one was not.
+    fn undo(&self, started: &StartedCheckpoint) {
+        self.disk.end();
+        if let (Some((image, _)), Some(bitmap)) = (&self.bitmap, &started.bitmap) {
+            // The failure that led here is reported.
+            let _ = settle(image, bitmap, Outcome::Failure, &*self.terms.observer);
         }
     }
 }
@@ -140,7 +172,7 @@ pub(super) fn start_all(
     for (index, one) in all.iter().enumerate() {
         let (one, own) = (Arc::clone(one), Arc::clone(&moment));
         let thread = tasks::start_thread("checkpoint", move || {
-            let started = one.start(&mut || own.come(index));
+            let started = one.try_to_start(&mut || own.come(index));
             // The disk is free when the end is known.
             drop(one);
             own.set(index, Progress::Ended(started));
@@ -153,23 +185,35 @@ pub(super) fn start_all(
     }
     moment.decide(all, patience)?;
     let disks = std::mem::take(&mut moment.lock().disks);
-    let started = disks.into_iter().map(|disk| match disk {
-        Progress::Ended(started) => started,
-        // Only a panic does that.
-        _ => Err(Failure::new(ErrorKind::Failed, "the checkpoint was abandoned")),
-    });
-    started.collect()
+    let (mut checkpoints, mut failure) = (Vec::with_capacity(all.len()), None);
+    for (one, disk) in all.iter().zip(disks) {
+        match disk {
+            Progress::Ended(Ok(started)) => checkpoints.push((one, started)),
+            Progress::Ended(Err(failed)) => failure = failure.or(Some(failed)),
+            // All have ended.
+            Progress::Working | Progress::Ready => {}
+        }
+    }
+    // Only a panic makes a disk fail that was ready.
+    let Some(failure) = failure else {
+        return Ok(checkpoints.into_iter().map(|(_, started)| started).collect());
+    };
+    checkpoints.iter().for_each(|(one, started)| one.undo(started));
+    Err(failure)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc;
     use std::thread;
 
+    use imgfmt::{CreateOptions, Format, Image};
     use nbd_proto::wire::Errno;
     use nbd_server::export::{Durability, Export, ExportError, ExportInfo, MemoryExport};
     use nbd_server::{ExportRegistry, Server, ServerConfig};
     use serde_json::Value;
+    use tokio::time::timeout;
 
     use super::*;
     use crate::control::decode;
@@ -204,19 +248,39 @@ mod tests {
         end: mpsc::Sender<()>,
     }
 
+    /// A disk that fails by a mistake after so many looks at it.
+    struct Mistaken(MemoryExport, AtomicUsize);
+
+    impl Export for Mistaken {
+        fn info(&self) -> ExportInfo {
+            assert_ne!(self.1.fetch_sub(1, Ordering::SeqCst), 0, "a mistake");
+            self.0.info()
+        }
+        fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+            self.0.read_at(offset, buffer)
+        }
+    }
+
     impl Place {
         async fn new() -> Self {
-            let server = Server::new(ServerConfig::default(), ExportRegistry::new()).start();
-            let mut controller = Controller::new(server.handle().clone(), ServedDisks::default());
-            controller.patience = Duration::from_millis(100);
             let ((sender, begun), (end, receiver)) = (mpsc::channel(), mpsc::channel());
             let disk = MemoryExport::new(1 << 20);
             let hanging = Hanging { disk, begun: sender.into(), end: receiver.into() };
             let a = ServedDisk::new("a", Arc::new(MemoryExport::new(1 << 20)));
-            let b = ServedDisk::new("b", Arc::new(hanging));
+            let patience = Duration::from_millis(500);
+            Self { begun, end, ..Self::with(a, Arc::new(hanging), patience).await }
+        }
+
+        /// The same with other disks, and this time for them.
+        async fn with(a: ServedDisk, b: Arc<dyn Export>, patience: Duration) -> Self {
+            let server = Server::new(ServerConfig::default(), ExportRegistry::new()).start();
+            let mut controller = Controller::new(server.handle().clone(), ServedDisks::default());
+            controller.patience = patience;
+            let b = ServedDisk::new("b", b);
             let (a_disk, b_disk) = (a.export.clone(), b.export.clone());
             controller.add_export("a", a).await.unwrap();
             controller.add_export("b", b).await.unwrap();
+            let (begun, end) = (mpsc::channel().1, mpsc::channel().0);
             Self { controller: Arc::new(controller), a: a_disk, b: b_disk, begun, end }
         }
 
@@ -237,7 +301,7 @@ mod tests {
         let hanging = thread::spawn(write);
         place.begun.recv().unwrap();
         let refused = place.ask(TOGETHER).await.unwrap_err();
-        assert!(refused.message.contains("no checkpoint was started: after 0.1 s, writes to 'b'"));
+        assert!(refused.message.contains("no checkpoint was started: after 0.5 s, writes to 'b'"));
         assert_eq!((place.a.failure(), place.b.failure()), (None, None));
         place.a.write_at(0, &[7; 512], Durability::Cached).unwrap();
         // The other disk is as usable.
@@ -252,6 +316,28 @@ mod tests {
         assert_eq!((place.a.failure(), place.b.failure()), (Some(None), Some(None)));
         let again = place.ask(TOGETHER).await.unwrap_err();
         assert_eq!(again.kind, ErrorKind::AlreadyExists, "{again}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_mistake_in_one_thread_fails_the_request_and_leaves_no_checkpoint() {
+        let directory = tempfile::tempdir().unwrap();
+        let new = CreateOptions::new(Format::Qcow2, 1 << 20);
+        let image = Image::create(directory.path().join("a.qcow2"), &new).unwrap();
+        let image = Arc::new(ImageExport::new(image));
+        let mistaken = Arc::new(Mistaken(MemoryExport::new(1 << 20), usize::MAX.into()));
+        let a = ServedDisk::of_image("a", image.clone());
+        let place = Place::with(a, mistaken.clone(), Duration::from_secs(60)).await;
+        let both = TOGETHER.replace(r#""a""#, r#""a","bitmap":"daily","if-missing":"add""#);
+        // Before its disk is ready, and when all are.
+        for looks in [0, 1] {
+            mistaken.1.store(looks, Ordering::SeqCst);
+            let refused = timeout(Duration::from_secs(120), place.ask(&both)).await;
+            let refused = refused.expect("an answer").unwrap_err();
+            assert!(refused.message.contains("a mistake in this program"), "{refused}");
+            assert_eq!((place.a.failure(), place.b.failure()), (None, None));
+            assert!(image.image().bitmaps().is_empty());
+        }
+        place.ask(&both).await.unwrap();
     }
 
     #[tokio::test(flavor = "multi_thread")]
