@@ -21,35 +21,31 @@ pub fn without_error_numbers(mut message: String) -> String {
 /// A name or a text of others, with everything escaped that controls a terminal or the direction of
 /// text, or cannot be seen.
 pub fn printable(text: &str) -> String {
-    replaced(text, is_plain, |shown, character| {
-        // Writing to a string cannot fail.
-        let _ = write!(shown, "{}", character.escape_default());
-    })
+    replaced(text, is_plain, escape)
 }
 
 /// Text with names in it, such as a message, with everything escaped that controls the direction of
 /// text or cannot be seen. What controls a terminal is the text's own.
 pub fn readable(text: &str) -> String {
-    replaced(
-        text,
-        |it| it.is_control() || is_plain(it),
-        |shown, character| {
-            let _ = write!(shown, "{}", character.escape_default());
-        },
-    )
+    replaced(text, is_control_or_plain, escape)
 }
 
 /// JSON with the same characters escaped: its value stays the same.
 pub fn readable_json(text: &str) -> String {
-    replaced(
-        text,
-        |it| it.is_control() || is_plain(it),
-        |shown, character| {
-            for unit in character.encode_utf16(&mut [0; 2]) {
-                let _ = write!(shown, "\\u{unit:04x}");
-            }
-        },
-    )
+    replaced(text, is_control_or_plain, |shown, character| {
+        for unit in character.encode_utf16(&mut [0; 2]) {
+            let _ = write!(shown, "\\u{unit:04x}");
+        }
+    })
+}
+
+fn is_control_or_plain(character: char) -> bool {
+    character.is_control() || is_plain(character)
+}
+
+fn escape(shown: &mut String, character: char) {
+    // Writing to a string cannot fail.
+    let _ = write!(shown, "{}", character.escape_default());
 }
 
 fn replaced(text: &str, is_kept: fn(char) -> bool, replace: fn(&mut String, char)) -> String {

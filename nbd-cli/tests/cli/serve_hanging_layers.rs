@@ -26,6 +26,14 @@ impl Place {
         Self { disk, upstream }
     }
 
+    /// Makes an image above the disk of the other server.
+    fn overlay(&self, qemu_img: &std::path::Path) -> String {
+        let upper = self.disk.beside("upper.qcow2");
+        let below = ["-b", self.upstream.uri(), "-F", "raw", &upper];
+        peer(qemu_img, &[&["create", "-q", "-f", "qcow2"][..], &below].concat());
+        upper
+    }
+
     fn serve(&self, more: &[&str]) -> Server {
         let socket = self.disk.beside("socket");
         let mut command = Command::new(PROGRAM);
@@ -93,9 +101,7 @@ fn is_unlocked(path: &str) -> bool {
 fn a_layer_that_hangs_keeps_neither_its_image_nor_others_from_being_closed() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
     let place = Place::new();
-    let (upper, other) = (place.disk.beside("upper.qcow2"), place.disk.beside("other.qcow2"));
-    let below = ["-b", place.upstream.uri(), "-F", "raw", &upper];
-    peer(&qemu_img, &[&["create", "-q", "-f", "qcow2"][..], &below].concat());
+    let (upper, other) = (place.overlay(&qemu_img), place.disk.beside("other.qcow2"));
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &other, "8M"]);
     let (a, b) = (format!("upper={upper}"), format!("other={other}"));
     for by_signal in [true, false] {
@@ -194,9 +200,7 @@ fn an_export_that_hangs_is_removed_and_requests_go_on() {
 fn requests_about_others_are_carried_out_while_one_about_a_disk_that_hangs_is_not() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
     let place = Place::new();
-    let (upper, other) = (place.disk.beside("upper.qcow2"), place.disk.beside("other.qcow2"));
-    let below = ["-b", place.upstream.uri(), "-F", "raw", &upper];
-    peer(&qemu_img, &[&["create", "-q", "-f", "qcow2"][..], &below].concat());
+    let (upper, other) = (place.overlay(&qemu_img), place.disk.beside("other.qcow2"));
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &other, "8M"]);
     let (a, b) = (format!("upper={upper}"), format!("other={other}"));
     let server = place.serve(&["--trust-image", &a, &b]);
@@ -241,9 +245,7 @@ fn requests_about_others_are_carried_out_while_one_about_a_disk_that_hangs_is_no
 fn a_stream_whose_layer_hangs_tells_since_when_it_has_copied_nothing() {
     tools!(qemu_img = "qemu-img");
     let place = Place::new();
-    let upper = place.disk.beside("upper.qcow2");
-    let below = ["-b", place.upstream.uri(), "-F", "raw", &upper];
-    peer(&qemu_img, &[&["create", "-q", "-f", "qcow2"][..], &below].concat());
+    let upper = place.overlay(&qemu_img);
     let server = place.serve(&["--trust-image", &format!("upper={upper}")]);
     place.stop_upstream();
     place.say(&["stream", "upper"]).success();

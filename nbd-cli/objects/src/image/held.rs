@@ -45,15 +45,19 @@ mod tests {
     use super::super::flights::Flights;
     use super::*;
 
+    const OBJECT: [u8; 16] = [1; 16];
+
+    /// Has a block arrive. Returns the one that is handed back.
+    fn land(flights: &Arc<Flights>, held: &Held, block: u64) -> Option<Landed> {
+        let mut runs = flights.begin(OBJECT, block..block + 1, 1, |_| false);
+        held.hold(runs[0].land(Bytes::from(vec![0; BLOCK_LEN])))
+    }
+
     #[test]
     fn what_arrived_first_but_was_read_last_is_kept_for_a_reader_that_is_behind() {
         let (flights, held) = (Arc::new(Flights::default()), Held::default());
-        let object = [1; 16];
-        let land = |block: u64| {
-            let mut runs = flights.begin(object, block..block + 1, 1, |_| false);
-            held.hold(runs[0].land(Bytes::from(vec![0; BLOCK_LEN])))
-        };
-        let flight = |block| flights.get(Key { object, block });
+        let land = |block| land(&flights, &held, block);
+        let flight = |block| flights.get(Key { object: OBJECT, block });
         let count = READ_MAX as u64 + 2;
         for block in (0..count).rev() {
             assert!(land(block).is_none());
@@ -69,12 +73,8 @@ mod tests {
     #[test]
     fn blocks_that_were_read_give_way_first_and_the_others_are_handed_back() {
         let (flights, held) = (Arc::new(Flights::default()), Held::default());
-        let object = [1; 16];
-        let land = |block: u64| {
-            let mut runs = flights.begin(object, block..block + 1, 1, |_| false);
-            held.hold(runs[0].land(Bytes::from(vec![0; BLOCK_LEN])))
-        };
-        let flight = |block| flights.get(Key { object, block });
+        let land = |block| land(&flights, &held, block);
+        let flight = |block| flights.get(Key { object: OBJECT, block });
         let read = |block, offset, length| flight(block).unwrap().note_read(offset, length);
         let most = HELD_MAX as u64;
         for block in 0..most {
