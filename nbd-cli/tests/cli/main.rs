@@ -114,6 +114,7 @@ mod repository;
 mod repository_export;
 #[cfg(feature = "object-storage")]
 mod repository_import;
+#[cfg(feature = "object-storage")]
 mod repository_names;
 #[cfg(feature = "object-storage")]
 mod repository_several;
