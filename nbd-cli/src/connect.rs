@@ -11,9 +11,10 @@ use nbd_jobs::connect::{self, ConnectOptions, TlsSettings};
 use nbd_jobs::remote::Remotes;
 use nbd_jobs::size::parse_duration;
 use nbd_proto::NbdUri;
-use nbd_proto::tls::CA_CERTIFICATE_FILE;
+use nbd_proto::tls::{CA_CERTIFICATE_FILE, KeyPassword};
 
 use crate::error::CommandError;
+use crate::key_file::key_password_parser;
 use crate::objects::ObjectArgs;
 use crate::signals;
 
@@ -28,6 +29,10 @@ pub struct TlsArgs {
     /// authorities that this machine trusts.
     #[arg(long, value_name = "DIR", conflicts_with = "tls_psk")]
     pub tls_certificates: Option<PathBuf>,
+
+    /// File with the password of client-key.pem, in its first line, if the key is encrypted.
+    #[arg(long, value_name = "FILE", value_parser = key_password_parser())]
+    pub tls_key_password_file: Option<KeyPassword>,
 
     /// File with pre-shared keys, as 'nbd-cli tls psk' and psktool write it; the URI names the user.
     #[arg(long, value_name = "FILE")]
@@ -187,6 +192,7 @@ impl TlsArgs {
             TlsChoice::Require => TlsMode::Require,
         });
         settings.certificates.clone_from(&self.tls_certificates);
+        settings.key_password.clone_from(&self.tls_key_password_file);
         settings.default_certificates = usual_directory();
         settings.pre_shared_keys.clone_from(&self.tls_psk);
         settings.hostname.clone_from(&self.tls_hostname);

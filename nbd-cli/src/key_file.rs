@@ -13,9 +13,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Args;
-use clap::builder::{OsStringValueParser, TypedValueParser as _};
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use imgfmt::{OpenOptions, Passphrase};
 use nbd_jobs::text::printable;
+use nbd_proto::tls::KeyPassword;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::termios::{LocalModes, OptionalActions, isatty, tcgetattr, tcsetattr};
 use zeroize::Zeroizing;
@@ -254,6 +255,23 @@ pub(crate) fn read_all(file: impl Read) -> io::Result<Bytes> {
     }
 }
 
+/// Parses the name of a file with the password of a private key, its first line as with OpenSSL's
+/// `-passin file:`, and reads it.
+pub(crate) fn key_password_parser() -> impl TypedValueParser<Value = KeyPassword> {
+    OsStringValueParser::new().try_map(|path| key_password(Path::new(&path)))
+}
+
+fn key_password(path: &Path) -> Result<KeyPassword, String> {
+    leave_no_dump();
+    let bytes = File::open(path).and_then(read_all).map_err(|error| error.to_string())?;
+    let line = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    match line.is_empty() {
+        true => Err("its first line, the password, is empty".to_owned()),
+        false => Ok(KeyPassword::new(line.to_vec())),
+    }
+}
+
 /// Asks for a passphrase on the terminal without showing it.
 fn ask(prompt: &[u8]) -> io::Result<Bytes> {
     let terminal = File::options().read(true).write(true).open("/dev/tty")?;
@@ -302,6 +320,20 @@ mod tests {
         let read = |path: &str| KeyFile::new(path.into()).read();
         assert!(read("/dev/null").is_err());
         assert!(read("/nowhere").unwrap_err().contains("no such file"));
+    }
+
+    #[test]
+    fn the_password_of_a_private_key_is_the_first_line_of_its_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("password");
+        for (content, expected) in
+            [("a b", Some("a b")), ("a\r\nb\n", Some("a")), ("\nb", None), ("", None)]
+        {
+            std::fs::write(&file, content).unwrap();
+            let read = key_password(&file).ok();
+            assert_eq!(read, expected.map(|text| KeyPassword::new(text.into())), "{content:?}");
+        }
+        assert!(!format!("{:?}", KeyPassword::new(b"secret".to_vec())).contains("secret"));
     }
 
     #[test]

@@ -72,6 +72,59 @@ impl fmt::Debug for PreSharedKey {
     }
 }
 
+/// The password of an encrypted private key. It is overwritten on drop, and its `Debug` output hides
+/// it.
+#[derive(Clone)]
+pub struct KeyPassword(Box<[u8]>);
+
+impl KeyPassword {
+    /// Takes all of these bytes.
+    #[must_use]
+    pub fn new(password: Vec<u8>) -> Self {
+        Self(password.into())
+    }
+
+    /// Returns the password itself.
+    #[must_use]
+    pub fn expose(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Copies it to the start of `buffer` and returns its length; 0 if it is longer.
+    pub fn copy_to(&self, buffer: &mut [u8]) -> usize {
+        match buffer.get_mut(..self.0.len()) {
+            Some(place) => {
+                place.copy_from_slice(&self.0);
+                place.len()
+            }
+            None => 0,
+        }
+    }
+}
+
+impl PartialEq for KeyPassword {
+    /// Compares in a time that depends on the length only.
+    fn eq(&self, other: &Self) -> bool {
+        equal_in_constant_time(&self.0, &other.0)
+    }
+}
+
+impl Eq for KeyPassword {}
+
+impl Drop for KeyPassword {
+    fn drop(&mut self) {
+        self.0.fill(0);
+        // Prevents the compiler from removing a store that is never read.
+        black_box(&self.0);
+    }
+}
+
+impl fmt::Debug for KeyPassword {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("KeyPassword(..)")
+    }
+}
+
 /// Users and their pre-shared keys.
 ///
 /// ```

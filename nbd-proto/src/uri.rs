@@ -21,6 +21,7 @@ use std::path::PathBuf;
 pub use self::error::UriError;
 #[cfg(doc)]
 use crate::limits::DEFAULT_PORT;
+use crate::tls::KeyPassword;
 
 /// The address of a server, the name of an export, and the TLS settings.
 ///
@@ -113,6 +114,8 @@ pub struct TlsParameters {
     pub hostname: Option<String>,
     /// `tls-verify-peer`: false to accept any certificate.
     pub verify_peer: Option<bool>,
+    /// The password of the private key beside the certificates. It is never a part of the text.
+    pub key_password: Option<KeyPassword>,
 }
 
 /// The kind of TLS authentication.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use nbd_client::{Client, Connector, Error, LocalFiles, TlsError, TlsMode, TlsOptions, VerifyPeer};
 use nbd_proto::NbdUri;
+use nbd_proto::tls::KeyPassword;
 use nbd_proto::uri::Security;
 use nbd_proto::wire::OptionReplyType;
 
@@ -85,6 +86,8 @@ pub struct TlsSettings {
     /// Directory with `ca-cert.pem`, and `client-cert.pem` and `client-key.pem` if the server
     /// requires them.
     pub certificates: Option<PathBuf>,
+    /// The password of `client-key.pem`, if that is encrypted.
+    pub key_password: Option<KeyPassword>,
     /// Default for [`certificates`](Self::certificates), if neither the caller nor the URI
     /// specifies credentials.
     pub default_certificates: Option<PathBuf>,
@@ -107,6 +110,7 @@ impl TlsSettings {
         let option = match self {
             Self { mode: Some(_), .. } => return Ok(()),
             Self { certificates: Some(_), .. } => "--tls-certificates",
+            Self { key_password: Some(_), .. } => "--tls-key-password-file",
             Self { pre_shared_keys: Some(_), .. } => "--tls-psk",
             Self { hostname: Some(_), .. } => "--tls-hostname",
             Self { verify_peer: Some(_), .. } => "--tls-verify-peer",
@@ -139,6 +143,9 @@ impl TlsSettings {
             && let Some(directory) = &self.default_certificates
         {
             options = options.certificates(directory);
+        }
+        if let Some(password) = &self.key_password {
+            options = options.key_password(password.clone());
         }
         if let Some(name) = &self.hostname {
             options = options.hostname(name);

@@ -5,6 +5,7 @@ use std::io::{self, Read as _};
 use std::path::PathBuf;
 
 use imgfmt::Passphrase;
+use nbd_proto::tls::KeyPassword;
 
 use crate::key_values::KeyValues;
 
@@ -20,7 +21,7 @@ pub struct Secret {
 
 #[derive(Clone)]
 enum Source {
-    Known(Passphrase),
+    Known(KeyPassword),
     File(PathBuf),
 }
 
@@ -64,14 +65,23 @@ impl Secret {
         Ok(Self { source, format })
     }
 
-    /// Reads the secret. All bytes of a file count.
+    /// Reads the secret as the passphrase of an image. All bytes of a file count.
     ///
     /// # Errors
     ///
     /// A sentence if the file cannot be read, has more than 8 MiB, or is not base64 as it should be.
     pub fn read(&self) -> Result<Passphrase, String> {
+        Ok(Passphrase::new(self.password()?.expose().to_vec()))
+    }
+
+    /// Reads the secret as the password of a private key.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read).
+    pub fn password(&self) -> Result<KeyPassword, String> {
         let path = match &self.source {
-            Source::Known(passphrase) => return Ok(passphrase.clone()),
+            Source::Known(password) => return Ok(password.clone()),
             Source::File(path) => path,
         };
         let failed = |error: io::Error| {
@@ -92,23 +102,23 @@ impl Secret {
     ///
     /// As [`read`](Self::read).
     pub fn load(&mut self) -> Result<(), String> {
-        self.source = Source::Known(self.read()?);
+        self.source = Source::Known(self.password()?);
         Ok(())
     }
 }
 
 impl Format {
-    fn decode(self, bytes: Vec<u8>) -> Result<Passphrase, String> {
+    fn decode(self, bytes: Vec<u8>) -> Result<KeyPassword, String> {
         match self {
-            Self::Raw => Ok(Passphrase::new(bytes)),
+            Self::Raw => Ok(KeyPassword::new(bytes)),
             Self::Base64 => {
-                // Made passphrases, so that their memory is overwritten.
+                // Made passwords, so that their memory is overwritten.
                 let text: String =
                     String::from_utf8_lossy(&bytes).split_ascii_whitespace().collect();
-                drop(Passphrase::new(bytes));
+                drop(KeyPassword::new(bytes));
                 let decoded = openssl::base64::decode_block(&text);
-                drop(Passphrase::new(text.into_bytes()));
-                decoded.map(Passphrase::new).map_err(|_| "a secret is not valid base64".to_owned())
+                drop(KeyPassword::new(text.into_bytes()));
+                decoded.map(KeyPassword::new).map_err(|_| "a secret is not valid base64".to_owned())
             }
         }
     }

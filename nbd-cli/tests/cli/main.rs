@@ -158,6 +158,7 @@ mod takeover;
 mod takeover_disks;
 mod timeout;
 mod tls_authority;
+mod tls_key_password;
 mod top;
 mod verbose;
 mod words;

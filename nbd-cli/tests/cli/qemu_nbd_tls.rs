@@ -118,7 +118,7 @@ fn credentials_that_cannot_be_used_are_named() {
                 "secret,id=sec0,data=letmein",
                 "tls-creds-x509,id=tls0,endpoint=server,dir=DIRECTORY,passwordid=sec0",
             ],
-            "passwordid",
+            "DIRECTORY",
         ),
         (&["tls-creds-x509,id=tls0,endpoint=server,dir=DIRECTORY,passwordid=sec0"], "sec0"),
     ] {

@@ -9,8 +9,8 @@ use std::sync::{Arc, OnceLock};
 
 use nbd_proto::limits::MAX_PSK_FILE_LEN;
 use nbd_proto::tls::{
-    CA_CERTIFICATE_FILE, CA_REVOCATION_FILE, CLIENT_CERTIFICATE_FILE, CLIENT_KEY_FILE, PSK_FILE,
-    PreSharedKey, PreSharedKeys,
+    CA_CERTIFICATE_FILE, CA_REVOCATION_FILE, CLIENT_CERTIFICATE_FILE, CLIENT_KEY_FILE, KeyPassword,
+    PSK_FILE, PreSharedKey, PreSharedKeys,
 };
 use openssl::asn1::Asn1Time;
 use openssl::error::ErrorStack;
@@ -71,28 +71,30 @@ impl Context {
     /// Reads the files.
     pub(crate) fn load(setup: &Setup) -> Result<Self, TlsError> {
         match &setup.credentials {
-            Credentials::X509 { directory, server_name, verify } => {
-                Self::x509(directory.as_deref(), server_name.clone(), *verify)
+            Credentials::X509 { directory, key_password, server_name, verify } => {
+                let own = directory.as_deref().map(|it| (it, key_password.as_ref()));
+                Self::x509(own, server_name.clone(), *verify)
             }
             Credentials::PreSharedKey { file, user } => Self::key(file, user.as_deref()),
         }
     }
 
     fn x509(
-        directory: Option<&Path>,
+        own: Option<(&Path, Option<&KeyPassword>)>,
         name: Option<String>,
         verify: VerifyPeer,
     ) -> Result<Self, TlsError> {
         let mut builder = builder(CERTIFICATE_CIPHERS)?;
+        let directory = own.map(|(directory, _)| directory);
         let mut trusted: Arc<str> = "the system's list of authorities".into();
         let mut identity = Identity::Nobody { directory: directory.map(Path::to_owned) };
-        if let Some(directory) = directory {
+        if let Some((directory, password)) = own {
             if verify == VerifyPeer::Required {
                 let path = directory.join(CA_CERTIFICATE_FILE);
                 builder.set_cert_store(authorities(directory, &path)?.build());
                 trusted = format!("'{}'", path.display()).into();
             }
-            if let Some(own) = own_certificate(&mut builder, directory)? {
+            if let Some(own) = own_certificate(&mut builder, directory, password)? {
                 identity = own;
             }
         } else if verify == VerifyPeer::Required {
@@ -247,6 +249,7 @@ fn system_authorities() -> Result<X509StoreBuilder, TlsError> {
 fn own_certificate(
     builder: &mut SslContextBuilder,
     directory: &Path,
+    password: Option<&KeyPassword>,
 ) -> Result<Option<Identity>, TlsError> {
     const WHAT: &str = "the client's certificate";
     let (path, key_path) =
@@ -256,7 +259,7 @@ fn own_certificate(
     }
     let mut chain = certificates(&path, WHAT)?.into_iter();
     let Some(leaf) = chain.next() else { return Ok(None) };
-    let key = private_key(&key_path)?;
+    let key = private_key(&key_path, password)?;
     if !leaf.public_key().is_ok_and(|public| public.public_eq(&key)) {
         let why = format!("it does not belong to {CLIENT_CERTIFICATE_FILE} beside it");
         return Err(TlsError::BadFile { what: KEY, path: key_path, why });
@@ -277,17 +280,24 @@ fn own_certificate(
 
 const KEY: &str = "the key of the client's certificate";
 
-fn private_key(path: &Path) -> Result<PKey<Private>, TlsError> {
+fn private_key(path: &Path, password: Option<&KeyPassword>) -> Result<PKey<Private>, TlsError> {
     let text = read(path, KEY, MAX_PEM_LEN)?;
     warn_if_public(path);
-    // Without a callback OpenSSL would ask for a pass phrase on the terminal.
-    PKey::private_key_from_pem_callback(&text, |_| Ok(0)).map_err(|_| TlsError::BadFile {
+    let mut is_encrypted = false;
+    // Without a callback OpenSSL would ask for a password on the terminal.
+    let key = PKey::private_key_from_pem_callback(&text, |buffer| {
+        is_encrypted = true;
+        Ok(password.map_or(0, |password| password.copy_to(buffer)))
+    });
+    key.map_err(|_| TlsError::BadFile {
         what: KEY,
         path: path.to_owned(),
-        why:
-            "it is not a PEM key, or it is encrypted: store it without a pass phrase, readable by \
-              its user only"
-                .to_owned(),
+        why: match (is_encrypted, password) {
+            (false, _) => "it is not a private key in PEM form",
+            (true, None) => "it is encrypted, and its password is not given",
+            (true, Some(_)) => "it is encrypted, and the password does not open it",
+        }
+        .to_owned(),
     })
 }
 

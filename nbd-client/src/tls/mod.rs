@@ -27,6 +27,8 @@ mod without;
 
 use std::path::PathBuf;
 
+use nbd_proto::tls::KeyPassword;
+
 pub use error::{CertificateCheck, TlsError};
 
 #[cfg(feature = "tls")]
@@ -91,6 +93,7 @@ pub enum LocalFiles {
 pub struct TlsOptions {
     pub(crate) mode: TlsMode,
     pub(crate) certificates: Option<PathBuf>,
+    pub(crate) key_password: Option<KeyPassword>,
     pub(crate) pre_shared_keys: Option<PathBuf>,
     pub(crate) user: Option<String>,
     pub(crate) hostname: Option<String>,
@@ -111,6 +114,13 @@ impl TlsOptions {
     #[must_use]
     pub fn certificates(mut self, directory: impl Into<PathBuf>) -> Self {
         self.certificates = Some(directory.into());
+        self
+    }
+
+    /// Opens the private key beside the certificates with this password if it is encrypted.
+    #[must_use]
+    pub fn key_password(mut self, password: KeyPassword) -> Self {
+        self.key_password = Some(password);
         self
     }
 

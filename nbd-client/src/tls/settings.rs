@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use nbd_proto::NbdUri;
+use nbd_proto::tls::KeyPassword;
 use nbd_proto::uri::{Security, TlsKind, Transport};
 
 use super::{LocalFiles, TlsError, TlsMode, TlsOptions, VerifyPeer};
@@ -20,6 +21,7 @@ pub(crate) enum Credentials {
     X509 {
         /// Without a directory the machine's trusted authorities are used.
         directory: Option<PathBuf>,
+        key_password: Option<KeyPassword>,
         /// The expected name in the server's certificate; present if the certificate is verified.
         server_name: Option<String>,
         verify: VerifyPeer,
@@ -92,7 +94,13 @@ fn credentials(
     if server_name.is_none() && verify == VerifyPeer::Required {
         return Err(TlsError::NoHostName);
     }
-    Ok(Credentials::X509 { directory, server_name, verify })
+    let key_password = match (&options.key_password, is_told) {
+        (Some(password), _) => Some(password.clone()),
+        // That of the URI is for the certificates of the URI.
+        (None, false) => uri.tls.key_password.clone(),
+        (None, true) => None,
+    };
+    Ok(Credentials::X509 { directory, key_password, server_name, verify })
 }
 
 /// The host of the URI, without the zone of an IPv6 address, which is meaningful on this machine

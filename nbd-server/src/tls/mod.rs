@@ -29,7 +29,7 @@ use openssl::ssl::Ssl;
 pub use authorization::{Authorization, ClientCertificates, Matching, Rule, Verdict};
 pub use error::TlsError;
 pub(crate) use error::explain_handshake;
-pub use nbd_proto::tls::PreSharedKeys;
+pub use nbd_proto::tls::{KeyPassword, PreSharedKeys};
 pub(crate) use notes::Notes;
 pub use notes::PeerIdentity;
 pub use pem::PemCertificates;
@@ -71,6 +71,8 @@ pub enum CredentialSource {
     X509 {
         /// The directory.
         directory: PathBuf,
+        /// The password of the server's key, if that is encrypted.
+        key_password: Option<KeyPassword>,
         /// Whether clients must present certificates.
         client_certificates: ClientCertificates,
         /// The authorization of clients with a valid certificate.
@@ -111,8 +113,8 @@ impl CredentialSource {
     /// Reads and checks the credentials.
     fn read(&self) -> Result<Loaded, TlsError> {
         match self {
-            Self::X509 { directory, client_certificates, authorization } => {
-                let files = pem::Files::new(directory);
+            Self::X509 { directory, key_password, client_certificates, authorization } => {
+                let files = pem::Files::new(directory, key_password.as_ref());
                 x509::load(&files, *client_certificates, authorization)
             }
             Self::X509Pem { certificates, client_certificates, authorization } => {

@@ -7,7 +7,7 @@ use nbd_proto::tls::{
     CA_CERTIFICATE_FILE, CA_REVOCATION_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE,
 };
 
-use super::{TlsError, file};
+use super::{KeyPassword, TlsError, file};
 
 pub(super) const CERTIFICATE: &str = "the server's certificate";
 pub(super) const KEY: &str = "the server's key";
@@ -27,6 +27,10 @@ pub(super) struct Pem {
 pub(super) trait Source {
     fn certificate(&self) -> Result<Pem, TlsError>;
     fn key(&self) -> Result<Pem, TlsError>;
+    /// The password of the key.
+    fn key_password(&self) -> Option<&KeyPassword> {
+        None
+    }
     fn authorities(&self) -> Result<Pem, TlsError>;
     /// The file of revoked certificates, if there is one.
     fn revocations(&self) -> Result<Option<PathBuf>, TlsError>;
@@ -35,11 +39,12 @@ pub(super) trait Source {
 /// The files of a directory.
 pub(super) struct Files<'a> {
     directory: &'a Path,
+    key_password: Option<&'a KeyPassword>,
 }
 
 impl<'a> Files<'a> {
-    pub(super) const fn new(directory: &'a Path) -> Self {
-        Self { directory }
+    pub(super) const fn new(directory: &'a Path, key_password: Option<&'a KeyPassword>) -> Self {
+        Self { directory, key_password }
     }
 }
 
@@ -52,6 +57,10 @@ impl Source for Files<'_> {
     fn key(&self) -> Result<Pem, TlsError> {
         let path = self.directory.join(SERVER_KEY_FILE);
         Ok(Pem { text: file::read_secret(KEY, &path)?, path })
+    }
+
+    fn key_password(&self) -> Option<&KeyPassword> {
+        self.key_password
     }
 
     fn authorities(&self) -> Result<Pem, TlsError> {

@@ -14,7 +14,7 @@ use super::builder::{self, Builder, Loaded};
 use super::distinguished_name::DistinguishedName;
 use super::notes::{Notes, printable};
 use super::pem::{AUTHORITY, CERTIFICATE, KEY, Pem, REVOCATIONS, Source};
-use super::{Authorization, ClientCertificates, TlsError};
+use super::{Authorization, ClientCertificates, KeyPassword, TlsError};
 
 /// Reads all files of a source.
 pub(super) fn load(
@@ -52,7 +52,7 @@ fn use_certificate(builder: &mut Builder, source: &dyn Source) -> Result<X509, T
     };
     check_validity(&certificate, &path)?;
     let pem = source.key()?;
-    let key = private_key(&pem)?;
+    let key = private_key(&pem, source.key_password())?;
     builder.set_certificate(&certificate)?;
     for intermediate in chain {
         builder.add_extra_chain_cert(intermediate)?;
@@ -64,18 +64,21 @@ fn use_certificate(builder: &mut Builder, source: &dyn Source) -> Result<X509, T
     Ok(certificate)
 }
 
-fn private_key(pem: &Pem) -> Result<PKey<Private>, TlsError> {
+fn private_key(pem: &Pem, password: Option<&KeyPassword>) -> Result<PKey<Private>, TlsError> {
     let mut is_encrypted = false;
     // Without the callback the library would ask on the terminal.
-    let key = PKey::private_key_from_pem_callback(&pem.text, |_| {
+    let key = PKey::private_key_from_pem_callback(&pem.text, |buffer| {
         is_encrypted = true;
-        Ok(0)
+        Ok(password.map_or(0, |password| password.copy_to(buffer)))
     });
     key.map_err(|_| {
-        let why = if is_encrypted {
-            "it is encrypted; decrypt it with 'openssl pkey', and protect it by permissions"
-        } else {
-            "there is no private key in PEM form in it"
+        let why = match (is_encrypted, password) {
+            (false, _) => "there is no private key in PEM form in it",
+            (true, None) => {
+                "it is encrypted; give its password, or decrypt it with 'openssl pkey', and protect it \
+                 by permissions"
+            }
+            (true, Some(_)) => "it is encrypted, and the password does not open it",
         };
         unusable(KEY, pem.path.clone(), why)
     })

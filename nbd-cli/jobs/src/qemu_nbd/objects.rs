@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use imgfmt::Passphrase;
 use nbd_proto::NbdUri;
+use nbd_proto::tls::KeyPassword;
 use nbd_proto::uri::Security;
 use nbd_server::tls::{Matching, Rule, Verdict};
 
@@ -142,7 +143,7 @@ impl Objects {
                 uri.user = Some(user.as_deref().unwrap_or(DEFAULT_USER).to_owned());
             }
             CredentialsKind::X509 { verify_peer, password } => {
-                self.refuse_password(password.as_deref())?;
+                uri.tls.key_password = self.key_password(password.as_deref())?;
                 uri.tls.certificates = Some(credentials.directory.clone());
                 uri.tls.verify_peer = Some(*verify_peer);
             }
@@ -150,15 +151,11 @@ impl Objects {
         Ok(())
     }
 
-    /// Refuses the passphrase of a private key.
-    pub(super) fn refuse_password(&self, password: Option<&str>) -> Result<(), String> {
-        match password.map(|id| (id, self.objects.get(id))) {
-            None => Ok(()),
-            Some((_, Some(Object::Secret(_)))) => {
-                Err("'passwordid' is not supported: private keys must not be encrypted; keep the \
-                     key in a file that only its user can read"
-                    .to_owned())
-            }
+    /// Returns the password of a private key, the secret of the id `passwordid`.
+    pub(super) fn key_password(&self, id: Option<&str>) -> Result<Option<KeyPassword>, String> {
+        match id.map(|id| (id, self.objects.get(id))) {
+            None => Ok(None),
+            Some((_, Some(Object::Secret(secret)))) => secret.password().map(Some),
             Some((id, _)) => Err(format!("No secret with id '{id}'")),
         }
     }

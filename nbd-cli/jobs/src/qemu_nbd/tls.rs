@@ -57,7 +57,6 @@ fn for_server(options: &Options) -> Result<TlsMode, String> {
             CredentialSource::Psk { file: credentials.directory.join(PSK_FILE) }
         }
         CredentialsKind::X509 { verify_peer, password } => {
-            options.objects.refuse_password(password.as_deref())?;
             if options.tls_authz.is_some() && !verify_peer {
                 return Err("--tls-authz needs the certificates of clients, but they are not \
                             asked for one with verify-peer=off"
@@ -65,6 +64,7 @@ fn for_server(options: &Options) -> Result<TlsMode, String> {
             }
             CredentialSource::X509 {
                 directory: credentials.directory.clone(),
+                key_password: options.objects.key_password(password.as_deref())?,
                 client_certificates: match verify_peer {
                     true => ClientCertificates::Required,
                     false => ClientCertificates::NotAsked,

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use clap::{ArgAction, Args, ValueEnum};
 use nbd_jobs::tasks;
 use nbd_jobs::text::without_error_numbers;
-use nbd_proto::tls::{CA_CERTIFICATE_FILE, CLIENT_CERTIFICATE_FILE, CLIENT_KEY_FILE, PSK_FILE};
+use nbd_proto::tls::{
+    CA_CERTIFICATE_FILE, CLIENT_CERTIFICATE_FILE, CLIENT_KEY_FILE, KeyPassword, PSK_FILE,
+};
 use nbd_proto::uri::{NbdUri, Security, Transport};
 use nbd_server::BoundAddress;
 use nbd_server::tls::{
@@ -14,6 +16,7 @@ use nbd_server::tls::{
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::error::CommandError;
+use crate::key_file::key_password_parser;
 use crate::serving::service_manager;
 
 /// The options.
@@ -28,6 +31,11 @@ pub struct TlsArgs {
     /// certificates, and optionally ca-crl.pem. Read again on SIGHUP.
     #[arg(long, value_name = "DIR", conflicts_with = "tls_psk")]
     pub tls_certificates: Option<PathBuf>,
+
+    /// File with the password of server-key.pem, in its first line, if the key is encrypted.
+    #[arg(long, value_name = "FILE", requires = "tls_certificates",
+          value_parser = key_password_parser())]
+    pub tls_key_password_file: Option<KeyPassword>,
 
     /// File with users and their keys, as 'nbd-cli tls psk' and psktool write it. Read again on
     /// SIGHUP.
@@ -135,6 +143,7 @@ impl TlsArgs {
         }
         Ok(Some(CredentialSource::X509 {
             directory: absolute(directory)?,
+            key_password: self.tls_key_password_file.clone(),
             client_certificates,
             authorization: self.authorization()?,
         }))

@@ -6,10 +6,12 @@ use std::time::Duration;
 use clap::Args;
 use nbd_jobs::size::{parse_duration, parse_limit};
 use nbd_proto::NbdUri;
+use nbd_proto::tls::KeyPassword;
 use nbd_proto::uri::Security;
 
 use crate::connect::{OnOff, ServerArgs, TlsArgs, TlsChoice};
 use crate::error::CommandError;
+use crate::key_file::key_password_parser;
 use crate::objects::ObjectArgs;
 
 /// The use of servers whose NBD URIs are sources.
@@ -35,6 +37,10 @@ pub struct UpstreamArgs {
     #[arg(long, value_name = "DIR", conflicts_with = "source_tls_psk")]
     pub source_tls_certificates: Option<PathBuf>,
 
+    /// File with the password of client-key.pem, in its first line, if the key is encrypted.
+    #[arg(long, value_name = "FILE", value_parser = key_password_parser())]
+    pub source_tls_key_password_file: Option<KeyPassword>,
+
     /// File with pre-shared keys for the source's server; the URI names the user.
     #[arg(long, value_name = "FILE")]
     pub source_tls_psk: Option<PathBuf>,
@@ -57,6 +63,7 @@ impl UpstreamArgs {
     pub(super) fn choices(&self) -> ServerArgs {
         let tls = TlsArgs {
             tls_certificates: self.source_tls_certificates.clone(),
+            tls_key_password_file: self.source_tls_key_password_file.clone(),
             tls_psk: self.source_tls_psk.clone(),
             tls_hostname: self.source_tls_hostname.clone(),
             tls_verify_peer: self.source_tls_verify_peer,

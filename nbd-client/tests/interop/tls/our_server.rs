@@ -62,6 +62,7 @@ async fn certificates_are_held_against_the_host_of_the_uri() {
     let Some(site) = Site::new(Maker::Openssl) else { return };
     let credentials = TlsCredentials::load(CredentialSource::X509 {
         directory: site.path("server"),
+        key_password: None,
         client_certificates: ClientCertificates::Required,
         authorization: Authorization::default(),
     })
@@ -73,6 +74,7 @@ async fn certificates_are_held_against_the_host_of_the_uri() {
     site.authority.issue(Role::Server, "other.example", Validity::Now, &site.path("other"));
     let credentials = TlsCredentials::load(CredentialSource::X509 {
         directory: site.path("other"),
+        key_password: None,
         client_certificates: ClientCertificates::NotAsked,
         authorization: Authorization::default(),
     })

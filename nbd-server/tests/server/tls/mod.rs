@@ -45,6 +45,7 @@ fn certificates() -> Option<tempfile::TempDir> {
 fn x509(directory: &Path, authorization: Authorization) -> TlsCredentials {
     let source = CredentialSource::X509 {
         directory: directory.to_path_buf(),
+        key_password: None,
         client_certificates: ClientCertificates::Required,
         authorization,
     };
