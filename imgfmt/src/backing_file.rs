@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::access::{ExpectedEncryption, Locking};
 use crate::cache_mode::CacheMode;
 use crate::format::Format;
-use crate::storage::Storage;
+use crate::storage::{Part, Storage};
 
 /// The treatment of the backing file that an image names.
 #[derive(Clone, Debug, Default)]
@@ -53,6 +53,8 @@ pub enum NameTarget {
     File(PathBuf),
     /// A storage that is already open.
     Storage(Arc<dyn Storage>),
+    /// A part of a file or storage.
+    Part(Box<Self>, Part),
     /// An image that is to be opened with this treatment of its own backing file. The policy
     /// applies to the files in it.
     WithBacking(Box<Self>, BackingFile),

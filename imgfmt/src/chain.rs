@@ -34,6 +34,7 @@ pub(crate) fn open(
     path: Option<&Path>,
     options: &OpenOptions,
 ) -> Result<Chain> {
+    let storage = options.part_of(storage)?;
     let path = path.map(Path::to_owned);
     let top = Unopened { storage, name: None, shown: path.clone(), path, options: options.clone() };
     open_layers(top, &mut Files::default())
@@ -46,6 +47,7 @@ pub(crate) fn check_storage(
     options: &OpenOptions,
     repair: Repair,
 ) -> Result<CheckReport> {
+    let storage = options.part_of(storage)?;
     let format = format_of(&*storage, path, options)?;
     if format != Format::Qcow2 {
         let detail = match format {
@@ -57,7 +59,7 @@ pub(crate) fn check_storage(
         return Err(Error::new(ErrorKind::Unsupported, "check", detail));
     }
     let options = OpenOptions { access: repair.access(), snapshot: None, ..options.clone() };
-    let mut image = Qcow2::open(storage, path, &options, Purpose::Check)?;
+    let mut image = Qcow2::open(storage, sidecar_path(path, &options), &options, Purpose::Check)?;
     let report = image.check(repair)?;
     if report.corruptions_repaired > 0 {
         image.break_seal()?;
@@ -71,6 +73,7 @@ pub(crate) fn change_backing(
     options: &OpenOptions,
     backing: Option<(&OsStr, Format)>,
 ) -> Result<()> {
+    options.refuse_part("change the backing file of")?;
     if let Some((name, format)) = backing {
         check_depth(path, options, name, format)?;
     }
@@ -310,6 +313,11 @@ fn open_luks(_: Arc<dyn Storage>, options: &OpenOptions) -> Result<Driver> {
     Err(Error::unsupported_format(Format::Luks, options.format.is_none()))
 }
 
+/// The path beside which an image keeps bits of its bitmaps: none if the file may contain others.
+fn sidecar_path<'a>(path: Option<&'a Path>, options: &OpenOptions) -> Option<&'a Path> {
+    path.filter(|_| options.part.is_whole())
+}
+
 /// Opens a qcow2 image with its data file.
 fn open_qcow2(
     storage: Arc<dyn Storage>,
@@ -317,7 +325,8 @@ fn open_qcow2(
     options: &OpenOptions,
     files: &mut Files,
 ) -> Result<(Driver, Option<Named>)> {
-    let mut image = Box::new(Qcow2::open(storage, path, options, Purpose::Use)?);
+    let own_path = sidecar_path(path, options);
+    let mut image = Box::new(Qcow2::open(storage, own_path, options, Purpose::Use)?);
     if let Some(name) = image.data_file_name() {
         let target = options.policy.resolve(path, &name)?;
         let data = open_beside(target, Path::new(&name), options, files)?;
@@ -344,6 +353,7 @@ fn open_beside(
 fn refuse_device(target: &NameTarget) -> Result<()> {
     let file = match target {
         NameTarget::File(file) => file,
+        NameTarget::Part(whole, _) => return refuse_device(whole),
         NameTarget::WithBacking(..) => {
             let detail = "the image names an image with another one below it as a part of its disk";
             return Err(Error::new(ErrorKind::PolicyDenied, "open", detail));

@@ -163,6 +163,9 @@ impl OpenPolicy {
         Ok(match target {
             NameTarget::File(path) => NameTarget::File(self.allowed_file(path, directory, name)?),
             NameTarget::Storage(_) => target,
+            NameTarget::Part(target, part) => {
+                NameTarget::Part(Box::new(self.allowed(*target, directory, name)?), part)
+            }
             NameTarget::WithBacking(target, backing) => {
                 let target = Box::new(self.allowed(*target, directory, name)?);
                 NameTarget::WithBacking(target, self.allowed_backing(backing, directory, name)?)

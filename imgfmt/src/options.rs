@@ -7,11 +7,11 @@ use std::sync::Arc;
 use crate::access::{Access, BitmapDurability, ExpectedEncryption, Locking};
 use crate::backing_file::BackingFile;
 use crate::cache_mode::CacheMode;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
 use crate::passphrase::Passphrase;
-use crate::storage::{Backlog, FileStorage};
+use crate::storage::{Backlog, FileStorage, Part, Storage};
 
 /// Called with the path of a file that is opened without locks because it cannot be locked.
 pub type UnlockedHook = dyn Fn(&Path) + Send + Sync;
@@ -92,6 +92,9 @@ pub struct OpenOptions {
     pub incomplete: IncompleteDisk,
     /// Whether the image, if it is a qcow2 image, must be encrypted. What is below it may be not.
     pub encryption: ExpectedEncryption,
+    /// The part of the file or storage in which the image is. What the image names is opened as a
+    /// whole.
+    pub part: Part,
     /// The passphrases of encrypted images of the chain. Each is tried until one opens the image.
     pub passphrases: Vec<Passphrase>,
     /// The name of the image where it is not that of its file.
@@ -144,6 +147,22 @@ impl OpenOptions {
     pub fn on_unlocked(mut self, hook: Arc<UnlockedHook>) -> Self {
         self.on_unlocked = OnUnlocked(Some(hook));
         self
+    }
+
+    /// Returns the part of a storage in which the image is.
+    pub(crate) fn part_of(&self, storage: Arc<dyn Storage>) -> Result<Arc<dyn Storage>> {
+        self.part.of(storage).map_err(|error| Error::from_io("open", error))
+    }
+
+    /// Refuses a part, for changes that are made of whole files.
+    pub(crate) fn refuse_part(&self, operation: &'static str) -> Result<()> {
+        match self.part.is_whole() {
+            true => Ok(()),
+            false => {
+                let detail = "it is in a part of a file, and this is done for whole files only";
+                Err(Error::new(ErrorKind::Unsupported, operation, detail))
+            }
+        }
     }
 
     /// Opens a file as these options say.

@@ -186,7 +186,8 @@ fn split(path: &Path, options: &OpenOptions) -> Option<(PathBuf, Option<Vec<u8>>
     if path.symlink_metadata().is_ok() {
         let is_archive = has_ending(path.as_os_str().as_bytes(), "ova")
             && options.names == FileNames::Telling
-            && options.format != Some(Format::Raw);
+            && options.format != Some(Format::Raw)
+            && options.part.is_whole();
         return (is_archive && path.is_file()).then(|| (path.to_owned(), None));
     }
     let bytes = path.as_os_str().as_bytes();

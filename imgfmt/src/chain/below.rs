@@ -13,7 +13,7 @@ use crate::formats::Parent;
 use crate::open_policy::MissingFormat;
 use crate::options::{IncompleteDisk, OpenOptions};
 use crate::qcow2::Purpose;
-use crate::storage::{FileIdentity, FileStorage, Storage};
+use crate::storage::{FileIdentity, FileStorage, Part, Storage};
 
 /// What is to be opened as one layer of a chain.
 pub(super) struct Unopened {
@@ -99,6 +99,7 @@ pub(super) fn layer_below(
         backing: given.backing,
         encryption: given.encryption,
         known_as: None,
+        part: Part::default(),
         incomplete: IncompleteDisk::Refused,
         ..options.clone()
     };
@@ -222,18 +223,29 @@ pub(super) fn open_target(
     access: Access,
     files_above: &[Option<FileIdentity>],
 ) -> Result<OpenTarget> {
-    let mut backing = BackingFile::AsNamed;
+    let (mut backing, mut part) = (BackingFile::AsNamed, Part::default());
     loop {
         match target {
             NameTarget::WithBacking(inner, treatment) => (target, backing) = (*inner, treatment),
+            NameTarget::Part(inner, of_inner) => {
+                let inside = part.within(of_inner);
+                part = inside.map_err(|why| Error::new(ErrorKind::InvalidInput, "open", why))?;
+                target = *inner;
+            }
             NameTarget::Storage(storage) => {
+                let storage = part.of(storage).map_err(|error| Error::from_io("open", error))?;
                 return Ok(OpenTarget { storage, path: None, backing });
             }
             NameTarget::File(path) => {
                 // Before locking: the lock of the image above would make it look busy.
                 let identity = FileStorage::identity_of(&path);
-                refuse_loop(identity, files_above).map_err(|error| error.with_path(&*path))?;
-                let storage = Arc::new(options.open_file(&path, access)?);
+                if part.is_whole() {
+                    refuse_loop(identity, files_above).map_err(|error| error.with_path(&*path))?;
+                }
+                let file = Arc::new(options.open_file(&path, access)?);
+                let storage = part
+                    .of(file)
+                    .map_err(|error| Error::from_io("open", error).with_path(&*path))?;
                 return Ok(OpenTarget { storage, path: Some(path), backing });
             }
             NameTarget::Denied => {

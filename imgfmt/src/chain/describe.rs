@@ -25,6 +25,7 @@ pub(crate) fn inspect(
     path: Option<&Path>,
     options: &OpenOptions,
 ) -> Result<ImageInfo> {
+    let storage = options.part_of(storage)?;
     let path = path.map(Path::to_owned);
     let layer =
         Unopened { storage, name: None, shown: path.clone(), path, options: options.clone() };
@@ -37,6 +38,7 @@ pub(crate) fn inspect_chain(
     path: Option<&Path>,
     options: &OpenOptions,
 ) -> Result<Vec<ImageInfo>> {
+    let storage = options.part_of(storage)?;
     let path = path.map(Path::to_owned);
     let mut layer =
         Unopened { storage, name: None, shown: path.clone(), path, options: options.clone() };

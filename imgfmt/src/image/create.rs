@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::Image;
 use super::create_foreign::create_foreign;
@@ -22,7 +23,7 @@ use crate::luks::{NEW_HEADER_LENGTH, SECTOR};
 use crate::options::OpenOptions;
 use crate::passphrase::NewKey;
 use crate::qcow2;
-use crate::storage::{Durability, FileStorage};
+use crate::storage::{Durability, FileStorage, Storage};
 use crate::units::GuestOffset;
 
 impl Image {
@@ -60,6 +61,39 @@ impl Image {
     ) -> Result<NewOnDevice> {
         let options = with_read_key(options).map_err(|error| error.with_path(path.as_ref()))?;
         create_on_device(path.as_ref(), &options)
+    }
+
+    /// Starts a new image in a storage that has its final size, such as the export of a server. What is
+    /// in the storage is lost. As on a device, the image becomes valid when it is
+    /// [complete](NewOnDevice::complete); until then it is marked as incomplete.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    ///
+    /// use imgfmt::storage::MemoryStorage;
+    /// use imgfmt::{CreateOptions, Format, Image, OpenOptions};
+    ///
+    /// # fn main() -> imgfmt::Result<()> {
+    /// let storage = Arc::new(MemoryStorage::from_bytes(&vec![0xaa; 1 << 20]));
+    /// let new = Image::create_in_storage(storage.clone(), &CreateOptions::new(Format::Qcow2, 1 << 30))?;
+    /// assert!(Image::from_storage(storage.clone(), &OpenOptions::new()).is_err());
+    /// new.complete()?;
+    /// assert_eq!(Image::from_storage(storage, &OpenOptions::new())?.size(), 1 << 30);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`create_on_device`](Self::create_on_device). A relative name of a backing file is an error,
+    /// because it leads nowhere.
+    pub fn create_in_storage(
+        storage: Arc<dyn Storage>,
+        options: &CreateOptions,
+    ) -> Result<NewOnDevice> {
+        let options = with_read_key(options)?;
+        let (size, content) = plan(Path::new(""), &options)?;
+        NewOnDevice::begin_in(storage, &options, size, &content)
     }
 }
 
@@ -125,7 +159,11 @@ type Parts = Vec<(u64, Vec<u8>)>;
 /// The size of the disk and the metadata of a new image, if the options do not contradict each
 /// other.
 fn plan(path: &Path, options: &CreateOptions) -> Result<(u64, Parts)> {
-    let named = |error: Error| error.with_path(path);
+    let named = |error: Error| match path.as_os_str().is_empty() {
+        // It is in a storage.
+        true => error,
+        false => error.with_path(path),
+    };
     let size = match (options.size, &options.backing) {
         (Some(size), _) => size,
         (None, Some((name, format))) => {

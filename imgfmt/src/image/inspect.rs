@@ -239,6 +239,7 @@ impl Image {
         options: &OpenOptions,
         amendment: &Amendment,
     ) -> Result<()> {
+        options.refuse_part("amend")?;
         chain::refuse_to_amend(&**storage, options)?;
         let options = options.clone().access(Access::ReadWrite);
         let open = || Self::open_named(Arc::clone(storage), path, &options);

@@ -61,6 +61,7 @@ fn change_keys(
     options: &OpenOptions,
     change: &KeyChange,
 ) -> Result<KeysChanged> {
+    options.refuse_part("change the keys of")?;
     let options = &options.clone().access(Access::ReadWrite).backing(BackingFile::Ignored);
     let place = chain::luks_place(&**storage, options)?;
     let info = chain::inspect(Arc::clone(storage), path, options)?;

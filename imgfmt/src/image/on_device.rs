@@ -1,4 +1,4 @@
-//! A new image on a block device. The previous content is neither trusted nor shown, and the new
+//! A new image on a block device, or in another storage of fixed size. The previous content is neither trusted nor shown, and the new
 //! image becomes valid only when it is complete.
 
 use std::os::unix::fs::FileTypeExt as _;
@@ -27,14 +27,15 @@ pub(crate) fn is_block_device(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 
-/// A new image on a block device, created with [`Image::create_on_device`]. Until it is
-/// [complete](Self::complete), the device is marked as incomplete, so that an incomplete disk is
+/// A new image on a block device, created with [`Image::create_on_device`], or in another storage, with
+/// [`Image::create_in_storage`]. Until it is [complete](Self::complete), the device is marked as incomplete, so that an incomplete disk is
 /// never taken for a complete one, however this process ends. The previous content of the device is
 /// lost.
 #[derive(Debug)]
 pub struct NewOnDevice {
     storage: Arc<Unfinished>,
-    path: PathBuf,
+    /// `None` in a storage without a name.
+    path: Option<PathBuf>,
     format: Format,
     /// The space after the metadata: offset and length in bytes.
     unused: (u64, u64),
@@ -44,31 +45,50 @@ pub struct NewOnDevice {
 }
 
 impl NewOnDevice {
-    /// Makes an image with a disk of `size` bytes; `parts` are the metadata, each at its offset,
-    /// the header first.
+    /// Makes an image with a disk of `size` bytes on a device; `parts` are the metadata, each at its
+    /// offset, the header first.
     pub(crate) fn begin(
         path: &Path,
         options: &CreateOptions,
         size: u64,
         parts: &[(u64, Vec<u8>)],
     ) -> Result<Self> {
-        let named = |error: Error| error.with_path(path);
-        refuse_what_devices_lack(options).map_err(named)?;
-        // Without syncs, the mark would not protect the device until the image is complete.
-        let cache = Some(options.open.cache).filter(|cache| cache.syncs()).unwrap_or_default();
-        let device = FileStorage::open_device_cached(path, Locking::On, cache)?
-            .written_once(Backlog::OfSystem);
-        let storage = Unfinished::new(Arc::new(device));
-        let storage = storage.map_err(|error| named(Error::from_io("read", error)))?;
-        let unused = lay_out(&storage, options, size, parts).map_err(named)?;
+        let begin = || {
+            refuse_what_devices_lack(options)?;
+            // Without syncs, the mark would not protect the device until the image is complete.
+            let cache = Some(options.open.cache).filter(|cache| cache.syncs()).unwrap_or_default();
+            let device = FileStorage::open_device_cached(path, Locking::On, cache)?;
+            Self::begin_in(Arc::new(device.written_once(Backlog::OfSystem)), options, size, parts)
+        };
+        let new = begin().map_err(|error| error.with_path(path))?;
+        Ok(Self { path: Some(path.to_owned()), ..new })
+    }
+
+    /// As [`begin`](Self::begin), in any storage.
+    pub(crate) fn begin_in(
+        storage: Arc<dyn Storage>,
+        options: &CreateOptions,
+        size: u64,
+        parts: &[(u64, Vec<u8>)],
+    ) -> Result<Self> {
+        refuse_what_devices_lack(options)?;
+        let storage = Unfinished::new(storage).map_err(|error| Error::from_io("read", error))?;
+        let unused = lay_out(&storage, options, size, parts)?;
         Ok(Self {
             storage: Arc::new(storage),
-            path: path.to_owned(),
+            path: None,
             format: options.format,
             unused,
             preallocation: options.preallocation,
             key: options.encryption.clone(),
         })
+    }
+
+    fn named(&self, error: Error) -> Error {
+        match &self.path {
+            Some(path) => error.with_path(path),
+            None => error,
+        }
     }
 
     /// Writes the zeroes that [`Preallocation::Full`] requires, and nothing for other options. Call
@@ -85,7 +105,7 @@ impl NewOnDevice {
         let (start, length) = self.unused;
         let start = HostOffset::new(start);
         let zeroed = self.storage.write_zeroes(start, length, ZeroMode::KeepAllocated, Speed::Any);
-        zeroed.map_err(|error| Error::from_io("write zeroes to", error).with_path(&self.path))?;
+        zeroed.map_err(|error| self.named(Error::from_io("write zeroes to", error)))?;
         if self.format == Format::Raw {
             return Ok(());
         }
@@ -106,8 +126,9 @@ impl NewOnDevice {
         if let Some(key) = &self.key {
             options.passphrases.insert(0, key.passphrase.clone());
         }
-        Image::open_named(Arc::clone(&self.storage) as Arc<dyn Storage>, Some(&self.path), &options)
-            .map_err(|error| error.with_path(&self.path))
+        let storage = Arc::clone(&self.storage) as Arc<dyn Storage>;
+        Image::open_named(storage, self.path.as_deref(), &options)
+            .map_err(|error| self.named(error))
     }
 
     /// Writes the identity of a backup into the image, like [`Image::seal_backup`].
@@ -116,7 +137,7 @@ impl NewOnDevice {
     ///
     /// As [`Image::seal_backup`].
     pub fn seal_backup(&self, identity: &BackupIdentity) -> Result<()> {
-        qcow2::seal(&*self.storage, identity).map_err(|error| error.with_path(&self.path))
+        qcow2::seal(&*self.storage, identity).map_err(|error| self.named(error))
     }
 
     /// Puts everything on stable storage, and then makes the image valid. The image must have been
@@ -127,21 +148,23 @@ impl NewOnDevice {
     /// `Io`; the device is then marked as incomplete, or has the complete image.
     pub fn complete(self) -> Result<()> {
         let completed = self.storage.complete();
-        completed.map_err(|error| Error::from_io("flush", error).with_path(&self.path))
+        completed.map_err(|error| self.named(Error::from_io("flush", error)))
     }
 }
 
 fn refuse_what_devices_lack(options: &CreateOptions) -> Result<()> {
     if matches!(options.preallocation, Preallocation::Metadata | Preallocation::Falloc) {
         let detail =
-            "a block device has its space already; leave preallocation out, or choose full";
+            "a device or an export has its space already; leave preallocation out, or choose full";
         return Err(invalid(detail));
     }
     if options.data_file.is_some() {
-        return Err(invalid("an image on a block device cannot have a data file beside it"));
+        return Err(invalid(
+            "an image on a device or in an export cannot have a data file beside it",
+        ));
     }
     if options.encryption.is_some() && options.preallocation != Preallocation::Off {
-        let detail = "an encrypted image on a block device cannot be preallocated";
+        let detail = "an encrypted image on a device or in an export cannot be preallocated";
         return Err(invalid(detail));
     }
     Ok(())
@@ -166,7 +189,7 @@ pub(super) fn lay_out(
     if needed.max(SIGNATURE_LENGTH as u64) > room {
         let is_whole = matches!(options.format, Format::Raw | Format::Luks);
         let what = if is_whole { "the disk" } else { "an empty image of it" };
-        let detail = format!("{what} takes up {needed} bytes, and the device has {room}");
+        let detail = format!("{what} takes up {needed} bytes, and there are {room}");
         return Err(Error::new(ErrorKind::NoSpace, "create an image on", detail));
     }
     let write = |offset: u64, bytes: &[u8]| {

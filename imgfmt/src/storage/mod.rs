@@ -42,7 +42,7 @@ pub use padded::in_whole_blocks;
 #[cfg(feature = "encryption")]
 pub(crate) use range_locks::RangeLocks;
 pub(crate) use tracked::Tracked;
-pub use window::StorageWindow;
+pub use window::{Part, StorageWindow};
 pub use write_behind::Backlog;
 
 /// Whether a write must be on stable storage when it returns.

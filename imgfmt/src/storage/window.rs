@@ -6,8 +6,86 @@ use std::sync::Arc;
 
 use super::{
     Capabilities, DirectAlignment, Durability, Speed, Storage, StorageExtent, TryRead, ZeroMode,
+    in_whole_blocks,
 };
 use crate::units::HostOffset;
+
+/// QEMU's block devices consist of these, in bytes.
+const SECTOR: u64 = 512;
+
+/// The bytes of a file or another storage in which an image is. The default is all of them.
+///
+/// This plain value has these two fields and will have no others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Part {
+    /// Where it begins, in bytes.
+    pub offset: u64,
+    /// Its size, in bytes; `None`: to the end.
+    pub size: Option<u64>,
+}
+
+impl Part {
+    /// Returns whether it is all of the storage.
+    #[must_use]
+    pub fn is_whole(self) -> bool {
+        self == Self::default()
+    }
+
+    /// Returns this part of the part `outer` of a storage, as a part of that storage.
+    ///
+    /// ```
+    /// # use imgfmt::storage::Part;
+    /// let outer = Part { offset: 512, size: Some(4096) };
+    /// let part = Part { offset: 1024, size: None };
+    /// assert_eq!(part.within(outer), Ok(Part { offset: 1536, size: Some(3072) }));
+    /// assert!(Part { offset: 5120, size: None }.within(outer).is_err());
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// A sentence if it is not within `outer`.
+    pub fn within(self, outer: Self) -> Result<Self, String> {
+        let size = match outer.size {
+            None => self.size,
+            Some(whole) => Some(self.size_in(whole)?),
+        };
+        match outer.offset.checked_add(self.offset) {
+            Some(offset) => Ok(Self { offset, size }),
+            None => Err(format!("Offset {} is out of range", self.offset)),
+        }
+    }
+
+    /// Returns the size that it has in a storage of `whole` bytes.
+    fn size_in(self, whole: u64) -> Result<u64, String> {
+        let offset = self.offset;
+        match (whole.checked_sub(offset), self.size) {
+            (None, _) => Err(format!(
+                "Offset {offset} is greater than the size of the containing file ({whole} bytes)"
+            )),
+            (Some(rest), Some(size)) if size > rest => Err(format!(
+                "Offset {offset} and size {size} reach past the end of the containing file ({whole} \
+                 bytes)"
+            )),
+            (Some(rest), size) => Ok(size.unwrap_or(rest)),
+        }
+    }
+
+    /// Returns this part of a storage, in whole sectors; the storage itself if it is all of it.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::InvalidInput`] if it is not within the storage, or an error of the storage.
+    pub fn of(self, storage: Arc<dyn Storage>) -> io::Result<Arc<dyn Storage>> {
+        if self.is_whole() {
+            return Ok(storage);
+        }
+        let storage = in_whole_blocks(storage, SECTOR)?;
+        let within = self.size_in(storage.len()?);
+        within.map_err(|why| io::Error::new(io::ErrorKind::InvalidInput, why))?;
+        let part = StorageWindow::new(storage, self.offset, self.size)?;
+        in_whole_blocks(Arc::new(part), SECTOR)
+    }
+}
 
 /// A part of another storage. With a size, it never accesses bytes after the part; without one, it
 /// grows with the other storage.
@@ -158,6 +236,31 @@ mod tests {
         assert_eq!(part.read_at(at(1000), &mut end).unwrap(), 24);
         assert_eq!(part.read_at(at(2000), &mut end).unwrap(), 0);
         assert_eq!(part.try_read_at(at(1000), &mut end).unwrap(), TryRead::WouldBlock);
+    }
+
+    #[test]
+    fn a_part_has_to_be_within_what_contains_it() {
+        let whole: Arc<dyn Storage> = Arc::new(MemoryStorage::new(4000));
+        let length =
+            |offset, size| Part { offset, size }.of(Arc::clone(&whole)).and_then(|part| part.len());
+        assert_eq!(length(0, None).unwrap(), 4000, "as it is");
+        // In QEMU's sight, the file has 4096 bytes.
+        assert_eq!(length(512, None).unwrap(), 3584);
+        assert_eq!(length(100, None).unwrap(), 4096, "in whole sectors");
+        assert_eq!(length(100, Some(512)).unwrap(), 512);
+        assert_eq!(length(4096, None).unwrap(), 0);
+        for (offset, size, why) in [
+            (4097, None, "greater than the size"),
+            (512, Some(3585), "past the end"),
+            (u64::MAX, Some(u64::MAX), "greater than the size"),
+            (1, Some(u64::MAX), "past the end"),
+        ] {
+            let error = length(offset, size).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+            assert!(error.to_string().contains(why), "{offset}: {error}");
+        }
+        let end = Part { offset: u64::MAX, size: None };
+        assert!(Part { offset: 1, size: None }.within(end).is_err());
     }
 
     #[test]

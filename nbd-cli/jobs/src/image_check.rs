@@ -18,8 +18,6 @@
 //! # }
 //! ```
 
-use std::sync::Arc;
-
 use imgfmt::{Access, CheckReport, Error, ErrorKind, Format, Image, OpenOptions, Repair};
 use serde::Serialize;
 
@@ -98,7 +96,7 @@ pub fn check(
             )));
         }
         ImageLocation::Export { uri, files } => {
-            let storage = Arc::new(connect_to(uri, *files, remotes)?);
+            let storage = connect_to(uri, *files, remotes)?;
             let checked = Image::check_storage(storage.clone(), options, Repair::None)
                 .map_err(|error| error.with_path(uri.to_string()));
             (checked, Image::inspect_storage(storage, options).is_ok())

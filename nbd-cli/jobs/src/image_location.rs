@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use imgfmt::storage::Part;
 use imgfmt::{Access, Error, Format, Image, ImageInfo, NameTarget, OpenOptions};
 use nbd_client::blocking::Client;
 use nbd_client::{ExportStorage, LocalFiles};
@@ -43,6 +44,8 @@ pub enum ImageLocation {
     Described {
         /// The file or export.
         location: Box<Self>,
+        /// The part of it in which the image is.
+        part: Part,
         /// The format that the name specifies.
         format: FormatInName,
         /// The backing file that the name specifies.
@@ -77,10 +80,9 @@ impl ImageLocation {
         // File names need not be UTF-8; URIs must be.
         let Some(text) = word.to_str() else { return Ok(Self::File(path_in(word).into())) };
         if let Some(object) = text.strip_prefix("json:") {
-            let NamedImage { name, format, backing, settings } = from_json(object)
+            let named = from_json(object)
                 .map_err(|why| JobError::invalid(format!("'{text}' cannot be used: {why}")))?;
-            let location = Box::new(Self::of(name, LocalFiles::Allowed));
-            return Ok(Self::Described { location, format, backing, settings });
+            return Ok(Self::described(named, LocalFiles::Allowed));
         }
         match text.parse().map_err(JobError::invalid)? {
             Location::File(path) => Ok(Self::File(path)),
@@ -100,10 +102,20 @@ impl ImageLocation {
     /// If they are malformed, or an option is not supported.
     pub fn from_options(text: &str) -> Result<Self, JobError> {
         let named = KeyValues::parse(text, None).and_then(from_key_values);
-        let NamedImage { name, format, backing, settings } =
+        let named =
             named.map_err(|why| JobError::invalid(format!("'{}': {why}", printable(text))))?;
-        let location = Box::new(Self::of(name, LocalFiles::Allowed));
-        Ok(Self::Described { location, format, backing, settings })
+        Ok(Self::described(named, LocalFiles::Allowed))
+    }
+
+    fn described(named: NamedImage, files: LocalFiles) -> Self {
+        let NamedImage { name, part, format, backing, settings } = named;
+        Self::Described {
+            location: Box::new(Self::of(name, files)),
+            part,
+            format,
+            backing,
+            settings,
+        }
     }
 
     fn of(name: NameInImage, files: LocalFiles) -> Self {
@@ -192,9 +204,10 @@ impl ImageLocation {
         remotes: &Remotes,
     ) -> Result<(&Self, OpenOptions), JobError> {
         let mut options = options.clone();
-        let Self::Described { location, format, backing, settings } = self else {
+        let Self::Described { location, part, format, backing, settings } = self else {
             return Ok((self, options));
         };
+        options.part = *part;
         match (format, options.format) {
             (FormatInName::Said(said), Some(given)) if *said != given => {
                 return Err(JobError::invalid(format!(
@@ -226,7 +239,7 @@ impl ImageLocation {
         match location {
             Self::Export { uri, files } => {
                 let storage = connect_to(uri, *files, remotes)?;
-                Image::inspect_storage(Arc::new(storage), &remotes.for_export(&options))
+                Image::inspect_storage(storage, &remotes.for_export(&options))
                     .map_err(|error| self.named(JobErrorKind::Source, error))
             }
             Self::Object(url) => {
@@ -253,7 +266,7 @@ impl ImageLocation {
         match location {
             Self::Export { uri, files } => {
                 let storage = connect_to(uri, *files, remotes)?;
-                Image::inspect_storage_chain(Arc::new(storage), &remotes.for_export(&options))
+                Image::inspect_storage_chain(storage, &remotes.for_export(&options))
                     .map_err(|error| opening(error.with_path(uri.to_string())))
             }
             Self::Object(url) => {
@@ -288,11 +301,11 @@ impl ImageLocation {
         let Self::Export { uri, files } = location else {
             return Ok((location.open(&options, remotes)?, None));
         };
-        let storage = Arc::new(connect_to(uri, *files, remotes)?);
+        let storage = connect_to(uri, *files, remotes)?;
         let image = Image::from_storage(storage.clone(), &remotes.for_export(&options));
         let image = image.map_err(|error| opening(error.with_path(uri.to_string())))?;
-        let is_raw = image.format() == Format::Raw;
-        Ok((image, is_raw.then_some(storage)))
+        let is_disk = image.format() == Format::Raw && options.part.is_whole();
+        Ok((image, is_disk.then_some(storage)))
     }
 
     /// Like [`open`](Self::open), with the option that declares this image to be raw, for errors.
@@ -315,7 +328,7 @@ impl ImageLocation {
                         "cannot write to {uri}: the server exports this disk read-only"
                     )));
                 }
-                Image::from_storage(Arc::new(storage), &remotes.for_export(&options))
+                Image::from_storage(storage, &remotes.for_export(&options))
                     .map_err(|error| opening(error.with_path(uri.to_string())))
             }
             Self::Object(url) => {
@@ -339,19 +352,29 @@ impl ImageLocation {
     ///
     /// If it is a file, or as [`open`](Self::open).
     pub fn open_disk(&self, remotes: &Remotes) -> Result<(Image, Client), JobError> {
+        let storage = self.open_export_to_write(remotes)?;
+        let client = storage.client().clone();
+        let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
+        let image = Image::from_storage(storage, &options);
+        Ok((image.map_err(|error| opening(error.with_path(self.name())))?, client))
+    }
+
+    /// Connects to an export that is written to.
+    ///
+    /// # Errors
+    ///
+    /// If it is a file, the server cannot be reached, or it exports the disk read-only.
+    pub fn open_export_to_write(&self, remotes: &Remotes) -> Result<Arc<ExportStorage>, JobError> {
         let Self::Export { uri, files } = self else {
             return Err(JobError::invalid(format!("{self} is not a server's disk")));
         };
         let storage = connect_to(uri, *files, remotes)?;
-        if !storage.is_writable() {
-            return Err(JobError::invalid(format!(
+        match storage.is_writable() {
+            true => Ok(storage),
+            false => Err(JobError::invalid(format!(
                 "cannot write to {uri}: the server exports this disk read-only"
-            )));
+            ))),
         }
-        let client = storage.client().clone();
-        let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
-        let image = Image::from_storage(Arc::new(storage), &options);
-        Ok((image.map_err(|error| opening(error.with_path(uri.to_string())))?, client))
     }
 
     /// Returns the name of the file or the URI.
@@ -390,17 +413,15 @@ impl ImageLocation {
             return Ok(Self::Object(url));
         }
         if let Some(name) = name.to_str().filter(|name| has_scheme(name)) {
-            let (name, backing) = from_name_in_image(name).map_err(JobError::invalid)?;
-            let location = Self::of(name, LocalFiles::Refused);
+            let NamedImage { name, part, backing, .. } =
+                from_name_in_image(name).map_err(JobError::invalid)?;
             return Ok(match backing {
-                BackingInName::AsNamed => location,
+                BackingInName::AsNamed if part.is_whole() => Self::of(name, LocalFiles::Refused),
                 // The image records the format.
-                backing => Self::Described {
-                    location: Box::new(location),
-                    format: FormatInName::Unsaid,
-                    backing,
-                    settings: DriverSettings::default(),
-                },
+                backing => {
+                    let named = NamedImage { part, backing, ..NamedImage::from(name) };
+                    Self::described(named, LocalFiles::Refused)
+                }
             });
         }
         Ok(Self::File(match (self.uri(), path_in(name)) {
@@ -428,6 +449,7 @@ impl ImageLocation {
         };
         Ok(location.map(|location| Self::Described {
             location: Box::new(location),
+            part: given.part,
             format: FormatInName::Unsaid,
             backing: given.backing.clone(),
             settings: given.settings.clone(),
@@ -449,7 +471,7 @@ impl ImageLocation {
     fn target(self, remotes: &Remotes) -> Result<NameTarget, JobError> {
         match self {
             Self::Export { uri, files } => {
-                Ok(NameTarget::Storage(Arc::new(connect_to(&uri, files, remotes)?)))
+                Ok(NameTarget::Storage(connect_to(&uri, files, remotes)?))
             }
             Self::Object(url) => Ok(NameTarget::Storage(remotes.open_object(&url)?)),
             file => Ok(NameTarget::File(file.path().to_owned())),
@@ -474,11 +496,11 @@ pub fn connect_to(
     uri: &NbdUri,
     files: LocalFiles,
     remotes: &Remotes,
-) -> Result<ExportStorage, JobError> {
-    Ok(match files {
-        LocalFiles::Allowed => remotes.open(uri)?,
-        LocalFiles::Refused => remotes.open_named_by_image(uri)?,
-    })
+) -> Result<Arc<ExportStorage>, JobError> {
+    match files {
+        LocalFiles::Allowed => remotes.open(uri),
+        LocalFiles::Refused => remotes.open_named_by_image(uri).map(Arc::new),
+    }
 }
 
 /// The refusal to write to an object.

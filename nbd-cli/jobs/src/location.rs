@@ -64,6 +64,13 @@ impl FromStr for DescribedLocation {
         if is_inside || image.backing != BackingInName::AsNamed {
             return Err("the disk in an image is copied with 'nbd-cli image convert'".into());
         }
+        if !image.part.is_whole() {
+            return Err(
+                "the options 'offset' and 'size' select a part of it; copy that with 'nbd-cli \
+                        image convert', or export it with 'nbd-cli qemu-nbd --offset'"
+                    .into(),
+            );
+        }
         image.settings.export.refuse()?;
         let location = match image.name {
             NameInImage::Export(uri) => Location::Nbd(*uri),

@@ -84,9 +84,9 @@ pub fn from_name(text: &str) -> Result<NbdUri, String> {
 /// # Errors
 ///
 /// A sentence that describes the defect, or names the required driver.
-pub fn from_name_in_image(text: &str) -> Result<(NameInImage, BackingInName), String> {
+pub fn from_name_in_image(text: &str) -> Result<NamedImage, String> {
     if let Some(path) = text.strip_prefix(FILE_PREFIX) {
-        return Ok((NameInImage::File(path.into()), BackingInName::AsNamed));
+        return Ok(NameInImage::File(path.into()).into());
     }
     match text.strip_prefix("json:") {
         Some(object) => {
@@ -97,10 +97,10 @@ pub fn from_name_in_image(text: &str) -> Result<(NameInImage, BackingInName), St
             }
             match named.settings.key_secret {
                 Some(_) => Err(settings::NO_SECRETS.to_owned()),
-                None => Ok((named.name, named.backing)),
+                None => Ok(named),
             }
         }
-        None => Ok((NameInImage::Export(Box::new(from_name(text)?)), BackingInName::AsNamed)),
+        None => Ok(NameInImage::Export(Box::new(from_name(text)?)).into()),
     }
 }
 
@@ -139,7 +139,7 @@ mod tests {
             r#"json:{"file.driver":"nbd","file.path":"/run/s","file.export":"disk"}"#,
             r#"json:{"server.path":"/run/s","server.type":"unix","export":"disk","driver":"nbd"}"#,
         ] {
-            let (NameInImage::Export(uri), _) = from_name_in_image(name).unwrap() else {
+            let NameInImage::Export(uri) = from_name_in_image(name).unwrap().name else {
                 panic!("{name} is one of a server");
             };
             assert_eq!(uri.to_string(), unix, "{name}");
@@ -150,15 +150,35 @@ mod tests {
             r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"a/b"}}"#,
             r#"json:{"driver":"raw","file.driver":"host_device","file.filename":"a/b"}"#,
         ] {
-            let file = NameInImage::File("a/b".into());
-            let expected = Ok((file, BackingInName::AsNamed));
-            assert_eq!(from_name_in_image(name), expected, "{name}");
+            let named = from_name_in_image(name).unwrap();
+            assert_eq!(named.name, NameInImage::File("a/b".into()), "{name}");
+            assert_eq!(named.backing, BackingInName::AsNamed, "{name}");
+            assert!(named.part.is_whole(), "{name}");
         }
         for (name, part) in [
             (r#"json:{"driver":"file","path":"/etc/passwd"}"#, "filename"),
             (r#"json:{"driver":"file","filename":"a","more":"b"}"#, "'more'"),
             (r#"json:{"driver":"ssh","path":"/etc/passwd"}"#, "'ssh'"),
-            (r#"json:{"driver":"raw","offset":512,"file":{"driver":"nbd"}}"#, "'offset'"),
+            (r#"json:{"driver":"raw","offset":512,"file":{"driver":"nbd"}}"#, "server.host"),
+            (
+                r#"json:{"driver":"raw","offset":512,"file":{"driver":"qcow2","file.filename":"a"}}"#,
+                "'offset'",
+            ),
+            (r#"json:{"driver":"raw","size":1000,"file":{"driver":"file","filename":"a"}}"#, "512"),
+            (
+                r#"json:{"driver":"raw","offset":-1,"file":{"driver":"file","filename":"a"}}"#,
+                "offset",
+            ),
+            (
+                r#"json:{"driver":"raw","offset":9223372036854775808,"file":{"driver":"raw","offset":
+                    9223372036854775808,"file":{"driver":"file","filename":"a"}}}"#,
+                "out of range",
+            ),
+            (
+                r#"json:{"driver":"raw","size":1024,"file":{"driver":"raw","size":512,
+                    "file":{"driver":"file","filename":"a"}}}"#,
+                "past the end",
+            ),
             (r#"json:{"driver":"nbd","path":"/s","tls-creds":"a"}"#, "'tls-creds'"),
             (r#"json:{"driver":"nbd","path":"/s","more":"a"}"#, "'more'"),
             (r#"json:{"path":"/s"}"#, "'path'"),
@@ -169,6 +189,14 @@ mod tests {
             let error = from_name_in_image(name).unwrap_err();
             assert!(error.contains(part), "{name}: {error}");
         }
+    }
+
+    #[test]
+    fn parts_of_parts_are_parts_of_the_file() {
+        let text = r#"json:{"driver":"qcow2","file":{"driver":"raw","offset":1024,"size":512,
+            "file":{"driver":"raw","offset":4096,"size":8192,"file":{"driver":"file","filename":"a"}}}}"#;
+        let part = from_name_in_image(text).unwrap().part;
+        assert_eq!((part.offset, part.size), (5120, Some(512)));
     }
 
     #[test]

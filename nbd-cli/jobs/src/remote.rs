@@ -2,8 +2,9 @@
 
 use std::io;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use imgfmt::storage::Part;
 use imgfmt::{BackingFile, BackingOptions, Format, NameTarget, OpenOptions, OpenPolicy, Storage};
 use nbd_client::blocking::Interrupter;
 use nbd_client::{Connector, ExportStorage, LocalFiles};
@@ -12,7 +13,9 @@ use nbd_proto::NbdUri;
 use crate::connect::explain_unknown_export;
 use crate::error::{JobError, JobErrorKind};
 use crate::object::{OBJECT_SCHEMES, ObjectOpener, ObjectUrl};
-use crate::qemu_name::{BackingInName, JSON_SCHEME, NameInImage, SCHEMES, from_name_in_image};
+use crate::qemu_name::{
+    BackingInName, JSON_SCHEME, NameInImage, NamedImage, SCHEMES, from_name_in_image,
+};
 use crate::tasks;
 
 /// Connections to a server that allows several.
@@ -28,7 +31,11 @@ pub struct Remotes {
     interrupter: Interrupter,
     unknown: UnknownExport,
     objects: ObjectOpener,
+    kept: Option<Kept>,
 }
+
+/// The exports to which the user's URIs have led.
+type Kept = Arc<Mutex<Vec<(NbdUri, Arc<ExportStorage>)>>>;
 
 /// What an export is for which no format is given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,7 +57,16 @@ impl Remotes {
             interrupter: Interrupter::new(),
             unknown: UnknownExport::default(),
             objects: ObjectOpener::default(),
+            kept: None,
         }
+    }
+
+    /// Keeps the connections to the exports that the user names, and uses them when the same export is
+    /// opened again: a server may end after the first one. They end with the last clone.
+    #[must_use]
+    pub fn keep_connections(mut self) -> Self {
+        self.kept = Some(Kept::default());
+        self
     }
 
     /// Sets what opens objects of stores. By default they are refused.
@@ -103,8 +119,16 @@ impl Remotes {
     /// # Errors
     ///
     /// If the server cannot be reached or refuses.
-    pub fn open(&self, uri: &NbdUri) -> Result<ExportStorage, JobError> {
-        self.open_with(self.connector(uri))
+    pub fn open(&self, uri: &NbdUri) -> Result<Arc<ExportStorage>, JobError> {
+        let connect = || self.open_with(self.connector(uri)).map(Arc::new);
+        let Some(kept) = &self.kept else { return connect() };
+        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, storage)) = kept.iter().find(|(known, _)| known == uri) {
+            return Ok(Arc::clone(storage));
+        }
+        let storage = connect()?;
+        kept.push((uri.clone(), Arc::clone(&storage)));
+        Ok(storage)
     }
 
     /// Connects to an export that an image names.
@@ -171,9 +195,8 @@ pub fn allow_exports(policy: OpenPolicy, remotes: &Remotes) -> OpenPolicy {
     SCHEMES.iter().chain([&JSON_SCHEME]).fold(policy, |policy, scheme| {
         let remotes = remotes.clone();
         let reader = move |name: &str| {
-            let (name, backing) = from_name_in_image(name).map_err(io::Error::other)?;
-            let target = |name| target_in_image(name, &remotes);
-            Ok(above(target(name)?, backing_file(backing, &target)?))
+            let named = from_name_in_image(name).map_err(io::Error::other)?;
+            resolved(named, &|name| target_in_image(name, &remotes))
         };
         policy.read_scheme(*scheme, Arc::new(reader))
     })
@@ -183,22 +206,33 @@ pub fn allow_exports(policy: OpenPolicy, remotes: &Remotes) -> OpenPolicy {
 /// file.
 pub fn allow_json_files(policy: OpenPolicy) -> OpenPolicy {
     let reader = |name: &str| {
-        let (name, backing) = from_name_in_image(name).map_err(io::Error::other)?;
-        let target = |name| {
-            io::Result::Ok(match name {
+        let named = from_name_in_image(name).map_err(io::Error::other)?;
+        resolved(named, &|name| {
+            Ok(match name {
                 NameInImage::File(path) => NameTarget::File(path),
                 NameInImage::Export(_) => NameTarget::Denied,
             })
-        };
-        Ok(above(target(name)?, backing_file(backing, &target)?))
+        })
     };
     policy.read_scheme(JSON_SCHEME, Arc::new(reader))
 }
 
-fn above(target: NameTarget, backing: BackingFile) -> NameTarget {
-    match backing {
-        BackingFile::AsNamed => target,
-        backing => NameTarget::WithBacking(Box::new(target), backing),
+/// Returns what a name in an image means; `target` opens the exports in it.
+fn resolved(
+    named: NamedImage,
+    target: &impl Fn(NameInImage) -> io::Result<NameTarget>,
+) -> io::Result<NameTarget> {
+    let part = part_of(target(named.name)?, named.part);
+    Ok(match backing_file(named.backing, target)? {
+        BackingFile::AsNamed => part,
+        backing => NameTarget::WithBacking(Box::new(part), backing),
+    })
+}
+
+fn part_of(target: NameTarget, part: Part) -> NameTarget {
+    match part.is_whole() || matches!(target, NameTarget::Denied) {
+        true => target,
+        false => NameTarget::Part(Box::new(target), part),
     }
 }
 
@@ -228,7 +262,8 @@ pub fn backing_file<E>(
         BackingInName::Given(given) => given,
     };
     let mut options = BackingOptions::default();
-    options.target = given.name.map(target).transpose()?;
+    let whole = given.name.map(target).transpose()?;
+    options.target = whole.map(|whole| part_of(whole, given.part));
     options.format = given.format.known();
     given.settings.apply_to_backing(&mut options);
     options.backing = backing_file(given.backing, target)?;

@@ -1,6 +1,11 @@
 //! Images of other programs' formats that the qemu-img form makes, beside QEMU's own.
 
-use crate::support::qemu_img::compare_all;
+use std::os::unix::fs::symlink;
+use std::process::Command;
+
+use crate::support::qemu_img::{compare_all, ours, words};
+use crate::support::run;
+use crate::tools;
 
 #[test]
 fn images_of_other_formats_are_created_and_converted_alike() {
@@ -71,4 +76,41 @@ fn images_of_other_formats_are_created_and_converted_alike() {
         dd -O vdi bs=64k if=disk.qcow2 of=new.vdi => new.vdi
         ",
     );
+}
+
+#[test]
+fn the_parts_of_a_disk_whose_name_is_a_link_are_found() {
+    tools!(_qemu_img = "qemu-img");
+    let directory = tempfile::tempdir().expect("a directory");
+    let here = directory.path();
+    std::fs::write(here.join("disk.img"), vec![7; 1 << 20]).expect("room");
+    std::fs::create_dir(here.join("other")).expect("a directory");
+    for name in ["real.vmdk", "other/real.vmdk"] {
+        std::fs::write(here.join(name), "old").expect("room");
+    }
+    symlink("real.vmdk", here.join("link.vmdk")).expect("a link");
+    symlink("other/real.vmdk", here.join("away.vmdk")).expect("a link");
+    let convert = |to: &str| {
+        let line = format!("convert -f raw -O vmdk -o subformat=twoGbMaxExtentFlat disk.img {to}");
+        ours(here, &words(&line))
+    };
+    convert("link.vmdk").success();
+    for name in ["link.vmdk", "real.vmdk"] {
+        let compare = words(&format!("compare -f raw -F vmdk disk.img {name}"));
+        run(Command::new("qemu-img").args(compare).current_dir(here)).success();
+    }
+    let names = |directory: &str| {
+        let files = std::fs::read_dir(here.join(directory)).expect("a directory");
+        let mut names: Vec<_> = files.map(|file| file.expect("a file").file_name()).collect();
+        names.sort();
+        names
+    };
+    let expected = ["away.vmdk", "disk.img", "link.vmdk", "other", "real-f001.vmdk", "real.vmdk"];
+    assert_eq!(names(""), expected);
+    // Both programs look for the parts beside the link.
+    let refused = convert("away.vmdk");
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    assert!(refused.stderr.contains("symbolic link to"), "{refused:?}");
+    assert_eq!(names("other"), ["real.vmdk"]);
+    assert_eq!(std::fs::read(here.join("other/real.vmdk")).expect("the file"), b"old");
 }

@@ -110,6 +110,12 @@ impl Client {
         Ok(Self { client, interrupter, driver: Arc::new(driver) })
     }
 
+    /// Returns the client of asynchronous tasks over the same connections. They end with this client.
+    #[must_use]
+    pub const fn asynchronous(&self) -> &crate::Client {
+        &self.client
+    }
+
     /// Returns the properties of the export.
     #[must_use]
     pub fn info(&self) -> &ExportInfo {

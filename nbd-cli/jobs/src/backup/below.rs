@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use imgfmt::{Format, Image, ImageInfo, Locking, OpenOptions};
 
-use crate::qemu_name::{BackingInName, NameInImage, from_name_in_image, has_scheme, path_in};
+use crate::qemu_name::{
+    BackingInName, NameInImage, NamedImage, from_name_in_image, has_scheme, path_in,
+};
 
 /// Most files examined: the largest number of layers in a chain.
 const FILES_MAX: usize = 500;
@@ -42,7 +44,12 @@ fn below(path: &Path, info: &ImageInfo) -> Option<(PathBuf, Option<ImageInfo>)> 
 fn file_beside(image: &Path, name: &OsStr) -> Option<PathBuf> {
     if let Some(name) = name.to_str().filter(|name| has_scheme(name)) {
         return match from_name_in_image(name).ok()? {
-            (NameInImage::File(path), BackingInName::AsNamed) => Some(path),
+            NamedImage {
+                name: NameInImage::File(path),
+                backing: BackingInName::AsNamed,
+                part,
+                ..
+            } => part.is_whole().then_some(path),
             _ => None,
         };
     }

@@ -107,10 +107,7 @@ impl DiskDescription {
         options.format = self.format;
         let info = match (&self.source, self.storage_window == Window::default()) {
             (DiskSource::File(path), true) => Image::inspect_file(path, &options),
-            (DiskSource::Export(uri), true) => {
-                let storage = remotes.open(uri)?;
-                Image::inspect_storage(Arc::new(storage), &options)
-            }
+            (DiskSource::Export(uri), true) => Image::inspect_storage(remotes.open(uri)?, &options),
             _ => {
                 return Err(JobError::invalid(
                     "-l (--load-snapshot) is supported for images that fill a file or an export",
@@ -180,13 +177,13 @@ fn open_source(
                 Place::Top => options.remotes.open(uri)?,
                 Place::Below => {
                     // As for a layer that an image names: its server may be away for any time.
-                    options.remotes.open_with(options.remotes.connector(uri).keep_reading())?
+                    let connector = options.remotes.connector(uri).keep_reading();
+                    Arc::new(options.remotes.open_with(connector)?)
                 }
             };
             if options.writes == Writes::ToImage && !storage.is_writable() {
                 return Err(JobError::source(format!("{uri} is exported read-only; add -r")).into());
             }
-            let storage = Arc::new(storage);
             (storage.clone(), Some(storage))
         }
     })

@@ -4,10 +4,10 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
-use imgfmt::jobs::{self, Background, SourceReader, Zeroes, copy_bitmaps};
+use imgfmt::jobs::{self, Background, Clusters, MeasuredDisk, SourceReader, Zeroes, copy_bitmaps};
 use imgfmt::{
-    Access, BitmapInfo, CacheMode, Format, Image, IncompleteDisk, OpenOptions, OpenPolicy,
-    Preallocation,
+    Access, BitmapInfo, CacheMode, CreateOptions, Format, Image, IncompleteDisk, OpenOptions,
+    OpenPolicy, Preallocation, Storage,
 };
 use nbd_proto::NbdUri;
 
@@ -17,7 +17,7 @@ use super::output::OutputStorage;
 use crate::error::{JobError, JobErrorKind};
 use crate::image_location::ImageLocation;
 use crate::observer::JobContext;
-use crate::target::{Durable, NewFile, device};
+use crate::target::{Durable, NewFile, device, final_name};
 
 /// Most rounds that may end with a new connection before a copy to a server fails.
 const MAX_ROUNDS: usize = 8;
@@ -53,7 +53,7 @@ impl Conversion<'_> {
         let mut create = self.options.create.clone();
         create.size = Some(self.source.size());
         create.open = self.for_filling();
-        create.foreign.final_name = path.file_name().map(Into::into);
+        create.foreign.final_name = final_name(path);
         let make = |path: &Path| Image::create(path, &create).map_err(in_destination);
         let (observer, locking) = (&self.context.observer, self.options.create.open.locking);
         let (mut new, image) = match self.options.destination {
@@ -66,7 +66,7 @@ impl Conversion<'_> {
         } else {
             new.add_extents(&image, locking)?;
         }
-        let filled = self.fill(image, new.path());
+        let filled = self.fill(image, &ImageLocation::File(new.path().to_owned()));
         filled.map_err(|error| left(&error, &new.left_behind()))?;
         new.complete(self.options.durable)
     }
@@ -80,9 +80,59 @@ impl Conversion<'_> {
         let filled = new
             .open(&self.for_filling())
             .map_err(in_destination)
-            .and_then(|image| self.fill(image, path))
+            .and_then(|image| self.fill(image, &ImageLocation::File(path.to_owned())))
             .and_then(|()| new.complete().map_err(in_destination));
         filled.map_err(|error| left(&error, &device::left_behind(path)))
+    }
+
+    /// Creates the image in the export of a server, whose content is lost.
+    pub(super) fn make_on_server(&self, to: &ImageLocation) -> Result<(), JobError> {
+        let mut create = self.options.create.clone();
+        create.size = Some(self.source.size());
+        create.open = self.for_filling();
+        let named = |error| to.named(JobErrorKind::Destination, error);
+        let export = to.open_export_to_write(&self.options.remotes)?;
+        self.check_room_for_image(to, &*export, &create)?;
+        let new = Image::create_in_storage(export, &create).map_err(named)?;
+        self.context.observer.warning(&format!(
+            "the data on {to} is overwritten, and lost even if this command is interrupted"
+        ));
+        let filled = new
+            .preallocate()
+            .and_then(|()| new.open(&self.for_filling()))
+            .map_err(named)
+            .and_then(|image| self.fill(image, to))
+            .and_then(|()| new.complete().map_err(named));
+        filled.map_err(|error| {
+            let state = "is lost, and it is marked as incomplete: run the command again";
+            left(&error, &format!("the previous data on {to} {state}"))
+        })
+    }
+
+    /// Refuses an export that is too small for the image, before anything is written to it. The size of
+    /// compressed data is not known before.
+    fn check_room_for_image(
+        &self,
+        to: &ImageLocation,
+        export: &dyn Storage,
+        create: &CreateOptions,
+    ) -> Result<(), JobError> {
+        if self.options.clusters == Clusters::Compressed || create.backing.is_some() {
+            return Ok(());
+        }
+        let cancellation = self.context.cancellation.of_image_jobs();
+        let context = jobs::JobContext { cancellation, ..jobs::JobContext::default() };
+        let measured = jobs::measure(MeasuredDisk::Image(self.source), create, &context);
+        let measured = measured.map_err(|error| self.named(to, error))?;
+        let bitmaps = measured.bitmaps.filter(|_| !self.bitmaps.is_empty());
+        let needed = measured.required.saturating_add(bitmaps.unwrap_or(0));
+        let room = export.len().map_err(|error| JobError::destination(format!("{to}: {error}")))?;
+        match needed <= room {
+            true => Ok(()),
+            false => Err(JobError::destination(format!(
+                "{to} has {room} bytes, and the image takes up {needed}: it does not fit"
+            ))),
+        }
     }
 
     /// Returns the options for opening the new image.
@@ -100,8 +150,7 @@ impl Conversion<'_> {
             })
     }
 
-    fn fill(&self, image: Image, path: &Path) -> Result<(), JobError> {
-        let to = ImageLocation::File(path.to_owned());
+    fn fill(&self, image: Image, to: &ImageLocation) -> Result<(), JobError> {
         let create = &self.options.create;
         // What is set aside of an encrypted disk reads as noise.
         let is_noise = create.encryption.is_some()
@@ -111,9 +160,9 @@ impl Conversion<'_> {
             None if is_noise || create.format == Format::Luks => Background::Unknown,
             None => Background::Zero,
         };
-        self.copy(&image, &to, background)?;
-        copy_bitmaps(self.source, &image, &self.bitmaps).map_err(|error| self.named(&to, error))?;
-        image.close().map_err(in_destination)
+        self.copy(&image, to, background)?;
+        copy_bitmaps(self.source, &image, &self.bitmaps).map_err(|error| self.named(to, error))?;
+        image.close().map_err(|error| to.named(JobErrorKind::Destination, error))
     }
 
     /// Writes the disk onto a device, raw.

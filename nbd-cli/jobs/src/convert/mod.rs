@@ -65,6 +65,12 @@ pub fn convert(
     if let ImageLocation::Object(url) = to {
         return Err(read_only(url));
     }
+    let is_part = !options.write.part.is_whole();
+    if is_part && options.destination != Destination::Existing {
+        return Err(JobError::invalid(format!(
+            "{to}: offset and size select a part of it, and only what exists has parts: add -n"
+        )));
+    }
     let (source, reader) = open_sources(from, options).map_err(JobError::advise_sharing)?;
     let bitmaps = bitmaps::of_source(&source, from, options.bitmaps, &*context.observer)?;
     let is_remote = is_remote(from, options) || to.is_remote();
@@ -79,12 +85,15 @@ pub fn convert(
                 format.description()
             ))),
             // The device is the disk.
-            (Existing::BlockDevice, Format::Raw) => copy.overwrite_device(path),
+            (Existing::BlockDevice, Format::Raw) if !is_part => copy.overwrite_device(path),
             _ if exists => copy.replace(to),
             (Existing::BlockDevice, _) => copy.make_on_device(path),
             _ => copy.make_new(path),
         },
-        ImageLocation::Export { uri, .. } if format == Format::Raw => copy.to_server(to, uri),
+        ImageLocation::Export { uri, .. } if format == Format::Raw && !is_part => {
+            copy.to_server(to, uri)
+        }
+        ImageLocation::Export { .. } if !exists => copy.make_on_server(to),
         _ => copy.replace(to),
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use nbd_client::{Client, Connector, ExtentLimit};
+use nbd_proto::NbdUri;
 use nbd_proto::wire::{AllocationFlags, BlockDescriptor, MetaContextName};
 
 use super::entry::{Joined, MapEntry};
@@ -29,13 +30,35 @@ pub async fn map_export<E: From<JobError>>(
     connector: Connector,
     cancellation: &Cancellation,
     instead: Option<&MetaContextName>,
-    mut each: impl FnMut(u64, MapEntry) -> Result<(), E>,
+    each: impl FnMut(u64, MapEntry) -> Result<(), E>,
 ) -> Result<(), E> {
     let usual = [MetaContextName::base_allocation(), MetaContextName::qemu_allocation_depth()];
     let contexts = instead.map_or_else(|| usual.to_vec(), |context| vec![context.clone()]);
     let connector = connector.meta_contexts(contexts);
     let uri = connector.uri();
     let client = connect(&connector, uri, JobErrorKind::Source, cancellation).await?;
+    map_client(&client, uri, cancellation, instead, each).await?;
+    // The map is complete, so the way in which the connection ends does not matter.
+    let _ = client.disconnect().await;
+    Ok(())
+}
+
+/// As [`map_export`], over a connection for which contexts were selected already.
+///
+/// # Errors
+///
+/// As [`map_export`], except those of connecting.
+///
+/// # Cancel safety
+///
+/// Safe.
+pub async fn map_client<E: From<JobError>>(
+    client: &Client,
+    uri: &NbdUri,
+    cancellation: &Cancellation,
+    instead: Option<&MetaContextName>,
+    mut each: impl FnMut(u64, MapEntry) -> Result<(), E>,
+) -> Result<(), E> {
     let size = client.info().size;
     if let (Some(context), true) = (instead, client.meta_contexts().is_empty())
         && context.as_str() != MetaContextName::BASE_ALLOCATION
@@ -50,7 +73,7 @@ pub async fn map_export<E: From<JobError>>(
         let mut position = 0;
         while position < size {
             let ask = async {
-                let answer = Answer::ask(&client, position, size - position, instead).await;
+                let answer = Answer::ask(client, position, size - position, instead).await;
                 answer.map_err(|error| JobError::source(failed(uri, "map", &error)))
             };
             let mut answer = cancellation.unless_cancelled(ask).await?;
@@ -64,10 +87,7 @@ pub async fn map_export<E: From<JobError>>(
             }
         }
     }
-    entries.end()?;
-    // The map is complete, so the way in which the connection ends does not matter.
-    let _ = client.disconnect().await;
-    Ok(())
+    entries.end()
 }
 
 /// The server's answer about a range, in one context or in two.

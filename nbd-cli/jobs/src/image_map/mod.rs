@@ -29,5 +29,5 @@ mod export;
 mod image;
 
 pub use self::entry::MapEntry;
-pub use self::export::map_export;
+pub use self::export::{map_client, map_export};
 pub use self::image::map_image;

@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 
+use imgfmt::storage::Part;
 use imgfmt::{Access, CacheMode, Format};
 use nbd_proto::limits::DEFAULT_PORT;
 use nbd_proto::uri::{NbdUri, Transport};
 
 use super::settings::DriverSettings;
+use super::values::take_part;
 use crate::key_values::KeyValues;
 
 /// The file or server that a backing or data file name addresses.
@@ -82,6 +84,8 @@ impl BackingInName {
 pub struct GivenInName {
     /// `None`: the file that the image above names.
     pub name: Option<NameInImage>,
+    /// The part of the file or export in which this image is.
+    pub part: Part,
     /// The format of this image.
     pub format: FormatInName,
     /// The backing file of this image.
@@ -95,12 +99,22 @@ pub struct GivenInName {
 pub struct NamedImage {
     /// The file or export.
     pub name: NameInImage,
+    /// The part of it in which the image is.
+    pub part: Part,
     /// The format of the image in it.
     pub format: FormatInName,
     /// The backing file of the image.
     pub backing: BackingInName,
     /// How it is used.
     pub settings: DriverSettings,
+}
+
+impl From<NameInImage> for NamedImage {
+    /// The image of an unknown format that fills a file or export.
+    fn from(name: NameInImage) -> Self {
+        let (part, format) = (Part::default(), FormatInName::Unsaid);
+        Self { name, part, format, backing: BackingInName::AsNamed, settings: Default::default() }
+    }
 }
 
 /// Parses a JSON object with the options of drivers, and determines format and backing file.
@@ -120,8 +134,8 @@ pub fn from_json(object: &str) -> Result<NamedImage, String> {
 pub fn from_key_values(options: KeyValues) -> Result<NamedImage, String> {
     let image = image_from_options(options, 0)?;
     let name = image.name.ok_or("it names no driver")?;
-    let GivenInName { format, backing, settings, .. } = image;
-    Ok(NamedImage { name, format, backing, settings })
+    let GivenInName { part, format, backing, settings, .. } = image;
+    Ok(NamedImage { name, part, format, backing, settings })
 }
 
 /// Returns whether a driver finds the disk inside the bytes below it.
@@ -134,7 +148,7 @@ pub(crate) fn is_container(driver: &str) -> bool {
 fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInName, String> {
     let settings = DriverSettings { read_only: depth > 0, ..DriverSettings::default() };
     let (format, backing) = (FormatInName::Bytes, BackingInName::AsNamed);
-    let mut image = GivenInName { name: None, format, backing, settings };
+    let mut image = GivenInName { name: None, part: Part::default(), format, backing, settings };
     let mut driver = options.take("driver");
     if driver.is_none() {
         image.format = FormatInName::Unsaid;
@@ -148,13 +162,20 @@ fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInNam
     loop {
         match driver.as_deref() {
             Some("raw") => {
-                refuse_part(&options)?;
+                // Of drivers above one another, the upper one sees the part of the lower one.
+                image.part = image.part.within(take_part(&mut options)?)?;
                 if image.format == FormatInName::Bytes {
                     image.format = FormatInName::Said(Format::Raw);
                 }
                 options = image.format_driver("raw", options)?;
             }
             Some(name) if image.may_be_contained() && is_container(name) => {
+                if !image.part.is_whole() {
+                    return Err(format!(
+                        "the options 'offset' and 'size' select a part of the disk in a {name} image; \
+                         export that part with 'nbd-cli qemu-nbd --offset', and name the export"
+                    ));
+                }
                 let format = Format::from_name(name).unwrap_or(Format::Raw);
                 image.format = FormatInName::Said(format);
                 if format == Format::Qcow2 {
@@ -167,6 +188,10 @@ fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInNam
             }
             driver => {
                 image.name = image.file_from_options(driver, options, depth)?;
+                if image.name.is_none() && !image.part.is_whole() {
+                    let why = "a part of a backing file needs its name too (file.filename)";
+                    return Err(why.to_owned());
+                }
                 return Ok(image);
             }
         }
@@ -223,17 +248,6 @@ impl GivenInName {
         };
         self.settings.take_last(driver.unwrap_or("file"), options)?;
         Ok(name)
-    }
-}
-
-/// Refuses options of the driver `raw` for a part of its file.
-fn refuse_part(options: &KeyValues) -> Result<(), String> {
-    match ["offset", "size"].into_iter().find(|key| options.has_key(key)) {
-        None => Ok(()),
-        Some(key) => Err(format!(
-            "the option '{key}' selects a part of the file; export that part with 'nbd-cli qemu-nbd \
-             --offset', and name the export"
-        )),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Values of the options of QEMU's block drivers.
 
+use imgfmt::storage::Part;
 #[cfg(feature = "server")]
 use nbd_server::export::filters::{DetectZeroes, Discard, Window};
 
@@ -59,13 +60,19 @@ pub(super) fn take_metadata_cache(options: &mut KeyValues) -> Result<Option<u64>
     }
 }
 
-#[cfg(feature = "server")]
-pub(crate) fn take_window(options: &mut KeyValues) -> Result<Window, String> {
+/// Removes the options of the driver `raw` for a part of its file.
+pub(super) fn take_part(options: &mut KeyValues) -> Result<Part, String> {
     let offset = take_size(options, "offset")?.unwrap_or(0);
     let size = take_size(options, "size")?;
     if size.is_some_and(|size| size % 512 != 0) {
         return Err("Specified size is not a multiple of 512".to_owned());
     }
+    Ok(Part { offset, size })
+}
+
+#[cfg(feature = "server")]
+pub(crate) fn take_window(options: &mut KeyValues) -> Result<Window, String> {
+    let Part { offset, size } = take_part(options)?;
     Ok(Window { offset, size })
 }
 

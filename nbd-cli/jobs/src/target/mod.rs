@@ -10,7 +10,7 @@ mod companions;
 pub mod device;
 mod publish;
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
@@ -100,6 +100,8 @@ pub struct NewFile {
     name: PathBuf,
     partial: PathBuf,
     replaces: Option<Box<Replaced>>,
+    /// Whether the given name is a link to a file in another directory.
+    is_elsewhere: bool,
     /// Files that are useless without it.
     companions: Vec<Companion>,
     is_kept: bool,
@@ -167,7 +169,10 @@ impl NewFile {
         };
         let lock = FileStorage::open(name, Access::ReadWrite, locking)
             .map_err(|error| E::from(JobError::image(JobErrorKind::Destination, error)))?;
+        let here = directory_of(name).canonicalize().ok();
+        let is_elsewhere = here.as_deref() != Some(directory_of(&real));
         let (mut new, made) = Self::make(real, observer, make)?;
+        new.is_elsewhere = is_elsewhere;
         File::options()
             .write(true)
             .open(&new.partial)
@@ -229,7 +234,9 @@ impl NewFile {
         observer.temporary_file(&partial, TemporaryFile::Made);
         let observer = observer.clone();
         let companions = Vec::new();
-        Ok((Self { name, partial, replaces: None, companions, is_kept: false, observer }, made))
+        let (replaces, is_elsewhere, is_kept) = (None, false, false);
+        let new = Self { name, partial, replaces, is_elsewhere, companions, is_kept, observer };
+        Ok((new, made))
     }
 
     /// Returns the temporary name.
@@ -252,6 +259,13 @@ impl NewFile {
     pub fn add_extents(&mut self, image: &Image, locking: Locking) -> Result<(), JobError> {
         // Whatever happens, they do not stay.
         image.own_files().into_iter().skip(1).for_each(|made| self.add(Companion::part(made)));
+        if self.is_elsewhere && !self.companions.is_empty() {
+            return Err(JobError::destination(format!(
+                "the given name is a symbolic link to '{}', and programs look for the other files of the \
+                 disk beside the link: give that name",
+                self.name.display()
+            )));
+        }
         let may_replace = self.replaces.is_some();
         for companion in &mut self.companions {
             let (made, name) = (&companion.made, &companion.name);
@@ -342,6 +356,13 @@ impl Drop for NewFile {
             self.observer.temporary_file(path, TemporaryFile::Gone);
         }
     }
+}
+
+/// Returns the name that a complete file at this path has: that of the file if it is a link.
+#[must_use]
+pub fn final_name(path: &Path) -> Option<OsString> {
+    let real = path.canonicalize();
+    real.as_deref().unwrap_or(path).file_name().map(Into::into)
 }
 
 /// Returns the real name and the metadata of a file that can be replaced.

@@ -226,7 +226,7 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     options.backing = backing.transpose()?.zip(args.backing_format.map(Format::from));
     args.qcow2.apply(&mut options)?;
     args.format_options.apply(&mut options, &given_flags(args))?;
-    options.foreign.final_name = args.path.file_name().map(Into::into);
+    options.foreign.final_name = target::final_name(&args.path);
     if args.lazy_refcounts && options.format != Format::Qcow2 {
         return Err(CommandError::new(format!(
             "a {} image has no --lazy-refcounts; omit it or create a qcow2 image",

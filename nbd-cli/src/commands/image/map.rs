@@ -91,7 +91,9 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
     let (location, options) = location.settled(&options, &args.server.remotes())?;
     match location {
         // The server cannot map an image inside its export.
-        ImageLocation::Export { uri, .. } if matches!(options.format, None | Some(Format::Raw)) => {
+        ImageLocation::Export { uri, .. }
+            if matches!(options.format, None | Some(Format::Raw)) && options.part.is_whole() =>
+        {
             let (connector, cancellation) = (args.server.connector(uri), signals::cancellation());
             let add = |size, entry| report.add(size, &entry, &mut output);
             tasks::block_on(&runtime()?, map_export(connector, &cancellation, None, add))?;

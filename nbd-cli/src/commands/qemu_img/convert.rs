@@ -49,6 +49,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let mut options = options(arguments, &from, format, &lists)?;
     // The keys of the source are not those of the target.
     (options.write.passphrases, options.write.encryption) = (said.passphrases, said.encryption);
+    options.write.part = said.part;
     for place in more {
         options.read.passphrases.extend(place.options.passphrases);
         options.more.push(place.location);

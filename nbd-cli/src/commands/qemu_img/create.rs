@@ -45,8 +45,15 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         )));
     }
     let place = Place::parse(arguments, name, false)?;
-    let ImageLocation::File(path) = &place.location else {
-        return Err(Refusal::new(format!("{shown}: only files and devices can be created")));
+    let path = match &place.location {
+        ImageLocation::File(path) => path.as_path(),
+        // Names in it do not start at a directory.
+        ImageLocation::Export { .. } => Path::new(""),
+        _ => {
+            return Err(Refusal::new(format!(
+                "{shown}: only files, devices and exports can be made"
+            )));
+        }
     };
     let new = described(arguments, format, &lists, size).map_err(|error| error.about(&shown))?;
     refuse_impossible(path, &new.create).map_err(|error| error.about(&shown))?;
@@ -57,8 +64,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     let mut create = new.create;
     create.size = Some(size.next_multiple_of(SECTOR));
-    create.foreign.final_name = path.file_name().map(Into::into);
-    make(path, &create).map_err(|error| error.about(&shown))?;
+    create.foreign.final_name = target::final_name(path);
+    let made = match &place.location {
+        ImageLocation::Export { .. } => make_on_server(&place, &create),
+        _ => make(path, &create),
+    };
+    made.map_err(|error| error.about(&shown))?;
     Ok(0)
 }
 
@@ -114,18 +125,20 @@ pub(super) fn refuse_impossible(path: &Path, create: &CreateOptions) -> Result<(
     Ok(())
 }
 
-/// The size of the new disk: its own, or that of its backing file.
+/// The size of the new disk: its own, or that of its backing file, which has to exist.
 fn size_of(create: &CreateOptions, path: &Path) -> Result<u64, Refusal> {
-    if let Some(size) = create.size {
-        return Ok(size);
-    }
-    let Some((name, format)) = &create.backing else {
-        return Err(Refusal::new("Image creation needs a size parameter"));
+    let is_ignored = matches!(create.open.backing, BackingFile::Ignored);
+    let Some((name, format)) = create.backing.as_ref().filter(|_| !is_ignored) else {
+        let missing = || Refusal::new("Image creation needs a size parameter");
+        return create.size.ok_or_else(missing);
     };
     let location = ImageLocation::File(path.to_owned()).beside(OsStr::new(name))?;
     let place =
         Place { location, options: create.open.clone().format(*format), remotes: remotes() };
-    Ok(place.open()?.size())
+    // Without keys, and with all layers: what fails here is not announced.
+    let layers = place.location.inspect_chain(&place.options, &place.remotes);
+    let layers = layers.map_err(|error| place.not_opened(&error.to_string()))?;
+    Ok(create.size.unwrap_or_else(|| layers.first().map_or(0, |layer| layer.size)))
 }
 
 /// Makes the image, in the place of an existing one if there is one.
@@ -157,6 +170,17 @@ fn make(path: &Path, create: &CreateOptions) -> Result<(), Refusal> {
             Ok(new.complete(Durable::Later)?)
         }
     }
+}
+
+/// Makes the image in the export of a server. A raw disk is the export itself, without its old
+/// signatures.
+fn make_on_server(place: &Place, create: &CreateOptions) -> Result<(), Refusal> {
+    let export = place.location.open_export_to_write(&place.remotes)?;
+    let new = Image::create_in_storage(export, create)?;
+    let made = new.preallocate().and_then(|()| new.complete());
+    made.map_err(|error| {
+        Refusal::new(format!("{error}; the previous data is lost: run the command again"))
+    })
 }
 
 /// A raw image on a device is the device itself, if it is large enough.

@@ -2,7 +2,7 @@
 
 use imgfmt::Format;
 use nbd_jobs::image_location::ImageLocation;
-use nbd_jobs::image_map::{MapEntry, map_export, map_image};
+use nbd_jobs::image_map::{MapEntry, map_client, map_export, map_image};
 use nbd_jobs::tasks;
 use nbd_jobs::text::printable;
 use nbd_proto::wire::MetaContextName;
@@ -25,6 +25,8 @@ struct LayerFile {
     is_scattered: bool,
     /// Whether its data cannot be read at an offset of its file.
     is_encrypted: bool,
+    /// Where a raw disk begins in its file, in bytes.
+    start: u64,
 }
 
 struct Printer {
@@ -49,10 +51,11 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let context = take_context(&mut place)?;
     let (location, options) = place.settled()?;
     let layers = match options.format {
-        // Over one connection: a server may end after the first one.
+        // Nothing is read of it.
         Some(Format::Raw) if location.uri().is_some() => {
             let name = shown_name(location);
-            vec![LayerFile { name, is_raw: true, is_scattered: false, is_encrypted: false }]
+            let start = options.part.offset;
+            vec![LayerFile { name, is_raw: true, is_scattered: false, is_encrypted: false, start }]
         }
         _ => layers(&place)?,
     };
@@ -60,16 +63,22 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let mut printer = Printer { format, layers, start, end, is_first: true, output: Output::new() };
     match location {
         // The server does not know the map of an image inside its export.
-        ImageLocation::Export { uri, .. } if is_raw => {
+        ImageLocation::Export { uri, .. } if is_raw && options.part.is_whole() => {
             printer.begin()?;
-            let (connector, cancellation) = (place.remotes.connector(uri), signals::cancellation());
+            let (cancellation, runtime) = (signals::cancellation(), runtime()?);
             let add = |_, entry| printer.add(entry);
-            // As in QEMU, nothing is told of the layers that the server has.
-            let context = context.unwrap_or_else(MetaContextName::base_allocation);
-            tasks::block_on(
-                &runtime()?,
-                map_export(connector, &cancellation, Some(&context), add),
-            )?;
+            if let Some(context) = context {
+                let connector = place.remotes.connector(uri);
+                let map = map_export(connector, &cancellation, Some(&context), add);
+                tasks::block_on(&runtime, map)?;
+            } else {
+                // As in QEMU, nothing is told of the layers that the server has.
+                let context = MetaContextName::base_allocation();
+                let export = place.remotes.open(uri)?;
+                let client = export.client().asynchronous();
+                let map = map_client(client, uri, &cancellation, Some(&context), add);
+                tasks::block_on(&runtime, map)?;
+            }
         }
         _ if context.is_some() => {
             return Err(Refusal::new("x-dirty-bitmap is an option of exports with a raw disk"));
@@ -117,9 +126,19 @@ fn layers(place: &Place) -> Result<Vec<LayerFile>, Refusal> {
         let format = image.info.format;
         let is_scattered = !matches!(format, Format::Raw | Format::Qcow2);
         let is_encrypted = image.info.encryption.is_some();
-        layers.push(LayerFile { name, is_raw: format == Format::Raw, is_scattered, is_encrypted });
+        let is_raw = format == Format::Raw;
+        let start = if is_raw { start_of(&image.location) } else { 0 };
+        layers.push(LayerFile { name, is_raw, is_scattered, is_encrypted, start });
     }
     Ok(layers)
+}
+
+/// Where the part of its file begins that the name of an image selects, in bytes.
+fn start_of(location: &ImageLocation) -> u64 {
+    match location {
+        ImageLocation::Described { part, .. } => part.offset,
+        _ => 0,
+    }
 }
 
 impl Printer {
@@ -138,7 +157,10 @@ impl Printer {
         }
         match (is_raw && entry.present, entry.zero && entry.offset.is_some()) {
             // In a raw image a hole has a place too.
-            (true, _) => entry.offset = Some(entry.start),
+            (true, _) => {
+                let start = layer.map_or(0, |layer| layer.start);
+                entry.offset = entry.start.checked_add(start);
+            }
             // The image has data there, and its file a hole.
             (false, true) => entry.data = true,
             (false, false) => {}

@@ -176,7 +176,11 @@ impl Place {
     pub(super) fn file(&self) -> Result<(&Path, OpenOptions), Refusal> {
         self.refuse_to_share()?;
         match self.settled()? {
-            (ImageLocation::File(path), options) => Ok((path, options)),
+            (ImageLocation::File(path), options) if options.part.is_whole() => Ok((path, options)),
+            (ImageLocation::File(_), _) => Err(self.not_opened(
+                "its options select a part of the file (offset, size), and this is done for whole \
+                 files only",
+            )),
             (other, _) => {
                 Err(Refusal::new(format!("{other} is not a file; this is done where its file is")))
             }
@@ -195,7 +199,7 @@ impl Place {
 
 /// Connects to servers. As in QEMU, the format of an export is detected unless it is given.
 pub(super) fn remotes() -> Remotes {
-    ServerArgs::default().remotes().exports(UnknownExport::Detected)
+    ServerArgs::default().remotes().exports(UnknownExport::Detected).keep_connections()
 }
 
 /// As in QEMU, the names in images are followed, and the formats of backing files detected.
@@ -217,7 +221,11 @@ pub(super) fn shown_name(location: &ImageLocation) -> String {
 }
 
 fn could_not_open(name: &str, why: &str) -> Refusal {
-    Refusal::new(format!("Could not open '{}': {why}", printable(name)))
+    let name = printable(name);
+    // The cause may say itself what could not be opened.
+    let causes = [format!("cannot open '{name}': "), format!("cannot open {name}: ")];
+    let cause = causes.iter().find_map(|said| why.strip_prefix(said.as_str())).unwrap_or(why);
+    Refusal::new(format!("Could not open '{name}': {cause}"))
 }
 
 /// Parses the name of a cache mode.
@@ -236,6 +244,17 @@ pub(super) fn parse_cache(name: &str) -> Result<CacheMode, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_could_not_be_opened_is_said_once() {
+        for (why, expected) in [
+            ("cannot open 'a': No such file", "Could not open 'a': No such file"),
+            ("cannot open a: refused", "Could not open 'a': refused"),
+            ("cannot open 'b': No such file", "Could not open 'a': cannot open 'b': No such file"),
+        ] {
+            assert_eq!(could_not_open("a", why).message.as_deref(), Some(expected));
+        }
+    }
 
     #[test]
     fn exports_are_named_as_by_qemu() {

@@ -54,6 +54,10 @@ const FILES: &[&str] = &[
     "qemu-io --object secret,id=s,data=x -c write_-P_7_0_128k --image-opts \
      driver=qcow2,encrypt.key-secret=s,file.filename=locked.qcow2",
     "qemu-img create -q -f vmdk sparse.vmdk 1M",
+    "qemu-img create -q -f raw parts.img 4M",
+    "qemu-io -f raw -c write_-P_170_0_4M parts.img",
+    "qemu-img convert -q -n -f raw --target-image-opts disk.qcow2 \
+     driver=raw,offset=1536k,size=1M,file.filename=parts.img",
     "mkdir sub",
     "qemu-img create -q -f qcow2 -b ../raw.img -F raw sub/up.qcow2",
 ];
