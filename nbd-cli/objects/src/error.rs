@@ -67,20 +67,8 @@ impl StoreError {
         use object_store::Error as E;
         let why = deepest(error);
         let refusal = Refusal::of(error);
-        let ignores_ranges = why.contains("non-partial") || why.starts_with("Range request not");
         let (kind, why) = match error {
-            _ if ignores_ranges => (
-                StoreErrorKind::Unsuitable,
-                "the server ignores ranges and sends whole objects".to_owned(),
-            ),
-            _ if why.starts_with("Requested ") && why.contains(", got ") => (
-                StoreErrorKind::Unsuitable,
-                "the server sends another range than it was asked for".to_owned(),
-            ),
-            _ if why.starts_with("ETag Header missing") => (
-                StoreErrorKind::Unsuitable,
-                "the server gives no ETag, so a replaced object could not be noticed".to_owned(),
-            ),
+            _ if let Some(why) = unsuitable(&why) => (StoreErrorKind::Unsuitable, why.to_owned()),
             E::NotFound { .. } if !why.contains("NoSuchBucket") => {
                 (StoreErrorKind::NotFound, "it does not exist in the store".to_owned())
             }
@@ -129,6 +117,23 @@ impl From<StoreError> for io::Error {
     }
 }
 
+/// What makes a server unsuitable, in place of what the client of the store says.
+fn unsuitable(why: &str) -> Option<&'static str> {
+    if why.contains("non-partial") || why.starts_with("Range request not") {
+        Some("the server ignores ranges and sends whole objects")
+    } else if why.starts_with("Requested ") && why.contains(", got ") {
+        Some("the server sends another range than it was asked for")
+    } else if why.starts_with("Content-Range header not") {
+        Some("the server does not say which range it sends")
+    } else if why.contains("value for CONTENT_RANGE") || why.starts_with("Content-Length Header") {
+        Some("the server does not say how long the object is")
+    } else if why.starts_with("ETag Header missing") {
+        Some("the server gives no ETag, so a replaced object could not be noticed")
+    } else {
+        None
+    }
+}
+
 /// The innermost cause, made fit for messages. Those around it repeat the URL, with its query, and
 /// count retries.
 fn deepest(error: &dyn Error) -> String {
@@ -138,7 +143,12 @@ fn deepest(error: &dyn Error) -> String {
     }
     let text = cause.to_string();
     if let Some(status) = text.strip_prefix("Server returned non-2xx status code: ") {
-        return shown(&format!("the store answered {}", status.trim_end_matches([' ', ':'])));
+        let status = status.trim_end_matches([' ', ':']);
+        let what_to_do = match status.starts_with('3') {
+            true => "; it has the bucket elsewhere: check the region and the endpoint",
+            false => "",
+        };
+        return shown(&format!("the store answered {status}{what_to_do}"));
     }
     // A reply that claims success, complete.
     if let Some(reply) = text.strip_prefix("Server returned error response: ") {

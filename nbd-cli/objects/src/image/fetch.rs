@@ -21,7 +21,6 @@ use super::cache_file::{BLOCK_LEN, Key};
 use super::flights::{Flights, Landed, Run};
 use super::held::Held;
 use super::sequences::{AHEAD_MAX, RUN_MAX};
-use super::spare::Spare;
 
 /// Requests for blocks that are made at once. Each holds a few blocks in memory.
 const REQUESTS_MAX: usize = 16;
@@ -41,7 +40,6 @@ pub struct ObjectCache {
     pub(super) flights: Arc<Flights>,
     /// Blocks that are read once.
     held: Option<Arc<Held>>,
-    spare: Arc<Spare>,
     requests: Arc<Semaphore>,
     writes: Arc<Semaphore>,
     runtime: Handle,
@@ -61,7 +59,6 @@ impl ObjectCache {
             cache: Arc::new(Cache::open(settings)?),
             flights: Arc::default(),
             held: (settings.reads == Reads::Once).then(Arc::default),
-            spare: Arc::default(),
             requests: Arc::new(Semaphore::new(REQUESTS_MAX)),
             writes: Arc::new(Semaphore::new(WRITES_MAX)),
             runtime,
@@ -112,20 +109,23 @@ impl ObjectCache {
             let mut data = data.map_err(|error| object.failed(&error))?;
             while !data.is_empty() {
                 let expected = object.block_len(run.key().block);
-                if block.is_empty() {
-                    block = self.spare.take();
-                }
                 let part = data.split_to(data.len().min(expected - block.len()));
-                block.extend_from_slice(&part);
-                if block.len() == expected {
-                    let whole = self.spare.lend(std::mem::take(&mut block));
-                    self.land(run.land(whole), &mut keeping).await;
-                    if run.blocks().is_empty() {
-                        while let Some(kept) = keeping.pop_front() {
-                            let _ = kept.await;
-                        }
-                        return Ok(());
+                // The transport sends blocks, unless a request was repeated from the middle of one.
+                let whole = if part.len() == expected {
+                    part
+                } else {
+                    block.extend_from_slice(&part);
+                    if block.len() < expected {
+                        continue;
                     }
+                    Bytes::from(std::mem::take(&mut block))
+                };
+                self.land(run.land(whole), &mut keeping).await;
+                if run.blocks().is_empty() {
+                    while let Some(kept) = keeping.pop_front() {
+                        let _ = kept.await;
+                    }
+                    return Ok(());
                 }
             }
         }

@@ -6,7 +6,6 @@ mod fetch;
 mod flights;
 mod held;
 mod sequences;
-mod spare;
 mod storage;
 
 pub use cache::{CACHE_SIZE_MIN, CacheSettings, Reads};

@@ -7,13 +7,14 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use imgfmt::storage::TryRead;
 use imgfmt::{Capabilities, HostOffset, Storage};
-use object_store::{GetOptions, GetRange, GetResult};
+use object_store::{Attribute, GetOptions, GetRange, GetResult};
 use openssl::sha::Sha256;
 
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::location::StoreUrl;
 use crate::runtime::{LOOK_EVERY, boxed};
 use crate::settings::StoreSettings;
+use crate::shown::shown;
 use crate::store::Place;
 
 use super::cache_file::{BLOCK_LEN, Key};
@@ -236,6 +237,16 @@ fn pinned(name: &str, reply: &GetResult) -> Result<(String, u64)> {
         let why = format!("cannot open {name}: {why}, so a replaced object could not be noticed");
         StoreError::new(StoreErrorKind::Unsuitable, why)
     };
+    let encoding = reply.attributes.get(&Attribute::ContentEncoding).map_or("", |value| &**value);
+    // Some stores keep what only the upload was.
+    if !["", "identity", "aws-chunked"].contains(&encoding) {
+        let why = format!(
+            "cannot open {name}: the server says that it is compressed (Content-Encoding: {}); \
+             store it without that",
+            shown(encoding)
+        );
+        return Err(StoreError::new(StoreErrorKind::Unsuitable, why));
+    }
     match reply.meta.e_tag.as_deref() {
         None | Some("" | "\"\"") => Err(unsuitable("the server gives no ETag")),
         Some(etag) if etag.starts_with("W/") => {

@@ -6,7 +6,9 @@ mod objects;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -18,8 +20,10 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use openssl::ssl::{Ssl, SslAcceptor, SslFiletype, SslMethod};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
+use tokio_openssl::SslStream;
 
 use held::Held;
 use objects::{Answer, Objects, Parsed};
@@ -89,6 +93,7 @@ type Faults = Box<dyn FnMut(&Seen) -> Fault + Send>;
 struct Shared {
     objects: Mutex<Objects>,
     seen: Mutex<Vec<Seen>>,
+    connections: AtomicUsize,
     faults: Mutex<Faults>,
     held: Held,
 }
@@ -96,6 +101,7 @@ struct Shared {
 /// A store on loopback. It ends when it is dropped.
 pub struct TestStore {
     address: SocketAddr,
+    is_tls: bool,
     shared: Arc<Shared>,
     end: Option<oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -114,12 +120,30 @@ impl TestStore {
     ///
     /// If no port can be had.
     pub fn start() -> std::io::Result<Self> {
+        Self::start_with(None)
+    }
+
+    /// Starts such a store with TLS. The certificate and its key are files in the form PEM.
+    ///
+    /// # Errors
+    ///
+    /// If no port can be had, or the files are not a certificate and its key.
+    pub fn start_tls(certificate: &Path, key: &Path) -> std::io::Result<Self> {
+        let mut tls = SslAcceptor::mozilla_intermediate_v5(SslMethod::tls_server())?;
+        tls.set_certificate_chain_file(certificate)?;
+        tls.set_private_key_file(key, SslFiletype::PEM)?;
+        Self::start_with(Some(tls.build()))
+    }
+
+    fn start_with(tls: Option<SslAcceptor>) -> std::io::Result<Self> {
+        let is_tls = tls.is_some();
         let listener = std::net::TcpListener::bind(("127.0.0.1", 0))?;
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared {
             objects: Mutex::default(),
             seen: Mutex::default(),
+            connections: AtomicUsize::new(0),
             faults: Mutex::new(Box::new(|_| Fault::None)),
             held: Held::default(),
         });
@@ -128,17 +152,24 @@ impl TestStore {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let thread = std::thread::spawn(move || {
             runtime.block_on(async {
-                tokio::select! { _ = ended => {} () = accept(listener, served) => {} }
+                tokio::select! { _ = ended => {} () = accept(listener, tls, served) => {} }
             });
             runtime.shutdown_background();
         });
-        Ok(Self { address, shared, end: Some(end), thread: Some(thread) })
+        Ok(Self { address, is_tls, shared, end: Some(end), thread: Some(thread) })
     }
 
-    /// Returns the address: `http://127.0.0.1:PORT`.
+    /// Returns the address: `http://127.0.0.1:PORT`, or `https`.
     #[must_use]
     pub fn endpoint(&self) -> String {
-        format!("http://{}", self.address)
+        let scheme = if self.is_tls { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
+    }
+
+    /// Returns the number of connections that were made, with TLS or without.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.shared.connections.load(Ordering::SeqCst)
     }
 
     /// Stores an object; `key` is `/bucket/key`.
@@ -232,14 +263,24 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn accept(listener: std::net::TcpListener, shared: Arc<Shared>) {
+async fn accept(listener: std::net::TcpListener, tls: Option<SslAcceptor>, shared: Arc<Shared>) {
     let Ok(listener) = TcpListener::from_std(listener) else { return };
     while let Ok((stream, _)) = listener.accept().await {
-        let shared = Arc::clone(&shared);
+        shared.connections.fetch_add(1, Ordering::SeqCst);
+        let (shared, tls) = (Arc::clone(&shared), tls.clone());
         tokio::spawn(async move {
             let _ = stream.set_nodelay(true);
             let service = service_fn(move |request| serve(Arc::clone(&shared), request));
-            let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+            let http = http1::Builder::new();
+            let Some(tls) = tls else {
+                let _ = http.serve_connection(TokioIo::new(stream), service).await;
+                return;
+            };
+            let Ok(ssl) = Ssl::new(tls.context()) else { return };
+            let Ok(mut stream) = SslStream::new(ssl, stream) else { return };
+            if Pin::new(&mut stream).accept().await.is_ok() {
+                let _ = http.serve_connection(TokioIo::new(stream), service).await;
+            }
         });
     }
 }

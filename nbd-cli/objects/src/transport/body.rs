@@ -1,17 +1,21 @@
 //! The body of a reply: with time limits, and never longer than what was asked for.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::body::{Body, Frame, Incoming, SizeHint};
-use hyper::header::{HeaderMap, RANGE};
+use hyper::body::{Body, Frame, SizeHint};
 use object_store::client::{HttpError, HttpErrorKind};
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use crate::spare::Spare;
+
+use super::chunks::Chunks;
 use super::connection::{Connection, broken};
 use super::failure::failed;
+use super::head::Framing;
 
 /// Longest reply to requests without a range, in bytes: lists, results and whole objects. They are
 /// kept in memory.
@@ -29,77 +33,175 @@ pub(super) struct BodyLimits {
 }
 
 impl BodyLimits {
-    /// Adds the limit of length that follows from a request.
-    pub(super) fn of(self, headers: &HeaderMap) -> Self {
-        let range = headers.get(RANGE).and_then(|range| range.to_str().ok());
-        let length = range.and_then(range_len).unwrap_or(WHOLE_MAX);
-        Self { length, ..self }
-    }
-
     fn wait(&self) -> Instant {
         (Instant::now() + self.idle).min(self.deadline)
     }
 }
 
-/// The length of a range with both ends.
-fn range_len(range: &str) -> Option<u64> {
-    let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
-    let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
-    last.checked_sub(first)?.checked_add(1)
-}
-
 /// Takes a connection back when the body has been read.
 type Back = Box<dyn FnOnce(Connection) + Send + Sync>;
 
-/// The body of a reply.
+/// The body of a reply. It is read by those who poll it, as long parts as there are: in full
+/// buffers, but for the last one.
 pub(super) struct ReplyBody {
-    body: Incoming,
     /// Until the end of the body.
     connection: Option<(Connection, Back)>,
+    left: Left,
+    is_kept: bool,
+    /// What has been read of the next part.
+    buffer: Vec<u8>,
+    filled: usize,
+    /// Whether the time limit is that of a wait for this part.
+    is_waiting: bool,
+    /// What comes after the next part.
+    failure: Option<HttpError>,
     limits: BodyLimits,
     received: u64,
     patience: Pin<Box<Sleep>>,
+    spare: Arc<Spare>,
+}
+
+/// What has not been read.
+#[derive(Debug)]
+enum Left {
+    Length(u64),
+    Chunks(Chunks),
+    UntilClose,
 }
 
 impl ReplyBody {
     pub(super) fn new(
-        body: Incoming,
+        head: (Framing, bool),
         connection: Connection,
         limits: BodyLimits,
+        spare: Arc<Spare>,
         back: Back,
     ) -> Self {
-        let patience = Box::pin(sleep_until(limits.wait()));
-        let connection = Some((connection, back));
-        let mut reply = Self { body, connection, limits, received: 0, patience };
-        reply.finish_if_ended();
+        let left = match head.0 {
+            Framing::Length(length) => Left::Length(length),
+            Framing::Chunked => Left::Chunks(Chunks::default()),
+            Framing::Close => Left::UntilClose,
+        };
+        let mut reply = Self {
+            connection: Some((connection, back)),
+            left,
+            is_kept: head.1,
+            buffer: Vec::new(),
+            filled: 0,
+            is_waiting: false,
+            failure: None,
+            limits,
+            received: 0,
+            patience: Box::pin(sleep_until(limits.wait())),
+            spare,
+        };
+        if matches!(reply.left, Left::Length(0)) {
+            reply.end();
+        }
         reply
     }
 
-    fn finish_if_ended(&mut self) {
-        if self.body.is_end_stream()
-            && let Some((connection, back)) = self.connection.take()
+    /// Hands the connection back. One that has more than the reply is closed.
+    fn end(&mut self) {
+        if let Some((connection, back)) = self.connection.take()
+            && self.is_kept
+            && connection.is_empty()
         {
             back(connection);
         }
     }
 
-    fn poll_data(
-        &mut self,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, HttpError>>> {
-        let frame = Pin::new(&mut self.body).poll_frame(context);
-        // A store that always has data does not come to the wait.
-        let is_late = Instant::now() >= self.limits.deadline;
-        match frame {
-            Poll::Ready(Some(Ok(_))) if is_late => {}
-            Poll::Ready(frame) => return Poll::Ready(frame.map(|frame| frame.map_err(broken))),
-            Poll::Pending => ready!(self.patience.as_mut().poll(context)),
+    /// Reads into the buffer until it is full, or the body has ended or failed.
+    fn poll_fill(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        if self.buffer.is_empty() {
+            self.buffer = self.spare.take();
         }
+        let before = self.filled;
+        while let Some((connection, _)) = &mut self.connection
+            && self.failure.is_none()
+            && self.filled < self.buffer.len()
+        {
+            let read = self.left.poll_read(context, connection, &mut self.buffer[self.filled..]);
+            match read {
+                Poll::Ready(Ok(read)) => {
+                    self.filled += read;
+                    if read == 0 || matches!(self.left, Left::Length(0)) {
+                        self.end();
+                    }
+                }
+                Poll::Ready(Err(error)) => self.failure = Some(error),
+                Poll::Pending => {
+                    // The caller may have taken its time.
+                    if !std::mem::replace(&mut self.is_waiting, true) || self.filled > before {
+                        let next = self.limits.wait();
+                        self.patience.as_mut().reset(next);
+                    }
+                    ready!(self.patience.as_mut().poll(context));
+                    let is_late = Instant::now() >= self.limits.deadline;
+                    if !is_late && self.connection.as_mut().is_some_and(|(it, _)| it.has_few()) {
+                        let next = self.limits.wait();
+                        self.patience.as_mut().reset(next);
+                        continue;
+                    }
+                    self.failure = Some(self.too_late());
+                }
+            }
+        }
+        // A store that always has data does not come to the wait.
+        if self.failure.is_none() && Instant::now() >= self.limits.deadline {
+            self.failure = Some(self.too_late());
+        }
+        Poll::Ready(())
+    }
+
+    fn too_late(&self) -> HttpError {
         let why = match Instant::now() < self.limits.deadline {
             true => format!("the store has sent nothing for {} s", self.limits.idle.as_secs_f32()),
             false => "the reply has taken longer than a request may".to_owned(),
         };
-        Poll::Ready(Some(Err(failed(HttpErrorKind::Timeout, why))))
+        failed(HttpErrorKind::Timeout, why)
+    }
+
+    /// Takes what was read.
+    fn part(&mut self) -> Bytes {
+        let length = std::mem::take(&mut self.filled);
+        self.is_waiting = false;
+        // Short ones may be kept for long.
+        if length < self.buffer.len() / 2 {
+            return Bytes::copy_from_slice(&self.buffer[..length]);
+        }
+        self.spare.lend(std::mem::take(&mut self.buffer), length)
+    }
+}
+
+impl Left {
+    /// Reads some bytes; none at the end of the body.
+    fn poll_read(
+        &mut self,
+        context: &mut Context<'_>,
+        connection: &mut Connection,
+        buffer: &mut [u8],
+    ) -> Poll<Result<usize, HttpError>> {
+        match self {
+            Self::Length(left) => {
+                let most =
+                    usize::try_from(*left).map_or(buffer.len(), |left| left.min(buffer.len()));
+                let read = ready!(connection.poll_read(context, &mut buffer[..most]));
+                let read = read.ok().filter(|read| *read > 0).ok_or_else(broken)?;
+                *left = left.saturating_sub(read as u64);
+                Poll::Ready(Ok(read))
+            }
+            Self::Chunks(chunks) => chunks.poll_read(context, connection, buffer),
+            Self::UntilClose => {
+                connection.poll_read(context, buffer).map(|read| read.map_err(|_| broken()))
+            }
+        }
+    }
+}
+
+impl Drop for ReplyBody {
+    fn drop(&mut self) {
+        self.spare.put(std::mem::take(&mut self.buffer));
     }
 }
 
@@ -111,49 +213,32 @@ impl Body for ReplyBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, HttpError>>> {
-        let frame = ready!(self.poll_data(context));
-        match &frame {
-            None => {
-                if let Some((connection, back)) = self.connection.take() {
-                    back(connection);
-                }
-            }
-            Some(Err(_)) => drop(self.connection.take()),
-            Some(Ok(frame)) => {
-                self.received += frame.data_ref().map_or(0, |data| data.len() as u64);
-                if self.received > self.limits.length {
-                    drop(self.connection.take());
-                    let why = "the store sends more than it was asked for";
-                    return Poll::Ready(Some(Err(failed(HttpErrorKind::Decode, why))));
-                }
-                let next = self.limits.wait();
-                self.patience.as_mut().reset(next);
-                self.finish_if_ended();
-            }
+        if self.connection.is_some() && self.failure.is_none() {
+            ready!(self.poll_fill(context));
         }
-        Poll::Ready(frame)
+        if self.filled > 0 {
+            let part = self.part();
+            self.received += part.len() as u64;
+            if self.received <= self.limits.length {
+                return Poll::Ready(Some(Ok(Frame::data(part))));
+            }
+            let why = "the store sends more than it was asked for";
+            self.failure = Some(failed(HttpErrorKind::Decode, why));
+        }
+        if self.failure.is_some() {
+            drop(self.connection.take());
+        }
+        Poll::Ready(self.failure.take().map(Err))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.connection.is_none() && self.failure.is_none() && self.filled == 0
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn length_of_a_range_is_known_if_both_ends_are() {
-        assert_eq!(range_len("bytes=0-4095"), Some(4096));
-        assert_eq!(range_len("bytes=5-5"), Some(1));
-        assert_eq!(range_len("bytes=5-"), None);
-        assert_eq!(range_len("bytes=-5"), None);
-        assert_eq!(range_len("bytes=5-4"), None);
-        assert_eq!(range_len("bytes=0-18446744073709551615"), None);
+        match self.left {
+            Left::Length(left) => SizeHint::with_exact(left.saturating_add(self.filled as u64)),
+            _ => SizeHint::default(),
+        }
     }
 }

@@ -1,18 +1,26 @@
-//! HTTP/1 requests by hyper, over TLS by OpenSSL.
+//! HTTP/1.1 requests (RFC 9112), over TLS by OpenSSL.
+//!
+//! The task that wants a body reads it from the socket, into buffers that become the blocks of
+//! images: hyper's client reads on a task of its own, into buffers of its own.
 //!
 //! Proxies are not used: the variables `HTTPS_PROXY` and so on have no effect, and the error of a
 //! failed connection says so.
 
 mod body;
+mod chunks;
 mod completion;
 mod connection;
+mod dial;
 mod failure;
+mod head;
 mod limiter;
 mod listing;
 mod log;
 mod pool;
+mod range;
 mod redirect;
 mod refusal;
+mod stream;
 mod trust;
 
 use std::num::NonZeroU32;
@@ -20,7 +28,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use hyper::body::Incoming;
 use hyper::header::{HOST, HeaderValue, LOCATION, USER_AGENT};
 use hyper::http::response::Parts;
 use hyper::{Method, StatusCode, Uri};
@@ -33,13 +40,16 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::error::Result;
 use crate::settings::{StoreSettings, Timeouts};
+use crate::spare::Spare;
 
 pub(crate) use body::WHOLE_MAX;
 pub(crate) use completion::Completion;
 
 use body::{BodyLimits, ReplyBody};
-use connection::{Connection, Dialer, Origin};
+use connection::Connection;
+use dial::{Dialer, Origin};
 use failure::failed;
+use head::Head;
 use limiter::Limiter;
 use log::RequestLine;
 use pool::Pool;
@@ -75,6 +85,7 @@ struct Shared {
     pool: Pool,
     limiter: Limiter,
     timeouts: Timeouts,
+    spare: Arc<Spare>,
 }
 
 impl Transport {
@@ -87,7 +98,8 @@ impl Transport {
         let dialer = Dialer::new(settings)?;
         let limit = settings.requests_per_second.map(NonZeroU32::get);
         let limiter = Limiter::new(limit);
-        let shared = Shared { dialer, pool: Pool::default(), limiter, timeouts: settings.timeouts };
+        let (pool, timeouts, spare) = (Pool::default(), settings.timeouts, Arc::default());
+        let shared = Shared { dialer, pool, limiter, timeouts, spare };
         Ok(Self { shared: Arc::new(shared), redirects, completion: Completion::default() })
     }
 
@@ -158,8 +170,9 @@ impl Transport {
     ) -> Result<HttpResponse, HttpError> {
         let shared = &self.shared;
         let origin = Origin::of(request.uri())?;
-        let limits = BodyLimits { idle: shared.timeouts.idle, deadline, length: 0 };
-        let mut limits = limits.of(request.headers());
+        let asked = range::asked(request.headers());
+        let length = asked.and_then(range::length).unwrap_or(WHOLE_MAX);
+        let mut limits = BodyLimits { idle: shared.timeouts.idle, deadline, length };
         let is_list = listing::is_wanted(request.uri());
         if is_list || listing::is_of_uploads(&request) {
             limits.length = listing::LIST_MAX;
@@ -173,38 +186,37 @@ impl Transport {
             };
             // The server may have closed a connection that was used before.
             let again = (is_used && is_safe(request.method())).then(|| request.clone());
-            match connection.send(request, shared.timeouts.idle).await {
-                Ok(reply) => {
-                    let (head, body) = self.receive(reply, connection, origin, limits);
-                    let body = match head.status {
-                        // What it says of signatures and keys stays here.
-                        status if status.is_client_error() || status.is_server_error() => {
-                            refusal::summarised(body).await.into()
-                        }
-                        StatusCode::OK if is_list => listing::checked(body).await?.into(),
-                        _ => HttpResponseBody::new(body),
-                    };
-                    return Ok(HttpResponse::from_parts(head, body));
+            let mut head = match connection.send(request, shared.timeouts.idle).await {
+                Ok(head) => head,
+                Err(error) => {
+                    request = again.ok_or(error)?;
+                    continue;
                 }
-                Err(refused) => match (refused.unsent.map(|unsent| *unsent).or(again), is_used) {
-                    (Some(unsent), true) => request = unsent,
-                    _ => return Err(refused.error),
-                },
-            }
+            };
+            range::complete(&mut head.parts, head.framing, asked)?;
+            let (head, body) = self.receive(head, connection, origin, limits);
+            let body = match head.status {
+                // What it says of signatures and keys stays here.
+                status if status.is_client_error() || status.is_server_error() => {
+                    refusal::summarised(body).await.into()
+                }
+                StatusCode::OK if is_list => listing::checked(body).await?.into(),
+                _ => HttpResponseBody::new(body),
+            };
+            return Ok(HttpResponse::from_parts(head, body));
         }
     }
 
     fn receive(
         &self,
-        reply: hyper::Response<Incoming>,
+        Head { parts, framing, is_kept }: Head,
         connection: Connection,
         origin: Origin,
         limits: BodyLimits,
     ) -> (Parts, ReplyBody) {
-        let (head, incoming) = reply.into_parts();
-        let shared = Arc::clone(&self.shared);
+        let (shared, spare) = (Arc::clone(&self.shared), Arc::clone(&self.shared.spare));
         let back = Box::new(move |connection| shared.pool.put(origin, connection));
-        (head, ReplyBody::new(incoming, connection, limits, back))
+        (parts, ReplyBody::new((framing, is_kept), connection, limits, spare, back))
     }
 }
 

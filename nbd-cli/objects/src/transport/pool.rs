@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::connection::{Connection, Origin};
+use super::connection::Connection;
+use super::dial::Origin;
 
 /// How long a connection is kept. Servers close theirs after 5 s and more.
 const KEPT: Duration = Duration::from_secs(20);
@@ -21,8 +22,9 @@ impl Pool {
     pub(super) fn take(&self, origin: &Origin) -> Option<Connection> {
         let mut pool = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = pool.get_mut(origin)?;
-        while let Some((connection, since)) = kept.pop() {
-            if since.elapsed() < KEPT && !connection.is_closed() {
+        while let Some((mut connection, since)) = kept.pop() {
+            // The server may have closed it.
+            if since.elapsed() < KEPT && connection.is_usable() {
                 return Some(connection);
             }
         }
@@ -33,7 +35,7 @@ impl Pool {
     pub(super) fn put(&self, origin: Origin, connection: Connection) {
         let mut pool = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = pool.entry(origin).or_default();
-        kept.retain(|(connection, since)| since.elapsed() < KEPT && !connection.is_closed());
+        kept.retain(|(_, since)| since.elapsed() < KEPT);
         if kept.len() < KEPT_MAX {
             kept.push((connection, Instant::now()));
         }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use object_store::client::HttpErrorKind;
 use openssl::ssl::{SslConnector, SslConnectorBuilder, SslMethod, SslRef, SslVersion};
 use openssl::x509::X509VerifyResult;
 
@@ -18,6 +19,12 @@ const BUNDLES: [&str; 5] = [
     "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
     "/etc/ssl/cert.pem",
 ];
+
+// The results of a verification that need an answer of their own (OpenSSL's `x509_vfy.h`).
+const CERT_NOT_YET_VALID: i32 = 9;
+const CERT_HAS_EXPIRED: i32 = 10;
+const HOSTNAME_MISMATCH: i32 = 62;
+const IP_ADDRESS_MISMATCH: i32 = 64;
 
 /// Returns the settings of TLS: version 1.2 or 1.3, certificates and names are verified.
 ///
@@ -69,16 +76,31 @@ fn unreadable(file: &Path, why: &str) -> StoreError {
     StoreError::invalid(format!("cannot use the authorities in '{}': {why}", file.display()))
 }
 
-/// Describes a failed handshake.
-pub(super) fn explain(error: &openssl::ssl::Error, ssl: &SslRef) -> String {
-    match ssl.verify_result() {
-        X509VerifyResult::OK => match error.io_error() {
-            Some(_) => "it has closed the connection in the handshake of TLS".to_owned(),
-            None => "the handshake of TLS failed; is it a server with TLS?".to_owned(),
-        },
-        result => format!(
-            "its certificate is not valid: {}; name its authority if you trust it",
-            result.error_string()
-        ),
+/// Describes a failed handshake, and says whether it may succeed the next time.
+pub(super) fn explain(
+    error: &openssl::ssl::Error,
+    ssl: &SslRef,
+    host: &str,
+) -> (HttpErrorKind, String) {
+    let result = ssl.verify_result();
+    if result == X509VerifyResult::OK {
+        let why = match error.io_error() {
+            Some(_) => "it has closed the connection in the handshake of TLS",
+            None => "the handshake of TLS failed; is it a server with TLS?",
+        };
+        return (HttpErrorKind::Connect, why.to_owned());
     }
+    let why = result.error_string();
+    let what_to_do = match result.as_raw() {
+        CERT_NOT_YET_VALID => "check the clock of this machine".to_owned(),
+        CERT_HAS_EXPIRED => {
+            "the operator of the store has to renew it, unless the clock of this machine is wrong"
+                .to_owned()
+        }
+        HOSTNAME_MISMATCH | IP_ADDRESS_MISMATCH => {
+            format!("it is not for '{host}': use a name that it has")
+        }
+        _ => "if you trust its authority, name the file of that (--store-authorities)".to_owned(),
+    };
+    (HttpErrorKind::Unknown, format!("its certificate is not valid: {why}; {what_to_do}"))
 }
