@@ -23,7 +23,7 @@ use super::id::Id;
 use super::map::Map;
 use super::objects::Objects;
 use super::page::{BLOCK_SIZE, PAGE_BLOCKS, PAGE_SPAN};
-use super::protocol::{Reader, Rules, Step};
+use super::protocol::{Answer, Reader, Request, Rules, Step};
 use super::repository::Repository;
 use crate::runtime::boxed;
 
@@ -109,10 +109,11 @@ impl Repository {
         damage: Damage,
     ) -> Result<OpenBackup> {
         let mut reader = Reader::new(Id::random()?, id, Rules::ALL);
+        let mut root = None;
         let opened = loop {
             match reader.step() {
                 Step::Request(request) => {
-                    let answer = self.objects.carry_out(request).await;
+                    let answer = self.ask(&reader, request, &mut root).await;
                     if answer.is_err() {
                         self.unpin(&mut reader).await;
                     }
@@ -145,6 +146,31 @@ impl Repository {
         let disk = Arc::new(Disk { map, start, count, objects, cache, requests, damage });
         let pin = Mutex::new(Some(reader));
         Ok(OpenBackup { disk, head, window, pin, repository: self.clone() })
+    }
+
+    /// Carries a request of a reader out. The first time that its root may be read at the same
+    /// time, it is, and kept until the reader asks for it.
+    async fn ask(
+        &self,
+        reader: &Reader,
+        request: Request,
+        root: &mut Option<Result<Answer>>,
+    ) -> Result<Answer> {
+        if matches!(request, Request::Get(_))
+            && let Some(found) = root.take()
+        {
+            return found;
+        }
+        match reader.beside().filter(|_| root.is_none()) {
+            Some(beside) => {
+                let carry_out = |request| self.objects.carry_out(request);
+                let (one, other) = (carry_out(request), carry_out(beside));
+                let (answer, found) = tokio::join!(one, other);
+                *root = Some(found);
+                answer
+            }
+            None => self.objects.carry_out(request).await,
+        }
     }
 
     /// Removes a pin, as well as that goes: one that stays costs space.

@@ -114,6 +114,66 @@ impl Collector {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn id(&self) -> Id {
+        self.id
+    }
+
+    /// How far it is. It never goes back.
+    #[cfg(test)]
+    pub(super) fn progress(&self) -> usize {
+        match (&self.state, self.round.is_second) {
+            (State::ListPacks, _) => 0,
+            (State::ListPins | State::ReadPins(_), false) => 1,
+            (State::ListBackups | State::ListMoved(_) | State::ReadBackups(_), false) => 2,
+            (State::Condemn, _) => 3,
+            (State::ListSessions, _) => 4,
+            (State::Sessions(_) | State::Running(_), _) => 5,
+            (State::Fence(_) | State::RemoveSession(_), _) => 5,
+            (State::ListPins | State::ReadPins(_), true) => 6,
+            (State::ListBackups | State::ListMoved(_) | State::ReadBackups(_), true) => 7,
+            (State::Delete(_), _) => 8,
+            (State::Shrink(_) | State::RemoveMark(_), _) => 9,
+            (State::Forgive | State::ForgiveLost(_), _) => 10,
+            (State::ListOthers | State::ReadOthers(_), _) => 11,
+            (State::ListPacksAgain(..) | State::RemoveOther(_), _) => 11,
+            (State::Ended | State::Lost(_), _) => 12,
+        }
+    }
+
+    /// Lets go of what does not matter any more, so that a search finds fewer different states.
+    #[cfg(test)]
+    pub(super) fn settle(&mut self) {
+        let progress = self.progress();
+        let condemned = &self.condemned;
+        self.lists.clear();
+        self.round.needed.retain(|pack| condemned.contains(pack));
+        if progress > 2 {
+            self.marked.retain(|id| self.shrinkable.contains(id));
+        }
+        if progress > 5 {
+            // A second look decides by its pins and by what is needed alone.
+            (self.round.forgotten, self.round.chosen) = Default::default();
+        }
+        if matches!((&self.state, progress), (State::ReadBackups(_), 7) | (_, 8..)) {
+            self.names.clear();
+        }
+        if progress > 7 {
+            self.condemned.clear();
+            self.moves = Moves::default();
+            self.round = Round::default();
+        }
+        if progress > 8 {
+            self.shrinkable.clear();
+        }
+        if progress > 9 {
+            self.marked.clear();
+        }
+        if progress > 11 {
+            self.packs.clear();
+        }
+    }
+
     /// Packs that are condemned.
     pub(crate) fn condemned(&self) -> &BTreeSet<PackId> {
         &self.condemned

@@ -68,6 +68,26 @@ impl Reader {
         })
     }
 
+    /// Returns a request that may be made at the same time as the [next](Self::step) one, or as
+    /// those before it is asked for, which is when its answer is taken.
+    pub(crate) fn beside(&self) -> Option<Request> {
+        let is_early = matches!(self.state, State::ListMoved | State::ReadMoves(_));
+        (is_early && self.is_pinned).then_some(Request::Get(Key::Backup(self.backup)))
+    }
+
+    /// Lets go of what does not matter any more, so that a search finds fewer different states.
+    #[cfg(test)]
+    pub(super) fn settle(&mut self) {
+        match self.state {
+            State::ReadMap(..) | State::Reading(_) | State::Unpin => self.moves = Moves::default(),
+            State::Ended => {
+                self.moves = Moves::default();
+                (self.is_pinned, self.has_listed) = (false, false);
+            }
+            _ => {}
+        }
+    }
+
     /// Takes the answer to the request.
     pub(crate) fn answer(&mut self, answer: Answer) {
         let state = std::mem::replace(&mut self.state, State::Ended);

@@ -75,6 +75,18 @@ impl Writer {
         }
     }
 
+    /// Lets go of what does not matter any more, so that a search finds fewer different states.
+    #[cfg(test)]
+    pub(super) fn settle(&mut self) {
+        let refers = matches!(
+            self.state,
+            State::Register | State::ListCondemned | State::ReadCondemned(_) | State::Writing
+        );
+        if !refers {
+            (self.condemned, self.lacks_list) = (Vec::new(), false);
+        }
+    }
+
     /// Returns the next request.
     pub(crate) fn step(&self) -> Step<Committed> {
         Step::Request(match &self.state {

@@ -22,6 +22,36 @@ async fn scene() -> (TestStore, Repository, Vec<u8>, Id) {
     (store, repository, disk, made.id)
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn root_is_read_while_the_compactions_are_listed_and_after_the_pin() {
+    let store = TestStore::start().unwrap();
+    let repository = Repository::init(place_in(&store), None).await.unwrap();
+    let made = back_up(&repository, "vm1", &disk(20, 5), None).await;
+    store.take_seen();
+    let is_root = |seen: &Seen| seen.method == "GET" && seen.key.contains("/backups/");
+    let is_list = |seen: &Seen| seen.query.contains("repo%2Fmoved");
+    store.fail(move |seen| match is_root(seen) || is_list(seen) {
+        true => Fault::Held,
+        false => Fault::None,
+    });
+    let reading = tokio::spawn(async move {
+        let opened = repository.read(made.id, Damage::Refused).await;
+        opened.unwrap().close().await;
+    });
+    let start = Instant::now();
+    while store.held() < 2 {
+        assert!(start.elapsed() < Duration::from_secs(10), "{} at a time", store.held());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    store.fail(|_| Fault::None);
+    store.release();
+    reading.await.unwrap();
+    let seen = store.take_seen();
+    assert_eq!(seen.len(), 4, "{seen:?}");
+    assert!(seen[0].method == "PUT" && seen[0].key.contains("/pins/"), "{seen:?}");
+    assert_eq!(seen[3].query, "delete", "{seen:?}");
+}
+
 /// The number of the pack that is read, if it is one.
 fn pack(seen: &Seen) -> Option<u32> {
     let is_read = seen.method == "GET" && seen.key.contains("/packs/");

@@ -5,8 +5,8 @@ use bytes::Bytes;
 use super::super::super::seal::Hash;
 use super::super::{Compaction, Moved, Part};
 use super::{
-    Actor, Base, Drop, Key, Object, Rules, Store, World, backup, collector, forget, id,
-    is_complete, is_needed, pack, reader, sample, search,
+    Actor, Base, Drop, Key, Length, Object, Rules, Store, World, backup, id, is_needed, pack,
+    search_large, search_twice,
 };
 
 /// The object of a compaction of the backup 1.
@@ -42,20 +42,20 @@ fn compacting(rules: Rules) -> [World; 7] {
         let store = to_compact(is_compacted);
         World { store, actors }
     };
-    let collector = || collector(20, rules);
+    let collector = || Actor::collector(20, rules);
     let mut after_interruption = world(false, vec![compactor(5, rules), collector()]);
     after_interruption.store.objects.insert(Key::Session(id(9)), Object::Session(Bytes::new()));
     after_interruption.store.packs.insert(pack(9));
     [
-        world(false, vec![compactor(5, rules), collector(), reader(rules)]),
-        world(true, vec![compactor(5, rules), collector(), reader(rules)]),
-        world(false, vec![compactor(5, rules), collector(), forget(1)]),
+        world(false, vec![compactor(5, rules), collector(), Actor::reader(rules)]),
+        world(true, vec![compactor(5, rules), collector(), Actor::reader(rules)]),
+        world(false, vec![compactor(5, rules), collector(), Actor::forget(1)]),
         world(
             false,
             vec![compactor(5, rules), collector(), Actor::writer(2, Base::Backup(id(1)), rules)],
         ),
         world(false, vec![compactor(5, rules), collector(), compactor(6, rules)]),
-        world(true, vec![collector(), forget(1), reader(rules)]),
+        world(true, vec![collector(), Actor::forget(1), Actor::reader(rules)]),
         after_interruption,
     ]
 }
@@ -63,9 +63,8 @@ fn compacting(rules: Rules) -> [World; 7] {
 #[test]
 fn no_order_of_requests_loses_what_is_compacted() {
     for world in compacting(Rules::ALL) {
-        let states = search(world, 4_000_000).unwrap();
-        println!("{states} states");
-        assert!(states > 100);
+        let worlds = search_twice("all rules", &world).unwrap();
+        assert!(worlds > 100);
     }
 }
 
@@ -93,28 +92,25 @@ fn every_rule_of_compactions_is_needed() {
 #[test]
 fn compaction_beside_writers_a_collector_a_reader_and_who_forgets_loses_nothing() {
     let rules = Rules::ALL;
-    let mut actors = vec![
-        compactor(5, rules),
-        Actor::writer(2, Base::Backup(id(1)), rules),
-        collector(20, rules),
-        forget(1),
-        reader(rules),
-    ];
-    let store = to_compact(true);
-    let others = [
-        vec![compactor(5, rules), compactor(6, rules), collector(20, rules), reader(rules)],
-        vec![compactor(5, rules), collector(20, rules), collector(21, rules), reader(rules)],
-        vec![compactor(5, rules), collector(20, rules), forget(1), reader(rules)],
-    ];
-    for actors in others {
-        let start = World { store: store.clone(), actors };
-        if is_complete() {
-            println!("{} states", search(start, 40_000_000).unwrap());
-        } else {
-            sample(&start, 1000).unwrap();
-        }
-    }
+    let compactor = || compactor(5, rules);
+    let writer = || Actor::writer(2, Base::Backup(id(1)), rules);
+    let collector = || Actor::collector(20, rules);
+    let reader = || Actor::reader(rules);
+    let forget = || Actor::forget(1);
     // What the interrupted compaction wrote is used as well.
-    actors.push(Actor::writer(3, Base::PackOf(id(5)), rules));
-    sample(&World { store, actors }, if is_complete() { 100_000 } else { 1000 }).unwrap();
+    let after = || Actor::writer(3, Base::PackOf(id(5)), rules);
+    let other = || self::compactor(6, rules);
+    let second = || Actor::collector(21, rules);
+    let all = || vec![compactor(), writer(), collector(), forget(), reader()];
+    for (name, length, actors) in [
+        ("gc, reader, forget", Length::Short, vec![compactor(), collector(), reader(), forget()]),
+        ("gc, reader, writer", Length::Short, vec![compactor(), collector(), reader(), writer()]),
+        ("another, gc, reader", Length::Long, vec![compactor(), other(), collector(), reader()]),
+        ("two gcs, reader", Length::Long, vec![compactor(), collector(), second(), reader()]),
+        ("writer, gc, forget, reader", Length::Long, all()),
+        ("two writers, gc, forget, reader", Length::TooLong, [all(), vec![after()]].concat()),
+    ] {
+        let start = World { store: to_compact(true), actors };
+        search_large(&format!("compaction, {name}"), length, start);
+    }
 }
