@@ -17,7 +17,7 @@ const FAULTS: [Fault; 7] = [
 ];
 
 fn met(only: &[&str], is_encrypted: bool) {
-    judge(only, is_encrypted, |random| {
+    judge(only, is_encrypted, false, |random| {
         let always = FAULTS[random.below(FAULTS.len())];
         [&FAULTS.map(Fate::Once)[..], &[Fate::Always(always)]].concat()
     });

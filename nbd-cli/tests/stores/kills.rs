@@ -6,7 +6,7 @@ use crate::support::{Fate, is_thorough, judge, seed};
 const FATES: [Fate; 4] = [Fate::KilledBefore, Fate::KilledAfter, Fate::LostBefore, Fate::LostAfter];
 
 fn interrupted(only: &[&str], is_encrypted: bool) {
-    judge(only, is_encrypted, |_| FATES.to_vec());
+    judge(only, is_encrypted, false, |_| FATES.to_vec());
 }
 
 #[test]
@@ -34,7 +34,10 @@ fn interrupted_forget_prune_and_gc_lose_no_backup() {
 
 #[test]
 fn interrupted_compaction_is_completed_by_another_one_and_costs_no_backup() {
-    interrupted(&["repo compact", "repo gc, compacted"], is_thorough() && seed().is_multiple_of(2));
+    let is_encrypted = is_thorough() && seed().is_multiple_of(2);
+    // In each round of soak at every request.
+    judge(&["repo compact"], is_encrypted, is_thorough(), |_| FATES.to_vec());
+    interrupted(&["repo gc, compacted"], is_encrypted);
 }
 
 #[test]

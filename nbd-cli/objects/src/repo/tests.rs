@@ -2,6 +2,7 @@
 
 mod compacting;
 mod faults;
+mod killed;
 mod maps;
 mod reading;
 mod succession;

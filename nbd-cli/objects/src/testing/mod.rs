@@ -69,6 +69,13 @@ pub enum Fault {
 #[derive(Clone, Debug, Default)]
 pub struct Contents(BTreeMap<String, objects::Object>);
 
+impl Contents {
+    /// The keys: `/bucket/key`.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+}
+
 /// A request that the store has seen.
 #[derive(Clone, Debug)]
 pub struct Seen {
@@ -175,6 +182,11 @@ impl TestStore {
     /// Stores an object; `key` is `/bucket/key`.
     pub fn put(&self, key: &str, data: impl Into<Bytes>) {
         lock(&self.shared.objects).put(key, data.into());
+    }
+
+    /// Stores objects. Those next to each other with the same memory take no more of it.
+    pub fn put_all(&self, all: impl IntoIterator<Item = (String, Bytes)>) {
+        lock(&self.shared.objects).put_all(all);
     }
 
     /// Returns the contents of an object.

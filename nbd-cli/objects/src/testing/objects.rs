@@ -94,6 +94,16 @@ impl Objects {
         self.objects.insert(key.to_owned(), Object::new(data));
     }
 
+    pub(super) fn put_all(&mut self, all: impl IntoIterator<Item = (String, Bytes)>) {
+        let mut last: Option<Object> = None;
+        for (key, data) in all {
+            let is_same = |it: &Object| it.data.as_ptr() == data.as_ptr();
+            let object = last.take().filter(is_same).unwrap_or_else(|| Object::new(data.clone()));
+            last = Some(object.clone());
+            self.objects.insert(key, object);
+        }
+    }
+
     pub(super) fn uploads(&self) -> Vec<String> {
         self.uploads.keys().cloned().collect()
     }
@@ -192,9 +202,10 @@ impl Objects {
         let most = most.unwrap_or(1000_usize);
         let (mut items, mut groups) = (Vec::new(), Vec::new());
         let mut last = None;
-        for (key, object) in &self.objects {
+        let first = format!("{bucket}{}", after.max(prefix));
+        for (key, object) in self.objects.range(first..) {
             let Some(key) = key.strip_prefix(&bucket).filter(|key| key.starts_with(prefix)) else {
-                continue;
+                break;
             };
             if key <= after {
                 continue;

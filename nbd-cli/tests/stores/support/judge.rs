@@ -8,7 +8,13 @@ use super::{Fate, Outcome};
 const FATES_MAX: usize = 2;
 
 /// Runs each of these commands until a request meets a fate, judges what is left, and runs it again.
-pub(crate) fn judge(only: &[&str], is_encrypted: bool, fates: impl Fn(&mut Random) -> Vec<Fate>) {
+/// `is_every` says that each request does, whatever the environment says.
+pub(crate) fn judge(
+    only: &[&str],
+    is_encrypted: bool,
+    is_every: bool,
+    fates: impl Fn(&mut Random) -> Vec<Fate>,
+) {
     let world = World::new(is_encrypted);
     let mut random = Random::new(seed());
     let mut judged = 0;
@@ -18,7 +24,7 @@ pub(crate) fn judge(only: &[&str], is_encrypted: bool, fates: impl Fn(&mut Rando
             let _live = (case.prepare)(&scene);
             scene.count(&case.arguments)
         };
-        for point in points(count, &mut random) {
+        for point in points(count, is_every, &mut random) {
             let fates = fates(&mut random);
             for fate in some(fates, FATES_MAX, &mut random) {
                 let context = format!("{}, request {point} of {count}, {fate:?}", case.name);
@@ -50,10 +56,10 @@ fn check_end(fate: Fate, outcome: &Outcome, is_reached: bool, context: &str) {
 }
 
 /// The requests of a command that meet a fault: so many of `count`, or all, as the environment says.
-fn points(count: usize, random: &mut Random) -> Vec<usize> {
+fn points(count: usize, is_every: bool, random: &mut Random) -> Vec<usize> {
     let wanted = std::env::var("NBD_STORE_POINTS").ok().and_then(|it| it.parse().ok());
     let mut points: Vec<usize> = (0..count).collect();
-    let wanted = wanted.unwrap_or(1).min(count);
+    let wanted = if is_every { count } else { wanted.unwrap_or(1).min(count) };
     for index in 0..wanted {
         points.swap(index, index + random.below(count - index));
     }
