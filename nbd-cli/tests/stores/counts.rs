@@ -186,7 +186,7 @@ fn sixteen_tebibytes_take_little_memory() {
 }
 
 /// Runs a program to its end, and returns the most memory that it had, in MiB.
-fn peak_of(mut command: Command) -> u64 {
+pub(crate) fn peak_of(mut command: Command) -> u64 {
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("a program");
     let mut peak = 0;
     loop {

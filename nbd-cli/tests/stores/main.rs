@@ -11,3 +11,4 @@ mod support;
 mod counts;
 mod faults;
 mod kills;
+mod large;

@@ -15,12 +15,16 @@ use super::map::Map;
 use super::pack::{Footer, FrameKind};
 use super::page::{BLOCK_SIZE, PAGE_LEN_MAX};
 use super::protocol::Moves;
+use super::recent::Recent;
 use super::repository::Repository;
 use super::seal::{Hash, Sealer};
 use super::stored::PACK_BYTES_MAX;
 
 /// Packs read at a time.
 const READS: usize = 4;
+/// Pages that are known to be checked, at least: those of 27 TiB, in at most 36 MiB. Others are
+/// checked once more.
+const PAGES_SEEN: usize = 900_000;
 
 /// Something that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,7 +54,6 @@ pub struct Checked {
 }
 
 /// What the backups say about the packs.
-#[derive(Default)]
 struct Needs {
     /// For each pack the end of its last frame that is needed.
     packs: BTreeMap<PackId, u64>,
@@ -61,7 +64,7 @@ struct Needs {
     lost_packs: BTreeMap<PackId, String>,
     names: Vec<(Id, String)>,
     /// Pages that were read, and what backups say of them: they are shared by many backups.
-    pages: HashSet<Hash>,
+    pages: Recent<Hash>,
     /// Packs that were read whole and are as they were written: where their directories are, and
     /// the blocks that are shorter than others: offsets and lengths, in bytes.
     sound: HashMap<PackId, (Footer, Vec<(u32, u32)>)>,
@@ -69,6 +72,22 @@ struct Needs {
     /// Last blocks that were read: pack, offset, length in bytes.
     last: HashSet<(PackId, u32, usize)>,
     problems: BTreeMap<String, BTreeSet<usize>>,
+}
+
+impl Needs {
+    fn new() -> Self {
+        Self {
+            packs: BTreeMap::new(),
+            bad_packs: BTreeMap::new(),
+            lost_packs: BTreeMap::new(),
+            names: Vec::new(),
+            pages: Recent::new(PAGES_SEEN),
+            sound: HashMap::new(),
+            directories: Directories::default(),
+            last: HashSet::new(),
+            problems: BTreeMap::new(),
+        }
+    }
 }
 
 impl Repository {
@@ -92,7 +111,7 @@ impl Repository {
     }
 
     async fn check_once(&self, percent: f64, moves: &Moves) -> Result<Checked> {
-        let mut needs = Needs::default();
+        let mut needs = Needs::new();
         let read = self.read_packs(percent, &mut needs).await?;
         let (listed, compactions) = self.list_all().await?;
         for compaction in compactions.iter().filter(|id| !moves.has(**id)) {

@@ -136,7 +136,9 @@ impl Repository {
         };
         let line = self.line(&new.name).await?;
         let packs = Packs::list(self, &writer).await?;
-        let mut known = Known::find(self, &writer, (id, &new.name)).await?;
+        let mut known =
+            Known::find(self, &writer, id, &|record: &SessionRecord| record.name == *new.name)
+                .await?;
         known.add_backups(self, &packs, &moves, &new.like).await?;
         Ok(Session {
             repository: self.clone(),

@@ -10,6 +10,8 @@ mod disks;
 mod error;
 mod head;
 mod id;
+#[cfg(any(test, feature = "test-util"))]
+pub mod large;
 mod listing;
 mod making;
 mod map;
@@ -22,6 +24,7 @@ mod pin_record;
 mod protocol;
 mod reader;
 mod reading;
+mod recent;
 mod repository;
 mod retention;
 mod root;

@@ -1,4 +1,4 @@
-//! The record of a session: who makes which backup.
+//! The record of a session: who makes which backup, or a compaction.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,7 @@ const RECORD_LEN_MAX: usize = 16 << 10;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct SessionRecord {
-    /// The name of the disk.
+    /// The name of the disk; of a compaction one that no disk has.
     pub name: String,
     /// The machine.
     pub host: String,
@@ -25,7 +25,20 @@ pub struct SessionRecord {
     pub time: u64,
 }
 
+/// The name in the record of a compaction. No backup has this name.
+const COMPACTION: &str = "@compact";
+
 impl SessionRecord {
+    /// The record of a compaction.
+    pub(crate) fn of_compaction(host: String, time: u64) -> Self {
+        Self { name: COMPACTION.to_owned(), host, time }
+    }
+
+    /// Returns whether this is a compaction, and not a backup.
+    pub fn is_compaction(&self) -> bool {
+        self.name == COMPACTION
+    }
+
     /// Encodes the record; `counter` grows with each renewal.
     pub(crate) fn encode(&self, sealer: &Sealer, id: Id, counter: u32) -> Result<Bytes> {
         let text = serde_json::to_vec(self);

@@ -17,22 +17,27 @@ use super::super::listing::BackupInfo;
 use super::super::map::Map;
 use super::super::page::Page;
 use super::super::protocol::{Committed, Moves, Object, Request, Rules, Step, Writer};
+use super::super::recent::Recent;
 use super::super::repository::Repository;
 use super::super::root::{PageRoot, Root};
 use super::super::seal::{Hash, Sealer};
 use super::super::session_record::SessionRecord;
 use super::super::stored::Stored;
-use super::known::{FRAMES_MAX, Known};
+use super::known::Known;
 use super::packs::Packs;
 use super::renewal::Renewal;
 use super::sender::Sender;
 use super::usage::{Choice, Usage};
 use super::{RENEWAL, ended};
 
-/// What the record of a session says of a compaction. No backup has this name.
-const NAME: &str = "@compact";
 /// Pages that are read at a time.
 const PAGES: usize = 128;
+/// Pages that are known to be counted, at least: those of 27 TiB, in at most 54 MiB. Others are read
+/// and counted once more, to the same end.
+const PAGES_SEEN: usize = 900_000;
+/// Most frames that are moved by one compaction, and most of the latest ones that are known: a little
+/// less than tables of 2^20 places hold, which take 72 and 61 MiB.
+const FRAMES_MAX: usize = 900_000;
 /// Bytes of maps after which a compaction is committed, and another one begun.
 const MAPS_LEN: usize = 64 << 20;
 /// Latest compactions whose frames are used again.
@@ -185,7 +190,10 @@ impl<'a> Compactor<'a> {
         let mut maps = Vec::new();
         let mut is_last = true;
         if !choice.packs.is_empty() {
-            compactor.known = Known::find(repository, &writer, (id, NAME)).await?;
+            compactor.known = Known::find(repository, &writer, id, &|record: &SessionRecord| {
+                record.is_compaction()
+            })
+            .await?;
             is_last = compactor.maps(&backups, &renewal, &mut maps, compacted).await?;
         }
         if maps.is_empty() {
@@ -217,7 +225,7 @@ impl<'a> Compactor<'a> {
     async fn usage(&mut self, backups: &[(Id, String)]) -> Result<Usage> {
         let mut usage = Usage::new(&self.packs, self.options.max_unused);
         let latest: HashSet<_> = self.moves.ids().rev().take(LATEST).collect();
-        let mut seen = HashSet::new();
+        let mut seen = Recent::new(PAGES_SEEN);
         for (id, _) in backups {
             let Some(map) = self.map(*id).await? else { continue };
             let mut pages = Vec::new();
@@ -315,7 +323,7 @@ async fn register(
     id: Id,
 ) -> Result<(Writer, Renewal)> {
     let objects = &repository.objects;
-    let record = SessionRecord { name: NAME.to_owned(), host: options.host.clone(), time: now() };
+    let record = SessionRecord::of_compaction(options.host.clone(), now());
     let mut writer = Writer::new(id, record.encode(&objects.sealer, id, 0)?, Rules::ALL);
     if options.dry_run {
         return Ok((writer, Renewal::none()));

@@ -20,7 +20,7 @@ use super::packs::Packs;
 
 /// Most frames of interrupted sessions, and of named backups: 64 GiB of blocks, in about 122 MiB of
 /// memory each. What is not known is sent again.
-pub(super) const FRAMES_MAX: usize = 1 << 20;
+const FRAMES_MAX: usize = 1 << 20;
 /// Packs whose directories are read at a time.
 const READS: usize = 16;
 
@@ -43,11 +43,13 @@ impl Known {
         self.blocks.len() + self.pages.len()
     }
 
-    /// Looks for frames of interrupted sessions of this name. The session of the writer is registered.
+    /// Looks for frames of the interrupted sessions that are meant. The session of the writer is
+    /// registered.
     pub(super) async fn find(
         repository: &Repository,
         writer: &Writer,
-        (own, name): (Id, &str),
+        own: Id,
+        is_meant: &(dyn Fn(&SessionRecord) -> bool + Sync),
     ) -> Result<Self> {
         let mut known = Self::default();
         let objects = &repository.objects;
@@ -59,7 +61,7 @@ impl Known {
                 false => objects.read(&session.key.to_string(), SMALL_LEN_MAX).await?,
             };
             let record = record.and_then(|it| SessionRecord::decode(&objects.sealer, id, &it));
-            if record.is_none_or(|(record, _)| record.name != name) {
+            if record.is_none_or(|(record, _)| !is_meant(&record)) {
                 continue;
             }
             // One that has ended: its packs are the backup's, or the next gc's.

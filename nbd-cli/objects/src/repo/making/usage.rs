@@ -24,6 +24,8 @@ struct Use {
     offsets: BTreeSet<u32>,
     /// What is needed besides does not matter: the pack stays.
     stays: bool,
+    /// Whether it is known how much is needed.
+    is_known: bool,
 }
 
 impl Use {
@@ -65,6 +67,7 @@ impl Usage {
             needed: 0,
             offsets: BTreeSet::new(),
             stays: false,
+            is_known: true,
         };
         Self { packs: packs.iter().map(unused).collect(), kept: 0, kept_max: KEPT_MAX, allowed }
     }
@@ -115,6 +118,7 @@ impl Usage {
                 break;
             }
             if !pack.offsets.is_empty() {
+                pack.is_known = false;
                 pack.stay(&mut kept);
             }
         }
@@ -128,9 +132,9 @@ impl Usage {
     }
 
     /// Chooses packs of which the least is needed, until no more than the allowed part of what
-    /// remains is unneeded.
+    /// remains is unneeded, of the packs of which this is known.
     pub(super) fn choose(&self) -> Choice {
-        let packs = || self.packs.iter().filter(|it| it.needed > 0);
+        let packs = || self.packs.iter().filter(|it| it.needed > 0 && it.is_known);
         let mut total: u64 = packs().map(|it| it.size).sum();
         let mut unneeded: u64 = packs().map(Use::unneeded).sum();
         let mut candidates: Vec<_> = packs().filter(|it| !it.stays && it.unneeded() > 0).collect();
@@ -209,6 +213,21 @@ mod tests {
         usage.add(&frame(9, 400, 50));
         usage.keep(pack(9));
         assert_eq!(usage.choose().packs, BTreeSet::from([pack(1)]));
+    }
+
+    #[test]
+    fn packs_of_which_not_all_is_known_do_not_have_others_compacted() {
+        let packs = (0..100).map(|number| (pack(number), 100_000)).collect();
+        let mut usage = Usage::new(&Packs::of(packs), 0.05);
+        usage.kept_max = 200;
+        for offset in 0..50 {
+            // All is needed of all but the first one, of which almost all is.
+            for number in u32::from(offset == 49)..100 {
+                usage.add(&frame(number, offset * 2000, 1967));
+            }
+        }
+        assert!(usage.packs[99].stays && !usage.packs[0].stays);
+        assert_eq!(usage.choose(), Choice::default());
     }
 
     #[test]

@@ -15,8 +15,7 @@ use super::super::super::page::{BLOCK_SIZE, PAGE_BLOCKS, Page};
 use super::super::super::root::{PageRoot, Root, RootBuilder};
 use super::super::super::seal::{Hash, Sealer};
 use super::super::super::stored::Stored;
-use super::super::known::FRAMES_MAX;
-use super::{Compactor, PAGES, page, place_of};
+use super::{Compactor, FRAMES_MAX, PAGES, page, place_of};
 
 /// Requests for frames at a time.
 const READS: usize = 4;
