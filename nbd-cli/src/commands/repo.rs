@@ -85,11 +85,12 @@ async fn forget(args: &ForgetArgs) -> Result<Outcome, CommandError> {
     }
     for (id, backup) in found.into_iter().zip(&args.backups) {
         if !repository.forget(id, args.damaged).await.map_err(repository_error)? {
-            return Err(CommandError::new(format!(
-                "there is no backup '{}' in {}",
-                printable(backup),
-                printable(repository.name())
-            )));
+            let other = repository.other_than_backup(id).await.map_err(repository_error)?;
+            let (backup, name) = (printable(backup), printable(repository.name()));
+            return Err(CommandError::new(match other {
+                Some(other) => format!("'{backup}' in {name} is {other}"),
+                None => format!("there is no backup '{backup}' in {name}"),
+            }));
         }
         line(&format!("forgotten: {id}"))?;
     }
@@ -137,9 +138,15 @@ async fn gc(args: &GcArgs) -> Result<Outcome, CommandError> {
     (options.idle, options.wait, options.dry_run) = (args.idle, args.wait, args.dry_run);
     let garbage = repository.collect(&options).await.map_err(repository_error)?;
     if let Some(running) = garbage.running {
+        let sessions = repository.sessions().await.map_err(repository_error)?;
+        let record = sessions.into_iter().find(|it| it.id == running).and_then(|it| it.record);
+        let what = match record.is_some_and(|record| record.is_compaction()) {
+            true => "compaction",
+            false => "backup",
+        };
         return Err(CommandError::new(format!(
-            "the backup {running} is being made, so nothing was deleted; run gc again later, or end \
-             the backup with 'repo forget-session'"
+            "the {what} {running} is being made, so nothing was deleted; run gc again later, or end \
+             the {what} with 'repo forget-session'"
         )));
     }
     for list in &garbage.lists {

@@ -120,10 +120,57 @@ fn compaction_says_what_it_frees_and_changes_no_backup() {
     let names = compaction.map(|entry| entry.expect("an entry").file_name());
     let names: Vec<_> = names.map(|name| name.into_string().expect("text")).collect();
     assert_eq!(names.len(), 1);
-    says(nbd_cli(&["repo", "forget", &repository, &names[0]]), &["there is no backup"]);
+    let forget = ["repo", "forget", &repository, &names[0]];
+    says(nbd_cli(&forget), &["is a compaction", "'repo gc' removes it"]);
     let third = back_up();
     assert!(third["added"].as_u64() < Some(64 << 10), "{third}");
     nbd_cli(&["repo", "check", "--read-data", &repository]).success();
+}
+
+#[test]
+fn compaction_that_runs_or_was_interrupted_is_shown_as_one() {
+    let disk = Disk::sparse();
+    let repository = repository(&disk);
+    let of = |name: &str| {
+        let record = format!("{{\"name\":\"{name}\",\"host\":\"h1\",\"time\":1000}}");
+        [&b"nbdsess1\0\0\0\0\0"[..], record.as_bytes()].concat()
+    };
+    let sessions = Path::new(&repository).join("sessions");
+    std::fs::create_dir_all(&sessions).expect("a folder");
+    let (backup, compaction) = ("0".repeat(31) + "1", "0".repeat(31) + "2");
+    std::fs::write(sessions.join(&backup), of("vm1")).expect("room");
+    std::fs::write(sessions.join(&compaction), of("@compact")).expect("room");
+    let since = "h1 since 1970-01-01";
+    for show in ["list", "stats"] {
+        let shown = nbd_cli(&["repo", show, &repository]).success();
+        assert!(!shown.contains("@compact"), "{shown}");
+        for line in [
+            format!("{backup}  being made or interrupted: vm1 on {since}"),
+            format!("{compaction}  a compaction that runs or was interrupted, on {since}"),
+        ] {
+            assert!(shown.lines().any(|it| it.starts_with(&line)), "{show}: {shown}");
+        }
+        let shown = json(&["repo", show, "--json", &repository]);
+        let sessions = &shown["sessions"];
+        assert_eq!((&sessions[0]["kind"], &sessions[0]["name"]), (&"backup".into(), &"vm1".into()));
+        assert_eq!(
+            (&sessions[1]["kind"], sessions[1]["name"].is_null()),
+            (&"compaction".into(), true)
+        );
+    }
+    for (id, what) in [(&backup, "backup"), (&compaction, "compaction")] {
+        let forget = ["repo", "forget", &repository, id];
+        says(nbd_cli(&forget), &[&format!("is a {what} that"), "'repo forget-session' ends it"]);
+    }
+    nbd_cli(&["repo", "forget-session", &repository, &backup]).success();
+    let gc = ["repo", "gc", "--wait", "1ms", "--idle", "60m", &repository];
+    says(
+        nbd_cli(&gc),
+        &[&format!("the compaction {compaction} is being made"), "end the compaction"],
+    );
+    let gc = ["repo", "gc", "--idle", "1ms", &repository];
+    let told = nbd_cli(&gc).success();
+    assert!(told.contains(&format!("ended: the interrupted session {compaction}")), "{told}");
 }
 
 #[test]
@@ -179,7 +226,10 @@ fn damaged_small_objects_stop_no_list_and_gc_says_what_to_do() {
     nbd_cli(&["repo", "forget", "--damaged", &repository, &gone]).success();
     // The session of which nothing is known gives no sign of life.
     let collected = nbd_cli(&gc).success();
-    assert!(collected.contains(&format!("ended: the interrupted backup {session}")), "{collected}");
+    assert!(
+        collected.contains(&format!("ended: the interrupted session {session}")),
+        "{collected}"
+    );
     nbd_cli(&["restore", "-q", &format!("backup:{repository}/vm1@{kept}"), "null:"]).success();
     let checked = json(&["repo", "check", "--read-data", "--json", &repository]);
     assert_eq!(checked["problems"], Value::from(Vec::<i32>::new()), "{checked}");

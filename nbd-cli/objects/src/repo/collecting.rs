@@ -52,7 +52,7 @@ pub struct Garbage {
     pub lists: Vec<Id>,
 }
 
-/// A backup that is being made, or was interrupted.
+/// A backup or a compaction that is being made, or was interrupted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionInfo {
     /// Its identity.
@@ -97,7 +97,7 @@ impl Repository {
         }
     }
 
-    /// Lists the backups that are being made or were interrupted.
+    /// Lists the backups and compactions that are being made or were interrupted.
     ///
     /// # Errors
     ///
@@ -118,6 +118,25 @@ impl Repository {
     async fn record(&self, id: Id) -> Result<Option<(SessionRecord, u32)>> {
         let object = self.objects.read_small(Key::Session(id)).await?;
         Ok(object.and_then(|object| SessionRecord::decode(&self.objects.sealer, id, &object)))
+    }
+
+    /// Says what an identity is, if not that of a backup: for messages.
+    ///
+    /// # Errors
+    ///
+    /// As for all requests to the store.
+    pub async fn other_than_backup(&self, id: Id) -> Result<Option<&'static str>> {
+        if let Some((record, _)) = self.record(id).await? {
+            return Ok(Some(match record.is_compaction() {
+                true => "a compaction that runs or was interrupted ('repo forget-session' ends it)",
+                false => {
+                    "a backup that is being made or was interrupted ('repo forget-session' ends it)"
+                }
+            }));
+        }
+        let found = self.objects.carry_out(Request::GetMoves(id)).await?;
+        let is_compaction = matches!(found, Answer::Found(Object::Compaction(_)));
+        Ok(is_compaction.then_some("a compaction; 'repo gc' removes it when no backup needs it"))
     }
 
     /// Returns the number of packs, and their bytes.

@@ -6,7 +6,7 @@ use nbd_jobs::date::date_and_time;
 use nbd_jobs::repository::repository_error;
 use nbd_jobs::size::rounded;
 use nbd_objects::repo::{
-    BackupInfo, Checked, DiskHead, Garbage, Head, PinInfo, Repository, SessionInfo,
+    BackupInfo, Checked, DiskHead, Garbage, Head, PinInfo, Repository, SessionInfo, SessionRecord,
 };
 use serde::Serialize;
 
@@ -46,11 +46,14 @@ struct DiskOfBackup {
     bitmap: Option<String>,
 }
 
-/// A backup that is being made or was interrupted.
+/// A backup or a compaction that is being made or was interrupted.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Session {
     id: String,
+    /// `backup` or `compaction`, unless its object is damaged.
+    kind: Option<&'static str>,
+    /// The disk of a backup.
     name: Option<String>,
     host: Option<String>,
     since: Option<String>,
@@ -146,9 +149,14 @@ impl Backup {
 impl Session {
     fn of(info: &SessionInfo) -> Self {
         let record = info.record.as_ref();
+        let kind = |record: &SessionRecord| match record.is_compaction() {
+            true => "compaction",
+            false => "backup",
+        };
         Self {
             id: info.id.to_string(),
-            name: record.map(|record| record.name.clone()),
+            kind: record.map(kind),
+            name: record.filter(|it| !it.is_compaction()).map(|record| record.name.clone()),
             host: record.map(|record| record.host.clone()),
             since: record.map(|record| date_and_time(record.time / 1000)),
             damaged: record.is_none(),
@@ -157,12 +165,18 @@ impl Session {
 
     fn line(&self) -> String {
         if self.damaged {
-            return format!("{}  damaged: a backup that is being made or was interrupted", self.id);
+            return format!(
+                "{}  damaged: a backup or compaction that is being made or was interrupted",
+                self.id
+            );
         }
+        let what = match &self.name {
+            Some(name) => format!("being made or interrupted: {}", printable(name)),
+            None => "a compaction that runs or was interrupted,".to_owned(),
+        };
         format!(
-            "{}  being made or interrupted: {} on {} since {}",
+            "{}  {what} on {} since {}",
             self.id,
-            printable(self.name.as_deref().unwrap_or("?")),
             printable(self.host.as_deref().unwrap_or("?")),
             self.since.as_deref().unwrap_or("?")
         )
@@ -296,7 +310,7 @@ pub(super) fn garbage(garbage: &Garbage, args: &GcArgs) -> Result<(), CommandErr
         })?,
         ReportFormat::Text => {
             for session in &garbage.ended {
-                output.line(&format!("ended: the interrupted backup {session}"))?;
+                output.line(&format!("ended: the interrupted session {session}"))?;
             }
             let verb = if args.dry_run { "would be deleted" } else { "deleted" };
             output.line(&format!("{verb}: {} packs, {}", garbage.packs, rounded(garbage.bytes)))?;
