@@ -294,7 +294,10 @@ fn private_key(path: &Path, password: Option<&KeyPassword>) -> Result<PKey<Priva
         path: path.to_owned(),
         why: match (is_encrypted, password) {
             (false, _) => "it is not a private key in PEM form",
-            (true, None) => "it is encrypted, and its password is not given",
+            (true, None) => {
+                "it is encrypted, and its password is not given: give it, or store the key without a \
+                 pass phrase, readable by its user only"
+            }
             (true, Some(_)) => "it is encrypted, and the password does not open it",
         }
         .to_owned(),
