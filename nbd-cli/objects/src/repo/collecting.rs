@@ -276,7 +276,8 @@ impl Repository {
     async fn carry_out(&self, request: Request) -> Result<Answer> {
         let key = match request {
             Request::Get(key) => Some(key),
-            Request::GetMap(id, _) => Some(Key::Backup(id)),
+            // Without this backup the map is not needed, and the others in that object stay.
+            Request::GetMap(_, moved) => Some(Key::Backup(moved.backup)),
             _ => None,
         };
         let answer = self.objects.carry_out(request).await;

@@ -288,6 +288,34 @@ async fn damaged_compaction_is_named_and_stops_a_gc() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn damaged_map_in_a_compaction_costs_its_backup_alone() {
+    for passphrase in [None, Some(&b"secret"[..])] {
+        let repository = Repository::init(place(), passphrase).await.unwrap();
+        let made = versions(&repository).await;
+        repository.compact(&options(0.0)).await.unwrap();
+        // The old packs go.
+        repository.collect(&at_once()).await.unwrap();
+        let (_, live) = repository.list_all().await.unwrap();
+        let name = Key::Backup(live[0]).to_string();
+        let object = repository.objects.read(&name, 64 << 20).await.unwrap().unwrap();
+        let mut damaged = object.to_vec();
+        *damaged.last_mut().unwrap() ^= 1;
+        repository.objects.write(&name, damaged.into()).await.unwrap();
+        let refused = repository.collect(&at_once()).await.unwrap_err().to_string();
+        let (_, advice) = refused.split_once("'repo forget --damaged ").expect(&refused);
+        let advised: Id = advice.split_once('\'').unwrap().0.parse().unwrap();
+        assert!(made.iter().any(|(id, _)| *id == advised), "{refused}");
+        assert!(repository.forget(advised, true).await.unwrap());
+        repository.collect(&at_once()).await.unwrap();
+        let others: Vec<_> = made.into_iter().filter(|(id, _)| *id != advised).collect();
+        are_whole(&repository, &others).await;
+        repository.compact(&options(0.0)).await.unwrap();
+        repository.collect(&at_once()).await.unwrap();
+        are_whole(&repository, &others).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn mark_that_is_missing_or_of_a_backup_costs_no_backup() {
     let repository = repository().await;
     let made = versions(&repository).await;
