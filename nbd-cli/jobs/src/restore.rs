@@ -181,6 +181,9 @@ pub async fn restore_image(
         }
     }
     let source = Source::image(Arc::new(image));
+    if let Location::File(path) = to {
+        device::refuse_of_source(path, &source.files())?;
+    }
     let size = source.size().unwrap_or_default();
     let mut new = New::begin(to, options, size, is_new, context)?;
     let result = match open(to, options, &source, &mut new, context).await {

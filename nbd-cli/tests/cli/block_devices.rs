@@ -83,6 +83,28 @@ fn a_disk_is_converted_and_restored_onto_a_device() {
 }
 
 #[test]
+fn a_disk_is_not_written_over_itself_through_a_loop_device() {
+    let directory = Disk::sparse();
+    let Some(device) = LoopDevice::with_old_content(&directory, 18) else { return };
+    let (device, file) = (device.0.as_str(), directory.beside("device-18"));
+    let other = directory.beside("other");
+    std::fs::hard_link(&file, &other).expect("another name");
+    let old = std::fs::read(&file).expect("a file");
+    for command in [
+        &["copy", &file, device][..],
+        // With two names it would be emptied first.
+        &["copy", device, &file],
+        &["image", "convert", "-f", "raw", "-O", "raw", &file, device],
+        &["image", "convert", "-f", "raw", "-O", "qcow2", &other, device],
+        &["restore", "-f", "raw", &file, device],
+        &["restore", "-f", "raw", "-O", "qcow2", &file, device],
+    ] {
+        refused(nbd_cli(command), &["the source", "give another destination"]);
+        assert!(std::fs::read(&file).expect("a file") == old, "{command:?}");
+    }
+}
+
+#[test]
 fn the_form_of_qemu_img_writes_overlays_and_parts_of_disks_onto_a_device() {
     tools!(qemu_img = "qemu-img");
     let directory = Disk::sparse();

@@ -53,6 +53,23 @@ fn standard_input_fills_servers_and_files() {
 }
 
 #[test]
+fn a_file_on_standard_input_is_not_copied_onto_itself() {
+    let disk = Disk::sparse();
+    // With another name it would be truncated before it is read.
+    let other = disk.beside("other.img");
+    std::fs::hard_link(disk.path(), &other).expect("another name");
+    for destination in [disk.path(), &other] {
+        let input = std::fs::File::open(disk.path()).expect("a disk");
+        let copied = Command::new(PROGRAM).args(["copy", "-", destination]).stdin(input).output();
+        let copied = copied.expect("nbd-cli");
+        let said = String::from_utf8_lossy(&copied.stderr);
+        assert!(said.contains("is the source and the destination"), "{said}");
+        assert!(!copied.status.success());
+        disk.assert_equals(&other);
+    }
+}
+
+#[test]
 fn a_file_that_ends_in_zeroes_gets_its_full_size() {
     let disk = Disk::sparse();
     let copied = disk.beside("copy.img");

@@ -73,6 +73,7 @@ impl Conversion<'_> {
 
     /// Creates the image on a device, whose content is lost.
     pub(super) fn make_on_device(&self, path: &Path) -> Result<(), JobError> {
+        self.refuse_own_device(path)?;
         let mut create = self.options.create.clone();
         create.size = Some(self.source.size());
         create.open = self.for_filling();
@@ -135,6 +136,11 @@ impl Conversion<'_> {
         }
     }
 
+    fn refuse_own_device(&self, path: &Path) -> Result<(), JobError> {
+        let files: Vec<_> = self.source.files().into_iter().map(|(_, file)| file).collect();
+        device::refuse_of_source(path, &files)
+    }
+
     /// Returns the options for opening the new image.
     fn for_filling(&self) -> OpenOptions {
         OpenOptions::new()
@@ -167,6 +173,7 @@ impl Conversion<'_> {
 
     /// Writes the disk onto a device, raw.
     pub(super) fn overwrite_device(&self, path: &Path) -> Result<(), JobError> {
+        self.refuse_own_device(path)?;
         let (locking, cache) = (self.options.create.open.locking, self.options.cache);
         // The syncs of an unfinished disk are few, and protect what is on the device.
         let cache = cache.filter(|cache| cache.syncs()).unwrap_or_default();

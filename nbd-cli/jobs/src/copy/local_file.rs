@@ -9,7 +9,7 @@ use imgfmt::{Access, ErrorKind, Locking, Storage as _};
 
 use super::source::Source;
 use crate::files::open_file;
-use crate::target::{self, Existing, NewFile};
+use crate::target::{self, Existing, NewFile, device};
 use crate::{JobContext, JobError, JobErrorKind};
 
 /// A file that is going to be overwritten.
@@ -44,11 +44,12 @@ pub(super) fn open_for_overwriting(
         }
         opened => opened.map_err(image_error)?,
     };
-    if storage.identity().is_some() && storage.identity() == source.identity() {
+    if storage.identity().is_some_and(|own| source.is_on(own)) {
         return Err(same_file(path));
     }
     if target::look(path)? == Existing::BlockDevice {
         drop(storage);
+        device::refuse_of_source(path, &source.files())?;
         return Ok(LocalFile::BlockDevice);
     }
     let storage = match NewFile::instead_of(path, storage, observer)? {
@@ -78,7 +79,7 @@ pub(crate) fn create_empty(path: &Path) -> Result<(), JobError> {
 /// Our own lock on the source prevents opening it again for writing.
 fn is_same_file(path: &Path, source: &Source) -> bool {
     FileStorage::open(path, Access::ReadOnly, Locking::Off)
-        .is_ok_and(|file| file.identity().is_some() && file.identity() == source.identity())
+        .is_ok_and(|file| file.identity().is_some_and(|own| source.is_on(own)))
 }
 
 fn same_file(path: &Path) -> JobError {

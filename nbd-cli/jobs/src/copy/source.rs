@@ -21,8 +21,12 @@ use crate::files::open_file;
 use crate::lanes::is_lane;
 use crate::location::Location;
 use crate::object::ObjectUrl;
+use crate::target::device;
 use crate::tasks;
 use crate::{JobContext, JobError, JobErrorKind};
+
+/// Standard input, if it is a file.
+const STANDARD: &str = "/proc/self/fd/0";
 
 /// An open source. Clones refer to the same one.
 #[derive(Clone)]
@@ -100,12 +104,24 @@ impl Source {
         }
     }
 
-    /// Returns the underlying file, if the source is one.
-    pub(crate) fn identity(&self) -> Option<FileIdentity> {
+    /// Returns the files that are read.
+    pub(crate) fn files(&self) -> Vec<FileIdentity> {
         match self {
-            Self::File { storage, .. } => storage.identity(),
-            _ => None,
+            Self::File { storage, .. } => storage.identity().into_iter().collect(),
+            Self::Image { image, .. } => image.files().into_iter().map(|(_, file)| file).collect(),
+            Self::Standard => FileIdentity::of(Path::new(STANDARD)).into_iter().collect(),
+            Self::Nbd { .. } | Self::Null => Vec::new(),
         }
+    }
+
+    /// Returns whether this file is read, perhaps through a loop device.
+    pub(super) fn is_on(&self, file: FileIdentity) -> bool {
+        let behind = match self {
+            Self::File { path, .. } => device::behind(path),
+            Self::Standard => device::behind(Path::new(STANDARD)),
+            _ => None,
+        };
+        behind == Some(file) || self.files().contains(&file)
     }
 
     /// Returns the alignment of requests, in bytes; a power of two.

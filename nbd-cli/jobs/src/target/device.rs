@@ -1,10 +1,13 @@
 //! Block devices that are overwritten. Unlike a file, a device cannot be replaced in one step;
 //! instead it is marked as incomplete until everything is written.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 use std::sync::Arc;
 
-use imgfmt::storage::{Backlog, FileStorage};
+use imgfmt::storage::{Backlog, FileIdentity, FileStorage};
 use imgfmt::{CacheMode, CreateOptions, Image, Locking, NewOnDevice, Unfinished};
 
 use crate::text::printable;
@@ -71,6 +74,34 @@ pub fn complete_disk(device: &Path, disk: &Unfinished) -> Result<(), JobError> {
         let error = JobError::destination(format!("cannot flush '{}': {error}", device.display()));
         lost(device, &error)
     })
+}
+
+/// Refuses a device that is, or has its data in, one of the files of the source: to mark it as
+/// incomplete would change what is read.
+///
+/// # Errors
+///
+/// If it is so.
+pub(crate) fn refuse_of_source(device: &Path, files: &[FileIdentity]) -> Result<(), JobError> {
+    let of_source = |file: FileIdentity| files.contains(&file);
+    if !FileIdentity::of(device).is_some_and(of_source) && !behind(device).is_some_and(of_source) {
+        return Ok(());
+    }
+    Err(JobError::destination(format!(
+        "the source is on '{}', which is the destination; give another destination",
+        printable(&device.to_string_lossy())
+    )))
+}
+
+/// Returns the file in which a loop device, or a partition of one, has its data.
+pub(crate) fn behind(device: &Path) -> Option<FileIdentity> {
+    let metadata = device.metadata().ok().filter(|it| it.file_type().is_block_device())?;
+    let (major, minor) = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
+    let place = format!("/sys/dev/block/{major}:{minor}");
+    let read = |loops: &str| std::fs::read(format!("{place}/{loops}/backing_file")).ok();
+    // A partition is below its disk.
+    let name = read("loop").or_else(|| read("../loop"))?;
+    FileIdentity::of(Path::new(OsStr::from_bytes(name.strip_suffix(b"\n")?)))
 }
 
 fn image_error(error: imgfmt::Error) -> JobError {
