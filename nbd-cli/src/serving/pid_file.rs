@@ -1,7 +1,7 @@
 //! The file with the id of the serving process.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write as _;
+use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
@@ -11,6 +11,9 @@ use crate::error::CommandError;
 
 /// Attempts to lock a file that other processes keep replacing.
 const MAX_ATTEMPTS: usize = 100;
+
+/// More bytes than such a file has.
+const TOO_LONG: u64 = 64;
 
 /// A written file, locked until this is dropped. The file remains, as in qemu-nbd: a file without a
 /// lock is stale.
@@ -26,19 +29,27 @@ impl PidFile {
     ///
     /// If the file cannot be written, or another process holds its lock.
     pub(crate) fn write(path: &Path) -> Result<Self, CommandError> {
-        let failed = |what: &str, error: &std::io::Error| {
+        let failed = |what: &str, error: &io::Error| {
             CommandError::new(format!("Cannot {what} pid file '{}': {error}", path.display()))
         };
         for _ in 0..MAX_ATTEMPTS {
-            let opened =
-                OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
-            let mut file = opened.map_err(|error| failed("open", &error))?;
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false).mode(0o600);
+            let mut file = options.open(path).map_err(|error| failed("open", &error))?;
             rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive)
                 .map_err(|error| failed("lock", &error.into()))?;
             if !is_still(path, &file) {
                 continue;
             }
+            if is_of_other_use(&file).map_err(|error| failed("read", &error))? {
+                return Err(CommandError::new(format!(
+                    "Cannot write pid file '{}': there is something else in it than the id of a \
+                     process; give another name, or remove it first",
+                    path.display()
+                )));
+            }
             file.set_len(0)
+                .and_then(|()| file.rewind())
                 .and_then(|()| writeln!(file, "{}", std::process::id()))
                 .map_err(|error| failed("write", &error))?;
             return Ok(Self { _locked: file });
@@ -64,6 +75,18 @@ impl PidFile {
     pub(crate) fn keep(self) {
         Box::leak(Box::new(self));
     }
+}
+
+/// Returns whether a file has contents that would be lost, such as a disk that was named by mistake.
+fn is_of_other_use(file: &File) -> io::Result<bool> {
+    // Others, such as /dev/null, have none.
+    if !file.metadata()?.is_file() {
+        return Ok(false);
+    }
+    let mut content = Vec::new();
+    file.take(TOO_LONG).read_to_end(&mut content)?;
+    let is_id = content.iter().all(|byte| byte.is_ascii_digit() || byte.is_ascii_whitespace());
+    Ok(!is_id || content.len() as u64 == TOO_LONG)
 }
 
 /// Returns whether the locked file still has its name: another process may have removed it.

@@ -50,6 +50,23 @@ fn a_start_that_fails_is_an_error_with_its_reason() {
 }
 
 #[test]
+fn a_disk_that_is_named_as_the_pid_file_is_left_as_it_is() {
+    let disk = Disk::sparse();
+    let (socket, small) = (disk.beside("socket"), disk.beside("small"));
+    std::fs::write(&small, "notes").expect("a file");
+    for (file, content) in [(disk.path(), disk.content()), (&small, &b"notes"[..])] {
+        for command in [&["serve", "--socket"][..], &["qemu-nbd", "-f", "raw", "-k"]] {
+            let fork = [&socket, "--fork", "--pid-file", file, &disk.beside("served")];
+            std::fs::write(disk.beside("served"), [7; 512]).expect("a file");
+            let refused = nbd_cli(&[command, &fork].concat());
+            assert_eq!(refused.code, Some(1), "{refused:?}");
+            assert!(refused.stderr.contains("there is something else in it"), "{refused:?}");
+            assert!(std::fs::read(file).expect("a file") == content, "{command:?}");
+        }
+    }
+}
+
+#[test]
 fn a_command_cannot_be_waited_for_in_the_background() {
     let outcome = nbd_cli(&["serve", "--fork", "--run", "true", "memory:1M"]);
     assert_eq!(outcome.code, Some(1), "{outcome:?}");
