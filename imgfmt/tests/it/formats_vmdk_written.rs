@@ -189,6 +189,9 @@ fn all_files_are_made_or_none_and_those_that_exist_stay() {
     };
     let split = options(Subformat::Dynamic, true, SIZE);
     refused("a\"b.vmdk", &split, "quotes");
+    // It could be made, and not be opened.
+    refused("a:b.vmdk", &split, "colons");
+    refused("json:{}", &split, "colons");
     refused("disk.vmdk", &options(Subformat::Fixed, true, (8 << 40) + 512), "8 TiB");
     let mut flat = options(Subformat::Fixed, false, 1 << 20);
     flat.backing = Some(("nosuch.vmdk".into(), Format::Raw));

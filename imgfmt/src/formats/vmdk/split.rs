@@ -35,9 +35,10 @@ pub(super) fn plan(new: &NewForeign<'_>, size: u64) -> Result<Planned> {
         return Err(too_large(size, "VMDK in files of 2 GiB", "8 TiB"));
     }
     let name = new.name().as_bytes();
-    if !is_quotable(name) {
+    // With a colon, names of extents are taken for something else than files when they are read.
+    if !is_quotable(name) || name.contains(&b':') {
         return Err(invalid(
-            "the name of a VMDK in several files has neither quotes nor line ends",
+            "the name of a VMDK in several files has neither quotes nor colons nor line ends",
         ));
     }
     let stem = name.iter().rposition(|byte| *byte == b'.').unwrap_or(name.len());
