@@ -179,6 +179,24 @@ fn files_of_the_names_of_parts_are_kept_unless_the_whole_disk_is_replaced() {
 }
 
 #[test]
+fn files_of_the_names_of_parts_that_are_none_of_the_replaced_image_are_kept() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let from = source(directory.path());
+    let path = |name: &str| directory.path().join(name).to_str().expect("text").to_owned();
+    let (to, part) = (path("disk.vmdk"), path("disk-flat.vmdk"));
+    nbd_cli(&["image", "create", "-f", "vmdk", &to, "1M"]).success();
+    fs::write(&part, "mine").expect("room");
+    let before = fs::read(&to).expect("it is there");
+    let flat = ["-f", "raw", "-O", "vmdk", "-o", "subformat=monolithicFlat", &from, &to];
+    let outcome = nbd_cli(&[&["qemu-img", "convert"], &flat[..]].concat());
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    assert!(outcome.stderr.contains("disk-flat.vmdk"), "{outcome:?}");
+    assert_eq!(fs::read(&part).expect("it is there"), b"mine");
+    assert!(fs::read(&to).expect("it is there") == before);
+    assert_eq!(fs::read_dir(directory.path()).expect("a directory").count(), 3);
+}
+
+#[test]
 fn image_create_and_convert_take_the_options_of_vmdk_that_qemu_img_has() {
     let directory = tempfile::tempdir().expect("a directory");
     let from = source(directory.path());

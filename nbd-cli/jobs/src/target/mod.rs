@@ -18,8 +18,8 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use imgfmt::storage::FileStorage;
-use imgfmt::{Access, ErrorKind, Image, Locking};
+use imgfmt::storage::{FileIdentity, FileStorage};
+use imgfmt::{Access, BackingFile, ErrorKind, Image, Locking, OpenOptions};
 
 use self::companions::{Companion, SUFFIX, name_all};
 use self::publish::directory_of;
@@ -254,8 +254,8 @@ impl NewFile {
     ///
     /// # Errors
     ///
-    /// If there are files of their names, unless this one replaces another: then, if they are in use or
-    /// cannot be replaced.
+    /// If there are files of their names, unless this one replaces an image of which they are parts: then,
+    /// if they are in use or cannot be replaced.
     pub fn add_extents(&mut self, image: &Image, locking: Locking) -> Result<(), JobError> {
         // Whatever happens, they do not stay.
         image.own_files().into_iter().skip(1).for_each(|made| self.add(Companion::part(made)));
@@ -266,7 +266,7 @@ impl NewFile {
                 self.name.display()
             )));
         }
-        let may_replace = self.replaces.is_some();
+        let old_parts = self.old_parts();
         for companion in &mut self.companions {
             let (made, name) = (&companion.made, &companion.name);
             if made == name || name.symlink_metadata().is_err() {
@@ -276,7 +276,8 @@ impl NewFile {
                 let name = name.display();
                 JobError::destination(format!("cannot put a part of the disk into '{name}': {why}"))
             };
-            let Some((_, metadata)) = replaceable(name).filter(|_| may_replace) else {
+            let is_old = FileIdentity::of(name).is_some_and(|file| old_parts.contains(&file));
+            let Some((_, metadata)) = replaceable(name).filter(|_| is_old) else {
                 let why = "there is a file of that name; remove it first or choose another name";
                 return Err(refused(why));
             };
@@ -290,6 +291,13 @@ impl NewFile {
             companion.old = Some(lock);
         }
         Ok(())
+    }
+
+    /// The files of the image that this one replaces, as far as it can be opened.
+    fn old_parts(&self) -> Vec<FileIdentity> {
+        let options = OpenOptions::new().locking(Locking::Off).backing(BackingFile::Ignored);
+        let old = self.replaces.as_ref().and_then(|_| Image::open(&self.name, &options).ok());
+        old.map_or_else(Vec::new, |old| old.files().into_iter().map(|(_, file)| file).collect())
     }
 
     fn add(&mut self, companion: Companion) {
