@@ -15,9 +15,7 @@ pub mod repo;
 mod runtime;
 mod settings;
 mod shown;
-mod spare;
 mod store;
-mod sys;
 #[cfg(any(test, feature = "test-util"))]
 pub mod testing;
 mod transport;

@@ -21,10 +21,8 @@ use std::path::Path;
 
 use rustix::fs::{FlockOperation, flock};
 
-use crate::spare::BUFFER_LEN;
-
 /// Length of a block, in bytes. The last block of an object may be shorter.
-pub const BLOCK_LEN: usize = BUFFER_LEN;
+pub const BLOCK_LEN: usize = 256 << 10;
 
 /// The first bytes of an index: the name and version of this layout.
 const MAGIC: &[u8; 16] = b"nbd-objects 0001";

@@ -21,6 +21,7 @@ use super::cache_file::{BLOCK_LEN, Key};
 use super::flights::{Flights, Landed, Run};
 use super::held::Held;
 use super::sequences::{AHEAD_MAX, RUN_MAX};
+use super::spare::Spare;
 
 /// Requests for blocks that are made at once. Each holds a few blocks in memory.
 const REQUESTS_MAX: usize = 16;
@@ -40,6 +41,7 @@ pub struct ObjectCache {
     pub(super) flights: Arc<Flights>,
     /// Blocks that are read once.
     held: Option<Arc<Held>>,
+    spare: Arc<Spare>,
     requests: Arc<Semaphore>,
     writes: Arc<Semaphore>,
     runtime: Handle,
@@ -59,6 +61,7 @@ impl ObjectCache {
             cache: Arc::new(Cache::open(settings)?),
             flights: Arc::default(),
             held: (settings.reads == Reads::Once).then(Arc::default),
+            spare: Arc::default(),
             requests: Arc::new(Semaphore::new(REQUESTS_MAX)),
             writes: Arc::new(Semaphore::new(WRITES_MAX)),
             runtime,
@@ -109,23 +112,20 @@ impl ObjectCache {
             let mut data = data.map_err(|error| object.failed(&error))?;
             while !data.is_empty() {
                 let expected = object.block_len(run.key().block);
+                if block.is_empty() {
+                    block = self.spare.take();
+                }
                 let part = data.split_to(data.len().min(expected - block.len()));
-                // The transport sends blocks, unless a request was repeated from the middle of one.
-                let whole = if part.len() == expected {
-                    part
-                } else {
-                    block.extend_from_slice(&part);
-                    if block.len() < expected {
-                        continue;
+                block.extend_from_slice(&part);
+                if block.len() == expected {
+                    let whole = self.spare.lend(std::mem::take(&mut block));
+                    self.land(run.land(whole), &mut keeping).await;
+                    if run.blocks().is_empty() {
+                        while let Some(kept) = keeping.pop_front() {
+                            let _ = kept.await;
+                        }
+                        return Ok(());
                     }
-                    Bytes::from(std::mem::take(&mut block))
-                };
-                self.land(run.land(whole), &mut keeping).await;
-                if run.blocks().is_empty() {
-                    while let Some(kept) = keeping.pop_front() {
-                        let _ = kept.await;
-                    }
-                    return Ok(());
                 }
             }
         }

@@ -6,6 +6,7 @@ mod fetch;
 mod flights;
 mod held;
 mod sequences;
+mod spare;
 mod storage;
 
 pub use cache::{CACHE_SIZE_MIN, CacheSettings, Reads};

@@ -1,224 +1,343 @@
-//! One connection to a server: requests, and the bytes of the replies.
+//! One connection to a server.
 
-use std::collections::VecDeque;
+use std::fmt;
 use std::io;
-use std::pin::{Pin, pin};
-use std::task::{Context, Poll, ready};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::{Buf as _, Bytes};
-use hyper::body::Body as _;
-use hyper::{Method, StatusCode};
-use object_store::client::{HttpError, HttpErrorKind, HttpRequest};
-use tokio::time::{Instant, sleep};
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use hyper::Uri;
+use hyper::body::Incoming;
+use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper_util::rt::TokioIo;
+use object_store::client::{HttpError, HttpErrorKind, HttpRequest, HttpRequestBody};
+use openssl::ssl::SslConnector;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, lookup_host};
+use tokio::time::{sleep, timeout};
+use tokio_openssl::SslStream;
+
+use crate::error::Result;
+use crate::runtime::boxed;
+use crate::settings::{StoreSettings, Timeouts};
+use crate::shown::shown;
 
 use super::failure::failed;
-use super::head::{self, Head, not_http};
-use super::stream::Stream;
+use super::trust;
 
-/// Longest head of a reply, in bytes.
-const HEAD_MAX: usize = 64 << 10;
-/// Longest line between the chunks of a body, in bytes.
-const LINE_MAX: usize = 8 << 10;
-/// Longest part of a body that is copied behind the head of its request, in bytes.
-const FIRST_MAX: usize = 16 << 10;
-/// Bytes that are read at once for heads and lines. What comes with them is copied once more.
-const READ_LEN: usize = 4 << 10;
+/// How long an address has to itself before the next one is tried.
+const NEXT_AFTER: Duration = Duration::from_millis(250);
+
+/// A server: a scheme, a host and a port.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Origin {
+    is_tls: bool,
+    host: String,
+    port: u16,
+}
+
+impl Origin {
+    pub(super) fn of(uri: &Uri) -> Result<Self, HttpError> {
+        let is_tls = match uri.scheme_str() {
+            Some("https") => true,
+            Some("http") => false,
+            _ => return Err(failed(HttpErrorKind::Unknown, "an address is not of HTTP")),
+        };
+        let host = uri.host().filter(|host| !host.is_empty());
+        let host = host.ok_or_else(|| failed(HttpErrorKind::Unknown, "an address has no host"))?;
+        // Addresses of IPv6 have brackets in a URL and none elsewhere.
+        let host = host.trim_matches(['[', ']']).to_owned();
+        Ok(Self { is_tls, host, port: uri.port_u16().unwrap_or(if is_tls { 443 } else { 80 }) })
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.host, self.port)
+    }
+}
+
+/// Makes connections.
+#[derive(Debug)]
+pub(super) struct Dialer {
+    /// Empty until a connection needs it, unless the user names the authorities: to read those of
+    /// this machine takes longer than a small request.
+    tls: OnceLock<Tls>,
+    settings: StoreSettings,
+    /// A variable that sets a proxy, which has no effect.
+    proxy: Option<String>,
+}
+
+struct Tls(SslConnector);
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tls")
+    }
+}
+
+impl Dialer {
+    pub(super) fn new(settings: &StoreSettings) -> Result<Self> {
+        let tls = OnceLock::new();
+        if trust::named(settings).is_some() {
+            let made = Tls(trust::connector(settings)?);
+            tls.get_or_init(|| made);
+        }
+        let proxy = settings.environment.proxy().map(str::to_owned);
+        Ok(Self { tls, settings: settings.clone(), proxy })
+    }
+
+    fn tls(&self) -> Result<&SslConnector> {
+        if let Some(tls) = self.tls.get() {
+            return Ok(&tls.0);
+        }
+        let tls = Tls(trust::connector(&self.settings)?);
+        Ok(&self.tls.get_or_init(|| tls).0)
+    }
+
+    /// Connects, with TLS if the address wants it.
+    pub(super) async fn dial(
+        &self,
+        origin: &Origin,
+        timeouts: Timeouts,
+    ) -> Result<Connection, HttpError> {
+        let dialled = timeout(timeouts.connect, self.stream(origin)).await;
+        let stream = dialled.unwrap_or_else(|_| {
+            let why = format!("it has not answered within {} s", timeouts.connect.as_secs_f32());
+            Err((HttpErrorKind::Connect, why))
+        });
+        let stream = stream.map_err(|(kind, why)| {
+            failed(kind, format!("cannot connect to {origin}: {why}{}", self.note()))
+        })?;
+        let moved = Arc::new(AtomicU64::new(0));
+        let stream = Counted { stream, moved: Arc::clone(&moved) };
+        let (sender, driver) = handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| failed(HttpErrorKind::Connect, error.to_string()))?;
+        // It ends when the sender and the body of the last reply are dropped.
+        tokio::spawn(boxed(async move {
+            if let Err(error) = driver.await {
+                tracing::trace!(%error, "a connection to a store has ended");
+            }
+        }));
+        Ok(Connection { sender, moved })
+    }
+
+    async fn stream(&self, origin: &Origin) -> Result<Stream, (HttpErrorKind, String)> {
+        let failed = |error: io::Error| (HttpErrorKind::Connect, shown(&error.to_string()));
+        let addresses = lookup_host((origin.host.as_str(), origin.port)).await.map_err(failed)?;
+        let stream = first(addresses, TcpStream::connect).await.map_err(failed)?;
+        // Small requests would wait for acknowledgements otherwise.
+        stream.set_nodelay(true).map_err(failed)?;
+        if !origin.is_tls {
+            return Ok(Stream::Plain(stream));
+        }
+        let unusable = |why: String| (HttpErrorKind::Unknown, why);
+        let tls = self.tls().map_err(|error| unusable(error.to_string()))?;
+        let ssl = tls.configure().and_then(|tls| tls.into_ssl(&origin.host));
+        let ssl = ssl.map_err(|error| unusable(error.to_string()))?;
+        let stream = SslStream::new(ssl, stream).map_err(|error| unusable(error.to_string()));
+        let mut stream = Box::new(stream?);
+        match Pin::new(stream.as_mut()).connect().await {
+            Ok(()) => Ok(Stream::Tls(stream)),
+            Err(error) => Err(trust::explain(&error, stream.ssl(), &origin.host)),
+        }
+    }
+
+    fn note(&self) -> String {
+        match &self.proxy {
+            Some(name) => format!(" (proxies are not used: {name} has no effect)"),
+            None => String::new(),
+        }
+    }
+}
+
+/// Returns the first connection to one of several addresses. One that does not answer soon is
+/// waited for while the next ones are tried (RFC 8305, section 5).
+async fn first<A, S, F>(
+    addresses: impl IntoIterator<Item = A>,
+    connect: impl Fn(A) -> F,
+) -> io::Result<S>
+where
+    F: Future<Output = io::Result<S>>,
+{
+    let mut addresses = addresses.into_iter().fuse().peekable();
+    let mut attempts = FuturesUnordered::new();
+    let mut why = io::Error::other("its name has no address");
+    loop {
+        if let Some(address) = addresses.next() {
+            attempts.push(connect(address));
+        }
+        let has_next = addresses.peek().is_some();
+        tokio::select! {
+            attempt = attempts.next() => match attempt {
+                Some(Ok(stream)) => return Ok(stream),
+                Some(Err(error)) => why = error,
+                None => return Err(why),
+            },
+            () = sleep(NEXT_AFTER), if has_next => {}
+        }
+    }
+}
 
 /// A connection that is between two requests, or whose reply is being read.
 #[derive(Debug)]
 pub(super) struct Connection {
-    stream: Stream,
-    /// What came with the last head or line, from `start` on.
-    input: Vec<u8>,
-    start: usize,
+    sender: SendRequest<HttpRequestBody>,
+    /// Bytes in both directions.
+    moved: Arc<AtomicU64>,
+}
+
+/// A request without a reply.
+pub(super) struct Refused {
+    /// The request, if nothing of it was sent.
+    pub(super) unsent: Option<Box<HttpRequest>>,
+    pub(super) error: HttpError,
 }
 
 impl Connection {
-    pub(super) const fn new(stream: Stream) -> Self {
-        Self { stream, input: Vec::new(), start: 0 }
-    }
-
-    /// Whether all bytes have been read that came with the last reply.
-    pub(super) fn is_empty(&self) -> bool {
-        self.start == self.input.len()
-    }
-
-    /// Whether the next request can be sent.
-    pub(super) fn is_usable(&mut self) -> bool {
-        self.is_empty() && self.stream.is_quiet()
-    }
-
-    /// Sends a request, and waits for the head of the reply. It may come before the request is
-    /// sent completely; the connection is not kept then.
+    /// Sends a request, and waits for the head of the reply.
     pub(super) async fn send(
         &mut self,
-        mut request: HttpRequest,
+        request: HttpRequest,
         idle: Duration,
-    ) -> Result<Head, HttpError> {
-        let is_bare = request.method() == Method::HEAD;
-        let unsent = parts(&mut request)?;
-        (self.input, self.start) = (Vec::new(), 0);
-        self.stream.begin();
-        let mut exchange = Exchange { connection: self, unsent, is_bare, moved: 0, is_cut: false };
-        let mut patience = pin!(sleep(idle));
-        std::future::poll_fn(|context| {
-            let before = exchange.moved;
-            if let Poll::Ready(head) = exchange.poll(context) {
-                return Poll::Ready(head);
-            }
-            if exchange.moved > before {
-                patience.as_mut().reset(Instant::now() + idle);
-            }
-            ready!(patience.as_mut().poll(context));
-            let why = format!("the store has not moved a byte for {} s", idle.as_secs_f32());
-            Poll::Ready(Err(failed(HttpErrorKind::Timeout, why)))
-        })
-        .await
-    }
-
-    /// Reads some bytes, of as many that have to come; none at the end of the connection.
-    pub(super) fn poll_read(
-        &mut self,
-        context: &mut Context<'_>,
-        buffer: &mut [u8],
-    ) -> Poll<io::Result<usize>> {
-        let here = &self.input[self.start..];
-        if here.is_empty() {
-            let awaited = buffer.len();
-            return self.stream.poll_read(context, buffer, awaited);
+    ) -> Result<hyper::Response<Incoming>, Refused> {
+        // A connection may not have noticed the end of its last reply yet, or that of its server.
+        if timeout(idle, self.sender.ready()).await.is_ok_and(|ready| ready.is_ok()) {
+            self.send_now(request, idle).await
+        } else {
+            let error = failed(HttpErrorKind::Request, "the store has closed the connection");
+            Err(Refused { unsent: Some(Box::new(request)), error })
         }
-        let length = here.len().min(buffer.len());
-        buffer[..length].copy_from_slice(&here[..length]);
-        self.start += length;
-        Poll::Ready(Ok(length))
     }
 
-    /// Returns whether some bytes have come, but too few to wake the reader. From now on each does.
-    pub(super) fn has_few(&mut self) -> bool {
-        self.stream.has_few()
-    }
-
-    /// Reads a line, without its end.
-    pub(super) fn poll_line(
+    async fn send_now(
         &mut self,
-        context: &mut Context<'_>,
-    ) -> Poll<Result<Vec<u8>, HttpError>> {
+        request: HttpRequest,
+        idle: Duration,
+    ) -> Result<hyper::Response<Incoming>, Refused> {
+        let mut sent = std::pin::pin!(self.sender.try_send_request(request));
+        let mut before = self.moved.load(Ordering::Relaxed);
         loop {
-            let here = &self.input[self.start..];
-            if let Some(end) = here.iter().position(|byte| *byte == b'\n') {
-                let line = here[..end].strip_suffix(b"\r").ok_or_else(not_http)?.to_vec();
-                self.start += end + 1;
-                return Poll::Ready(Ok(line));
+            match timeout(idle, sent.as_mut()).await {
+                Ok(Ok(reply)) => return Ok(reply),
+                Ok(Err(mut refused)) => {
+                    let unsent = refused.take_message().map(Box::new);
+                    return Err(Refused { unsent, error: broken(refused.into_error()) });
+                }
+                Err(_) => {}
             }
-            if here.len() > LINE_MAX {
-                return Poll::Ready(Err(not_http()));
+            let now = self.moved.load(Ordering::Relaxed);
+            if now == before {
+                let why = format!("the store has not moved a byte for {} s", idle.as_secs_f32());
+                return Err(Refused { unsent: None, error: failed(HttpErrorKind::Timeout, why) });
             }
-            self.input.drain(..std::mem::take(&mut self.start));
-            if ready!(self.poll_more(context)).unwrap_or(0) == 0 {
-                return Poll::Ready(Err(broken()));
-            }
+            before = now;
         }
     }
 
-    /// Reads some bytes more for heads and lines.
-    fn poll_more(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let length = self.input.len();
-        self.input.resize(length + READ_LEN, 0);
-        let read = self.stream.poll_read(context, &mut self.input[length..], 1);
-        let count = if let Poll::Ready(Ok(count)) = &read { *count } else { 0 };
-        self.input.truncate(length + count);
+    pub(super) fn is_closed(&self) -> bool {
+        self.sender.is_closed()
+    }
+}
+
+/// Converts an error of a connection that was established.
+pub(super) fn broken(error: hyper::Error) -> HttpError {
+    let (kind, why) = if error.is_timeout() {
+        (HttpErrorKind::Timeout, "the store does not answer".to_owned())
+    } else if error.is_parse() || error.is_parse_status() {
+        (HttpErrorKind::Decode, "the answer is not of HTTP".to_owned())
+    } else if error.is_canceled() {
+        (HttpErrorKind::Request, "the store has closed the connection".to_owned())
+    } else {
+        (HttpErrorKind::Interrupted, "the connection to the store broke".to_owned())
+    };
+    failed(kind, why)
+}
+
+enum Stream {
+    Plain(TcpStream),
+    Tls(Box<SslStream<TcpStream>>),
+}
+
+/// A stream that counts its bytes.
+struct Counted {
+    stream: Stream,
+    moved: Arc<AtomicU64>,
+}
+
+impl Counted {
+    fn count(&self, bytes: usize) {
+        self.moved.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let read = match &mut self.stream {
+            Stream::Plain(stream) => Pin::new(stream).poll_read(context, buffer),
+            Stream::Tls(stream) => Pin::new(stream.as_mut()).poll_read(context, buffer),
+        };
+        self.count(buffer.filled().len() - before);
         read
     }
 }
 
-/// Returns a request as it is sent. What is small is one part.
-fn parts(request: &mut HttpRequest) -> Result<VecDeque<Bytes>, HttpError> {
-    let (mut first, mut parts) = (head::of_request(request), VecDeque::new());
-    let mut context = Context::from_waker(std::task::Waker::noop());
-    // It is all in memory.
-    while let Poll::Ready(Some(frame)) = Pin::new(request.body_mut()).poll_frame(&mut context) {
-        let data = frame?.into_data().unwrap_or_default();
-        match parts.is_empty() && first.len() + data.len() <= FIRST_MAX {
-            true => first.extend_from_slice(&data),
-            false => parts.push_back(data),
+impl AsyncWrite for Counted {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = match &mut self.stream {
+            Stream::Plain(stream) => Pin::new(stream).poll_write(context, data),
+            Stream::Tls(stream) => Pin::new(stream.as_mut()).poll_write(context, data),
+        };
+        if let Poll::Ready(Ok(written)) = written {
+            self.count(written);
         }
+        written
     }
-    parts.push_front(Bytes::from(first));
-    Ok(parts)
-}
 
-/// A request that is being sent, until the head of its reply has come.
-struct Exchange<'a> {
-    connection: &'a mut Connection,
-    unsent: VecDeque<Bytes>,
-    is_bare: bool,
-    /// Bytes in both directions.
-    moved: usize,
-    /// The server takes no more; it may have said why.
-    is_cut: bool,
-}
-
-impl Exchange<'_> {
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Result<Head, HttpError>> {
-        self.poll_send(context);
-        loop {
-            if let Some(mut head) = self.head()? {
-                head.is_kept &= self.unsent.is_empty() && !self.is_cut;
-                return Poll::Ready(Ok(head));
-            }
-            match ready!(self.connection.poll_more(context)) {
-                Ok(read) if read > 0 => self.moved += read,
-                _ => return Poll::Ready(Err(broken())),
-            }
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.stream {
+            Stream::Plain(stream) => Pin::new(stream).poll_flush(context),
+            Stream::Tls(stream) => Pin::new(stream.as_mut()).poll_flush(context),
         }
     }
 
-    /// Sends as much as the connection takes.
-    fn poll_send(&mut self, context: &mut Context<'_>) {
-        while let Some(part) = self.unsent.front_mut() {
-            if part.is_empty() {
-                self.unsent.pop_front();
-                continue;
-            }
-            match self.connection.stream.poll_write(context, part) {
-                Poll::Pending => return,
-                Poll::Ready(Ok(written)) if written > 0 => {
-                    self.moved += written;
-                    part.advance(written);
-                }
-                Poll::Ready(_) => {
-                    self.is_cut = true;
-                    self.unsent.clear();
-                }
-            }
-        }
-    }
-
-    /// Returns the head of the reply if it has come.
-    fn head(&mut self) -> Result<Option<Head>, HttpError> {
-        let connection = &mut *self.connection;
-        loop {
-            match head::of_reply(&connection.input, self.is_bare)? {
-                Some((head, _)) if head.parts.status == StatusCode::SWITCHING_PROTOCOLS => {
-                    return Err(not_http());
-                }
-                // The reply follows (RFC 9110, section 15.2).
-                Some((head, length)) if head.parts.status.is_informational() => {
-                    connection.input.drain(..length);
-                }
-                Some((head, length)) => {
-                    connection.start = length;
-                    return Ok(Some(head));
-                }
-                None if connection.input.len() > HEAD_MAX => return Err(not_http()),
-                None => return Ok(None),
-            }
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.stream {
+            Stream::Plain(stream) => Pin::new(stream).poll_shutdown(context),
+            Stream::Tls(stream) => Pin::new(stream.as_mut()).poll_shutdown(context),
         }
     }
 }
 
-/// The error of a connection that was established.
-pub(super) fn broken() -> HttpError {
-    failed(HttpErrorKind::Interrupted, "the connection to the store broke")
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn address_that_does_not_answer_hides_no_other() {
+        let connect = async |address| match address {
+            "dead" => std::future::pending().await,
+            "closed" => Err(io::Error::from(io::ErrorKind::ConnectionRefused)),
+            address => Ok(address),
+        };
+        assert_eq!(first(["dead", "alive"], connect).await.unwrap(), "alive");
+        assert_eq!(first(["closed", "dead", "alive"], connect).await.unwrap(), "alive");
+        let refused = first(["closed"], connect).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(first([], connect).await.is_err());
+    }
 }

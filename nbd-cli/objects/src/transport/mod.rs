@@ -1,18 +1,12 @@
-//! HTTP/1.1 requests (RFC 9112), over TLS by OpenSSL.
-//!
-//! The task that wants a body reads it from the socket, into buffers that become the blocks of
-//! images: hyper's client reads on a task of its own, into buffers of its own.
+//! HTTP/1 requests by hyper, over TLS by OpenSSL.
 //!
 //! Proxies are not used: the variables `HTTPS_PROXY` and so on have no effect, and the error of a
 //! failed connection says so.
 
 mod body;
-mod chunks;
 mod completion;
 mod connection;
-mod dial;
 mod failure;
-mod head;
 mod limiter;
 mod listing;
 mod log;
@@ -20,7 +14,6 @@ mod pool;
 mod range;
 mod redirect;
 mod refusal;
-mod stream;
 mod trust;
 
 use std::num::NonZeroU32;
@@ -28,8 +21,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use hyper::body::{Body as _, Incoming};
 use hyper::header::{HOST, HeaderValue, LOCATION, USER_AGENT};
-use hyper::http::response::Parts;
 use hyper::{Method, StatusCode, Uri};
 use object_store::ClientOptions;
 use object_store::client::{
@@ -40,16 +33,13 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::error::Result;
 use crate::settings::{StoreSettings, Timeouts};
-use crate::spare::Spare;
 
 pub(crate) use body::WHOLE_MAX;
 pub(crate) use completion::Completion;
 
 use body::{BodyLimits, ReplyBody};
-use connection::Connection;
-use dial::{Dialer, Origin};
+use connection::{Connection, Dialer, Origin};
 use failure::failed;
-use head::Head;
 use limiter::Limiter;
 use log::RequestLine;
 use pool::Pool;
@@ -85,7 +75,6 @@ struct Shared {
     pool: Pool,
     limiter: Limiter,
     timeouts: Timeouts,
-    spare: Arc<Spare>,
 }
 
 impl Transport {
@@ -98,8 +87,7 @@ impl Transport {
         let dialer = Dialer::new(settings)?;
         let limit = settings.requests_per_second.map(NonZeroU32::get);
         let limiter = Limiter::new(limit);
-        let (pool, timeouts, spare) = (Pool::default(), settings.timeouts, Arc::default());
-        let shared = Shared { dialer, pool, limiter, timeouts, spare };
+        let shared = Shared { dialer, pool: Pool::default(), limiter, timeouts: settings.timeouts };
         Ok(Self { shared: Arc::new(shared), redirects, completion: Completion::default() })
     }
 
@@ -186,37 +174,39 @@ impl Transport {
             };
             // The server may have closed a connection that was used before.
             let again = (is_used && is_safe(request.method())).then(|| request.clone());
-            let mut head = match connection.send(request, shared.timeouts.idle).await {
-                Ok(head) => head,
-                Err(error) => {
-                    request = again.ok_or(error)?;
-                    continue;
+            match connection.send(request, shared.timeouts.idle).await {
+                Ok(reply) => {
+                    let (mut head, incoming) = reply.into_parts();
+                    range::complete(&mut head, incoming.size_hint().exact(), asked)?;
+                    let body = self.receive(incoming, connection, origin, limits);
+                    let body = match head.status {
+                        // What it says of signatures and keys stays here.
+                        status if status.is_client_error() || status.is_server_error() => {
+                            refusal::summarised(body).await.into()
+                        }
+                        StatusCode::OK if is_list => listing::checked(body).await?.into(),
+                        _ => HttpResponseBody::new(body),
+                    };
+                    return Ok(HttpResponse::from_parts(head, body));
                 }
-            };
-            range::complete(&mut head.parts, head.framing, asked)?;
-            let (head, body) = self.receive(head, connection, origin, limits);
-            let body = match head.status {
-                // What it says of signatures and keys stays here.
-                status if status.is_client_error() || status.is_server_error() => {
-                    refusal::summarised(body).await.into()
-                }
-                StatusCode::OK if is_list => listing::checked(body).await?.into(),
-                _ => HttpResponseBody::new(body),
-            };
-            return Ok(HttpResponse::from_parts(head, body));
+                Err(refused) => match (refused.unsent.map(|unsent| *unsent).or(again), is_used) {
+                    (Some(unsent), true) => request = unsent,
+                    _ => return Err(refused.error),
+                },
+            }
         }
     }
 
     fn receive(
         &self,
-        Head { parts, framing, is_kept }: Head,
+        incoming: Incoming,
         connection: Connection,
         origin: Origin,
         limits: BodyLimits,
-    ) -> (Parts, ReplyBody) {
-        let (shared, spare) = (Arc::clone(&self.shared), Arc::clone(&self.shared.spare));
+    ) -> ReplyBody {
+        let shared = Arc::clone(&self.shared);
         let back = Box::new(move |connection| shared.pool.put(origin, connection));
-        (parts, ReplyBody::new((framing, is_kept), connection, limits, spare, back))
+        ReplyBody::new(incoming, connection, limits, back)
     }
 }
 

@@ -4,8 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::connection::Connection;
-use super::dial::Origin;
+use super::connection::{Connection, Origin};
 
 /// How long a connection is kept. Servers close theirs after 5 s and more.
 const KEPT: Duration = Duration::from_secs(20);
@@ -22,9 +21,8 @@ impl Pool {
     pub(super) fn take(&self, origin: &Origin) -> Option<Connection> {
         let mut pool = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = pool.get_mut(origin)?;
-        while let Some((mut connection, since)) = kept.pop() {
-            // The server may have closed it.
-            if since.elapsed() < KEPT && connection.is_usable() {
+        while let Some((connection, since)) = kept.pop() {
+            if since.elapsed() < KEPT && !connection.is_closed() {
                 return Some(connection);
             }
         }
@@ -35,7 +33,7 @@ impl Pool {
     pub(super) fn put(&self, origin: Origin, connection: Connection) {
         let mut pool = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = pool.entry(origin).or_default();
-        kept.retain(|(_, since)| since.elapsed() < KEPT);
+        kept.retain(|(connection, since)| since.elapsed() < KEPT && !connection.is_closed());
         if kept.len() < KEPT_MAX {
             kept.push((connection, Instant::now()));
         }

@@ -9,7 +9,6 @@ use hyper::http::response::Parts;
 use object_store::client::{HttpError, HttpErrorKind};
 
 use super::failure::failed;
-use super::head::Framing;
 
 /// The first and the last byte of a range.
 pub(super) type Bounds = (u64, u64);
@@ -24,14 +23,15 @@ pub(super) fn length((first, last): Bounds) -> Option<u64> {
     last.checked_sub(first)?.checked_add(1)
 }
 
-/// Adds to a reply what the client of the store wants to be told, where it follows from the rest.
+/// Adds to a reply what the client of the store wants to be told, where it follows from the rest. The
+/// length of its body, in bytes, is known if it does not come in chunks or until the connection ends.
 ///
 /// # Errors
 ///
 /// If the reply has another length than its range.
 pub(super) fn complete(
     reply: &mut Parts,
-    framing: Framing,
+    length_sent: Option<u64>,
     asked: Option<Bounds>,
 ) -> Result<(), HttpError> {
     // Nobody looks at it, but the client refuses dates in other forms.
@@ -40,7 +40,7 @@ pub(super) fn complete(
         reply.headers.remove(LAST_MODIFIED);
     }
     let Some(asked) = asked else { return Ok(()) };
-    if let (StatusCode::OK, (0, last), Framing::Length(size @ 1..)) = (reply.status, asked, framing)
+    if let (StatusCode::OK, (0, last), Some(size @ 1..)) = (reply.status, asked, length_sent)
         && size - 1 <= last
     {
         // The whole object is what was asked for: servers may ignore such a range (section 14.2).
@@ -54,7 +54,7 @@ pub(super) fn complete(
         let (range, _) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
         length(bounds(range)?)
     });
-    if let (Some(sent), Framing::Length(length)) = (sent, framing)
+    if let (Some(sent), Some(length)) = (sent, length_sent)
         && sent != length
     {
         let why = "the length of the answer is not that of the range that it names";
@@ -105,38 +105,38 @@ mod tests {
         }
     }
 
-    fn completed(status: u16, lines: &[(&'static str, &str)], framing: Framing) -> Parts {
+    fn completed(status: u16, lines: &[(&'static str, &str)], length: Option<u64>) -> Parts {
         let (mut parts, ()) = hyper::Response::new(()).into_parts();
         parts.status = StatusCode::from_u16(status).unwrap();
         for (name, value) in lines {
             set(&mut parts.headers, HeaderName::from_static(name), value);
         }
-        complete(&mut parts, framing, Some((0, 9))).unwrap();
+        complete(&mut parts, length, Some((0, 9))).unwrap();
         parts
     }
 
     #[test]
     fn whole_object_is_the_range_that_was_asked_for_if_it_is_not_longer() {
-        let parts = completed(200, &[("content-length", "10")], Framing::Length(10));
+        let parts = completed(200, &[("content-length", "10")], Some(10));
         assert_eq!(
             (parts.status.as_u16(), &parts.headers[CONTENT_RANGE]),
             (206, &"bytes 0-9/10".parse().unwrap())
         );
-        assert_eq!(completed(200, &[], Framing::Length(3)).headers[CONTENT_RANGE], "bytes 0-2/3");
-        assert_eq!(completed(200, &[], Framing::Length(11)).status, 200);
-        assert_eq!(completed(200, &[], Framing::Length(0)).status, 200);
-        assert_eq!(completed(200, &[], Framing::Chunked).status, 200);
+        assert_eq!(completed(200, &[], Some(3)).headers[CONTENT_RANGE], "bytes 0-2/3");
+        assert_eq!(completed(200, &[], Some(11)).status, 200);
+        assert_eq!(completed(200, &[], Some(0)).status, 200);
+        assert_eq!(completed(200, &[], None).status, 200);
     }
 
     #[test]
     fn length_follows_from_the_range_and_impossible_ones_are_dropped() {
-        let parts = completed(206, &[("content-range", "bytes 0-9/100")], Framing::Chunked);
+        let parts = completed(206, &[("content-range", "bytes 0-9/100")], None);
         assert_eq!(parts.headers[CONTENT_LENGTH], "10");
         for range in ["bytes 0-18446744073709551615/9", "bytes 9-0/100", "bytes */100", "0-9/100"] {
-            let parts = completed(206, &[("content-range", range)], Framing::Chunked);
+            let parts = completed(206, &[("content-range", range)], None);
             assert!(!parts.headers.contains_key(CONTENT_RANGE), "{range}");
         }
-        let date = |text| completed(206, &[("last-modified", text)], Framing::Chunked).headers;
+        let date = |text| completed(206, &[("last-modified", text)], None).headers;
         assert!(date("Fri, 27 Nov 2026 10:00:00 GMT").contains_key(LAST_MODIFIED));
         assert!(!date("Friday, 27-Nov-26 10:00:00 GMT").contains_key(LAST_MODIFIED));
     }

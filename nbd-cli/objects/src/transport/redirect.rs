@@ -4,7 +4,7 @@ use hyper::header::{AUTHORIZATION, COOKIE, HOST, HeaderValue, PROXY_AUTHORIZATIO
 use hyper::{StatusCode, Uri};
 use object_store::client::{HttpError, HttpErrorKind, HttpRequest};
 
-use super::dial::Origin;
+use super::connection::Origin;
 use super::failure::failed;
 
 pub(super) fn is_redirect(status: StatusCode) -> bool {
