@@ -5,10 +5,12 @@ use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
 use super::range::{read_padded, whole};
 use super::snapshots;
+use crate::create_options::Qcow2Version;
 use crate::error::{Error, ErrorKind};
 use crate::image::Image;
-use crate::storage::Durability;
-use crate::units::GuestOffset;
+use crate::storage::{Durability, Speed, ZeroMode};
+use crate::units::{GuestOffset, span};
+use crate::zero::is_zero;
 
 /// Size of a comparison step, in bytes.
 const STEP: u64 = 1 << 20;
@@ -56,11 +58,12 @@ pub fn rebase(
     context: &JobContext,
 ) -> Result<Rebased, JobError> {
     let qcow2 = overlay.info().map_err(JobError::destination)?.qcow2;
-    let Some(cluster) = qcow2.map(|qcow2| qcow2.cluster_size) else {
+    let Some(qcow2) = qcow2 else {
         let detail = "a raw image cannot have a backing file";
         let error = overlay.name(Error::new(ErrorKind::Unsupported, "rebase", detail));
         return Err(JobError::image(JobErrorKind::InvalidArgument, error));
     };
+    let (cluster, marks_zeroes) = (qcow2.cluster_size, qcow2.version != Qcow2Version::V2);
     snapshots::refuse(overlay, "rebase")?;
     let step = STEP.max(cluster);
     let meter = Meter::begin(context, overlay.size());
@@ -82,7 +85,7 @@ pub fn rebase(
                 Some(backing) => read_padded(backing, position, new).map_err(JobError::source)?,
                 None => new.fill(0),
             }
-            let changed = Changed { overlay, cluster, clusters };
+            let changed = Changed { overlay, cluster, marks_zeroes, clusters };
             rebased.copied += changed.write(position, old, new)?;
             position = stop;
         }
@@ -96,13 +99,13 @@ struct Changed<'a> {
     overlay: &'a Image,
     /// The size of its clusters in bytes.
     cluster: u64,
+    /// Whether an entry can say that a cluster reads as zero, whatever is below.
+    marks_zeroes: bool,
     clusters: Clusters,
 }
 
 impl Changed<'_> {
-    /// Writes the clusters of `old` that differ from `new`; returns their number of bytes. Zeroes
-    /// are written as data: where the old backing file ends before them, an image may skip zeroes,
-    /// and the new backing file would show.
+    /// Writes the clusters of `old` that differ from `new`; returns their number of bytes.
     fn write(&self, offset: u64, old: &[u8], new: &[u8]) -> Result<u64, JobError> {
         let (mut start, mut written) = (0, 0);
         while start < old.len() {
@@ -118,14 +121,20 @@ impl Changed<'_> {
         Ok(written)
     }
 
-    /// Writes a cluster, or the part of one in which the overlay has nothing.
+    /// Writes a cluster, or the part of one in which the overlay has nothing. Zeroes are data where
+    /// no entry can mark them: the image may skip zeroes of which nothing is below it now, and the
+    /// new backing file would show.
     fn write_cluster(&self, position: GuestOffset, data: &[u8]) -> crate::error::Result<()> {
         let whole = self.cluster.min(self.overlay.size() - position.bytes());
         let starts = position.bytes().is_multiple_of(self.cluster);
+        let is_whole = starts && data.len() as u64 == whole;
         match self.clusters {
-            Clusters::Compressed if starts && data.len() as u64 == whole => {
-                self.overlay.write_compressed(position, data)
+            _ if is_whole && self.marks_zeroes && is_zero(data) => {
+                let range = span(position, position + whole);
+                let mode = ZeroMode::MayUnmap;
+                self.overlay.write_zeroes(range, mode, Speed::Any, Durability::Cached)
             }
+            Clusters::Compressed if is_whole => self.overlay.write_compressed(position, data),
             _ => self.overlay.write_at(position, data, Durability::Cached),
         }
     }

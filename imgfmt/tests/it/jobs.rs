@@ -10,8 +10,8 @@ use imgfmt::jobs::{
 };
 use imgfmt::storage::MemoryStorage;
 use imgfmt::{
-    Access, CreateOptions, Durability, ErrorKind, Format, Image, L2Entries, Locking, OpenOptions,
-    Recording, Repair, Storage,
+    Access, CreateOptions, Durability, ErrorKind, ExtentKind, Format, Image, L2Entries, Locking,
+    OpenOptions, Qcow2Version, Recording, Repair, Storage,
 };
 
 use crate::common::{all_extents, at, range};
@@ -332,6 +332,54 @@ fn a_rebase_compresses_whole_clusters_and_keeps_parts_of_others() {
         // All but the one of which a part was there.
         assert_eq!(report.compressed_clusters, 16, "{l2_entries:?}");
         drop(image);
+        std::fs::remove_file(&top).unwrap();
+    }
+}
+
+#[test]
+fn a_rebase_notes_zeroes_without_space_where_the_version_can() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let (old, new, top) = (path("old.img"), path("new.img"), path("top.qcow2"));
+    // The old backing file ends before the new one and the overlay do.
+    let mut bytes = vec![0; 3 << 16];
+    bytes[..1 << 16].fill(5);
+    std::fs::write(&old, bytes).unwrap();
+    std::fs::write(&new, vec![7; 6 << 16]).unwrap();
+    for (version, names_backing, clusters) in [
+        (Qcow2Version::V2, true, Clusters::Plain),
+        (Qcow2Version::V2, false, Clusters::Plain),
+        (Qcow2Version::V3, true, Clusters::Plain),
+        (Qcow2Version::V3, true, Clusters::Compressed),
+        (Qcow2Version::V3, false, Clusters::Plain),
+    ] {
+        let case = format!("{version:?} {names_backing} {clusters:?}");
+        let mut create = match names_backing {
+            true => CreateOptions::overlay("old.img", Format::Raw),
+            false => CreateOptions::new(Format::Qcow2, 0),
+        };
+        (create.size, create.version) = (Some(5 << 16 | 512), version);
+        let image = Image::create(&top, &create).unwrap();
+        image.write_at(at(4 << 16), &[1; 1 << 16], Durability::Cached).unwrap();
+        let expected = content(&image);
+        let backing = Image::open(&new, &OpenOptions::new().format(Format::Raw)).unwrap();
+        rebase(&image, Some(&backing), clusters, &JobContext::default()).unwrap();
+        image.close().unwrap();
+        let name = Some((new.as_os_str(), Format::Raw));
+        Image::change_backing_file(&top, &writable(), name).unwrap();
+        assert!(content(&Image::open(&top, &OpenOptions::new()).unwrap()) == expected, "{case}");
+        let report = Image::check_file(&top, &OpenOptions::new(), Repair::None).unwrap();
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{case}");
+        let expected = match (version, names_backing) {
+            // All of the disk: nothing says that a cluster reads as zero.
+            (Qcow2Version::V2, _) => 5 << 16 | 512,
+            (_, true) => 2 << 16,
+            (_, false) => 1 << 16,
+        };
+        let image = Image::open(&top, &OpenOptions::new()).unwrap();
+        let extents = all_extents(&image, range(0, image.size()));
+        let data = extents.iter().filter(|it| it.depth == 1 && it.kind == ExtentKind::Data);
+        assert_eq!(data.map(|it| it.range.length()).sum::<u64>(), expected, "{case}");
         std::fs::remove_file(&top).unwrap();
     }
 }
