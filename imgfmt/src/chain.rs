@@ -1,6 +1,7 @@
 //! Opening an image and its backing chain.
 
 mod below;
+mod check;
 mod describe;
 
 use std::ffi::OsStr;
@@ -22,10 +23,11 @@ use crate::formats::{self, Opening};
 use crate::open_policy::CHAIN_DEPTH_MAX;
 use crate::options::OpenOptions;
 use crate::probe::probe_named;
-use crate::qcow2::{self, CheckReport, Purpose, Qcow2, Repair};
+use crate::qcow2::{self, Purpose, Qcow2};
 use crate::raw::{FirstSector, Raw};
 use crate::storage::{FileIdentity, Storage};
 
+pub(crate) use self::check::check_storage;
 pub(crate) use self::describe::{inspect, inspect_chain};
 
 /// Opens the image in `storage` and, as far as the policy allows, the files it names.
@@ -38,33 +40,6 @@ pub(crate) fn open(
     let path = path.map(Path::to_owned);
     let top = Unopened { storage, name: None, shown: path.clone(), path, options: options.clone() };
     open_layers(top, &mut Files::default())
-}
-
-/// Checks a qcow2 image by itself, without the files it names.
-pub(crate) fn check_storage(
-    storage: Arc<dyn Storage>,
-    path: Option<&Path>,
-    options: &OpenOptions,
-    repair: Repair,
-) -> Result<CheckReport> {
-    let storage = options.part_of(storage)?;
-    let format = format_of(&*storage, path, options)?;
-    if format != Format::Qcow2 {
-        let detail = match format {
-            Format::Raw => "a raw image has no metadata to check".to_owned(),
-            _ => {
-                format!("it is a {} image, and only qcow2 images are checked", format.description())
-            }
-        };
-        return Err(Error::new(ErrorKind::Unsupported, "check", detail));
-    }
-    let options = OpenOptions { access: repair.access(), snapshot: None, ..options.clone() };
-    let mut image = Qcow2::open(storage, sidecar_path(path, &options), &options, Purpose::Check)?;
-    let report = image.check(repair)?;
-    if report.corruptions_repaired > 0 {
-        image.break_seal()?;
-    }
-    Ok(report)
 }
 
 /// Changes the name of the backing file in one file's header.

@@ -27,6 +27,7 @@ mod vpc;
 pub(crate) use self::foreign::{ForeignImage, Identity, Opening, Parent};
 pub(crate) use self::in_order::DiskInOrder;
 pub(crate) use self::new::{Extents, InOrder, NewForeign, NewParent, OTHER_FORMATS, Planned};
+pub(crate) use self::vhdx::replay_log;
 use crate::error::Result;
 use crate::format::Format;
 

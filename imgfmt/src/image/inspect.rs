@@ -35,11 +35,13 @@ fn open_file(
 
 impl Image {
     /// Checks the qcow2 image in a file and, if `repair` says so, repairs it. No other process may
-    /// use it meanwhile. The files it names are not examined.
+    /// use it meanwhile. The files it names are not examined. Of VHDX, VMDK and VDI images it is
+    /// checked whether every block can lie where the tables say, also in the files with parts of the
+    /// disk; [`Repair::All`] makes the changes that the log of a VHDX image holds.
     ///
     /// # Errors
     ///
-    /// `Unsupported` for formats that cannot be checked; otherwise as [`open`](Self::open).
+    /// `Unsupported` for formats that cannot be checked or repaired; otherwise as [`open`](Self::open).
     pub fn check_file(
         path: impl AsRef<Path>,
         options: &OpenOptions,

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use imgfmt::{BackingFile, Error, ErrorKind, ExtentKind, Format, Image, OpenOptions};
+use imgfmt::{
+    BackingFile, Error, ErrorKind, ExtentKind, Format, FormatDetails, Image, OpenOptions, Repair,
+};
 
 use crate::bodies::foreign_vhdx::{
     BAT, DATA, MIB, PARTIAL, PRESENT, Parts, ZERO, block, seal, seeds, vhdx,
@@ -144,6 +146,67 @@ fn the_log_is_replayed_in_memory_and_the_file_stays_as_it_is() {
             let found: Vec<u8> = content.chunks(MIB).map(|block| block[0]).collect();
             assert_eq!(found, expected, "{what}: QEMU");
         }
+    }
+}
+
+#[test]
+fn a_repair_makes_the_changes_of_the_log() {
+    let changed = Parts::new(0, 512, &[0, block(DATA, PRESENT), block(DATA + MIB, PRESENT)]);
+    let table = (BAT as u64, Ok(changed.bat_sector()));
+    let zeroes = (DATA as u64, Err(4096));
+    let image = plain().logged(7, 0, &[table]).logged(8, 0, &[zeroes]).image();
+    let directory = tempfile::tempdir().unwrap();
+    let path = write(directory.path(), "disk.vhdx", &image);
+    let expected = blocks(&path);
+    assert_eq!(expected, [0, 0, 5, 0, 0, 0]);
+    for repair in [Repair::None, Repair::Leaks] {
+        let report = Image::check_file(&path, &options(), repair).unwrap();
+        assert_eq!((report.corruptions, report.corruptions_repaired), (0, 0), "{repair:?}");
+        assert!(std::fs::read(&path).unwrap() == image, "{repair:?}");
+    }
+    for repaired in [1, 0] {
+        let report = Image::check_file(&path, &options(), Repair::All).unwrap();
+        assert_eq!((report.corruptions, report.corruptions_repaired), (0, repaired));
+        assert_eq!(report.other_format, Some(Format::Vhdx));
+        assert_eq!(blocks(&path), expected);
+    }
+    let info = Image::inspect_file(&path, &options()).unwrap();
+    assert!(matches!(info.details, Some(FormatDetails::Vhdx(it)) if !it.log_is_in_use));
+    // Either header will do: neither has a log.
+    let bytes = std::fs::read(&path).unwrap();
+    for header in [64 << 10, 128 << 10] {
+        let mut one = bytes.clone();
+        one[header] ^= 1;
+        assert_eq!(blocks(&write(directory.path(), "one.vhdx", &one)), expected);
+    }
+    if has_tool("qemu-img") {
+        let content = qemu::content(&path, "vhdx");
+        let found: Vec<u8> = content.chunks(MIB).map(|block| block[0]).collect();
+        assert_eq!(found, expected);
+    }
+}
+
+#[test]
+fn a_log_that_would_make_the_image_unreadable_is_not_written_into_it() {
+    let region_tables = [192 << 10, 256 << 10].map(|table| (table, Err(4096)));
+    let image = plain().logged(7, 0, &region_tables).image();
+    let directory = tempfile::tempdir().unwrap();
+    let path = write(directory.path(), "disk.vhdx", &image);
+    assert!(Image::check_file(&path, &options(), Repair::All).is_err());
+    assert!(std::fs::read(&path).unwrap() == image);
+}
+
+#[test]
+fn a_check_finds_every_block_that_lies_past_the_end() {
+    let past = block(DATA + 100 * MIB, PRESENT);
+    let states = [past, block(DATA, PRESENT), past, 0, block(DATA + MIB, PRESENT), 4];
+    let image = Parts::new(6 * MIB as u64 - 4096, 512, &states).image();
+    let directory = tempfile::tempdir().unwrap();
+    let path = write(directory.path(), "disk.vhdx", &image);
+    for repair in [Repair::None, Repair::All] {
+        let report = Image::check_file(&path, &options(), repair).unwrap();
+        assert_eq!((report.corruptions, report.messages.len()), (3, 3), "{report:?}");
+        assert!(std::fs::read(&path).unwrap() == image);
     }
 }
 

@@ -138,8 +138,10 @@ pub struct CheckSummary {
     /// Errors of the check itself.
     pub check_errors: u64,
     /// Where the image ends in its file, in bytes.
+    #[serde(skip_serializing_if = "is_zero")]
     pub image_end_offset: u64,
     /// Clusters of the disk.
+    #[serde(skip_serializing_if = "is_zero")]
     pub total_clusters: u64,
     /// Those with data.
     #[serde(skip_serializing_if = "is_zero")]
@@ -175,8 +177,7 @@ impl CheckSummary {
     pub fn new(filename: String, report: &CheckReport) -> Self {
         Self {
             filename,
-            // No other format can be checked.
-            format: Format::Qcow2.name(),
+            format: report.other_format.unwrap_or(Format::Qcow2).name(),
             check_errors: 0,
             image_end_offset: report.image_end_offset,
             total_clusters: report.total_clusters,

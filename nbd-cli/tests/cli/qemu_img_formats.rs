@@ -114,3 +114,25 @@ fn the_parts_of_a_disk_whose_name_is_a_link_are_found() {
     assert_eq!(names("other"), ["real.vmdk"]);
     assert_eq!(std::fs::read(here.join("other/real.vmdk")).expect("the file"), b"old");
 }
+
+#[test]
+fn images_of_other_formats_are_checked_alike() {
+    compare_all(
+        "
+        convert -O vdi disk.qcow2 new.vdi ; check new.vdi ; check --output=json new.vdi
+        create -f vdi new.vdi 3M ; check new.vdi ; check --output=json new.vdi
+        convert -O vdi -o static=on longer.qcow2 new.vdi ; check -f vdi new.vdi
+        convert -O vdi disk.qcow2 new.vdi ; check -r all new.vdi
+        convert -O vhdx -o block_size=1M longer.qcow2 new.vhdx ; check new.vhdx ; check --output=json new.vhdx
+        convert -O vhdx disk.qcow2 new.vhdx ; check -r all new.vhdx ; check -r leaks new.vhdx
+        convert -O vmdk disk.qcow2 new.vmdk ; check new.vmdk ; check --output=json new.vmdk
+        convert -O vmdk -o subformat=streamOptimized disk.qcow2 new.vmdk ; check new.vmdk
+        convert -O vmdk -o subformat=monolithicFlat disk.qcow2 new.vmdk ; check new.vmdk
+        convert -O vmdk -o subformat=twoGbMaxExtentSparse longer.qcow2 new.vmdk ; check new.vmdk
+        create -f vmdk -b sparse.vmdk -F vmdk new.vmdk ; check new.vmdk
+        check -r all sparse.vmdk
+        check -r leaks sparse.vmdk
+        convert -O vpc disk.qcow2 new.vpc ; check new.vpc
+        ",
+    );
+}

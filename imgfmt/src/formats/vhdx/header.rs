@@ -26,6 +26,9 @@ use super::crc32c;
 use crate::bytes::{u16_le_at, u32_le_at, u64_le_at};
 use crate::error::Result;
 use crate::formats::file::ImageFile;
+use crate::formats::new::random;
+use crate::storage::Durability;
+use crate::units::HostOffset;
 
 pub(super) type Guid = [u8; 16];
 
@@ -60,7 +63,12 @@ pub(super) struct Header {
 
 impl Header {
     pub(super) fn read(file: &ImageFile) -> Result<Self> {
-        let mut best: Option<Self> = None;
+        Self::that_counts(file).map(|(header, ..)| header)
+    }
+
+    /// The header that counts, where it is, and its bytes.
+    fn that_counts(file: &ImageFile) -> Result<(Self, u64, Vec<u8>)> {
+        let mut best: Option<(Self, u64, Vec<u8>)> = None;
         for offset in HEADERS {
             let bytes = file.read_up_to(offset, HEADER_LENGTH)?;
             let is_whole = bytes.len() as u64 == HEADER_LENGTH && bytes.starts_with(b"head");
@@ -69,14 +77,38 @@ impl Header {
             }
             let found = Self::parse(&bytes, file)?;
             match best {
-                Some(other) if other.sequence == found.sequence && other != found => {
+                Some((other, ..)) if other.sequence == found.sequence && other != found => {
                     return Err(file.invalid("its two headers have the same number and differ"));
                 }
-                Some(other) if other.sequence >= found.sequence => {}
-                _ => best = Some(found),
+                Some((other, ..)) if other.sequence >= found.sequence => {}
+                _ => best = Some((found, offset, bytes)),
             }
         }
         best.ok_or_else(|| file.invalid("neither of its two headers has the right checksum"))
+    }
+
+    /// Writes two headers without a log, first in the place of the one that does not count: there is a
+    /// sound one at any time.
+    pub(super) fn clear_log(file: &ImageFile) -> Result<()> {
+        let (header, place, mut bytes) = Self::that_counts(file)?;
+        let other = HEADERS.into_iter().find(|offset| *offset != place).unwrap_or(place);
+        // The file was changed, the disk was not.
+        bytes[16..32].copy_from_slice(&random()?);
+        bytes[48..64].fill(0);
+        for (more, place) in (1..).zip([other, place]) {
+            let Some(sequence) = header.sequence.checked_add(more) else {
+                return Err(
+                    file.unsupported("its headers have the highest number that is possible")
+                );
+            };
+            bytes[8..16].copy_from_slice(&sequence.to_le_bytes());
+            crc32c::seal(&mut bytes);
+            let written =
+                file.storage().write_at(HostOffset::new(place), &bytes, Durability::Cached);
+            let written = written.and_then(|()| file.storage().sync());
+            written.map_err(|error| file.io("write a header of", error, 0))?;
+        }
+        Ok(())
     }
 
     fn parse(bytes: &[u8], file: &ImageFile) -> Result<Self> {

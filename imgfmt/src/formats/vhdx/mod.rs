@@ -11,6 +11,7 @@ mod metadata;
 mod new;
 mod overlay;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use self::header::{Header, MIB, Regions};
@@ -21,6 +22,7 @@ use super::file::{Cursor, ImageFile};
 use super::foreign::{ForeignImage, Identity, Opening, Parent};
 use crate::error::Result;
 use crate::foreign_info::{FormatDetails, ImageKind, VhdxInfo};
+use crate::storage::Storage;
 
 const SIGNATURE: &[u8] = b"vhdxfile";
 
@@ -60,6 +62,23 @@ pub(super) fn open(opening: Opening<'_>) -> Result<Box<dyn ForeignImage>> {
         None => file,
     };
     Ok(BlockImage::boxed(Vhdx::open(file, &header)?))
+}
+
+/// Makes the changes that the log of an image holds, and says in its headers that it holds none;
+/// returns whether it held any. An interruption at any time leaves an image with the same disk.
+pub(crate) fn replay_log(storage: &Arc<dyn Storage>, path: Option<&Path>) -> Result<bool> {
+    let file = ImageFile::new(Arc::clone(storage), path)?;
+    if !starts(&file.start()?) {
+        return Err(file.invalid("it does not begin as a VHDX image"));
+    }
+    let header = Header::read(&file)?;
+    let Some(overlay) = log::replay(&header, &file)? else { return Ok(false) };
+    let overlay = Arc::new(overlay);
+    // What cannot be read with the changes stays as it is.
+    Vhdx::open(ImageFile::new(Arc::clone(&overlay) as Arc<dyn Storage>, path)?, &header)?;
+    overlay.write_out().map_err(|error| file.io("write the changes of the log to", error, 0))?;
+    Header::clear_log(&file)?;
+    Ok(true)
 }
 
 /// An open image.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use crate::storage::{FileIdentity, Storage, TryRead};
+use crate::storage::{Durability, FileIdentity, Speed, Storage, TryRead, ZeroMode};
 use crate::units::HostOffset;
 
 /// A change of a range of the file.
@@ -76,6 +76,24 @@ impl Overlay {
             }
         }
         self.changes.insert(change.offset, change);
+    }
+
+    /// Makes the changes in the file, and waits until they are on stable storage.
+    pub(super) fn write_out(&self) -> io::Result<()> {
+        if self.below.len()? < self.length {
+            self.below.set_len(self.length)?;
+        }
+        for change in self.changes.values() {
+            let offset = HostOffset::new(change.offset);
+            match &change.data {
+                Some(data) => self.below.write_at(offset, data, Durability::Cached)?,
+                None => {
+                    let mode = ZeroMode::MayUnmap;
+                    self.below.write_zeroes(offset, change.length, mode, Speed::Any)?;
+                }
+            }
+        }
+        self.below.sync()
     }
 
     /// Makes the changes in bytes that were read from an offset on.

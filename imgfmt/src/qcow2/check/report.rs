@@ -1,6 +1,7 @@
 //! The options and the results of a check.
 
 use crate::access::Access;
+use crate::format::Format;
 
 /// The permitted repairs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -36,7 +37,7 @@ pub struct CheckReport {
     pub leaks_repaired: u64,
     /// Repaired defects; not contained in `corruptions`.
     pub corruptions_repaired: u64,
-    /// Clusters of the disk.
+    /// Clusters of the disk; no clusters are counted in images of other formats than qcow2.
     pub total_clusters: u64,
     /// Clusters of the disk whose data is in this image.
     pub allocated_clusters: u64,
@@ -46,6 +47,8 @@ pub struct CheckReport {
     pub fragmented_clusters: u64,
     /// End of the used part of the file, in bytes.
     pub image_end_offset: u64,
+    /// The format of the image, if it is another one than qcow2.
+    pub other_format: Option<Format>,
     /// Descriptions of the findings; the first hundred of each check.
     pub messages: Vec<String>,
 }

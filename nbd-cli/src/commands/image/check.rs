@@ -32,6 +32,9 @@ Only the image itself is checked, not its backing file, and not the guest's data
 space; a corruption endangers data: copy the image before you repair it. A repair does not change
 readable data. Unreliable refcounts are rebuilt in unused clusters.
 
+Of VHDX, VMDK and VDI images, the tables are checked: whether every block can lie where they say.
+'--repair all' makes the changes that the log of a VHDX holds; the others are not repaired.
+
 Of an OVA archive that has a manifest (.mf), all files are compared with the digests in it; what was
 changed, is missing or is not listed counts as a corruption. The manifest's signature (.cert) is not
 verified.
@@ -197,6 +200,9 @@ fn text(report: &CheckReport, output: &mut Output) -> Result<(), CommandError> {
         0 => 0.0,
         _ => part as f64 * 100.0 / whole as f64,
     };
+    if report.total_clusters == 0 {
+        return Ok(());
+    }
     let allocated = report.allocated_clusters;
     output.line(&format!(
         "{allocated} of {} clusters allocated ({:.2} %), {:.2} % fragmented, {:.2} % compressed",
@@ -205,5 +211,8 @@ fn text(report: &CheckReport, output: &mut Output) -> Result<(), CommandError> {
         percent(report.fragmented_clusters, allocated),
         percent(report.compressed_clusters, allocated),
     ))?;
-    output.line(&format!("the image ends at offset {}", report.image_end_offset))
+    match report.image_end_offset {
+        0 => Ok(()),
+        end => output.line(&format!("the image ends at offset {end}")),
+    }
 }
