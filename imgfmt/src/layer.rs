@@ -29,6 +29,12 @@ pub(crate) trait Layer: Send + Sync + fmt::Debug {
         Err(Error::new(ErrorKind::Unsupported, "read", detail).at(offset.bytes()))
     }
 
+    /// For a part that this layer has mapped as a hole, from `offset` on: the place that its file keeps
+    /// there all the same, if there is one, and the length, at least 1, for which that is so.
+    fn kept_for_zeroes(&self, _offset: GuestOffset) -> Result<(Option<HostOffset>, u64)> {
+        Ok((None, u64::MAX))
+    }
+
     /// Whether this layer has no content in a range, not even zeroes, so that all of it shows the
     /// layer below; `None` if that would take waiting, and `lookup` forbids it. `false` may be
     /// wrong.

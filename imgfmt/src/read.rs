@@ -8,7 +8,7 @@ use crate::extent::{Extent, ExtentList};
 use crate::layer::{Layer, Walk};
 use crate::mapping::{Content, Encoded, FileSpan, Holes, Lookup, Mapped, Mapping};
 use crate::storage::TryRead;
-use crate::units::{GuestOffset, GuestRange, span};
+use crate::units::{GuestOffset, GuestRange, HostOffset, Offset as _, span};
 
 /// Holes of files are seldom smaller than this, in bytes.
 const BLOCK: usize = 4096;
@@ -165,6 +165,29 @@ fn split_at_end<'a>(
         Mapping { range: span(start, stop), ..mapping },
         Mapping { range: span(stop, end), content: behind, ..mapping },
     )
+}
+
+/// Calls `each` with the parts of a range, in order and without gaps, and the places that files keep
+/// for those that read as zero by metadata alone.
+pub(crate) fn kept_for_zeroes(
+    layer: &dyn Layer,
+    range: GuestRange,
+    mut each: impl FnMut(GuestRange, Option<HostOffset>),
+) -> Result<()> {
+    let mut visit = |layer: &dyn Layer, mapping: Mapping<'_>| {
+        let (mut position, end) = (mapping.range.offset(), mapping.range.end());
+        while position < end {
+            let (place, length) = match mapping.content {
+                Content::Hole => layer.kept_for_zeroes(position)?,
+                _ => (None, u64::MAX),
+            };
+            let stop = end.min(position.saturating_add(length.max(1)));
+            each(span(position, stop), place);
+            position = stop;
+        }
+        Ok(true)
+    };
+    layer.map(range, &mut Walk::new(Holes::AsData, Lookup::MayRead, &mut visit)).map(drop)
 }
 
 /// Appends the extents of a range to a list, to the end of the range or until the list is full.

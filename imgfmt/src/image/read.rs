@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::mapping::{Holes, Lookup, Mapped, Mapping, ReadMap};
 use crate::read;
 use crate::storage::TryRead;
-use crate::units::{GuestOffset, GuestRange};
+use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 impl Image {
     /// Fills `buffer` with the bytes at `offset`.
@@ -106,6 +106,26 @@ impl Image {
             true
         })?;
         Ok((mapped == Mapped::Complete).then_some(map))
+    }
+
+    /// Calls `each` with the parts of a range, in order and without gaps, and the places that files
+    /// keep for those that read as zero because their entry says so: for later writes, nothing of
+    /// what is there is read.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfBounds`, `Corrupt`, `Io`.
+    pub fn kept_for_zeroes(
+        &self,
+        range: GuestRange,
+        each: impl FnMut(GuestRange, Option<HostOffset>),
+    ) -> Result<()> {
+        let range = self.check("map", range.offset(), range.length())?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let _lease = self.layer().lease();
+        read::kept_for_zeroes(self.layer(), range, each).map_err(|error| self.name(error))
     }
 
     /// Calls `each` with the mappings of a range, in order and without gaps, until it returns

@@ -8,7 +8,7 @@ use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::lookup::span;
 use crate::qcow2::on_disk::l2::Subcluster;
 use crate::storage::{Capabilities, Durability, Speed, TryWrite, ZeroMode};
-use crate::units::{GuestOffset, GuestRange};
+use crate::units::{GuestOffset, GuestRange, HostOffset};
 use crate::write_map::WriteMap;
 
 impl Layer for Qcow2 {
@@ -22,6 +22,19 @@ impl Layer for Qcow2 {
 
     fn decode(&self, encoded: Encoded, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
         self.read_encoded(encoded, offset, buffer)
+    }
+
+    fn kept_for_zeroes(&self, offset: GuestOffset) -> Result<(Option<HostOffset>, u64)> {
+        let geometry = self.geometry();
+        let (in_cluster, unit) = (geometry.in_cluster(offset), geometry.subcluster_size());
+        let length = unit - in_cluster % unit;
+        let Some(Some(table)) = self.mapping.table(offset, Lookup::MayRead)? else {
+            return Ok((None, length));
+        };
+        let cluster = self.mapping.decode(&table, offset)?;
+        let content = cluster.content(geometry, (in_cluster / unit) as u32);
+        let kept = cluster.host.filter(|_| content == Subcluster::Zero);
+        Ok((kept.map(|host| host + in_cluster), length))
     }
 
     fn lacks(&self, range: GuestRange, lookup: Lookup) -> Result<Option<bool>> {

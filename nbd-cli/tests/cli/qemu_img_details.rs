@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use crate::support::qemu_img::{ours, words};
+use crate::support::qemu_img::{compare_all, ours, words};
 use crate::support::qemu_nbd::wait_until;
 use crate::support::{Server, run};
 use crate::tools;
@@ -110,6 +110,69 @@ fn a_context_of_an_export_is_mapped_in_the_place_of_its_allocation() {
         let ours = ours(directory.path(), &line);
         assert_eq!((ours.code, theirs.code), (Some(1), Some(1)), "{wrong}: {ours:?}");
     }
+}
+
+#[test]
+fn a_name_with_a_colon_is_shown_so_that_it_can_be_opened() {
+    compare_all(
+        "
+        create -f qcow2 -b raw.img -F raw file:image:top.qcow2 ; info file:image:top.qcow2 =>
+        create -f qcow2 -b raw.img -F raw ./image:top.qcow2 ; info --output=json file:image:top.qcow2 =>
+        create -f qcow2 -b raw.img -F raw ./image:top.qcow2 ; info --output=json ./image:top.qcow2 =>
+        create -f qcow2 ./image:low.qcow2 1M ; map file:image:low.qcow2 ; check file:image:low.qcow2 =>
+        create -f qcow2 ./image:low.qcow2 1M ; info --backing-chain file:image:low.qcow2 =>
+        info image:low.qcow2
+        ",
+    );
+}
+
+#[test]
+fn a_map_names_the_places_kept_for_zeroes_and_the_files_of_a_disk_in_several() {
+    tools!(_qemu_img = "qemu-img", _qemu_io = "qemu-io");
+    let directory = tempfile::tempdir().unwrap();
+    let theirs = |line: &str| {
+        let words = words(line);
+        run(Command::new(&words[0]).args(&words[1..]).current_dir(&directory)).success()
+    };
+    for line in [
+        "qemu-img create -q -f qcow2 low.qcow2 2M",
+        "qemu-io -c write_0_1M -c write_-z_256k_128k -c write_-z_-u_512k_64k low.qcow2",
+        "qemu-img create -q -f qcow2 -b low.qcow2 -F qcow2 top.qcow2 3M",
+        "qemu-io -c write_64k_64k -c write_-z_64k_32k -c write_-z_1M_64k -c write_2M_128k \
+         -c write_-z_2M_128k top.qcow2",
+        "qemu-img create -q -f qcow2 -o extended_l2=on sub.qcow2 1M",
+        "qemu-io -c write_0_64k -c write_-z_4k_8k -c write_-z_32k_2k sub.qcow2",
+        "qemu-img create -q -f qcow2 -o data_file=data.raw data.qcow2 1M",
+        "qemu-io -c write_0_128k -c write_-z_64k_64k data.qcow2",
+        "qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse split.vmdk 5G",
+        "qemu-io -c write_0_64k -c write_2147418112_128k split.vmdk",
+        "qemu-img create -q -f vmdk -o subformat=monolithicFlat flat.vmdk 1M",
+        "qemu-io -c write_64k_64k flat.vmdk",
+        "qemu-img create -q -f qcow2 -b split.vmdk -F vmdk over.qcow2",
+        "qemu-io -c write_0_4k over.qcow2",
+    ] {
+        theirs(line);
+    }
+    for image in [
+        "low.qcow2",
+        "top.qcow2",
+        "sub.qcow2",
+        "data.qcow2",
+        "split.vmdk",
+        "flat.vmdk",
+        "over.qcow2",
+    ] {
+        for output in ["human", "json"] {
+            let line = format!("map --output={output} {image}");
+            let expected = theirs(&format!("qemu-img {line}"));
+            assert_eq!(ours(directory.path(), &words(&line)).success(), expected, "{line}");
+        }
+    }
+    let here = directory.path().display();
+    let line = format!("map {here}/split.vmdk");
+    let expected = theirs(&format!("qemu-img {line}"));
+    assert!(expected.contains("split-s002.vmdk"), "{expected}");
+    assert_eq!(ours(directory.path(), &words(&line)).success(), expected);
 }
 
 #[test]

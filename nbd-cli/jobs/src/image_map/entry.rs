@@ -25,6 +25,12 @@ pub struct MapEntry {
     /// another form.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
+    /// Whether `offset` is a place that is only kept: the entry of the range makes it zero.
+    #[serde(skip)]
+    pub is_kept: bool,
+    /// The number of the file that `offset` is in, among the files of the image.
+    #[serde(skip)]
+    pub file: Option<u32>,
 }
 
 impl MapEntry {
@@ -35,8 +41,9 @@ impl MapEntry {
             (None, None) => true,
             _ => false,
         };
-        let alike = |part: &Self| (part.depth, part.present, part.zero, part.data, part.compressed);
-        let joins = follows && alike(self) == alike(next);
+        let parts = |part: &Self| (part.depth, part.present, part.zero, part.data, part.compressed);
+        let places = |part: &Self| (part.is_kept, part.file);
+        let joins = follows && parts(self) == parts(next) && places(self) == places(next);
         if joins {
             self.length += next.length;
         }
@@ -83,6 +90,8 @@ mod tests {
             data: true,
             compressed: false,
             offset,
+            is_kept: false,
+            file: None,
         };
         let mut first = part(0, Some(100));
         assert!(!first.join(&part(10, Some(120))));

@@ -153,6 +153,8 @@ fn part(start: u64, length: u64, allocation: AllocationFlags, depth: Option<u64>
         data: !allocation.contains(AllocationFlags::STATE_HOLE),
         compressed: false,
         offset: present.then_some(start),
+        is_kept: false,
+        file: None,
     }
 }
 

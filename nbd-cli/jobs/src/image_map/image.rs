@@ -1,6 +1,10 @@
 //! The map of an image and of the layers below it.
 
-use imgfmt::{Content, Extent, ExtentKind, GuestOffset, GuestRange, Image};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use imgfmt::storage::FileIdentity;
+use imgfmt::{Content, Extent, ExtentKind, GuestOffset, GuestRange, Image, Storage};
 
 use super::entry::{Joined, MapEntry};
 
@@ -16,9 +20,10 @@ pub fn map_image<E: From<imgfmt::Error>>(
 ) -> Result<(), E> {
     let mut entries = Joined::new(each);
     let layers = image.layer_sizes();
+    let mut files = Files { of_image: image.files(), last: None };
     for extent in image.extents(span(0, image.size())) {
         for extent in split_at_end_of_layer(extent?, &layers).into_iter().flatten() {
-            parts(image, extent, &layers, |entry| entries.add(entry))?;
+            parts(image, extent, &layers, &mut files, |entry| entries.add(entry))?;
         }
     }
     entries.end()
@@ -54,11 +59,35 @@ fn last_layer_asked(extent: Extent, layers: &[u64]) -> Option<u32> {
     (extent.range.offset().bytes() >= *size).then(|| index.saturating_sub(1))
 }
 
+/// The files of an image, by number.
+struct Files {
+    of_image: Vec<(PathBuf, FileIdentity)>,
+    /// The storage that was asked for last: few extents change it.
+    last: Option<(*const (), Option<u32>)>,
+}
+
+impl Files {
+    fn number_of(&mut self, storage: &Arc<dyn Storage>) -> Option<u32> {
+        let address = Arc::as_ptr(storage).cast::<()>();
+        if let Some((last, number)) = self.last
+            && last == address
+        {
+            return number;
+        }
+        let identity = storage.identity();
+        let number = self.of_image.iter().position(|(_, file)| Some(*file) == identity);
+        let number = number.and_then(|number| u32::try_from(number).ok());
+        self.last = Some((address, number));
+        number
+    }
+}
+
 /// Splits an extent by where its bytes are.
 fn parts<E: From<imgfmt::Error>>(
     image: &Image,
     extent: Extent,
     layers: &[u64],
+    files: &mut Files,
     mut each: impl FnMut(MapEntry) -> Result<(), E>,
 ) -> Result<(), E> {
     let absent = last_layer_asked(extent, layers);
@@ -71,6 +100,8 @@ fn parts<E: From<imgfmt::Error>>(
         data: extent.kind == ExtentKind::Data,
         compressed,
         offset,
+        is_kept: false,
+        file: None,
     };
     if absent.is_some() {
         return each(part(extent.range, false, None));
@@ -79,13 +110,35 @@ fn parts<E: From<imgfmt::Error>>(
         each(match mapping.content {
             Content::File(span) => {
                 let offset = span.is_file_content().then(|| span.offset.bytes());
-                part(mapping.range, false, offset)
+                let file = files.number_of(span.storage);
+                MapEntry { file, ..part(mapping.range, false, offset) }
             }
             Content::Encoded(encoded) => part(mapping.range, encoded.is_compressed(), None),
-            _ => part(mapping.range, false, None),
+            _ => {
+                zeroes(image, mapping.range, |range, place| {
+                    let is_kept = place.is_some();
+                    each(MapEntry { is_kept, ..part(range, false, place) })
+                })?;
+                continue;
+            }
         })?;
     }
     Ok(())
+}
+
+/// Splits zeroes by the places that are kept for them.
+fn zeroes<E: From<imgfmt::Error>>(
+    image: &Image,
+    range: GuestRange,
+    mut each: impl FnMut(GuestRange, Option<u64>) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut result = Ok(());
+    image.kept_for_zeroes(range, |range, place| {
+        if result.is_ok() {
+            result = each(range, place.map(|place| place.bytes()));
+        }
+    })?;
+    result
 }
 
 #[cfg(test)]
@@ -116,7 +169,7 @@ mod tests {
 
     #[test]
     fn an_error_of_the_caller_ends_the_walk() {
-        let storage = std::sync::Arc::new(imgfmt::storage::MemoryStorage::new(4096));
+        let storage = Arc::new(imgfmt::storage::MemoryStorage::new(4096));
         let image = Image::from_storage(storage, &OpenOptions::new().format(Format::Raw)).unwrap();
         let full = |_| Err(Box::<dyn std::error::Error>::from("the disk is full"));
         assert_eq!(map_image(&image, full).unwrap_err().to_string(), "the disk is full");

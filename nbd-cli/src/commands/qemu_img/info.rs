@@ -1,5 +1,7 @@
 //! `qemu-img info`.
 
+use std::path::Path;
+
 use imgfmt::{Format, FormatDetails, Passphrase};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::image_report::{DescribedImage, describe};
@@ -64,7 +66,16 @@ fn report(image: &DescribedImage) -> Result<Value, Refusal> {
         if image.info.format == Format::Raw && image.location.is_remote() {
             members.remove("dirty-flag");
         }
-        members.insert("filename".to_owned(), shown_name(&image.location).into());
+        let name = shown_name(&image.location);
+        if let (true, Some(Value::String(full))) =
+            (name != image.location.name(), members.get_mut("full-backing-filename"))
+            && name.starts_with("./")
+            && Path::new(full).is_relative()
+        {
+            // The directory is named, and so the files in it begin with it.
+            full.insert_str(0, "./");
+        }
+        members.insert("filename".to_owned(), name.into());
         if let Some(FormatDetails::Vdi(_) | FormatDetails::Vpc(_) | FormatDetails::Vhdx(_)) =
             image.info.details
         {

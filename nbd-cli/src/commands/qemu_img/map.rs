@@ -1,6 +1,8 @@
 //! `qemu-img map`.
 
-use imgfmt::Format;
+use std::path::PathBuf;
+
+use imgfmt::{Format, Image};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::image_map::{MapEntry, map_client, map_export, map_image};
 use nbd_jobs::tasks;
@@ -21,7 +23,7 @@ use crate::signals;
 struct LayerFile {
     name: String,
     is_raw: bool,
-    /// Whether its data may lie in other files than that, where an offset would mislead.
+    /// Whether its data may lie in other files than that.
     is_scattered: bool,
     /// Whether its data cannot be read at an offset of its file.
     is_encrypted: bool,
@@ -34,6 +36,8 @@ struct Printer {
     layers: Vec<LayerFile>,
     start: u64,
     end: u64,
+    /// The files of the image.
+    files: Vec<PathBuf>,
     is_first: bool,
     output: Output,
 }
@@ -60,7 +64,15 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         _ => layers(&place)?,
     };
     let is_raw = layers.first().is_some_and(|layer| layer.is_raw);
-    let mut printer = Printer { format, layers, start, end, is_first: true, output: Output::new() };
+    let mut printer = Printer {
+        format,
+        layers,
+        start,
+        end,
+        files: Vec::new(),
+        is_first: true,
+        output: Output::new(),
+    };
     match location {
         // The server does not know the map of an image inside its export.
         ImageLocation::Export { uri, .. } if is_raw && options.part.is_whole() => {
@@ -86,15 +98,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         _ => {
             let image = place.open()?;
             printer.begin()?;
-            // With one file only, no data can be in another one.
-            let has_other_files = image.files().len() > 1;
-            for layer in &mut printer.layers {
-                layer.is_scattered &= has_other_files;
-            }
-            let mut last: Option<MapEntry> = None;
-            let mut add = |entry| last.replace(entry).map_or(Ok(()), |entry| printer.add(entry));
-            map_image(&image, &mut add)?;
-            last.map_or(Ok(()), |entry| printer.last(entry))?;
+            printer.image(&image)?;
         }
     }
     if format == ReportFormat::Json {
@@ -149,10 +153,25 @@ impl Printer {
         }
     }
 
+    fn image(&mut self, image: &Image) -> Result<(), CommandError> {
+        self.files = image.files().into_iter().map(|(path, _)| path).collect();
+        // With one file only, no data can be in another one.
+        let has_other_files = self.files.len() > 1;
+        for layer in &mut self.layers {
+            layer.is_scattered &= has_other_files;
+        }
+        let mut last: Option<MapEntry> = None;
+        let mut add = |entry| last.replace(entry).map_or(Ok(()), |entry| self.add(entry));
+        map_image(image, &mut add)?;
+        last.map_or(Ok(()), |entry| self.last(entry))
+    }
+
     fn add(&mut self, mut entry: MapEntry) -> Result<(), CommandError> {
         let layer = self.layers.get(entry.depth as usize);
         let is_raw = layer.is_some_and(|layer| layer.is_raw);
-        if layer.is_some_and(|layer| layer.is_scattered || layer.is_encrypted) {
+        let is_unknown =
+            |layer: &LayerFile| layer.is_encrypted || layer.is_scattered && entry.file.is_none();
+        if layer.is_some_and(is_unknown) {
             entry.offset = None;
         }
         match (is_raw && entry.present, entry.zero && entry.offset.is_some()) {
@@ -162,7 +181,7 @@ impl Printer {
                 entry.offset = entry.start.checked_add(start);
             }
             // The image has data there, and its file a hole.
-            (false, true) => entry.data = true,
+            (false, true) => entry.data = !entry.is_kept,
             (false, false) => {}
         }
         let from = entry.start.max(self.start);
@@ -232,7 +251,17 @@ impl Printer {
             0 => "0".to_owned(),
             _ => format!("{number:#x}"),
         };
-        let name = self.layers.get(entry.depth as usize).map_or("", |layer| &layer.name);
+        let file = entry.file.and_then(|number| self.files.get(number as usize));
+        let file = file.map(|file| file.to_string_lossy());
+        let name = match (self.layers.get(entry.depth as usize), &file) {
+            (Some(layer), Some(file)) if layer.is_scattered => {
+                // As the image is named.
+                let is_beside = !layer.name.starts_with("./");
+                file.strip_prefix("./").filter(|_| is_beside).unwrap_or(file)
+            }
+            (Some(layer), _) => &*layer.name,
+            (None, _) => "",
+        };
         let [start, length, offset] = [entry.start, entry.length, offset].map(hexadecimal);
         self.output.line(&row(&start, &length, &offset, &printable(name)))
     }

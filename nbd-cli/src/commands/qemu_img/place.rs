@@ -207,15 +207,22 @@ pub(super) fn trusting(remotes: &Remotes) -> OpenPolicy {
     allow_exports(OpenPolicy::any_file().allow_format_probe(), remotes)
 }
 
-/// The name of a file or export, as QEMU writes it: with the port, and no more slashes than needed.
+/// The name of a file or export, as QEMU writes it: with the port, and no more slashes than needed;
+/// with a directory if it would be taken for the name of a driver without.
 pub(super) fn shown_name(location: &ImageLocation) -> String {
     let name = location.name();
+    let first = name.split('/').next().unwrap_or_default();
+    if matches!(location, ImageLocation::File(_)) && first.contains(':') {
+        return format!("./{name}");
+    }
     if let (Some(uri), Some(rest)) = (location.uri(), name.strip_prefix("nbd://"))
-        && let Transport::Tcp { port: DEFAULT_PORT, .. } = uri.transport
+        && let Transport::Tcp { port, .. } = uri.transport
         && let Some((host, export)) = rest.split_once('/')
     {
+        // Any other port is in the name.
+        let port = if port == DEFAULT_PORT { format!(":{port}") } else { String::new() };
         let slash = if export.is_empty() { "" } else { "/" };
-        return format!("nbd://{host}:{DEFAULT_PORT}{slash}{export}");
+        return format!("nbd://{host}{port}{slash}{export}");
     }
     name.replace("nbd+unix:///?", "nbd+unix://?")
 }
@@ -262,11 +269,15 @@ mod tests {
             ("nbd://localhost", "nbd://localhost:10809"),
             ("nbd:localhost:10809:exportname=a", "nbd://localhost:10809/a"),
             ("nbd://localhost:10810/a", "nbd://localhost:10810/a"),
+            ("nbd://localhost:10810", "nbd://localhost:10810"),
+            ("nbd://[::1]:10810/", "nbd://[::1]:10810"),
             ("nbd://[::1]/", "nbd://[::1]:10809"),
             ("nbd:unix:/s", "nbd+unix://?socket=/s"),
             ("nbd+unix:///a?socket=/s", "nbd+unix:///a?socket=/s"),
             ("json:{'driver':'nbd','path':'/s'}", "nbd+unix://?socket=/s"),
             ("disk.img", "disk.img"),
+            ("file:a:disk.img", "./a:disk.img"),
+            ("file:a/b:disk.img", "a/b:disk.img"),
         ] {
             let location = ImageLocation::parse(OsStr::new(given)).expect("a name");
             assert_eq!(shown_name(&location), expected, "{given}");
