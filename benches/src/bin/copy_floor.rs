@@ -1,13 +1,14 @@
 //! The floor of copies: the same bytes moved by the fewest calls, without a protocol.
 //!
-//! An end that is a server is a thread behind a unix socket: as a source it reads the data of the file
-//! and sends it, as a destination it receives it into memory. There are no requests and no replies,
-//! and nobody asks for holes, so the time that another program takes beyond this is the cost of the
-//! protocol and of that program; the time of this one is the cost of the kernel's copies.
+//! An end that is a server is a thread behind a unix socket: as a source it reads the data of the
+//! file and sends it, as a destination it receives it into memory. There are no requests and no
+//! replies, and nobody asks for holes, so the time that another program takes beyond this is the
+//! cost of the protocol and of that program; the time of this one is the cost of the kernel's
+//! copies.
 //!
-//! Between two files, a thread for each core reads and writes, and leaves holes out. The space of each
-//! write is allocated before it, which costs ext4 less than to reserve it block by block. Nothing is
-//! written back, because that waits for the disk.
+//! Between two files, a thread for each core reads and writes, and leaves holes out. The space of
+//! each write is allocated before it, which costs ext4 less than to reserve it block by block.
+//! Nothing is written back, because that waits for the disk.
 //!
 //! `copy_floor file|server SOURCE file|server TARGET`; TARGET is not used for a server.
 

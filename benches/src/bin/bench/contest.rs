@@ -57,8 +57,8 @@ pub(crate) enum Against {
     Nothing,
     /// The fastest contender of a peer.
     BestPeer,
-    /// The fastest contender of a peer, if the floor reaches the limit. Otherwise the kernel forbids
-    /// it, and the limit is [`OF_FLOOR`] of the floor.
+    /// The fastest contender of a peer, if the floor reaches the limit. Otherwise the kernel
+    /// forbids it, and the limit is [`OF_FLOOR`] of the floor.
     BestPeerUpToFloor,
     /// The contender of a peer with the least CPU time for the same work. The ratio compares CPU
     /// times, not throughput.

@@ -2,9 +2,9 @@
 //!
 //! The servers are nbdkit's in all rows, so only the clients differ: its file plugin as the source,
 //! its memory plugin as the destination. Nothing is flushed, and a file that was written is removed
-//! right after its block. CPU time is that of the client and of the servers. In the rows without TLS
-//! the floor moves the same bytes between threads, without a protocol, and nobody asks for holes:
-//! what it takes is the cost of the kernel's copies.
+//! right after its block. CPU time is that of the client and of the servers. In the rows without
+//! TLS the floor moves the same bytes between threads, without a protocol, and nobody asks for
+//! holes: what it takes is the cost of the kernel's copies.
 
 use std::fs::{self, File, Permissions};
 use std::io::{Seek, SeekFrom, Write};
@@ -221,8 +221,8 @@ impl Copy {
     }
 
     /// Uses as much memory as the copy will, and gives it back. A virtual machine may have returned
-    /// free memory to its host, which then has to find a page for each that is used again: that costs
-    /// more than the copy, and hits one tool and not the next.
+    /// free memory to its host, which then has to find a page for each that is used again: that
+    /// costs more than the copy, and hits one tool and not the next.
     fn warm_memory(&self, lab: &Lab<'_>) {
         let data = match self.disk {
             Disk::Full => self.disk.size(lab.options),

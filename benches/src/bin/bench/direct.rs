@@ -1,10 +1,10 @@
 //! Reads and writes that bypass the page cache, and writes that are durable.
 //!
 //! `direct`: servers with `--cache none`, beside qemu-nbd's `none` with both kinds of asynchronous
-//! I/O. Nothing of the files is in the page cache. `durable`: writes with FUA, and with a FLUSH after
-//! every 16, through the page cache and with `--cache none`, beside qemu-nbd with and without the
-//! page cache. Rows in place go to a file without holes, rows that allocate get a fresh image for
-//! each block.
+//! I/O. Nothing of the files is in the page cache. `durable`: writes with FUA, and with a FLUSH
+//! after every 16, through the page cache and with `--cache none`, beside qemu-nbd with and without
+//! the page cache. Rows in place go to a file without holes, rows that allocate get a fresh image
+//! for each block.
 
 use std::fs;
 use std::path::{Path, PathBuf};

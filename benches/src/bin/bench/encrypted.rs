@@ -1,5 +1,6 @@
 //! Encrypted disks beside qemu-nbd: a LUKS volume, and a qcow2 image with LUKS. Both are made by
-//! qemu-img, and all of their clusters are allocated; AES-256 in the mode XTS, sectors of 512 bytes.
+//! qemu-img, and all of their clusters are allocated; AES-256 in the mode XTS, sectors of 512
+//! bytes.
 
 use std::fs;
 use std::path::Path;

@@ -1,9 +1,9 @@
 //! `nbd-cli` beside `qemu-img` with images of every format: converting between each pair, and the
 //! first byte of sparse disks of 1 TiB.
 //!
-//! As in [`super::image_tools`], both write into the page cache. The floor moves the bytes of the disk
-//! from one file into another one, without a format, and leaves holes out: where it is not as fast as
-//! the bar wants us to be, the kernel's copies take that time.
+//! As in [`super::image_tools`], both write into the page cache. The floor moves the bytes of the
+//! disk from one file into another one, without a format, and leaves holes out: where it is not as
+//! fast as the bar wants us to be, the kernel's copies take that time.
 
 use std::fs;
 use std::process::Command;

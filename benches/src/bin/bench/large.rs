@@ -2,8 +2,8 @@
 //!
 //! Random reads of a qcow2 disk of 16 TiB, whose tables take up 2 GiB: once while the page cache
 //! has the tables, and once after they were dropped, so that each read first has to read a table
-//! from the disk. The data is in the page cache in both rows. The floor keeps no table: it reads the
-//! entry and the data for each request, and nothing else. Peers have their default cache for
+//! from the disk. The data is in the page cache in both rows. The floor keeps no table: it reads
+//! the entry and the data for each request, and nothing else. Peers have their default cache for
 //! tables, and the settings that qemu-nbd offers for such a disk.
 //!
 //! The rows of chains compare reads of one image with reads of the same image on top of 49 others:

@@ -2,8 +2,8 @@
 //! driver and nbdkit's.
 //!
 //! The store is a SeaweedFS on loopback; rows with a time in their name have a proxy before it that
-//! holds each reply back for so long. Client CPU is counted, that of the store and the proxy is not.
-//! `restic`, QEMU's module and nbdkit's plugin are optional: rows without them have a note.
+//! holds each reply back for so long. Client CPU is counted, that of the store and the proxy is
+//! not. `restic`, QEMU's module and nbdkit's plugin are optional: rows without them have a note.
 
 use std::fs;
 use std::process::Command;

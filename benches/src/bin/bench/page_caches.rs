@@ -1,7 +1,7 @@
 //! Whether the page cache has the files of a block as the row needs it.
 //!
-//! A block whose files were cached in another way than those of the row's other blocks, or no longer
-//! at its end, is a finding of the benchmark, not a number.
+//! A block whose files were cached in another way than those of the row's other blocks, or no
+//! longer at its end, is a finding of the benchmark, not a number.
 
 use std::cell::RefCell;
 use std::collections::HashMap;

@@ -71,7 +71,8 @@ impl MappedFile {
 
 impl Drop for MappedFile {
     fn drop(&mut self) {
-        // SAFETY: the range is the mapping, and no reference to it exists. A failure changes nothing.
+        // SAFETY: the range is the mapping, and no reference to it exists. A failure changes
+        // nothing.
         let _ = unsafe { libc::munmap(self.address.as_ptr(), self.length) };
     }
 }

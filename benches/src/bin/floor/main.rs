@@ -5,8 +5,8 @@
 //! requests, and one for all their answers. Its time is the cost of the socket and of the client;
 //! the additional time of another server is that server's own cost.
 //!
-//! `floor --socket PATH --size BYTES` serves until it is killed; `--qcow2 FILE` behind it answers from
-//! an image instead, without a cache of tables.
+//! `floor --socket PATH --size BYTES` serves until it is killed; `--qcow2 FILE` behind it answers
+//! from an image instead, without a cache of tables.
 
 mod qcow2;
 

@@ -1,5 +1,5 @@
-//! The least that a qcow2 server does that keeps no L2 table: for each read, one `pread` of an entry
-//! and one of the data.
+//! The least that a qcow2 server does that keeps no L2 table: for each read, one `pread` of an
+//! entry and one of the data.
 //!
 //! It takes only images whose every cluster is mapped, and no read that crosses a cluster.
 
