@@ -1,9 +1,9 @@
 //! The layer below an image, which can be taken away while the image is read.
 //!
-//! A reader that finds no content in the image's own tables takes the layer below *after* that. If the
-//! slot has changed since the reader began, it looks into the tables again: everything that the old
-//! layer provided is in them by then. So reads of what the image has itself pay one load, and no
-//! reader uses a layer for a part that has become the image's own, and was discarded there.
+//! A reader that finds no content in the image's own tables takes the layer below *after* that. If
+//! the slot has changed since the reader began, it looks into the tables again: everything that the
+//! old layer provided is in them by then. So reads of what the image has itself pay one load, and
+//! no reader uses a layer for a part that has become the image's own, and was discarded there.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -84,7 +84,8 @@ impl BackingSlot {
         self.content = Content::Fixed(Backing::new(layer));
     }
 
-    /// Puts the first of `layers` there, which can be replaced; they are all that are below, in order.
+    /// Puts the first of `layers` there, which can be replaced; they are all that are below, in
+    /// order.
     pub(crate) fn attach(&mut self, layers: &Arc<[Arc<dyn Layer>]>) {
         let new = Attached::all(layers, 0);
         self.content = Content::Replaceable(PerThread::new(|| OrderedMutex::new(new())));

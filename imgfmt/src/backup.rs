@@ -119,9 +119,9 @@ impl ContentSum {
     }
 }
 
-/// Hides the [sum](ContentSum) of a backup in the header of an encrypted image, which is not encrypted
-/// itself: the sum would let everybody who has the file try guesses at the content of the disk.
-/// [`Image::sum_mask`](crate::Image::sum_mask) derives it from the key.
+/// Hides the [sum](ContentSum) of a backup in the header of an encrypted image, which is not
+/// encrypted itself: the sum would let everybody who has the file try guesses at the content of the
+/// disk. [`Image::sum_mask`](crate::Image::sum_mask) derives it from the key.
 #[derive(Clone)]
 pub struct ContentMask([u8; 32]);
 
@@ -179,8 +179,8 @@ pub struct BackupIdentity {
     pub bitmap: Option<String>,
     /// The name of the export that was backed up; at most 4096 bytes.
     pub export: String,
-    /// The sum of the blocks that the file itself holds, if it was computed. In an encrypted image it is
-    /// recorded with a [mask](ContentMask).
+    /// The sum of the blocks that the file itself holds, if it was computed. In an encrypted image
+    /// it is recorded with a [mask](ContentMask).
     pub content: Option<ContentSum>,
 }
 

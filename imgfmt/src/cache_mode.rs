@@ -6,11 +6,12 @@ use std::fmt;
 /// QEMU's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum CacheMode {
-    /// Data goes through the page cache; it is durable after a flush, or when a write with FUA returns.
+    /// Data goes through the page cache; it is durable after a flush, or when a write with FUA
+    /// returns.
     #[default]
     Writeback,
-    /// Data bypasses the page cache (O_DIRECT); it is durable after a flush, or when a write with FUA
-    /// returns.
+    /// Data bypasses the page cache (O_DIRECT); it is durable after a flush, or when a write with
+    /// FUA returns.
     None,
     /// Data goes through the page cache; every change is durable when it returns.
     Writethrough,

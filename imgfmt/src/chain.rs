@@ -94,8 +94,8 @@ pub(crate) fn luks_place(storage: &dyn Storage, options: &OpenOptions) -> Result
     })
 }
 
-/// Opens what the backing file name `name` would refer to in a new image at `path`, if the new image
-/// could be opened above it.
+/// Opens what the backing file name `name` would refer to in a new image at `path`, if the new
+/// image could be opened above it.
 pub(crate) fn open_named(path: &Path, name: &OsStr, options: &OpenOptions) -> Result<Chain> {
     let target = options.policy.resolve(Some(path), name)?;
     let opened = open_target(target, options, Access::ReadOnly, &[])?;
@@ -323,8 +323,8 @@ fn open_beside(
     Ok(opened.storage)
 }
 
-/// Refuses a target that exists and is not a regular file: an image of a format that is only read can
-/// name a complete disk of the host, and its author does not decide that the disk is read.
+/// Refuses a target that exists and is not a regular file: an image of a format that is only read
+/// can name a complete disk of the host, and its author does not decide that the disk is read.
 fn refuse_device(target: &NameTarget) -> Result<()> {
     let file = match target {
         NameTarget::File(file) => file,

@@ -102,8 +102,8 @@ pub struct CreateOptions {
     pub backing: Option<(OsString, Format)>,
     /// How the new image and its backing file are opened. The format, the access and the snapshot
     /// are those of the new image; locking and policy also apply to the backing file while it is
-    /// examined for its size; it is not examined if it is [ignored](crate::BackingFile::Ignored) and
-    /// the size is given. By default any file may be the backing file. A device is always
+    /// examined for its size; it is not examined if it is [ignored](crate::BackingFile::Ignored)
+    /// and the size is given. By default any file may be the backing file. A device is always
     /// locked while the image is written to it.
     pub open: OpenOptions,
     /// Version of the qcow2 format.
@@ -125,8 +125,8 @@ pub struct CreateOptions {
     /// file.
     pub data_file: Option<(OsString, DataFile)>,
     /// The key of an encrypted image, a LUKS volume or qcow2: LUKS version 1 with AES-256 in XTS
-    /// mode, as QEMU makes it. A new LUKS volume reads as noise until it is written, and so do clusters
-    /// of an encrypted qcow2 image that are allocated in advance, unless with
+    /// mode, as QEMU makes it. A new LUKS volume reads as noise until it is written, and so do
+    /// clusters of an encrypted qcow2 image that are allocated in advance, unless with
     /// [`Full`](Preallocation::Full). It has no data file.
     pub encryption: Option<NewKey>,
     /// What only formats of other programs have.

@@ -10,8 +10,9 @@ thread_local! {
     static BEGIN: Cell<Option<BeginDecompression>> = const { Cell::new(None) };
 }
 
-/// Has this thread call `begin` before it decompresses data of an image, from now on, for instance to
-/// change its scheduling. The returned value is dropped on the same thread when the data is decompressed.
+/// Has this thread call `begin` before it decompresses data of an image, from now on, for instance
+/// to change its scheduling. The returned value is dropped on the same thread when the data is
+/// decompressed.
 pub fn before_decompression(begin: BeginDecompression) {
     BEGIN.set(Some(begin));
 }

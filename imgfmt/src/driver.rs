@@ -49,8 +49,8 @@ pub(crate) enum BackingLayer {
 /// An open image with everything below it.
 #[derive(Debug)]
 pub(crate) struct Chain {
-    /// Dropped first, and then the others from the top to the bottom, so that no layer drops the next
-    /// one: a long chain must not decide how much stack that takes.
+    /// Dropped first, and then the others from the top to the bottom, so that no layer drops the
+    /// next one: a long chain must not decide how much stack that takes.
     pub(crate) top: Driver,
     /// Replaced as a whole when layers are taken away.
     layers: OrderedRwLock<{ rank::LAYERS }, Arc<Layers>>,
@@ -65,8 +65,8 @@ pub(crate) struct Layers {
     pub(crate) below: Vec<BackingLayer>,
     /// The files of all layers that were opened by a name.
     pub(crate) files: Vec<NamedFile>,
-    /// Other files and storages that were opened, as they are called where they are named, each with
-    /// the number of its layer.
+    /// Other files and storages that were opened, as they are called where they are named, each
+    /// with the number of its layer.
     pub(crate) others: Vec<(usize, PathBuf)>,
     /// The files and the formats of all layers, from the top to the bottom.
     pub(crate) opened: Vec<LayerFile>,
@@ -132,8 +132,8 @@ impl Driver {
         }
     }
 
-    /// Puts a layer below it, the first of these, which can be taken away if the format allows that;
-    /// the others are below that one.
+    /// Puts a layer below it, the first of these, which can be taken away if the format allows
+    /// that; the others are below that one.
     pub(crate) fn attach_backing(&mut self, below: &[BackingLayer]) {
         match (self, below.first()) {
             (Self::Qcow2(qcow2), _) => {

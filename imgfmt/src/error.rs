@@ -266,8 +266,8 @@ impl fmt::Display for Error {
     }
 }
 
-/// Escapes the characters that control a terminal or the direction of text, or cannot be seen: names
-/// are those of images, and their authors are not trusted.
+/// Escapes the characters that control a terminal or the direction of text, or cannot be seen:
+/// names are those of images, and their authors are not trusted.
 struct Escaping<'a, 'f>(&'a mut fmt::Formatter<'f>);
 
 impl fmt::Write for Escaping<'_, '_> {
@@ -279,8 +279,8 @@ impl fmt::Write for Escaping<'_, '_> {
     }
 }
 
-/// Returns whether a character shows itself, and nothing else: it does not control a terminal or the
-/// direction of text, and is not invisible. Names are those of others and may lie.
+/// Returns whether a character shows itself, and nothing else: it does not control a terminal or
+/// the direction of text, and is not invisible. Names are those of others and may lie.
 #[must_use]
 pub fn is_plain(character: char) -> bool {
     match character {

@@ -59,8 +59,8 @@ pub struct VpcInfo {
     pub kind: ImageKind,
     /// The geometry: cylinders, heads, and sectors of a track.
     pub geometry: (u16, u8, u8),
-    /// Size of the disk in the footer, in bytes. The disk is smaller where the program that made the
-    /// image goes by the geometry.
+    /// Size of the disk in the footer, in bytes. The disk is smaller where the program that made
+    /// the image goes by the geometry.
     pub current_size: u64,
     /// The program that made the image, as four characters such as `win ` and `qem2`.
     pub creator: [u8; 4],
@@ -76,8 +76,8 @@ pub struct VhdxInfo {
     pub kind: ImageKind,
     /// Size of a sector as the guest sees it, in bytes: 512 or 4096.
     pub logical_sector_size: u64,
-    /// Whether the log has changes of the metadata, which are replayed in memory whenever the image is
-    /// opened: the program that wrote it did not close it.
+    /// Whether the log has changes of the metadata, which are replayed in memory whenever the image
+    /// is opened: the program that wrote it did not close it.
     pub log_is_in_use: bool,
     /// Size of the log in bytes.
     pub log_size: u64,

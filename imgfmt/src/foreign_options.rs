@@ -14,8 +14,8 @@ pub enum Subformat {
     /// data is in a file of its own.
     Fixed,
     /// Grains are compressed, and the file is written from the start to the end, as OVA archives
-    /// need it: VMDK. It is not an image until it is [closed](crate::Image::close): what a flush or a FUA
-    /// write has made durable cannot be read before that.
+    /// need it: VMDK. It is not an image until it is [closed](crate::Image::close): what a flush or
+    /// a FUA write has made durable cannot be read before that.
     StreamOptimized,
 }
 
@@ -46,7 +46,8 @@ pub enum VmdkAdapter {
     LegacyEsx,
 }
 
-/// Options that only formats of other programs have; created by [`Default`], changed field by field.
+/// Options that only formats of other programs have; created by [`Default`], changed field by
+/// field.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ForeignOptions {
@@ -72,8 +73,8 @@ pub struct ForeignOptions {
     pub tools_version: Option<String>,
     /// Whether other programs may mark grains of a VMDK as zeroed.
     pub zeroed_grains: bool,
-    /// The name that the file will have, if it is made under another one: a VMDK contains it. If that
-    /// one only has an ending more, the [files with the data](crate::Image::own_files) of a VMDK get the
-    /// same ending, and are to be renamed before the file itself.
+    /// The name that the file will have, if it is made under another one: a VMDK contains it. If
+    /// that one only has an ending more, the [files with the data](crate::Image::own_files) of a
+    /// VMDK get the same ending, and are to be renamed before the file itself.
     pub final_name: Option<OsString>,
 }

@@ -23,8 +23,8 @@ pub struct ImageInfo {
     pub backing_name: Option<OsString>,
     /// The recorded format of that image.
     pub backing_format: Option<String>,
-    /// The unit in which an image of a format that is only read stores its disk, in bytes, if it has
-    /// one.
+    /// The unit in which an image of a format that is only read stores its disk, in bytes, if it
+    /// has one.
     pub block_size: Option<u64>,
     /// Information specific to the format, for VDI, VHD, VHDX and VMDK.
     pub details: Option<FormatDetails>,

@@ -29,8 +29,8 @@ pub(crate) trait Layer: Send + Sync + fmt::Debug {
         Err(Error::new(ErrorKind::Unsupported, "read", detail).at(offset.bytes()))
     }
 
-    /// For a part that this layer has mapped as a hole, from `offset` on: the place that its file keeps
-    /// there all the same, if there is one, and the length, at least 1, for which that is so.
+    /// For a part that this layer has mapped as a hole, from `offset` on: the place that its file
+    /// keeps there all the same, if there is one, and the length, at least 1, for which that is so.
     fn kept_for_zeroes(&self, _offset: GuestOffset) -> Result<(Option<HostOffset>, u64)> {
         Ok((None, u64::MAX))
     }
@@ -42,8 +42,8 @@ pub(crate) trait Layer: Send + Sync + fmt::Debug {
         Ok(Some(false))
     }
 
-    /// The layer below it, if that stays there: below the image itself, it can be replaced, and is not
-    /// told.
+    /// The layer below it, if that stays there: below the image itself, it can be replaced, and is
+    /// not told.
     fn backing(&self) -> Option<&Backing> {
         None
     }
@@ -60,8 +60,8 @@ pub(crate) trait Layer: Send + Sync + fmt::Debug {
     }
 }
 
-/// A new image that is filled from the start to the end, in units each of which is encoded on its own
-/// and then appended. Units that are left out are zero.
+/// A new image that is filled from the start to the end, in units each of which is encoded on its
+/// own and then appended. Units that are left out are zero.
 pub(crate) trait FilledInOrder: Send + Sync {
     /// The size of a unit in bytes.
     fn unit(&self) -> u64;
@@ -86,15 +86,16 @@ pub(crate) trait WritableLayer: Layer {
     fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
         self.write_at(offset, data, Durability::Cached)
     }
-    /// The image as one that is filled in order, if it has to be. It is complete, and can be read, only
-    /// when it is closed.
+    /// The image as one that is filled in order, if it has to be. It is complete, and can be read,
+    /// only when it is closed.
     fn filled_in_order(&self) -> Option<&dyn FilledInOrder> {
         None
     }
     fn write_zeroes(&self, range: GuestRange, mode: ZeroMode, speed: Speed) -> Result<()>;
     fn discard(&self, range: GuestRange) -> Result<()>;
     fn flush(&self) -> Result<()>;
-    /// Flushes after a change that has to be durable. Zeroes and discards leave that to their caller.
+    /// Flushes after a change that has to be durable. Zeroes and discards leave that to their
+    /// caller.
     fn flush_if(&self, durability: Durability) -> Result<()> {
         match durability {
             Durability::Cached => Ok(()),
@@ -155,14 +156,14 @@ impl<'w> Walk<'w> {
         Self { holes, lookup, depth, effort, has_found, is_reader, looks_into_blocks, visit }
     }
 
-    /// Makes it the walk of a list of extents, which ends when this many table entries were examined
-    /// and something was found.
+    /// Makes it the walk of a list of extents, which ends when this many table entries were
+    /// examined and something was found.
     pub(crate) fn with_effort(self, effort: u64) -> Self {
         Self { effort, is_reader: false, ..self }
     }
 
-    /// Makes it one that tells holes of files in the blocks of other programs' formats, which maps as
-    /// those programs show them do not.
+    /// Makes it one that tells holes of files in the blocks of other programs' formats, which maps
+    /// as those programs show them do not.
     pub(crate) fn into_blocks(self, looks_into_blocks: bool) -> Self {
         Self { looks_into_blocks, ..self }
     }

@@ -1,7 +1,7 @@
 //! Disk images: raw and qcow2, backing chains, snapshots and dirty bitmaps.
 //!
-//! All I/O is synchronous, positional and takes `&self`: threads and the workers of any async runtime
-//! can share one [`Image`].
+//! All I/O is synchronous, positional and takes `&self`: threads and the workers of any async
+//! runtime can share one [`Image`].
 //!
 //! ```
 //! use imgfmt::{Access, Durability, Format, GuestOffset, GuestRange, Image, OpenOptions};

@@ -89,8 +89,8 @@ pub struct LuksDetails {
 pub struct LuksSlot {
     /// Whether it holds the master key.
     pub is_active: bool,
-    /// Whether its removal was interrupted: it is active, but nothing opens it. Its key material may
-    /// still be there until it is removed again.
+    /// Whether its removal was interrupted: it is active, but nothing opens it. Its key material
+    /// may still be there until it is removed again.
     pub is_being_removed: bool,
     /// Iterations for deriving its key from the passphrase.
     pub iterations: u32,

@@ -26,8 +26,8 @@ impl fmt::Debug for OnUnlocked {
     }
 }
 
-/// Whether an image may be opened that [`Image::begin_overwrite`](crate::Image::begin_overwrite) has
-/// marked and that was not completed.
+/// Whether an image may be opened that [`Image::begin_overwrite`](crate::Image::begin_overwrite)
+/// has marked and that was not completed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum IncompleteDisk {
     /// It is refused: its disk is a mixture of old and new.
@@ -41,12 +41,13 @@ pub enum IncompleteDisk {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum FileNames {
     /// `machine.ova`, the archive of a virtual machine, is its first disk, `machine.ova:2` and
-    /// `machine.ova:disk.vmdk` are the others; `disk.vhd` and `disk.vpc` are fixed VHDs if they have a
-    /// footer at their end.
+    /// `machine.ova:disk.vmdk` are the others; `disk.vhd` and `disk.vpc` are fixed VHDs if they
+    /// have a footer at their end.
     #[default]
     Telling,
-    /// Nothing, as for QEMU: `machine.ova` is the file itself, and a fixed VHD is a raw disk unless the
-    /// format is given. Names of disks in archives, which QEMU does not have, keep their meaning.
+    /// Nothing, as for QEMU: `machine.ova` is the file itself, and a fixed VHD is a raw disk unless
+    /// the format is given. Names of disks in archives, which QEMU does not have, keep their
+    /// meaning.
     AsInQemu,
 }
 
@@ -70,7 +71,8 @@ pub struct OpenOptions {
     pub locking: Locking,
     /// What the name of the file says of it.
     pub names: FileNames,
-    /// The use of the page cache, and when changes are durable: for the image and the files it names.
+    /// The use of the page cache, and when changes are durable: for the image and the files it
+    /// names.
     pub cache: CacheMode,
     /// Whether the image is filled once, as by a copy: see
     /// [`FileStorage::written_once`](crate::storage::FileStorage::written_once).
@@ -119,8 +121,8 @@ impl OpenOptions {
         self
     }
 
-    /// Sets the name of an image that is not a file, such as an object of a store: its ending can tell
-    /// its format, as that of a file can.
+    /// Sets the name of an image that is not a file, such as an object of a store: its ending can
+    /// tell its format, as that of a file can.
     #[must_use]
     pub fn known_as(mut self, name: impl Into<PathBuf>) -> Self {
         self.known_as = Some(name.into());
@@ -184,8 +186,8 @@ impl OpenOptions {
         self
     }
 
-    /// Declares that the image, if it is opened for writing, is filled once: what was written leaves
-    /// the page cache early.
+    /// Declares that the image, if it is opened for writing, is filled once: what was written
+    /// leaves the page cache early.
     #[must_use]
     pub fn written_once(mut self) -> Self {
         self.written_once = true;

@@ -56,9 +56,9 @@ pub(crate) mod rank {
         MARKING,
         /// Held by the thread that flushes.
         FLUSH,
-        /// One per guest cluster (several clusters share one), taken by ascending numbers. A change of
-        /// the mapping of a cluster holds its stripe from the lookup to the commit. Writes in place need
-        /// none.
+        /// One per guest cluster (several clusters share one), taken by ascending numbers. A change
+        /// of the mapping of a cluster holds its stripe from the lookup to the commit. Writes in
+        /// place need none.
         STRIPE,
         /// Held while an L2 table is created or moved.
         L1_CHANGE,
@@ -100,8 +100,8 @@ pub(crate) mod rank {
         LOG_QUEUE,
         /// The contents of the slots of the sidecar's log. Held while they are written.
         LOG_SLOTS,
-        /// The table of blocks of a new image. Held while a page of it is read or written, and a block
-        /// is added, which may be read from the image below.
+        /// The table of blocks of a new image. Held while a page of it is read or written, and a
+        /// block is added, which may be read from the image below.
         NEW_IMAGE,
         /// Held while a page of the tables of an image that is only read is looked for or replaced,
         /// and not while it is read.
@@ -113,8 +113,8 @@ pub(crate) mod rank {
         FIRST_SECTOR,
         /// The first sector of an unfinished disk. Held while its mark is written.
         UNFINISHED,
-        /// The list of ranges of a file that are written past the page cache. The ranges have no rank: a
-        /// thread may hold several, and give them to another.
+        /// The list of ranges of a file that are written past the page cache. The ranges have no
+        /// rank: a thread may hold several, and give them to another.
         FILE_RANGES,
         /// The pages of a storage in memory.
         MEMORY_STORAGE,

@@ -64,14 +64,14 @@ pub struct NewKey {
 }
 
 impl NewKey {
-    /// Takes a passphrase, of at least one byte, that two seconds of this processor's time are spent
-    /// on, as in QEMU and `cryptsetup`.
+    /// Takes a passphrase, of at least one byte, that two seconds of this processor's time are
+    /// spent on, as in QEMU and `cryptsetup`.
     pub fn new(passphrase: Passphrase) -> Self {
         Self { passphrase, iteration_time: Duration::from_secs(2) }
     }
 
-    /// Sets how much of this processor's time opening the image takes. At least 100 000 iterations of
-    /// PBKDF2 with SHA-256 are done, and at most 20 million.
+    /// Sets how much of this processor's time opening the image takes. At least 100 000 iterations
+    /// of PBKDF2 with SHA-256 are done, and at most 20 million.
     #[must_use]
     pub fn iteration_time(mut self, time: Duration) -> Self {
         self.iteration_time = time;
@@ -106,16 +106,16 @@ impl NewKey {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum KeyChange {
-    /// Adds a passphrase. One of [`OpenOptions::passphrases`](crate::OpenOptions::passphrases) has to
-    /// open the image.
+    /// Adds a passphrase. One of [`OpenOptions::passphrases`](crate::OpenOptions::passphrases) has
+    /// to open the image.
     Add {
         /// The new passphrase.
         key: NewKey,
         /// The number of the key slot, from 0 to 7; `None` is the first that is not in use.
         slot: Option<u32>,
     },
-    /// Adds a passphrase, and then removes every key slot that the old one opens. One key slot has to
-    /// be free.
+    /// Adds a passphrase, and then removes every key slot that the old one opens. One key slot has
+    /// to be free.
     Replace {
         /// The old passphrase.
         old: Passphrase,

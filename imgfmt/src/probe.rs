@@ -1,5 +1,5 @@
-//! Detects the format of an image from its first bytes, or, in files that are called so, from its last
-//! bytes for formats with a header at the end.
+//! Detects the format of an image from its first bytes, or, in files that are called so, from its
+//! last bytes for formats with a header at the end.
 //!
 //! The first bytes of a raw disk belong to the guest. A guest that writes a qcow2 header there
 //! turns its disk, at the next open by probing, into an image that names any file of the host as
@@ -8,10 +8,10 @@
 //! (tar) with images included.
 //!
 //! The last bytes of a raw disk belong to the guest too, and writes there are not guarded: one that
-//! wrote a VHD footer would take the last sector away from its disk at the next open, or make it a DMG,
-//! which is refused. Therefore a header at the end counts only if the name of the file has the ending of
-//! that format, which the user chooses, and if its checksum or its position is right. QEMU never looks
-//! there for a VHD, and for a DMG goes by the name as well.
+//! wrote a VHD footer would take the last sector away from its disk at the next open, or make it a
+//! DMG, which is refused. Therefore a header at the end counts only if the name of the file has the
+//! ending of that format, which the user chooses, and if its checksum or its position is right.
+//! QEMU never looks there for a VHD, and for a DMG goes by the name as well.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
@@ -58,8 +58,8 @@ pub(crate) fn probe(start: &[u8]) -> Format {
 
 impl Format {
     /// Detects the format of a storage from its bytes, like opening without a format. Unknown
-    /// content is a raw disk. On a raw disk those bytes belong to the guest. Images whose header is at
-    /// the end, such as fixed VHDs, are found only if the storage is called like one.
+    /// content is a raw disk. On a raw disk those bytes belong to the guest. Images whose header is
+    /// at the end, such as fixed VHDs, are found only if the storage is called like one.
     ///
     /// # Errors
     ///
@@ -131,8 +131,9 @@ fn is_dmg_trailer(trailer: &[u8], offset: u64) -> bool {
     trailer.starts_with(b"koly\0\0\0\x04\0\0\x02\0") && FORKS.into_iter().all(fits)
 }
 
-/// Whether this is the first header of a tar archive, by its checksum. An archive has no format: only
-/// its name makes it one. Raw disks that were probed must not look like one, whatever their names.
+/// Whether this is the first header of a tar archive, by its checksum. An archive has no format:
+/// only its name makes it one. Raw disks that were probed must not look like one, whatever their
+/// names.
 pub(crate) fn is_archive(start: &[u8]) -> bool {
     let Some(header) = start.first_chunk::<TAR_BLOCK>() else { return false };
     let is_own = |place: usize| (148..156).contains(&place);

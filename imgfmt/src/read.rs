@@ -167,8 +167,8 @@ fn split_at_end<'a>(
     )
 }
 
-/// Calls `each` with the parts of a range, in order and without gaps, and the places that files keep
-/// for those that read as zero by metadata alone.
+/// Calls `each` with the parts of a range, in order and without gaps, and the places that files
+/// keep for those that read as zero by metadata alone.
 pub(crate) fn kept_for_zeroes(
     layer: &dyn Layer,
     range: GuestRange,

@@ -16,9 +16,9 @@ pub(crate) fn mapped_words(map: &MmapRaw) -> &[AtomicU64] {
     let count = map.len() / size_of::<AtomicU64>();
     let first = map.as_mut_ptr().cast::<AtomicU64>().cast_const();
     // SAFETY: a mapping starts at a page and so is aligned for words. An `MmapRaw` is readable and
-    // writable, `count` words long, initialised by the kernel, and outlives the slice, which borrows
-    // it. An atomic may be changed through a shared reference, and every access is atomic, also in
-    // other processes that map the file.
+    // writable, `count` words long, initialised by the kernel, and outlives the slice, which
+    // borrows it. An atomic may be changed through a shared reference, and every access is atomic,
+    // also in other processes that map the file.
     unsafe { std::slice::from_raw_parts(first, count) }
 }
 

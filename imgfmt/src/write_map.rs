@@ -66,16 +66,17 @@ impl WriteMap {
         self.offset
     }
 
-    /// Whether the bytes are a durable part of the disk as soon as they are on stable storage, because
-    /// all metadata already is. Otherwise a [`flush`](crate::Image::flush) makes them durable.
+    /// Whether the bytes are a durable part of the disk as soon as they are on stable storage,
+    /// because all metadata already is. Otherwise a [`flush`](crate::Image::flush) makes them
+    /// durable.
     pub fn is_durable_alone(&self) -> bool {
         self.is_durable_alone
     }
 
-    /// Records that a write to stable storage has failed. It must not be repeated: the system reports
-    /// lost data once, and the error may be that of other data. The next
-    /// [`flush`](crate::Image::flush) of an image with metadata fails. Report the error to all writers
-    /// of the disk.
+    /// Records that a write to stable storage has failed. It must not be repeated: the system
+    /// reports lost data once, and the error may be that of other data. The next
+    /// [`flush`](crate::Image::flush) of an image with metadata fails. Report the error to all
+    /// writers of the disk.
     pub fn failed(self, error: &io::Error) {
         if let Some(failures) = &self.failures {
             failures.sync_has_failed(error);

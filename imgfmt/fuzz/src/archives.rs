@@ -1,4 +1,5 @@
-//! Archives of machines: the bytes are those of a tar whose sums are right, or of the descriptor in one.
+//! Archives of machines: the bytes are those of a tar whose sums are right, or of the descriptor in
+//! one.
 
 use std::sync::Arc;
 

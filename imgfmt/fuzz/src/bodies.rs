@@ -1,5 +1,5 @@
-//! What the fuzz targets do with their bytes. Shared with `tests/it/fuzz_corpus.rs`, which replays the
-//! corpus on every run of the tests.
+//! What the fuzz targets do with their bytes. Shared with `tests/it/fuzz_corpus.rs`, which replays
+//! the corpus on every run of the tests.
 //!
 //! A body panics when something is wrong; it says nothing otherwise.
 

@@ -1,5 +1,5 @@
-//! Small images of other programs' formats, made by hand as their specifications have them. Each stored
-//! block begins with a byte of its own.
+//! Small images of other programs' formats, made by hand as their specifications have them. Each
+//! stored block begins with a byte of its own.
 
 /// An image with blocks of 4 KiB: its type, the size of the disk, and the start of its table. The
 /// first byte of a block is its number in the file, plus one.
@@ -93,8 +93,8 @@ impl Vhd {
         Self { parent: Some((name.to_owned(), 1)), ..self }
     }
 
-    /// Has a block whose sectors are filled with its number in the file, plus 0x40; the bitmap says which
-    /// are there.
+    /// Has a block whose sectors are filled with its number in the file, plus 0x40; the bitmap says
+    /// which are there.
     pub(crate) fn block(mut self, number: u64, bitmap: &[u8]) -> Self {
         self.blocks.push((number, bitmap.to_vec()));
         self
@@ -152,8 +152,8 @@ fn put(image: &mut Vec<u8>, offset: usize, bytes: &[u8]) {
     image[offset..offset + bytes.len()].copy_from_slice(bytes);
 }
 
-/// A QED image with clusters of 4 KiB: the size of the disk and the start of its L2 table, which is the
-/// third cluster; those it names begin with a 7.
+/// A QED image with clusters of 4 KiB: the size of the disk and the start of its L2 table, which is
+/// the third cluster; those it names begin with a 7.
 pub(crate) fn qed(size: u64, table: &[u64], backing: Option<&str>) -> Vec<u8> {
     let mut image = b"QED\0".to_vec();
     for (offset, field) in [(4, 4096_u32), (8, 1), (12, 1)] {
@@ -178,8 +178,8 @@ pub(crate) fn qed(size: u64, table: &[u64], backing: Option<&str>) -> Vec<u8> {
     image
 }
 
-/// An image of the first version of qcow with clusters of 512 bytes: the size of the disk and the start
-/// of its L2 table, which lies at 1024; those that are not compressed begin with an 8.
+/// An image of the first version of qcow with clusters of 512 bytes: the size of the disk and the
+/// start of its L2 table, which lies at 1024; those that are not compressed begin with an 8.
 pub(crate) fn qcow(size: u64, table: &[u64], backing: Option<&str>) -> Vec<u8> {
     /// 512 bytes of 9, deflated.
     const STREAM: [u8; 12] = [0xe3, 0xe4, 0x1c, 0x05, 0xa3, 0x60, 0x14, 0x0c, 0x77, 0, 0, 0];
@@ -205,7 +205,8 @@ pub(crate) fn qcow(size: u64, table: &[u64], backing: Option<&str>) -> Vec<u8> {
     image
 }
 
-/// A Parallels image with clusters of 4 KiB: its magic, the size of the disk and the start of its table.
+/// A Parallels image with clusters of 4 KiB: its magic, the size of the disk and the start of its
+/// table.
 pub(crate) fn parallels(magic: &[u8; 16], size: u64, table: &[u32]) -> Vec<u8> {
     let mut image = magic.to_vec();
     let clusters = size.div_ceil(4096) as u32;

@@ -1,5 +1,5 @@
-//! Images of Hyper-V. They are megabytes long and most of that is nothing, so the bytes are those of
-//! its structures, one after the other, and the checksums are made right.
+//! Images of Hyper-V. They are megabytes long and most of that is nothing, so the bytes are those
+//! of its structures, one after the other, and the checksums are made right.
 
 use imgfmt::Format;
 
@@ -7,7 +7,8 @@ use super::foreign;
 
 pub(crate) const MIB: usize = 1 << 20;
 
-/// Where the structures are in the file. What lies from `DATA` on begins with the number of its MiB.
+/// Where the structures are in the file. What lies from `DATA` on begins with the number of its
+/// MiB.
 const LOG: usize = MIB;
 pub(crate) const BAT: usize = 2 * MIB;
 const METADATA: usize = 3 * MIB;
@@ -16,7 +17,8 @@ pub(crate) const DATA: usize = 4 * MIB;
 const BITMAP: usize = 6 * MIB;
 const END: usize = 7 * MIB;
 
-/// Entry of the table of blocks for the first bitmap, with sectors of 512 bytes and blocks of 1 MiB.
+/// Entry of the table of blocks for the first bitmap, with sectors of 512 bytes and blocks of 1
+/// MiB.
 const BITMAP_ENTRY: usize = 4096;
 
 /// States of blocks.
@@ -125,8 +127,8 @@ impl Parts {
         self
     }
 
-    /// Appends an entry to the log: what is to be in 4 KiB of the file, or how many bytes are to be zero
-    /// there.
+    /// Appends an entry to the log: what is to be in 4 KiB of the file, or how many bytes are to be
+    /// zero there.
     pub(crate) fn logged(
         mut self,
         sequence: u64,

@@ -13,7 +13,8 @@ pub(crate) const GRAIN: usize = 4096;
 const ENTRIES: usize = 4;
 const SECTOR: usize = 512;
 
-/// An image of VMware: a descriptor, or a sparse extent with a descriptor or one that is named by one.
+/// An image of VMware: a descriptor, or a sparse extent with a descriptor or one that is named by
+/// one.
 pub(crate) fn vmdk(data: &[u8]) {
     foreign(Format::Vmdk, data);
     if data.len() > LENGTH_MAX || data.starts_with(b"#") {

@@ -32,9 +32,9 @@ const PART: u64 = 1 << 20;
 const IMAGES: &[&str] =
     &["vmdk", "vhd", "vpc", "vhdx", "vdi", "img", "raw", "qcow2", "qcow", "qed", "hdd"];
 
-/// How a disk in an archive is opened: it stands alone, because the author of the archive decides what it
-/// names. A guest can make its own disk an archive, if the user calls that `.ova`. Its own name helps to
-/// tell its format.
+/// How a disk in an archive is opened: it stands alone, because the author of the archive decides
+/// what it names. A guest can make its own disk an archive, if the user calls that `.ova`. Its own
+/// name helps to tell its format.
 pub(crate) fn options(options: &OpenOptions, disk: &ArchiveDisk) -> OpenOptions {
     let known_as = Some(disk.name.clone());
     OpenOptions { policy: OpenPolicy::in_archive(), known_as, ..options.clone() }
@@ -101,8 +101,8 @@ impl Archive {
     ///
     /// # Errors
     ///
-    /// `NotFound`, and `InvalidFormat` if there are several files of this name; `Unsupported` if it is
-    /// stored with its holes left out; `Io`.
+    /// `NotFound`, and `InvalidFormat` if there are several files of this name; `Unsupported` if it
+    /// is stored with its holes left out; `Io`.
     pub fn read(&self, name: &[u8], mut part: impl FnMut(&[u8]) -> bool) -> Result<()> {
         let mut read = || {
             let Some(member) = named(&self.members, name)? else {
@@ -180,8 +180,8 @@ pub fn disk_in(storage: &Arc<dyn Storage>, wanted: Option<&[u8]>) -> Result<std:
     Ok(found.offset..found.offset + found.length)
 }
 
-/// The archive and what is wanted of it, if the name is that of an archive. A file of the whole name
-/// comes first; with the format raw it is not looked into.
+/// The archive and what is wanted of it, if the name is that of an archive. A file of the whole
+/// name comes first; with the format raw it is not looked into.
 fn split(path: &Path, options: &OpenOptions) -> Option<(PathBuf, Option<Vec<u8>>)> {
     if path.symlink_metadata().is_ok() {
         let is_archive = has_ending(path.as_os_str().as_bytes(), "ova")

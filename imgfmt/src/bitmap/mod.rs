@@ -1,7 +1,7 @@
 //! Dirty bitmaps: the parts of a disk that have changed since a point in time.
 //!
-//! [`bits`] is one bitmap in memory. [`tracker`] holds the bitmaps of one open image; every change of
-//! the disk passes through it. The image format defines how bitmaps are stored.
+//! [`bits`] is one bitmap in memory. [`tracker`] holds the bitmaps of one open image; every change
+//! of the disk passes through it. The image format defines how bitmaps are stored.
 
 mod bits;
 mod elsewhere;

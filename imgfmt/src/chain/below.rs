@@ -112,7 +112,8 @@ pub(super) fn layer_below(
     Ok(Some(Unopened { storage, path, name, shown, options }))
 }
 
-/// What the first name leads to that there is something for; if there is none, the error of the first.
+/// What the first name leads to that there is something for; if there is none, the error of the
+/// first.
 fn first_that_exists(
     names: &[OsString],
     path: Option<&Path>,

@@ -1,5 +1,5 @@
-//! Checks of images: of qcow2 images their own one, of the other formats whether every block can lie
-//! where the tables say.
+//! Checks of images: of qcow2 images their own one, of the other formats whether every block can
+//! lie where the tables say.
 
 use std::path::Path;
 use std::sync::Arc;

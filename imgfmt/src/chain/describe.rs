@@ -1,5 +1,5 @@
-//! Describes an image and the layers below it. None of the disks is opened, so that encrypted layers
-//! can be described too.
+//! Describes an image and the layers below it. None of the disks is opened, so that encrypted
+//! layers can be described too.
 
 use std::path::Path;
 use std::sync::Arc;

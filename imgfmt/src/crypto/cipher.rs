@@ -125,8 +125,8 @@ impl SectorCipher {
         Ok(cipher)
     }
 
-    /// Derives 32 bytes from the key, which say nothing of it: HMAC-SHA-256 of a label, which is PBKDF2
-    /// with one iteration.
+    /// Derives 32 bytes from the key, which say nothing of it: HMAC-SHA-256 of a label, which is
+    /// PBKDF2 with one iteration.
     pub(super) fn derive(&self, label: &[u8]) -> Result<[u8; 32]> {
         let (sha256, mut derived) = (openssl::hash::MessageDigest::sha256(), [0; 32]);
         openssl::pkcs5::pbkdf2_hmac(&self.key, label, 1, sha256, &mut derived)
@@ -134,8 +134,8 @@ impl SectorCipher {
         Ok(derived)
     }
 
-    /// Whether a sector that is written by two threads at once may have blocks that neither wrote: in
-    /// CBC the decryption of a block needs the one before it.
+    /// Whether a sector that is written by two threads at once may have blocks that neither wrote:
+    /// in CBC the decryption of a block needs the one before it.
     pub(super) fn blocks_depend(&self) -> bool {
         self.mode == Mode::Cbc
     }

@@ -9,7 +9,8 @@ use crate::error::Result;
 /// The names that `cryptsetup` and QEMU write. Names are compared without regard to case.
 const NAMES: [&str; 6] = ["sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160"];
 
-/// What an iteration with a hash costs, in iterations of SHA-256, measured with OpenSSL and rounded up.
+/// What an iteration with a hash costs, in iterations of SHA-256, measured with OpenSSL and rounded
+/// up.
 pub(super) fn cost(hash: MessageDigest) -> u64 {
     match hash.type_() {
         Nid::SHA384 | Nid::SHA512 => 2,

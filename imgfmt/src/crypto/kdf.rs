@@ -12,10 +12,10 @@ use super::memory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ordered_lock::{OrderedMutex, rank};
 
-/// What may be done to try one slot. PBKDF2: about two minutes of SHA-256. `cryptsetup` and QEMU choose
-/// what takes one or two seconds, about 10 million iterations of SHA-1 a second on fast machines;
-/// `--iter-time 10000` is ten seconds. Argon2: 16 GiB; `cryptsetup` chooses 1 GiB and about 4 passes,
-/// more if the user wants it.
+/// What may be done to try one slot. PBKDF2: about two minutes of SHA-256. `cryptsetup` and QEMU
+/// choose what takes one or two seconds, about 10 million iterations of SHA-1 a second on fast
+/// machines; `--iter-time 10000` is ten seconds. Argon2: 16 GiB; `cryptsetup` chooses 1 GiB and
+/// about 4 passes, more if the user wants it.
 const SLOT_MAX: Work = Work { iterations: 200_000_000, blocks: 16 << 20 };
 /// What may be done to try all slots of a header with one passphrase: there may be 32.
 const HEADER_MAX: Work = Work { iterations: 400_000_000, blocks: 128 << 20 };
@@ -140,8 +140,8 @@ pub(super) fn pbkdf2(
         .map_err(|error| library(&error))
 }
 
-/// Iterations of PBKDF2 that fill `length` bytes in this much time of this processor, within bounds.
-/// The time that other programs take from this thread does not count.
+/// Iterations of PBKDF2 that fill `length` bytes in this much time of this processor, within
+/// bounds. The time that other programs take from this thread does not count.
 pub(super) fn iterations_within(time: Duration, length: usize, hash: MessageDigest) -> Result<u32> {
     let mut key = Zeroizing::new(vec![0; length]);
     let mut iterations = ITERATIONS_MIN / 10;

@@ -57,8 +57,8 @@ fn available_in(meminfo: &str) -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// The files with the limits of a process, of its own groups and of those above them. In a container
-/// some of them do not exist.
+/// The files with the limits of a process, of its own groups and of those above them. In a
+/// container some of them do not exist.
 fn limit_files(root: &Path, groups: &str) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for line in groups.lines() {

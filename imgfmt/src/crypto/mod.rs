@@ -2,8 +2,8 @@
 //!
 //! [`Encrypted`] is a storage that decrypts what is read from another storage and encrypts what is
 //! written to it. Images above it know nothing about ciphers. It has no file descriptors and no
-//! place for writes that others carry out, so its ciphertext is neither sent nor changed by mistake:
-//! callers that move bytes themselves ask each storage for a descriptor first.
+//! place for writes that others carry out, so its ciphertext is neither sent nor changed by
+//! mistake: callers that move bytes themselves ask each storage for a descriptor first.
 
 mod block;
 mod cipher;

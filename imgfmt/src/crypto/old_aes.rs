@@ -1,6 +1,6 @@
-//! The old encryption of qcow2 images: AES-128 in the mode CBC. The key is the passphrase, cut off or
-//! filled with zeroes to 16 bytes, and vectors are numbers of sectors of the disk, not of the file.
-//! Nothing shows whether a passphrase is the right one. It is read, and never written.
+//! The old encryption of qcow2 images: AES-128 in the mode CBC. The key is the passphrase, cut off
+//! or filled with zeroes to 16 bytes, and vectors are numbers of sectors of the disk, not of the
+//! file. Nothing shows whether a passphrase is the right one. It is read, and never written.
 
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
-//! Hides the sums of backups. They are in a header that is not encrypted, and would let everybody who
-//! has the file try guesses at the content of the disk.
+//! Hides the sums of backups. They are in a header that is not encrypted, and would let everybody
+//! who has the file try guesses at the content of the disk.
 
 use std::sync::Arc;
 
@@ -16,8 +16,8 @@ impl SumKey {
         Self(Arc::clone(&volume.cipher))
     }
 
-    /// The mask for the sum of the backup with this identity. Each backup has an image of its own, with
-    /// a random key and one sum.
+    /// The mask for the sum of the backup with this identity. Each backup has an image of its own,
+    /// with a random key and one sum.
     pub(crate) fn mask(&self, backup: [u8; 16]) -> Result<[u8; 32]> {
         self.0.derive(&[&b"nbd-cli: sum of the backup "[..], &backup].concat())
     }

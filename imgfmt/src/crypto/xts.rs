@@ -11,8 +11,8 @@ use zeroize::Zeroizing;
 
 use super::block::{BLOCK, Direction, blocks};
 
-/// How many bytes are processed at a time: whole sectors of all sizes, which stay in the first cache
-/// together with their tweaks and the result.
+/// How many bytes are processed at a time: whole sectors of all sizes, which stay in the first
+/// cache together with their tweaks and the result.
 const BATCH: usize = 8192;
 /// The smallest sector, in bytes.
 const SECTOR_MIN: usize = 512;
@@ -46,8 +46,8 @@ impl Xts {
         })
     }
 
-    /// Encrypts or decrypts complete sectors in place; `number_of` makes the block that is encrypted
-    /// for the next one.
+    /// Encrypts or decrypts complete sectors in place; `number_of` makes the block that is
+    /// encrypted for the next one.
     pub(super) fn apply(
         &mut self,
         direction: Direction,
@@ -151,8 +151,8 @@ mod tests {
         }
     }
 
-    /// Vectors 2 and 10 of the annex of IEEE 1619-2007: one sector of 32 bytes, which is enough for the
-    /// product, and the begin of one of 512.
+    /// Vectors 2 and 10 of the annex of IEEE 1619-2007: one sector of 32 bytes, which is enough for
+    /// the product, and the begin of one of 512.
     #[test]
     fn the_standard_s_own_example_is_met() {
         let key = [[0x11; 16], [0x22; 16]].concat();

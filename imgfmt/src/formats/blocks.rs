@@ -23,8 +23,8 @@ pub(super) trait Blocks: Send + Sync + fmt::Debug {
     /// The file with the tables and the data.
     fn file(&self) -> &ImageFile;
 
-    /// What there is from an offset of the disk on; the bytes lie in [`file`](Self::file). `None` if
-    /// that would take waiting, and the cursor must not.
+    /// What there is from an offset of the disk on; the bytes lie in [`file`](Self::file). `None`
+    /// if that would take waiting, and the cursor must not.
     fn find(&self, cursor: &mut Cursor<'_>, guest: u64) -> Result<Option<Piece>>;
 
     /// Decompresses all of the block at an offset of the disk, which `find` gave as encoded.
@@ -37,8 +37,8 @@ pub(super) trait Blocks: Send + Sync + fmt::Debug {
         1
     }
 
-    /// Whether space may have been set aside for blocks that were never written, so that holes of the
-    /// file are zeroes.
+    /// Whether space may have been set aside for blocks that were never written, so that holes of
+    /// the file are zeroes.
     fn is_preallocated(&self) -> bool {
         false
     }
@@ -162,8 +162,8 @@ impl Source<'_> {
                     may_have_holes: false,
                     is_file_content: true,
                 };
-                // The bytes are the disk's as they are: what is compressed has another place, and of
-                // blocks with a bitmap only the sectors that count are here.
+                // The bytes are the disk's as they are: what is compressed has another place, and
+                // of blocks with a bitmap only the sectors that count are here.
                 match self.is_preallocated || walk.looks_into_blocks() {
                     true => walk.push_file(self.layer, range, file, Content::Zero),
                     false => walk.push(self.layer, range, Content::File(file)),

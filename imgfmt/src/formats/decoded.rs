@@ -6,7 +6,8 @@ use std::sync::Arc;
 use crate::mapping::Encoded;
 use crate::ordered_lock::{OrderedMutex, rank};
 
-/// How many blocks are kept for the reads that follow: at most 1 MiB, with clusters of up to 64 KiB.
+/// How many blocks are kept for the reads that follow: at most 1 MiB, with clusters of up to 64
+/// KiB.
 const BLOCKS_MAX: usize = 16;
 
 /// Decompressed blocks, by the place of their compressed bytes, which never change.

@@ -1,9 +1,9 @@
-//! The file of an image: its tables, which are read in pages as they are needed, and errors that name
-//! it.
+//! The file of an image: its tables, which are read in pages as they are needed, and errors that
+//! name it.
 //!
-//! A table may be as large as the disk makes it, so none is read as a whole: 4 KiB pages are kept, and
-//! at most [`PAGES_MAX`] of them, or one for each file of an image if it has more files. No lock is
-//! held while one is read.
+//! A table may be as large as the disk makes it, so none is read as a whole: 4 KiB pages are kept,
+//! and at most [`PAGES_MAX`] of them, or one for each file of an image if it has more files. No
+//! lock is held while one is read.
 
 use std::ffi::OsString;
 use std::io;
@@ -48,8 +48,8 @@ impl ImageFile {
         Self::sharing(storage, path, 1)
     }
 
-    /// The same for one of `count` files, which together may keep as many pages as one, but each at least
-    /// one page.
+    /// The same for one of `count` files, which together may keep as many pages as one, but each at
+    /// least one page.
     pub(super) fn sharing(
         storage: Arc<dyn Storage>,
         path: Option<&Path>,
@@ -79,7 +79,8 @@ impl ImageFile {
         self.read_up_to(0, 512)
     }
 
-    /// Reads from an offset on up to `length` bytes, which is a small number, when the image is opened.
+    /// Reads from an offset on up to `length` bytes, which is a small number, when the image is
+    /// opened.
     pub(super) fn read_up_to(&self, offset: u64, length: u64) -> Result<Vec<u8>> {
         let mut bytes = vec![0; length.min(self.length.saturating_sub(offset)) as usize];
         let read = self.storage.read_at(HostOffset::new(offset), &mut bytes);
@@ -157,8 +158,8 @@ impl ImageFile {
         named(error, self.path.as_deref())
     }
 
-    /// A page, if it exists; `None` if that would take waiting, and `lookup` forbids it. The last one
-    /// may be short.
+    /// A page, if it exists; `None` if that would take waiting, and `lookup` forbids it. The last
+    /// one may be short.
     fn page(&self, number: u64, lookup: Lookup) -> io::Result<Option<Arc<[u8]>>> {
         // The count is a power of two.
         let place = &self.pages[number as usize & (self.pages.len() - 1)];
@@ -233,8 +234,8 @@ impl<'f> Cursor<'f> {
         Ok(Some(bytes))
     }
 
-    /// Counts the bytes from `offset` on that are zero, at most `length` and as far as the page that was
-    /// read last shows them.
+    /// Counts the bytes from `offset` on that are zero, at most `length` and as far as the page
+    /// that was read last shows them.
     pub(super) fn zeroes(&self, offset: u64, length: u64) -> u64 {
         let page = self.held[0].as_ref().filter(|(held, _)| *held == offset / PAGE);
         let bytes = page.and_then(|(_, page)| page.get((offset % PAGE) as usize..));

@@ -1,5 +1,5 @@
-//! New images that are the bytes of the disk, and something behind them, written from the start to the
-//! end: for what can only be appended to, such as a pipe.
+//! New images that are the bytes of the disk, and something behind them, written from the start to
+//! the end: for what can only be appended to, such as a pipe.
 
 use std::io;
 use std::sync::Arc;

@@ -1,12 +1,12 @@
 //! Formats of other programs: images of them are read, and new ones of some of them made.
 //!
 //! A format is a folder here and a line in [`TABLE`]. It tells what a part of the disk is
-//! ([`Blocks`]), and everything else follows from that: reads, maps, extents, chains. The headers and
-//! tables of these formats are untrusted; what is read of them at once is bounded, and each number is
-//! checked where it is used.
+//! ([`Blocks`]), and everything else follows from that: reads, maps, extents, chains. The headers
+//! and tables of these formats are untrusted; what is read of them at once is bounded, and each
+//! number is checked where it is used.
 //!
-//! A new image is [planned](Planned), which refuses what is not possible before there is a file, and
-//! then filled. It cannot be opened for writing again.
+//! A new image is [planned](Planned), which refuses what is not possible before there is a file,
+//! and then filled. It cannot be opened for writing again.
 
 mod block_table;
 mod blocks;

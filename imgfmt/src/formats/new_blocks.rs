@@ -1,9 +1,10 @@
 //! New images of formats that divide the disk into blocks, while they are filled.
 //!
 //! Blocks are added to the end of the file in the order in which they are first written to; several
-//! threads may write at once. The table of blocks stays in the file, whatever the size of the disk: a
-//! few pages of it are kept. No program opens such a file before it is complete, so the order in
-//! which data and tables are written does not matter, and [`finish`](NewImage::finish) writes what is left.
+//! threads may write at once. The table of blocks stays in the file, whatever the size of the disk:
+//! a few pages of it are kept. No program opens such a file before it is complete, so the order in
+//! which data and tables are written does not matter, and [`finish`](NewImage::finish) writes what
+//! is left.
 
 use std::fmt;
 use std::io;
@@ -211,8 +212,8 @@ impl<B: NewBlocks> NewImage<B> {
         Ok(pieces)
     }
 
-    /// Where a part of the disk is in the file, if it is stored there, and where on the disk the block
-    /// of it ends.
+    /// Where a part of the disk is in the file, if it is stored there, and where on the disk the
+    /// block of it ends.
     fn stored_at(&self, position: u64) -> Result<(Option<u64>, u64)> {
         let shape = &self.shape;
         let offset = position - shape.start;
@@ -417,8 +418,8 @@ impl<B: NewBlocks> NewImage<B> {
 
 impl<B: NewBlocks> Drop for NewImage<B> {
     fn drop(&mut self) {
-        // A caller that has to know whether this works closes the image. One that lacks data must not
-        // look complete.
+        // A caller that has to know whether this works closes the image. One that lacks data must
+        // not look complete.
         if !*self.has_failed.get_mut() {
             let _ = self.finish();
         }

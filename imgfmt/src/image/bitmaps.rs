@@ -141,8 +141,8 @@ impl Image {
         if self.qcow2().is_some() { images.collect() } else { Vec::new() }
     }
 
-    /// Returns what hides the sum of a backup in the header of this image; it hides nothing if the image
-    /// is not encrypted. Apply it to the sum before the image is [sealed](Self::seal_backup);
+    /// Returns what hides the sum of a backup in the header of this image; it hides nothing if the
+    /// image is not encrypted. Apply it to the sum before the image is [sealed](Self::seal_backup);
     /// [`backups_of_chain`](Self::backups_of_chain) shows the sum again.
     ///
     /// # Errors

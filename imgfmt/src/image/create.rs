@@ -33,8 +33,8 @@ impl Image {
     ///
     /// The new image is on stable storage on return, except with
     /// [`CacheMode::Unsafe`](crate::CacheMode::Unsafe). Dropping it without a change syncs nothing.
-    /// An image of [compressed grains](crate::Subformat::StreamOptimized) is complete, and on stable
-    /// storage, only when it is [closed](Self::close).
+    /// An image of [compressed grains](crate::Subformat::StreamOptimized) is complete, and on
+    /// stable storage, only when it is [closed](Self::close).
     ///
     /// # Errors
     ///
@@ -63,8 +63,8 @@ impl Image {
         create_on_device(path.as_ref(), &options)
     }
 
-    /// Starts a new image in a storage that has its final size, such as the export of a server. What is
-    /// in the storage is lost. As on a device, the image becomes valid when it is
+    /// Starts a new image in a storage that has its final size, such as the export of a server.
+    /// What is in the storage is lost. As on a device, the image becomes valid when it is
     /// [complete](NewOnDevice::complete); until then it is marked as incomplete.
     ///
     /// ```
@@ -85,8 +85,8 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// As [`create_on_device`](Self::create_on_device). A relative name of a backing file is an error,
-    /// because it leads nowhere.
+    /// As [`create_on_device`](Self::create_on_device). A relative name of a backing file is an
+    /// error, because it leads nowhere.
     pub fn create_in_storage(
         storage: Arc<dyn Storage>,
         options: &CreateOptions,

@@ -19,14 +19,15 @@ use crate::storage::Storage;
 const NAME: &str = "disk";
 
 impl Image {
-    /// Creates an image in an empty storage to which data is only appended, such as a pipe: a raw disk,
-    /// a fixed VHD, or a VMDK of [compressed grains](crate::Subformat::StreamOptimized). Of `storage`
-    /// only [`write_at`](Storage::write_at) is called, each time at its end, and
+    /// Creates an image in an empty storage to which data is only appended, such as a pipe: a raw
+    /// disk, a fixed VHD, or a VMDK of [compressed grains](crate::Subformat::StreamOptimized). Of
+    /// `storage` only [`write_at`](Storage::write_at) is called, each time at its end, and
     /// [`sync`](Storage::sync).
     ///
-    /// The image is filled from the start to the end, as [`convert`](crate::jobs::convert()) does, and is
-    /// complete only when it is [closed](Self::close). It cannot be read. If it is dropped before, a VMDK
-    /// is completed as well, unless a call has failed: let the storage refuse writes if it must not be.
+    /// The image is filled from the start to the end, as [`convert`](crate::jobs::convert()) does,
+    /// and is complete only when it is [closed](Self::close). It cannot be read. If it is dropped
+    /// before, a VMDK is completed as well, unless a call has failed: let the storage refuse writes
+    /// if it must not be.
     ///
     /// # Errors
     ///

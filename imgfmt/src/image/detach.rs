@@ -35,9 +35,10 @@ impl Image {
         self.chain.top.recorded_backing().0.is_some() && self.chain.layers().below.is_empty()
     }
 
-    /// Takes the layers between the image and `base` away, or all, while the image is in use. The image
-    /// has everything that they provide, and layers were taken away `changes` times before. Waits until
-    /// requests that read the layers have ended, so that their files are closed; at most 10 s.
+    /// Takes the layers between the image and `base` away, or all, while the image is in use. The
+    /// image has everything that they provide, and layers were taken away `changes` times before.
+    /// Waits until requests that read the layers have ended, so that their files are closed; at
+    /// most 10 s.
     pub(crate) fn detach_below(&self, base: Option<NewBase<'_>>, changes: u64) -> Result<()> {
         self.check_change("detach the backing file of", crate::units::GuestOffset::new(0), 0)?;
         let refuse = |detail| {
@@ -70,15 +71,15 @@ impl Image {
         Ok(())
     }
 
-    /// Closes the image, and then makes `backing` its backing file, or none, before its file is closed
-    /// and unlocked. The image must have everything that another backing file would show differently.
-    /// If the process is interrupted, it has the old or the new name; where the header has no space
-    /// for both, see [`change_backing_file`](Self::change_backing_file).
+    /// Closes the image, and then makes `backing` its backing file, or none, before its file is
+    /// closed and unlocked. The image must have everything that another backing file would show
+    /// differently. If the process is interrupted, it has the old or the new name; where the header
+    /// has no space for both, see [`change_backing_file`](Self::change_backing_file).
     ///
     /// # Errors
     ///
-    /// As [`close`](Self::close) and [`change_backing_file`](Self::change_backing_file). The image is
-    /// closed nevertheless.
+    /// As [`close`](Self::close) and [`change_backing_file`](Self::change_backing_file). The image
+    /// is closed nevertheless.
     pub fn close_with_backing(self, backing: Option<(&OsStr, Format)>) -> Result<()> {
         let named = |error: Error| self.name(error);
         let (Access::ReadWrite, Some(image)) = (self.access, self.qcow2()) else {

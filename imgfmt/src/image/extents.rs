@@ -19,8 +19,8 @@ const EXTENTS_PER_STEP: usize = 1024;
 /// time for one extent, however large the disk is.
 const STEPS_PER_EXTENT: usize = 64;
 
-/// The extents of a range of a disk: an iterator made by [`Image::extents`] (with `I` = `&Image`) or
-/// [`Image::shared_extents`] (`Arc<Image>`).
+/// The extents of a range of a disk: an iterator made by [`Image::extents`] (with `I` = `&Image`)
+/// or [`Image::shared_extents`] (`Arc<Image>`).
 pub struct Extents<I> {
     image: I,
     /// The part that was not examined yet.
@@ -108,8 +108,8 @@ impl<I: Deref<Target = Image>> Extents<I> {
         self
     }
 
-    /// Finds holes of files in the blocks of other programs' formats too. They read as zeroes, but a
-    /// block with holes is data to those programs, and to maps.
+    /// Finds holes of files in the blocks of other programs' formats too. They read as zeroes, but
+    /// a block with holes is data to those programs, and to maps.
     #[must_use]
     pub(crate) fn into_blocks(mut self) -> Self {
         self.into_blocks = true;

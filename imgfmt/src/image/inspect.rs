@@ -36,12 +36,13 @@ fn open_file(
 impl Image {
     /// Checks the qcow2 image in a file and, if `repair` says so, repairs it. No other process may
     /// use it meanwhile. The files it names are not examined. Of VHDX, VMDK and VDI images it is
-    /// checked whether every block can lie where the tables say, also in the files with parts of the
-    /// disk; [`Repair::All`] makes the changes that the log of a VHDX image holds.
+    /// checked whether every block can lie where the tables say, also in the files with parts of
+    /// the disk; [`Repair::All`] makes the changes that the log of a VHDX image holds.
     ///
     /// # Errors
     ///
-    /// `Unsupported` for formats that cannot be checked or repaired; otherwise as [`open`](Self::open).
+    /// `Unsupported` for formats that cannot be checked or repaired; otherwise as
+    /// [`open`](Self::open).
     pub fn check_file(
         path: impl AsRef<Path>,
         options: &OpenOptions,
@@ -103,9 +104,9 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// `PolicyDenied` if the policy in `options` forbids a name in the chain; `InvalidFormat` if the
-    /// chain leads back to itself; `Unsupported` if it has more than 500 layers or one of a format
-    /// that is only recognised; otherwise as [`inspect_file`](Self::inspect_file).
+    /// `PolicyDenied` if the policy in `options` forbids a name in the chain; `InvalidFormat` if
+    /// the chain leads back to itself; `Unsupported` if it has more than 500 layers or one of a
+    /// format that is only recognised; otherwise as [`inspect_file`](Self::inspect_file).
     pub fn inspect_chain(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Vec<ImageInfo>> {
         let path = path.as_ref();
         let inspect = |(file, options)| chain::inspect_chain(file, Some(path), &options);

@@ -17,19 +17,19 @@ const OPERATION: &str = "change the keys of";
 
 impl Image {
     /// Changes the passphrases of a LUKS volume of version 1, or of a qcow2 image that is encrypted
-    /// with LUKS. The key of the disk does not change: a person who has it can still decrypt the disk.
-    /// The image must not be in use. Takes as long as deriving several keys.
+    /// with LUKS. The key of the disk does not change: a person who has it can still decrypt the
+    /// disk. The image must not be in use. Takes as long as deriving several keys.
     ///
-    /// A new passphrase is durable, and was read back, before an old one is removed, and a removed one
-    /// is overwritten. If the change is interrupted at any moment, the passphrases that stay open the
-    /// image, and so does the old or the new one of a replacement, or both.
+    /// A new passphrase is durable, and was read back, before an old one is removed, and a removed
+    /// one is overwritten. If the change is interrupted at any moment, the passphrases that stay
+    /// open the image, and so does the old or the new one of a replacement, or both.
     ///
     /// # Errors
     ///
-    /// `KeyRequired` if a passphrase is missing or opens nothing; `InvalidInput` if nothing would open
-    /// the image afterwards; `AlreadyExists` or `NoSpace` if the key slot, or every one, is in use;
-    /// `Unsupported` for LUKS version 2 and for images that are not encrypted; `Corrupt` if a check of
-    /// a qcow2 image finds damage; otherwise as [`open`](Self::open).
+    /// `KeyRequired` if a passphrase is missing or opens nothing; `InvalidInput` if nothing would
+    /// open the image afterwards; `AlreadyExists` or `NoSpace` if the key slot, or every one, is in
+    /// use; `Unsupported` for LUKS version 2 and for images that are not encrypted; `Corrupt` if a
+    /// check of a qcow2 image finds damage; otherwise as [`open`](Self::open).
     pub fn change_keys(
         path: impl AsRef<Path>,
         options: &OpenOptions,
@@ -69,7 +69,8 @@ fn change_keys(
         return change_in_header(&**storage, place, options, change);
     };
     if !qcow2.bitmaps.is_empty() {
-        // A crash has left bits of bitmaps beside the image, which a change of the file invalidates.
+        // A crash has left bits of bitmaps beside the image, which a change of the file
+        // invalidates.
         Image::open_named(Arc::clone(storage), path, options)?.close()?;
     }
     refuse_damaged(storage, path, options)?;

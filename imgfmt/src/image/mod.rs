@@ -68,14 +68,14 @@ impl Image {
     ///
     /// A disk in an archive of a virtual machine (OVA) is opened for reading without unpacking it:
     /// `machine.ova` is its first disk, `machine.ova:2` the second, `machine.ova:disk.vmdk` that of
-    /// this name. A file of the whole name comes first. With the format raw, an archive itself is the
-    /// disk. An image in an archive names no other file.
+    /// this name. A file of the whole name comes first. With the format raw, an archive itself is
+    /// the disk. An image in an archive names no other file.
     ///
-    /// If no format is given, it is detected from the first bytes of the file; a fixed VHD, which has
-    /// its header at the end, also by the ending of its name, `.vhd` or `.vpc`. In a raw image, the
-    /// guest controls these bytes. A raw image that was detected therefore refuses writes to its
-    /// first sector that would make it look like another format or an archive. To allow all writes, give the
-    /// format.
+    /// If no format is given, it is detected from the first bytes of the file; a fixed VHD, which
+    /// has its header at the end, also by the ending of its name, `.vhd` or `.vpc`. In a raw image,
+    /// the guest controls these bytes. A raw image that was detected therefore refuses writes to
+    /// its first sector that would make it look like another format or an archive. To allow all
+    /// writes, give the format.
     ///
     /// # Errors
     ///
@@ -203,16 +203,17 @@ impl Image {
         layers.files.iter().map(|file| (file.path.clone(), file.identity)).collect()
     }
 
-    /// Returns the paths of the files of the image itself: its own, and then its data file or extents.
+    /// Returns the paths of the files of the image itself: its own, and then its data file or
+    /// extents.
     pub fn own_files(&self) -> Vec<PathBuf> {
         let layers = self.chain.layers();
         let own = layers.files.iter().filter(|file| file.layer == 0);
         own.map(|file| file.path.clone()).collect()
     }
 
-    /// Returns what else than named files the image consists of, from the top to the bottom, as it is
-    /// called in the image above: the URI of a layer on a server. A storage that the caller has opened
-    /// has the path that it was given with, or an empty one.
+    /// Returns what else than named files the image consists of, from the top to the bottom, as it
+    /// is called in the image above: the URI of a layer on a server. A storage that the caller has
+    /// opened has the path that it was given with, or an empty one.
     pub fn other_layers(&self) -> Vec<PathBuf> {
         self.chain.layers().others.iter().map(|(_, path)| path.clone()).collect()
     }
@@ -250,8 +251,8 @@ impl Image {
         resized.map_err(|error| self.name(error))
     }
 
-    /// The image as one that is filled in order, if it has to be. Its errors do not [name](Self::name)
-    /// the image.
+    /// The image as one that is filled in order, if it has to be. Its errors do not
+    /// [name](Self::name) the image.
     pub(crate) fn filled_in_order(&self) -> Option<&dyn FilledInOrder> {
         self.chain.top.writable()?.filled_in_order()
     }

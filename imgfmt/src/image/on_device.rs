@@ -1,5 +1,5 @@
-//! A new image on a block device, or in another storage of fixed size. The previous content is neither trusted nor shown, and the new
-//! image becomes valid only when it is complete.
+//! A new image on a block device, or in another storage of fixed size. The previous content is
+//! neither trusted nor shown, and the new image becomes valid only when it is complete.
 
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
@@ -27,10 +27,10 @@ pub(crate) fn is_block_device(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 
-/// A new image on a block device, created with [`Image::create_on_device`], or in another storage, with
-/// [`Image::create_in_storage`]. Until it is [complete](Self::complete), the device is marked as incomplete, so that an incomplete disk is
-/// never taken for a complete one, however this process ends. The previous content of the device is
-/// lost.
+/// A new image on a block device, created with [`Image::create_on_device`], or in another storage,
+/// with [`Image::create_in_storage`]. Until it is [complete](Self::complete), the device is marked
+/// as incomplete, so that an incomplete disk is never taken for a complete one, however this
+/// process ends. The previous content of the device is lost.
 #[derive(Debug)]
 pub struct NewOnDevice {
     storage: Arc<Unfinished>,
@@ -45,8 +45,8 @@ pub struct NewOnDevice {
 }
 
 impl NewOnDevice {
-    /// Makes an image with a disk of `size` bytes on a device; `parts` are the metadata, each at its
-    /// offset, the header first.
+    /// Makes an image with a disk of `size` bytes on a device; `parts` are the metadata, each at
+    /// its offset, the header first.
     pub(crate) fn begin(
         path: &Path,
         options: &CreateOptions,

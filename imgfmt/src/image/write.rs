@@ -27,8 +27,8 @@ impl Image {
     /// Writes `data` at `offset` into the page cache, if that reads nothing from the disk: neither
     /// metadata nor old content of a cluster that is copied. A write to a raw image in a file never
     /// reads; one to an encrypted image is tried for whole sectors, up to 64 KiB, that allocate
-    /// nothing. If the cache mode bypasses the page cache or makes every write durable, the result is
-    /// [`TryWrite::WouldBlock`].
+    /// nothing. If the cache mode bypasses the page cache or makes every write durable, the result
+    /// is [`TryWrite::WouldBlock`].
     ///
     /// # Errors
     ///
@@ -48,8 +48,8 @@ impl Image {
     /// bypassing the page cache, to one range of one file. Does not block. `None` if
     /// [`write_at`](Self::write_at) has to write them: they are in several places, need new
     /// clusters, or the lookup would block. In all cache modes, such a write is durable after a
-    /// [`flush`](Self::flush), and if [`WriteMap::is_durable_alone`] says so, once its own bytes are
-    /// on stable storage.
+    /// [`flush`](Self::flush), and if [`WriteMap::is_durable_alone`] says so, once its own bytes
+    /// are on stable storage.
     ///
     /// # Errors
     ///

@@ -86,7 +86,8 @@ impl<'scope, 'env> Flushes<'scope, 'env> {
         let flushed = self.wait();
         let outcome = outcome.and_then(|value| flushed.map(|()| value));
         if outcome.is_err() && self.is_changed {
-            // The first error is the one to be told; without this flush, a crash would only cost more.
+            // The first error is the one to be told; without this flush, a crash would only cost
+            // more.
             let _ = self.image.flush();
         }
         outcome

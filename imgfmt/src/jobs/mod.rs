@@ -2,8 +2,8 @@
 //!
 //! [`convert`] copies a disk into another image, [`compare`] finds the first difference of two,
 //! [`commit`] writes an overlay into its backing file, [`stream`] copies into one what is below it,
-//! [`rebase`] prepares one for another backing file, and [`measure`] says how large a copy would be.
-//! The images are opened by the caller, in any storage. Each function has an example.
+//! [`rebase`] prepares one for another backing file, and [`measure`] says how large a copy would
+//! be. The images are opened by the caller, in any storage. Each function has an example.
 //!
 //! A job takes plain options and a [`JobContext`]: an [`Observer`], which receives progress, and a
 //! [`Cancellation`], with which the caller cancels the job between two steps. Its error is a

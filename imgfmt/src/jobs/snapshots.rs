@@ -4,8 +4,8 @@ use super::error::{JobError, JobErrorKind};
 use crate::error::{Error, ErrorKind};
 use crate::image::Image;
 
-/// Refuses an image with internal snapshots: they show the layers below where they have no clusters of
-/// their own, and a job prepares only the disk itself for other ones.
+/// Refuses an image with internal snapshots: they show the layers below where they have no clusters
+/// of their own, and a job prepares only the disk itself for other ones.
 pub(super) fn refuse(overlay: &Image, action: &'static str) -> Result<(), JobError> {
     let info = overlay.info().map_err(JobError::destination)?.qcow2;
     if info.is_none_or(|info| info.snapshots.is_empty()) {

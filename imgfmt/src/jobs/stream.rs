@@ -51,8 +51,8 @@ pub struct ToStream {
 /// # Errors
 ///
 /// `InvalidArgument` if `overlay` is not a qcow2 image or has internal snapshots, which show the
-/// layers below too, or if the chain has no layer of depth `base` below it; `Source` if a layer below
-/// cannot be read; `Destination`, also if space runs out; `Interrupted`.
+/// layers below too, or if the chain has no layer of depth `base` below it; `Source` if a layer
+/// below cannot be read; `Destination`, also if space runs out; `Interrupted`.
 ///
 /// ```
 /// use imgfmt::jobs::{JobContext, stream};

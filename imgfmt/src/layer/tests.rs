@@ -64,7 +64,8 @@ impl Layer for Sparse {
     }
 }
 
-/// A chain from the top to the bottom, the parts and sizes of which are given, and its count of looks.
+/// A chain from the top to the bottom, the parts and sizes of which are given, and its count of
+/// looks.
 fn chain(layers: &[(&[(u64, u64)], u64)]) -> (Arc<dyn Layer>, Arc<AtomicU64>) {
     let looks = Arc::new(AtomicU64::new(0));
     let mut chain: Option<Arc<dyn Layer>> = None;

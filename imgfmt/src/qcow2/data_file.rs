@@ -80,8 +80,8 @@ impl DataFile {
         None
     }
 
-    /// Reads data with the old encryption: that of the disk at `guest`, which is at `host`. Past the end
-    /// of the file it is zero.
+    /// Reads data with the old encryption: that of the disk at `guest`, which is at `host`. Past
+    /// the end of the file it is zero.
     pub(in crate::qcow2) fn read_old_aes(
         &self,
         host: HostOffset,
@@ -214,8 +214,8 @@ impl DataFile {
     }
 
     /// Called before a write up to `end`: extends the file beyond that, if writes in the file are
-    /// faster than writes at its end. Failures do not matter, and are not tried again for some time, or
-    /// if space is scarce, as long as the image is open.
+    /// faster than writes at its end. Failures do not matter, and are not tried again for some
+    /// time, or if space is scarce, as long as the image is open.
     pub(in crate::qcow2) fn extend_ahead(&self, end: HostOffset) {
         let (end, known) = (end.bytes(), self.extended_to.load(Acquire));
         // An external file has the length of the disk.
@@ -242,8 +242,9 @@ impl DataFile {
         !matches!(self.extended_to.load(Acquire), 0 | NEVER)
     }
 
-    /// Makes the file with the metadata at least `end` bytes long, where the data is in it too. No other
-    /// write may run. A length takes up no space, and reads as noise if the data is encrypted.
+    /// Makes the file with the metadata at least `end` bytes long, where the data is in it too. No
+    /// other write may run. A length takes up no space, and reads as noise if the data is
+    /// encrypted.
     pub(in crate::qcow2) fn grow_to(&self, end: HostOffset) -> Result<()> {
         let grow = || {
             let file = &self.metadata.file;

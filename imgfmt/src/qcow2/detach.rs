@@ -21,9 +21,9 @@ impl Qcow2 {
         &self.backing.wanted
     }
 
-    /// Makes the first of the layers `left` the backing file, which the header calls `name`, or none.
-    /// The image must have everything that the layers above it provided, and keep it: as long as the
-    /// header in memory names a backing file, no change of the disk uncovers one.
+    /// Makes the first of the layers `left` the backing file, which the header calls `name`, or
+    /// none. The image must have everything that the layers above it provided, and keep it: as long
+    /// as the header in memory names a backing file, no change of the disk uncovers one.
     pub(crate) fn detach_backing(
         &self,
         left: &Arc<[Arc<dyn Layer>]>,

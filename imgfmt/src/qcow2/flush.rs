@@ -61,7 +61,8 @@ impl Flusher<'_> {
         Ok(())
     }
 
-    /// Flushes, and syncs the rest of the file that holds the metadata. Nothing else may be in progress.
+    /// Flushes, and syncs the rest of the file that holds the metadata. Nothing else may be in
+    /// progress.
     pub(in crate::qcow2) fn flush_rest(self) -> Result<()> {
         self.flush()?;
         if self.metadata.may_be_unsynced() { self.metadata.sync() } else { Ok(()) }
@@ -92,8 +93,9 @@ impl Flusher<'_> {
         self.commits.changes.are_pending() || self.metadata.has_header_writes()
     }
 
-    /// Whether all metadata is on disk, that which others wrote before the image was opened included, and no
-    /// failed sync is to be reported. Changes that can be seen when this is called are taken into account.
+    /// Whether all metadata is on disk, that which others wrote before the image was opened
+    /// included, and no failed sync is to be reported. Changes that can be seen when this is called
+    /// are taken into account.
     pub(in crate::qcow2) fn is_all_durable(self) -> bool {
         // A flush without changes syncs a data file only.
         !self.data.is_external()
@@ -215,8 +217,8 @@ impl Flusher<'_> {
         self.clusters.free(clusters.map(|cluster| Freed { cluster, punch: false }));
     }
 
-    /// Returns the space by which the file was extended beyond its last cluster. No other write runs.
-    /// Failures do not matter, because no cluster is there.
+    /// Returns the space by which the file was extended beyond its last cluster. No other write
+    /// runs. Failures do not matter, because no cluster is there.
     pub(in crate::qcow2) fn cut_extension(self) -> Result<()> {
         let end = self.clusters.allocator()?.end();
         if self.data.is_extended()

@@ -101,8 +101,8 @@ impl Qcow2 {
         self.bitmaps.thaw(self)
     }
 
-    /// The record of the backup in the file, with the sum that it hides; without the key of encrypted
-    /// data there is none.
+    /// The record of the backup in the file, with the sum that it hides; without the key of
+    /// encrypted data there is none.
     pub(crate) fn backup(&self) -> Option<Backup> {
         let mut backup = self.metadata.backup()?;
         let identity = &mut backup.identity;

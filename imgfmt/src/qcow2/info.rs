@@ -19,8 +19,8 @@ pub struct BitmapEntry {
     pub recording: Recording,
     /// Whether it is marked as in use: its stored bits are out of date.
     pub is_in_use: bool,
-    /// The bitmap to which a checkpoint has moved bits of this one, which is incomplete without them
-    /// ([`BitmapState::Incomplete`](crate::BitmapState::Incomplete)).
+    /// The bitmap to which a checkpoint has moved bits of this one, which is incomplete without
+    /// them ([`BitmapState::Incomplete`](crate::BitmapState::Incomplete)).
     pub frozen: Option<String>,
 }
 

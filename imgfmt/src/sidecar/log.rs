@@ -4,9 +4,9 @@
 //! additions. A write into a *cold* extent waits until a slot that names it is durable; all waiting
 //! writes share one write of the log. The extent becomes hot in memory only after that.
 //!
-//! An extent leaves the log when no write to it is in flight and its bits are durable. Only then does
-//! another extent take its entry in a slot. Until that slot is written the log still names the old
-//! extent, which costs a few extra dirty bits after a crash.
+//! An extent leaves the log when no write to it is in flight and its bits are durable. Only then
+//! does another extent take its entry in a slot. Until that slot is written the log still names the
+//! old extent, which costs a few extra dirty bits after a crash.
 
 use std::io;
 use std::ops::RangeInclusive;

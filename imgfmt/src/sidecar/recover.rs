@@ -1,7 +1,8 @@
 //! Validates a sidecar found beside an image, and recovers its bits.
 //!
-//! Every byte is untrusted. A user with write access to the directory can put anything into the file,
-//! but can neither crash this program nor make it use more memory than the image's own bitmaps need.
+//! Every byte is untrusted. A user with write access to the directory can put anything into the
+//! file, but can neither crash this program nor make it use more memory than the image's own
+//! bitmaps need.
 
 use std::fmt;
 use std::io;

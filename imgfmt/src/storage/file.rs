@@ -87,10 +87,10 @@ impl FileStorage {
         FileLock { _storage: self }
     }
 
-    /// Declares that the file is written once, from its start to its end or nearly so, as a copy is.
-    /// What was written is then written back early, and its pages in the page cache are given up.
-    /// Errors of that are errors of later writes and of [`sync`](Storage::sync). When writes are
-    /// durable does not change.
+    /// Declares that the file is written once, from its start to its end or nearly so, as a copy
+    /// is. What was written is then written back early, and its pages in the page cache are given
+    /// up. Errors of that are errors of later writes and of [`sync`](Storage::sync). When writes
+    /// are durable does not change.
     #[must_use]
     pub fn written_once(mut self, backlog: Backlog) -> Self {
         // Through a descriptor of its own: the file is closed before.

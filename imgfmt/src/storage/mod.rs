@@ -91,7 +91,8 @@ pub enum TryRead {
 pub enum TryWrite {
     /// Everything is written.
     Complete,
-    /// Nothing is written: something from the disk, a lock or much work may be needed. Use the blocking write.
+    /// Nothing is written: something from the disk, a lock or much work may be needed. Use the
+    /// blocking write.
     WouldBlock,
 }
 
@@ -180,14 +181,15 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Allocates space from the end of the storage up to `length`, so that writes there do not have to
-    /// wait for each other. New bytes read as zero. The storage never becomes shorter by this, even
-    /// beside other writers. Call it only where this helps: it takes space that may not be needed.
+    /// Allocates space from the end of the storage up to `length`, so that writes there do not have
+    /// to wait for each other. New bytes read as zero. The storage never becomes shorter by this,
+    /// even beside other writers. Call it only where this helps: it takes space that may not be
+    /// needed.
     ///
     /// # Errors
     ///
-    /// `Unsupported` if this does not help writes here, otherwise any error of the medium. A part may
-    /// have been allocated then.
+    /// `Unsupported` if this does not help writes here, otherwise any error of the medium. A part
+    /// may have been allocated then.
     fn extend(&self, _length: u64) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
@@ -196,8 +198,8 @@ pub trait Storage: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     ///
-    /// `Unsupported` if this is not possible, as by default (nothing has changed then), otherwise any
-    /// error of the medium.
+    /// `Unsupported` if this is not possible, as by default (nothing has changed then), otherwise
+    /// any error of the medium.
     fn punch_hole(&self, _offset: HostOffset, _length: u64) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
@@ -237,8 +239,8 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(TryRead::WouldBlock)
     }
 
-    /// Writes all of `data` if that waits for nothing but the page cache. [`TryWrite::WouldBlock`] means
-    /// that nothing is written, as by default: callers that know a file write to it anyway.
+    /// Writes all of `data` if that waits for nothing but the page cache. [`TryWrite::WouldBlock`]
+    /// means that nothing is written, as by default: callers that know a file write to it anyway.
     ///
     /// # Errors
     ///

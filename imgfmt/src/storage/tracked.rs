@@ -43,7 +43,8 @@ impl Tracked {
     fn change<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         note(&self.may_be_unsynced);
         let result = change();
-        // Either a sync that began later covers the change, or its clearing of the flag is seen here.
+        // Either a sync that began later covers the change, or its clearing of the flag is seen
+        // here.
         fence(SeqCst);
         note(&self.may_be_unsynced);
         result

@@ -51,8 +51,8 @@ const STEPS_MAX: u64 = 64;
 
 /// The pages of a file in the page cache.
 pub(super) trait Pages: Send + Sync + 'static {
-    /// Gives up the clean pages of a range, and starts to write the dirty ones. Only advice: without
-    /// it the file is just as good.
+    /// Gives up the clean pages of a range, and starts to write the dirty ones. Only advice:
+    /// without it the file is just as good.
     fn give_up(&self, range: Range<u64>);
 
     /// Waits until everything is written back.
@@ -289,8 +289,8 @@ mod tests {
         for offset in (0..64 * MIB).step_by(data.len()) {
             storage.write_at(HostOffset::new(offset), &data, Durability::Cached).unwrap();
         }
-        // The thread goes on on its own. A file system may keep some pages, such as those of a large
-        // folio.
+        // The thread goes on on its own. A file system may keep some pages, such as those of a
+        // large folio.
         let deadline = Instant::now() + Duration::from_secs(60);
         while cached(&path).unwrap() > 16 * MIB {
             let rest = cached(&path).unwrap();

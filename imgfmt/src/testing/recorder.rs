@@ -175,8 +175,8 @@ impl RecordingStorage {
         own.take_while(|(_, change)| !matches!(change, Change::Sync)).count()
     }
 
-    /// Returns the number of syncs of this storage, since `position`, that follow another sync with no
-    /// change of it in between.
+    /// Returns the number of syncs of this storage, since `position`, that follow another sync with
+    /// no change of it in between.
     pub fn needless_syncs(&self, position: usize) -> usize {
         let log = lock(&self.recorder.log);
         let own = log.changes.iter().enumerate().filter(|(_, (number, _))| *number == self.number);

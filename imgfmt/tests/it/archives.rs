@@ -1,5 +1,5 @@
-//! Disks in OVA archives are read where they are, in the order that the descriptor gives; what lies in
-//! an archive is refused.
+//! Disks in OVA archives are read where they are, in the order that the descriptor gives; what lies
+//! in an archive is refused.
 
 use std::path::{Path, PathBuf};
 

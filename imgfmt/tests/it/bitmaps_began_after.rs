@@ -1,5 +1,5 @@
-//! A disk says after which backup each of its bitmaps began, and a crash at any instant makes it say
-//! nothing wrong.
+//! A disk says after which backup each of its bitmaps began, and a crash at any instant makes it
+//! say nothing wrong.
 
 use imgfmt::testing::{Fault, Loss};
 use imgfmt::{

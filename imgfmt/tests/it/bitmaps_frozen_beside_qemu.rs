@@ -1,5 +1,5 @@
-//! QEMU knows no frozen bits. Whatever is left of a checkpoint, a bitmap that QEMU takes for complete
-//! contains them.
+//! QEMU knows no frozen bits. Whatever is left of a checkpoint, a bitmap that QEMU takes for
+//! complete contains them.
 
 use std::path::{Path, PathBuf};
 

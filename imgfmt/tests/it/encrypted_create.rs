@@ -1,5 +1,5 @@
-//! New encrypted images: LUKS volumes and qcow2 with LUKS, which QEMU, `cryptsetup` and nbdkit open, and
-//! into which nothing gets unencrypted.
+//! New encrypted images: LUKS volumes and qcow2 with LUKS, which QEMU, `cryptsetup` and nbdkit
+//! open, and into which nothing gets unencrypted.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

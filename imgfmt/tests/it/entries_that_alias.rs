@@ -1,5 +1,5 @@
-//! L2 entries that name metadata, or a place that was nobody's when the image was opened: a guest that
-//! writes through them changes nothing else that could be read before.
+//! L2 entries that name metadata, or a place that was nobody's when the image was opened: a guest
+//! that writes through them changes nothing else that could be read before.
 
 use std::path::Path;
 
@@ -27,7 +27,8 @@ fn write(disk: &Image, number: u64, fill: u8) -> imgfmt::Result<()> {
     disk.write_at(at(number * CLUSTER), &[fill; CLUSTER as usize], Durability::Cached)
 }
 
-/// A disk with data, a snapshot that shares none of the first L2 table, and the disabled bitmap "d".
+/// A disk with data, a snapshot that shares none of the first L2 table, and the disabled bitmap
+/// "d".
 fn make(path: &Path, has_enabled_bitmap: bool) -> Vec<u8> {
     let mut create = CreateOptions::new(Format::Qcow2, CLUSTERS * CLUSTER);
     create.cluster_size = CLUSTER;
@@ -148,8 +149,8 @@ fn a_write_through_an_entry_that_names_something_else_costs_nothing_else() {
     }
 }
 
-/// An image with clusters of 64 KiB and one L2 table, which is read in sixteen slices, and data at 0
-/// and at 40 MiB, which two slices map. Returns the offset of the table.
+/// An image with clusters of 64 KiB and one L2 table, which is read in sixteen slices, and data at
+/// 0 and at 40 MiB, which two slices map. Returns the offset of the table.
 fn make_in_slices(path: &Path) -> usize {
     let disk = Image::create(path, &CreateOptions::new(Format::Qcow2, 512 << 20)).unwrap();
     disk.write_at(at(0), &[0x51; 65536], Durability::Cached).unwrap();

@@ -1,5 +1,5 @@
-//! Images past the page cache get space ahead of their writes: it does not outlive them, and a killed
-//! program leaves nothing else.
+//! Images past the page cache get space ahead of their writes: it does not outlive them, and a
+//! killed program leaves nothing else.
 
 use std::fs;
 use std::path::Path;

@@ -1,5 +1,6 @@
 //! Images of other programs' formats in forms that QEMU does not make, made by hand as their
-//! specifications have them: parents of differencing images, and blocks of which a part was written.
+//! specifications have them: parents of differencing images, and blocks of which a part was
+//! written.
 
 use std::path::Path;
 

@@ -42,8 +42,8 @@ fn look(bytes: &[u8], format: Format) {
     let _ = image.extents(range(0, image.size())).bounded(2, 1000).count();
 }
 
-/// The words of an image that are metadata: those that differ from the one before, as data here does
-/// not, and those of headers.
+/// The words of an image that are metadata: those that differ from the one before, as data here
+/// does not, and those of headers.
 fn places(bytes: &[u8]) -> impl Iterator<Item = usize> + use<'_> {
     let is_header = |place: usize| place < 512 || place + 512 > bytes.len();
     let differs = |place: usize| bytes[place..place + 4] != bytes[place - 4..place];

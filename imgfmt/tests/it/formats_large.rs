@@ -1,5 +1,5 @@
-//! Sparse disks of 1 TiB in other programs' formats: what is read to open them, to read a part, and to
-//! walk through all of their tables.
+//! Sparse disks of 1 TiB in other programs' formats: what is read to open them, to read a part, and
+//! to walk through all of their tables.
 
 use std::io;
 use std::path::Path;

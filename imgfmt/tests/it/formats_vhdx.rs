@@ -137,8 +137,8 @@ fn the_log_is_replayed_in_memory_and_the_file_stays_as_it_is() {
         let path = write(directory.path(), "disk.vhdx", &before);
         assert_eq!(blocks(&path), expected, "{what}");
         assert!(std::fs::read(&path).unwrap() == before, "{what}: it was changed");
-        // QEMU replays into the file. It takes entries before the tail and of other rows, too, which the
-        // specification does not.
+        // QEMU replays into the file. It takes entries before the tail and of other rows, too,
+        // which the specification does not.
         if has_tool("qemu-img") && !what.contains("row") && !what.contains("tail") {
             let copy = write(directory.path(), "copy.vhdx", &before);
             run("qemu-img", &["check", "-q", "-r", "all", "-f", "vhdx", text(&copy)]);

@@ -1,5 +1,5 @@
-//! New VMDK images in several files and over other images: QEMU reads in them what was written and writes
-//! the same descriptors; nothing is taken for an image before all of it is there.
+//! New VMDK images in several files and over other images: QEMU reads in them what was written and
+//! writes the same descriptors; nothing is taken for an image before all of it is there.
 //!
 //! `IMGFMT_FORMAT_ROUNDS` sets how many of each kind.
 

@@ -1,5 +1,5 @@
-//! Images of other programs' formats, made and filled at random by QEMU, are read and mapped exactly
-//! as QEMU does.
+//! Images of other programs' formats, made and filled at random by QEMU, are read and mapped
+//! exactly as QEMU does.
 //!
 //! `IMGFMT_FORMAT_ROUNDS` sets how many of each kind.
 

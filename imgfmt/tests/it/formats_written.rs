@@ -1,5 +1,5 @@
-//! New images of other programs' formats: QEMU reads in them what was written, finds them sound, and
-//! writes the same headers; what is not possible is refused before there is a file.
+//! New images of other programs' formats: QEMU reads in them what was written, finds them sound,
+//! and writes the same headers; what is not possible is refused before there is a file.
 //!
 //! `IMGFMT_FORMAT_ROUNDS` sets how many of each kind.
 
@@ -181,8 +181,8 @@ fn own_fields(format: Format) -> &'static [(usize, usize)] {
         Format::Vdi => &[(0, 64), (392, 32)],
         // Time, identifier and the checksum, twice.
         Format::Vpc => &[(24, 4), (64, 20)],
-        // The program, checksums, sequence numbers and identifiers; that the regions have to be known,
-        // which QEMU does not say.
+        // The program, checksums, sequence numbers and identifiers; that the regions have to be
+        // known, which QEMU does not say.
         Format::Vhdx => &[
             (8, 512),
             (0x10004, 44),

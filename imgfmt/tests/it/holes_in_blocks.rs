@@ -1,5 +1,5 @@
-//! Conversions do not read holes that lie in blocks of other programs' formats, and find the same disk:
-//! what those blocks are to maps does not change.
+//! Conversions do not read holes that lie in blocks of other programs' formats, and find the same
+//! disk: what those blocks are to maps does not change.
 
 use std::io;
 use std::path::Path;

@@ -1,4 +1,5 @@
-//! Jobs from image to image: what they tell while they run, how they are ended early, whose fault an error is.
+//! Jobs from image to image: what they tell while they run, how they are ended early, whose fault
+//! an error is.
 
 use std::num::NonZeroUsize;
 use std::path::Path;
@@ -86,7 +87,8 @@ fn sparse_bytes() -> Vec<u8> {
     bytes
 }
 
-/// A base of 4 MiB of sevens and an overlay of 6 MiB with data in its second MiB and zeroes in the third.
+/// A base of 4 MiB of sevens and an overlay of 6 MiB with data in its second MiB and zeroes in the
+/// third.
 fn overlay(directory: &Path) -> (std::path::PathBuf, std::path::PathBuf) {
     let (base, top) = (directory.join("base.img"), directory.join("top.qcow2"));
     std::fs::write(&base, vec![7; 4 << 20]).unwrap();

@@ -33,8 +33,8 @@ const DATA_CLUSTERS: u64 = 256;
 const SLICE: u64 = 4096;
 const SLICE_COVERAGE: u64 = SLICE / 8 * CLUSTER;
 
-/// A qcow2 image of 16 TiB, every cluster of which is mapped. The first bytes of a cluster of the disk
-/// tell which of the clusters with data it is.
+/// A qcow2 image of 16 TiB, every cluster of which is mapped. The first bytes of a cluster of the
+/// disk tell which of the clusters with data it is.
 fn mapped_disk(directory: &Path) -> PathBuf {
     let path = directory.join("large.qcow2");
     let file = File::create(&path).unwrap();

@@ -183,7 +183,8 @@ fn a_loop_is_found_far_down() {
     assert!(error.to_string().contains("leads back to itself"), "{error}");
 }
 
-/// A layer of a format that is only read, over another one; the first has something in its first 4 KiB.
+/// A layer of a format that is only read, over another one; the first has something in its first 4
+/// KiB.
 type Made = fn(Option<&str>) -> Vec<u8>;
 
 #[test]

@@ -1,5 +1,5 @@
-//! The tests of images, in one program: a file is a module, named after what it guards. The seed and
-//! the rounds of random tests come from the environment (see `common`).
+//! The tests of images, in one program: a file is a module, named after what it guards. The seed
+//! and the rounds of random tests come from the environment (see `common`).
 #![allow(clippy::unwrap_used, clippy::print_stdout)] // A test may fail, and says what it skips.
 
 // What the test programs of this crate share.

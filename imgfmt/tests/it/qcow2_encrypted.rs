@@ -1,5 +1,5 @@
-//! qcow2 images whose data is encrypted with LUKS: as QEMU reads and writes them, and without a path
-//! on which data gets into the file unencrypted.
+//! qcow2 images whose data is encrypted with LUKS: as QEMU reads and writes them, and without a
+//! path on which data gets into the file unencrypted.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;

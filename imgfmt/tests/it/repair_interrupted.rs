@@ -1,5 +1,5 @@
-//! A repair that is interrupted, or that finds no room, leaves an image in which everything that was
-//! readable still is, and which can be repaired again.
+//! A repair that is interrupted, or that finds no room, leaves an image in which everything that
+//! was readable still is, and which can be repaired again.
 
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
-//! Streaming copies into an overlay what the layers below it provide: the disk stays the same through
-//! crashes, errors and writes by others, judged by qemu-img.
+//! Streaming copies into an overlay what the layers below it provide: the disk stays the same
+//! through crashes, errors and writes by others, judged by qemu-img.
 
 use imgfmt::jobs::{JobContext, JobErrorKind, measure_stream, stream};
 use imgfmt::testing::{Fault, Loss};
@@ -36,7 +36,8 @@ fn a_streamed_disk_is_the_same_without_its_backing_file() {
         let image = Image::open(&made.path, &options()).unwrap();
         let measured = measure_stream(&image, None, &JobContext::default()).unwrap();
         let streamed = stream(&image, None, &JobContext::default()).unwrap();
-        // Zeroes need no entry in an image of version 2 that stands alone, even if they are data below.
+        // Zeroes need no entry in an image of version 2 that stands alone, even if they are data
+        // below.
         if !subject.options.contains("0.10") {
             // Clusters are copied whole.
             assert!(streamed.data + streamed.zeroes >= measured.data, "{subject:?}");

@@ -1,5 +1,5 @@
-//! Layers are taken away below a disk that is open and in use: readers, writers and crashes find the
-//! same disk, and the files of the layers are free. Judged by qemu-img.
+//! Layers are taken away below a disk that is open and in use: readers, writers and crashes find
+//! the same disk, and the files of the layers are free. Judged by qemu-img.
 
 use std::ffi::OsStr;
 use std::path::Path;

@@ -110,8 +110,8 @@ fn the_same_changes_leave_the_same_map() {
             commands.insert(middle, format!("discard {offset} {}", (SIZE - offset).min(2 << 20)));
             let offset = random.below(2) << 21;
             commands.push(format!("discard {offset} {}", (SIZE - offset).min(2 << 20)));
-            // Of a cluster with space QEMU marks also subclusters as zero that were never written; we
-            // leave these as they are.
+            // Of a cluster with space QEMU marks also subclusters as zero that were never written;
+            // we leave these as they are.
             if kind.contains("extended_l2") {
                 commands.retain(|command| !command.starts_with("discard"));
             }

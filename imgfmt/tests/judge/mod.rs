@@ -193,8 +193,9 @@ impl Model {
         image.write_at(at(offset), data, durability)
     }
 
-    /// Writes as a server does that carries writes out by itself, if the image allows it and it succeeds: to
-    /// stable storage if that is wanted and makes the write durable. What failed is then repeated.
+    /// Writes as a server does that carries writes out by itself, if the image allows it and it
+    /// succeeds: to stable storage if that is wanted and makes the write durable. What failed is
+    /// then repeated.
     fn write_by_map(
         &self,
         image: &Image,

@@ -14,8 +14,8 @@ pub const NAMES: [&str; 3] = ["a", "b", "the third"];
 #[derive(Clone, Debug)]
 pub struct Promise {
     pub recording: Recording,
-    /// The disk when the bitmap was last cleared or enabled. May be longer than the disk is now: what
-    /// was cut off and added again reads as zero.
+    /// The disk when the bitmap was last cleared or enabled. May be longer than the disk is now:
+    /// what was cut off and added again reads as zero.
     base: Arc<Vec<u8>>,
     /// What was dirty already, by merging or before the bitmap was enabled.
     required: Vec<(u64, u64)>,

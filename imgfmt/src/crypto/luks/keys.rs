@@ -1,8 +1,8 @@
 //! Adds and removes passphrases of a header of version 1.
 //!
-//! At every moment at least one passphrase opens the volume. A new slot is used when its key material
-//! is durable and was read back; an old one is destroyed only when another one that stays was opened.
-//! What makes a slot valid or invalid is its state, which is one word in one sector.
+//! At every moment at least one passphrase opens the volume. A new slot is used when its key
+//! material is durable and was read back; an old one is destroyed only when another one that stays
+//! was opened. What makes a slot valid or invalid is its state, which is one word in one sector.
 
 use std::num::NonZeroU64;
 
@@ -32,8 +32,8 @@ use crate::units::HostOffset;
 
 const OPERATION: &str = "change the keys of";
 
-/// Changes the passphrases of the header at `base`; no key material is past `room`, which is counted
-/// from there.
+/// Changes the passphrases of the header at `base`; no key material is past `room`, which is
+/// counted from there.
 pub(crate) fn change_keys(
     storage: &dyn Storage,
     (base, room): (u64, u64),
@@ -256,9 +256,9 @@ impl File<'_> {
         self.remove(removed)
     }
 
-    /// Marks slots as being removed, destroys their key material, and then marks them as not in use: a
-    /// slot that is said not to be in use holds no key, and one that is not said to be removed has its
-    /// key, also after a crash.
+    /// Marks slots as being removed, destroys their key material, and then marks them as not in
+    /// use: a slot that is said not to be in use holds no key, and one that is not said to be
+    /// removed has its key, also after a crash.
     fn remove(&self, numbers: &[u32]) -> Result<()> {
         for number in numbers {
             let slot = self.slot(*number)?;
@@ -300,8 +300,8 @@ impl File<'_> {
         written.map_err(|error| Error::from_io(OPERATION, error))
     }
 
-    /// Waits until everything is on stable storage. What is read afterwards comes from there, as far as
-    /// the system can be told: not from its memory.
+    /// Waits until everything is on stable storage. What is read afterwards comes from there, as
+    /// far as the system can be told: not from its memory.
     fn sync(&self) -> Result<()> {
         self.storage.sync().map_err(|error| Error::from_io(OPERATION, error))?;
         if let Some(fd) = self.storage.as_fd() {

@@ -20,8 +20,8 @@ const PRIORITY_IGNORED: u64 = 0;
 /// Numbers of slots, with the reasons why they cannot be used.
 pub(super) type Unusable = Vec<(u32, Error)>;
 
-/// The slots that hold the key of a segment, by ascending numbers, and those of them that are damaged
-/// or unknown. Fails if there are only such.
+/// The slots that hold the key of a segment, by ascending numbers, and those of them that are
+/// damaged or unknown. Fails if there are only such.
 pub(super) fn slots_of(
     text: &Value,
     segment: &str,

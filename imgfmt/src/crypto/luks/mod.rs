@@ -64,7 +64,8 @@ pub(crate) fn unlock(storage: &dyn Storage, passphrases: &[Passphrase]) -> Resul
 }
 
 /// Opens the volume that is the data of a qcow2 image, whose header is `length` bytes at `base` of
-/// the file. The number of a sector is its place in the file, and any sector may be one of the data.
+/// the file. The number of a sector is its place in the file, and any sector may be one of the
+/// data.
 pub(crate) fn unlock_within(
     storage: &dyn Storage,
     (base, length): (u64, u64),

@@ -1,4 +1,5 @@
-//! Key slots: each holds the key of the volume, encrypted by a key that is derived from a passphrase.
+//! Key slots: each holds the key of the volume, encrypted by a key that is derived from a
+//! passphrase.
 
 use openssl::memcmp;
 use zeroize::Zeroizing;
@@ -52,7 +53,8 @@ impl Slot {
         (u64::from(self.key_length) * u64::from(self.stripes)).next_multiple_of(SECTOR)
     }
 
-    /// Where its key material ends, in bytes from the start of the header; the maximum if that is more.
+    /// Where its key material ends, in bytes from the start of the header; the maximum if that is
+    /// more.
     pub(super) fn end(&self) -> u64 {
         self.offset.saturating_add(self.material_length())
     }

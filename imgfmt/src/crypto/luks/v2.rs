@@ -29,12 +29,13 @@ use crate::storage::Storage;
 
 const BINARY: usize = 4096;
 const CHECKSUM: std::ops::Range<usize> = 448..512;
-/// The lengths that a header with its text can have, which are also the places of the second header.
+/// The lengths that a header with its text can have, which are also the places of the second
+/// header.
 const LENGTHS: [u64; 9] =
     [0x4000, 0x8000, 0x1_0000, 0x2_0000, 0x4_0000, 0x8_0000, 0x10_0000, 0x20_0000, 0x40_0000];
-/// The maximum length of the text in bytes. That of `cryptsetup` has a few hundred for each of at most
-/// 32 slots, and a few thousand for each token. Small values in a text take up to 100 times its
-/// length in memory.
+/// The maximum length of the text in bytes. That of `cryptsetup` has a few hundred for each of at
+/// most 32 slots, and a few thousand for each token. Small values in a text take up to 100 times
+/// its length in memory.
 const TEXT_MAX: usize = 256 << 10;
 
 pub(super) fn read(storage: &dyn Storage, base: u64) -> Result<Header> {

@@ -1,5 +1,5 @@
-//! Parallels, in both forms of its images, the old one with offsets in sectors and the extended one with
-//! offsets in clusters.
+//! Parallels, in both forms of its images, the old one with offsets in sectors and the extended one
+//! with offsets in clusters.
 //!
 //! | offset | size | field, little-endian |
 //! | ---: | ---: | --- |

@@ -1,5 +1,5 @@
-//! The first version of QEMU's copy-on-write format: two levels of tables, compressed clusters, and a
-//! backing file.
+//! The first version of QEMU's copy-on-write format: two levels of tables, compressed clusters, and
+//! a backing file.
 //!
 //! | offset | size | field, big-endian |
 //! | ---: | ---: | --- |
@@ -12,8 +12,8 @@
 //! | 36 | 4 | encryption: 0 none, 1 AES |
 //! | 40 | 8 | offset of the L1 table |
 //!
-//! Entries of both tables are offsets of 8 bytes, and 0 is nothing. Those of compressed clusters have bit
-//! 63 set and, below it, as many bits for the length as clusters have.
+//! Entries of both tables are offsets of 8 bytes, and 0 is nothing. Those of compressed clusters
+//! have bit 63 set and, below it, as many bits for the length as clusters have.
 
 use std::io::Read as _;
 use std::sync::Arc;

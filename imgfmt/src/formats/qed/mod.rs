@@ -11,7 +11,8 @@
 //! | 48 | 8 | size of the disk |
 //! | 56 | 8 | name of the backing file: offset (4), length (4) |
 //!
-//! Entries of both tables are offsets of 8 bytes. 0 is nothing; 1 in an L2 table is a cluster of zeroes.
+//! Entries of both tables are offsets of 8 bytes. 0 is nothing; 1 in an L2 table is a cluster of
+//! zeroes.
 
 use super::blocks::{BlockImage, Blocks, Piece, Place};
 use super::file::{Cursor, ImageFile};

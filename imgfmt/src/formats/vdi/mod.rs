@@ -18,8 +18,8 @@
 //! | 424 | 16 | UUID of the image before this one |
 //! | 440 | 16 | UUID of the parent |
 //!
-//! The table has 4 bytes for each block of the disk: its number in the file, or one of two values for
-//! blocks that the file does not have. Blocks of either of these read as zero.
+//! The table has 4 bytes for each block of the disk: its number in the file, or one of two values
+//! for blocks that the file does not have. Blocks of either of these read as zero.
 
 mod new;
 

@@ -23,8 +23,8 @@ fn update(crc: u32, bytes: &[u8]) -> u32 {
     bytes.iter().fold(crc, |crc, byte| crc >> 8 ^ TABLE[usize::from(crc as u8 ^ byte)])
 }
 
-/// Whether the checksum in a structure, 4 bytes from offset 4 on, is that of the structure with zeroes
-/// in place of the checksum.
+/// Whether the checksum in a structure, 4 bytes from offset 4 on, is that of the structure with
+/// zeroes in place of the checksum.
 pub(super) fn is_sound(structure: &[u8]) -> bool {
     checksum(structure).is_some_and(|checksum| structure[4..8] == checksum)
 }

@@ -1,7 +1,7 @@
 //! The headers of the file and its table of regions (MS-VHDX, sections 2.2.2 and 2.2.3).
 //!
-//! There are two headers, at 64 and 128 KiB, of which the one with the higher sequence number counts,
-//! and two copies of the table, at 192 and 256 KiB. All numbers are little-endian.
+//! There are two headers, at 64 and 128 KiB, of which the one with the higher sequence number
+//! counts, and two copies of the table, at 192 and 256 KiB. All numbers are little-endian.
 //!
 //! | header | size | field |
 //! | ---: | ---: | --- |
@@ -87,8 +87,8 @@ impl Header {
         best.ok_or_else(|| file.invalid("neither of its two headers has the right checksum"))
     }
 
-    /// Writes two headers without a log, first in the place of the one that does not count: there is a
-    /// sound one at any time.
+    /// Writes two headers without a log, first in the place of the one that does not count: there
+    /// is a sound one at any time.
     pub(super) fn clear_log(file: &ImageFile) -> Result<()> {
         let (header, place, mut bytes) = Self::that_counts(file)?;
         let other = HEADERS.into_iter().find(|offset| *offset != place).unwrap_or(place);

@@ -23,10 +23,11 @@
 //! | 16 | 8 | offset in the file |
 //! | 24 | 8 | sequence number of the entry |
 //!
-//! A sector of data is `data`, the upper half of the sequence number, bytes 8 to 4092, and the lower half.
+//! A sector of data is `data`, the upper half of the sequence number, bytes 8 to 4092, and the
+//! lower half.
 //!
-//! The entries that matter are those whose numbers follow each other up to the highest one. What they
-//! change is laid over the file in memory; the file itself is not touched.
+//! The entries that matter are those whose numbers follow each other up to the highest one. What
+//! they change is laid over the file in memory; the file itself is not touched.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -106,12 +107,13 @@ struct Log {
 }
 
 impl Log {
-    /// The entries to be replayed, from the first on: of all rows that begin somewhere the one with the
-    /// highest number, from the entry on that its last one says.
+    /// The entries to be replayed, from the first on: of all rows that begin somewhere the one with
+    /// the highest number, from the entry on that its last one says.
     fn active(&self) -> Option<Vec<Entry>> {
         let mut best: Option<Vec<Entry>> = None;
         let mut tail = 0;
-        // Each entry is looked at once, but for those of a row that goes beyond the end of the ring.
+        // Each entry is looked at once, but for those of a row that goes beyond the end of the
+        // ring.
         while tail < self.ring.len() {
             let row = self.row(tail);
             let end = row.iter().map(|entry| entry.length).sum::<usize>() + tail;

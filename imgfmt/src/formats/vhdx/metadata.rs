@@ -135,7 +135,8 @@ impl Items {
     }
 }
 
-/// Reads the locator of a parent (section 2.6.2.6): its type, and pairs of keys and values in UTF-16.
+/// Reads the locator of a parent (section 2.6.2.6): its type, and pairs of keys and values in
+/// UTF-16.
 fn parent(locator: &[u8], file: &ImageFile) -> Result<Parent> {
     if guid_at(locator, 0) != VHDX_PARENT {
         let detail =

@@ -1,8 +1,8 @@
 //! VHDX, the format of Hyper-V (MS-VHDX, version 1): fixed, dynamic and differencing images.
 //!
-//! A table has 8 bytes for each block of the disk: bits 0 to 2 its state, bits 20 to 63 its place in
-//! the file in MiB. After the blocks of each chunk, which are 2^23 sectors, it has an entry for the bitmap
-//! of the chunk: a bit for each sector, 1 if the image has it, and 0 if its parent does.
+//! A table has 8 bytes for each block of the disk: bits 0 to 2 its state, bits 20 to 63 its place
+//! in the file in MiB. After the blocks of each chunk, which are 2^23 sectors, it has an entry for
+//! the bitmap of the chunk: a bit for each sector, 1 if the image has it, and 0 if its parent does.
 
 mod crc32c;
 mod header;

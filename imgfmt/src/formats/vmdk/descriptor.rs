@@ -82,8 +82,8 @@ const KINDS: [(&str, ExtentKind); 6] = [
 pub(super) const SPARSE: &str = "SPARSE";
 
 impl Descriptor {
-    /// Reads all of a text of this length at an offset of `file`: a line that is left out may be one of
-    /// an extent, or the one that names the parent.
+    /// Reads all of a text of this length at an offset of `file`: a line that is left out may be
+    /// one of an extent, or the one that names the parent.
     pub(super) fn read((offset, length): (u64, u64), file: &ImageFile) -> Result<Self> {
         if length > LENGTH_MAX {
             return Err(file.invalid("its descriptor is longer than 1 MiB"));
@@ -296,8 +296,8 @@ fn from_windows_1252(byte: u8) -> char {
     }
 }
 
-/// Whether a file begins as a descriptor: a text whose first line that is neither empty nor a comment
-/// gives the version.
+/// Whether a file begins as a descriptor: a text whose first line that is neither empty nor a
+/// comment gives the version.
 pub(super) fn starts(start: &[u8]) -> bool {
     const COMMENT: &[u8] = b"# Disk DescriptorFile";
     if start.get(..COMMENT.len()).is_some_and(|line| line.eq_ignore_ascii_case(COMMENT)) {

@@ -1,5 +1,5 @@
-//! The headers of sparse extents of ESX; all numbers are little-endian, offsets and sizes in sectors of
-//! 512 bytes.
+//! The headers of sparse extents of ESX; all numbers are little-endian, offsets and sizes in
+//! sectors of 512 bytes.
 //!
 //! `COWD`, of VMFS 5 and before, with tables of 4096 entries of 4 bytes:
 //!

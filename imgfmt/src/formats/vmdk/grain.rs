@@ -34,8 +34,8 @@ impl Grains {
         Self((0..count).map(|_| OrderedRwLock::new(None)).collect())
     }
 
-    /// Fills a buffer with a part of a grain: from `offset` of its extent on, which is `guest` on the
-    /// disk.
+    /// Fills a buffer with a part of a grain: from `offset` of its extent on, which is `guest` on
+    /// the disk.
     pub(super) fn read(
         &self,
         sparse: &Sparse,

@@ -1,8 +1,8 @@
 //! VMDK, the format of VMware ("Virtual Disk Format 5.0"): disks in one file or in several.
 //!
-//! The disk consists of [extents](descriptor::ExtentLine) that follow each other: files with its bytes
-//! as they are, [sparse] ones, and zeroes. A descriptor lists them and names the image below; it is a
-//! file of its own, or lies in the only extent.
+//! The disk consists of [extents](descriptor::ExtentLine) that follow each other: files with its
+//! bytes as they are, [sparse] ones, and zeroes. A descriptor lists them and names the image below;
+//! it is a file of its own, or lies in the only extent.
 
 mod descriptor;
 mod esx;
@@ -137,8 +137,8 @@ impl Vmdk {
         Self { file, descriptor, backing: None, extents, grains }
     }
 
-    /// Opens a disk by the descriptor at a place of a file, an offset and a length, with the extents
-    /// that it names.
+    /// Opens a disk by the descriptor at a place of a file, an offset and a length, with the
+    /// extents that it names.
     fn described(
         file: Arc<ImageFile>,
         place: (u64, u64),
@@ -213,8 +213,8 @@ impl ExtentOpener<'_, '_> {
         Ok(Data::Sparse(Box::new(sparse)))
     }
 
-    /// Opens the first of the names that there is something for, or else says what is wrong with the
-    /// first.
+    /// Opens the first of the names that there is something for, or else says what is wrong with
+    /// the first.
     fn storage(&mut self, names: &[OsString]) -> Result<(OsString, Arc<dyn Storage>)> {
         let mut first_error = None;
         for name in names {

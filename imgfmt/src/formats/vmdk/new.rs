@@ -54,8 +54,8 @@ pub(super) fn plan(new: &NewForeign<'_>, size: u64) -> Result<Planned> {
     sparse(new, (0, size), Some(text))
 }
 
-/// Plans a sparse extent, from an offset of the disk on and of a length. With the descriptor it is an
-/// image; without it, only the descriptor that names it makes one of it.
+/// Plans a sparse extent, from an offset of the disk on and of a length. With the descriptor it is
+/// an image; without it, only the descriptor that names it makes one of it.
 pub(super) fn sparse(
     new: &NewForeign<'_>,
     (start, size): (u64, u64),

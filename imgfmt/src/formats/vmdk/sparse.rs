@@ -1,7 +1,7 @@
 //! Sparse extents: a directory of tables, and tables of grains.
 //!
-//! Hosted sparse extents, versions 1 to 3; all numbers are little-endian, offsets and sizes in sectors
-//! of 512 bytes:
+//! Hosted sparse extents, versions 1 to 3; all numbers are little-endian, offsets and sizes in
+//! sectors of 512 bytes:
 //!
 //! | offset | size | field |
 //! | ---: | ---: | --- |
@@ -18,8 +18,8 @@
 //! | 73 | 4 | `\n \r\n`, so that transfers as text are noticed |
 //! | 77 | 2 | compression: 0 none, 1 deflate |
 //!
-//! Entries of the directory and of tables are 4-byte offsets. Of a table 0 is a grain that is not there,
-//! and 1 a zeroed one.
+//! Entries of the directory and of tables are 4-byte offsets. Of a table 0 is a grain that is not
+//! there, and 1 a zeroed one.
 
 use std::sync::Arc;
 

@@ -1,8 +1,8 @@
-//! New VMDK images in several files: a descriptor, and extents of all of the disk (`monolithicFlat`) or
-//! of at most 2 GiB each.
+//! New VMDK images in several files: a descriptor, and extents of all of the disk
+//! (`monolithicFlat`) or of at most 2 GiB each.
 //!
-//! The descriptor is written when everything else is: until then its file is empty, and no program takes
-//! an extent for the disk.
+//! The descriptor is written when everything else is: until then its file is empty, and no program
+//! takes an extent for the disk.
 
 use std::ffi::OsString;
 use std::io;
@@ -182,8 +182,8 @@ impl WritableLayer for Split {
 
 impl Drop for Split {
     fn drop(&mut self) {
-        // A caller that has to know whether this works closes the image. One that lacks data must not
-        // look complete.
+        // A caller that has to know whether this works closes the image. One that lacks data must
+        // not look complete.
         if !*self.has_failed.get_mut() && !*self.is_described.get_mut() {
             let _ = self.finish();
         }

@@ -1,8 +1,8 @@
 //! New VMDK images whose grains are compressed (`streamOptimized`), as archives (OVA) contain them.
 //!
-//! The file is written once from the start to the end: header, descriptor, the grains in the order of
-//! the disk, each table behind its grains, the directory, a copy of the header that says where that
-//! is, and the mark of the end. What is not a grain has a marker of a sector before it:
+//! The file is written once from the start to the end: header, descriptor, the grains in the order
+//! of the disk, each table behind its grains, the directory, a copy of the header that says where
+//! that is, and the mark of the end. What is not a grain has a marker of a sector before it:
 //!
 //! | offset | size | field, little-endian |
 //! | ---: | ---: | --- |
@@ -33,7 +33,8 @@ const DATA: u64 = 64 << 10;
 const VERSION: u32 = 3;
 const FLAGS: u32 = 1 | 1 << 16 | 1 << 17;
 
-/// Where the last grain begins at most: tables name sectors with 32 bits, and are behind their grains.
+/// Where the last grain begins at most: tables name sectors with 32 bits, and are behind their
+/// grains.
 const END_MAX: u64 = SECTORS_MAX * SECTOR - (1 << 30);
 
 /// What a marker announces.
@@ -336,8 +337,8 @@ impl WritableLayer for Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         let has_failed = self.written.lock().has_failed;
-        // A caller that has to know whether this works closes the image. One that lacks data must not
-        // look complete.
+        // A caller that has to know whether this works closes the image. One that lacks data must
+        // not look complete.
         if !has_failed {
             let _ = self.finish();
         }

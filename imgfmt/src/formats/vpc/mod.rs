@@ -1,8 +1,8 @@
 //! VHD, the format of Virtual PC and Hyper-V, version 1.0: fixed, dynamic and differencing images.
 //!
-//! A footer of 512 bytes ends every image. Fixed images have nothing else besides the disk; the others
-//! begin with a copy of it, a dynamic header, and a table with the sector of each block. A block begins
-//! with a bitmap of its sectors: those that are not set were never written.
+//! A footer of 512 bytes ends every image. Fixed images have nothing else besides the disk; the
+//! others begin with a copy of it, a dynamic header, and a table with the sector of each block. A
+//! block begins with a bitmap of its sectors: those that are not set were never written.
 //!
 //! | offset | size | field of the footer, big-endian |
 //! | ---: | ---: | --- |
@@ -73,8 +73,8 @@ pub(super) fn starts(start: &[u8]) -> bool {
 }
 
 /// Whether a file of that length that ends so is one. Guests can write what is at the end of a raw
-/// disk, so its name has to say so too. Without a copy at the start only a fixed image is opened, which
-/// names no file, and only if nothing of the file but the footer is missing from its disk.
+/// disk, so its name has to say so too. Without a copy at the start only a fixed image is opened,
+/// which names no file, and only if nothing of the file but the footer is missing from its disk.
 pub(super) fn ends(end: &[u8; FOOTER_LENGTH], length: u64) -> bool {
     let footer = if is_footer(end) { &end[..] } else { &end[1..] };
     is_footer(footer) && (u32_at(footer, 60) != FIXED || is_whole(footer, length))

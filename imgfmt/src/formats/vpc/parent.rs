@@ -1,7 +1,7 @@
 //! The names of the parent of a differencing image.
 //!
-//! A locator has a code for the kind of name (4 bytes), the space for it (4), its length in bytes (4), 4
-//! bytes that are not used, and its offset in the file (8).
+//! A locator has a code for the kind of name (4 bytes), the space for it (4), its length in bytes
+//! (4), 4 bytes that are not used, and its offset in the file (8).
 
 use std::ffi::OsString;
 

@@ -1,5 +1,5 @@
-//! A crash while an encrypted image is created: what is left is refused, or opens and shows nothing of
-//! what was there before.
+//! A crash while an encrypted image is created: what is left is refused, or opens and shows nothing
+//! of what was there before.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -13,8 +13,8 @@ use crate::units::GuestRange;
 use crate::zero::Content;
 
 /// Smallest part of the disk that one thread copies at a time, in bytes: it fits into the
-/// processor's cache between read and write. Threads that write into one file wait for each other, and
-/// where other programs use the processors, each handover takes long: so it is not smaller.
+/// processor's cache between read and write. Threads that write into one file wait for each other,
+/// and where other programs use the processors, each handover takes long: so it is not smaller.
 pub(super) const PIECE: u64 = 1 << 20;
 /// The same where most of the time is not that of writing into a file: many threads hold one.
 pub(super) const SMALL_PIECE: u64 = 256 << 10;

@@ -1,9 +1,9 @@
 //! Allocation: finding free clusters, and the quarantine of those that were freed.
 //!
-//! The life of a cluster: *reserved* (its refcount is 1, nothing points to it), then *committed* (an
-//! entry points to it) or *released* (nothing ever did). When its entry goes away it is *freed*: it
-//! waits until that is on disk and until every lease taken before has ended; only then its refcount
-//! falls and it can be reserved again.
+//! The life of a cluster: *reserved* (its refcount is 1, nothing points to it), then *committed*
+//! (an entry points to it) or *released* (nothing ever did). When its entry goes away it is
+//! *freed*: it waits until that is on disk and until every lease taken before has ended; only then
+//! its refcount falls and it can be reserved again.
 
 use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
@@ -130,8 +130,8 @@ impl Allocator {
         self.take(first, count)
     }
 
-    /// As [`reserve`](Self::reserve) if there are free clusters in the first refcount block that may
-    /// have some, and that is in memory.
+    /// As [`reserve`](Self::reserve) if there are free clusters in the first refcount block that
+    /// may have some, and that is in memory.
     pub(crate) fn reserve_in_memory(&mut self, count_max: u64) -> Result<Option<Reserved>> {
         let entries = self.refcounts.geometry.block_entries();
         let count_max = usize::try_from(count_max.clamp(1, entries)).unwrap_or(1);

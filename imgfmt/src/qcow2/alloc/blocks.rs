@@ -9,8 +9,8 @@ use crate::qcow2::alloc::allocator::Allocator;
 use crate::qcow2::alloc::clusters::Clusters;
 use crate::qcow2::on_disk::cluster::HostCluster;
 
-/// How many blocks are read for one piece of work while the allocator is not locked. Work on a sound
-/// image needs one or two; the blocks of a hostile one may displace each other.
+/// How many blocks are read for one piece of work while the allocator is not locked. Work on a
+/// sound image needs one or two; the blocks of a hostile one may displace each other.
 const LOADS_MAX: usize = 64;
 
 /// The allocator, locked, with the refcount blocks that are in memory.
@@ -23,8 +23,8 @@ impl Drop for InMemory<'_> {
 }
 
 impl Clusters {
-    /// Does some work on the allocator. If it fails for lack of a refcount block, the block is read and
-    /// the work is done again; so work that fails must have changed nothing.
+    /// Does some work on the allocator. If it fails for lack of a refcount block, the block is read
+    /// and the work is done again; so work that fails must have changed nothing.
     pub(super) fn with_blocks<T>(
         &self,
         mut work: impl FnMut(&mut Allocator) -> Result<T>,
@@ -32,8 +32,8 @@ impl Clusters {
         self.with_blocks_under(|| (), |(), allocator| work(allocator))
     }
 
-    /// As [`with_blocks`](Self::with_blocks), under other locks, which `lock` takes before the allocator
-    /// is locked. They are not held while a block is read.
+    /// As [`with_blocks`](Self::with_blocks), under other locks, which `lock` takes before the
+    /// allocator is locked. They are not held while a block is read.
     pub(in crate::qcow2) fn with_blocks_under<G, T>(
         &self,
         lock: impl Fn() -> G,
@@ -61,8 +61,8 @@ impl Clusters {
         work(&held, &mut allocator)
     }
 
-    /// Reads the refcount block of a cluster, unless it is in memory. If it cannot be read, the work that
-    /// needs it fails.
+    /// Reads the refcount block of a cluster, unless it is in memory. If it cannot be read, the
+    /// work that needs it fails.
     pub(super) fn load_block_of(&self, cluster: HostCluster) {
         let index = self.allocator().map(|allocator| allocator.refcounts.place(cluster).0);
         let _ = index.and_then(|index| self.load_block(index));

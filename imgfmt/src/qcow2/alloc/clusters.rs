@@ -206,7 +206,8 @@ impl Clusters {
         }
     }
 
-    /// Refuses a change while a lease is held or freed clusters wait for one. Everything is flushed.
+    /// Refuses a change while a lease is held or freed clusters wait for one. Everything is
+    /// flushed.
     pub(in crate::qcow2) fn refuse_leases(&self) -> Result<()> {
         let generation = self.leases.close_generation();
         self.release_quarantine();
@@ -273,8 +274,8 @@ impl Clusters {
             let _ = self.metadata.file.punch_hole(geometry.host_offset(run[0]), length);
         }
         let Ok(mut allocator) = self.allocator() else { return };
-        // A refcount that cannot be changed leaves a leaked cluster, which is harmless. But a cluster
-        // that was free already had two owners, and may have a third by now.
+        // A refcount that cannot be changed leaves a leaked cluster, which is harmless. But a
+        // cluster that was free already had two owners, and may have a third by now.
         let errors = freed.iter().filter_map(|freed| allocator.dereference(freed.cluster).err());
         let damage = errors.filter(|error| error.kind() == ErrorKind::Corrupt).last();
         drop(allocator);

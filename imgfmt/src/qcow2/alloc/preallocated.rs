@@ -22,8 +22,8 @@ impl Preallocated {
         Self { metadata, answer: OnceLock::new() }
     }
 
-    /// Whether the file may have holes where clusters are allocated, as far as `lookup` allows to find
-    /// out.
+    /// Whether the file may have holes where clusters are allocated, as far as `lookup` allows to
+    /// find out.
     pub(in crate::qcow2) fn may_be(&self, lookup: Lookup) -> bool {
         match lookup {
             Lookup::CachedOnly => self.answer.get() != Some(&false),

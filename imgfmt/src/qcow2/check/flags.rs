@@ -78,7 +78,8 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// Compares the COPIED bit of the word at `place` with the refcount of the cluster that it names.
+    /// Compares the COPIED bit of the word at `place` with the refcount of the cluster that it
+    /// names.
     fn check_flag(&mut self, place: HostOffset, word: u64, refcount: u64) {
         if (refcount == 1) != (word & COPIED != 0) {
             let new = word ^ COPIED;

@@ -19,8 +19,8 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// The length that the file needs, in bytes, if it is too short: the last cluster of a structure
-    /// may be cut off by the end of the file.
+    /// The length that the file needs, in bytes, if it is too short: the last cluster of a
+    /// structure may be cut off by the end of the file.
     pub(super) fn longer_file(&self, geometry: Geometry) -> Option<u64> {
         let last = self.counts.last().filter(|last| *last >= self.file_end);
         last.map(|last| geometry.host_offset(last + 1).bytes())

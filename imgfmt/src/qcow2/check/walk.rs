@@ -98,8 +98,8 @@ impl Checker<'_> {
         self.count_tables()
     }
 
-    /// Counts the header without which the disk can never be decrypted, also if the disk is said not
-    /// to be encrypted. If its place is not known, nothing may be freed.
+    /// Counts the header without which the disk can never be decrypted, also if the disk is said
+    /// not to be encrypted. If its place is not known, nothing may be freed.
     fn count_luks_header(&mut self) {
         let header = self.image.metadata.header();
         // Fails if one is needed that the header does not name.
@@ -121,8 +121,8 @@ impl Checker<'_> {
         }
     }
 
-    /// Where a LUKS header of version 1 says that it ends, in bytes from its start; `None` if there is
-    /// none.
+    /// Where a LUKS header of version 1 says that it ends, in bytes from its start; `None` if there
+    /// is none.
     fn luks_payload(&self, offset: HostOffset) -> Option<u64> {
         let header = luks::read(&*self.image.metadata.file, offset.bytes()).ok()??;
         header.payload_offset.filter(|_| header.version == 1)

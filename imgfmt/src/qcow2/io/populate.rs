@@ -33,11 +33,11 @@ pub(crate) struct Populated {
 
 impl Qcow2 {
     /// Fills the subclusters of a range that have no content with what the layers below have there.
-    /// The range begins and ends where subclusters do, or ends with the disk. Bitmaps record nothing,
-    /// because the disk does not change.
+    /// The range begins and ends where subclusters do, or ends with the disk. Bitmaps record
+    /// nothing, because the disk does not change.
     ///
-    /// Version 2 has no entry for zeroes that hide a backing file. With `keeps_zeroes` they are written
-    /// as data there; otherwise they are left to the layers below.
+    /// Version 2 has no entry for zeroes that hide a backing file. With `keeps_zeroes` they are
+    /// written as data there; otherwise they are left to the layers below.
     pub(crate) fn populate(
         &self,
         range: GuestRange,

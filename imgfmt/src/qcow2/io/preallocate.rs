@@ -9,8 +9,8 @@ use crate::units::{GuestOffset, HostOffset};
 
 impl Qcow2 {
     /// Allocates every cluster, in order, without writing data. Only for an empty image in a new
-    /// file or on a device that was zeroed, where all clusters read as zero, or as noise if they are
-    /// encrypted.
+    /// file or on a device that was zeroed, where all clusters read as zero, or as noise if they
+    /// are encrypted.
     pub(crate) fn preallocate(&self) -> Result<()> {
         let geometry = self.geometry();
         let (mut position, disk_end) = (GuestOffset::new(0), GuestOffset::new(self.size));

@@ -61,7 +61,8 @@ impl Qcow2 {
         Ok(Mapped::Complete)
     }
 
-    /// Maps a part that was found to have no content here when the slot had changed `changes` times.
+    /// Maps a part that was found to have no content here when the slot had changed `changes`
+    /// times.
     fn map_below(&self, range: GuestRange, changes: u64, walk: &mut Walk<'_>) -> Result<Below> {
         let Some(attached) = self.backing.attached() else {
             return Backing::map(self.backing.fixed(), self, range, walk).map(Below::Mapped);

@@ -13,8 +13,8 @@ use crate::storage::TryWrite;
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
 use crate::write_map::WriteMap;
 
-/// Length in bytes of one step of an allocating write, but at least one cluster. The stripes are held
-/// for one step at a time.
+/// Length in bytes of one step of an allocating write, but at least one cluster. The stripes are
+/// held for one step at a time.
 const STEP_BYTES: u64 = 2 << 20;
 
 impl Qcow2 {
@@ -37,8 +37,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Writes if that needs no metadata from the file and no old data that is not in memory; returns
-    /// whether it did.
+    /// Writes if that needs no metadata from the file and no old data that is not in memory;
+    /// returns whether it did.
     pub(in crate::qcow2) fn try_write_range(
         &self,
         offset: GuestOffset,

@@ -14,8 +14,8 @@ use crate::storage::Durability;
 use crate::units::{GuestOffset, HostOffset, Offset as _};
 
 impl Qcow2 {
-    /// Writes one cluster, compressed if that saves anything. `data` starts at a cluster's start and
-    /// may end before its end only at the end of the disk.
+    /// Writes one cluster, compressed if that saves anything. `data` starts at a cluster's start
+    /// and may end before its end only at the end of the disk.
     pub(in crate::qcow2) fn write_compressed_cluster(
         &self,
         offset: GuestOffset,

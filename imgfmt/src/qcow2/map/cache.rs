@@ -4,8 +4,8 @@
 //! disk fit into the cache, a slice is a complete table or a large part of it; otherwise it has 4
 //! KiB.
 //!
-//! The size is bounded: a clean table that no thread holds is evicted for a new one. A changed ("dirty") table stays
-//! until [`flush`](crate::qcow2::flush) has written it.
+//! The size is bounded: a clean table that no thread holds is evicted for a new one. A changed
+//! ("dirty") table stays until [`flush`](crate::qcow2::flush) has written it.
 //!
 //! No lock is held while a table is read. Its place in the cache is marked as loading, so no other
 //! thread reads or changes it, and old content never replaces newer content. Each thread keeps the
@@ -114,9 +114,9 @@ impl TableCache {
         &self.shards[mixed(offset) & (self.shards.len() - 1)]
     }
 
-    /// Calls `found` with the table at `offset`, which is loaded if it is not in memory. Returns `None` if
-    /// that would have to wait and `lookup` forbids it; `load` then returns `None`. Waits for other threads
-    /// only if the table is not among the recent ones.
+    /// Calls `found` with the table at `offset`, which is loaded if it is not in memory. Returns
+    /// `None` if that would have to wait and `lookup` forbids it; `load` then returns `None`. Waits
+    /// for other threads only if the table is not among the recent ones.
     #[inline]
     pub(crate) fn look<T>(
         &self,
@@ -270,7 +270,8 @@ impl TableCache {
         self.dirty_count.load(Relaxed) > self.tables_per_shard * self.shards.len()
     }
 
-    /// Copies all dirty parts and marks them as clean. The tables are returned too, so they stay in memory.
+    /// Copies all dirty parts and marks them as clean. The tables are returned too, so they stay in
+    /// memory.
     pub(crate) fn take_dirty(&self) -> Vec<(Arc<Table>, DirtyPart)> {
         let mut parts = Vec::new();
         for shard in &self.shards {

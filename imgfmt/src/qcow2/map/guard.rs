@@ -2,8 +2,8 @@
 //!
 //! A damaged or hostile image may have an L2 entry that points to a table, or to a cluster without
 //! references. Reading through it is harmless. Writing through it would let the guest overwrite
-//! metadata, and freeing it would free a live table. Each slice of an L2 table is therefore searched
-//! once, before the first change that concerns it.
+//! metadata, and freeing it would free a live table. Each slice of an L2 table is therefore
+//! searched once, before the first change that concerns it.
 //!
 //! A cluster that was free when the image was opened, for example at the end of the file, may have
 //! been reserved since. So a slice that has not changed since the opening must not name a cluster
@@ -147,8 +147,8 @@ impl MappingTables {
         self.is_bad(cluster, GuestOffset::new(0), &tables.named, &mut allocator)
     }
 
-    /// Refuses to free L2 tables, from this L1 entry on, that hold other metadata, have no references
-    /// or belong to other L1 entries as well.
+    /// Refuses to free L2 tables, from this L1 entry on, that hold other metadata, have no
+    /// references or belong to other L1 entries as well.
     pub(in crate::qcow2) fn refuse_bad_tables(&self, first: u64) -> Result<()> {
         let mut known = HashSet::new();
         for (index, entry) in (0..).zip(self.l1.iter()) {

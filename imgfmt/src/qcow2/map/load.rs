@@ -1,7 +1,7 @@
 //! Tables that are being read from the file.
 //!
-//! No lock of the cache is held meanwhile, so only threads that need the same table wait for the disk.
-//! They wait here, and the table is read once.
+//! No lock of the cache is held meanwhile, so only threads that need the same table wait for the
+//! disk. They wait here, and the table is read once.
 
 use std::sync::{Arc, Condvar};
 

@@ -78,8 +78,8 @@ impl MappingTables {
         }
     }
 
-    /// Reads the slice at `offset` of the L2 table at `table`; `None` if that would take waiting, which
-    /// `lookup` forbids.
+    /// Reads the slice at `offset` of the L2 table at `table`; `None` if that would take waiting,
+    /// which `lookup` forbids.
     fn read_slice(
         &self,
         table: HostOffset,
@@ -123,9 +123,9 @@ impl MappingTables {
         self.decode(table, guest).map_err(|error| self.metadata.note_damage(error))
     }
 
-    /// The first mapped range from `start` on, which ends at `end` at the latest. At most one slice and
-    /// [`ENTRIES_MAX`] entries are examined, so the next range may continue it. `start` is below `end`.
-    /// `None` if the table is not in memory and may not be read.
+    /// The first mapped range from `start` on, which ends at `end` at the latest. At most one slice
+    /// and [`ENTRIES_MAX`] entries are examined, so the next range may continue it. `start` is
+    /// below `end`. `None` if the table is not in memory and may not be read.
     pub(in crate::qcow2) fn piece(
         &self,
         start: GuestOffset,

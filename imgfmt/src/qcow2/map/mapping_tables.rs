@@ -1,5 +1,5 @@
-//! The mapping tables of one image: the L1 table, the L2 tables in memory, and the parts of both that
-//! are not on disk.
+//! The mapping tables of one image: the L1 table, the L2 tables in memory, and the parts of both
+//! that are not on disk.
 
 use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;

@@ -127,8 +127,8 @@ impl Table {
 }
 
 impl TableChange<'_> {
-    /// Changes the entry that begins with word `first`, of one word or two. Returns whether the table
-    /// was clean before.
+    /// Changes the entry that begins with word `first`, of one word or two. Returns whether the
+    /// table was clean before.
     pub(crate) fn set(&mut self, first: usize, words: usize, entry: (u64, u64)) -> bool {
         let table = self.table;
         let version = table.version.load(Relaxed);

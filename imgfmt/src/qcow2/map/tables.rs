@@ -113,8 +113,8 @@ impl MappingTables {
         Ok(self.table(guest, Lookup::MayRead)?.flatten())
     }
 
-    /// Makes changes of mappings visible, and frees the clusters that they replaced. The caller holds
-    /// the stripes of all clusters concerned, and the data they point to has been written.
+    /// Makes changes of mappings visible, and frees the clusters that they replaced. The caller
+    /// holds the stripes of all clusters concerned, and the data they point to has been written.
     pub(in crate::qcow2) fn commit(
         &self,
         table: &Table,

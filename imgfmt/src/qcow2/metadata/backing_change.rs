@@ -258,7 +258,8 @@ fn clear_old_name(area: &Area<'_>) -> Result<()> {
     area.write(old.start, &vec![0; (old.end - old.start) as usize])
 }
 
-/// The first sector with another name, and with only those autoclear bits that this crate maintains.
+/// The first sector with another name, and with only those autoclear bits that this crate
+/// maintains.
 fn first_sector(
     area: &Area<'_>,
     header: &Header,

@@ -29,8 +29,8 @@ impl FormatSlot {
         }
     }
 
-    /// Whether the extension begins in a later sector, so that its type cannot change with the name's
-    /// place.
+    /// Whether the extension begins in a later sector, so that its type cannot change with the
+    /// name's place.
     pub(super) fn is_beyond(self) -> bool {
         self.place().is_some_and(|place| place >= SECTOR)
     }

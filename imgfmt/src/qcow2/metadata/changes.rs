@@ -11,8 +11,8 @@ pub(in crate::qcow2) struct Changes {
 }
 
 impl Changes {
-    /// Counts a change. A flush must find made what it finds counted: call this after the change has
-    /// been made in memory, or while the gate of commits or the allocator is locked.
+    /// Counts a change. A flush must find made what it finds counted: call this after the change
+    /// has been made in memory, or while the gate of commits or the allocator is locked.
     pub(in crate::qcow2) fn note(&self) {
         self.made.fetch_add(1, AcqRel);
     }

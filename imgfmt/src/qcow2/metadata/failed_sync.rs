@@ -1,9 +1,10 @@
 //! Failed syncs, and the operations that have to report them.
 //!
 //! The kernel reports a failed write of a file once only, and may drop the data. So the sync of one
-//! thread can receive the error for data of another thread, whose own sync then succeeds. Failures are
-//! therefore counted: an operation that writes and syncs compares the count after its sync with the
-//! count before its write, and the next flush of a caller reports failures that no flush has reported.
+//! thread can receive the error for data of another thread, whose own sync then succeeds. Failures
+//! are therefore counted: an operation that writes and syncs compares the count after its sync with
+//! the count before its write, and the next flush of a caller reports failures that no flush has
+//! reported.
 
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 

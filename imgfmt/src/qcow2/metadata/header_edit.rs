@@ -1,8 +1,8 @@
 //! Changes header extensions and autoclear bits in place, safely in case of a crash.
 //!
-//! Only the bytes that change are written, because other fields of the header may change at the same
-//! time. Only a write within one sector of 512 bytes is atomic, so longer content is written to a place
-//! to which nothing points yet, and then enabled by one write.
+//! Only the bytes that change are written, because other fields of the header may change at the
+//! same time. Only a write within one sector of 512 bytes is atomic, so longer content is written
+//! to a place to which nothing points yet, and then enabled by one write.
 
 use crate::bytes::{u32_at, u64_at};
 use crate::error::{Error, ErrorKind, Result};

@@ -161,8 +161,8 @@ impl MetadataFile {
         self.sync_header()
     }
 
-    /// Edits header extensions or autoclear bits in the file, one edit at a time. `edit` is given the
-    /// file and the size of its first cluster in bytes, and syncs; see
+    /// Edits header extensions or autoclear bits in the file, one edit at a time. `edit` is given
+    /// the file and the size of its first cluster in bytes, and syncs; see
     /// [`header_edit`](crate::qcow2::metadata::header_edit).
     pub(in crate::qcow2) fn edit_header<T>(
         &self,
@@ -173,8 +173,8 @@ impl MetadataFile {
         self.count_failed(edit(&*self.file, cluster_size).map_err(|error| self.named(error)))
     }
 
-    /// As [`edit_header`](Self::edit_header), for an edit that writes all of the first sector: no field
-    /// of the header is written meanwhile.
+    /// As [`edit_header`](Self::edit_header), for an edit that writes all of the first sector: no
+    /// field of the header is written meanwhile.
     pub(in crate::qcow2) fn edit_first_sector<T>(
         &self,
         edit: impl FnOnce(&dyn Storage) -> Result<T>,
@@ -237,8 +237,8 @@ pub(in crate::qcow2) mod tests {
     use crate::storage::MemoryStorage;
     use crate::testing::FailingStorage;
 
-    /// An empty image of version 3 with clusters of 64 KiB: header, refcount table, refcount block and
-    /// L1 table.
+    /// An empty image of version 3 with clusters of 64 KiB: header, refcount table, refcount block
+    /// and L1 table.
     pub(in crate::qcow2) fn opened(is_writable: bool) -> (Arc<FailingStorage>, MetadataFile) {
         let mut bytes = vec![0; 4 << 16];
         bytes[..4].copy_from_slice(&MAGIC);

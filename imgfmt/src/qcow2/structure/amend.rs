@@ -122,8 +122,8 @@ fn downgrade(storage: &dyn Storage, header: &Header) -> Result<()> {
     start.replace(content, &extensions)?.ok_or_else(no_room)
 }
 
-/// Converts an image of version 2 to version 3: the header becomes longer, and the extensions and the
-/// name after it move.
+/// Converts an image of version 2 to version 3: the header becomes longer, and the extensions and
+/// the name after it move.
 fn upgrade(storage: &dyn Storage, header: &Header) -> Result<()> {
     refuse_snapshots_without_size(storage, header)?;
     let start = HeaderStart::read(storage, header)?;

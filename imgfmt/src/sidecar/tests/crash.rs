@@ -1,5 +1,5 @@
-//! A crash at any instant, with any loss of unsynced writes: the recovered bits cover every byte of the
-//! disk that has changed since the bitmaps were last clear.
+//! A crash at any instant, with any loss of unsynced writes: the recovered bits cover every byte of
+//! the disk that has changed since the bitmaps were last clear.
 
 use super::*;
 use crate::storage::{Durability, Storage};

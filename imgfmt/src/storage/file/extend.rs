@@ -10,14 +10,15 @@ use rustix::process::{Resource, getrlimit};
 use super::{FileStorage, Kind};
 use crate::storage::Storage as _;
 
-/// The file system must have this many times the space that is taken ahead: other files need some too.
+/// The file system must have this many times the space that is taken ahead: other files need some
+/// too.
 const SPARE: u64 = 16;
 
 /// The magic number of ext4 as `statfs` has it.
 const EXT4: rustix::fs::FsWord = 0xef53;
 
-/// Least write for which space is allocated before, in bytes: for smaller ones this call costs what it
-/// saves.
+/// Least write for which space is allocated before, in bytes: for smaller ones this call costs what
+/// it saves.
 const ALLOCATED_MIN: u64 = 512 << 10;
 
 impl FileStorage {
@@ -26,8 +27,8 @@ impl FileStorage {
         self.kind == Kind::Regular && system.is_ok_and(|system| system.f_type == EXT4)
     }
 
-    /// Allocates the space of a write into the page cache, if the file is written once. ext4 then does
-    /// not reserve it block by block, which is a fifth of the time of a copy.
+    /// Allocates the space of a write into the page cache, if the file is written once. ext4 then
+    /// does not reserve it block by block, which is a fifth of the time of a copy.
     pub(super) fn allocate_for(&self, offset: u64, length: u64) {
         if length < ALLOCATED_MIN || self.lacks.allocation.load(Relaxed) {
             return;
@@ -40,9 +41,9 @@ impl FileStorage {
 
     /// Allocates space from the end of the file up to `length`.
     ///
-    /// A write that bypasses the page cache and makes the file longer, or fills a hole, excludes all
-    /// other writes of the file; the former until the disk has it. In allocated space, such writes are
-    /// carried out at the same time, and a ring carries them out without a thread.
+    /// A write that bypasses the page cache and makes the file longer, or fills a hole, excludes
+    /// all other writes of the file; the former until the disk has it. In allocated space, such
+    /// writes are carried out at the same time, and a ring carries them out without a thread.
     pub(super) fn extend_direct(&self, length: u64) -> io::Result<()> {
         // Writes through the page cache wait for no disk.
         if self.direct.is_none() || self.kind != Kind::Regular {

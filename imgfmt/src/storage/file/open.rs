@@ -25,9 +25,9 @@ impl FileStorage {
     /// # Errors
     ///
     /// `NotFound`, `PermissionDenied`, `ReadOnly` (file system), `InvalidFormat` for a directory,
-    /// pipe, socket or character device, `Busy` if the locks of another program forbid it or, whether
-    /// there are locks or not, if this process writes to the file already and shall do so again,
-    /// `Unsupported` if locks are required and the file system does not support them,
+    /// pipe, socket or character device, `Busy` if the locks of another program forbid it or,
+    /// whether there are locks or not, if this process writes to the file already and shall do so
+    /// again, `Unsupported` if locks are required and the file system does not support them,
     /// `InvalidInput` for [`Locking::Shared`] with write access.
     pub fn open(path: &Path, access: Access, locking: Locking) -> Result<Self> {
         Self::open_with(path, access, locking, OFlags::empty())
@@ -75,7 +75,8 @@ impl FileStorage {
         Self::open_with(path, Access::ReadWrite, locking, OFlags::EXCL)
     }
 
-    /// As [`open_device`](Self::open_device), with a cache mode, as [`open_cached`](Self::open_cached).
+    /// As [`open_device`](Self::open_device), with a cache mode, as
+    /// [`open_cached`](Self::open_cached).
     ///
     /// # Errors
     ///

@@ -138,8 +138,8 @@ impl Trial {
         }
     }
 
-    /// Moves the name to the end of the list of extensions, where no mark is left, or up to 7 bytes into
-    /// the last extension's padding.
+    /// Moves the name to the end of the list of extensions, where no mark is left, or up to 7 bytes
+    /// into the last extension's padding.
     fn take_mark_away(&mut self, overlap: u64) {
         let cluster_size = header(&self.bytes).geometry.cluster_size();
         let name = header(&self.bytes).backing_name.unwrap();
@@ -284,7 +284,8 @@ fn a_crash_leaves_no_wrong_format_where_the_format_is_not_in_the_first_sector() 
 
 #[test]
 fn a_crash_leaves_the_old_or_the_new_backing_file_of_foreign_images() {
-    // Without a format, as old programs leave it; and with a format's name that is longer than ours.
+    // Without a format, as old programs leave it; and with a format's name that is longer than
+    // ours.
     for format in [None, Some("host_device")] {
         for pushed in [0, 376, 600] {
             let mut trial = Trial::new(blank(65536));
