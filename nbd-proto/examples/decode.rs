@@ -137,8 +137,8 @@ impl<'a> Decoder<'a> {
         Ok(())
     }
 
-    /// The greeting, option replies, replies. The data behind a simple reply to a READ is not marked
-    /// as such on the wire: it is skipped up to the next magic number.
+    /// The greeting, option replies, replies. The data behind a simple reply to a READ is not
+    /// marked as such on the wire: it is skipped up to the next magic number.
     fn server(&mut self) -> Outcome {
         let greeting = self.take(18)?;
         let flags = u16::from_be_bytes([greeting[16], greeting[17]]);

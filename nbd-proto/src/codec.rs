@@ -92,8 +92,8 @@ pub(crate) fn truncate_text(text: &str, limit: usize) -> &str {
     text.get(..end).unwrap_or("")
 }
 
-/// Returns whether a character shows itself, and nothing else: it does not control a terminal or the
-/// direction of text, and is not invisible. Names are those of others and may lie.
+/// Returns whether a character shows itself, and nothing else: it does not control a terminal or
+/// the direction of text, and is not invisible. Names are those of others and may lie.
 #[must_use]
 pub fn is_plain(character: char) -> bool {
     match character {

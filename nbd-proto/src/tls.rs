@@ -72,8 +72,8 @@ impl fmt::Debug for PreSharedKey {
     }
 }
 
-/// The password of an encrypted private key. It is overwritten on drop, and its `Debug` output hides
-/// it.
+/// The password of an encrypted private key. It is overwritten on drop, and its `Debug` output
+/// hides it.
 #[derive(Clone)]
 pub struct KeyPassword(Box<[u8]>);
 

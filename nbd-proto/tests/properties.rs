@@ -1,5 +1,5 @@
-//! Properties that hold for all values: what is written is read back the same, and no bytes whatever
-//! make a reader panic. A failing case is printed with what reproduces it.
+//! Properties that hold for all values: what is written is read back the same, and no bytes
+//! whatever make a reader panic. A failing case is printed with what reproduces it.
 
 // Strategies fail like tests; clippy.toml allows it in functions marked as tests only.
 #![allow(clippy::unwrap_used)]

@@ -215,9 +215,9 @@ impl Transmission {
         Ok(())
     }
 
-    /// Returns the next event and removes its bytes from the front of `input`, which is a `BytesMut`
-    /// or a `&[u8]` into a buffer of the caller. After [`Event::Data`] the caller removes the data
-    /// itself before the next call.
+    /// Returns the next event and removes its bytes from the front of `input`, which is a
+    /// `BytesMut` or a `&[u8]` into a buffer of the caller. After [`Event::Data`] the caller
+    /// removes the data itself before the next call.
     ///
     /// # Errors
     ///

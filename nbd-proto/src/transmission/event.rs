@@ -56,8 +56,8 @@ fn said(message: &str) -> String {
 
 /// The meaning of the bytes at the front of the input.
 ///
-/// New variants will occur only in replies to new kinds of requests, so a driver may treat an unknown
-/// event as an error.
+/// New variants will occur only in replies to new kinds of requests, so a driver may treat an
+/// unknown event as an error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! [`server::Transmission`] turns bytes into validated requests: it alone checks bounds, flags,
-//! read-only and block sizes. [`ReplyEncoder`] writes replies. [`client::Transmission`] writes requests,
-//! refuses features that were not negotiated, and checks every reply against its request.
+//! read-only and block sizes. [`ReplyEncoder`] writes replies. [`client::Transmission`] writes
+//! requests, refuses features that were not negotiated, and checks every reply against its request.
 
 pub mod client;
 mod coverage;

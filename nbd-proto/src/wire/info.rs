@@ -39,8 +39,8 @@ impl BlockSizes {
     ///
     /// # Errors
     ///
-    /// [`ProtocolError::Malformed`] if `minimum` is not a power of two up to 64 KiB, if `preferred` is
-    /// not a power of two or is less than 512 or `minimum`, or if `maximum_payload` is less than
+    /// [`ProtocolError::Malformed`] if `minimum` is not a power of two up to 64 KiB, if `preferred`
+    /// is not a power of two or is less than 512 or `minimum`, or if `maximum_payload` is less than
     /// `preferred` or (unless it is 2^32-1) not a multiple of `minimum`.
     pub const fn new(
         minimum: u32,

@@ -1,8 +1,8 @@
 //! The client's side of the handshake.
 //!
-//! [`ClientHandshake`] reads the greeting. A newstyle server then answers options, one at a time: each
-//! method of [`OptionPhase`] writes one option and returns an [`Awaiting`], which reads the reply
-//! and returns the phase.
+//! [`ClientHandshake`] reads the greeting. A newstyle server then answers options, one at a time:
+//! each method of [`OptionPhase`] writes one option and returns an [`Awaiting`], which reads the
+//! reply and returns the phase.
 //!
 //! ```
 //! use bytes::BytesMut;

@@ -1,5 +1,5 @@
-//! Options that need an answer from the owner of the exports, the caller. Each value is one question; the
-//! answer consumes it and returns the handshake.
+//! Options that need an answer from the owner of the exports, the caller. Each value is one
+//! question; the answer consumes it and returns the handshake.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
