@@ -30,8 +30,8 @@ impl ReadMemory {
         memory
     }
 
-    /// Returns memory of any length, with the bytes of an earlier answer, for a caller that overwrites
-    /// them: [resized](BytesMut::resize), it need not be filled with zeroes first.
+    /// Returns memory of any length, with the bytes of an earlier answer, for a caller that
+    /// overwrites them: [resized](BytesMut::resize), it need not be filled with zeroes first.
     #[must_use]
     pub fn take_used(&self) -> BytesMut {
         self.free().pop().unwrap_or_default()

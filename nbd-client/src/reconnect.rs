@@ -79,8 +79,8 @@ impl Reconnect {
     ) -> Result<Driver, LostConnection> {
         let mut last = lost.to_string();
         loop {
-            // The first attempt of most outages has no delay. The delay also grows if connections are
-            // established and break before they answer anything.
+            // The first attempt of most outages has no delay. The delay also grows if connections
+            // are established and break before they answer anything.
             let left = self.patience.saturating_sub(outage.began.elapsed());
             sleep(outage.pause.min(left)).await;
             let left = self.patience.saturating_sub(outage.began.elapsed());
@@ -114,7 +114,8 @@ impl Reconnect {
         LostConnection::ReconnectFailed { first, patience: self.patience, last }
     }
 
-    /// Makes an attempt, which takes at most `limit`. Fails with the reason if another one may help.
+    /// Makes an attempt, which takes at most `limit`. Fails with the reason if another one may
+    /// help.
     async fn attempt(
         &self,
         outage: &mut Outage,

@@ -1,7 +1,7 @@
 //! A client for programs without an async runtime.
 //!
-//! [`Client`] makes the requests of [`crate::Client`] and waits for their answers. It is described by
-//! the same [`Connector`]: TCP, unix sockets and TLS, time limits, several connections,
+//! [`Client`] makes the requests of [`crate::Client`] and waits for their answers. It is described
+//! by the same [`Connector`]: TCP, unix sockets and TLS, time limits, several connections,
 //! reconnecting.
 //!
 //! ```
@@ -110,7 +110,8 @@ impl Client {
         Ok(Self { client, interrupter, driver: Arc::new(driver) })
     }
 
-    /// Returns the client of asynchronous tasks over the same connections. They end with this client.
+    /// Returns the client of asynchronous tasks over the same connections. They end with this
+    /// client.
     #[must_use]
     pub const fn asynchronous(&self) -> &crate::Client {
         &self.client
@@ -279,8 +280,8 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`](crate::Error::Lost) if a connection had been lost before, or requests were still
-    /// unanswered after 5 s; [`Error::Interrupted`](crate::Error::Interrupted).
+    /// [`Error::Lost`](crate::Error::Lost) if a connection had been lost before, or requests were
+    /// still unanswered after 5 s; [`Error::Interrupted`](crate::Error::Interrupted).
     pub fn disconnect(self) -> Result<()> {
         self.wait(self.client.clone().disconnect())
     }
