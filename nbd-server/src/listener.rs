@@ -29,8 +29,8 @@ const KEEPALIVE_PROBES: u32 = 6;
 #[derive(Debug)]
 pub(crate) enum Listener {
     Tcp(Opener, TcpListener),
-    /// The file is removed before the socket is closed: no client finds a file without a listener, and
-    /// no other socket can have the same identity meanwhile.
+    /// The file is removed before the socket is closed: no client finds a file without a listener,
+    /// and no other socket can have the same identity meanwhile.
     Unix(Option<SocketFile>, UnixListener),
 }
 

@@ -1,8 +1,8 @@
 //! How soon a thread lets others have its core.
 //!
-//! A thread that computes for long gives way at once to connections and clients that wake up; its share
-//! of the cores stays what it is. Systems without such a setting (before Linux 6.12) are left as they
-//! are.
+//! A thread that computes for long gives way at once to connections and clients that wake up; its
+//! share of the cores stays what it is. Systems without such a setting (before Linux 6.12) are left
+//! as they are.
 
 use std::any::Any;
 use std::cell::Cell;

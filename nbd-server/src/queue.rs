@@ -174,7 +174,8 @@ impl<J> FairQueue<J> {
         if free == 0 {
             return None;
         }
-        // Few jobs of the other classes run at a time, so they never take all threads from the last.
+        // Few jobs of the other classes run at a time, so they never take all threads from the
+        // last.
         let classes = [Class::Compute, Class::Extents, Class::Bulk, Class::Wait];
         let (class, flow) = classes
             .into_iter()

@@ -1,13 +1,14 @@
-//! Reads and writes that have to wait for a disk, through io_uring: one ring for each worker thread.
+//! Reads and writes that have to wait for a disk, through io_uring: one ring for each worker
+//! thread.
 //!
-//! A connection starts all those of a turn with one system call, and a task of the same thread takes the
-//! results, so no other thread is woken. What a ring cannot carry out completely (errors, ends of files)
-//! goes back to the pool of threads. Without io_uring, or if the configuration switches it off, the pool
-//! does everything.
+//! A connection starts all those of a turn with one system call, and a task of the same thread
+//! takes the results, so no other thread is woken. What a ring cannot carry out completely (errors,
+//! ends of files) goes back to the pool of threads. Without io_uring, or if the configuration
+//! switches it off, the pool does everything.
 //!
-//! A write keeps its place until the kernel has reported its end, whatever becomes of the client, the
-//! server or the ring: if it could still reach the disk later, it might overwrite what another write has
-//! put there meanwhile.
+//! A write keeps its place until the kernel has reported its end, whatever becomes of the client,
+//! the server or the ring: if it could still reach the disk later, it might overwrite what another
+//! write has put there meanwhile.
 
 mod share;
 mod work;
@@ -38,8 +39,8 @@ impl std::fmt::Debug for RingHandle {
     }
 }
 
-/// One connection's place among the others of its ring. What waits there goes when this is dropped, except
-/// writes that are wanted all the same.
+/// One connection's place among the others of its ring. What waits there goes when this is dropped,
+/// except writes that are wanted all the same.
 #[derive(Debug)]
 pub(crate) struct RingLane {
     ring: RingHandle,
@@ -238,9 +239,9 @@ impl State {
         outcomes
     }
 
-    /// Notes that the ring has failed, and returns all work but the writes that the kernel knows of: these
-    /// may still reach the disk, and so nothing else may be written there until they have ended. The buffers of
-    /// what was submitted stay until then as well.
+    /// Notes that the ring has failed, and returns all work but the writes that the kernel knows
+    /// of: these may still reach the disk, and so nothing else may be written there until they have
+    /// ended. The buffers of what was submitted stay until then as well.
     fn give_up(&mut self, error: &std::io::Error) -> Vec<Outcome> {
         if !std::mem::replace(&mut self.is_broken, true) {
             let error = system_words(error);
@@ -315,8 +316,8 @@ impl RingDriver {
         }
     }
 
-    /// Waits for the writes of clients that have left, and for their reads for a bounded time: a disk may
-    /// hang.
+    /// Waits for the writes of clients that have left, and for their reads for a bounded time: a
+    /// disk may hang.
     pub(crate) async fn end(self) {
         let start = Instant::now();
         let is_wanted = |state: &State| {

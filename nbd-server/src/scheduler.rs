@@ -26,8 +26,8 @@ pub(crate) trait Job: Send {
         false
     }
 
-    /// Carries out a step; what remains comes back. A job that waits for another one submits that to
-    /// `scheduler`.
+    /// Carries out a step; what remains comes back. A job that waits for another one submits that
+    /// to `scheduler`.
     fn step(self: Box<Self>, scheduler: &Scheduler) -> Option<Box<dyn Job>>;
 }
 

@@ -172,9 +172,9 @@ impl Server {
     }
 
     /// Continues a paused server of this process, with the same registry. Unlike after
-    /// [`adopt`](Self::adopt), clients keep what they had. They go on with exports that were removed
-    /// from the registry before the pause, and under rules and quotas of connections that would not
-    /// let them in again.
+    /// [`adopt`](Self::adopt), clients keep what they had. They go on with exports that were
+    /// removed from the registry before the pause, and under rules and quotas of connections that
+    /// would not let them in again.
     ///
     /// # Errors
     ///

@@ -39,8 +39,8 @@ pub(crate) enum Residency {
     Unknown,
 }
 
-/// Distance of the bytes that are examined to see whether the disk has delivered a range. The kernel
-/// reads ahead in larger units.
+/// Distance of the bytes that are examined to see whether the disk has delivered a range. The
+/// kernel reads ahead in larger units.
 const PROBE_STEP: u64 = 256 * 1024;
 
 /// Whether a range of `file` (in bytes) is in the page cache.
@@ -51,7 +51,8 @@ pub(crate) fn residency(file: BorrowedFd<'_>, offset: u64, length: u64) -> Resid
     match is_cached(file, offset, last) {
         None => Residency::Unknown,
         Some(false) => Residency::Partial,
-        // Pages that the kernel reads ahead count as cached from the moment at which they are asked for.
+        // Pages that the kernel reads ahead count as cached from the moment at which they are asked
+        // for.
         Some(true) => {
             let mut probes = (offset..last).step_by(PROBE_STEP as usize).chain([last]);
             let is_here = probes.all(|at| has_arrived(file, at));
@@ -109,8 +110,8 @@ pub(crate) fn peer_groups(socket: BorrowedFd<'_>) -> Vec<u32> {
     loop {
         let capacity = size_of_val(groups.as_slice());
         let Ok(mut length) = libc::socklen_t::try_from(capacity) else { return Vec::new() };
-        // SAFETY: the kernel writes at most `length` bytes into the vector, which has that many, and
-        // their number into `length`. Both live across the call, and it keeps neither.
+        // SAFETY: the kernel writes at most `length` bytes into the vector, which has that many,
+        // and their number into `length`. Both live across the call, and it keeps neither.
         let result = unsafe {
             libc::getsockopt(
                 socket.as_raw_fd(),
@@ -133,8 +134,9 @@ pub(crate) fn peer_groups(socket: BorrowedFd<'_>) -> Vec<u32> {
     }
 }
 
-/// The shortest time slice that the kernel allows. A thread with it that wakes up for a request gets a
-/// core at once from programs that compute (Linux 6.12), and its share of the core is unchanged.
+/// The shortest time slice that the kernel allows. A thread with it that wakes up for a request
+/// gets a core at once from programs that compute (Linux 6.12), and its share of the core is
+/// unchanged.
 pub(crate) const SHORTEST_SLICE: Duration = Duration::from_micros(100);
 
 /// Sets the time for which the current thread computes before others with the same deadline get its

@@ -84,8 +84,9 @@ impl Catalog {
         Ok((found.describe(), Granted::new(found.entry, admission)))
     }
 
-    /// Gives a client of this process what it used before, whatever the rules are by now: the export
-    /// that is `unregistered`, or else that of the name. The default export may be another disk.
+    /// Gives a client of this process what it used before, whatever the rules are by now: the
+    /// export that is `unregistered`, or else that of the name. The default export may be another
+    /// disk.
     pub(super) fn grant_again(
         &self,
         negotiated: &Negotiated,

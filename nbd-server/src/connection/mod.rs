@@ -133,8 +133,8 @@ pub(crate) async fn serve(
     }
 }
 
-/// Has an export flushed, if it was removed and its last client has left: nobody else does so. It is
-/// dropped after that, on a thread of the pool, because closing a disk may take long.
+/// Has an export flushed, if it was removed and its last client has left: nobody else does so. It
+/// is dropped after that, on a thread of the pool, because closing a disk may take long.
 fn leave(entry: ExportEntry, name: &str, shared: &Shared) {
     let export = entry.export();
     let is_removed = !shared.exports.offers(export) && !shared.clients.is_withdrawn(export);

@@ -41,8 +41,8 @@ pub(super) enum Patience {
     Never,
 }
 
-/// One connection's use of the pool. What waits there goes when this is dropped; but if the client has
-/// said goodbye its changes are still carried out, as the protocol demands.
+/// One connection's use of the pool. What waits there goes when this is dropped; but if the client
+/// has said goodbye its changes are still carried out, as the protocol demands.
 pub(super) struct Pool {
     /// The first field, so that it is dropped before the lanes drop the requests that wait: their
     /// answers then see that the connection has ended, and do not take it for a panic.
@@ -162,8 +162,8 @@ impl Pool {
             entry.flushes().join(scheduler, self.group, export, failures, Box::new(waiter));
         } else {
             if work.export.is_writethrough() {
-                // It may take the error of other data, and is to be told of theirs, as any change that
-                // has to be durable.
+                // It may take the error of other data, and is to be told of theirs, as any change
+                // that has to be durable.
                 work.request.command = dispatch::durable(&work.request.command);
             }
             let progress = steps::begin(&work);
@@ -177,8 +177,8 @@ impl Pool {
         }
     }
 
-    /// Has the ring carry out a READ or a WRITE, if it can, or does so itself if it may wait; otherwise the
-    /// job comes back.
+    /// Has the ring carry out a READ or a WRITE, if it can, or does so itself if it may wait;
+    /// otherwise the job comes back.
     fn do_by_ring(
         &mut self,
         mut job: Box<RequestJob>,
@@ -380,16 +380,17 @@ struct RequestJob {
 }
 
 impl RequestJob {
-    /// Whether a ring has to write to stable storage: if that is wanted, and makes the change durable.
+    /// Whether a ring has to write to stable storage: if that is wanted, and makes the change
+    /// durable.
     fn durability_in_ring(&self, placed: &dyn PlacedWrite) -> Durability {
         let work = &self.work;
         let is_wanted = is_durable(&work.request.command) || work.export.is_writethrough();
         if is_wanted && placed.is_durable_alone() { Durability::Fua } else { Durability::Cached }
     }
 
-    /// Whether a ring may carry out a change with this durability. If that is not all, a flush is waited for
-    /// after it, which pays where others share it; a change that is alone is made durable by one call of the
-    /// export.
+    /// Whether a ring may carry out a change with this durability. If that is not all, a flush is
+    /// waited for after it, which pays where others share it; a change that is alone is made
+    /// durable by one call of the export.
     fn may_use_ring(&self, durability: Durability, has_company: bool) -> bool {
         if durability == Durability::Fua {
             return true;

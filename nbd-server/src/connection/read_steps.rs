@@ -264,7 +264,8 @@ impl WholeRead {
         self.class
     }
 
-    /// Reads a step if that is possible without waiting; otherwise the next step reads it and waits.
+    /// Reads a step if that is possible without waiting; otherwise the next step reads it and
+    /// waits.
     pub(super) fn call(&mut self, work: &PreparedRequest) -> Step {
         let length = usize::try_from(work.request.length).unwrap_or(0);
         let offset = work.request.offset + self.filled as u64;

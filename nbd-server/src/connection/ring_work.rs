@@ -1,5 +1,5 @@
-//! READs and WRITEs for the [ring](crate::ring): where their bytes are, and what the reply to a READ has around
-//! them.
+//! READs and WRITEs for the [ring](crate::ring): where their bytes are, and what the reply to a
+//! READ has around them.
 
 use nbd_proto::transmission::{Command, Position};
 
@@ -8,8 +8,8 @@ use super::read_steps;
 use crate::export::{Holes, PlacedWrite, Placement};
 use crate::ring::RingRead;
 
-/// What is to be read for a request; `None` if it is no READ, a long one, or one whose bytes are not in one
-/// piece of one file.
+/// What is to be read for a request; `None` if it is no READ, a long one, or one whose bytes are
+/// not in one piece of one file.
 pub(super) fn plan_read(work: &PreparedRequest) -> Option<RingRead> {
     let PreparedRequest { export, encoder, request, done, .. } = work;
     let length = request.data_len().checked_sub(*done)?;
@@ -47,7 +47,8 @@ pub(super) fn plan_read(work: &PreparedRequest) -> Option<RingRead> {
     Some(RingRead { placed, number, offset, length, head, tail })
 }
 
-/// Where a WRITE goes; `None` if it is no WRITE, a long one, or one for other than one place of one file.
+/// Where a WRITE goes; `None` if it is no WRITE, a long one, or one for other than one place of one
+/// file.
 pub(super) fn plan_write(work: &PreparedRequest) -> Option<Box<dyn PlacedWrite>> {
     let PreparedRequest { export, request, payload, .. } = work;
     let is_short = (1..=read_steps::STEP_LEN).contains(&payload.len());

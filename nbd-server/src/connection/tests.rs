@@ -231,8 +231,9 @@ fn shared(disk: Arc<CachedDisk>) -> Shared {
     }
 }
 
-/// The most bytes that a server sends to `floods` other clients, each of which has 4 reads of `length`
-/// bytes in flight, between the request of a client that reads 4 KiB at a time and its reply.
+/// The most bytes that a server sends to `floods` other clients, each of which has 4 reads of
+/// `length` bytes in flight, between the request of a client that reads 4 KiB at a time and its
+/// reply.
 fn most_in_front(disk: Arc<CachedDisk>, floods: usize, length: usize) -> u64 {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -285,8 +286,9 @@ fn a_small_read_waits_for_a_few_hundred_kilobytes_however_large_the_reads_of_oth
     }
 }
 
-/// The most bytes that a server receives from `floods` other clients, each of which writes `length` bytes
-/// at `start`, 4 at a time, between the request of a client that reads 4 KiB at a time and its reply.
+/// The most bytes that a server receives from `floods` other clients, each of which writes `length`
+/// bytes at `start`, 4 at a time, between the request of a client that reads 4 KiB at a time and
+/// its reply.
 fn most_received_in_front(floods: usize, start: usize, length: usize) -> u64 {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -335,7 +337,8 @@ fn a_small_read_waits_for_a_few_hundred_kilobytes_however_large_the_writes_of_ot
         [(0, 64 << 10), (0, 128 << 10), (0, 256 << 10), (0, 1 << 20), (0, 8 << 20), (SIZE, 1 << 20)]
     {
         let most = most_received_in_front(24, start, length);
-        // Half a megabyte, and what one more client has sent: on a busy machine it may be its turn, too.
+        // Half a megabyte, and what one more client has sent: on a busy machine it may be its turn,
+        // too.
         assert!(most <= 640 << 10, "{most} bytes came first, of writes of {length} at {start}");
     }
 }

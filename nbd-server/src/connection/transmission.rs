@@ -182,7 +182,8 @@ impl Session {
         }
     }
 
-    /// Called when nothing moves. Ready if the client has left, or has delayed its part for too long.
+    /// Called when nothing moves. Ready if the client has left, or has delayed its part for too
+    /// long.
     fn poll_watch(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
         let held = (&self.backlog, &self.throttle);
         if let Poll::Ready(end) = self.watch.poll_hangup(cx, &self.socket, held) {

@@ -84,8 +84,8 @@ impl Turn {
         self.spent = self.spent.saturating_add(cost);
     }
 
-    /// Adds work on a part of a long payload: a client that sends one is not light, however small the
-    /// parts are in which it arrives.
+    /// Adds work on a part of a long payload: a client that sends one is not light, however small
+    /// the parts are in which it arrives.
     pub(super) const fn spend_in_bulk(&mut self, cost: usize) {
         self.spend(cost);
         self.light_runs = 0;

@@ -23,9 +23,9 @@ pub(super) struct WritebackErrors {
 }
 
 impl WritebackErrors {
-    /// On a new connection nothing was written yet, so the `known` failures before it do not matter.
-    /// On a connection that another server has begun, the client may still have to be told of one
-    /// (`owes_failure`).
+    /// On a new connection nothing was written yet, so the `known` failures before it do not
+    /// matter. On a connection that another server has begun, the client may still have to be told
+    /// of one (`owes_failure`).
     pub(super) fn new(failures: DurabilityFailures, known: u64, owes_failure: bool) -> Self {
         let known = AtomicU64::new(known);
         Self { failures, known, is_owed: AtomicBool::new(owes_failure) }
@@ -36,9 +36,9 @@ impl WritebackErrors {
         self.failures.count()
     }
 
-    /// Has successful flushes wait, until the returned value is dropped, for the call that makes a change
-    /// durable, if `request` is one: the call may take their error. It is dropped after the result is
-    /// judged.
+    /// Has successful flushes wait, until the returned value is dropped, for the call that makes a
+    /// change durable, if `request` is one: the call may take their error. It is dropped after the
+    /// result is judged.
     pub(super) fn begin_sync(&self, request: &Request) -> Option<OwnSync> {
         let is_change = request.command != Command::Flush;
         (is_change && promises_durability(&request.command)).then(|| self.failures.begin_sync())
@@ -57,9 +57,9 @@ impl WritebackErrors {
         Err(ExportError::new(Errno::EIO, why))
     }
 
-    /// Returns the error of a write to stable storage for its client. The error may be that of other
-    /// clients' data, so they are told as well: lost data is reported as `ENOSPC`, too, where its
-    /// place on the disk is chosen late.
+    /// Returns the error of a write to stable storage for its client. The error may be that of
+    /// other clients' data, so they are told as well: lost data is reported as `ENOSPC`, too, where
+    /// its place on the disk is chosen late.
     pub(super) fn has_lost(&self, error: ExportError) -> ExportError {
         self.is_told(self.failures.add());
         error

@@ -167,8 +167,8 @@ pub trait FastExport: Send + Sync {
     ///
     /// # Errors
     ///
-    /// As for [`Export::write_at`](super::Export::write_at), which is then called for the same range: the client
-    /// gets what that says.
+    /// As for [`Export::write_at`](super::Export::write_at), which is then called for the same
+    /// range: the client gets what that says.
     fn try_write_at(&self, _offset: u64, _data: &[u8]) -> Result<TryWrite, ExportError> {
         Ok(TryWrite::WouldBlock)
     }

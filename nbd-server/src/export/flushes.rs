@@ -264,8 +264,8 @@ impl FlushJob {
             self.flushes.note_success();
         }
         match result {
-            // A durable change that is under way may have taken the error of this flush, and not have
-            // counted it yet.
+            // A durable change that is under way may have taken the error of this flush, and not
+            // have counted it yet.
             Ok(()) => self.failures.after_syncs(move || {
                 waiting.into_iter().for_each(|waiter| waiter.answer(Ok(())));
             }),

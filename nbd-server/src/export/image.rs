@@ -160,8 +160,8 @@ impl ImageExport {
         Ok(status.into_vec())
     }
 
-    /// Returns what is [alive](Weak::strong_count) until the image is closed, which is later than the
-    /// end of the last use of the export: closing may take long.
+    /// Returns what is [alive](Weak::strong_count) until the image is closed, which is later than
+    /// the end of the last use of the export: closing may take long.
     #[must_use]
     pub fn open(&self) -> Weak<()> {
         Arc::downgrade(&self.open)

@@ -15,15 +15,15 @@ pub trait PlacedWrite: Send {
     /// alignment.
     fn offset(&self) -> u64;
 
-    /// Whether the bytes are a durable part of the disk as soon as they are on stable storage in the
-    /// file. A write that has to be durable then needs no [`flush`](super::Export::flush).
+    /// Whether the bytes are a durable part of the disk as soon as they are on stable storage in
+    /// the file. A write that has to be durable then needs no [`flush`](super::Export::flush).
     fn is_durable_alone(&self) -> bool {
         false
     }
 
-    /// Called after a write to stable storage has failed; it is not repeated. The system reports lost
-    /// data once, and the error may be that of other data: the server reports it to all clients of
-    /// the export. Must not block.
+    /// Called after a write to stable storage has failed; it is not repeated. The system reports
+    /// lost data once, and the error may be that of other data: the server reports it to all
+    /// clients of the export. Must not block.
     fn failed(self: Box<Self>, _error: &io::Error) {}
 
     /// Called after all bytes were written: makes them a part of the disk. Must not block.

@@ -7,13 +7,14 @@ use std::collections::{BTreeSet, VecDeque};
 pub(crate) enum Class {
     /// Waiting for a disk, a network or another thread. Many of them at once keep a disk busy.
     Wait,
-    /// Changing or moving much of one disk: work of the kernel, under a lock of the file. More than a
-    /// few of them at once on one disk achieve nothing.
+    /// Changing or moving much of one disk: work of the kernel, under a lock of the file. More than
+    /// a few of them at once on one disk achieve nothing.
     Bulk,
     /// Asking the system where a file has holes: mostly work of the kernel as well, but not under
     /// the lock that long changes hold.
     Extents,
-    /// Computing: more of them at once than there are cores would only take these from the connections.
+    /// Computing: more of them at once than there are cores would only take these from the
+    /// connections.
     Compute,
 }
 

@@ -1,10 +1,11 @@
-//! The share that each connection has of the reads and writes of a ring, which are called reads here.
+//! The share that each connection has of the reads and writes of a ring, which are called reads
+//! here.
 //!
-//! A disk carries out many reads at once, but reads that it has already precede all later ones. So the
-//! number of reads and of bytes at the disk is limited for each connection, and for all connections of a
-//! thread together. Further reads wait here; the next to start is one of the connection with the fewest
-//! bytes at the disk. A connection without a started read may always start one, as long as the ring has
-//! room.
+//! A disk carries out many reads at once, but reads that it has already precede all later ones. So
+//! the number of reads and of bytes at the disk is limited for each connection, and for all
+//! connections of a thread together. Further reads wait here; the next to start is one of the
+//! connection with the fewest bytes at the disk. A connection without a started read may always
+//! start one, as long as the ring has room.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -118,7 +119,8 @@ impl<T> Shares<T> {
         self.forget(id);
     }
 
-    /// The connection has ended: its reads that wait are returned, but for those that are wanted still.
+    /// The connection has ended: its reads that wait are returned, but for those that are wanted
+    /// still.
     pub(super) fn close(&mut self, id: LaneId, is_wanted: impl Fn(&T) -> bool) -> Vec<(usize, T)> {
         let Some(connection) = self.connections.get_mut(&id) else { return Vec::new() };
         let waiting = std::mem::take(&mut connection.waiting);

@@ -15,7 +15,8 @@ use crate::log_limit::may_warn;
 pub(crate) struct RingRead {
     /// Where the bytes are. It is kept until they have arrived.
     pub(crate) placed: Box<dyn PlacedRead>,
-    /// The [number](PlacedRead::file) of the file, and the offset and the length of the bytes in it.
+    /// The [number](PlacedRead::file) of the file, and the offset and the length of the bytes in
+    /// it.
     pub(crate) number: usize,
     pub(crate) offset: u64,
     pub(crate) length: usize,
@@ -54,8 +55,8 @@ pub(crate) trait Writer: Send {
     fn failed(self: Box<Self>, payload: Vec<u8>);
 }
 
-/// Work that has not begun. The place is the first field, so that it is dropped before the receiver,
-/// which holds the export.
+/// Work that has not begun. The place is the first field, so that it is dropped before the
+/// receiver, which holds the export.
 pub(super) enum Work {
     Read(RingRead, Box<dyn Reader>),
     Write(RingWrite, Box<dyn Writer>),
@@ -96,8 +97,8 @@ pub(super) enum Outcome {
     Unread(Box<dyn Reader>),
     Written(Box<dyn PlacedWrite>, Box<dyn Writer>),
     Unwritten(Box<dyn Writer>, Vec<u8>),
-    /// A write to stable storage failed, and may have taken the error of other data: it must not be repeated
-    /// as if nothing had happened.
+    /// A write to stable storage failed, and may have taken the error of other data: it must not be
+    /// repeated as if nothing had happened.
     Lost(Box<dyn PlacedWrite>, Box<dyn Writer>, io::Error),
 }
 
@@ -143,8 +144,9 @@ fn lost(error: &io::Error) -> ExportError {
 /// before, and only once.
 ///
 /// Such a write is repeated by the pool, which is right even if a part of the bytes is there: they
-/// are the same, and until the reply the order among this and overlapping requests is open. The pool
-/// asks the export for the place again, so that it does not matter if that has moved meanwhile.
+/// are the same, and until the reply the order among this and overlapping requests is open. The
+/// pool asks the export for the place again, so that it does not matter if that has moved
+/// meanwhile.
 fn is_refusal(error: &io::Error) -> bool {
     let refusals = [
         libc::EINVAL,
@@ -240,7 +242,8 @@ impl Layout {
     }
 }
 
-/// The payload of a write in memory that is aligned as the file wants it, and where it begins there.
+/// The payload of a write in memory that is aligned as the file wants it, and where it begins
+/// there.
 pub(super) fn aligned(payload: Vec<u8>, alignment: usize) -> (Vec<u8>, usize) {
     if payload.as_ptr().addr().is_multiple_of(alignment) {
         return (payload, 0);
@@ -252,7 +255,8 @@ pub(super) fn aligned(payload: Vec<u8>, alignment: usize) -> (Vec<u8>, usize) {
     (buffer, at)
 }
 
-/// Where a write of `length` bytes goes, and the alignment of its memory, if it can be written as it is.
+/// Where a write of `length` bytes goes, and the alignment of its memory, if it can be written as
+/// it is.
 pub(super) fn target(
     placed: &dyn PlacedWrite,
     length: usize,

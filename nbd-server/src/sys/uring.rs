@@ -1,5 +1,5 @@
-//! Reads and writes through io_uring. The buffer of one belongs to the [`Ring`] until the kernel is done
-//! with it.
+//! Reads and writes through io_uring. The buffer of one belongs to the [`Ring`] until the kernel is
+//! done with it.
 
 use std::collections::VecDeque;
 use std::io;
@@ -27,10 +27,11 @@ pub(crate) const TRANSFERS_MAX: usize = 256;
 /// It is used by the thread that made it alone: others get errors.
 pub(crate) struct Ring {
     ring: IoUring,
-    /// An eventfd that is written to when results have come. (The ring's own descriptor becomes readable
-    /// only when they were fetched.)
+    /// An eventfd that is written to when results have come. (The ring's own descriptor becomes
+    /// readable only when they were fetched.)
     event: OwnedFd,
-    /// The buffers of all transfers that have not ended, each in the place that its transfer is numbered by.
+    /// The buffers of all transfers that have not ended, each in the place that its transfer is
+    /// numbered by.
     in_flight: Vec<Option<Vec<u8>>>,
     free: Vec<usize>,
     /// The transfers that are not submitted, in their order.
@@ -70,7 +71,8 @@ impl Ring {
     /// Those of the system.
     pub(crate) fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
         let descriptor = self.event.try_clone()?;
-        // SAFETY: this descriptor has no other owner, and it is closed when the `AsyncFd` has let go of it.
+        // SAFETY: this descriptor has no other owner, and it is closed when the `AsyncFd` has let
+        // go of it.
         Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
     }
 
@@ -79,8 +81,8 @@ impl Ring {
         TRANSFERS_MAX - self.free.len()
     }
 
-    /// Begins to read `length` bytes from `offset` of a file on into `buffer`, from its byte `at` on. The
-    /// number of the read comes back, or the buffer if there is no room.
+    /// Begins to read `length` bytes from `offset` of a file on into `buffer`, from its byte `at`
+    /// on. The number of the read comes back, or the buffer if there is no room.
     pub(crate) fn read(
         &mut self,
         file: BorrowedFd<'_>,
@@ -93,8 +95,9 @@ impl Ring {
         })
     }
 
-    /// Begins to write `length` bytes of `buffer`, from its byte `at` on, to `offset` of a file: to stable
-    /// storage, if `durability` says so. The number of the write comes back, or the buffer if there is no room.
+    /// Begins to write `length` bytes of `buffer`, from its byte `at` on, to `offset` of a file: to
+    /// stable storage, if `durability` says so. The number of the write comes back, or the buffer
+    /// if there is no room.
     pub(crate) fn write(
         &mut self,
         file: BorrowedFd<'_>,
@@ -120,10 +123,10 @@ impl Ring {
         let (true, Ok(short)) = (fits, u32::try_from(length)) else { return Err(buffer) };
         let Some(number) = self.free.pop() else { return Err(buffer) };
         let entry = entry(buffer[at..].as_mut_ptr(), short).user_data(number as u64);
-        // SAFETY: the entry is about `length` bytes that lie within the buffer (checked above). It goes to
-        // `in_flight`, is not touched there, and is taken out only when the kernel has reported the end of
-        // this transfer; a ring that is dropped before that leaks it. The kernel takes its own reference
-        // to the file when the entry is submitted.
+        // SAFETY: the entry is about `length` bytes that lie within the buffer (checked above). It
+        // goes to `in_flight`, is not touched there, and is taken out only when the kernel has
+        // reported the end of this transfer; a ring that is dropped before that leaks it. The
+        // kernel takes its own reference to the file when the entry is submitted.
         if unsafe { self.ring.submission().push(&entry) }.is_err() {
             self.free.push(number);
             return Err(buffer);
@@ -188,8 +191,8 @@ impl Ring {
 
     fn enter(&self, count: usize, flags: EnterFlags) -> io::Result<usize> {
         loop {
-            // SAFETY: no argument is passed along. The entries of the queue are those that `begin` made, whose
-            // buffers live until the kernel is done with them.
+            // SAFETY: no argument is passed along. The entries of the queue are those that `begin`
+            // made, whose buffers live until the kernel is done with them.
             let entered = unsafe {
                 let count = u32::try_from(count).unwrap_or(u32::MAX);
                 self.ring.submitter().enter::<libc::sigset_t>(count, 0, flags.bits(), None)

@@ -184,8 +184,8 @@ fn a_disk_without_flush_makes_each_change_durable_itself() {
     assert_eq!(disk.flushes.load(Ordering::SeqCst), 0);
 }
 
-/// Changes that are durable when they are answered: those that have to be, and all of a disk that writes
-/// through its caches.
+/// Changes that are durable when they are answered: those that have to be, and all of a disk that
+/// writes through its caches.
 fn durable_changes() -> impl Iterator<Item = (bool, Command)> {
     [(false, Durability::Fua), (true, Durability::Cached)].into_iter().flat_map(
         |(through, durable)| {

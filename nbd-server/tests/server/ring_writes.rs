@@ -42,8 +42,8 @@ fn open(path: &Path, format: Format, cache: CacheMode) -> Option<Arc<ImageExport
     }
 }
 
-/// Writes to places of any alignment, many at a time of which no two overlap, in place and, if the image
-/// has clusters, to new ones.
+/// Writes to places of any alignment, many at a time of which no two overlap, in place and, if the
+/// image has clusters, to new ones.
 fn write_many(client: &mut Client, content: &mut [u8], random: &mut Random) {
     let mut under_way: HashMap<Cookie, (u64, Vec<u8>)> = HashMap::new();
     for round in 0..200 {
@@ -382,7 +382,8 @@ fn write_one(client: &mut Client, durability: Durability) -> Result<(), Errno> {
 
 #[test]
 fn a_durable_write_that_fails_in_the_ring_is_not_repeated_and_all_clients_are_told() {
-    // The pipe has no reader: every write fails after it has begun, as one does whose data was lost.
+    // The pipe has no reader: every write fails after it has begun, as one does whose data was
+    // lost.
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let offset = |_| u64::MAX;
@@ -439,7 +440,8 @@ fn a_write_keeps_its_place_until_the_system_is_done_with_it_even_if_its_client_l
     drop(client);
     wait_until("the client has gone", || server.handle().clients().is_empty());
     server.begin_stop();
-    // Longer than reads are waited for would take too long; that it has not ended at once tells enough.
+    // Longer than reads are waited for would take too long; that it has not ended at once tells
+    // enough.
     std::thread::sleep(std::time::Duration::from_millis(300));
     assert!(!server.has_ended() && disk.held.load(SeqCst) == 1);
     let mut bytes = vec![0; room + 4096];

@@ -62,8 +62,8 @@ impl Session {
         }
     }
 
-    /// Gives the waiting request its part of the budget. The thread may wait for the disk if the client has
-    /// no other request.
+    /// Gives the waiting request its part of the budget. The thread may wait for the disk if the
+    /// client has no other request.
     fn admit(&mut self, cx: &mut Context<'_>) -> Admitted {
         let is_single =
             self.backlog.len() == 1 && self.is_all_sent() && !self.incoming.is_partial();

@@ -216,8 +216,8 @@ impl Incoming {
         self.buffer.shrink();
     }
 
-    /// Reads from the socket, in a way that suits the client, about as many bytes as the turn allows.
-    /// They are charged to it.
+    /// Reads from the socket, in a way that suits the client, about as many bytes as the turn
+    /// allows. They are charged to it.
     pub(super) fn poll_receive(
         &mut self,
         cx: &mut Context<'_>,

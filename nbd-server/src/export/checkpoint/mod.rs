@@ -90,8 +90,8 @@ impl Checkpointed {
     /// is overwritten from now on; preferably it has no name. `at_switch` is called at the moment
     /// of the checkpoint: every change is complete, or has not begun.
     ///
-    /// Waits for changes in flight, for `limit` at most, and holds others back meanwhile. Blocks: do
-    /// not call it on a thread of the runtime.
+    /// Waits for changes in flight, for `limit` at most, and holds others back meanwhile. Blocks:
+    /// do not call it on a thread of the runtime.
     ///
     /// # Errors
     ///

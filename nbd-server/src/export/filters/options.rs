@@ -18,10 +18,11 @@ pub enum DetectZeroes {
     /// It is written like other data; nothing is examined.
     #[default]
     Off,
-    /// It is written by [`Export::write_zeroes`](crate::export::Export::write_zeroes), without holes.
+    /// It is written by [`Export::write_zeroes`](crate::export::Export::write_zeroes), without
+    /// holes.
     On,
-    /// It is written by [`Export::write_zeroes`](crate::export::Export::write_zeroes), with holes unless [`Discard::Ignore`] forbids
-    /// them.
+    /// It is written by [`Export::write_zeroes`](crate::export::Export::write_zeroes), with holes
+    /// unless [`Discard::Ignore`] forbids them.
     Unmap,
 }
 
