@@ -1,5 +1,5 @@
-//! Serves an image with a control socket, so that `nbd-cli control` and `nbd-cli backup` work on this
-//! server: `cargo run -p nbd-jobs --example control_socket -- IMAGE SOCKET CONTROL`.
+//! Serves an image with a control socket, so that `nbd-cli control` and `nbd-cli backup` work on
+//! this server: `cargo run -p nbd-jobs --example control_socket -- IMAGE SOCKET CONTROL`.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};

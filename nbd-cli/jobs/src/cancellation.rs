@@ -35,7 +35,8 @@ impl Cancellation {
         });
     }
 
-    /// Returns the cancellation of jobs of [`imgfmt::jobs`], which end together with those of this crate.
+    /// Returns the cancellation of jobs of [`imgfmt::jobs`], which end together with those of this
+    /// crate.
     pub fn of_image_jobs(&self) -> imgfmt::jobs::Cancellation {
         self.image_jobs.clone()
     }

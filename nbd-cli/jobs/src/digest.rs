@@ -26,8 +26,8 @@ pub enum ChecksumAlgorithm {
     Sha512,
     /// The block hash of `blksum` and of nbdcopy's `--blkhash` with their defaults, of 64 digits:
     /// SHA-256 of the SHA-256 of each block of 64 KiB and of the size as a little-endian 64-bit
-    /// number. The last block may be shorter. Blocks are digested in parallel, and holes cost almost
-    /// nothing.
+    /// number. The last block may be shorter. Blocks are digested in parallel, and holes cost
+    /// almost nothing.
     Blkhash,
 }
 

@@ -8,8 +8,8 @@ use crate::key_values::KeyValues;
 use crate::qemu_numbers::parse_size;
 use crate::text::printable;
 
-/// Removes the options of qcow2 from a list and sets them. Those that are not given stay as they are;
-/// the backing file, the data file and the preallocation are left to the caller.
+/// Removes the options of qcow2 from a list and sets them. Those that are not given stay as they
+/// are; the backing file, the data file and the preallocation are left to the caller.
 ///
 /// # Errors
 ///

@@ -45,8 +45,8 @@ pub fn known(format: Format) -> &'static [(&'static str, &'static str)] {
     }
 }
 
-/// Removes the options of a format from a list and sets them. Returns them with their values, and those
-/// that have a value if none is given, in the order in which QEMU reports them.
+/// Removes the options of a format from a list and sets them. Returns them with their values, and
+/// those that have a value if none is given, in the order in which QEMU reports them.
 ///
 /// # Errors
 ///

@@ -19,8 +19,8 @@ pub fn report_thaw(image: &Image, observer: &dyn Observer) {
     }
 }
 
-/// Reports that frozen bits are not back: the disk can be used anyway, but not the bitmaps that lack
-/// them.
+/// Reports that frozen bits are not back: the disk can be used anyway, but not the bitmaps that
+/// lack them.
 pub(crate) fn report_thaw_failure(failure: &dyn Display, observer: &dyn Observer) {
     observer.warning(&format!("bits frozen by a checkpoint are not merged back: {failure}"));
 }

@@ -144,7 +144,8 @@ impl ImageLocation {
         }
     }
 
-    /// Returns the ids of the secrets that its name gives for it and for the described images below.
+    /// Returns the ids of the secrets that its name gives for it and for the described images
+    /// below.
     pub fn key_secrets(&self) -> Vec<&str> {
         let Self::Described { backing, settings, .. } = self else { return Vec::new() };
         let below = backing.described().map(|image| &image.settings);
@@ -255,8 +256,8 @@ impl ImageLocation {
     ///
     /// # Errors
     ///
-    /// If a layer cannot be read, the policy in `options` forbids a name in the chain, the chain is a
-    /// circle or too long, or `options` contradict the name of the image.
+    /// If a layer cannot be read, the policy in `options` forbids a name in the chain, the chain is
+    /// a circle or too long, or `options` contradict the name of the image.
     pub fn inspect_chain(
         &self,
         options: &OpenOptions,
@@ -277,8 +278,8 @@ impl ImageLocation {
         }
     }
 
-    /// Opens the image. If no format is specified, `remotes` say what an export is. Blocks, and must not
-    /// be called by asynchronous tasks.
+    /// Opens the image. If no format is specified, `remotes` say what an export is. Blocks, and
+    /// must not be called by asynchronous tasks.
     ///
     /// # Errors
     ///

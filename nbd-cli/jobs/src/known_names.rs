@@ -1,7 +1,8 @@
 //! The names that servers and images know, to choose from: exports, bitmaps and snapshots.
 //!
-//! The functions block, and must not be called by asynchronous tasks. They return `None` if the server
-//! or the image does not answer, for whatever reason; a server may take its time. Nothing is locked.
+//! The functions block, and must not be called by asynchronous tasks. They return `None` if the
+//! server or the image does not answer, for whatever reason; a server may take its time. Nothing is
+//! locked.
 
 use std::path::Path;
 use std::time::Duration;

@@ -15,9 +15,9 @@ use crate::observer::JobContext;
 /// Bytes that are read at a time: a multiple of a block.
 const READ_LEN: u64 = 1 << 20;
 
-/// Returns the sum of the blocks of data in parts of an image. `parts` returns those of an extent, in
-/// their order; a block of which they have some bytes counts as a whole, and once. `range` begins at
-/// a block.
+/// Returns the sum of the blocks of data in parts of an image. `parts` returns those of an extent,
+/// in their order; a block of which they have some bytes counts as a whole, and once. `range`
+/// begins at a block.
 pub(crate) fn sum_of(
     image: &Image,
     range: GuestRange,
@@ -52,9 +52,9 @@ pub(crate) fn sum_of(
     Ok(sum)
 }
 
-/// Checks that the files of a chain hold what was put into them, each upon the one it was made upon.
-/// `visible` has the sums of what was read through the chain; the rest is read here. Blocks, so
-/// asynchronous tasks must not call it.
+/// Checks that the files of a chain hold what was put into them, each upon the one it was made
+/// upon. `visible` has the sums of what was read through the chain; the rest is read here. Blocks,
+/// so asynchronous tasks must not call it.
 ///
 /// # Errors
 ///
@@ -93,8 +93,8 @@ pub(crate) fn check_chain(
 type Layers = [(Option<PathBuf>, Option<Backup>)];
 
 /// Checks one file of a chain: that it holds what was put into it, upon the one it was made upon.
-/// `visible` is as in [`check_chain`]; without it the file is read as a whole. Returns whether it could
-/// be checked. Blocks.
+/// `visible` is as in [`check_chain`]; without it the file is read as a whole. Returns whether it
+/// could be checked. Blocks.
 ///
 /// # Errors
 ///

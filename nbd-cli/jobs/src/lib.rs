@@ -1,6 +1,7 @@
 //! Jobs on whole disks: the work of `nbd-cli` without its command line.
 //!
-//! [`copy()`] copies a disk between NBD servers, local files, block devices and pipes; holes stay holes:
+//! [`copy()`] copies a disk between NBD servers, local files, block devices and pipes; holes stay
+//! holes:
 //!
 //! ```
 //! use nbd_jobs::{CopyOptions, JobContext, Location, copy};
@@ -22,11 +23,12 @@
 //!
 //! A server is a [`Location`] as well: `"nbd://localhost/disk".parse()?`. [`backup()`] makes full
 //! and incremental backups of served disks, also of a checkpoint, and [`restore()`] restores them.
-//! [`bench`](mod@bench) generates load and measures it. [`control`] sends requests to a running `nbd-cli
-//! serve`; with the feature `server`, [`control::server`] is the other side, for any `nbd-server`, and
-//! [`serving`] makes exports of images. The feature `monitor` serves metrics and a status page of any
-//! `nbd-server`, and has `watch`, which looks at one; with the feature `devices`, `devices` attaches kernel devices (`/dev/nbdX`), and
-//! with the feature `mount`, `mount` shows disks as files.
+//! [`bench`](mod@bench) generates load and measures it. [`control`] sends requests to a running
+//! `nbd-cli serve`; with the feature `server`, [`control::server`] is the other side, for any
+//! `nbd-server`, and [`serving`] makes exports of images. The feature `monitor` serves metrics and
+//! a status page of any `nbd-server`, and has `watch`, which looks at one; with the feature
+//! `devices`, `devices` attaches kernel devices (`/dev/nbdX`), and with the feature `mount`,
+//! `mount` shows disks as files.
 //!
 //! # Jobs
 //!

@@ -90,8 +90,8 @@ impl<S: Socket> Write for Limited<'_, S> {
     }
 }
 
-/// Connects to a unix socket. A server whose backlog is full, because it accepts no client, is waited
-/// for until the deadline.
+/// Connects to a unix socket. A server whose backlog is full, because it accepts no client, is
+/// waited for until the deadline.
 ///
 /// # Errors
 ///

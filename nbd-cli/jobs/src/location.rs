@@ -81,8 +81,8 @@ impl FromStr for DescribedLocation {
 }
 
 impl DescribedLocation {
-    /// Returns the locking of its file; `given` is what the user asks for otherwise, which is stronger
-    /// unless it is automatic.
+    /// Returns the locking of its file; `given` is what the user asks for otherwise, which is
+    /// stronger unless it is automatic.
     ///
     /// # Errors
     ///

@@ -43,8 +43,9 @@ impl ObjectUrl {
         self.0.strip_prefix(BACKUP)
     }
 
-    /// Refuses a name that an image must not record, because it may be another disk later or elsewhere:
-    /// a backup that is not named by its whole ID, or in a repository by a relative path.
+    /// Refuses a name that an image must not record, because it may be another disk later or
+    /// elsewhere: a backup that is not named by its whole ID, or in a repository by a relative
+    /// path.
     ///
     /// # Errors
     ///
@@ -65,8 +66,8 @@ impl ObjectUrl {
         )))
     }
 
-    /// Returns the format of the image in it, if it is known; `given` is what the user says. A backup
-    /// is a disk: what it holds is never taken for an image, unless the user says so.
+    /// Returns the format of the image in it, if it is known; `given` is what the user says. A
+    /// backup is a disk: what it holds is never taken for an image, unless the user says so.
     pub(crate) fn format_or(&self, given: Option<Format>) -> Option<Format> {
         given.or(self.backup().map(|_| Format::Raw))
     }
@@ -90,7 +91,8 @@ impl ObjectUrl {
     }
 }
 
-/// Returns a name for messages: the URL of an object without its query, and other names as they are.
+/// Returns a name for messages: the URL of an object without its query, and other names as they
+/// are.
 #[must_use]
 pub fn shown(name: &str) -> String {
     ObjectUrl::of(name).map_or_else(|| name.to_owned(), |url| url.to_string())

@@ -47,8 +47,8 @@ impl Step {
     }
 }
 
-/// Runs `open`, which may block, on a new thread, and waits for it at most for `limit`, or without an
-/// end if that is zero. Until `open` begins a step of its own, `first` says what is being done.
+/// Runs `open`, which may block, on a new thread, and waits for it at most for `limit`, or without
+/// an end if that is zero. Until `open` begins a step of its own, `first` says what is being done.
 ///
 /// ```
 /// use std::time::Duration;
@@ -65,9 +65,9 @@ impl Step {
 ///
 /// # Errors
 ///
-/// If it takes longer, if `open` panics, if the system has no thread left, or if too many threads are
-/// still opening something. After the time limit the thread is left to itself: nothing
-/// waits for it, not even the end of the runtime, and it closes what it opens later.
+/// If it takes longer, if `open` panics, if the system has no thread left, or if too many threads
+/// are still opening something. After the time limit the thread is left to itself: nothing waits
+/// for it, not even the end of the runtime, and it closes what it opens later.
 ///
 /// # Cancel safety
 ///
@@ -113,8 +113,8 @@ async fn open_in_place<T: Send + 'static>(
     }
 }
 
-/// Waits for `work` at most for `limit`, or without an end if that is zero. Returns `None`, and drops
-/// `work`, if it takes longer.
+/// Waits for `work` at most for `limit`, or without an end if that is zero. Returns `None`, and
+/// drops `work`, if it takes longer.
 ///
 /// # Cancel safety
 ///

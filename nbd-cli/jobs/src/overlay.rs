@@ -26,15 +26,15 @@ pub enum Committed {
 pub enum CommitBase<'a> {
     /// The backing file.
     Backing,
-    /// This file, which is one of the layers below. What all layers above it have is written, and they
-    /// keep it; those between are corrupted.
+    /// This file, which is one of the layers below. What all layers above it have is written, and
+    /// they keep it; those between are corrupted.
     File(&'a Path),
 }
 
 /// Writes the contents of the overlay at `path` into its backing file, or into another layer. Other
-/// overlays of that file are corrupted. After an interruption the overlay still shows the whole disk.
-/// `options` open the overlay; all but the format apply to that layer too. Blocks, and must not be called
-/// by asynchronous tasks.
+/// overlays of that file are corrupted. After an interruption the overlay still shows the whole
+/// disk. `options` open the overlay; all but the format apply to that layer too. Blocks, and must
+/// not be called by asynchronous tasks.
 ///
 /// # Errors
 ///
@@ -172,20 +172,20 @@ pub fn rebase_overlay(
 pub enum StreamBase<'a> {
     /// None: the overlay stands alone.
     Nothing,
-    /// This file, which is one of the present layers. A relative name starts at the directory of the
-    /// overlay.
+    /// This file, which is one of the present layers. A relative name starts at the directory of
+    /// the overlay.
     File(&'a Path),
 }
 
-/// Copies into the overlay at `path` what the layers above `base` provide, and then makes `base` its
-/// backing file. The disk does not change, and its bitmaps stay valid. After an interruption the
-/// overlay shows the same disk; the next call goes on. `options` open the overlay. Blocks, and must not
-/// be called by asynchronous tasks.
+/// Copies into the overlay at `path` what the layers above `base` provide, and then makes `base`
+/// its backing file. The disk does not change, and its bitmaps stay valid. After an interruption
+/// the overlay shows the same disk; the next call goes on. `options` open the overlay. Blocks, and
+/// must not be called by asynchronous tasks.
 ///
 /// # Errors
 ///
-/// If the chain cannot be opened or read, if the overlay is not a qcow2 image, has internal snapshots
-/// or is in use, if `base` is not a layer below it, or if space runs out.
+/// If the chain cannot be opened or read, if the overlay is not a qcow2 image, has internal
+/// snapshots or is in use, if `base` is not a layer below it, or if space runs out.
 pub fn stream_overlay(
     path: &Path,
     options: &OpenOptions,

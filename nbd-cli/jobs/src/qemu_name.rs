@@ -78,8 +78,9 @@ pub fn from_name(text: &str) -> Result<NbdUri, String> {
 
 /// Parses the name of a backing or data file that has a scheme: see [`from_name`], `file:` and a
 /// path, or `json:` and the options of the drivers `nbd` or `file`, alone or below those of an
-/// image format. The image itself records that format beside the name. The settings in the name, such
-/// as the locking, are checked and ignored: those of the image above apply, which the user chooses.
+/// image format. The image itself records that format beside the name. The settings in the name,
+/// such as the locking, are checked and ignored: those of the image above apply, which the user
+/// chooses.
 ///
 /// # Errors
 ///

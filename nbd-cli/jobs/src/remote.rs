@@ -61,8 +61,8 @@ impl Remotes {
         }
     }
 
-    /// Keeps the connections to the exports that the user names, and uses them when the same export is
-    /// opened again: a server may end after the first one. They end with the last clone.
+    /// Keeps the connections to the exports that the user names, and uses them when the same export
+    /// is opened again: a server may end after the first one. They end with the last clone.
     #[must_use]
     pub fn keep_connections(mut self) -> Self {
         self.kept = Some(Kept::default());

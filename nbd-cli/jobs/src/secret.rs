@@ -69,7 +69,8 @@ impl Secret {
     ///
     /// # Errors
     ///
-    /// A sentence if the file cannot be read, has more than 8 MiB, or is not base64 as it should be.
+    /// A sentence if the file cannot be read, has more than 8 MiB, or is not base64 as it should
+    /// be.
     pub fn read(&self) -> Result<Passphrase, String> {
         Ok(Passphrase::new(self.password()?.expose().to_vec()))
     }

@@ -86,7 +86,8 @@ pub fn parse_busy_poll(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Parses a duration, written as `10` (seconds), `10s`, `500ms` or `2m`: from a millisecond to a day.
+/// Parses a duration, written as `10` (seconds), `10s`, `500ms` or `2m`: from a millisecond to a
+/// day.
 ///
 /// # Errors
 ///

@@ -28,8 +28,8 @@ pub struct Status {
     pub max_connections: u64,
     /// The pool of threads for requests that may block.
     pub pool: PoolStatus,
-    /// Upper bounds of the buckets of all latencies, in seconds, ascending; `None` for the last one,
-    /// which has no bound.
+    /// Upper bounds of the buckets of all latencies, in seconds, ascending; `None` for the last
+    /// one, which has no bound.
     pub latency_bounds: Vec<Option<f64>>,
     /// All exports; more than 65536 are not deserialized.
     #[serde(deserialize_with = "bounded")]

@@ -20,8 +20,8 @@ use crate::tasks;
 use crate::text::printable;
 use crate::{ConnectOptions, JobError, JobErrorKind};
 
-/// Time limit of each request of the control socket before the copy, unless the user gives one. They
-/// may wait for those of others, and the server may flush the disk.
+/// Time limit of each request of the control socket before the copy, unless the user gives one.
+/// They may wait for those of others, and the server may flush the disk.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The control socket, the export of the disk, and the address of the server.

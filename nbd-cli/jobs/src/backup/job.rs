@@ -239,8 +239,8 @@ async fn fill(
     Ok(Filled { counts, start, content })
 }
 
-/// Returns the sum of the blocks below `start` (in bytes), which an interrupted backup has left: the
-/// only ones that are read again.
+/// Returns the sum of the blocks below `start` (in bytes), which an interrupted backup has left:
+/// the only ones that are read again.
 async fn earlier(
     work: BackupJob<'_>,
     partial: &Partial,

@@ -26,8 +26,8 @@ impl Process {
         Some(Self { pid, started })
     }
 
-    /// CPU time that it has used, in steps of a clock tick (10 ms almost everywhere); `None` once it has
-    /// ended.
+    /// CPU time that it has used, in steps of a clock tick (10 ms almost everywhere); `None` once
+    /// it has ended.
     pub(super) fn used(&self) -> Option<Duration> {
         let text = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
         let (started, ticks) = parse(&text)?;

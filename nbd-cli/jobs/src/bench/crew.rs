@@ -1,7 +1,7 @@
 //! The connections of one thread.
 //!
-//! A thread for each connection would sleep and be woken for every few replies, which costs the client
-//! and the server more than the replies themselves.
+//! A thread for each connection would sleep and be woken for every few replies, which costs the
+//! client and the server more than the replies themselves.
 
 use std::time::Instant;
 
@@ -69,8 +69,8 @@ pub(super) fn divide(members: Vec<Member>, threads: usize) -> Vec<Vec<Member>> {
     crews
 }
 
-/// Has the connections make the requests of their sources until all are done. While one of them is made
-/// again after it was lost, the others wait.
+/// Has the connections make the requests of their sources until all are done. While one of them is
+/// made again after it was lost, the others wait.
 pub(super) fn drive(mut crew: Vec<Member>) -> Vec<Done> {
     let mut done = Vec::with_capacity(crew.len());
     if let [member] = crew.as_mut_slice()

@@ -35,9 +35,9 @@ use crate::observer::JobContext;
 ///
 /// # Errors
 ///
-/// If the options contradict each other or do not fit the export, or if the server cannot be reached,
-/// refuses a request or is lost. A block with other contents than expected is not an error; the report
-/// has it.
+/// If the options contradict each other or do not fit the export, or if the server cannot be
+/// reached, refuses a request or is lost. A block with other contents than expected is not an
+/// error; the report has it.
 ///
 /// # Cancel safety
 ///
@@ -166,7 +166,8 @@ impl<'a> Run<'a> {
         Ok(report)
     }
 
-    /// Flushes, and reads all written blocks, each on another connection than the one that wrote it.
+    /// Flushes, and reads all written blocks, each on another connection than the one that wrote
+    /// it.
     async fn verify_written(
         &mut self,
         context: &JobContext,

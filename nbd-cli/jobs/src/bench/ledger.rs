@@ -2,10 +2,10 @@
 //!
 //! Each block has three counts. A server that is asked for a block may answer with
 //!
-//! - any generation from the newest *acknowledged* one when the READ was sent to the newest *issued* one
-//!   when it was answered;
-//! - after a lost connection, when the server may have been restarted, also with older ones down to the
-//!   newest *durable* one: acknowledged with FUA, or before a FLUSH that succeeded.
+//! - any generation from the newest *acknowledged* one when the READ was sent to the newest
+//!   *issued* one when it was answered;
+//! - after a lost connection, when the server may have been restarted, also with older ones down to
+//!   the newest *durable* one: acknowledged with FUA, or before a FLUSH that succeeded.
 //!
 //! Only one WRITE of a block is in flight at a time.
 
@@ -70,8 +70,8 @@ impl Ledger {
         self.section
     }
 
-    /// Returns the blocks for the record. Later, writes that are not durable may be missing; of a server
-    /// without FLUSH all acknowledged writes are expected.
+    /// Returns the blocks for the record. Later, writes that are not durable may be missing; of a
+    /// server without FLUSH all acknowledged writes are expected.
     pub(super) fn into_blocks(mut self, can_flush: bool) -> Vec<Generations> {
         if !can_flush {
             for block in &mut self.blocks {
@@ -182,8 +182,8 @@ impl Ledger {
         );
     }
 
-    /// Looks at the data of a READ that was sent in `epoch`; hands out every block that is not as it must
-    /// be, and gives the number of those that are.
+    /// Looks at the data of a READ that was sent in `epoch`; hands out every block that is not as
+    /// it must be, and gives the number of those that are.
     pub(super) fn check(
         &self,
         offset: u64,

@@ -1,5 +1,5 @@
-//! A load generator for NBD servers, which measures throughput, latency and CPU time, and can verify that the
-//! server keeps what it is given.
+//! A load generator for NBD servers, which measures throughput, latency and CPU time, and can
+//! verify that the server keeps what it is given.
 //!
 //! ```no_run
 //! use nbd_jobs::bench::{BenchOptions, bench};
@@ -12,9 +12,9 @@
 //! # Ok(()) }
 //! ```
 //!
-//! A few threads share the connections. They make requests and take replies on the sockets themselves: the
-//! client of `nbd-client` makes the connections and hands them over. Requests are gathered and written
-//! together.
+//! A few threads share the connections. They make requests and take replies on the sockets
+//! themselves: the client of `nbd-client` makes the connections and hands them over. Requests are
+//! gathered and written together.
 
 mod block;
 mod channel;

@@ -134,16 +134,16 @@ pub enum BenchEnd {
 pub enum Verify {
     /// None.
     Off,
-    /// Written blocks identify themselves, and data that is read is compared with them. At the end all
-    /// written blocks are read again.
+    /// Written blocks identify themselves, and data that is read is compared with them. At the end
+    /// all written blocks are read again.
     Written {
         /// The file that records the written blocks for later runs. An existing one is continued.
         state: Option<PathBuf>,
     },
     /// Reads the blocks of an earlier run, and writes nothing.
     Only {
-        /// The file of that run. Without it each block is checked on its own: its offset, its seed and
-        /// its checksum.
+        /// The file of that run. Without it each block is checked on its own: its offset, its seed
+        /// and its checksum.
         state: Option<PathBuf>,
     },
 }

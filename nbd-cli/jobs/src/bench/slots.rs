@@ -102,7 +102,8 @@ impl Slots {
         }
     }
 
-    /// Returns the requests in flight, oldest first, and forgets their cookies: the connection is lost.
+    /// Returns the requests in flight, oldest first, and forgets their cookies: the connection is
+    /// lost.
     pub(super) fn unanswered(&mut self) -> Vec<usize> {
         self.by_cookie.clear();
         let mut used: Vec<_> = (0..self.slots.len())

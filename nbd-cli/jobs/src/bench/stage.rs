@@ -140,8 +140,8 @@ pub(super) async fn run(
     failure.map_or(Ok(measured), Err)
 }
 
-/// Starts the threads. A few connections have one each, which serves them best; more than two for each
-/// core would wake each other for every few replies, and share one for each core.
+/// Starts the threads. A few connections have one each, which serves them best; more than two for
+/// each core would wake each other for every few replies, and share one for each core.
 fn start_all(workers: &mut Vec<Worker>, sources: Vec<Source>) -> JoinSet<Vec<Done>> {
     let members = workers.drain(..).zip(sources).enumerate();
     let members = members.map(|(index, (worker, source))| Member::new(index, worker, source));

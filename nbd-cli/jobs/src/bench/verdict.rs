@@ -17,7 +17,8 @@ pub(super) fn judge(
     oldest: u32,
     newest: u32,
 ) -> Option<String> {
-    // Until its first write is acknowledged a block may hold anything, but nothing torn by that write.
+    // Until its first write is acknowledged a block may hold anything, but nothing torn by that
+    // write.
     let was_written = oldest > 0;
     let must = || match oldest == newest {
         true => format!("generation {newest} was written"),

@@ -1,7 +1,7 @@
 //! One connection: makes requests, takes replies.
 //!
-//! Requests are gathered and written together, and replies are parsed in one large buffer: a request
-//! costs little more than the copy of its data by the kernel.
+//! Requests are gathered and written together, and replies are parsed in one large buffer: a
+//! request costs little more than the copy of its data by the kernel.
 
 use std::io;
 use std::sync::Arc;
@@ -222,8 +222,8 @@ impl Worker {
         }
     }
 
-    /// Makes as many requests as may be in flight. Returns the due time of the next one, and `None` if
-    /// there is none.
+    /// Makes as many requests as may be in flight. Returns the due time of the next one, and `None`
+    /// if there is none.
     fn issue(&mut self, source: &mut Source, now: Instant) -> Result<Option<Instant>, Trouble> {
         while self.slots.has_room() {
             if self.shared.is_over() {
@@ -248,7 +248,8 @@ impl Worker {
         Ok(None)
     }
 
-    /// Finds an offset for a write at which no other one is in flight; returns false if there is none.
+    /// Finds an offset for a write at which no other one is in flight; returns false if there is
+    /// none.
     fn begin(&mut self, source: &mut Source, target: &mut Target) -> bool {
         let (RequestKind::Write, Check::Ledger(ledger)) = (target.kind, &mut self.check) else {
             return true;

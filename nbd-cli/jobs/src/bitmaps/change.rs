@@ -11,10 +11,10 @@ use crate::observer::Observer;
 /// The finest default granularity, in bytes.
 const GRANULARITY_DEFAULT_MIN: u64 = 4 << 10;
 
-/// Makes changes in one step: all of them or none, even if it is interrupted. `changes` sees the image
-/// first. Frozen bits of a checkpoint that was cut off are merged back, before or after, and reported
-/// to `observer`; so is a failure of that, which does not undo the changes. No checkpoint of the image
-/// may be in progress.
+/// Makes changes in one step: all of them or none, even if it is interrupted. `changes` sees the
+/// image first. Frozen bits of a checkpoint that was cut off are merged back, before or after, and
+/// reported to `observer`; so is a failure of that, which does not undo the changes. No checkpoint
+/// of the image may be in progress.
 ///
 /// # Errors
 ///

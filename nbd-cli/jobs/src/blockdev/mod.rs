@@ -1,6 +1,6 @@
-//! Disks described by the options of QEMU's block drivers (feature `server`), as in `json:` names and
-//! `--image-opts` of qemu-nbd: files, exports of other servers and `null-co`, parts of them, and
-//! chains of backing files.
+//! Disks described by the options of QEMU's block drivers (feature `server`), as in `json:` names
+//! and `--image-opts` of qemu-nbd: files, exports of other servers and `null-co`, parts of them,
+//! and chains of backing files.
 //!
 //! ```
 //! use nbd_jobs::blockdev::DiskDescription;

@@ -48,8 +48,8 @@ impl DiskDescription {
     /// Opens the disk. An export of it is made with the same `options`: their window is removed
     /// if the opened disk is that part of its storage already.
     ///
-    /// Blocks: neither this nor dropping the image may happen in asynchronous tasks, because the image
-    /// may be on another server.
+    /// Blocks: neither this nor dropping the image may happen in asynchronous tasks, because the
+    /// image may be on another server.
     ///
     /// # Errors
     ///

@@ -12,10 +12,10 @@ use crate::qemu_name::json_in;
 use crate::serving::{self, OpenedExport, ServeOptions, Writes, explained};
 
 /// Opens the source of an export, as [`ServeOptions::open_source`] does, or the disk that
-/// `json:OBJECT` describes by the options of QEMU's block drivers. What these say of the disk, such as
-/// its cache, is stronger than `options`, except that they cannot make a read-only export writable,
-/// and that `options.locking` is stronger unless it is automatic. Blocks, and must not be called by
-/// asynchronous tasks.
+/// `json:OBJECT` describes by the options of QEMU's block drivers. What these say of the disk, such
+/// as its cache, is stronger than `options`, except that they cannot make a read-only export
+/// writable, and that `options.locking` is stronger unless it is automatic. Blocks, and must not be
+/// called by asynchronous tasks.
 ///
 /// ```
 /// use imgfmt::{CreateOptions, Format, Image};

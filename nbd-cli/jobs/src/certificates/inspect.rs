@@ -94,8 +94,9 @@ pub enum Validity {
     Valid,
 }
 
-/// Describes the certificates and keys in a file, or in the files with the usual names in a directory
-/// and directly below it. A certificate that ends within `soon_days` counts as ending soon.
+/// Describes the certificates and keys in a file, or in the files with the usual names in a
+/// directory and directly below it. A certificate that ends within `soon_days` counts as ending
+/// soon.
 ///
 /// # Errors
 ///

@@ -1,8 +1,8 @@
 //! An authority, certificates and pre-shared keys, in the files that servers and clients read
 //! (feature `certificates`).
 //!
-//! The files have the names and the layout that QEMU and libnbd use. Keys are readable by their owner
-//! only; a file is replaced when the new one is complete.
+//! The files have the names and the layout that QEMU and libnbd use. Keys are readable by their
+//! owner only; a file is replaced when the new one is complete.
 //!
 //! ```
 //! use nbd_jobs::certificates::{

@@ -41,8 +41,8 @@ pub struct AddUser<'a> {
     pub file: &'a Path,
     /// A new file with this user alone, for the client. By default none.
     pub client_file: Option<&'a Path>,
-    /// The treatment of a key of this user, and of an existing client file. By default they are kept,
-    /// and the call fails.
+    /// The treatment of a key of this user, and of an existing client file. By default they are
+    /// kept, and the call fails.
     pub existing: ExistingCredentials,
 }
 

@@ -131,7 +131,8 @@ fn parts_of(cell: &[u64; Class::COUNT]) -> [(f64, f64); Class::COUNT] {
     })
 }
 
-/// The colours of the classes that are drawn; not as variables, which few programs but browsers know.
+/// The colours of the classes that are drawn; not as variables, which few programs but browsers
+/// know.
 fn style(legend: &Legend) -> String {
     let classes = |scheme| {
         let rules = legend.classes.iter().map(move |(class, ..)| {

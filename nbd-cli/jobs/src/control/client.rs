@@ -30,8 +30,8 @@ enum Reply {
     Error(Failure),
 }
 
-/// Sends a single request and waits for its result. Blocks, at most for twice `limit`, or without an
-/// end if that is zero.
+/// Sends a single request and waits for its result. Blocks, at most for twice `limit`, or without
+/// an end if that is zero.
 ///
 /// # Errors
 ///
@@ -50,7 +50,8 @@ pub struct Conversation {
 }
 
 impl Conversation {
-    /// Connects. Blocks. `limit` is the longest time for this, and for each request; zero for no limit.
+    /// Connects. Blocks. `limit` is the longest time for this, and for each request; zero for no
+    /// limit.
     ///
     /// # Errors
     ///
@@ -92,8 +93,9 @@ impl Conversation {
     ///
     /// # Errors
     ///
-    /// If the server is gone or does not answer in time, or the server's error for the request. After
-    /// the first two the connection is closed, as no later reply could be told from this one's.
+    /// If the server is gone or does not answer in time, or the server's error for the request.
+    /// After the first two the connection is closed, as no later reply could be told from this
+    /// one's.
     pub fn call(&mut self, request: &Request) -> Result<Value, JobError> {
         // A reply is the last that the server sends before the next request.
         self.call_with_buffer(request, REPLY_BUFFER_LEN)

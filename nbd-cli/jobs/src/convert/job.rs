@@ -110,8 +110,8 @@ impl Conversion<'_> {
         })
     }
 
-    /// Refuses an export that is too small for the image, before anything is written to it. The size of
-    /// compressed data is not known before.
+    /// Refuses an export that is too small for the image, before anything is written to it. The
+    /// size of compressed data is not known before.
     fn check_room_for_image(
         &self,
         to: &ImageLocation,

@@ -15,8 +15,8 @@ use crate::image_location::ImageLocation;
 /// The unit of disks, in bytes: the rest of the last one of each reads as zero.
 const SECTOR: u64 = 512;
 
-/// Returns the disks, of each this part, as one raw, read-only disk. Errors have the name of the disk at
-/// fault.
+/// Returns the disks, of each this part, as one raw, read-only disk. Errors have the name of the
+/// disk at fault.
 ///
 /// # Errors
 ///

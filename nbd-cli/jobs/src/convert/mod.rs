@@ -39,8 +39,8 @@ use crate::image_location::{ImageLocation, read_only};
 use crate::observer::JobContext;
 use crate::target::{self, Existing};
 
-/// Converts `from` into `to`. A new file grows beside its path and is renamed when it is complete; the
-/// contents of a block device are replaced. An export has to be large enough.
+/// Converts `from` into `to`. A new file grows beside its path and is renamed when it is complete;
+/// the contents of a block device are replaced. An export has to be large enough.
 ///
 /// Blocks, and must not be called by asynchronous tasks.
 ///
@@ -101,17 +101,17 @@ pub fn convert(
 /// A source, and what reads it in place of the image.
 type Opened = (Image, Option<Arc<dyn SourceReader>>);
 
-/// Converts `from` into an image on standard output, which is written once from the start to the end:
-/// a raw disk, a fixed VHD, or a VMDK of compressed grains. Of the options, those that concern the
-/// destination have no effect, apart from `create`.
+/// Converts `from` into an image on standard output, which is written once from the start to the
+/// end: a raw disk, a fixed VHD, or a VMDK of compressed grains. Of the options, those that concern
+/// the destination have no effect, apart from `create`.
 ///
 /// Blocks, and must not be called by asynchronous tasks.
 ///
 /// # Errors
 ///
 /// If the source cannot be read, the format cannot be written in order, or standard output fails;
-/// `OutputClosed` if its reader has closed it. What was written is then incomplete, and a VMDK or VHD
-/// is not one.
+/// `OutputClosed` if its reader has closed it. What was written is then incomplete, and a VMDK or
+/// VHD is not one.
 pub fn convert_to_output(
     from: &ImageLocation,
     options: &ConvertOptions,
@@ -132,7 +132,8 @@ fn is_remote(from: &ImageLocation, options: &ConvertOptions) -> bool {
     from.is_remote() || options.more.iter().any(ImageLocation::is_remote)
 }
 
-/// Opens the source, or parts or several of them as one disk; what reads it, if it is all of an export.
+/// Opens the source, or parts or several of them as one disk; what reads it, if it is all of an
+/// export.
 fn open_sources(from: &ImageLocation, options: &ConvertOptions) -> Result<Opened, JobError> {
     if options.more.is_empty() && options.part == (0..u64::MAX) {
         let (source, export) = from.open_disk_or_image(&options.read, &options.reconnecting)?;

@@ -21,7 +21,8 @@ pub struct ConvertOptions {
     pub destination: Destination,
     /// Sources that follow the first one, as parts of one disk. By default none.
     pub more: Vec<ImageLocation>,
-    /// The part of each source that is copied, in bytes, as far as the source reaches. By default all.
+    /// The part of each source that is copied, in bytes, as far as the source reaches. By default
+    /// all.
     pub part: Range<u64>,
     /// Options for opening the sources.
     pub read: OpenOptions,
@@ -29,8 +30,8 @@ pub struct ConvertOptions {
     pub write: OpenOptions,
     /// Connects to the export that contains an existing image.
     pub remotes: Remotes,
-    /// Connects to the export that is the source or, byte for byte, the destination. A connection may
-    /// be restored there when it is lost.
+    /// Connects to the export that is the source or, byte for byte, the destination. A connection
+    /// may be restored there when it is lost.
     pub reconnecting: Remotes,
     /// The bitmaps that are copied. By default none.
     pub bitmaps: CopiedBitmaps,
@@ -82,7 +83,8 @@ pub enum Destination {
     /// A file that does not exist, or a block device.
     #[default]
     New,
-    /// A file, which may exist and is then replaced when the new one is complete; or a block device.
+    /// A file, which may exist and is then replaced when the new one is complete; or a block
+    /// device.
     Replaced,
     /// A disk that is overwritten; the rest of a larger one stays as it is.
     Existing,

@@ -16,8 +16,8 @@ use crate::tasks;
 /// How often a write that waits for the reader looks whether the job was cancelled.
 const INTERVAL: Duration = Duration::from_millis(50);
 
-/// Appends to standard output. A thread of its own writes, because its reader may never read on, and
-/// that must not keep the job from being cancelled.
+/// Appends to standard output. A thread of its own writes, because its reader may never read on,
+/// and that must not keep the job from being cancelled.
 #[derive(Debug)]
 pub(super) struct OutputStorage {
     state: Mutex<State>,

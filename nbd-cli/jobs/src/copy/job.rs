@@ -190,8 +190,8 @@ impl Job {
         first.unwrap_or_else(|| plan.position())
     }
 
-    /// Restarts the copy at `position` (in bytes), after everything was copied once; returns where it
-    /// begins: at 0 if there is a sum of the bytes in their order.
+    /// Restarts the copy at `position` (in bytes), after everything was copied once; returns where
+    /// it begins: at 0 if there is a sum of the bytes in their order.
     pub(super) async fn begin_again(&self, position: u64) -> Result<u64, JobError> {
         let position = match &self.sum {
             Some(sum) => sum.begin_again(position).await?,

@@ -60,9 +60,9 @@ pub struct Copied {
 ///
 /// # Errors
 ///
-/// If one side cannot be opened, read or written, if both are one export, if the source does not fit, if the checksum is
-/// not the expected one, if the options are out of range, and if the job is cancelled. A new file
-/// is then removed.
+/// If one side cannot be opened, read or written, if both are one export, if the source does not
+/// fit, if the checksum is not the expected one, if the options are out of range, and if the job is
+/// cancelled. A new file is then removed.
 ///
 /// # Cancel safety
 ///

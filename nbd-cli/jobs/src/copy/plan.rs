@@ -25,8 +25,8 @@ pub(crate) struct PlannedRange {
     pub(crate) offset: u64,
     pub(crate) length: u64,
     pub(crate) content: Content,
-    /// The layer of an image that has it, as in [`imgfmt::Extent`]; 0 if a part of it may be another
-    /// layer's; 1 for other sources.
+    /// The layer of an image that has it, as in [`imgfmt::Extent`]; 0 if a part of it may be
+    /// another layer's; 1 for other sources.
     pub(crate) depth: u32,
 }
 

@@ -27,8 +27,8 @@ impl SharedPlan {
     ///
     /// # Cancel safety
     ///
-    /// Not cancel safe: what another program was about to tell is lost, and later calls that need it
-    /// fail.
+    /// Not cancel safe: what another program was about to tell is lost, and later calls that need
+    /// it fail.
     pub(crate) async fn next(
         &self,
         begun: impl Fn(&PlannedRange),

@@ -53,7 +53,8 @@ impl Sum {
         }
     }
 
-    /// Prepares for a copy that begins again at `position`, in bytes; returns where it has to begin.
+    /// Prepares for a copy that begins again at `position`, in bytes; returns where it has to
+    /// begin.
     pub(super) async fn begin_again(&self, position: u64) -> Result<u64, JobError> {
         match self {
             Self::InOrder(sum) => {

@@ -50,8 +50,8 @@ impl Attached {
     ///
     /// # Errors
     ///
-    /// If the kernel has no driver, this process lacks the right to use it, the device is in use, or
-    /// the kernel cannot use the export.
+    /// If the kernel has no driver, this process lacks the right to use it, the device is in use,
+    /// or the kernel cannot use the export.
     ///
     /// # Cancel safety
     ///
@@ -317,9 +317,9 @@ fn note(record: Option<Record>, index: u32, connections: usize) -> Result<Record
     Ok(record)
 }
 
-/// Has the kernel look for partitions, as it does when a device is opened first. Another process opens
-/// it: one that waits for a read of a device cannot be killed, and if this process has to answer the
-/// read, it would keep its image until the device gives up.
+/// Has the kernel look for partitions, as it does when a device is opened first. Another process
+/// opens it: one that waits for a read of a device cannot be killed, and if this process has to
+/// answer the read, it would keep its image until the device gives up.
 fn look_for_partitions(device: PathBuf) {
     let mut open = Command::new("/bin/sh");
     open.args(["-c", ": < \"$0\""]).arg(device);

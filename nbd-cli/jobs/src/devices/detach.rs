@@ -38,8 +38,8 @@ const FORCED: Duration = Duration::from_secs(5);
 pub enum Detached {
     /// It is free, and the process that kept it has closed its image.
     Free,
-    /// It has lost its source, and is free when its user lets go of it: where it is mounted, or what
-    /// has it open. The process that kept it ends then. Only after [`DetachMode::Force`].
+    /// It has lost its source, and is free when its user lets go of it: where it is mounted, or
+    /// what has it open. The process that kept it ends then. Only after [`DetachMode::Force`].
     InUse(String),
 }
 

@@ -1,11 +1,11 @@
 //! Kernel devices (`/dev/nbdX`): attaches them to servers and exports, keeps them connected, lists
 //! and detaches them.
 //!
-//! The kernel's driver is a client of its own. It gets connections after their handshake, and speaks
-//! the transmission phase with simple replies and without TLS. A plain server is left to it: the
-//! requests do not pass through this process, which only makes new connections when the kernel says
-//! that one is dead. Images and servers with TLS are an export of this process, which the kernel
-//! reaches over socket pairs.
+//! The kernel's driver is a client of its own. It gets connections after their handshake, and
+//! speaks the transmission phase with simple replies and without TLS. A plain server is left to it:
+//! the requests do not pass through this process, which only makes new connections when the kernel
+//! says that one is dead. Images and servers with TLS are an export of this process, which the
+//! kernel reaches over socket pairs.
 //!
 //! The kernel keeps the source of a device as its *backend identifier*. A process that attaches the
 //! same source to the same device adopts it: requests that wait for a connection go on.

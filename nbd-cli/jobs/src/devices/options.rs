@@ -19,7 +19,8 @@ const MAX_SOURCE_LEN: usize = 4000;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct AttachOptions {
-    /// The source: a text by which the device is recognised later. The kernel keeps at most 4000 bytes.
+    /// The source: a text by which the device is recognised later. The kernel keeps at most 4000
+    /// bytes.
     pub source: String,
     /// Number of the device. By default the kernel chooses a free one.
     pub device: Option<u32>,

@@ -118,8 +118,8 @@ impl Record {
     }
 }
 
-/// Returns whether the process that kept a device has ended without detaching it. Waits for one that
-/// may be ending.
+/// Returns whether the process that kept a device has ended without detaching it. Waits for one
+/// that may be ending.
 pub(super) fn has_lost_its_keeper(device: u32) -> bool {
     has_lost_its_keeper_in(Path::new(DIRECTORY), device, ENDING)
 }

@@ -50,7 +50,8 @@ impl SysDevice {
         self.directory.join("pid").exists()
     }
 
-    /// Returns what tells one attachment of this device from the next; `None` if it is not attached.
+    /// Returns what tells one attachment of this device from the next; `None` if it is not
+    /// attached.
     pub(super) fn attachment(&self) -> Option<Attachment> {
         Some(Attachment { pid: self.text("pid")?, backend: self.backend() })
     }

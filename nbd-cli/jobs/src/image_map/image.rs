@@ -8,8 +8,8 @@ use imgfmt::{Content, Extent, ExtentKind, GuestOffset, GuestRange, Image, Storag
 
 use super::entry::{Joined, MapEntry};
 
-/// Passes the parts of an image to `each`, in order and without gaps. A part that no layer has is not
-/// present. Blocks while metadata is read.
+/// Passes the parts of an image to `each`, in order and without gaps. A part that no layer has is
+/// not present. Blocks while metadata is read.
 ///
 /// # Errors
 ///

@@ -48,7 +48,8 @@ pub struct BitmapReport {
     pub granularity: u64,
     /// Those of `in-use` and `auto` that are set.
     pub flags: Vec<&'static str>,
-    /// The bitmap to which a checkpoint has moved bits of this one, which is incomplete without them.
+    /// The bitmap to which a checkpoint has moved bits of this one, which is incomplete without
+    /// them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub frozen: Option<String>,
 }

@@ -41,8 +41,8 @@ pub(super) struct Site {
 
 impl Site {
     /// `host` is the only name, beside addresses and localhost, under which browsers may ask: a
-    /// page of another site must not read the status by pointing its own name at this machine. `None`
-    /// allows every name.
+    /// page of another site must not read the status by pointing its own name at this machine.
+    /// `None` allows every name.
     pub(super) const fn new(server: ServerHandle, maps: DiskMaps, host: Option<String>) -> Self {
         Self { server, maps, host }
     }

@@ -27,8 +27,8 @@ pub struct Monitor {
     listener: MonitorListener,
 }
 
-/// A monitor that answers until this is dropped, and holds the exports until then: drop it before the
-/// images have to be closed.
+/// A monitor that answers until this is dropped, and holds the exports until then: drop it before
+/// the images have to be closed.
 pub struct RunningMonitor {
     maps: DiskMaps,
     stop: Option<tokio::sync::oneshot::Sender<()>>,

@@ -1,9 +1,9 @@
 //! [`mount()`]: disks as files, through FUSE.
 //!
-//! A directory shows each disk as a file `disk` and its partitions as `p1`, `p2` and so on, and with
-//! [`MountOptions::files`] the files inside ext4 and FAT file systems, read-only, below `files`.
-//! The kernel's page cache keeps what is read from disks that cannot change; writes go to the image
-//! before they return.
+//! A directory shows each disk as a file `disk` and its partitions as `p1`, `p2` and so on, and
+//! with [`MountOptions::files`] the files inside ext4 and FAT file systems, read-only, below
+//! `files`. The kernel's page cache keeps what is read from disks that cannot change; writes go to
+//! the image before they return.
 
 mod disk;
 mod ext4;

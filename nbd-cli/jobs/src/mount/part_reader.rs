@@ -1,5 +1,5 @@
-//! Reads a part of a disk for a parser of file systems: in blocks that are kept, and only so much for
-//! each request.
+//! Reads a part of a disk for a parser of file systems: in blocks that are kept, and only so much
+//! for each request.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -12,8 +12,8 @@ use super::disk::MountedDisk;
 const BLOCK_LEN: u64 = 16 << 10;
 /// Blocks that are kept: 8 MiB.
 const MAX_BLOCKS: usize = 512;
-/// Reads for one request. To list the largest directory of FAT takes 2^20, and to reach the end of a
-/// file of 4 GiB with the usual clusters 2^21, each of nanoseconds. Tests of damage need less.
+/// Reads for one request. To list the largest directory of FAT takes 2^20, and to reach the end of
+/// a file of 4 GiB with the usual clusters 2^21, each of nanoseconds. Tests of damage need less.
 const MAX_READS: u64 = if cfg!(test) { 1 << 15 } else { 1 << 22 };
 
 /// The reads that a request may still make.

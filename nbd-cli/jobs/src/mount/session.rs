@@ -136,9 +136,9 @@ impl Mounted {
     }
 
     /// Unmounts the directory, if that has not happened, completes the requests in flight, and
-    /// closes the disks: everything that was written is durable then. Programs that still have files
-    /// of the directory open get errors from now on; the connection with the kernel ends when they
-    /// have closed them, or with the process. Blocks.
+    /// closes the disks: everything that was written is durable then. Programs that still have
+    /// files of the directory open get errors from now on; the connection with the kernel ends when
+    /// they have closed them, or with the process. Blocks.
     ///
     /// # Errors
     ///

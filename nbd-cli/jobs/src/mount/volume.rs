@@ -1,8 +1,8 @@
 //! Read-only file systems in partitions, for `--files`.
 //!
-//! Their bytes are a guest's. Each file system has a thread of its own, which carries out one request
-//! after the other; the reads of each request are counted, so that a file system that leads in
-//! circles costs a moment and no more. A panic of a parser makes the request fail, not the
+//! Their bytes are a guest's. Each file system has a thread of its own, which carries out one
+//! request after the other; the reads of each request are counted, so that a file system that leads
+//! in circles costs a moment and no more. A panic of a parser makes the request fail, not the
 //! program.
 
 use std::ops::Range;

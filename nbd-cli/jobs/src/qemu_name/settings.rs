@@ -136,8 +136,8 @@ impl CacheSwitches {
 }
 
 impl DriverSettings {
-    /// Returns the locking of the file; `given` is what the user asks for otherwise, which is stronger
-    /// unless it is automatic.
+    /// Returns the locking of the file; `given` is what the user asks for otherwise, which is
+    /// stronger unless it is automatic.
     pub fn locking_or(&self, given: Locking) -> Locking {
         match (given, self.force_share) {
             (Locking::Auto, true) => Locking::Shared,
@@ -146,8 +146,8 @@ impl DriverSettings {
         }
     }
 
-    /// Checks the settings that depend on the use of the disk; `cache` is the mode that the settings
-    /// override.
+    /// Checks the settings that depend on the use of the disk; `cache` is the mode that the
+    /// settings override.
     ///
     /// # Errors
     ///
@@ -169,7 +169,8 @@ impl DriverSettings {
         check_aio(self.aio, self.cache.applied_to(cache))
     }
 
-    /// Changes the options for opening the image. A locking that the user gives otherwise is stronger.
+    /// Changes the options for opening the image. A locking that the user gives otherwise is
+    /// stronger.
     ///
     /// # Errors
     ///
@@ -267,8 +268,8 @@ impl DriverSettings {
         Ok(())
     }
 
-    /// Removes the options of the driver `qcow2`, except for its files, and refuses those that would
-    /// change the disk.
+    /// Removes the options of the driver `qcow2`, except for its files, and refuses those that
+    /// would change the disk.
     ///
     /// # Errors
     ///

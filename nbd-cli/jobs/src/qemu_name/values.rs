@@ -37,8 +37,9 @@ pub(crate) fn take_size(options: &mut KeyValues, key: &str) -> Result<Option<u64
     }
 }
 
-/// Returns the memory for L2 tables, in bytes, that the options of the driver `qcow2` specify. There
-/// is no separate memory for refcounts: `refcount-cache-size` is subtracted from `cache-size`.
+/// Returns the memory for L2 tables, in bytes, that the options of the driver `qcow2` specify.
+/// There is no separate memory for refcounts: `refcount-cache-size` is subtracted from
+/// `cache-size`.
 pub(super) fn take_metadata_cache(options: &mut KeyValues) -> Result<Option<u64>, String> {
     let both = take_size(options, "cache-size")?;
     let l2 = take_size(options, "l2-cache-size")?;

@@ -19,8 +19,8 @@ impl CommandLineError {
         Self { message: message.into(), is_usage: true }
     }
 
-    /// Returns whether the help tells what is possible: an option is unknown, or lacks its value, or
-    /// there is not exactly one operand.
+    /// Returns whether the help tells what is possible: an option is unknown, or lacks its value,
+    /// or there is not exactly one operand.
     #[must_use]
     pub fn is_usage(&self) -> bool {
         self.is_usage

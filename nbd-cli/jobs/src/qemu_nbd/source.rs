@@ -42,8 +42,8 @@ impl Options {
         self.objects.has_secrets()
     }
 
-    /// Opens the image as an export. Temporary files go to `temporary_directory`, or to the system's.
-    /// Blocks, and must not be called by asynchronous tasks.
+    /// Opens the image as an export. Temporary files go to `temporary_directory`, or to the
+    /// system's. Blocks, and must not be called by asynchronous tasks.
     ///
     /// # Errors
     ///

@@ -1,5 +1,5 @@
-//! Backups of a disk in use: a checkpoint is started, backed up and ended through the control socket
-//! of its server.
+//! Backups of a disk in use: a checkpoint is started, backed up and ended through the control
+//! socket of its server.
 
 use std::path::{Path, PathBuf};
 
@@ -108,8 +108,8 @@ async fn copy(
     work.run_served(&uri, dirty, &described).await.map_err(told_what_next)
 }
 
-/// Returns where the disk of a checkpoint comes from: the identities are those of the backup and, if
-/// its server has one, of the disk.
+/// Returns where the disk of a checkpoint comes from: the identities are those of the backup and,
+/// if its server has one, of the disk.
 fn origin_of((backup, disk): (Uuid, Option<Uuid>), export: &str, work: &Work<'_>) -> DiskOrigin {
     DiskOrigin {
         identity: Some(backup.to_string()),

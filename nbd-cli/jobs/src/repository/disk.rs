@@ -24,9 +24,9 @@ pub fn split_address(text: &str) -> Option<(&str, &str)> {
     is_complete.then_some((repository, backup))
 }
 
-/// Opens a backup, or one disk of it (`NAME@WHICH#DISK`), as a disk that is read only: a raw image. It
-/// is pinned until it is closed or dropped.
-/// Close it where others may still hold it: reads that were given up.
+/// Opens a backup, or one disk of it (`NAME@WHICH#DISK`), as a disk that is read only: a raw image.
+/// It is pinned until it is closed or dropped. Close it where others may still hold it: reads that
+/// were given up.
 ///
 /// # Errors
 ///

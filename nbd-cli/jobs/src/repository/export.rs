@@ -35,20 +35,19 @@ pub struct Exported {
     pub is_new: bool,
 }
 
-/// Exports backups of one disk, oldest first, to a folder. Of a backup of several disks, the head is that
-/// of one of them ([`Head::of_disk`]). Each becomes a qcow2 file with the blocks
-/// that differ from the backup before, which is its backing file. A folder that does not exist is
-/// made.
+/// Exports backups of one disk, oldest first, to a folder. Of a backup of several disks, the head
+/// is that of one of them ([`Head::of_disk`]). Each becomes a qcow2 file with the blocks that
+/// differ from the backup before, which is its backing file. A folder that does not exist is made.
 ///
-/// A file grows as `NAME.partial` and is renamed when it is complete and durable. Files of an earlier
-/// export are kept, and built on; what an interrupted one left is made again. `told` is called for
-/// each file.
+/// A file grows as `NAME.partial` and is renamed when it is complete and durable. Files of an
+/// earlier export are kept, and built on; what an interrupted one left is made again. `told` is
+/// called for each file.
 ///
 /// # Errors
 ///
 /// If the folder cannot be written to or another export uses it, if a file of an earlier export was
-/// changed or what is below it is missing, if a backup is damaged or was forgotten meanwhile, and if
-/// the job is cancelled. The files that were told stay.
+/// changed or what is below it is missing, if a backup is damaged or was forgotten meanwhile, and
+/// if the job is cancelled. The files that were told stay.
 ///
 /// # Cancel safety
 ///

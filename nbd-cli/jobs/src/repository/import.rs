@@ -24,8 +24,8 @@ use crate::{JobContext, JobError};
 pub struct ImportOptions {
     /// The name of the disk in the repository.
     pub name: BackupName,
-    /// How the files are opened: the format of the newest, their passphrases, and the files that they
-    /// may name. By default only those in their directory and below.
+    /// How the files are opened: the format of the newest, their passphrases, and the files that
+    /// they may name. By default only those in their directory and below.
     pub image: OpenOptions,
     /// Reads in flight: 1 to 4096. By default 8, each of at most 1 MiB.
     pub requests: NonZeroUsize,
@@ -59,12 +59,13 @@ pub struct Imported {
     pub added: u64,
 }
 
-/// Imports chains of images, each given by its newest file: every file of a chain, from the bottom to
-/// the top, becomes a backup of the disk that is seen in it, with the time at which it was written last.
+/// Imports chains of images, each given by its newest file: every file of a chain, from the bottom
+/// to the top, becomes a backup of the disk that is seen in it, with the time at which it was
+/// written last.
 ///
-/// A file that a backup made, and that is as that left it, keeps the identities of the backup and of
-/// its disk, and its recorded sum is checked. A file that was imported before is left out, so that an
-/// interrupted import is called again. `told` is called for each file.
+/// A file that a backup made, and that is as that left it, keeps the identities of the backup and
+/// of its disk, and its recorded sum is checked. A file that was imported before is left out, so
+/// that an interrupted import is called again. `told` is called for each file.
 ///
 /// # Errors
 ///
@@ -74,7 +75,8 @@ pub struct Imported {
 ///
 /// # Cancel safety
 ///
-/// Dropping the future leaves whole backups, and packs that the next import of this name uses again.
+/// Dropping the future leaves whole backups, and packs that the next import of this name uses
+/// again.
 pub async fn import_to_repository(
     files: &[PathBuf],
     repository: &Repository,
@@ -186,8 +188,8 @@ impl Import<'_> {
         let identity = layer.backup.as_ref().map(|backup| &backup.identity);
         let origin = DiskOrigin {
             export: identity.map(|identity| identity.export.clone()),
-            // Whether it started again since is not known here: a bitmap is used only by the identity
-            // that its server knows.
+            // Whether it started again since is not known here: a bitmap is used only by the
+            // identity that its server knows.
             bitmap: None,
             identity: identity.map(|identity| identity.id.to_string()),
             disk: identity.and_then(|identity| identity.disk).map(|disk| disk.to_string()),

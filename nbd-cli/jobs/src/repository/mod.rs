@@ -30,8 +30,8 @@ use crate::{JobContext, JobError, JobErrorKind};
 
 /// Makes a backup of a disk in a repository.
 ///
-/// Every backup is complete: none needs another one. Only what the last backup of this name does not
-/// have is sent. A backup that was interrupted is made again, and sends what is missing.
+/// Every backup is complete: none needs another one. Only what the last backup of this name does
+/// not have is sent. A backup that was interrupted is made again, and sends what is missing.
 ///
 /// # Errors
 ///
@@ -94,11 +94,12 @@ pub async fn backup_to_repository(
     }
 }
 
-/// Makes one backup of several disks in a repository: they are listed, forgotten and deleted as one,
-/// and each can be read by itself.
+/// Makes one backup of several disks in a repository: they are listed, forgotten and deleted as
+/// one, and each can be read by itself.
 ///
-/// Disks of one server with a control socket are backed up in their state at one moment. All others are
-/// read one after the other, and must not change meanwhile. If one of them fails, there is no backup.
+/// Disks of one server with a control socket are backed up in their state at one moment. All others
+/// are read one after the other, and must not change meanwhile. If one of them fails, there is no
+/// backup.
 ///
 /// # Errors
 ///

@@ -31,8 +31,8 @@ pub struct RepositoryOptions {
     pub requests: NonZeroUsize,
     /// The name of the disk in the repository.
     pub name: BackupName,
-    /// The bitmap of the server that starts with this backup. If the last backup of this name is the
-    /// one with which it started, only the dirty parts are read.
+    /// The bitmap of the server that starts with this backup. If the last backup of this name is
+    /// the one with which it started, only the dirty parts are read.
     pub bitmap: Option<String>,
     /// Reads the whole disk, whatever the bitmap says.
     pub full: bool,

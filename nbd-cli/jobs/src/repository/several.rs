@@ -18,7 +18,8 @@ use crate::text::printable;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct NamedDisk {
-    /// Its name in the backup: 1 to 128 bytes, without `/`, `@`, `#`, `=`, `:` and control characters.
+    /// Its name in the backup: 1 to 128 bytes, without `/`, `@`, `#`, `=`, `:` and control
+    /// characters.
     pub name: String,
     /// Where it is read.
     pub disk: DiskToBackUp,

@@ -8,8 +8,8 @@ use nbd_client::Connector;
 /// End of the magic number of an ISO 9660 file system.
 const HEAD_LENGTH: u64 = 32_768 + 6;
 
-/// Reads the beginning of an export and names the kind of its content. Returns `None` on failure: the
-/// rest of a report is still valid.
+/// Reads the beginning of an export and names the kind of its content. Returns `None` on failure:
+/// the rest of a report is still valid.
 ///
 /// # Cancel safety
 ///

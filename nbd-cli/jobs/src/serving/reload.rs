@@ -57,15 +57,15 @@ pub struct Changes<T> {
 }
 
 impl<T: Clone> Configuration<T> {
-    /// Compares this configuration, which is in effect, with a new one. What cannot change while the
-    /// server runs keeps its old value in `new`, so that the next comparison is with what is in
-    /// effect. `served` are the names of all exports of the server, and `leaving` are exports that were
-    /// removed and are not closed, because clients still use them.
+    /// Compares this configuration, which is in effect, with a new one. What cannot change while
+    /// the server runs keeps its old value in `new`, so that the next comparison is with what is in
+    /// effect. `served` are the names of all exports of the server, and `leaving` are exports that
+    /// were removed and are not closed, because clients still use them.
     ///
     /// # Errors
     ///
-    /// If a new export has the name of one that is not of a configuration, or the source of one that
-    /// is removed or leaving.
+    /// If a new export has the name of one that is not of a configuration, or the source of one
+    /// that is removed or leaving.
     pub fn changes_to(
         &self,
         new: &mut Self,

@@ -18,8 +18,8 @@ use crate::qemu_name::{self, NameInImage, NamedImage};
 use crate::size::ByteSize;
 
 impl ServeOptions {
-    /// Opens the source of an export: a path, `memory:SIZE`, the URI of an export of another server, or
-    /// one of QEMU's names of it. Blocks, and must not be called by asynchronous tasks.
+    /// Opens the source of an export: a path, `memory:SIZE`, the URI of an export of another
+    /// server, or one of QEMU's names of it. Blocks, and must not be called by asynchronous tasks.
     ///
     /// ```
     /// use nbd_jobs::serving::{ServeOptions, Writes};
@@ -33,8 +33,8 @@ impl ServeOptions {
     ///
     /// # Errors
     ///
-    /// If the source is malformed, or cannot be opened with these options. Options that would help have
-    /// their names in `nbd-cli serve`.
+    /// If the source is malformed, or cannot be opened with these options. Options that would help
+    /// have their names in `nbd-cli serve`.
     pub fn open_source(&self, source: &OsStr) -> Result<OpenedExport, JobError> {
         if let Some(size) = memory_size(source) {
             return Ok(OpenedExport::without_image(memory(source, size, self)?));
@@ -51,8 +51,8 @@ impl ServeOptions {
         self.open(qemu_name::path_in(source)).map_err(|error| explained(error, self))
     }
 
-    /// Makes an export of the image in an object of a store. Blocks, and must not be called by asynchronous
-    /// tasks.
+    /// Makes an export of the image in an object of a store. Blocks, and must not be called by
+    /// asynchronous tasks.
     ///
     /// # Errors
     ///
@@ -97,7 +97,8 @@ pub fn source_uri(source: &OsStr) -> Option<Result<NbdUri, JobError>> {
     Some(uri.map_err(|error| JobError::source(format!("cannot use the source '{text}': {error}"))))
 }
 
-/// Splits `NAME=SOURCE`; without a name all of it is the source. The text before the `=` is not a name if it is a path or a URI.
+/// Splits `NAME=SOURCE`; without a name all of it is the source. The text before the `=` is not a
+/// name if it is a path or a URI.
 pub fn split_name(source: &OsStr) -> (Option<&str>, &OsStr) {
     let is_name = |text: &str| {
         qemu_name::is_name_of_server(text)

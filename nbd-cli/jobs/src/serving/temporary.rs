@@ -20,8 +20,8 @@ use crate::error::{JobError, JobErrorKind};
 /// The backing file's name in an overlay over storage without a file name.
 const SCHEME: &str = "served";
 
-/// Opens a temporary overlay of an image. Its file has no name any more on return. The policy of the
-/// options applies to the files below it, too; `directory` is where the file is.
+/// Opens a temporary overlay of an image. Its file has no name any more on return. The policy of
+/// the options applies to the files below it, too; `directory` is where the file is.
 pub(super) fn temporary(
     source: &Path,
     options: &OpenOptions,

@@ -11,9 +11,9 @@
 //!
 //! Descriptors travel over the same unix socket. The control socket is among them, so that it has a
 //! listener at every moment: clients that connect meanwhile are served by the program that goes on.
-//! Only one of both has the images open. Until SERVING the predecessor can go on: it says ABANDONED,
-//! waits until the successor has closed the connection, and opens its images again. A successor that
-//! is READY and loses the predecessor serves, because no other program does.
+//! Only one of both has the images open. Until SERVING the predecessor can go on: it says
+//! ABANDONED, waits until the successor has closed the connection, and opens its images again. A
+//! successor that is READY and loses the predecessor serves, because no other program does.
 
 mod predecessor;
 mod successor;
@@ -27,8 +27,8 @@ use std::time::Duration;
 pub use self::predecessor::Successor;
 pub use self::successor::{Predecessor, TakenOver};
 
-/// The service manager that has started a server, and wants to hear from its successor: a program that
-/// it has not started as the main process of a service has no such environment.
+/// The service manager that has started a server, and wants to hear from its successor: a program
+/// that it has not started as the main process of a service has no such environment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ServiceManager {

@@ -44,8 +44,8 @@ impl Successor {
         u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()
     }
 
-    /// Hands everything over, also the listening socket `control`, and waits until the successor has
-    /// opened its images. Those of this process are `closed` by now.
+    /// Hands everything over, also the listening socket `control`, and waits until the successor
+    /// has opened its images. Those of this process are `closed` by now.
     ///
     /// # Errors
     ///

@@ -33,7 +33,8 @@ pub struct TakenOver {
     pub(crate) disks: BTreeMap<String, DiskFiles>,
     /// The service manager of the other server, if it has one.
     pub manager: Option<ServiceManager>,
-    /// Its control socket, for [`ControlSocket::adopt`](crate::control::server::ControlSocket::adopt).
+    /// Its control socket, for
+    /// [`ControlSocket::adopt`](crate::control::server::ControlSocket::adopt).
     pub control: Option<PausedListener>,
 }
 
@@ -43,7 +44,8 @@ impl TakenOver {
     ///
     /// # Errors
     ///
-    /// If the other server has another disk of that name, or does not tell which disk a client uses.
+    /// If the other server has another disk of that name, or does not tell which disk a client
+    /// uses.
     pub fn name_default(&mut self, exports: &[String]) -> Result<(), JobError> {
         let name_of = |it: &PausedConnection| it.state.negotiated.export_name.clone();
         let mut names = self.connections.iter().map(name_of);
@@ -111,13 +113,14 @@ pub struct Predecessor {
 }
 
 impl Predecessor {
-    /// Asks the server with this control socket to hand over, and waits until it has: its images are
-    /// closed then. Blocks, for at most two minutes between two of its answers.
+    /// Asks the server with this control socket to hand over, and waits until it has: its images
+    /// are closed then. Blocks, for at most two minutes between two of its answers.
     ///
     /// # Errors
     ///
-    /// If no server listens or answers in time, or one of another user than this process's and root, who could have
-    /// this process remove files and serve what it likes; or the server's reason not to hand over. It goes on then.
+    /// If no server listens or answers in time, or one of another user than this process's and
+    /// root, who could have this process remove files and serve what it likes; or the server's
+    /// reason not to hand over. It goes on then.
     pub fn begin(control: &Path) -> Result<(Self, TakenOver), JobError> {
         Self::begin_within(control, TIME_TO_HAND_OVER)
     }

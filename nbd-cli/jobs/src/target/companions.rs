@@ -38,8 +38,8 @@ impl Companion {
     }
 }
 
-/// Names the files. If some take the place of others, the file `whole` is removed first, which `old` says
-/// is the one to be replaced: it would show parts of two disks in between.
+/// Names the files. If some take the place of others, the file `whole` is removed first, which
+/// `old` says is the one to be replaced: it would show parts of two disks in between.
 ///
 /// # Errors
 ///

@@ -43,8 +43,8 @@ pub enum Existing {
 ///
 /// # Errors
 ///
-/// If it is a directory, a dangling link, or an object without contents: those are never replaced. If
-/// it is a device that does not exist.
+/// If it is a directory, a dangling link, or an object without contents: those are never replaced.
+/// If it is a device that does not exist.
 pub fn look(path: &Path) -> Result<Existing, JobError> {
     let name = path.display();
     let refuse =
@@ -142,8 +142,9 @@ impl NewFile {
         }
     }
 
-    /// As [`begin`](Self::begin), but a file of that name may exist: it stays as it is until the new one
-    /// is complete, which then takes its name, its owner and its permissions. It is locked until then.
+    /// As [`begin`](Self::begin), but a file of that name may exist: it stays as it is until the
+    /// new one is complete, which then takes its name, its owner and its permissions. It is locked
+    /// until then.
     ///
     /// # Errors
     ///
@@ -249,13 +250,13 @@ impl NewFile {
         self.add(Companion::named(path));
     }
 
-    /// Adds the files with the data of a new image that has just been created in this one, if they are
-    /// files of their own: they are named, or removed, with it.
+    /// Adds the files with the data of a new image that has just been created in this one, if they
+    /// are files of their own: they are named, or removed, with it.
     ///
     /// # Errors
     ///
-    /// If there are files of their names, unless this one replaces an image of which they are parts: then,
-    /// if they are in use or cannot be replaced.
+    /// If there are files of their names, unless this one replaces an image of which they are
+    /// parts: then, if they are in use or cannot be replaced.
     pub fn add_extents(&mut self, image: &Image, locking: Locking) -> Result<(), JobError> {
         // Whatever happens, they do not stay.
         image.own_files().into_iter().skip(1).for_each(|made| self.add(Companion::part(made)));

@@ -54,7 +54,8 @@ impl fmt::Display for WatchSource {
 
 impl WatchSource {
     /// Asks for the numbers. Blocks, at most for `limit` for connecting and as long again for the
-    /// answer, or without an end if that is zero. The time for looking up the name of a host is extra.
+    /// answer, or without an end if that is zero. The time for looking up the name of a host is
+    /// extra.
     ///
     /// # Errors
     ///

@@ -24,8 +24,8 @@ pub enum LineKind {
     Heads,
 }
 
-/// Returns the lines for a terminal of that many columns. `rows` is the most lines; without it there
-/// are all. Long names go beyond the last column.
+/// Returns the lines for a terminal of that many columns. `rows` is the most lines; without it
+/// there are all. Long names go beyond the last column.
 pub fn table(activity: &Activity, columns: usize, rows: Option<usize>) -> Vec<Line> {
     let is_wide = columns >= WIDE;
     let mut lines = summary(activity).map(plain).to_vec();

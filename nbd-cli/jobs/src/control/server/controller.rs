@@ -129,8 +129,8 @@ impl Controller {
         *self.open_timeout.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sets the function that returns the URIs of an export by its name; clients receive them for new
-    /// exports and views. By default there are none.
+    /// Sets the function that returns the URIs of an export by its name; clients receive them for
+    /// new exports and views. By default there are none.
     #[must_use]
     pub fn uris(mut self, uris: impl Fn(&str) -> Vec<String> + Send + Sync + 'static) -> Self {
         self.uris = Box::new(uris);
@@ -308,8 +308,8 @@ impl Controller {
         }
     }
 
-    /// Waits until no other request is about a disk, for `limit` at most, or without an end if that is
-    /// zero. Returns the disks as well, so that the next step can look at this one.
+    /// Waits until no other request is about a disk, for `limit` at most, or without an end if that
+    /// is zero. Returns the disks as well, so that the next step can look at this one.
     pub(super) async fn turn(
         &self,
         export: &str,

@@ -115,8 +115,8 @@ impl ServedDisk {
         self
     }
 
-    /// Sets the notation of the source by which it is compared with that of another program, and what
-    /// is served of it, such as a part or a snapshot, in words.
+    /// Sets the notation of the source by which it is compared with that of another program, and
+    /// what is served of it, such as a part or a snapshot, in words.
     #[must_use]
     pub fn identified_by(mut self, source: impl Into<String>, view: impl Into<String>) -> Self {
         self.identity = (source.into(), view.into());
@@ -228,8 +228,8 @@ impl ServedDisks {
         }
     }
 
-    /// Remembers a disk that is closed elsewhere, or when its last client leaves: until then no other
-    /// program must open it.
+    /// Remembers a disk that is closed elsewhere, or when its last client leaves: until then no
+    /// other program must open it.
     pub(super) fn note_closing(&mut self, name: &str, disk: &ServedDisk) {
         self.closing.retain(|(_, open)| open.strong_count() > 0);
         self.closing.extend(disk.image.as_ref().map(|image| (name.to_owned(), image.open())));
@@ -263,8 +263,8 @@ impl ServedDisks {
         Self { disks, closing, is_suspended: false }
     }
 
-    /// Refuses disks that are not those of another server, by the names of their exports. Names that
-    /// only one of both has are none of its concern.
+    /// Refuses disks that are not those of another server, by the names of their exports. Names
+    /// that only one of both has are none of its concern.
     ///
     /// # Errors
     ///

@@ -50,8 +50,8 @@ impl DiskFiles {
         Self { files, is_all, ..Self::default() }
     }
 
-    /// Holds the files, without opening or locking them: until this is dropped, no new file gets the
-    /// inode number of one that is removed.
+    /// Holds the files, without opening or locking them: until this is dropped, no new file gets
+    /// the inode number of one that is removed.
     pub(super) fn pins(&self) -> Vec<OwnedFd> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let pin = |file: &DiskFile| rustix::fs::open(&file.path, flags, Mode::empty()).ok();

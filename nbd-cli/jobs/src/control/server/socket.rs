@@ -72,8 +72,8 @@ impl ControlSocket {
         open().map_err(|error| ControlSocketError::Unusable { path: path.to_path_buf(), error })
     }
 
-    /// Releases the socket with its file, for another server: clients that connect meanwhile wait for
-    /// that.
+    /// Releases the socket with its file, for another server: clients that connect meanwhile wait
+    /// for that.
     ///
     /// # Errors
     ///
@@ -119,8 +119,8 @@ impl ControlSocket {
     ///
     /// # Cancel safety
     ///
-    /// Safe: no further clients are served until it is called again. Requests that have been received
-    /// are still carried out.
+    /// Safe: no further clients are served until it is called again. Requests that have been
+    /// received are still carried out.
     pub async fn serve(&self, controller: Arc<Controller>) {
         let slots = ClientSlots::default();
         loop {

@@ -1,8 +1,8 @@
 //! Checkpoints that start at one moment: while no disk is written to.
 //!
 //! Each disk has a thread that waits for its writes in flight, holds others back and changes its
-//! bitmap. When all are ready, all checkpoints start. If one fails or takes too long, none does: each
-//! thread undoes its change and lets writes go on, as soon as its disk answers.
+//! bitmap. When all are ready, all checkpoints start. If one fails or takes too long, none does:
+//! each thread undoes its change and lets writes go on, as soon as its disk answers.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

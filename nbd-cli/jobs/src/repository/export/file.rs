@@ -46,8 +46,8 @@ pub(super) struct Base {
 }
 
 impl Base {
-    /// Returns whether a file of such a disk can be made upon it. An image ends at a multiple of 512:
-    /// behind the end of a smaller disk, the data of a larger one would be seen there.
+    /// Returns whether a file of such a disk can be made upon it. An image ends at a multiple of
+    /// 512: behind the end of a smaller disk, the data of a larger one would be seen there.
     pub(super) fn fits(&self, head: &Head) -> bool {
         self.head.size <= head.size || head.size.is_multiple_of(512)
     }
@@ -83,8 +83,8 @@ impl New<'_> {
         }
         identity.disk = self.head.origin.disk.as_deref().and_then(|text| text.parse().ok());
         identity.content = content;
-        // No name of an export: which backups were made since, and whether a bitmap started again, is
-        // known to a server that knows the identity, and not to the files of this folder.
+        // No name of an export: which backups were made since, and whether a bitmap started again,
+        // is known to a server that knows the identity, and not to the files of this folder.
         identity.export = format!("{}@{} in a repository", self.head.name, self.id);
         let path = new.path().to_owned();
         let time = UNIX_EPOCH.checked_add(Duration::from_millis(self.head.time));

@@ -65,9 +65,9 @@ impl Chain {
         Ok(Self { image, options: options.clone(), files, backups })
     }
 
-    /// Returns when each file was written last, in milliseconds since 1970, from the bottom to the top.
-    /// What copies and clocks have made of these times is put in the order of the chain: no file has
-    /// changed since there is one above it.
+    /// Returns when each file was written last, in milliseconds since 1970, from the bottom to the
+    /// top. What copies and clocks have made of these times is put in the order of the chain: no
+    /// file has changed since there is one above it.
     pub(super) fn times(&self) -> Result<Vec<u64>, JobError> {
         let mut times = Vec::new();
         let mut latest = milliseconds(SystemTime::now());
@@ -98,8 +98,8 @@ impl Chain {
         Ok(Layer { image: Arc::new(image), path, what, backup, snapshots })
     }
 
-    /// Checks that a file, counted from the bottom, has what the backup that it is put into it, and is
-    /// upon the right one. Reads all of it. Blocks.
+    /// Checks that a file, counted from the bottom, has what the backup that it is put into it, and
+    /// is upon the right one. Reads all of it. Blocks.
     pub(super) fn check(&self, number: usize, context: &JobContext) -> Result<(), JobError> {
         let depth = self.files.len() - 1 - number;
         let layers = (&*self.backups, depth);
@@ -138,8 +138,8 @@ impl Layer {
     }
 }
 
-/// Returns a hash of what tells a chain of files from all others: the length, the time and the header
-/// of each.
+/// Returns a hash of what tells a chain of files from all others: the length, the time and the
+/// header of each.
 fn what_it_is(image: &Image) -> Result<String, JobError> {
     let mut hash = Sha256::new();
     hash.update(&image.size().to_le_bytes());
