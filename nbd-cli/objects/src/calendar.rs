@@ -31,7 +31,8 @@ pub(crate) fn of_s3(text: &str) -> Option<u64> {
     u64::try_from(DateTime::parse_from_rfc3339(text).ok()?.timestamp()).ok()
 }
 
-/// The seconds from 1970 to a date of HTTP (RFC 9110, section 5.6.7): Sat, 28 Nov 2026 10:51:55 GMT.
+/// The seconds from 1970 to a date of HTTP (RFC 9110, section 5.6.7): Sat, 28 Nov 2026 10:51:55
+/// GMT.
 pub(crate) fn of_http(text: &str) -> Option<u64> {
     u64::try_from(DateTime::parse_from_rfc2822(text).ok()?.timestamp()).ok()
 }

@@ -15,7 +15,8 @@ pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 static RUNTIME: Mutex<Option<Runtime>> = Mutex::new(None);
 
-/// Hides the type of a future: for each type that is spawned, the runtime has some kilobytes of code.
+/// Hides the type of a future: for each type that is spawned, the runtime has some kilobytes of
+/// code.
 pub(crate) fn boxed<T>(
     future: impl Future<Output = T> + Send + 'static,
 ) -> Pin<Box<dyn Future<Output = T> + Send>> {

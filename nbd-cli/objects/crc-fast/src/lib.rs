@@ -1,9 +1,9 @@
 //! CRC-64/NVME, in place of the crate `crc-fast` of the registry.
 //!
-//! `object_store` can send this checksum with an upload to S3, and takes it from `crc-fast`, which has
-//! all CRCs in use, each for several kinds of processors: 0.7 MiB of the program. Uploads of
-//! `nbd-objects` are checked by SHA-256, so this code does not run. It is right all the same, in case
-//! that a configuration asks for it, but not fast: it takes a byte at a time.
+//! `object_store` can send this checksum with an upload to S3, and takes it from `crc-fast`, which
+//! has all CRCs in use, each for several kinds of processors: 0.7 MiB of the program. Uploads of
+//! `nbd-objects` are checked by SHA-256, so this code does not run. It is right all the same, in
+//! case that a configuration asks for it, but not fast: it takes a byte at a time.
 //!
 //! The manifest of the workspace puts it in the other's place (`[patch.crates-io]`). Products that
 //! take `nbd-objects` from the registry are not concerned.
@@ -70,7 +70,8 @@ impl Digest {
 mod tests {
     use super::*;
 
-    /// The specification's check values (NVM Express, NVM Command Set, 5.2.1.3.4) and the catalogue's.
+    /// The specification's check values (NVM Express, NVM Command Set, 5.2.1.3.4) and the
+    /// catalogue's.
     #[test]
     fn the_published_values() {
         let crc = |parts: &[&[u8]]| {

@@ -25,8 +25,8 @@ pub enum Reads {
     /// Again and again: all blocks are kept on the local disk.
     #[default]
     Again,
-    /// Once, in order: blocks are kept in memory until they have been read, and on the local disk only
-    /// if that is long.
+    /// Once, in order: blocks are kept in memory until they have been read, and on the local disk
+    /// only if that is long.
     Once,
 }
 

@@ -72,8 +72,8 @@ impl ObjectCache {
         &self.runtime
     }
 
-    /// Blocks that are read ahead for one reader, at most: a small cache has to keep them until they
-    /// are read. None if they would be lost.
+    /// Blocks that are read ahead for one reader, at most: a small cache has to keep them until
+    /// they are read. None if they would be lost.
     pub(super) fn ahead_max(&self) -> u64 {
         match self.held {
             Some(_) => AHEAD_MAX,
@@ -134,8 +134,8 @@ impl ObjectCache {
         Err(StoreError::new(StoreErrorKind::Unavailable, why))
     }
 
-    /// Keeps a block: readers find it with the request until it is in the cache. A block that is read
-    /// once need not come there.
+    /// Keeps a block: readers find it with the request until it is in the cache. A block that is
+    /// read once need not come there.
     async fn land(&self, landed: Landed, keeping: &mut VecDeque<JoinHandle<()>>) {
         let landed = match &self.held {
             Some(held) => held.hold(landed),

@@ -9,8 +9,8 @@ use super::sequences::AHEAD_MAX;
 /// Most blocks: 64 MiB, what two readers have ahead.
 const HELD_MAX: usize = 2 * AHEAD_MAX as usize;
 
-/// Most of them that have been read: 8 MiB. Another reader may be a little behind, and of a part that
-/// was read the rest may be wanted.
+/// Most of them that have been read: 8 MiB. Another reader may be a little behind, and of a part
+/// that was read the rest may be wanted.
 const READ_MAX: usize = 32;
 
 /// The blocks, in the order in which they arrived.

@@ -1,4 +1,5 @@
-//! Memory of blocks, which is used again: the first use of a page costs more than what is done with it.
+//! Memory of blocks, which is used again: the first use of a page costs more than what is done with
+//! it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 

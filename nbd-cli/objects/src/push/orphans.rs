@@ -14,8 +14,8 @@ use crate::uploads::{Listed, Upload};
 const BEGINS_WITHIN: u64 = 10;
 
 impl Target {
-    /// Returns which uploads there are before this push begins its own; `None` if the store does not
-    /// tell.
+    /// Returns which uploads there are before this push begins its own; `None` if the store does
+    /// not tell.
     pub(super) async fn intent(&self) -> Option<Intent> {
         let listed = self.listed().await?;
         let others = listed.uploads.into_iter().map(|upload| upload.id).collect();

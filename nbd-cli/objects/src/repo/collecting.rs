@@ -201,8 +201,8 @@ impl Repository {
     ///
     /// # Errors
     ///
-    /// If a backup or a pin cannot be read: nothing is deleted then, because it is not known what it
-    /// needs; and as for all requests to the store.
+    /// If a backup or a pin cannot be read: nothing is deleted then, because it is not known what
+    /// it needs; and as for all requests to the store.
     ///
     /// # Cancel safety
     ///

@@ -11,8 +11,8 @@ use super::page::{DISK_SIZE_MAX, PAGE_SPAN};
 const NAME_LEN_MAX: usize = 128;
 /// Most disks of a backup.
 pub const DISKS_MAX: usize = 128;
-/// Room behind a disk, in bytes: as much as it has, but at least and at most this. What it needs of the
-/// map is nearly nothing, and a disk that grows into it stays where it is.
+/// Room behind a disk, in bytes: as much as it has, but at least and at most this. What it needs of
+/// the map is nearly nothing, and a disk that grows into it stays where it is.
 const ROOM: (u64, u64) = (1 << 30, 1 << 40);
 
 /// Where a disk comes from, and what its server knows of it.
@@ -55,9 +55,9 @@ impl DiskHead {
     }
 }
 
-/// Sets where each disk begins, and sorts them by that; returns where the last one ends. A disk that
-/// `base` has by the same name stays where it is there, if it fits: then what did not change is found.
-/// `None` if all together are too large.
+/// Sets where each disk begins, and sorts them by that; returns where the last one ends. A disk
+/// that `base` has by the same name stays where it is there, if it fits: then what did not change
+/// is found. `None` if all together are too large.
 pub fn lay_out(disks: &mut Vec<DiskHead>, base: &[DiskHead]) -> Option<u64> {
     let (laid_out, end) = place(disks, base, ROOM).or_else(|| place(disks, &[], (0, 0)))?;
     *disks = laid_out;

@@ -13,8 +13,8 @@ pub struct Head {
     pub name: String,
     /// Size of the disk, in bytes.
     pub size: u64,
-    /// When the backup was begun, in milliseconds since 1970; of an imported one, when its image was
-    /// written last.
+    /// When the backup was begun, in milliseconds since 1970; of an imported one, when its image
+    /// was written last.
     pub time: u64,
     /// Where the disk comes from, if it has only one.
     #[serde(flatten)]
@@ -22,8 +22,8 @@ pub struct Head {
     /// What an imported image was, so that it is not imported again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub imported: Option<String>,
-    /// The disks, if it has several. Then `size` is where the last one ends, and what is recorded of
-    /// one disk is with them.
+    /// The disks, if it has several. Then `size` is where the last one ends, and what is recorded
+    /// of one disk is with them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskHead>,
     /// Bytes of the disk that are not zero, in whole blocks.
@@ -45,8 +45,8 @@ impl Head {
         }
     }
 
-    /// Returns what the backup is of one disk: of that of this name, if it has several. Its name is then
-    /// `NAME#DISK`, and it has only this disk.
+    /// Returns what the backup is of one disk: of that of this name, if it has several. Its name is
+    /// then `NAME#DISK`, and it has only this disk.
     ///
     /// # Errors
     ///

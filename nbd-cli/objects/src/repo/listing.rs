@@ -108,9 +108,9 @@ impl Repository {
         }
     }
 
-    /// Finds the disk that a text names: a backup as for [`find`](Self::find), and `#DISK` behind it
-    /// where a backup has several disks. Returns the name of the disk, too; whether there is one is not
-    /// looked at.
+    /// Finds the disk that a text names: a backup as for [`find`](Self::find), and `#DISK` behind
+    /// it where a backup has several disks. Returns the name of the disk, too; whether there is one
+    /// is not looked at.
     ///
     /// # Errors
     ///
@@ -178,7 +178,8 @@ impl Repository {
     }
 }
 
-/// Splits the name of a disk off. The name of a backup has no `@`, and that of a disk no `#` either.
+/// Splits the name of a disk off. The name of a backup has no `@`, and that of a disk no `#`
+/// either.
 fn split_disk<'a>(text: &'a str, all: &[BackupInfo]) -> (&'a str, Option<&'a str>) {
     let is_whole = |text: &str| {
         !text.contains('@') && all.iter().any(|it| it.head.as_ref().is_ok_and(|it| it.name == text))

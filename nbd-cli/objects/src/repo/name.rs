@@ -11,7 +11,8 @@ const NAME_LEN_MAX: usize = 1024;
 
 /// The name of new backups: one that `backup:REPOSITORY/NAME@WHICH#DISK` can name.
 ///
-/// Earlier versions also made backups with other names, so what is found in a repository is any text.
+/// Earlier versions also made backups with other names, so what is found in a repository is any
+/// text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackupName(String);
 

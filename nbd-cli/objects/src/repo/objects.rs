@@ -112,8 +112,8 @@ impl Objects {
         found.bytes().await.map(Some).map_err(failed)
     }
 
-    /// Reads an object that is neither a backup nor a list; `None` if there is none. One that is too
-    /// long is damaged, and as good as an empty one.
+    /// Reads an object that is neither a backup nor a list; `None` if there is none. One that is
+    /// too long is damaged, and as good as an empty one.
     pub(crate) async fn read_small(&self, key: Key) -> Result<Option<Bytes>> {
         match self.read(&key.to_string(), SMALL_LEN_MAX).await {
             Err(error) if error.kind() == RepositoryErrorKind::Damaged => Ok(Some(Bytes::new())),

@@ -92,7 +92,8 @@ impl Repository {
     ///
     /// # Errors
     ///
-    /// If it was forgotten or is damaged, if it has several disks, and as for all requests to the store.
+    /// If it was forgotten or is damaged, if it has several disks, and as for all requests to the
+    /// store.
     pub async fn read(&self, id: Id, damage: Damage) -> Result<OpenBackup> {
         self.read_disk(id, None, damage).await
     }
@@ -326,8 +327,8 @@ impl OpenBackup {
         (offset / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE), length)
     }
 
-    /// Returns the kind of the bytes at an offset of the backup, and an offset up to which it is the
-    /// same. Reads one page of the map at most: `None` if it would need another one.
+    /// Returns the kind of the bytes at an offset of the backup, and an offset up to which it is
+    /// the same. Reads one page of the map at most: `None` if it would need another one.
     fn kind_at(&self, offset: u64, may_wait: &mut bool) -> Option<(ExtentKind, u64)> {
         let map = &self.disk.map;
         let page_end = (offset / PAGE_SPAN + 1) * PAGE_SPAN;

@@ -271,8 +271,8 @@ async fn find_key(
     Ok(None)
 }
 
-/// Creates `repo.json`; returns whether it is this one. A create is not repeated by the client of the
-/// store, and its reply may be lost although the object was written: then it is found.
+/// Creates `repo.json`; returns whether it is this one. A create is not repeated by the client of
+/// the store, and its reply may be lost although the object was written: then it is found.
 async fn create_config(objects: &Objects, content: Bytes) -> Result<bool> {
     let created = objects.create(CONFIG_NAME, content.clone()).await;
     let failure = match created {

@@ -15,8 +15,8 @@ use super::reader::Reader;
 use super::seal::{FramePlace, Hash, OVERHEAD, ROOT, Sealer};
 use super::stored::{Stored, push, stored};
 
-/// The first bytes of every object of a backup. The version follows: 2 if it has several disks, which
-/// older programs would take for one, and 3 for a compaction.
+/// The first bytes of every object of a backup. The version follows: 2 if it has several disks,
+/// which older programs would take for one, and 3 for a compaction.
 const MAGIC: &[u8; 7] = b"nbdroot";
 /// Where the kind is.
 const KIND: usize = 8;

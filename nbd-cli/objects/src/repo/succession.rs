@@ -85,8 +85,8 @@ impl Repository {
         self.set_last(name, last).await
     }
 
-    /// As [`succeed`](Self::succeed), where nothing depends on it, or where the store cannot do better:
-    /// two that do this at the same moment may both take themselves for the last one.
+    /// As [`succeed`](Self::succeed), where nothing depends on it, or where the store cannot do
+    /// better: two that do this at the same moment may both take themselves for the last one.
     pub(super) async fn name_last(
         &self,
         name: &str,

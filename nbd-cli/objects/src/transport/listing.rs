@@ -1,7 +1,8 @@
 //! Lists of objects.
 //!
-//! The client of the store takes any text for a list, an empty one if it finds no objects in it, and
-//! the page of a proxy, too. A collector deletes what is not listed, so its lists have to be complete.
+//! The client of the store takes any text for a list, an empty one if it finds no objects in it,
+//! and the page of a proxy, too. A collector deletes what is not listed, so its lists have to be
+//! complete.
 
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
@@ -11,8 +12,8 @@ use object_store::client::{HttpError, HttpErrorKind, HttpRequest};
 use super::body::ReplyBody;
 use super::failure::failed;
 
-/// Longest list, in bytes: it has at most 1000 objects, and no key is longer than 1024 bytes, each of
-/// which XML may write as six.
+/// Longest list, in bytes: it has at most 1000 objects, and no key is longer than 1024 bytes, each
+/// of which XML may write as six.
 pub(super) const LIST_MAX: u64 = 16 << 20;
 
 /// Returns whether a request asks for a list.

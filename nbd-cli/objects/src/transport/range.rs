@@ -23,8 +23,9 @@ pub(super) fn length((first, last): Bounds) -> Option<u64> {
     last.checked_sub(first)?.checked_add(1)
 }
 
-/// Adds to a reply what the client of the store wants to be told, where it follows from the rest. The
-/// length of its body, in bytes, is known if it does not come in chunks or until the connection ends.
+/// Adds to a reply what the client of the store wants to be told, where it follows from the rest.
+/// The length of its body, in bytes, is known if it does not come in chunks or until the connection
+/// ends.
 ///
 /// # Errors
 ///

@@ -32,11 +32,11 @@ use super::{RENEWAL, ended};
 
 /// Pages that are read at a time.
 const PAGES: usize = 128;
-/// Pages that are known to be counted, at least: those of 27 TiB, in at most 54 MiB. Others are read
-/// and counted once more, to the same end.
+/// Pages that are known to be counted, at least: those of 27 TiB, in at most 54 MiB. Others are
+/// read and counted once more, to the same end.
 const PAGES_SEEN: usize = 900_000;
-/// Most frames that are moved by one compaction, and most of the latest ones that are known: a little
-/// less than tables of 2^20 places hold, which take 72 and 61 MiB.
+/// Most frames that are moved by one compaction, and most of the latest ones that are known: a
+/// little less than tables of 2^20 places hold, which take 72 and 61 MiB.
 const FRAMES_MAX: usize = 900_000;
 /// Bytes of maps after which a compaction is committed, and another one begun.
 const MAPS_LEN: usize = 64 << 20;

@@ -30,8 +30,8 @@ pub struct NewBackup {
     pub time: Option<u64>,
     /// What is recorded of an imported image, so that it is not imported again.
     pub imported: Option<String>,
-    /// The disks, if there are several, where [`lay_out`](super::super::lay_out) puts them: then `size`
-    /// is where the last one ends. What is between them is given as zeroes.
+    /// The disks, if there are several, where [`lay_out`](super::super::lay_out) puts them: then
+    /// `size` is where the last one ends. What is between them is given as zeroes.
     pub disks: Vec<DiskHead>,
     /// The backup on which this one builds: what is equal there is not sent again.
     pub base: Option<Id>,

@@ -3,7 +3,8 @@
 //!
 //! With `NBD_SEARCH=complete` all searches are complete; otherwise the largest ones begin later, or
 //! try a number of orders. This takes minutes, and memory, without optimisation much more:
-//! `NBD_SEARCH=complete cargo test --release -p nbd-objects search -- --nocapture --test-threads 1`.
+//! `NBD_SEARCH=complete cargo test --release -p nbd-objects search -- --nocapture --test-threads
+//! 1`.
 
 mod actors;
 mod collecting;

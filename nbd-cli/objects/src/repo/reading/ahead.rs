@@ -1,8 +1,8 @@
 //! What is read ahead of a reader that goes through a disk in order.
 //!
 //! Its first reads double a window, whose blocks are fetched together with those that it asked for.
-//! When the window has its full length, whole packs are fetched ahead, several at a time: as long as
-//! there is room for their blocks, one begins when another one has arrived.
+//! When the window has its full length, whole packs are fetched ahead, several at a time: as long
+//! as there is room for their blocks, one begins when another one has arrived.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -70,8 +70,8 @@ impl Ahead {
         start..self.next
     }
 
-    /// Says that blocks from `first` on will be read when they are asked for, if they are the end of
-    /// what was read ahead.
+    /// Says that blocks from `first` on will be read when they are asked for, if they are the end
+    /// of what was read ahead.
     pub(super) fn cut(&mut self, first: u64, end: u64) {
         if self.next == end {
             self.next = first;

@@ -179,8 +179,8 @@ impl Cache {
         }
     }
 
-    /// Removes a part of what is kept: what was not used for longest, and what was read ahead and is
-    /// still to be asked for as the last.
+    /// Removes a part of what is kept: what was not used for longest, and what was read ahead and
+    /// is still to be asked for as the last.
     fn evict(&mut self) {
         let (is_full, ahead) = (self.is_full(), self.ahead.wanted());
         let rank = |block: &u64, slot: &Slot| match slot {

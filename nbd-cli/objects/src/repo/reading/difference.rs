@@ -20,9 +20,9 @@ pub enum Difference {
 }
 
 impl OpenBackup {
-    /// Compares the block `first` and those behind it with another backup of this repository; returns
-    /// what they are, and how many blocks are alike in this: at least one, at most a map page. Both
-    /// have blocks of [`BLOCK_SIZE`] bytes. No data is read.
+    /// Compares the block `first` and those behind it with another backup of this repository;
+    /// returns what they are, and how many blocks are alike in this: at least one, at most a map
+    /// page. Both have blocks of [`BLOCK_SIZE`] bytes. No data is read.
     ///
     /// # Errors
     ///
@@ -56,8 +56,8 @@ impl OpenBackup {
         Ok((kind, kinds.take_while(|other| *other == kind).count() as u64))
     }
 
-    /// Returns the number of a page of the disk in the backup, and its hash; `None` if it is zero or
-    /// behind the end of the disk.
+    /// Returns the number of a page of the disk in the backup, and its hash; `None` if it is zero
+    /// or behind the end of the disk.
     fn page_at(&self, number: u64) -> Option<(usize, Hash)> {
         if number.saturating_mul(PAGE_SPAN) >= self.size() {
             return None;

@@ -71,8 +71,8 @@ fn is_right(disk: &[u8], number: u64, block: Option<&Bytes>) -> bool {
     block.map_or(expected.iter().all(|it| *it == 0), |it| it == expected)
 }
 
-/// Holds the reads of packs that come when it is known that the reader reads in order. The last pack
-/// has the pages.
+/// Holds the reads of packs that come when it is known that the reader reads in order. The last
+/// pack has the pages.
 fn hold(store: &TestStore) {
     store.fail(|seen| match pack(seen) {
         Some(2..=4) => Fault::Held,

@@ -1,7 +1,8 @@
 //! Searches all orders in which actors can take their steps.
 //!
 //! Every store and every state of an actor has a number, and what can come of a step of an actor in
-//! a store is found out once. A world is these numbers, in 128 bits, and nothing else is kept of it.
+//! a store is found out once. A world is these numbers, in 128 bits, and nothing else is kept of
+//! it.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hash, Hasher};
@@ -26,12 +27,12 @@ pub(super) enum Orders {
     /// Not those that differ from another one by steps that commute. And worlds are the same that
     /// differ in what nobody looks at any more.
     ///
-    /// Where the next step of one actor commutes with all steps that the others may still take, only
-    /// this step is taken: what the others do before it, they can do after it as well, and both
-    /// lead to the same world. It must not be a step that a fault can begin or end with, or the
-    /// worlds between would be lost; nor one of a loop, or the others might be put off for ever. (It
-    /// is a persistent set of one actor, as of Godefroid, with the conditions of ample sets.) What
-    /// the steps that are left may touch is an estimate; each step is compared with it.
+    /// Where the next step of one actor commutes with all steps that the others may still take,
+    /// only this step is taken: what the others do before it, they can do after it as well, and
+    /// both lead to the same world. It must not be a step that a fault can begin or end with, or
+    /// the worlds between would be lost; nor one of a loop, or the others might be put off for
+    /// ever. (It is a persistent set of one actor, as of Godefroid, with the conditions of ample
+    /// sets.) What the steps that are left may touch is an estimate; each step is compared with it.
     Reduced,
 }
 
