@@ -34,7 +34,8 @@ pub struct TlsArgs {
     #[arg(long, value_name = "FILE", value_parser = key_password_parser())]
     pub tls_key_password_file: Option<KeyPassword>,
 
-    /// File with pre-shared keys, as 'nbd-cli tls psk' and psktool write it; the URI names the user.
+    /// File with pre-shared keys, as 'nbd-cli tls psk' and psktool write it; the URI names the
+    /// user.
     #[arg(long, value_name = "FILE")]
     pub tls_psk: Option<PathBuf>,
 

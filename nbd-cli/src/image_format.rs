@@ -59,8 +59,8 @@ pub(crate) fn name_of_another_format(path: &Path, format: Format, option: &str) 
     Some(format!("'{}' becomes a raw image: {help}", path.display().to_string().escape_debug()))
 }
 
-/// Parses the name of a format. A format that is known and cannot be used here is distinguished from
-/// an unknown one.
+/// Parses the name of a format. A format that is known and cannot be used here is distinguished
+/// from an unknown one.
 #[derive(Clone, Copy, Debug)]
 pub struct ImageFormatParser<T> {
     /// What is done with images of the formats that are taken.

@@ -1,5 +1,5 @@
-//! Passphrases of encrypted images, by command line options. They are read from files: arguments can
-//! be seen by every user of the machine.
+//! Passphrases of encrypted images, by command line options. They are read from files: arguments
+//! can be seen by every user of the machine.
 //!
 //! A file is read when an image is opened that needs it, by the process that opens it. What can be
 //! read only once, such as a pipe or the answer of a user, is kept, and a process in the background
@@ -35,9 +35,9 @@ pub(crate) type Bytes = Zeroizing<Vec<u8>>;
 /// The passphrases of encrypted images.
 #[derive(Clone, Debug, Default, Args)]
 pub struct KeyArgs {
-    /// A file with the passphrase of an encrypted image or of one below it, all bytes of it (as with
-    /// cryptsetup and QEMU, a line break at the end counts). '-' asks for it, or reads standard input
-    /// if that is not a terminal; /dev/fd/N reads a descriptor. May be repeated.
+    /// A file with the passphrase of an encrypted image or of one below it, all bytes of it (as
+    /// with cryptsetup and QEMU, a line break at the end counts). '-' asks for it, or reads
+    /// standard input if that is not a terminal; /dev/fd/N reads a descriptor. May be repeated.
     #[arg(
         long, value_name = "FILE", value_parser = OsStringValueParser::new().map(KeyFile::new)
     )]

@@ -16,8 +16,8 @@ const ITER_TIME_MAX: Duration = Duration::from_secs(600);
 /// How much work each guess at a new passphrase is.
 #[derive(Clone, Debug, Args)]
 pub struct IterTimeArgs {
-    /// Processor time that trying the new passphrase takes, at most 10 minutes; more protects a weak
-    /// one better.
+    /// Processor time that trying the new passphrase takes, at most 10 minutes; more protects a
+    /// weak one better.
     #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
     pub iter_time: Duration,
 }
@@ -25,8 +25,8 @@ pub struct IterTimeArgs {
 /// The file of a new passphrase.
 #[derive(Clone, Debug, Args)]
 pub struct NewKeyArgs {
-    /// A file with the new passphrase, all bytes of it. '-' asks for it twice, or reads standard input
-    /// if that is not a terminal; /dev/fd/N reads a descriptor.
+    /// A file with the new passphrase, all bytes of it. '-' asks for it twice, or reads standard
+    /// input if that is not a terminal; /dev/fd/N reads a descriptor.
     #[arg(long, value_name = "FILE", value_parser = OsStringValueParser::new().map(KeyFile::new))]
     pub new_key_file: Option<KeyFile>,
 

@@ -20,7 +20,8 @@ use crate::error::CommandError;
 const ENTER: &[u8] = b"\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J";
 const LEAVE: &[u8] = b"\x1b[0m\x1b[?7h\x1b[?25h\x1b[?1049l";
 
-/// The terminal, and its modes before a display changed them. Empty when there is nothing to restore.
+/// The terminal, and its modes before a display changed them. Empty when there is nothing to
+/// restore.
 static CHANGED: Mutex<Option<(File, Termios)>> = Mutex::new(None);
 
 /// A display on the terminal, until it is dropped.

@@ -47,7 +47,8 @@ pub(crate) fn character_set() -> CharacterSet {
     }
 }
 
-/// Returns the width of the terminal in columns, at least 20; 80 if standard output is not a terminal.
+/// Returns the width of the terminal in columns, at least 20; 80 if standard output is not a
+/// terminal.
 pub(crate) fn columns() -> usize {
     columns_of(std::io::stdout()).max(20)
 }

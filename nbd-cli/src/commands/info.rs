@@ -41,8 +41,8 @@ pub struct InfoArgs {
     #[arg(required_unless_present = "graph")]
     pub uri: Option<NbdUri>,
 
-    /// Draw an image and the chain of backing files below it, with their data files, sizes, space and
-    /// dates: a file, which may be in use, or an export as an NBD URI.
+    /// Draw an image and the chain of backing files below it, with their data files, sizes, space
+    /// and dates: a file, which may be in use, or an export as an NBD URI.
     #[arg(
         long,
         value_name = "IMAGE",

@@ -41,8 +41,8 @@ partitions are printed when they can be used. Only the user who mounts has acces
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct MountArgs {
-    /// The disks: images, the newest files of backups, or exports as NBD URIs. Several get a directory
-    /// each.
+    /// The disks: images, the newest files of backups, or exports as NBD URIs. Several get a
+    /// directory each.
     #[arg(required = true, value_name = "SOURCE")]
     pub sources: Vec<OsString>,
 

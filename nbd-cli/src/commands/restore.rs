@@ -50,12 +50,13 @@ that data; 'null:' as the destination checks them and writes nothing.";
 pub struct RestoreArgs {
     /// The image to restore: the newest file of a chain of backups, or a backup in a repository, as
     /// backup:REPOSITORY/NAME@latest, @2026-11-20 (the newest of this day, in UTC),
-    /// @2026-11-20T18:30 (the newest before) or @ID, and #DISK behind that for one of several disks.
+    /// @2026-11-20T18:30 (the newest before) or @ID, and #DISK behind that for one of several
+    /// disks.
     #[arg(value_parser = FilePathParser)]
     pub image: PathBuf,
 
-    /// A new file, a block device or an NBD URI; null: only reads and checks the image. All disks of a
-    /// backup of several go to a folder, which exists, as DISK.img or DISK.qcow2.
+    /// A new file, a block device or an NBD URI; null: only reads and checks the image. All disks
+    /// of a backup of several go to a folder, which exists, as DISK.img or DISK.qcow2.
     #[arg(value_parser = LocationParser)]
     pub destination: DescribedLocation,
 

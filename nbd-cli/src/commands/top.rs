@@ -51,7 +51,8 @@ pub struct TopArgs {
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_duration)]
     pub interval: Duration,
 
-    /// The value that sorts exports and clients: throughput, requests, latency, queue, errors or name.
+    /// The value that sorts exports and clients: throughput, requests, latency, queue, errors or
+    /// name.
     #[arg(long, value_name = "VALUE", default_value = "throughput")]
     pub sort: Order,
 

@@ -1,5 +1,5 @@
-//! `--fork` of `serve` and `mount`, and `attach`: the server in a separate process, which notifies its
-//! parent when it is ready.
+//! `--fork` of `serve` and `mount`, and `attach`: the server in a separate process, which notifies
+//! its parent when it is ready.
 //!
 //! The parent starts this program again and copies the server's output, up to a marker that reports
 //! that clients can connect. Until then the server's errors go to the inherited standard error.
@@ -38,8 +38,8 @@ pub(crate) fn role(arguments: &mut Vec<OsString>) -> Role {
     Role::Background
 }
 
-/// Starts the server in the background and prints its addresses when clients can connect. The server
-/// gets `handed_over` on its standard input.
+/// Starts the server in the background and prints its addresses when clients can connect. The
+/// server gets `handed_over` on its standard input.
 ///
 /// # Errors
 ///

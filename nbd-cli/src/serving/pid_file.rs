@@ -70,14 +70,15 @@ impl PidFile {
         Ok(())
     }
 
-    /// Keeps the file locked until the process ends: until then, a thread may carry out the request of
-    /// a client that was cut off, and no other process must use the disk.
+    /// Keeps the file locked until the process ends: until then, a thread may carry out the request
+    /// of a client that was cut off, and no other process must use the disk.
     pub(crate) fn keep(self) {
         Box::leak(Box::new(self));
     }
 }
 
-/// Returns whether a file has contents that would be lost, such as a disk that was named by mistake.
+/// Returns whether a file has contents that would be lost, such as a disk that was named by
+/// mistake.
 fn is_of_other_use(file: &File) -> io::Result<bool> {
     // Others, such as /dev/null, have none.
     if !file.metadata()?.is_file() {

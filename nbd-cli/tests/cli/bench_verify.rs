@@ -124,8 +124,8 @@ struct Serving {
 }
 
 impl Serving {
-    /// Ends the server. Its threads go on for a moment with what they have in hand; they have ended when
-    /// this returns.
+    /// Ends the server. Its threads go on for a moment with what they have in hand; they have ended
+    /// when this returns.
     fn end(self) {
         drop(self.runtime);
         while self.attached.strong_count() > 0 {

@@ -33,7 +33,8 @@ fn left_over(disk: &Disk, qemu_img: &Path, qemu_io: &Path) -> String {
     image
 }
 
-/// An image whose server is killed during a checkpoint: 1M is written before it, `later` after its begin.
+/// An image whose server is killed during a checkpoint: 1M is written before it, `later` after its
+/// begin.
 fn cut_off(
     disk: &Disk,
     (qemu_img, qemu_io): (&Path, &Path),

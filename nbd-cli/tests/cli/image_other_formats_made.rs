@@ -1,5 +1,5 @@
-//! Images of other programs' formats that commands make: how large they are, and that a failure leaves
-//! nothing of them.
+//! Images of other programs' formats that commands make: how large they are, and that a failure
+//! leaves nothing of them.
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;

@@ -175,7 +175,8 @@ fn what_cannot_be_read_of_an_image_on_a_server_is_zero_after_a_salvage() {
     damage_last(&here.join("bad.qcow2"));
     disk[2 * 65536..].fill(0);
     let image = here.join("bad.qcow2").display().to_string();
-    // The image as an export, byte for byte, and its disk as one, of which the server cannot read a part.
+    // The image as an export, byte for byte, and its disk as one, of which the server cannot read a
+    // part.
     for (format, line) in [("raw", "-f qcow2"), ("qcow2", "-f raw")] {
         let server = Server::ours(&["--read-only", "--format", format, &image]);
         let line = format!("convert {line} --salvage {} new.img", server.uri());

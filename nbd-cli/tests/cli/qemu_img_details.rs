@@ -1,5 +1,5 @@
-//! What scripts see of the qemu-img form, found with QEMU's own tests: lines, the order of JSON, maps
-//! of exports, and the space that raw disks take.
+//! What scripts see of the qemu-img form, found with QEMU's own tests: lines, the order of JSON,
+//! maps of exports, and the space that raw disks take.
 
 use std::process::Command;
 

@@ -1,5 +1,5 @@
-//! New images in exports of servers, in the qemu-img form: as for OVA files, of which qemu-nbd serves a
-//! part.
+//! New images in exports of servers, in the qemu-img form: as for OVA files, of which qemu-nbd
+//! serves a part.
 
 use std::path::Path;
 use std::process::Command;

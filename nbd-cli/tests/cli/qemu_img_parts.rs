@@ -1,5 +1,6 @@
-//! Images in parts of files in the qemu-img form: the options `offset` and `size` of QEMU's driver `raw`.
-//! In `parts.img`, a qcow2 image is at 1.5 MiB, in 1 MiB; what is around it must never change.
+//! Images in parts of files in the qemu-img form: the options `offset` and `size` of QEMU's driver
+//! `raw`. In `parts.img`, a qcow2 image is at 1.5 MiB, in 1 MiB; what is around it must never
+//! change.
 
 use std::os::unix::fs::FileExt as _;
 
@@ -43,7 +44,8 @@ fn parts_of_files_are_read_as_by_qemu() {
     );
 }
 
-/// Where the offset is not a multiple of 512, QEMU 10.0 shows holes that are not there, or does not end.
+/// Where the offset is not a multiple of 512, QEMU 10.0 shows holes that are not there, or does not
+/// end.
 #[test]
 fn a_part_can_begin_anywhere() {
     let directory = tempfile::tempdir().expect("a directory");

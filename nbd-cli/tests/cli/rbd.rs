@@ -1,7 +1,8 @@
 //! Disks of Ceph, which qemu-nbd serves, below overlays and behind this server.
 //!
-//! `NBD_TEST_RBD` is the name of a pool in which `rbd` and qemu-nbd may make disks, beside the store
-//! of `NBD_TEST_STORE`. `cargo xtask soak --only ceph` makes both; without them nothing is judged.
+//! `NBD_TEST_RBD` is the name of a pool in which `rbd` and qemu-nbd may make disks, beside the
+//! store of `NBD_TEST_STORE`. `cargo xtask soak --only ceph` makes both; without them nothing is
+//! judged.
 
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;

@@ -138,8 +138,8 @@ fn disks_of_a_server_are_backed_up_at_one_moment_by_their_bitmaps() {
     server.end();
 }
 
-/// A client writes a number to the first disk, and when that was answered to the second one: at no moment
-/// has the second one a higher number.
+/// A client writes a number to the first disk, and when that was answered to the second one: at no
+/// moment has the second one a higher number.
 #[test]
 fn disks_of_a_server_are_never_of_two_moments() {
     let directory = Disk::sparse();

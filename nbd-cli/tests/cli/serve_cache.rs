@@ -1,5 +1,5 @@
-//! `serve --cache` and `qemu-nbd --cache`: qemu-io finds every mode right, and the system shows which
-//! one is used.
+//! `serve --cache` and `qemu-nbd --cache`: qemu-io finds every mode right, and the system shows
+//! which one is used.
 
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;

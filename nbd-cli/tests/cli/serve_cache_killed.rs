@@ -1,5 +1,5 @@
-//! A server with direct I/O is killed under a load with flushes: the image is sound, and holds what was
-//! acknowledged.
+//! A server with direct I/O is killed under a load with flushes: the image is sound, and holds what
+//! was acknowledged.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;

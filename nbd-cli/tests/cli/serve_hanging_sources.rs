@@ -59,7 +59,8 @@ impl Place {
         nbd_cli(&[&["control", &self.path("control")], words].concat())
     }
 
-    /// Starts a request of the control socket that waits for the source; returns the connection too.
+    /// Starts a request of the control socket that waits for the source; returns the connection
+    /// too.
     fn hang(&self, words: &[&str]) -> (Child, UnixStream) {
         let mut command = Command::new(PROGRAM);
         command.args(["control", &self.path("control")]).args(words);

@@ -96,8 +96,8 @@ impl OnBackup {
         nbd_cli(&["image", "compare", &self.overlay, &flat]).success();
     }
 
-    /// Lets qemu-img look at the overlay alone, with its backup out of sight: a crash leaves leaks at
-    /// worst.
+    /// Lets qemu-img look at the overlay alone, with its backup out of sight: a crash leaves leaks
+    /// at worst.
     #[track_caller]
     fn is_sound(&self, qemu_img: &Path) {
         let name = format!(
@@ -277,8 +277,8 @@ impl Change {
     }
 }
 
-/// Writes until the server is killed, which another thread does after some time, and flushes now and
-/// then. Puts what was flushed into `content`, and returns the changes since then.
+/// Writes until the server is killed, which another thread does after some time, and flushes now
+/// and then. Puts what was flushed into `content`, and returns the changes since then.
 fn write_until_killed(
     server: &Server,
     client: &Client,

@@ -8,7 +8,8 @@ use crate::support::tls::{Certificates, TlsServer};
 use crate::support::{Disk, nbd_cli, run};
 use crate::tools;
 
-/// Certificates whose keys are encrypted, as PKCS #8, and files with the right password and a wrong one.
+/// Certificates whose keys are encrypted, as PKCS #8, and files with the right password and a wrong
+/// one.
 fn locked(certificates: &Certificates) -> [String; 3] {
     let (good, locked) = (certificates.good(), certificates.path("locked"));
     std::fs::create_dir(&locked).expect("a directory");

@@ -1,6 +1,6 @@
 //! Every command that writes meets, at one request after the other, a store that loses replies, is
-//! busy, talks nonsense, cuts replies short or hangs. Each ends rightly or says in one sentence what
-//! is wrong, and goes on when it is called again.
+//! busy, talks nonsense, cuts replies short or hangs. Each ends rightly or says in one sentence
+//! what is wrong, and goes on when it is called again.
 
 use nbd_objects::testing::Fault;
 

@@ -1,5 +1,5 @@
-//! Commands on object stores that fail, commands that are killed, and how many requests commands make:
-//! the built program against a store in memory that does at each request what a test wants.
+//! Commands on object stores that fail, commands that are killed, and how many requests commands
+//! make: the built program against a store in memory that does at each request what a test wants.
 //!
 //! `NBD_STORE_POINTS` is the number of requests of each command that meet a fault, chosen by
 //! `NBD_SEED`; a number that is large enough means all. `cargo xtask soak` chooses others in each

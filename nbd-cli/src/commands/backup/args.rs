@@ -80,8 +80,8 @@ pub struct BackupArgs {
     pub second_operand: Option<OsString>,
 
     /// More disks, with --name: all are given as DISK=SOURCE, each with a name of its own, and the
-    /// repository is the last argument. With --control, SOURCE is the name of an export, and all are
-    /// backed up at the same moment.
+    /// repository is the last argument. With --control, SOURCE is the name of an export, and all
+    /// are backed up at the same moment.
     #[cfg(feature = "object-storage")]
     #[arg(value_name = "DISK=SOURCE")]
     pub more_operands: Vec<OsString>,
@@ -129,8 +129,8 @@ pub struct BackupArgs {
     #[arg(long, conflicts_with = "resume")]
     pub restart: bool,
 
-    /// Encrypt the new backup with LUKS (AES-256, XTS) and the passphrase in --new-key-file. A backup
-    /// on an encrypted base has to be encrypted.
+    /// Encrypt the new backup with LUKS (AES-256, XTS) and the passphrase in --new-key-file. A
+    /// backup on an encrypted base has to be encrypted.
     #[arg(long, requires = "new_key_file")]
     pub encrypt: bool,
 

@@ -129,8 +129,8 @@ pub struct ConvertArgs {
     #[command(flatten)]
     pub progress: ProgressArgs,
 
-    /// Encrypt the new image with LUKS (AES-256, XTS) and the passphrase in --new-key-file; always the
-    /// case with --output-format luks. --key-file is for the source.
+    /// Encrypt the new image with LUKS (AES-256, XTS) and the passphrase in --new-key-file; always
+    /// the case with --output-format luks. --key-file is for the source.
     #[arg(long, requires = "new_key_file", conflicts_with_all = ["no_create", "compress"])]
     pub encrypt: bool,
 

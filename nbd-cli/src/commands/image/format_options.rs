@@ -53,8 +53,8 @@ impl FormatOptions {
         Ok(true)
     }
 
-    /// Sets the options of a new image. `flags` are the options of the command line that say the same
-    /// and were given: one of both would win silently.
+    /// Sets the options of a new image. `flags` are the options of the command line that say the
+    /// same and were given: one of both would win silently.
     pub(super) fn apply(
         &self,
         create: &mut CreateOptions,

@@ -74,8 +74,8 @@ pub struct ImageArgs {
 /// A new passphrase.
 #[derive(Debug, Args)]
 pub struct NewArgs {
-    /// A file with the new passphrase, all bytes of it. '-' asks for it twice, or reads standard input
-    /// if that is not a terminal; /dev/fd/N reads a descriptor.
+    /// A file with the new passphrase, all bytes of it. '-' asks for it twice, or reads standard
+    /// input if that is not a terminal; /dev/fd/N reads a descriptor.
     #[arg(long, value_name = "FILE", value_parser = OsStringValueParser::new().map(KeyFile::new))]
     pub new_key_file: KeyFile,
 
@@ -148,8 +148,8 @@ pub struct ChangeArgs {
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub image: ImageArgs,
 
-    /// A file with the present passphrase, all bytes of it. '-' asks for it, or reads standard input
-    /// if that is not a terminal; /dev/fd/N reads a descriptor.
+    /// A file with the present passphrase, all bytes of it. '-' asks for it, or reads standard
+    /// input if that is not a terminal; /dev/fd/N reads a descriptor.
     #[arg(long, value_name = "FILE", value_parser = OsStringValueParser::new().map(KeyFile::new))]
     pub key_file: KeyFile,
 

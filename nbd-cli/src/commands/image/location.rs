@@ -31,8 +31,8 @@ pub(super) fn parse_alone(
     Ok(location)
 }
 
-/// Parses two arguments; the options for servers must apply to one of them, or to servers that it may
-/// name.
+/// Parses two arguments; the options for servers must apply to one of them, or to servers that it
+/// may name.
 pub(super) fn parse_two(
     words: [&OsStr; 2],
     server: &ServerArgs,

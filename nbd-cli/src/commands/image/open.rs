@@ -96,8 +96,8 @@ pub(in crate::commands) fn options(format: Option<ImageFormat>, trust: &TrustArg
     }
 }
 
-/// Returns the name that an image may record for a backing file: that of a backup in a repository has
-/// the ID of the backup.
+/// Returns the name that an image may record for a backing file: that of a backup in a repository
+/// has the ID of the backup.
 pub(in crate::commands) fn pinned(name: &OsStr) -> Result<OsString, CommandError> {
     let pinned = ObjectArgs::default().pinned(name);
     pinned.map_err(|error| CommandError::new(error.to_string()))

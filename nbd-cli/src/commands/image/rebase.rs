@@ -85,8 +85,8 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<Outcome, CommandError> {
     Ok(Outcome::Success)
 }
 
-/// Copies into the overlay the clusters in which the old and the new backing file differ, and sets the
-/// new one.
+/// Copies into the overlay the clusters in which the old and the new backing file differ, and sets
+/// the new one.
 fn keep_content(args: &RebaseArgs, new: Option<(&OsStr, Format)>) -> Result<(), CommandError> {
     let shown = Shown::new(args.progress.visibility());
     let (overlay, backing) = (args.open.options(), args.open.trust.options());

@@ -78,7 +78,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     // As in QEMU, `count` counts what is skipped.
     let end = operands.count.and_then(|count| count.checked_mul(block)).unwrap_or(u64::MAX);
     let start = operands.skip.saturating_mul(block);
-    // A server may end after the first connection, so its disk is opened twice only if it has to be.
+    // A server may end after the first connection, so its disk is opened twice only if it has to
+    // be.
     if start > 0 && start > end.min(source.open()?.size()) {
         complain(&format!("{}: cannot skip to specified offset", from.display()));
     }

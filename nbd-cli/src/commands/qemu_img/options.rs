@@ -87,7 +87,8 @@ pub(super) fn help(format: Format, lists: &[String]) -> Option<String> {
 }
 
 impl NewImage {
-    /// Reads the lists of a new image of this format; its size is that of the option `size`, if any.
+    /// Reads the lists of a new image of this format; its size is that of the option `size`, if
+    /// any.
     ///
     /// # Errors
     ///

@@ -129,7 +129,8 @@ impl Place {
         Ok(image)
     }
 
-    /// Refuses `-U` for an image that is changed: nothing would keep others from using it meanwhile.
+    /// Refuses `-U` for an image that is changed: nothing would keep others from using it
+    /// meanwhile.
     ///
     /// # Errors
     ///

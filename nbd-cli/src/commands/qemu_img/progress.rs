@@ -11,8 +11,8 @@ use super::known::Opt;
 use super::refusal::{Refusal, complain};
 use crate::signals;
 
-/// Shows percentages in the form that callers parse: on standard output with `-p`, each over the one
-/// before; otherwise on standard error when SIGUSR1 asks.
+/// Shows percentages in the form that callers parse: on standard output with `-p`, each over the
+/// one before; otherwise on standard error when SIGUSR1 asks.
 pub(super) struct Percentage {
     is_shown: bool,
     /// Whether warnings of unreadable parts are left out.

@@ -23,13 +23,13 @@ pub struct ExportArgs {
     pub store: StoreArgs,
 
     /// The backups: NAME for all of this disk, each as a file upon that of the backup before;
-    /// NAME@DAY, NAME@ID or NAME@latest for one, whose file needs no other. Of backups of several disks
-    /// each disk becomes files of its own; #DISK behind it selects one.
+    /// NAME@DAY, NAME@ID or NAME@latest for one, whose file needs no other. Of backups of several
+    /// disks each disk becomes files of its own; #DISK behind it selects one.
     #[arg(value_name = "BACKUP")]
     pub backup: String,
 
-    /// The folder for the files, which are named by the disk, the time and the identity of the backup.
-    /// Files of an earlier export are kept and built on. It is made if it does not exist.
+    /// The folder for the files, which are named by the disk, the time and the identity of the
+    /// backup. Files of an earlier export are kept and built on. It is made if it does not exist.
     #[arg(value_name = "FOLDER", value_parser = FilePathParser)]
     pub folder: PathBuf,
 
@@ -97,7 +97,8 @@ pub(super) async fn run(args: &ExportArgs) -> Result<Outcome, CommandError> {
 /// The backups of one disk, oldest first.
 type Chain = Vec<(Id, Head)>;
 
-/// Returns the backups that are meant, those of each disk by themselves, and how many cannot be read.
+/// Returns the backups that are meant, those of each disk by themselves, and how many cannot be
+/// read.
 async fn selected(
     repository: &Repository,
     text: &str,

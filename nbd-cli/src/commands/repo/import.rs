@@ -25,8 +25,8 @@ pub struct ImportArgs {
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub store: StoreArgs,
 
-    /// The images: of a chain the newest file is enough. What is below it is imported first, and what
-    /// was imported before is left out.
+    /// The images: of a chain the newest file is enough. What is below it is imported first, and
+    /// what was imported before is left out.
     #[arg(value_name = "FILE", required = true, value_parser = FilePathParser)]
     pub files: Vec<PathBuf>,
 

@@ -14,8 +14,8 @@ use super::args::ServeArgs;
 use super::source;
 use crate::serving::temporary_directory;
 
-/// Returns the controller of a server. Exports that are added have the options of `args`, except for
-/// those of one image.
+/// Returns the controller of a server. Exports that are added have the options of `args`, except
+/// for those of one image.
 pub(super) fn controller(
     server: ServerHandle,
     disks: ServedDisks,

@@ -15,8 +15,8 @@ use crate::serving::serve_error;
 /// Access to the unix sockets of `--socket`.
 #[derive(Clone, Debug, Args)]
 pub struct SocketFileArgs {
-    /// Permissions of the unix sockets, in octal digits; clients need the right to write. By default
-    /// the umask decides.
+    /// Permissions of the unix sockets, in octal digits; clients need the right to write. By
+    /// default the umask decides.
     #[arg(long, value_name = "MODE", value_parser = parse_mode, requires = "socket")]
     pub socket_mode: Option<u32>,
 

@@ -91,8 +91,8 @@ pub(super) enum Origin {
 }
 
 impl Origin {
-    /// Gives a server the listening sockets and clients. Returns the addresses of those that a service
-    /// manager has passed.
+    /// Gives a server the listening sockets and clients. Returns the addresses of those that a
+    /// service manager has passed.
     pub(super) fn adopt(
         &self,
         server: &mut Server,

@@ -1,8 +1,8 @@
-//! Runs the qemu-img form beside QEMU's own qemu-img: the same command lines in two directories with
-//! the same files. A case is a line: commands between semicolons, then, after `=>`, the images that are
-//! compared afterwards. Exit codes and standard output must be the same; of standard output only the
-//! space that files take on disk and times are left out, and progress must begin at 0 % and end at
-//! 100 %.
+//! Runs the qemu-img form beside QEMU's own qemu-img: the same command lines in two directories
+//! with the same files. A case is a line: commands between semicolons, then, after `=>`, the images
+//! that are compared afterwards. Exit codes and standard output must be the same; of standard
+//! output only the space that files take on disk and times are left out, and progress must begin at
+//! 0 % and end at 100 %.
 
 use std::path::Path;
 use std::process::Command;
@@ -62,8 +62,8 @@ const FILES: &[&str] = &[
     "qemu-img create -q -f qcow2 -b ../raw.img -F raw sub/up.qcow2",
 ];
 
-/// The words of a command; two quotes are an empty one, and an underscore in a command of qemu-io is
-/// a blank.
+/// The words of a command; two quotes are an empty one, and an underscore in a command of qemu-io
+/// is a blank.
 pub(crate) fn words(text: &str) -> Vec<String> {
     let is_of_qemu_io = text.starts_with("qemu-io");
     let word = |word: &str| match is_of_qemu_io {

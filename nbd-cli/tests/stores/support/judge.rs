@@ -7,8 +7,8 @@ use super::{Fate, Outcome};
 /// Most fates of a request, unless there is time for all.
 const FATES_MAX: usize = 2;
 
-/// Runs each of these commands until a request meets a fate, judges what is left, and runs it again.
-/// `is_every` says that each request does, whatever the environment says.
+/// Runs each of these commands until a request meets a fate, judges what is left, and runs it
+/// again. `is_every` says that each request does, whatever the environment says.
 pub(crate) fn judge(
     only: &[&str],
     is_encrypted: bool,
@@ -55,7 +55,8 @@ fn check_end(fate: Fate, outcome: &Outcome, is_reached: bool, context: &str) {
     }
 }
 
-/// The requests of a command that meet a fault: so many of `count`, or all, as the environment says.
+/// The requests of a command that meet a fault: so many of `count`, or all, as the environment
+/// says.
 fn points(count: usize, is_every: bool, random: &mut Random) -> Vec<usize> {
     let wanted = std::env::var("NBD_STORE_POINTS").ok().and_then(|it| it.parse().ok());
     let mut points: Vec<usize> = (0..count).collect();
