@@ -85,8 +85,8 @@ fn check_fuzz_targets() -> Result<()> {
         if manifest.with_file_name("Cargo.lock").is_file() {
             command.arg("--locked");
         }
-        // Nothing is linked, so the fuzzer's C++ runtime is not built: any file can take its place, and
-        // no C++ compiler is needed.
+        // Nothing is linked, so the fuzzer's C++ runtime is not built: any file can take its place,
+        // and no C++ compiler is needed.
         command.env("CUSTOM_LIBFUZZER_PATH", &manifest);
         run_step("fuzz targets", &mut command)?;
     }

@@ -215,8 +215,8 @@ fn program(options: &Options) -> Result<PathBuf> {
     Ok(std::path::absolute(target_directory().join("debug/nbd-cli"))?)
 }
 
-/// The tests start machines with the accelerator `qtest`, which packages of QEMU leave out: a script
-/// of the same name starts them with another one there.
+/// The tests start machines with the accelerator `qtest`, which packages of QEMU leave out: a
+/// script of the same name starts them with another one there.
 fn with_an_accelerator(machine: &Path, place: &Path) -> Result<PathBuf> {
     if output_of(Command::new(machine).args(["-accel", "help"]))?.contains("qtest") {
         return Ok(machine.to_owned());

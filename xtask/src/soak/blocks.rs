@@ -50,8 +50,8 @@ impl Blocks {
         Self { first, count, next_version: 1, possible, changed, has_discards }
     }
 
-    /// As [`new`](Self::new), with discards, above a file of `below` blocks in which half of the parts
-    /// have data. The data is written here.
+    /// As [`new`](Self::new), with discards, above a file of `below` blocks in which half of the
+    /// parts have data. The data is written here.
     pub(super) fn above(first: u64, count: u64, file: &File, below: u64) -> std::io::Result<Self> {
         let mut blocks = Self::new(first, count, true);
         for block in (first..first + count).filter(|block| *block < below && block / 40 % 2 == 0) {

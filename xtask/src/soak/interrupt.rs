@@ -1,4 +1,5 @@
-//! SIGINT and SIGTERM: the first one lets the rounds in progress finish, the second one abandons them.
+//! SIGINT and SIGTERM: the first one lets the rounds in progress finish, the second one abandons
+//! them.
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicU8, Ordering};

@@ -1,5 +1,5 @@
-//! Servers of several disks take over from each other below the clients of others, which verify what
-//! they write, over unix sockets and TCP.
+//! Servers of several disks take over from each other below the clients of others, which verify
+//! what they write, over unix sockets and TCP.
 
 mod clients;
 

@@ -1,5 +1,5 @@
-//! Servers and commands that judges start. Each has a process group of its own, so that Ctrl-C at the
-//! terminal ends none of them in the middle of a round.
+//! Servers and commands that judges start. Each has a process group of its own, so that Ctrl-C at
+//! the terminal ends none of them in the middle of a round.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};

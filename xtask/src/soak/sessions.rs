@@ -1,6 +1,6 @@
-//! Clients of a disk, above which everything happens that a server can go through: it is killed, ended,
-//! taken over and reconfigured, and its image is streamed into, resized and given snapshots. Backups by
-//! its bitmap are the disk, whatever has happened since the one before.
+//! Clients of a disk, above which everything happens that a server can go through: it is killed,
+//! ended, taken over and reconfigured, and its image is streamed into, resized and given snapshots.
+//! Backups by its bitmap are the disk, whatever has happened since the one before.
 
 mod events;
 mod session;

@@ -189,7 +189,8 @@ impl Session<'_> {
         }
     }
 
-    /// Holds what the server says of the disk, when nobody writes to it any more, against what QEMU does.
+    /// Holds what the server says of the disk, when nobody writes to it any more, against what QEMU
+    /// does.
     pub(super) fn finish(mut self, mut server: Served, random: &mut Random) -> Result<()> {
         self.back_up(&mut server, random).context("at the end")?;
         let disk = read_all(&mut Wire::connect(&self.path("socket"), EXPORT)?, self.size)?;
