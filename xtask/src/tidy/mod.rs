@@ -4,13 +4,13 @@
 //! when it should. This file walks the workspace and runs the checks.
 
 mod architecture;
+mod columns;
 mod edges;
 mod engines;
 mod functions;
 mod lexer;
 mod locks;
 mod manifest;
-mod markdown;
 mod order;
 mod protocol;
 mod source;
@@ -116,11 +116,15 @@ fn check_file(path: &str, text: &str) -> Vec<String> {
         findings.extend(manifest::check(path, text));
     }
     if path.ends_with(".md") {
-        findings.extend(markdown::check(path, text));
+        findings.extend(columns::check(path, text));
+    }
+    if path.ends_with(".toml") {
+        findings.extend(columns::check_toml(path, text));
     }
     if path.ends_with(".rs") {
         let source = lexer::Source::new(text);
         findings.extend(source::check_code(path, text, &source));
+        findings.extend(columns::check_comments(path, text, &source));
         findings.extend(functions::check(path, &source));
         findings.extend(protocol::check(path, &source));
         findings.extend(edges::check_image_adapter(path, &source));
