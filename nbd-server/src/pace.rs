@@ -4,7 +4,6 @@
 //! share of the cores stays what it is. Systems without such a setting (before Linux 6.12) are left
 //! as they are.
 
-use std::any::Any;
 use std::cell::Cell;
 use std::time::Duration;
 
@@ -37,42 +36,4 @@ pub(crate) fn set(pace: Pace) -> Pace {
         });
     }
     former.unwrap_or(Pace::Waits)
-}
-
-/// Has this thread compute until the returned value is dropped.
-pub(crate) fn compute() -> Box<dyn Any> {
-    Box::new(Computing { former: set(Pace::Computes) })
-}
-
-/// A computation in a job that waits otherwise.
-struct Computing {
-    former: Pace,
-}
-
-impl Drop for Computing {
-    fn drop(&mut self) {
-        set(self.former);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_computation_within_a_job_leaves_the_pace_of_the_job() {
-        let pace = || PACE.get();
-        drop(compute());
-        assert_eq!(pace(), Some(Pace::Waits));
-        set(Pace::Computes);
-        let computing = compute();
-        assert_eq!(pace(), Some(Pace::Computes));
-        drop(computing);
-        assert_eq!(pace(), Some(Pace::Computes));
-        assert_eq!(set(Pace::Waits), Pace::Computes);
-        let computing = compute();
-        assert_eq!(pace(), Some(Pace::Computes));
-        drop(computing);
-        assert_eq!(pace(), Some(Pace::Waits));
-    }
 }

@@ -1,5 +1,6 @@
 //! Disk images as exports. Only this module uses `imgfmt`.
 
+mod computing;
 mod fast;
 
 use std::os::fd::OwnedFd;
@@ -16,7 +17,6 @@ use super::{
     Descriptors, Durability, Export, ExportError, ExportInfo, FastExport, Speed, ZeroMode,
 };
 use crate::log_limit::may_warn;
-use crate::pace;
 
 /// Maximum number of queries for extents to answer one block status request.
 const STEPS_MAX: usize = 4;
@@ -188,7 +188,7 @@ impl Export for ImageExport {
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
-        imgfmt::before_decompression(pace::compute);
+        imgfmt::before_decompression(computing::begin);
         self.image.read_at(GuestOffset::new(offset), buffer).map_err(|error| translate(&error))
     }
 
@@ -198,7 +198,7 @@ impl Export for ImageExport {
         data: &[u8],
         durability: Durability,
     ) -> Result<(), ExportError> {
-        imgfmt::before_decompression(pace::compute);
+        imgfmt::before_decompression(computing::begin);
         self.image
             .write_at(GuestOffset::new(offset), data, durable(durability))
             .map_err(|error| translate(&error))
