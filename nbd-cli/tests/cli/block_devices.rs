@@ -49,7 +49,7 @@ fn an_image_is_made_on_a_device_and_nothing_old_shows() {
     }
     refused(
         nbd_cli(&["image", "create", "-f", "qcow2", "--preallocation", "metadata", device, "8M"]),
-        &["block device", "full"],
+        &["a device or an export has its space already", "full"],
     );
     nbd_cli(&["image", "create", "-f", "raw", device, "8M"]).success();
     let info = nbd_cli(&["image", "info", "--json", device]).success();
