@@ -67,8 +67,11 @@ impl StoreError {
         use object_store::Error as E;
         let why = deepest(error);
         let refusal = Refusal::of(error);
+        let unsuitable = unsuitable(&why);
         let (kind, why) = match error {
-            _ if let Some(why) = unsuitable(&why) => (StoreErrorKind::Unsuitable, why.to_owned()),
+            _ if unsuitable.is_some() => {
+                (StoreErrorKind::Unsuitable, unsuitable.unwrap_or_default().to_owned())
+            }
             E::NotFound { .. } if !why.contains("NoSuchBucket") => {
                 (StoreErrorKind::NotFound, "it does not exist in the store".to_owned())
             }

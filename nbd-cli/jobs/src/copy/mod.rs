@@ -142,14 +142,17 @@ fn incomplete(
     error: &JobError,
 ) -> JobError {
     let left = match to {
-        Location::File(path) if let Some(disk) = destination.device() => {
-            format!("; {}", device::left_behind_on(path, &disk))
+        Location::File(path) => {
+            if let Some(disk) = destination.device() {
+                format!("; {}", device::left_behind_on(path, &disk))
+            } else if let Some(left) = destination.abandon() {
+                format!("; {left}")
+            } else {
+                format!("; '{}' is incomplete", path.display())
+            }
         }
-        Location::File(_) if let Some(left) = destination.abandon() => format!("; {left}"),
-        Location::File(path) => format!("; '{}' is incomplete", path.display()),
         Location::Nbd(uri) => format!("; the disk at {uri} is incomplete"),
-        Location::Object(_) => String::new(),
-        Location::Standard | Location::Null => String::new(),
+        Location::Object(_) | Location::Standard | Location::Null => String::new(),
     };
     error.in_words(format!("copying {from} failed: {error}{left}"))
 }
