@@ -1,6 +1,7 @@
 //! What scripts see of the qemu-img form, found with QEMU's own tests: lines, the order of JSON,
 //! maps of exports, and the space that raw disks take.
 
+use std::path::Path;
 use std::process::Command;
 
 use crate::support::qemu_img::{compare_all, ours, words};
@@ -192,6 +193,14 @@ fn a_new_raw_disk_has_its_first_block_and_an_enlarged_one_the_space_asked_for() 
     assert_eq!(std::fs::metadata(directory.path().join("disk.img")).unwrap().len(), 0);
 }
 
+/// Whether a server listens on a socket, which exists a little before. Does not connect.
+fn is_listening(socket: &Path) -> bool {
+    const LISTENS: &str = " 00010000 ";
+    let sockets = std::fs::read_to_string("/proc/net/unix").expect("sockets");
+    let name = socket.to_str().expect("a plain name");
+    sockets.lines().any(|line| line.ends_with(name) && line.contains(LISTENS))
+}
+
 #[test]
 fn a_server_that_ends_after_its_first_client_is_enough() {
     tools!(_qemu_img = "qemu-img", qemu_nbd = "qemu-nbd");
@@ -250,7 +259,7 @@ fn a_server_that_ends_after_its_first_client_is_enough() {
             let mut server = Command::new(&qemu_nbd);
             server.args(["-f", "raw", "-k"]).arg(&socket).arg(disk).current_dir(here);
             let mut server = server.spawn().expect("it starts");
-            wait_until("the server listens", || socket.exists());
+            wait_until("the server listens", || is_listening(&socket));
             let outcome = match is_ours {
                 true => ours(here, &words),
                 false => run(Command::new("qemu-img").args(&words).current_dir(here)),
