@@ -3,9 +3,8 @@
 //! A thread for each connection would sleep and be woken for every few replies, which costs the
 //! client and the server more than the replies themselves.
 
+use std::cell::Cell;
 use std::time::Instant;
-
-use rustix::event::PollFlags;
 
 use super::channel::{PATIENCE, interest, patience, wait_for};
 use super::source::Source;
@@ -20,7 +19,7 @@ pub(super) struct Member {
     source: Source,
     waiting: Waiting,
     /// Whether its socket has something to receive, or room for what is not sent.
-    is_ready: bool,
+    is_ready: Cell<bool>,
 }
 
 /// A connection that is done: its number, and how that ended.
@@ -28,13 +27,15 @@ pub(super) type Done = (usize, Worker, Result<(), JobError>);
 
 impl Member {
     pub(super) fn new(index: usize, worker: Worker, source: Source) -> Self {
-        Self { index, worker, source, waiting: Waiting::UntilDue(Instant::now()), is_ready: false }
+        let waiting = Waiting::UntilDue(Instant::now());
+        Self { index, worker, source, waiting, is_ready: Cell::new(false) }
     }
 
-    fn is_due(&self, now: Instant) -> bool {
+    /// The time at which its next request is due, if it waits for that.
+    fn due(&self) -> Option<Instant> {
         match self.waiting {
-            Waiting::ForNothing | Waiting::ForReplies(None) => false,
-            Waiting::ForReplies(Some(due)) | Waiting::UntilDue(due) => due <= now,
+            Waiting::ForNothing | Waiting::ForReplies(None) => None,
+            Waiting::ForReplies(Some(due)) | Waiting::UntilDue(due) => Some(due),
         }
     }
 
@@ -73,9 +74,7 @@ pub(super) fn divide(members: Vec<Member>, threads: usize) -> Vec<Vec<Member>> {
 /// made again after it was lost, the others wait.
 pub(super) fn drive(mut crew: Vec<Member>) -> Vec<Done> {
     let mut done = Vec::with_capacity(crew.len());
-    if let [member] = crew.as_mut_slice()
-        && member.worker.channel.socket().is_none()
-    {
+    if let [member] = crew.as_mut_slice() {
         let result = member.worker.drive(&mut member.source);
         done.extend(crew.pop().map(|member| member.end(result)));
     }
@@ -89,7 +88,8 @@ pub(super) fn drive(mut crew: Vec<Member>) -> Vec<Done> {
         }
         let mut position = 0;
         while let Some(member) = crew.get_mut(position) {
-            let steps = member.is_ready || is_time || member.is_due(now);
+            let steps =
+                member.is_ready.get() || is_time || member.due().is_some_and(|due| due <= now);
             let result = if steps { member.step() } else { Ok(()) };
             if result.is_ok() && !matches!(member.waiting, Waiting::ForNothing) {
                 position += 1;
@@ -100,16 +100,13 @@ pub(super) fn drive(mut crew: Vec<Member>) -> Vec<Done> {
         if crew.is_empty() {
             return done;
         }
-        wait(&mut crew);
+        wait(&crew);
     }
 }
 
 /// Waits until there is something to do, at most for [`PATIENCE`].
-fn wait(crew: &mut [Member]) {
-    let due = crew.iter().filter_map(|member| match member.waiting {
-        Waiting::ForNothing | Waiting::ForReplies(None) => None,
-        Waiting::ForReplies(Some(due)) | Waiting::UntilDue(due) => Some(due),
-    });
+fn wait(crew: &[Member]) {
+    let due = crew.iter().filter_map(Member::due);
     let time = patience(due.min());
     let sockets = crew.iter().filter_map(|member| {
         let socket = member.worker.channel.socket()?;
@@ -117,10 +114,8 @@ fn wait(crew: &mut [Member]) {
     });
     let mut sockets: Vec<_> = sockets.collect();
     let waited = wait_for(&mut sockets, time);
-    let ready =
-        sockets.iter().map(|socket| waited.is_err() || socket.revents() != PollFlags::empty());
-    let ready: Vec<_> = ready.collect();
-    for (member, is_ready) in crew.iter_mut().zip(ready) {
-        member.is_ready = is_ready;
+    for (member, socket) in crew.iter().zip(&sockets) {
+        // After an error, each looks for itself.
+        member.is_ready.set(waited.is_err() || !socket.revents().is_empty());
     }
 }
