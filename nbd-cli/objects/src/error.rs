@@ -65,13 +65,14 @@ impl StoreError {
     /// ```
     pub fn of(operation: &str, object: &str, error: &object_store::Error) -> Self {
         use object_store::Error as E;
+        let message =
+            |why: &str| printable(&format!("cannot {operation} {object}: {why}")).collect();
         let why = deepest(error);
+        if let Some(why) = unsuitable(&why) {
+            return Self { kind: StoreErrorKind::Unsuitable, message: message(why) };
+        }
         let refusal = Refusal::of(error);
-        let unsuitable = unsuitable(&why);
         let (kind, why) = match error {
-            _ if unsuitable.is_some() => {
-                (StoreErrorKind::Unsuitable, unsuitable.unwrap_or_default().to_owned())
-            }
             E::NotFound { .. } if !why.contains("NoSuchBucket") => {
                 (StoreErrorKind::NotFound, "it does not exist in the store".to_owned())
             }
@@ -95,8 +96,7 @@ impl StoreError {
             E::NotSupported { .. } | E::NotImplemented { .. } => (StoreErrorKind::Unsuitable, why),
             _ => (StoreErrorKind::Unavailable, why),
         };
-        let message = format!("cannot {operation} {object}: {why}");
-        Self { kind, message: printable(&message).collect() }
+        Self { kind, message: message(&why) }
     }
 
     /// Returns the side at fault.
