@@ -30,98 +30,80 @@ pub const PSK_FILE: &str = "keys.psk";
 /// Longest line of a key file, in bytes: a hex-encoded name, a colon, a hex-encoded key.
 const MAX_LINE_LEN: usize = 2 * MAX_PSK_USER_LEN + 2 * MAX_PSK_LEN + 16;
 
-/// A secret of 16 to 256 bytes that a client and a server share. It is overwritten on drop, and its
-/// `Debug` output hides it.
+/// Bytes that are overwritten on drop, compared in a time that depends on their length only, and
+/// hidden in `Debug` output.
 #[derive(Clone)]
-pub struct PreSharedKey(Box<[u8]>);
+struct Secret(Vec<u8>);
+
+impl PartialEq for Secret {
+    fn eq(&self, other: &Self) -> bool {
+        equal_in_constant_time(&self.0, &other.0)
+    }
+}
+
+impl Eq for Secret {}
+
+impl Drop for Secret {
+    fn drop(&mut self) {
+        self.0.fill(0);
+        // Prevents the compiler from removing a store that is never read.
+        black_box(&self.0);
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("..")
+    }
+}
+
+/// A secret of 16 to 256 bytes that a client and a server share. It is overwritten on drop,
+/// compared in a time that depends on the length only, and hidden in `Debug` output.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PreSharedKey(Secret);
 
 impl PreSharedKey {
     /// Creates a key of 16 to 256 bytes; returns `None` for any other length.
     #[must_use]
     pub fn new(key: &[u8]) -> Option<Self> {
-        (MIN_PSK_LEN..=MAX_PSK_LEN).contains(&key.len()).then(|| Self(key.into()))
+        (MIN_PSK_LEN..=MAX_PSK_LEN).contains(&key.len()).then(|| Self(Secret(key.to_vec())))
     }
 
     /// Returns the secret itself.
     #[must_use]
     pub fn expose(&self) -> &[u8] {
-        &self.0
+        &self.0.0
     }
 }
 
-impl PartialEq for PreSharedKey {
-    /// Compares in a time that depends on the length only.
-    fn eq(&self, other: &Self) -> bool {
-        equal_in_constant_time(&self.0, &other.0)
-    }
-}
-
-impl Eq for PreSharedKey {}
-
-impl Drop for PreSharedKey {
-    fn drop(&mut self) {
-        self.0.fill(0);
-        // Prevents the compiler from removing a store that is never read.
-        black_box(&self.0);
-    }
-}
-
-impl fmt::Debug for PreSharedKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("PreSharedKey(..)")
-    }
-}
-
-/// The password of an encrypted private key. It is overwritten on drop, and its `Debug` output
-/// hides it.
-#[derive(Clone)]
-pub struct KeyPassword(Box<[u8]>);
+/// The password of an encrypted private key. It is overwritten on drop, compared in a time that
+/// depends on the length only, and hidden in `Debug` output.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyPassword(Secret);
 
 impl KeyPassword {
     /// Takes all of these bytes.
     #[must_use]
-    pub fn new(password: Vec<u8>) -> Self {
-        Self(password.into())
+    pub const fn new(password: Vec<u8>) -> Self {
+        Self(Secret(password))
     }
 
     /// Returns the password itself.
     #[must_use]
     pub fn expose(&self) -> &[u8] {
-        &self.0
+        &self.0.0
     }
 
     /// Copies it to the start of `buffer` and returns its length; 0 if it is longer.
     pub fn copy_to(&self, buffer: &mut [u8]) -> usize {
-        match buffer.get_mut(..self.0.len()) {
+        let password = self.expose();
+        match buffer.get_mut(..password.len()) {
             Some(place) => {
-                place.copy_from_slice(&self.0);
+                place.copy_from_slice(password);
                 place.len()
             }
             None => 0,
         }
-    }
-}
-
-impl PartialEq for KeyPassword {
-    /// Compares in a time that depends on the length only.
-    fn eq(&self, other: &Self) -> bool {
-        equal_in_constant_time(&self.0, &other.0)
-    }
-}
-
-impl Eq for KeyPassword {}
-
-impl Drop for KeyPassword {
-    fn drop(&mut self) {
-        self.0.fill(0);
-        // Prevents the compiler from removing a store that is never read.
-        black_box(&self.0);
-    }
-}
-
-impl fmt::Debug for KeyPassword {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("KeyPassword(..)")
     }
 }
 
@@ -297,7 +279,7 @@ fn parse_line(line: &[u8]) -> Result<Option<Credential>, KeyLineProblem> {
     let digits = key.strip_prefix(b":").unwrap_or(key);
     let key = decode_hexadecimal(digits).ok_or(KeyLineProblem::NotHexadecimal)?;
     let length = key.len();
-    let key = PreSharedKey(key);
+    let key = PreSharedKey(Secret(key.into_vec()));
     if !(MIN_PSK_LEN..=MAX_PSK_LEN).contains(&length) {
         return Err(KeyLineProblem::BadKeyLength(length));
     }
