@@ -6,7 +6,7 @@ use std::process::Command;
 
 use crate::support::qemu_img::{compare_all, ours, words};
 use crate::support::qemu_nbd::wait_until;
-use crate::support::{Server, run};
+use crate::support::{Outcome, Server, run};
 use crate::tools;
 
 #[test]
@@ -20,14 +20,17 @@ fn a_format_without_checks_is_reported_with_the_line_that_scripts_look_for() {
     assert_eq!((ours.code, ours.stderr), (theirs.code, theirs.stderr));
 }
 
+/// Runs a program of QEMU in a directory.
+fn theirs(directory: &Path, line: &str) -> Outcome {
+    let words = words(line);
+    run(Command::new(&words[0]).args(&words[1..]).current_dir(directory))
+}
+
 #[test]
 fn the_members_of_json_are_in_the_order_and_the_lines_of_qemu() {
     tools!(_qemu_img = "qemu-img", _qemu_io = "qemu-io");
     let directory = tempfile::tempdir().unwrap();
-    let theirs = |line: &str| {
-        let words = words(line);
-        run(Command::new(&words[0]).args(&words[1..]).current_dir(&directory)).success()
-    };
+    let theirs = |line: &str| theirs(directory.path(), line).success();
     for line in [
         "qemu-img create -q -f raw base.img 1M",
         "qemu-img create -q -f qcow2 -b base.img -F raw disk.qcow2",
@@ -131,10 +134,7 @@ fn a_name_with_a_colon_is_shown_so_that_it_can_be_opened() {
 fn a_map_names_the_places_kept_for_zeroes_and_the_files_of_a_disk_in_several() {
     tools!(_qemu_img = "qemu-img", _qemu_io = "qemu-io");
     let directory = tempfile::tempdir().unwrap();
-    let theirs = |line: &str| {
-        let words = words(line);
-        run(Command::new(&words[0]).args(&words[1..]).current_dir(&directory)).success()
-    };
+    let theirs = |line: &str| theirs(directory.path(), line).success();
     for line in [
         "qemu-img create -q -f qcow2 low.qcow2 2M",
         "qemu-io -c write_0_1M -c write_-z_256k_128k -c write_-z_-u_512k_64k low.qcow2",
