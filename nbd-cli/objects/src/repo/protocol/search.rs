@@ -132,7 +132,7 @@ fn is_needed<const N: usize>(name: &str, drop: Drop, worlds: &dyn Fn(Rules) -> [
 enum Length {
     /// Seconds, without optimisation.
     Short,
-    /// Minutes: where there is no time, some orders are searched.
+    /// Minutes. The usual run searches some of the orders.
     Long,
     /// More than memory holds: some orders are searched, and more where there is time.
     TooLong,

@@ -57,7 +57,7 @@ fn collector_deletes_nothing_if_a_backup_is_listed_and_not_there() {
 #[test]
 fn collector_reads_again_only_what_may_have_changed() {
     let mut store = repository();
-    // Forgotten before it begins, and read by somebody meanwhile.
+    // Forgotten before the collection begins, and read while it runs.
     for number in [2, 3] {
         let tombstone = Object::Tombstone(Some(backup(&[pack(number)])));
         store.objects.insert(Key::Backup(id(number)), tombstone);
