@@ -8,6 +8,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use rustix::io::{Errno, ReadWriteFlags};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// The system call `cachestat` (Linux 6.5), the same number on every architecture.
 const SYS_CACHESTAT: libc::c_long = 451;
@@ -99,6 +101,46 @@ pub(crate) fn untaken_len(socket: BorrowedFd<'_>) -> Option<u64> {
     let result =
         unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, std::ptr::from_mut(&mut length)) };
     u64::try_from(length).ok().filter(|_| result == 0)
+}
+
+/// Attaches a descriptor to the runtime on which this is called.
+///
+/// # Errors
+///
+/// Those of the system.
+pub(crate) fn watch(descriptor: OwnedFd, interest: Interest) -> std::io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an owned descriptor stays the same, and it is closed when the `AsyncFd` has let go of
+    // it.
+    Ok(unsafe { AsyncFd::register_with_interest(descriptor, interest) }?)
+}
+
+/// The process at the other end of a unix socket, at the moment when it connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PeerCredentials {
+    /// Its id; `None` if it is in another PID namespace.
+    pub(crate) process: Option<i32>,
+    pub(crate) user: u32,
+    pub(crate) group: u32,
+}
+
+/// The process at the other end of a unix socket, if the system reports it.
+pub(crate) fn peer_credentials(socket: BorrowedFd<'_>) -> Option<PeerCredentials> {
+    let mut credentials = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut length = libc::socklen_t::try_from(size_of_val(&credentials)).ok()?;
+    // SAFETY: the kernel writes at most `length` bytes into the structure, which has that many, and
+    // their number into `length`. Both live across the call, and it keeps neither.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            std::ptr::from_mut(&mut credentials).cast(),
+            std::ptr::from_mut(&mut length),
+        )
+    };
+    let process = (credentials.pid > 0).then_some(credentials.pid);
+    let (user, group) = (credentials.uid, credentials.gid);
+    (result == 0).then_some(PeerCredentials { process, user, group })
 }
 
 /// Supplementary groups of the process at the other end of a unix socket, at the moment when it
@@ -257,6 +299,18 @@ mod tests {
         theirs.read_exact(&mut [0; 10_000]).unwrap();
         assert_eq!(untaken_len(ours.as_fd()), Some(empty));
         assert_eq!(untaken_len(tempfile::tempfile().unwrap().as_fd()), None);
+    }
+
+    #[test]
+    fn the_credentials_of_a_peer_are_those_of_its_process() {
+        let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let expected = PeerCredentials {
+            process: i32::try_from(std::process::id()).ok(),
+            user: rustix::process::geteuid().as_raw(),
+            group: rustix::process::getegid().as_raw(),
+        };
+        assert_eq!(peer_credentials(ours.as_fd()), Some(expected));
+        assert_eq!(peer_credentials(tempfile::tempfile().unwrap().as_fd()), None);
     }
 
     #[test]

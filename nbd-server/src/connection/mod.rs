@@ -29,6 +29,7 @@ mod tests;
 mod tls;
 mod transmission;
 mod turn;
+mod unix_socket;
 mod writeback_errors;
 
 use std::sync::Arc;

@@ -9,8 +9,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::TcpStream;
 
+use super::unix_socket::UnixSocket;
 use crate::client::ClientAddress;
 use crate::sys;
 
@@ -26,7 +27,7 @@ pub(crate) enum PlainSocket {
     /// As above.
     StdUnix(std::os::unix::net::UnixStream),
     Tcp(TcpStream),
-    Unix(UnixStream),
+    Unix(UnixSocket),
 }
 
 /// The encryption of a stream.
@@ -66,7 +67,7 @@ impl PlainSocket {
             Self::StdUnix(stream) => {
                 // A failure is harmless: a smaller buffer is only slower.
                 let _ = sockopt::set_socket_send_buffer_size(&stream, UNIX_SEND_BUFFER_LEN);
-                UnixStream::from_std(stream).map(Self::Unix)
+                UnixSocket::attach(stream).map(Self::Unix)
             }
             attached => Ok(attached),
         }
@@ -78,7 +79,7 @@ impl PlainSocket {
             Self::StdTcp(stream) => stream.into(),
             Self::StdUnix(stream) => stream.into(),
             Self::Tcp(stream) => stream.into_std()?.into(),
-            Self::Unix(stream) => stream.into_std()?.into(),
+            Self::Unix(socket) => socket.into_descriptor(),
         })
     }
 
@@ -88,15 +89,16 @@ impl PlainSocket {
         cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        let mut buffer = ReadBuf::new(buffer);
-        // After a short read, tokio knows that the socket is drained, and saves a call.
-        let read = match self {
-            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, &mut buffer),
-            Self::Unix(stream) => Pin::new(stream).poll_read(cx, &mut buffer),
-            Self::StdTcp(_) | Self::StdUnix(_) => return Poll::Ready(Err(detached())),
-        };
-        ready!(read)?;
-        Poll::Ready(Ok(buffer.filled().len()))
+        match self {
+            Self::Tcp(stream) => {
+                let mut buffer = ReadBuf::new(buffer);
+                // After a short read, tokio knows that the socket is drained, and saves a call.
+                ready!(Pin::new(stream).poll_read(cx, &mut buffer))?;
+                Poll::Ready(Ok(buffer.filled().len()))
+            }
+            Self::Unix(socket) => socket.poll_read(cx, buffer),
+            Self::StdTcp(_) | Self::StdUnix(_) => Poll::Ready(Err(detached())),
+        }
     }
 
     /// Reads the available bytes without waiting; 0 if there are none, also at the end of the
@@ -111,7 +113,7 @@ impl PlainSocket {
     pub(super) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Tcp(stream) => Some(stream.as_fd()),
-            Self::Unix(stream) => Some(stream.as_fd()),
+            Self::Unix(socket) => Some(socket.as_fd()),
             Self::StdTcp(_) | Self::StdUnix(_) => None,
         }
     }
@@ -161,11 +163,10 @@ impl PlainSocket {
     pub(super) fn client_address(&self) -> ClientAddress {
         let known = match self {
             Self::Tcp(stream) => stream.peer_addr().ok().map(ClientAddress::Tcp),
-            Self::Unix(stream) => stream.peer_cred().ok().map(|credentials| ClientAddress::Unix {
-                process: credentials.pid(),
-                user: credentials.uid(),
-                group: credentials.gid(),
-                groups: sys::peer_groups(stream.as_fd()),
+            Self::Unix(socket) => sys::peer_credentials(socket.as_fd()).map(|credentials| {
+                let sys::PeerCredentials { process, user, group } = credentials;
+                let groups = sys::peer_groups(socket.as_fd());
+                ClientAddress::Unix { process, user, group, groups }
             }),
             _ => None,
         };
@@ -188,23 +189,18 @@ impl PlainSocket {
     }
 
     fn poll_write_with(
-        &self,
+        &mut self,
         cx: &mut Context<'_>,
         mut write: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
     ) -> Poll<io::Result<usize>> {
+        let stream = match self {
+            Self::Tcp(stream) => stream,
+            Self::Unix(socket) => return socket.poll_write_with(cx, write),
+            Self::StdTcp(_) | Self::StdUnix(_) => return Poll::Ready(Err(detached())),
+        };
         loop {
-            let result = match self {
-                Self::Tcp(stream) => {
-                    ready!(stream.poll_write_ready(cx))?;
-                    stream.try_io(Interest::WRITABLE, || write(stream.as_fd()))
-                }
-                Self::Unix(stream) => {
-                    ready!(stream.poll_write_ready(cx))?;
-                    stream.try_io(Interest::WRITABLE, || write(stream.as_fd()))
-                }
-                Self::StdTcp(_) | Self::StdUnix(_) => return Poll::Ready(Err(detached())),
-            };
-            match result {
+            ready!(stream.poll_write_ready(cx))?;
+            match stream.try_io(Interest::WRITABLE, || write(stream.as_fd())) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 result => return Poll::Ready(result),

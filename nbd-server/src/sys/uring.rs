@@ -70,10 +70,7 @@ impl Ring {
     ///
     /// Those of the system.
     pub(crate) fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
-        let descriptor = self.event.try_clone()?;
-        // SAFETY: this descriptor has no other owner, and it is closed when the `AsyncFd` has let
-        // go of it.
-        Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
+        super::watch(self.event.try_clone()?, Interest::READABLE)
     }
 
     /// How many transfers have not ended.
