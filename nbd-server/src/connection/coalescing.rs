@@ -11,8 +11,13 @@
 //! requests in flight is hardly ever paused. Requests that arrive one by one can be a deep queue
 //! too, if both sides are equally fast: a single occasional pause detects that, at growing
 //! intervals if it finds nothing.
+//!
+//! A client that sends several requests at a time is faster without pauses, which only a
+//! [trial](super::trial) shows.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use super::trial::Trial;
 
 /// The target size of a batch, in requests. Larger batches save little, and would be most of a
 /// queue of moderate depth.
@@ -47,7 +52,7 @@ enum State {
     Off { evidence: u32, batches: u32 },
     /// The same, after a single pause.
     Probing,
-    /// The client is paced.
+    /// The client is paced, unless a trial shows that it is faster without.
     On { pause: Duration, strikes: u32, good: u32 },
 }
 
@@ -57,19 +62,37 @@ pub(super) struct Coalescing {
     state: State,
     needed: u32,
     probe_after: u32,
+    trial: Trial,
 }
 
 impl Default for Coalescing {
     fn default() -> Self {
-        Self { state: OFF, needed: EVIDENCE, probe_after: PROBE_AFTER }
+        let trial = Trial::default();
+        Self { state: OFF, needed: EVIDENCE, probe_after: PROBE_AFTER, trial }
     }
 }
 
 impl Coalescing {
-    /// Records an answered batch of `requests`, and returns the pause before the next read.
-    pub(super) fn after_batch(&mut self, requests: usize) -> Option<Duration> {
+    /// Whether the client is paused between batches at present.
+    pub(super) const fn paces(&self) -> bool {
+        matches!(self.state, State::On { .. }) && self.trial.paces()
+    }
+
+    /// Records an answered batch of `requests`, and returns the pause before the next read. `now`
+    /// is called seldom.
+    pub(super) fn after_batch(
+        &mut self,
+        requests: usize,
+        now: impl FnOnce() -> Instant,
+    ) -> Option<Duration> {
+        let is_unpaced = !self.trial.paces();
+        if let State::On { .. } = self.state {
+            self.trial.after_batch(requests, now);
+        }
         self.state = match self.state {
             State::Off { .. } | State::Probing if requests == 0 => return None,
+            // Without pauses, small batches say nothing about the queue.
+            on @ State::On { .. } if is_unpaced => on,
             State::Off { evidence, batches } => {
                 let evidence =
                     if requests == 1 { evidence.saturating_sub(1) } else { evidence + 1 };
@@ -101,6 +124,7 @@ impl Coalescing {
                 State::On { pause: adjusted(pause, requests), strikes: strikes + 1, good }
             }
             State::On { .. } => {
+                self.trial = Trial::default();
                 self.needed = self.needed.saturating_mul(2).min(MOST_EVIDENCE);
                 self.probe_after = self.probe_after.saturating_mul(2).min(MOST_PROBE_AFTER);
                 OFF
@@ -108,7 +132,7 @@ impl Coalescing {
         };
         match self.state {
             State::Off { .. } | State::Probing => None,
-            State::On { pause, .. } => Some(pause),
+            State::On { pause, .. } => self.paces().then_some(pause),
         }
     }
 }
@@ -128,50 +152,69 @@ fn adjusted(pause: Duration, requests: usize) -> Duration {
 mod tests {
     use super::*;
 
-    fn pauses(coalescing: &mut Coalescing, batches: u32, requests: usize) -> usize {
-        (0..batches).filter(|_| coalescing.after_batch(requests).is_some()).count()
+    /// A client that pauses make faster.
+    struct Client {
+        coalescing: Coalescing,
+        now: Instant,
+    }
+
+    impl Client {
+        fn new() -> Self {
+            Self { coalescing: Coalescing::default(), now: Instant::now() }
+        }
+
+        fn after_batch(&mut self, requests: usize) -> Option<Duration> {
+            let pause = self.coalescing.after_batch(requests, || self.now);
+            self.now += Duration::from_micros(if pause.is_some() { 1 } else { 2 });
+            pause
+        }
+
+        fn pauses(&mut self, batches: u32, requests: usize) -> usize {
+            (0..batches).filter(|_| self.after_batch(requests).is_some()).count()
+        }
     }
 
     #[test]
     fn a_client_with_one_request_in_flight_hardly_ever_waits() {
-        let mut coalescing = Coalescing::default();
-        assert_eq!(pauses(&mut coalescing, PROBE_AFTER, 1), 0);
-        let paused = pauses(&mut coalescing, 1_000_000, 1);
+        let mut client = Client::new();
+        assert_eq!(client.pauses(PROBE_AFTER, 1), 0);
+        let paused = client.pauses(1_000_000, 1);
         assert!((1..25).contains(&paused), "{paused} pauses");
     }
 
     #[test]
     fn a_deep_queue_that_comes_one_by_one_is_found_by_a_pause() {
-        let mut coalescing = Coalescing::default();
-        assert_eq!(pauses(&mut coalescing, PROBE_AFTER, 1), 0);
-        assert!(coalescing.after_batch(1).is_some(), "the probe");
-        assert_eq!(coalescing.after_batch(0), None, "nothing says anything yet");
-        assert_eq!(pauses(&mut coalescing, 1000, 8), 1000);
+        let mut client = Client::new();
+        assert_eq!(client.pauses(PROBE_AFTER, 1), 0);
+        assert!(client.after_batch(1).is_some(), "the probe");
+        assert_eq!(client.after_batch(0), None, "nothing says anything yet");
+        assert!(client.pauses(1000, 8) > 700, "all but the windows without");
     }
 
     #[test]
     fn a_shallow_queue_is_tried_ever_more_seldom() {
-        let paused = pauses(&mut Coalescing::default(), 100_000, 2);
+        let paused = Client::new().pauses(100_000, 2);
         assert!((1..500).contains(&paused), "{paused} pauses");
     }
 
     #[test]
     fn a_deep_queue_is_paced_until_it_gets_shallow() {
-        let mut coalescing = Coalescing::default();
-        pauses(&mut coalescing, EVIDENCE, 2);
-        assert_eq!(pauses(&mut coalescing, 1000, 8), 1000);
-        assert_eq!(pauses(&mut coalescing, 1000, 1), STRIKES as usize);
+        let mut client = Client::new();
+        client.pauses(EVIDENCE, 2);
+        client.pauses(1000, 8);
+        assert_eq!(client.pauses(1000, 8), 1000, "a trial has shown that pauses are good");
+        assert_eq!(client.pauses(1000, 1), STRIKES as usize);
     }
 
     #[test]
     fn the_pause_settles_where_a_handful_arrives() {
-        let mut coalescing = Coalescing::default();
-        pauses(&mut coalescing, EVIDENCE, 2);
+        let mut client = Client::new();
+        client.pauses(EVIDENCE, 2);
         let mut pause = FIRST;
         // A client that submits a request every five microseconds, and a timer that is late by ten.
-        for _ in 0..200 {
+        for _ in 0..2000 {
             let arrived = ((pause.as_micros() + 10) / 5) as usize;
-            pause = coalescing.after_batch(arrived).expect("paced");
+            pause = client.after_batch(arrived).unwrap_or(pause);
         }
         assert!((15..=25).contains(&pause.as_micros()), "{pause:?}");
     }

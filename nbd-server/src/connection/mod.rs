@@ -28,6 +28,7 @@ mod tests;
 #[cfg(feature = "tls")]
 mod tls;
 mod transmission;
+mod trial;
 mod turn;
 mod unix_socket;
 mod writeback_errors;

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use super::coalescing::Coalescing;
 use super::polling::Polling;
@@ -52,6 +53,13 @@ impl ReadStrategy {
         self.neighbours.load(Ordering::Relaxed) <= 1
     }
 
+    /// Whether the first replies of a batch should leave before the last request is carried out.
+    /// Other connections of the thread have work while the client receives; and paced batches are
+    /// small, and the client works during the pause.
+    pub(super) fn wants_portions(&self) -> bool {
+        self.is_alone() && !self.coalescing.paces()
+    }
+
     /// Reads with the strategy that suits the client. False if the runtime has to report when there
     /// is something to read.
     pub(super) fn read(
@@ -71,7 +79,7 @@ impl ReadStrategy {
             input.received(received);
             received > 0
         };
-        match self.coalescing.after_batch(taken) {
+        match self.coalescing.after_batch(taken, Instant::now) {
             Some(pause) => {
                 std::thread::sleep(pause);
                 look()

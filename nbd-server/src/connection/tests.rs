@@ -2,8 +2,8 @@
 
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use nbd_proto::transmission::Durability;
 use tokio::net::UnixStream;
@@ -28,13 +28,17 @@ struct CachedDisk {
     file: Arc<OwnedFd>,
     /// Its bytes are sent from the file, or copied.
     is_sent: bool,
+    /// The socket of a client, and how many bytes were there for it at the beginning of each read.
+    watched: OnceLock<OwnedFd>,
+    waiting: Mutex<Vec<u64>>,
 }
 
 impl CachedDisk {
     fn new(is_sent: bool) -> Arc<Self> {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![7; SIZE]).unwrap();
-        Arc::new(Self { file: Arc::new(file.into()), is_sent })
+        let (watched, waiting) = Default::default();
+        Arc::new(Self { file: Arc::new(file.into()), is_sent, watched, waiting })
     }
 }
 
@@ -65,6 +69,9 @@ impl FastExport for CachedDisk {
         buffer: &mut [u8],
         _: Holes,
     ) -> Result<TryRead, ExportError> {
+        if let Some(client) = self.watched.get() {
+            self.waiting.lock().unwrap().push(rustix::io::ioctl_fionread(client).unwrap());
+        }
         self.read_at(offset, buffer).map(|()| TryRead::Complete)
     }
 
@@ -148,13 +155,17 @@ impl Peer {
     }
 
     async fn command(&self, command: u16, offset: usize, length: usize) {
+        self.send(&Self::header(command, offset, length)).await;
+    }
+
+    fn header(command: u16, offset: usize, length: usize) -> Vec<u8> {
         let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
         request.extend([0; 2]);
         request.extend(command.to_be_bytes());
         request.extend([0; 8]);
         request.extend((offset as u64).to_be_bytes());
         request.extend((length as u32).to_be_bytes());
-        self.send(&request).await;
+        request
     }
 
     async fn read(&self, buffer: &mut [u8]) {
@@ -341,4 +352,33 @@ fn a_small_read_waits_for_a_few_hundred_kilobytes_however_large_the_writes_of_ot
         // too.
         assert!(most <= 640 << 10, "{most} bytes came first, of writes of {length} at {start}");
     }
+}
+
+/// The replies that a client had received before each of its 16 reads, which it sent at once.
+fn received_before_each_read(connections: usize) -> Vec<u64> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let disk = CachedDisk::new(false);
+    runtime.block_on(async {
+        let trigger = ShutdownTrigger::new();
+        let thread = Thread::new(Arc::new(AtomicUsize::new(connections)));
+        let peer = Peer::connect(&shared(Arc::clone(&disk)), &trigger, &thread).await;
+        disk.watched.set(rustix::io::dup(&peer.stream).unwrap()).unwrap();
+        let requests: Vec<_> = (0..16).map(|place| Peer::header(0, place * 4096, 4096)).collect();
+        peer.send(&requests.concat()).await;
+        for _ in 0..16 {
+            peer.reply().await;
+        }
+    });
+    // Chunk header, offset, data.
+    disk.waiting.lock().unwrap().iter().map(|bytes| bytes / (20 + 8 + 4096)).collect()
+}
+
+#[test]
+fn the_first_replies_of_a_batch_leave_before_its_last_request_is_read() {
+    assert_eq!(received_before_each_read(1), [0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12]);
+}
+
+#[test]
+fn the_replies_of_a_batch_leave_together_if_others_are_on_the_thread() {
+    assert_eq!(received_before_each_read(2), [0; 16]);
 }

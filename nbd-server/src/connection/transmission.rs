@@ -8,6 +8,7 @@ mod backlog;
 mod disk_wait;
 mod execute;
 mod incoming;
+mod portion;
 mod read;
 mod replies;
 mod rest;
@@ -34,6 +35,7 @@ use crate::statistics::Tally;
 use backlog::Backlog;
 use disk_wait::DiskWait;
 use incoming::{Incoming, Received};
+use portion::Portion;
 use read::PromptReads;
 use replies::Replies;
 pub(super) use rest::Rest;
@@ -49,6 +51,7 @@ pub(super) struct Session {
     reads: PromptReads,
     backlog: Backlog,
     replies: Replies,
+    portion: Portion,
     room: Room,
     read_strategy: ReadStrategy,
     disk_wait: DiskWait,
@@ -73,6 +76,7 @@ impl Session {
             reads: PromptReads::new(),
             backlog: Backlog::new(&established, shared, &thread.ring),
             replies: Replies::new(target.encoder()),
+            portion: Portion::default(),
             room: Room::new(shared.room.clone()),
             read_strategy: ReadStrategy::new(polling, thread.connections.clone()),
             disk_wait: DiskWait::new(shared.disk_slots.clone(), thread.connections.clone()),

@@ -36,6 +36,7 @@ impl Session {
 
     fn execute_received(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
         let mut progress = false;
+        self.portion.begin();
         loop {
             match self.go_on(cx) {
                 Begun::Moved => {
@@ -54,6 +55,9 @@ impl Session {
             let Some(arrival) = self.incoming.next()? else { return Ok(progress) };
             if !self.throttle.admits(cx, &arrival) {
                 return Ok(progress);
+            }
+            if self.read_strategy.wants_portions() && self.portion.take() {
+                self.flush(cx)?;
             }
             if !self.begin(arrival) {
                 return Ok(progress);
@@ -232,7 +236,10 @@ impl Session {
         let read = reads.read(&request, &mut answering);
         let kind = request.command.command_type().into();
         match read {
-            Ok(()) => self.tally.answer(kind, request.length, Outcome::Success),
+            Ok(()) => {
+                self.tally.answer(kind, request.length, Outcome::Success);
+                self.portion.add();
+            }
             Err(rest) => {
                 let ticket = self.ticket(&request);
                 self.leave_rest(request, ticket, rest);
