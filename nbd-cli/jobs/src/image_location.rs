@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgfmt::storage::Part;
-use imgfmt::{Access, Error, Format, Image, ImageInfo, NameTarget, OpenOptions};
+use imgfmt::{Access, BackingFile, Error, Format, Image, ImageInfo, NameTarget, OpenOptions};
 use nbd_client::blocking::Client;
 use nbd_client::{ExportStorage, LocalFiles};
 use nbd_proto::NbdUri;
@@ -224,9 +224,11 @@ impl ImageLocation {
             .apply_to(&mut options)
             .and_then(|()| backing.check(options.cache))
             .map_err(|why| JobError::invalid(format!("cannot open {location}: {why}")))?;
-        let files = location.local_files();
-        let target = |name| Self::of(name, files).target(remotes);
-        options.backing = backing_file(backing.clone(), &target)?;
+        if !matches!(options.backing, BackingFile::Ignored) {
+            let files = location.local_files();
+            let target = |name| Self::of(name, files).target(remotes);
+            options.backing = backing_file(backing.clone(), &target)?;
+        }
         Ok((location, options))
     }
 

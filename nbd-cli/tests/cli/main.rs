@@ -96,6 +96,7 @@ mod qemu_img_details;
 mod qemu_img_encrypted;
 mod qemu_img_export;
 mod qemu_img_formats;
+mod qemu_img_in_use;
 mod qemu_img_parts;
 mod qemu_img_tls;
 mod qemu_nbd_backing;

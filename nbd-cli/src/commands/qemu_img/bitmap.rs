@@ -34,7 +34,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     let granularity = arguments.text(Opt::Granularity)?;
     let granularity = granularity.map(|text| size_argument("granularity", &text)).transpose()?;
-    let place = Place::new(arguments, file, Opt::Format, Opt::None)?;
+    let mut place = Place::new(arguments, file, Opt::Format, Opt::None)?;
+    // Nothing is read of it, and a virtual machine may have locked it.
+    place.options.backing = BackingFile::Ignored;
     let image = place.open_to_change()?;
     let source = source(arguments)?;
     let observer = Percentage::begin(false)?.context().observer;

@@ -27,7 +27,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let format = arguments.format(Opt::Format)?;
     let format = format.unwrap_or(Format::Raw);
     let lists = arguments.lists()?;
-    if let Some(text) = help(format, &lists) {
+    if let Some(text) = help(format, &lists, arguments.operands.first()) {
         return text::print(&text);
     }
     let (name, size) = match &arguments.operands[..] {
@@ -64,6 +64,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     let mut create = new.create;
     create.size = Some(size.next_multiple_of(SECTOR));
+    if create.format == Format::Qcow2 {
+        // It was looked at, and a virtual machine that writes to it may have locked it.
+        create.open.backing = BackingFile::Ignored;
+    }
     create.foreign.final_name = target::final_name(path);
     let made = match &place.location {
         ImageLocation::Export { .. } => make_on_server(&place, &create),
@@ -133,12 +137,15 @@ fn size_of(create: &CreateOptions, path: &Path) -> Result<u64, Refusal> {
         return create.size.ok_or_else(missing);
     };
     let location = ImageLocation::File(path.to_owned()).beside(OsStr::new(name))?;
-    let place =
-        Place { location, options: create.open.clone().format(*format), remotes: remotes() };
+    // As in QEMU, a virtual machine may use it, which goes on with the new image.
+    let options = create.open.clone().format(*format).locking(Locking::Shared);
+    let place = Place { location, options, remotes: remotes() };
     // Without keys, and with all layers: what fails here is not announced.
     let layers = place.location.inspect_chain(&place.options, &place.remotes);
     let layers = layers.map_err(|error| place.not_opened(&error.to_string()))?;
-    Ok(create.size.unwrap_or_else(|| layers.first().map_or(0, |layer| layer.size)))
+    // A raw disk need not consist of whole sectors.
+    let below = layers.first().map_or(0, |layer| layer.size.next_multiple_of(SECTOR));
+    Ok(create.size.unwrap_or(below))
 }
 
 /// Makes the image, in the place of an existing one if there is one.

@@ -1,0 +1,89 @@
+//! The qemu-img form where QEMU's own tests found differences: images that others use or that are
+//! cut off, sizes, passphrases, titles. Both programs work in one directory, one after the other.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::qemu_img::{compare_all, ours, words};
+use crate::support::{Outcome, Server, run};
+use crate::tools;
+
+/// Runs a program of QEMU in a directory.
+fn theirs(directory: &Path, line: &str) -> Outcome {
+    let words = words(line);
+    run(Command::new(&words[0]).args(&words[1..]).current_dir(directory))
+}
+
+/// Runs a line with both programs and compares exit codes and outputs.
+#[track_caller]
+fn compare(directory: &Path, line: &str, code: i32) {
+    let expected = theirs(directory, &format!("qemu-img {line}"));
+    let actual = ours(directory, &words(line));
+    assert_eq!((expected.code, actual.code), (Some(code), Some(code)), "{line}: {actual:?}");
+    if code == 0 {
+        assert_eq!(actual.stdout, expected.stdout, "{line}");
+    }
+}
+
+#[test]
+fn an_overlay_is_made_above_the_disk_of_a_running_machine_and_its_bitmaps_are_changed() {
+    tools!(_qemu_img = "qemu-img", _qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    theirs(here, "qemu-img create -q -f qcow2 low.qcow2 1M").success();
+    theirs(here, "qemu-img create -q -f qcow2 -b low.qcow2 -F qcow2 top.qcow2").success();
+    // It may write to the image, as a machine does, and has locked it.
+    let low = here.join("low.qcow2");
+    let arguments = ["-f", "qcow2", low.to_str().expect("a plain name")];
+    let server = Server::qemu_nbd(&qemu_nbd, "low", &arguments);
+    let described = || {
+        let info = theirs(here, "qemu-img info top.qcow2").success();
+        let is_left = |line: &&str| !line.contains("disk size") && !line.contains("file length");
+        info.lines().filter(is_left).map(str::to_owned).collect::<Vec<_>>()
+    };
+    for (line, code) in [
+        ("create -f qcow2 -b low.qcow2 -F qcow2 new.qcow2", 0),
+        ("create -f qcow2 -b low.qcow2 -F qcow2 new.qcow2 2M", 0),
+        ("create -f qcow2 -o backing_file=top.qcow2,backing_fmt=qcow2 new.qcow2", 0),
+        ("create -f qcow2 -b low.qcow2 -F raw new.qcow2", 0),
+        ("rebase -u -b low.qcow2 -F qcow2 new.qcow2", 0),
+        ("info new.qcow2", 0),
+        ("bitmap --add --disable top.qcow2 b", 0),
+        ("bitmap --enable top.qcow2 b", 0),
+        ("bitmap --clear --image-opts driver=qcow2,file.filename=top.qcow2 b", 0),
+        ("bitmap --remove top.qcow2 b", 0),
+        ("bitmap --add low.qcow2 b", 1),
+        ("map top.qcow2", 1),
+        ("convert -O raw top.qcow2 copy.img", 1),
+        ("create -f qcow2 -b low.qcow2 -F vmdk new.qcow2", 1),
+        ("create -f qcow2 low.qcow2 1M", 1),
+    ] {
+        if line.starts_with("bitmap") && code == 0 {
+            // Each program has an image of its own.
+            std::fs::copy(here.join("top.qcow2"), here.join("before")).unwrap();
+            let expected = theirs(here, &format!("qemu-img {line}"));
+            assert_eq!(expected.code, Some(0), "{expected:?}");
+            let after = described();
+            std::fs::rename(here.join("before"), here.join("top.qcow2")).unwrap();
+            ours(here, &words(line)).success();
+            assert_eq!(described(), after, "{line}");
+        } else {
+            compare(here, line, code);
+        }
+    }
+    drop(server);
+    theirs(here, "qemu-io -c read_-P_0_0_64k new.qcow2").success();
+}
+
+#[test]
+fn bitmaps_are_changed_without_the_backing_file() {
+    compare_all(
+        "
+        bitmap --add orphan.qcow2 b ; bitmap --add --disable orphan.qcow2 c ; info orphan.qcow2 =>
+        bitmap --add orphan.qcow2 b ; bitmap --add --merge b orphan.qcow2 c ; bitmap --remove orphan.qcow2 b ; info --output=json orphan.qcow2 =>
+        bitmap --add --image-opts driver=qcow2,file.filename=orphan.qcow2 b ; info orphan.qcow2 =>
+        bitmap --add json:{'driver':'qcow2','file.filename':'orphan.qcow2'} b ; info orphan.qcow2 =>
+        bitmap --add --merge b1 -b bitmaps.qcow2 -F qcow2 orphan.qcow2 c ; info orphan.qcow2 =>
+        ",
+    );
+}
