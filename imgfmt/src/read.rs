@@ -168,7 +168,7 @@ fn split_at_end<'a>(
 }
 
 /// Calls `each` with the parts of a range, in order and without gaps, and the places that files
-/// keep for those that read as zero by metadata alone.
+/// keep for those that read as zero by metadata alone. All of the range reads as zero.
 pub(crate) fn kept_for_zeroes(
     layer: &dyn Layer,
     range: GuestRange,
@@ -179,6 +179,10 @@ pub(crate) fn kept_for_zeroes(
         while position < end {
             let (place, length) = match mapping.content {
                 Content::Hole => layer.kept_for_zeroes(position)?,
+                // Past the end of the file.
+                Content::File(file) if file.may_pass_end && file.is_file_content => {
+                    (Some(file.offset), u64::MAX)
+                }
                 _ => (None, u64::MAX),
             };
             let stop = end.min(position.saturating_add(length.max(1)));

@@ -109,8 +109,8 @@ impl Image {
     }
 
     /// Calls `each` with the parts of a range, in order and without gaps, and the places that files
-    /// keep for those that read as zero because their entry says so: for later writes, nothing of
-    /// what is there is read.
+    /// keep for those that read as zero because their entry says so (for later writes, nothing of
+    /// what is there is read) or because the file ends before. The range reads as zero.
     ///
     /// # Errors
     ///

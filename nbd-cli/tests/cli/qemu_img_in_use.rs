@@ -87,3 +87,34 @@ fn bitmaps_are_changed_without_the_backing_file() {
         ",
     );
 }
+
+#[test]
+fn a_map_goes_on_past_the_end_of_a_file_that_was_cut_off() {
+    tools!(_qemu_img = "qemu-img", _qemu_io = "qemu-io");
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    theirs(here, "qemu-img create -q -f qcow2 whole.qcow2 1M").success();
+    let write = "-c write_-P_7_0_128k -c write_-z_256k_64k -c write_-P_5_512k_3k";
+    theirs(here, &format!("qemu-io {write} whole.qcow2")).success();
+    for length in [6 << 16, (6 << 16) - 3000, 5 << 16] {
+        std::fs::copy(here.join("whole.qcow2"), here.join("disk.qcow2")).unwrap();
+        compare(here, &format!("resize -q -f raw --shrink disk.qcow2 {length}"), 0);
+        for line in ["map disk.qcow2", "map --output=json disk.qcow2"] {
+            compare(here, line, 0);
+        }
+    }
+}
+
+#[test]
+fn a_map_of_direct_reads_has_whole_sectors() {
+    tools!(_qemu_img = "qemu-img");
+    // Direct I/O is not possible in all directories for temporary files.
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let here = directory.path();
+    std::fs::write(here.join("odd.img"), [7; 1000]).unwrap();
+    for options in ["", ",cache.direct=on", ",cache.direct=off"] {
+        let image = format!("--image-opts driver=raw,file.filename=odd.img{options}");
+        compare(here, &format!("map --output=json {image}"), 0);
+        compare(here, &format!("map {image}"), 0);
+    }
+}

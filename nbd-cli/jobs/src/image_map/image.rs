@@ -106,27 +106,33 @@ fn parts<E: From<imgfmt::Error>>(
     if absent.is_some() {
         return each(part(extent.range, false, None));
     }
+    let mut last_file = None;
     for mapping in image.map_read(extent.range)?.mappings() {
-        each(match mapping.content {
+        let (is_entry, file) = match mapping.content {
             Content::File(span) => {
                 let offset = span.is_file_content().then(|| span.offset.bytes());
-                let file = files.number_of(span.storage);
-                MapEntry { file, ..part(mapping.range, false, offset) }
-            }
-            Content::Encoded(encoded) => part(mapping.range, encoded.is_compressed(), None),
-            _ => {
-                zeroes(image, mapping.range, |range, place| {
-                    let is_kept = place.is_some();
-                    each(MapEntry { is_kept, ..part(range, false, place) })
-                })?;
+                last_file = files.number_of(span.storage);
+                each(MapEntry { file: last_file, ..part(mapping.range, false, offset) })?;
                 continue;
             }
+            Content::Encoded(encoded) => {
+                each(part(mapping.range, encoded.is_compressed(), None))?;
+                continue;
+            }
+            Content::Hole => (true, None),
+            // Past the end of the file, which was cut off or has not grown to there yet.
+            _ => (false, last_file),
+        };
+        zeroes(image, mapping.range, |range, place| {
+            let is_kept = is_entry && place.is_some();
+            let file = file.filter(|_| place.is_some());
+            each(MapEntry { is_kept, file, ..part(range, false, place) })
         })?;
     }
     Ok(())
 }
 
-/// Splits zeroes by the places that are kept for them.
+/// Splits zeroes by the places that files keep for them, or would have if they did not end before.
 fn zeroes<E: From<imgfmt::Error>>(
     image: &Image,
     range: GuestRange,

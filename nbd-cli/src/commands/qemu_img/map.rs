@@ -34,6 +34,8 @@ struct LayerFile {
 struct Printer {
     format: ReportFormat,
     layers: Vec<LayerFile>,
+    /// Whether the page cache is bypassed.
+    is_direct: bool,
     start: u64,
     end: u64,
     /// The files of the image.
@@ -67,6 +69,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let mut printer = Printer {
         format,
         layers,
+        is_direct: options.cache.is_direct(),
         start,
         end,
         files: Vec::new(),
@@ -201,11 +204,13 @@ impl Printer {
     fn last(&mut self, mut entry: MapEntry) -> Result<(), CommandError> {
         let end = entry.start + entry.length;
         let missing = end.next_multiple_of(SECTOR) - end;
-        if entry.zero && !entry.data {
+        // Direct requests are about whole sectors too.
+        let is_alike = entry.zero && !entry.data || self.is_direct;
+        if is_alike {
             entry.length += missing;
         }
         self.add(entry)?;
-        if missing == 0 || entry.zero && !entry.data {
+        if missing == 0 || is_alike {
             return Ok(());
         }
         (entry.start, entry.length, entry.zero, entry.data) = (end, missing, true, false);
