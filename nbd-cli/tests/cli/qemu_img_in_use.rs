@@ -106,6 +106,40 @@ fn a_map_goes_on_past_the_end_of_a_file_that_was_cut_off() {
 }
 
 #[test]
+fn the_extents_of_a_vmdk_are_described_and_a_missing_one_is_an_error() {
+    tools!(_qemu_img = "qemu-img");
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    std::fs::create_dir(here.join("sub")).unwrap();
+    for line in [
+        "create -q -f vmdk -o subformat=twoGbMaxExtentSparse sub/split.vmdk 5G",
+        "create -q -f vmdk -o subformat=twoGbMaxExtentFlat flat.vmdk 3G",
+        "create -q -f vmdk single.vmdk 100G",
+        "create -q -f vmdk -o subformat=streamOptimized packed.vmdk 1M",
+        "create -q -f qcow2 -b sub/split.vmdk -F vmdk top.qcow2",
+    ] {
+        theirs(here, &format!("qemu-img {line}")).success();
+    }
+    for image in ["sub/split.vmdk", "flat.vmdk", "single.vmdk", "packed.vmdk", "top.qcow2"] {
+        compare(here, &format!("info {image}"), 0);
+        compare(here, &format!("info --output=json {image}"), 0);
+        compare(here, &format!("info --backing-chain {image}"), 0);
+    }
+    compare(here, "info --output=json --backing-chain top.qcow2", 0);
+    let file = |name: &str| std::fs::File::options().write(true).open(here.join(name)).unwrap();
+    file("single.vmdk").set_len(10 << 20).unwrap();
+    file("sub/split-s003.vmdk").set_len(60_000).unwrap();
+    std::fs::remove_file(here.join("flat-f002.vmdk")).unwrap();
+    for image in ["sub/split.vmdk", "flat.vmdk", "single.vmdk"] {
+        for command in ["info", "check", "map", "measure -O raw"] {
+            compare(here, &format!("{command} {image}"), 1);
+        }
+    }
+    compare(here, "info top.qcow2", 0);
+    compare(here, "info --backing-chain top.qcow2", 1);
+}
+
+#[test]
 fn a_map_of_direct_reads_has_whole_sectors() {
     tools!(_qemu_img = "qemu-img");
     // Direct I/O is not possible in all directories for temporary files.

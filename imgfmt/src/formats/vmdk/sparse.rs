@@ -169,6 +169,10 @@ impl Sparse {
                 return Err(file.unsupported(detail));
             }
         };
+        // Grains come after all tables, also if there are none yet.
+        if header.u64(64) > file.len().div_ceil(SECTOR) {
+            return Err(file.invalid("the file ends before its grains begin: it was cut off"));
+        }
         let entries = header.u32(44);
         if entries == 0 || entries > TABLE_MAX {
             return Err(file.invalid(format!("its tables have {entries} entries")));

@@ -1,8 +1,9 @@
 //! `qemu-img info`.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-use imgfmt::{Format, FormatDetails, Passphrase};
+use imgfmt::{BackingFile, Format, FormatDetails, Passphrase};
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::image_report::{DescribedImage, describe};
 use nbd_jobs::qemu_name::FormatInName;
@@ -10,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::arguments::Arguments;
 use super::known::Opt;
+use super::options::SECTOR;
 use super::place::{Place, shown_name};
 use super::refusal::Refusal;
 use super::text::{human_size, json, properties, snapshots};
@@ -24,13 +26,16 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         place.options.passphrases.push(Passphrase::new(Vec::new()));
     }
     let is_chain = arguments.has(Opt::BackingChain);
-    let images = match is_chain {
+    let mut images = match is_chain {
         true => place.layers()?,
         false => {
             let image = describe(place.location.clone(), &place.options, &place.remotes);
             vec![image.map_err(|error| place.not_opened(&error.to_string()))?]
         }
     };
+    for image in &mut images {
+        look_into_extents(&place, image)?;
+    }
     let mut output = Output::new();
     match format {
         ReportFormat::Json if is_chain => {
@@ -52,6 +57,20 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     output.finish()?;
     Ok(0)
+}
+
+/// Adds what only the extents of a VMDK tell. As in QEMU, one is not described if one of its
+/// extents is missing or damaged.
+fn look_into_extents(place: &Place, image: &mut DescribedImage) -> Result<(), Refusal> {
+    if image.info.format != Format::Vmdk {
+        return Ok(());
+    }
+    let options = place.options.clone().format(Format::Vmdk).backing(BackingFile::Ignored);
+    let opened = image.location.open(&options, &place.remotes);
+    let opened = opened.map_err(|error| place.not_opened(&error.to_string()))?;
+    let info = opened.info()?;
+    (image.info.block_size, image.info.details) = (info.block_size, info.details);
+    Ok(())
 }
 
 /// The report of an image, with the keys of qemu-img and no others.
@@ -89,12 +108,10 @@ fn report(image: &DescribedImage) -> Result<Value, Refusal> {
             .get_mut("format-specific")
             .and_then(|specific| specific.pointer_mut("/data/extents"))
             .and_then(Value::as_array_mut);
-        if let Some(FormatDetails::Vmdk(vmdk)) = &image.info.details {
-            let extents = vmdk.extents.iter().zip(extents.into_iter().flatten());
-            for (_, extent) in extents.filter(|(extent, _)| extent.file.is_none()) {
-                // QEMU does not say the type of one in the image's own file.
-                extent["format"] = "".into();
-            }
+        let children = children(image, extents.into_iter().flatten());
+        if children.len() > 1 {
+            let sizes = children.iter().filter_map(|child| child["info"]["actual-size"].as_u64());
+            members.insert("actual-size".to_owned(), sizes.sum::<u64>().into());
         }
         let bitmaps = members
             .get_mut("format-specific")
@@ -119,9 +136,31 @@ fn report(image: &DescribedImage) -> Result<Value, Refusal> {
                 data.remove(feature_of_version_3);
             }
         }
-        members.insert("children".to_owned(), json!([{ "name": "file", "info": file(image) }]));
+        members.insert("children".to_owned(), children.into());
     }
     Ok(report)
+}
+
+/// The reports of the files of an image, its own last; `extents` are those in its report.
+fn children<'a>(
+    image: &DescribedImage,
+    extents: impl Iterator<Item = &'a mut Value>,
+) -> Vec<Value> {
+    let mut children = vec![json!({ "name": "file", "info": file(image) })];
+    if let Some(FormatDetails::Vmdk(vmdk)) = &image.info.details {
+        for (known, extent) in vmdk.extents.iter().zip(extents) {
+            if known.file.is_none() {
+                // QEMU does not say the type of one in the image's own file.
+                extent["format"] = "".into();
+                continue;
+            }
+            let name = format!("extents.{}", children.len() - 1);
+            let info = file_of_extent(extent["filename"].as_str().unwrap_or_default());
+            children.push(json!({ "name": name, "info": info }));
+        }
+    }
+    children.reverse();
+    children
 }
 
 /// The report of the file or export of an image.
@@ -145,6 +184,21 @@ fn file(image: &DescribedImage) -> Value {
         }
     }
     info
+}
+
+/// The report of a file with a part of the disk.
+fn file_of_extent(name: &str) -> Value {
+    let metadata = Path::new(name).metadata().ok();
+    let length = metadata.as_ref().map_or(0, |metadata| metadata.len());
+    json!({
+        "children": [],
+        "virtual-size": length.next_multiple_of(SECTOR),
+        "filename": name,
+        "format": "file",
+        "actual-size": metadata.map(|metadata| metadata.blocks() * SECTOR),
+        "format-specific": { "type": "file", "data": {} },
+        "dirty-flag": false,
+    })
 }
 
 /// Whether the options name the driver of a file or an export alone, without a format above it.
@@ -181,8 +235,11 @@ fn text(image: &DescribedImage, output: &mut Output) -> Result<(), Refusal> {
     output.line(&format!("image: {name}"))?;
     output.line(&format!("file format: {}", report["format"].as_str().unwrap_or_default()))?;
     output.line(&format!("virtual size: {} ({} bytes)", human_size(info.size), info.size))?;
-    let taken = image.actual_size.map_or("unavailable".to_owned(), human_size);
-    output.line(&format!("disk size: {taken}"))?;
+    let taken = |report: &Value| {
+        let size = report["actual-size"].as_u64();
+        format!("disk size: {}", size.map_or("unavailable".to_owned(), human_size))
+    };
+    output.line(&taken(&report))?;
     if info.encryption.is_some() {
         output.line("encrypted: yes")?;
     }
@@ -210,14 +267,15 @@ fn text(image: &DescribedImage, output: &mut Output) -> Result<(), Refusal> {
         output.line("Format specific information:")?;
         properties(specific, 4, output)?;
     }
-    if is_protocol_alone(image) {
-        return Ok(());
+    for child in report["children"].as_array().into_iter().flatten() {
+        let (info, text) =
+            (&child["info"], |value: &Value| printable(value.as_str().unwrap_or("")));
+        output.line(&format!("Child node '/{}':", text(&child["name"])))?;
+        output.line(&format!("    filename: {}", text(&info["filename"])))?;
+        output.line(&format!("    protocol type: {}", text(&info["format"])))?;
+        let length = info["virtual-size"].as_u64().unwrap_or(0);
+        output.line(&format!("    file length: {} ({length} bytes)", human_size(length)))?;
+        output.line(&format!("    {}", taken(info)))?;
     }
-    output.line("Child node '/file':")?;
-    output.line(&format!("    filename: {name}"))?;
-    output.line(&format!("    protocol type: {}", protocol(image)))?;
-    let length = length(image);
-    output.line(&format!("    file length: {} ({length} bytes)", human_size(length)))?;
-    output.line(&format!("    disk size: {taken}"))?;
     Ok(())
 }

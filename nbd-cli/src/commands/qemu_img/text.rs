@@ -163,6 +163,7 @@ const ORDER: &[&str] = &[
     "hash-alg",
     "cipher-alg",
     "uuid",
+    "compressed",
     "virtual-size",
     "filename",
     "cluster-size",
