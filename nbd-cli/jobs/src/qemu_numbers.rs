@@ -17,9 +17,10 @@ pub fn parse_integer(text: &str) -> Option<u64> {
 
 /// Parses a size: bytes in decimal or, after `0x`, in hexadecimal; or a decimal number, which may
 /// have a fraction, before one of the suffixes B, K, M, G, T, P, E. Blanks and a plus may stand
-/// before it.
+/// before it. Digits may be missing on one side of the point.
 ///
-/// Returns `None` if the text is something else or the size is too large.
+/// Returns `None` if the text is something else, is not a number of whole bytes without such a
+/// suffix, or is too large.
 #[must_use]
 pub fn parse_size(text: &str) -> Option<u64> {
     let (sign, text) = sign_and_rest(text)?;
@@ -44,16 +45,17 @@ pub fn parse_size(text: &str) -> Option<u64> {
     let Some((whole, fraction)) = number.split_once('.') else {
         return from_digits(number, 10)?.checked_mul(1 << shift);
     };
-    // A fraction of a byte is invalid.
-    if shift == 0 {
+    let mut digits = fraction.chars();
+    if whole.len() + fraction.len() == 0 || !digits.all(|digit| digit.is_ascii_digit()) {
         return None;
     }
-    let whole = from_digits(whole, 10)?.checked_mul(1 << shift)?;
-    let fraction = match fraction {
-        "" => 0,
-        digits => (format!("0.{digits}").parse::<f64>().ok()? * (1_u64 << shift) as f64) as u64,
-    };
-    whole.checked_add(fraction)
+    // A fraction of a byte is invalid.
+    if shift == 0 && fraction.contains(|digit: char| digit != '0') {
+        return None;
+    }
+    let whole = if whole.is_empty() { 0 } else { from_digits(whole, 10)? };
+    let fraction = format!("0.{fraction}").parse::<f64>().ok()? * (1_u64 << shift) as f64;
+    whole.checked_mul(1 << shift)?.checked_add(fraction as u64)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -129,7 +131,17 @@ mod tests {
             ("0x1k", None),
             ("", None),
             ("M", None),
-            (".5M", None),
+            (".5M", Some(1 << 19)),
+            ("+.5k", Some(512)),
+            ("1024.0", Some(1024)),
+            ("1024.00b", Some(1024)),
+            ("512.", Some(512)),
+            (".0", Some(0)),
+            (".", None),
+            (".k", None),
+            ("1.5b", None),
+            ("1.5.k", None),
+            ("1.k5", None),
             ("1..5M", None),
             ("1kB", None),
             ("1e3", None),

@@ -75,6 +75,21 @@ impl Secret {
         Ok(Passphrase::new(self.password()?.expose().to_vec()))
     }
 
+    /// Reads the secret as the passphrase of a new image, as [`read`](Self::read) does. QEMU opens
+    /// images only with passphrases that are text.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read); or if it is not UTF-8.
+    pub fn read_text(&self) -> Result<Passphrase, String> {
+        match std::str::from_utf8(self.password()?.expose()) {
+            Ok(_) => self.read(),
+            Err(_) => {
+                Err("it is not UTF-8, and QEMU would not open the image; choose a text".into())
+            }
+        }
+    }
+
     /// Reads the secret as the password of a private key.
     ///
     /// # Errors

@@ -152,3 +152,70 @@ fn a_map_of_direct_reads_has_whole_sectors() {
         compare(here, &format!("map {image}"), 0);
     }
 }
+
+#[test]
+fn a_passphrase_that_qemu_cannot_use_makes_no_image_and_no_key() {
+    const SECRETS: &str = "--object secret,id=s,data=x --object secret,id=b,file=binary";
+    tools!(_qemu_img = "qemu-img");
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    std::fs::write(here.join("binary"), [0x3a, 0x3c, 0xff]).unwrap();
+    let made = format!("create -q {SECRETS} -f luks -o key-secret=s,iter-time=10 good.luks 1M");
+    theirs(here, &format!("qemu-img {made}")).success();
+    let image = "--image-opts driver=luks,key-secret=s,file.filename=good.luks";
+    for line in [
+        "create -f luks -o key-secret=b,iter-time=10 a.luks 1M",
+        "create -f qcow2 -o encrypt.format=luks,encrypt.key-secret=b a.qcow2 1M",
+        &format!("amend -o state=active,new-secret=b,iter-time=10 {image}"),
+    ] {
+        let (command, rest) = line.split_once(' ').expect("a command");
+        let line = words(&format!("{command} {SECRETS} {rest}"));
+        let theirs = run(Command::new("qemu-img").args(&line).current_dir(here));
+        // That removes the image.
+        std::fs::write(here.join("a.luks"), "before").unwrap();
+        let _ = std::fs::remove_file(here.join("a.qcow2"));
+        let ours = ours(here, &line);
+        assert_eq!((ours.code, theirs.code), (Some(1), Some(1)), "{line:?}: {ours:?}");
+        assert!(ours.stderr.contains("'b'"), "{ours:?}");
+    }
+    // What was there stays.
+    assert_eq!(std::fs::read(here.join("a.luks")).unwrap(), b"before");
+    assert!(!here.join("a.qcow2").exists());
+    compare(here, &format!("map --output=json {SECRETS} {image}"), 0);
+    let made = format!("create {SECRETS} -f luks -o key-secret=s,iter-time=0 usual.luks 1M");
+    compare(here, &made, 0);
+}
+
+#[test]
+fn the_title_of_the_help_of_options_names_the_format_without_a_target() {
+    tools!(_qemu_img = "qemu-img");
+    let directory = tempfile::tempdir().unwrap();
+    for line in [
+        "create -f qcow2 -o help",
+        "create -f qcow2 -o help new.qcow2 1M",
+        "create -f vdi -o help",
+        "create -f vdi -o help new.vdi",
+        "convert -O raw -o help",
+        "convert -O raw -o help a.img",
+        "convert -O luks -o help a.img b.luks",
+    ] {
+        let title = |text: String| text.lines().next().map(str::to_owned);
+        let theirs = theirs(directory.path(), &format!("qemu-img {line}")).success();
+        let ours = ours(directory.path(), &words(line)).success();
+        assert_eq!(title(ours), title(theirs), "{line}");
+    }
+}
+
+#[test]
+fn sizes_may_have_a_point_without_a_fraction() {
+    compare_all(
+        "
+        create -f raw new.img 1024.0 => new.img
+        create -f qcow2 new.qcow2 65536.0b => new.qcow2
+        create -f qcow2 -o size=.5M new.qcow2 => new.qcow2
+        create -f raw new.img 1024.5
+        create -f raw new.img .k
+        resize -f raw raw.img +512. => raw.img
+        ",
+    );
+}

@@ -197,6 +197,20 @@ impl Objects {
         }
     }
 
+    /// Returns the secret of that id, for a new image, as [`passphrase`](Self::passphrase) does.
+    ///
+    /// # Errors
+    ///
+    /// As [`passphrase`](Self::passphrase); or if it is not text.
+    pub fn new_passphrase(&self, id: &str) -> Result<Passphrase, String> {
+        match self.objects.get(id) {
+            Some(Object::Secret(secret)) => {
+                secret.read_text().map_err(|why| format!("the secret '{id}' cannot be used: {why}"))
+            }
+            _ => self.passphrase(id),
+        }
+    }
+
     /// Returns whether there are secrets.
     pub(super) fn has_secrets(&self) -> bool {
         self.objects.values().any(|object| matches!(object, Object::Secret(_)))

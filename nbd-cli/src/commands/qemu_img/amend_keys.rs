@@ -51,7 +51,7 @@ pub(super) fn take(
             let id = new.ok_or_else(|| {
                 Refusal::new(format!("'{}' is needed for a new passphrase", with("new-secret")))
             })?;
-            let mut key = NewKey::new(passphrase(&id)?);
+            let mut key = NewKey::new(secrets.new_passphrase(&id).map_err(Refusal::new)?);
             if let Some(text) = time {
                 let time = number("iter-time", &text)?;
                 if time > ITER_TIME_MAX {

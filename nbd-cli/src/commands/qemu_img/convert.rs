@@ -29,7 +29,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let format = arguments.format(Opt::TargetFormat)?;
     let mut format = format.unwrap_or(Format::Raw);
     let lists = arguments.lists()?;
-    if let Some(text) = help(format, &lists) {
+    if let Some(text) = help(format, &lists, arguments.operands.get(1)) {
         return text::print(&text);
     }
     let [from, more @ .., to] = &arguments.operands[..] else {

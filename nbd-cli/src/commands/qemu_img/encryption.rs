@@ -83,14 +83,17 @@ pub(super) fn take(
     let Some(id) = given("key-secret") else {
         return Err(Refusal::new(format!("Parameter '{prefix}key-secret' is required for cipher")));
     };
-    let mut key = NewKey::new(secrets.passphrase(id).map_err(Refusal::new)?);
+    let mut key = NewKey::new(secrets.new_passphrase(id).map_err(Refusal::new)?);
     if let Some(text) = given("iter-time") {
-        let time = text.parse().ok().filter(|time| (1..=ITER_TIME_MAX).contains(time));
+        let time = text.parse().ok().filter(|time| *time <= ITER_TIME_MAX);
         let time = time.ok_or_else(|| {
             let text = printable(text);
             Refusal::new(format!("Parameter '{prefix}iter-time' does not accept value '{text}'"))
         })?;
-        key = key.iteration_time(Duration::from_millis(time));
+        // As in QEMU, 0 is the default.
+        if time > 0 {
+            key = key.iteration_time(Duration::from_millis(time));
+        }
     }
     let said = values.into_iter().map(|(name, _, value)| (format!("{prefix}{name}"), value));
     Ok(Encrypted { key: Some(key), said: said.collect() })

@@ -34,7 +34,8 @@ Commands:
         text.push_str(&format!("  {name:<10} {meaning}\n"));
     }
     text.push_str(
-        "\nSupported formats: parallels qcow qcow2 qed raw vdi vhdx vmdk vpc\n\n\
+        "\nSupported image formats:\n\n  \
+         file host_device https luks nbd parallels qcow qcow2 qed raw vdi vhdx vmdk vpc\n\n\
          As in QEMU, the names in images are followed, and formats that are not given are detected:\n\
          use 'nbd-cli image' for images from untrusted sources.\n",
     );

@@ -18,7 +18,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let format = arguments.format(Opt::TargetFormat)?;
     let format = format.unwrap_or(Format::Raw);
     let lists = arguments.lists()?;
-    if let Some(text) = help(format, &lists) {
+    if let Some(text) = help(format, &lists, arguments.operands.first()) {
         return text::print(&text);
     }
     let size = arguments.text(Opt::Size)?.map(|text| size_argument("image size", &text));

@@ -1,5 +1,6 @@
 //! The lists of `-o`: the properties of new images.
 
+use std::ffi::OsString;
 use std::fmt::Write as _;
 
 use imgfmt::{CompressionType, CreateOptions, DataFile, Format, L2Entries, LazyRefcounts, VhdSize};
@@ -63,8 +64,9 @@ pub(super) struct NewImage {
     backing: (Option<String>, Option<String>),
 }
 
-/// Returns the text for `-o help`, if that is wanted.
-pub(super) fn help(format: Format, lists: &[String]) -> Option<String> {
+/// Returns the text for `-o help`, if that is wanted. As in QEMU, the title names the format if no
+/// target is given.
+pub(super) fn help(format: Format, lists: &[String], target: Option<&OsString>) -> Option<String> {
     let mut words = lists.iter().flat_map(|list| list.split(','));
     words.find(|word| matches!(*word, "help" | "?"))?;
     let options = match format {
@@ -73,12 +75,13 @@ pub(super) fn help(format: Format, lists: &[String]) -> Option<String> {
         Format::Luks => LUKS_OPTIONS,
         other => foreign_options::known(other),
     };
-    let mut text = match format {
-        Format::Qcow2 | Format::Raw => "Supported options:\n".to_owned(),
-        other => {
-            format!("Supported {other} options:\n  size=<size>            - Virtual disk size\n")
-        }
+    let mut text = match target {
+        Some(_) => "Supported options:\n".to_owned(),
+        None => format!("Supported {format} options:\n"),
     };
+    if !matches!(format, Format::Qcow2 | Format::Raw) {
+        text.push_str("  size=<size>            - Virtual disk size\n");
+    }
     for (option, meaning) in options {
         // A String takes everything.
         let _ = writeln!(text, "  {option:<22} - {meaning}");

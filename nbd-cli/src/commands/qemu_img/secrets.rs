@@ -40,6 +40,15 @@ impl Secrets {
         self.0.passphrase(id).map_err(|why| printable(&why))
     }
 
+    /// Returns the passphrase of that id, for a new image.
+    ///
+    /// # Errors
+    ///
+    /// A sentence if there is none, or it is not text.
+    pub(super) fn new_passphrase(&self, id: &str) -> Result<Passphrase, String> {
+        self.0.new_passphrase(id).map_err(|why| printable(&why))
+    }
+
     /// Resolves the credentials of TLS in the name of an image.
     ///
     /// # Errors
