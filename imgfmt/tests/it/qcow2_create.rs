@@ -77,6 +77,25 @@ fn new_images_are_sound_empty_and_writable() {
 }
 
 #[test]
+fn a_new_file_ends_where_the_file_of_qemu_does() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let [ours, theirs] = ["ours", "theirs"].map(|name| directory.path().join(name));
+    for (size, cluster_size) in [(MIB, 65536), (1 << 40, 65536), (64 * MIB, 512), (0, 65536)] {
+        let mut options = CreateOptions::new(Format::Qcow2, size);
+        options.cluster_size = cluster_size;
+        Image::create(&ours, &options).unwrap().close().unwrap();
+        qemu::create(&theirs, &format!("cluster_size={cluster_size}"), &size.to_string());
+        let [length, expected] =
+            [&ours, &theirs].map(|path| std::fs::metadata(path).unwrap().len());
+        assert_eq!(length, expected, "{size} {cluster_size}");
+        std::fs::remove_file(&ours).unwrap();
+    }
+}
+
+#[test]
 fn an_overlay_takes_its_size_and_content_from_its_backing_file() {
     if !qemu::has_qemu() {
         return;
