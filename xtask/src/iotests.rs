@@ -94,13 +94,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
                 }
                 Outcome::Passed => {}
             }
-            if suite.run(&suite.ours, format, &test)? == Outcome::Passed {
+            let outcome = suite.run(&suite.ours, format, &test)?;
+            if outcome == Outcome::Passed {
                 println!("{format} {test}: passes");
                 tally.passed += 1;
-            } else {
-                println!("{format} {test}: fails with this program");
-                tally.failed.push(test);
+                continue;
             }
+            match outcome {
+                // It looks for something in the help of the program.
+                Outcome::NotRun => println!("{format} {test}: does not apply to this program"),
+                _ => println!("{format} {test}: fails with this program"),
+            }
+            tally.failed.push(test);
         }
         tallies.insert(format.as_str(), tally);
     }
