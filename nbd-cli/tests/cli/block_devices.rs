@@ -105,6 +105,45 @@ fn a_disk_is_not_written_over_itself_through_a_loop_device() {
 }
 
 #[test]
+fn a_disk_is_not_written_over_itself_through_a_stack_of_devices() {
+    tools!(qemu_img = "qemu-img");
+    let directory = Disk::sparse();
+    let image = directory.beside("image.qcow2");
+    peer(&qemu_img, &["convert", "-f", "raw", "-O", "qcow2", directory.path(), &image]);
+    let Some(below) = LoopDevice::on(&image) else { return };
+    let (Some(above), Some(beside)) = (LoopDevice::on(&below.0), LoopDevice::on(&image)) else {
+        return;
+    };
+    let [below, above, beside] = [&below, &above, &beside].map(|device| device.0.as_str());
+    let old = std::fs::read(&image).expect("a file");
+    let raw = ["image", "convert", "-f", "raw", "-O", "raw"];
+    let qcow2 = ["image", "convert", "-n", "-O", "qcow2"];
+    let form = |command: &'static str| ["qemu-img", command, "-f", "raw", "-O", "raw"];
+    for (from, to) in [(&*image, above), (above, below), (below, beside), (above, &image)] {
+        let mut commands = vec![[&qcow2[..], &[from, to]].concat(), vec!["copy", from, to]];
+        let operands = [format!("if={from}"), format!("of={to}")];
+        // A file would be replaced by another one, and the device keep what it has.
+        if to != image {
+            commands.push([&raw[..], &[from, to]].concat());
+            commands.push(vec!["restore", "-f", "raw", from, to]);
+            // Several sources, and a part of one.
+            commands.push([&form("convert")[..], &[directory.path(), from, to]].concat());
+            commands.push([&form("dd")[..], &["count=1", &operands[0], &operands[1]]].concat());
+        }
+        for command in commands {
+            refused(nbd_cli(&command), &["the source", "give another destination"]);
+            assert!(std::fs::read(&image).expect("a file") == old, "{command:?}");
+        }
+    }
+    let create = ["image", "create", "-f", "qcow2", "-F", "qcow2", "-b"];
+    for (backing, to) in [(&*image, above), (beside, below)] {
+        let command = [&create[..], &[backing, to]].concat();
+        refused(nbd_cli(&command), &[to, "backing file"]);
+        assert!(std::fs::read(&image).expect("a file") == old, "{command:?}");
+    }
+}
+
+#[test]
 fn the_form_of_qemu_img_writes_overlays_and_parts_of_disks_onto_a_device() {
     tools!(qemu_img = "qemu-img");
     let directory = Disk::sparse();

@@ -4,10 +4,11 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read as _;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 
+use crate::target::stacked::share_data;
 use crate::target::{self, Existing};
+use imgfmt::storage::FileIdentity;
 use imgfmt::{
     Backup, BackupBase, BackupIdentity, Format, Image, Locking, OpenOptions, OpenPolicy, Uuid,
 };
@@ -331,10 +332,10 @@ fn absolute(file: &Path) -> Result<OsString, JobError> {
     })
 }
 
-/// Returns whether both are the same block device, under any names.
+/// Returns whether a block device is the other one, or is stacked on it or below it.
 fn is_same_device(one: &Path, other: &Path) -> bool {
-    let number = |path: &Path| path.metadata().ok().map(|metadata| metadata.rdev());
-    is_device(one) && is_device(other) && number(one) == number(other)
+    let pair = FileIdentity::of(one).zip(FileIdentity::of(other));
+    is_device(other) && pair.is_some_and(|(one, other)| share_data(one, other))
 }
 
 fn is_device(path: &Path) -> bool {

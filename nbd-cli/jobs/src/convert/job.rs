@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use imgfmt::jobs::{self, Background, Clusters, MeasuredDisk, SourceReader, Zeroes, copy_bitmaps};
+use imgfmt::storage::FileIdentity;
 use imgfmt::{
     Access, BitmapInfo, CacheMode, CreateOptions, Format, Image, IncompleteDisk, OpenOptions,
     OpenPolicy, Preallocation, Storage,
@@ -37,6 +38,8 @@ fn incomplete(to: &ImageLocation, error: &JobError) -> JobError {
 pub(super) struct Conversion<'a> {
     pub(super) options: &'a ConvertOptions,
     pub(super) source: &'a Image,
+    /// The files and devices that the source is in.
+    pub(super) files: Vec<FileIdentity>,
     /// Reads the source, if it fills another server's export.
     pub(super) reader: Option<Arc<dyn SourceReader>>,
     pub(super) from: &'a ImageLocation,
@@ -137,8 +140,16 @@ impl Conversion<'_> {
     }
 
     fn refuse_own_device(&self, path: &Path) -> Result<(), JobError> {
-        let files: Vec<_> = self.source.files().into_iter().map(|(_, file)| file).collect();
-        device::refuse_of_source(path, &files)
+        device::refuse_of_source(path, &self.files)
+    }
+
+    /// Refuses an existing image that shares data with the source under another name, which locks
+    /// do not find. Parts of one file may be different disks.
+    fn refuse_own_image(&self, image: &Image) -> Result<(), JobError> {
+        if !self.options.read.part.is_whole() || !self.options.write.part.is_whole() {
+            return Ok(());
+        }
+        image.own_files().iter().try_for_each(|path| self.refuse_own_device(path))
     }
 
     /// Returns the options for opening the new image.
@@ -201,6 +212,7 @@ impl Conversion<'_> {
         let options = options.cache(cache);
         let image = to.open(&options, &self.options.remotes)?;
         self.check_room(to, &image)?;
+        self.refuse_own_image(&image)?;
         bitmaps::check_existing(&self.bitmaps, self.source, &image, to)?;
         image.begin_overwrite().map_err(|error| to.named(JobErrorKind::Destination, error))?;
         self.copy(&image, to, self.options.background).map_err(|error| incomplete(to, &error))?;

@@ -27,6 +27,7 @@ mod reader;
 use std::sync::Arc;
 
 use imgfmt::jobs::{SourceReader, Unreadable};
+use imgfmt::storage::FileIdentity;
 use imgfmt::{Format, Image};
 
 use self::job::Conversion;
@@ -71,11 +72,11 @@ pub fn convert(
             "{to}: offset and size select a part of it, and only what exists has parts: add -n"
         )));
     }
-    let (source, reader) = open_sources(from, options).map_err(JobError::advise_sharing)?;
+    let (source, files, reader) = open_sources(from, options).map_err(JobError::advise_sharing)?;
     let bitmaps = bitmaps::of_source(&source, from, options.bitmaps, &*context.observer)?;
     let is_remote = is_remote(from, options) || to.is_remote();
     let source = &source;
-    let copy = Conversion { options, source, reader, from, bitmaps, is_remote, context };
+    let copy = Conversion { options, source, files, reader, from, bitmaps, is_remote, context };
     let (format, exists) = (options.create.format, options.destination == Destination::Existing);
     match to {
         ImageLocation::File(path) => match (target::look(path)?, format) {
@@ -98,8 +99,8 @@ pub fn convert(
     }
 }
 
-/// A source, and what reads it in place of the image.
-type Opened = (Image, Option<Arc<dyn SourceReader>>);
+/// A source, the files that it is in, and what reads it in place of the image.
+type Opened = (Image, Vec<FileIdentity>, Option<Arc<dyn SourceReader>>);
 
 /// Converts `from` into an image on standard output, which is written once from the start to the
 /// end: a raw disk, a fixed VHD, or a VMDK of compressed grains. Of the options, those that concern
@@ -120,9 +121,9 @@ pub fn convert_to_output(
     if options.bitmaps != CopiedBitmaps::None {
         return Err(JobError::invalid("only qcow2 images have bitmaps: leave --bitmaps out"));
     }
-    let (source, reader) = open_sources(from, options).map_err(JobError::advise_sharing)?;
+    let (source, files, reader) = open_sources(from, options).map_err(JobError::advise_sharing)?;
     let (source, bitmaps, is_remote) = (&source, Vec::new(), is_remote(from, options));
-    let copy = Conversion { options, source, reader, from, bitmaps, is_remote, context };
+    let copy = Conversion { options, source, files, reader, from, bitmaps, is_remote, context };
     let output = Arc::new(OutputStorage::new(context.cancellation.clone())?);
     let copied = copy.to_output(&output);
     copied.map_err(|error| output.failure().unwrap_or(error))
@@ -141,12 +142,20 @@ fn open_sources(from: &ImageLocation, options: &ConvertOptions) -> Result<Opened
         let export = export.filter(|_| options.unreadable == Unreadable::Refused);
         let reader =
             export.map(|export| Arc::new(ExportReader::new(export, from.to_string())) as _);
-        return Ok((source, reader));
+        let files = files_of(&source);
+        return Ok((source, files, reader));
     }
     let all = std::iter::once(from).chain(&options.more);
     let opened =
         all.map(|from| Ok((from.clone(), from.open(&options.read, &options.reconnecting)?)));
-    Ok((joined::join(opened.collect::<Result<_, JobError>>()?, &options.part)?, None))
+    let opened = opened.collect::<Result<Vec<_>, JobError>>()?;
+    // The joined disk has none.
+    let files = opened.iter().flat_map(|(_, image)| files_of(image)).collect();
+    Ok((joined::join(opened, &options.part)?, files, None))
+}
+
+fn files_of(image: &Image) -> Vec<FileIdentity> {
+    image.files().into_iter().map(|(_, file)| file).collect()
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use imgfmt::{Access, ErrorKind, Locking, Storage as _};
 
 use super::source::Source;
 use crate::files::open_file;
-use crate::target::{self, Existing, NewFile, device};
+use crate::target::{self, Existing, NewFile};
 use crate::{JobContext, JobError, JobErrorKind};
 
 /// A file that is going to be overwritten.
@@ -49,7 +49,6 @@ pub(super) fn open_for_overwriting(
     }
     if target::look(path)? == Existing::BlockDevice {
         drop(storage);
-        device::refuse_of_source(path, &source.files())?;
         return Ok(LocalFile::BlockDevice);
     }
     let storage = match NewFile::instead_of(path, storage, observer)? {

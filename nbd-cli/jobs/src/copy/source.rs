@@ -21,7 +21,7 @@ use crate::files::open_file;
 use crate::lanes::is_lane;
 use crate::location::Location;
 use crate::object::ObjectUrl;
-use crate::target::device;
+use crate::target::stacked::share_data;
 use crate::tasks;
 use crate::{JobContext, JobError, JobErrorKind};
 
@@ -114,14 +114,10 @@ impl Source {
         }
     }
 
-    /// Returns whether this file is read, perhaps through a loop device.
+    /// Returns whether a change of this file may change what is read, for example through a device
+    /// that is stacked on it.
     pub(super) fn is_on(&self, file: FileIdentity) -> bool {
-        let behind = match self {
-            Self::File { path, .. } => device::behind(path),
-            Self::Standard => device::behind(Path::new(STANDARD)),
-            _ => None,
-        };
-        behind == Some(file) || self.files().contains(&file)
+        self.files().into_iter().any(|own| share_data(own, file))
     }
 
     /// Returns the alignment of requests, in bytes; a power of two.

@@ -1,15 +1,13 @@
 //! Block devices that are overwritten. Unlike a file, a device cannot be replaced in one step;
 //! instead it is marked as incomplete until everything is written.
 
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 use std::sync::Arc;
 
 use imgfmt::storage::{Backlog, FileIdentity, FileStorage};
 use imgfmt::{CacheMode, CreateOptions, Image, Locking, NewOnDevice, Unfinished};
 
+use super::stacked::share_data;
 use crate::text::printable;
 use crate::{JobError, JobErrorKind, Observer};
 
@@ -23,6 +21,7 @@ pub fn begin_image(
     options: &CreateOptions,
     observer: &dyn Observer,
 ) -> Result<NewOnDevice, JobError> {
+    refuse_backing_file(device, options)?;
     let new = Image::create_on_device(device, options).map_err(image_error)?;
     warn_of_loss(device, observer);
     new.preallocate().map_err(|error| lost(device, &image_error(error)))?;
@@ -76,32 +75,36 @@ pub fn complete_disk(device: &Path, disk: &Unfinished) -> Result<(), JobError> {
     })
 }
 
-/// Refuses a device that is, or has its data in, one of the files of the source: to mark it as
-/// incomplete would change what is read.
+/// Refuses a device that shares data with one of the files of the source: to mark it as incomplete
+/// would change what is read.
 ///
 /// # Errors
 ///
-/// If it is so.
+/// If it does.
 pub(crate) fn refuse_of_source(device: &Path, files: &[FileIdentity]) -> Result<(), JobError> {
-    let of_source = |file: FileIdentity| files.contains(&file);
-    if !FileIdentity::of(device).is_some_and(of_source) && !behind(device).is_some_and(of_source) {
-        return Ok(());
+    let shares = |own: FileIdentity| files.iter().any(|file| share_data(*file, own));
+    match FileIdentity::of(device).is_some_and(shares) {
+        false => Ok(()),
+        true => Err(JobError::destination(format!(
+            "'{}' shares its data with the source; give another destination",
+            printable(&device.to_string_lossy())
+        ))),
     }
-    Err(JobError::destination(format!(
-        "the source is on '{}', which is the destination; give another destination",
-        printable(&device.to_string_lossy())
-    )))
 }
 
-/// Returns the file in which a loop device, or a partition of one, has its data.
-pub(crate) fn behind(device: &Path) -> Option<FileIdentity> {
-    let metadata = device.metadata().ok().filter(|it| it.file_type().is_block_device())?;
-    let (major, minor) = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
-    let place = format!("/sys/dev/block/{major}:{minor}");
-    let read = |loops: &str| std::fs::read(format!("{place}/{loops}/backing_file")).ok();
-    // A partition is below its disk.
-    let name = read("loop").or_else(|| read("../loop"))?;
-    FileIdentity::of(Path::new(OsStr::from_bytes(name.strip_suffix(b"\n")?)))
+/// Refuses a device that shares data with the backing file of the image that is to be on it.
+fn refuse_backing_file(device: &Path, options: &CreateOptions) -> Result<(), JobError> {
+    let Some((name, _)) = &options.backing else { return Ok(()) };
+    let backing = device.parent().map_or_else(|| name.into(), |directory| directory.join(name));
+    let pair = FileIdentity::of(device).zip(FileIdentity::of(&backing));
+    match pair.is_some_and(|(device, backing)| share_data(device, backing)) {
+        false => Ok(()),
+        true => Err(JobError::destination(format!(
+            "'{}' shares its data with the backing file '{}'; give another destination",
+            printable(&device.to_string_lossy()),
+            printable(&backing.to_string_lossy())
+        ))),
+    }
 }
 
 fn image_error(error: imgfmt::Error) -> JobError {

@@ -9,6 +9,7 @@ mod attributes;
 mod companions;
 pub mod device;
 mod publish;
+pub(crate) mod stacked;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata};

@@ -12,7 +12,12 @@ impl LoopDevice {
     pub(crate) fn with_old_content(directory: &Disk, mebibytes: usize) -> Option<Self> {
         let file = directory.beside(&format!("device-{mebibytes}"));
         std::fs::write(&file, vec![0xaa; mebibytes << 20]).expect("room");
-        let attached = Command::new("losetup").args(["--find", "--show", &file]).output();
+        Self::on(&file)
+    }
+
+    /// A device on a file or on another device.
+    pub(crate) fn on(file: &str) -> Option<Self> {
+        let attached = Command::new("losetup").args(["--find", "--show", file]).output();
         match attached {
             Ok(output) if output.status.success() => {
                 Some(Self(String::from_utf8(output.stdout).expect("text").trim().to_owned()))
