@@ -112,11 +112,14 @@ impl Unfinished {
         if self.state.load(Acquire) != UNTOUCHED {
             return Ok(());
         }
-        let _first = self.first.lock();
+        let first = self.first.lock();
         if self.state.load(Acquire) == UNTOUCHED {
-            let mark = incomplete_header();
-            self.inner.write_at(HostOffset::new(0), &mark, Durability::Cached)?;
-            self.inner.sync()?;
+            let start = HostOffset::new(0);
+            let marked = self.inner.write_at(start, &incomplete_header(), Durability::Cached);
+            marked.and_then(|()| self.inner.sync()).inspect_err(|_| {
+                // Callers say that nothing has changed; the first error is reported.
+                let _ = self.inner.write_at(start, &*first, Durability::Cached);
+            })?;
             self.state.store(MARKED, Release);
         }
         Ok(())

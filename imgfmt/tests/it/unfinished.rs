@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use imgfmt::storage::MemoryStorage;
-use imgfmt::testing::{Loss, Recorder};
+use imgfmt::testing::{FailingStorage, Fault, Loss, Recorder};
 use imgfmt::{
     Access, CreateOptions, Durability, Format, Image, OpenOptions, Storage, Unfinished, ZeroMode,
 };
@@ -107,4 +107,29 @@ fn a_crash_while_a_device_is_overwritten_never_shows_a_part_of_the_new_disk() {
         }
         assert!(seen.iter().all(|count| *count > 0), "{format:?}: {seen:?}");
     }
+}
+
+#[test]
+fn a_device_that_cannot_be_marked_as_incomplete_durably_stays_as_it_was() {
+    const EIO: i32 = 5;
+    let before = random_content(&mut Random::new("unfinished, not marked"), 64 << 10);
+    let start = imgfmt::HostOffset::new(0);
+    let mut failures = 0;
+    loop {
+        let medium = Arc::new(MemoryStorage::from_bytes(&before));
+        let failing = FailingStorage::new(Arc::clone(&medium) as _);
+        let unfinished = Unfinished::new(failing.clone()).unwrap();
+        let call = failing.calls() + failures;
+        failing.set_fault(Some(Fault { calls: call..call + 1, code: EIO }));
+        let written = unfinished.write_at(start, &[7; 4096], Durability::Cached);
+        let is_marked = unfinished.is_incomplete();
+        if written.is_ok() || is_marked {
+            break;
+        }
+        failures += 1;
+        let mut found = vec![0; before.len()];
+        medium.read_at(start, &mut found).unwrap();
+        assert!(found == before, "after failure {failures}");
+    }
+    assert_eq!(failures, 2, "the mark, and its sync");
 }
