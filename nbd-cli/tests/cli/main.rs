@@ -5,6 +5,7 @@
 mod bitmap;
 mod encrypted;
 mod encrypted_create;
+mod encrypted_existing;
 mod support;
 
 mod backup_after_kill;

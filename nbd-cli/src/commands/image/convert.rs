@@ -130,7 +130,7 @@ pub struct ConvertArgs {
     pub progress: ProgressArgs,
 
     /// Encrypt the new image with LUKS (AES-256, XTS) and the passphrase in --new-key-file; always
-    /// the case with --output-format luks. --key-file is for the source.
+    /// the case with --output-format luks. --key-file is for the source, and an existing image.
     #[arg(long, requires = "new_key_file", conflicts_with_all = ["no_create", "compress"])]
     pub encrypt: bool,
 
@@ -255,6 +255,7 @@ fn options(
     (options.remotes, options.reconnecting) = (args.server.remotes(), reconnecting.remotes());
     if exists {
         options.destination = Destination::Existing;
+        options.write.passphrases.clone_from(&options.read.passphrases);
     }
     options.bitmaps = match (args.bitmaps, args.skip_broken_bitmaps) {
         (false, _) => CopiedBitmaps::None,
