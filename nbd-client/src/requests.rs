@@ -28,7 +28,8 @@ const LONGEST_COMPACT: u64 = 0xffff_0000;
 /// refuses it, and with [`Error::Lost`](crate::Error::Lost) or
 /// [`Error::Closed`](crate::Error::Closed) if the connection has ended.
 impl Client {
-    /// Reads a range. Ranges longer than the server's maximum are split.
+    /// Reads a range. Ranges longer than the server's maximum are split; their parts are in flight
+    /// together, and the answer is one block of memory.
     ///
     /// # Errors
     ///
@@ -246,7 +247,8 @@ impl Client {
     }
 
     /// Queries the status of the start of the range in every selected metadata context. The server
-    /// decides how much each answer covers: at least one descriptor, at most the range.
+    /// decides how much each answer covers: at least one descriptor, at most the range. An empty
+    /// range has no descriptors.
     /// [`Client::extents`] repeats the query until the complete range is covered.
     ///
     /// # Errors
@@ -276,6 +278,10 @@ impl Client {
         context: Option<usize>,
     ) -> Result<Vec<(usize, Vec<BlockDescriptor>)>> {
         let length = self.check_range(&range)?;
+        if length == 0 {
+            let contexts = 0..self.meta_contexts().len();
+            return Ok(contexts.map(|context| (context, Vec::new())).collect());
+        }
         let selects = self.negotiated().flags.contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD);
         // For a single context, the selection would only cost bytes.
         let context = context.filter(|_| selects && self.meta_contexts().len() > 1);

@@ -190,3 +190,30 @@ async fn a_range_that_ends_before_it_begins_is_refused_before_anything_is_sent()
     client.disconnect().await.unwrap();
     serving.end().await;
 }
+
+#[tokio::test]
+async fn an_empty_range_is_answered_without_a_request() {
+    let directory = tempfile::tempdir().unwrap();
+    let serving = serve(&ListenAddress::Unix(directory.path().join("s"))).await;
+    let allocation = MetaContextName::base_allocation();
+    let connector = serving.connector.clone().meta_contexts([allocation.clone()]);
+    let client = connector.connect().await.unwrap();
+    // The last place of the export.
+    let (at, none) = (client.info().size, client.info().size..client.info().size);
+    assert!(client.read(none.clone()).await.unwrap().is_empty());
+    assert!(client.read_chunks(none.clone()).await.unwrap().is_empty());
+    client.read_into(at, &mut []).await.unwrap();
+    client.write(at, Bytes::new(), Durability::Cached).await.unwrap();
+    client.trim(none.clone(), Durability::Cached).await.unwrap();
+    client.cache(none.clone()).await.unwrap();
+    let (mode, speed) = (ZeroMode::MayUnmap, Speed::Any);
+    client.write_zeroes(none.clone(), mode, speed, Durability::Cached).await.unwrap();
+    let status = client.block_status(none.clone(), ExtentLimit::Many).await.unwrap();
+    assert_eq!(status, [(allocation.clone(), Vec::new())]);
+    assert!(client.extents(&allocation, none).next().await.is_none());
+    // What is past the end is refused even so.
+    let past = client.block_status(at + 1..at + 1, ExtentLimit::Many).await;
+    assert!(matches!(past, Err(Error::Misuse(ApiMisuse::OutOfBounds { .. }))), "{past:?}");
+    client.disconnect().await.unwrap();
+    serving.end().await;
+}
