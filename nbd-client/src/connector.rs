@@ -232,7 +232,8 @@ impl Connector {
     }
 
     /// Like [`connect_stream`](Self::connect_stream), over a connected socket, for example one end
-    /// of a socket pair. The URI is then used for its export and in messages.
+    /// of a socket pair. The address in the URI is then used as in
+    /// [`connect_over`](Self::connect_over).
     ///
     /// # Errors
     ///
@@ -255,8 +256,10 @@ impl Connector {
     }
 
     /// Connects over a stream that the caller provides: a socket pair, a tunnel, a virtual socket.
-    /// The URI is then used for messages only, and reconnecting and further connections are
-    /// disabled.
+    /// The address in the URI is then used in messages, and for the name that the server's
+    /// certificate must contain; the rest of the URI applies: the export, and TLS. There is no
+    /// reconnecting and only this connection. A task on the current tokio runtime, which needs
+    /// time enabled, drives it.
     ///
     /// # Errors
     ///

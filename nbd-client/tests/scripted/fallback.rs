@@ -1,6 +1,6 @@
 //! Servers that do not support the newer options.
 
-use nbd_client::{Error, Protocol, ReplyMode};
+use nbd_client::{Connector, Error, Protocol, ReplyMode};
 use tokio::net::UnixStream;
 
 use crate::script::{Script, bytes, connector, guarded};
@@ -74,4 +74,18 @@ async fn a_server_that_closes_after_export_name_probably_has_no_such_export() {
     let error = guarded(connector().connect_over(ours)).await.unwrap_err();
     assert!(matches!(error, Error::HandshakeLost { .. }), "{error}");
     assert!(error.to_string().contains("no such export"), "{error}");
+}
+
+#[tokio::test]
+async fn a_stream_of_the_caller_leads_to_the_export_of_the_uri() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let server = tokio::spawn(async move {
+        let mut server = Script::over(theirs);
+        server.send(b"NBDMAGICIHAVEOPT\0\0").await.unwrap();
+        let _: [u8; 4] = server.take().await.unwrap();
+        server.option().await.unwrap().1
+    });
+    let connector: Connector = "nbd://nowhere.invalid/disk".parse().unwrap();
+    drop(guarded(connector.connect_over(ours)).await);
+    assert_eq!(server.await.unwrap(), b"disk");
 }
