@@ -19,6 +19,26 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// The reason for which a client operation failed.
 ///
 /// Errors can be cloned: when a connection is lost, every request on it fails with the same error.
+///
+/// ```
+/// use nbd_client::{CommandType, Connector, Errno, Error, LostConnection};
+///
+/// fn advice(error: &Error) -> &'static str {
+///     match error {
+///         Error::Uri(_) | Error::Misuse(_) => "correct the program",
+///         Error::Request { command: CommandType::WRITE, source, .. }
+///             if source.errno == Errno::ENOSPC =>
+///         {
+///             "give the server more room"
+///         }
+///         Error::Lost { reason: LostConnection::ExportChanged(_), .. } => "look for the disk",
+///         _ => "try again later",
+///     }
+/// }
+///
+/// let error = "http://host/disk".parse::<Connector>().unwrap_err();
+/// assert_eq!(advice(&error), "correct the program");
+/// ```
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

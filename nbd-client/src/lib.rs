@@ -22,6 +22,41 @@
 //! TLS is the cargo feature `tls`, which is on by default. It uses the system's OpenSSL, or one
 //! built from source if the program enables the feature `vendored` of the crate `openssl`.
 //!
+//! Both sides with the same pre-shared keys, which a program may make and keep in memory:
+//!
+//! ```
+//! # #[cfg(feature = "tls")] {
+//! use std::sync::Arc;
+//!
+//! use nbd_client::{Connector, PreSharedKeys, TlsMode, TlsOptions};
+//! use nbd_server::export::{ExportEntry, MemoryExport};
+//! use nbd_server::tls::{self, CredentialSource, TlsCredentials};
+//! use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
+//!
+//! # tokio::runtime::Runtime::new()?.block_on(async move {
+//! let keys = PreSharedKeys::parse(b"alice:00112233445566778899aabbccddeeff\n")?;
+//! let credentials = TlsCredentials::load(CredentialSource::PskKeys(keys.clone()))?;
+//! let mut config = ServerConfig::default();
+//! config.tls = tls::TlsMode::Require(credentials);
+//! let exports = ExportRegistry::new();
+//! exports.add("disk", ExportEntry::new(Arc::new(MemoryExport::new(1 << 20))))?;
+//! let mut server = Server::new(config, exports);
+//! server.listen(&ListenAddress::Tcp("127.0.0.1:0".to_owned())).await?;
+//! let mut server = server.start();
+//!
+//! let options = TlsOptions::new(TlsMode::Require).pre_shared_keys_in_memory(keys);
+//! let connector = Connector::new(server.addresses()[0].uri("disk")).tls(options);
+//! let client = connector.connect().await?;
+//! assert!(client.is_encrypted());
+//! client.disconnect().await?;
+//! server.shutdown();
+//! server.wait().await?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # })?;
+//! # }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # Other interfaces
 //!
 //! - [`blocking`]: the same requests for programs without an async runtime.
@@ -99,7 +134,7 @@ mod system_words;
 mod tls;
 mod transport;
 
-pub use bytes::Bytes;
+pub use bytes::{Bytes, BytesMut};
 pub use client::Client;
 pub use connector::Connector;
 pub use error::{Error, LostConnection, Result};
@@ -108,12 +143,13 @@ pub use inflight::ReadChunk;
 pub use info::{ExportInfo, Protocol, RefusedExport, Scope, ServerInfo};
 pub use memory::ReadMemory;
 pub use nbd_proto::handshake::{ListedExport, Negotiated, OptionError};
+pub use nbd_proto::tls::{KeyFileError, KeyPassword, PreSharedKeys};
 pub use nbd_proto::transmission::client::ServerError;
 pub use nbd_proto::transmission::{Durability, ExtentLimit, Speed, ZeroMode};
-pub use nbd_proto::uri::{NbdUri, Transport};
+pub use nbd_proto::uri::{NbdUri, TlsKind, Transport, UriError};
 pub use nbd_proto::wire::{
-    AllocationFlags, BlockDescriptor, BlockSizes, DirtyFlags, Errno, MetaContextName,
-    OptionReplyType, ReplyMode, TransmissionFlags,
+    AllocationFlags, BlockDescriptor, BlockSizes, CommandType, DirtyFlags, Errno, MetaContextId,
+    MetaContextName, OptionReplyType, ReplyMode, TransmissionFlags,
 };
 pub use nbd_proto::{ApiMisuse, ProtocolError};
 pub use negotiated_stream::{NegotiatedStream, PlainSocket, Reconnector};

@@ -26,7 +26,7 @@ use openssl::x509::{X509, X509StoreContextRef};
 use super::explain::{self, Identity};
 use super::session::Session;
 use super::settings::{Credentials, Setup};
-use super::{TlsError, VerifyPeer};
+use super::{KeySource, TlsError, VerifyPeer};
 
 /// Suites of TLS 1.3. AES-128 first: external pre-shared keys are bound to SHA-256, and the default
 /// order then selects ChaCha20, which is several times slower on processors with AES.
@@ -75,7 +75,13 @@ impl Context {
                 let own = directory.as_deref().map(|it| (it, key_password.as_ref()));
                 Self::x509(own, server_name.clone(), *verify)
             }
-            Credentials::PreSharedKey { file, user } => Self::key(file, user.as_deref()),
+            Credentials::PreSharedKey { keys: KeySource::File(file), user } => {
+                let (keys, path) = keys_in(file)?;
+                Self::key(&keys, user.as_deref(), &path)
+            }
+            Credentials::PreSharedKey { keys: KeySource::Memory(keys), user } => {
+                Self::key(keys, user.as_deref(), Path::new("keys in memory"))
+            }
         }
     }
 
@@ -104,13 +110,9 @@ impl Context {
         Ok(Self { context: builder.build(), peer, identity: Arc::new(identity) })
     }
 
-    fn key(file: &Path, user: Option<&str>) -> Result<Self, TlsError> {
-        let path = if file.is_dir() { file.join(PSK_FILE) } else { file.to_owned() };
-        let text = read(&path, "the pre-shared keys", MAX_PSK_FILE_LEN)?;
-        warn_if_public(&path);
-        let keys = PreSharedKeys::parse(&text)
-            .map_err(|source| TlsError::BadKeyFile { path: path.clone(), source })?;
-        let (user, key) = choose(&keys, user, &path)?;
+    /// `path` stands for the keys in messages.
+    fn key(keys: &PreSharedKeys, user: Option<&str>, path: &Path) -> Result<Self, TlsError> {
+        let (user, key) = choose(keys, user, path)?;
         let mut builder = builder(KEY_CIPHERS)?;
         let identity = Identity::PreSharedKey { user: String::from_utf8_lossy(&user).into() };
         builder.set_psk_client_callback(move |_, _, name, secret| {
@@ -314,6 +316,18 @@ fn certificates(path: &Path, what: &'static str) -> Result<Vec<X509>, TlsError> 
         return Err(bad("it has no PEM certificate".to_owned()));
     }
     Ok(certificates)
+}
+
+/// Reads a file of pre-shared keys, or the one of the default name in a directory. Returns its
+/// path, too.
+fn keys_in(file: &Path) -> Result<(PreSharedKeys, PathBuf), TlsError> {
+    let path = if file.is_dir() { file.join(PSK_FILE) } else { file.to_owned() };
+    let text = read(&path, "the pre-shared keys", MAX_PSK_FILE_LEN)?;
+    warn_if_public(&path);
+    match PreSharedKeys::parse(&text) {
+        Ok(keys) => Ok((keys, path)),
+        Err(source) => Err(TlsError::BadKeyFile { path, source }),
+    }
 }
 
 /// Selects the user whose key is used: the requested one, or the only one.

@@ -27,7 +27,7 @@ mod without;
 
 use std::path::PathBuf;
 
-use nbd_proto::tls::KeyPassword;
+use nbd_proto::tls::{KeyPassword, PreSharedKeys};
 
 pub use error::{CertificateCheck, TlsError};
 
@@ -76,6 +76,14 @@ pub enum LocalFiles {
     Allowed,
 }
 
+/// The source of pre-shared keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum KeySource {
+    /// A file, or a directory with one of the default name.
+    File(PathBuf),
+    Memory(PreSharedKeys),
+}
+
 /// TLS options, for [`Connector::tls`](crate::Connector::tls). They take precedence over the URI.
 ///
 /// ```no_run
@@ -94,7 +102,7 @@ pub struct TlsOptions {
     pub(crate) mode: TlsMode,
     pub(crate) certificates: Option<PathBuf>,
     pub(crate) key_password: Option<KeyPassword>,
-    pub(crate) pre_shared_keys: Option<PathBuf>,
+    pub(crate) pre_shared_keys: Option<KeySource>,
     pub(crate) user: Option<String>,
     pub(crate) hostname: Option<String>,
     pub(crate) verify_peer: Option<VerifyPeer>,
@@ -128,12 +136,19 @@ impl TlsOptions {
     /// directory. Takes precedence over certificates. The file is read for each connection.
     #[must_use]
     pub fn pre_shared_keys(mut self, file: impl Into<PathBuf>) -> Self {
-        self.pre_shared_keys = Some(file.into());
+        self.pre_shared_keys = Some(KeySource::File(file.into()));
+        self
+    }
+
+    /// Like [`pre_shared_keys`](Self::pre_shared_keys), with keys that are in memory.
+    #[must_use]
+    pub fn pre_shared_keys_in_memory(mut self, keys: PreSharedKeys) -> Self {
+        self.pre_shared_keys = Some(KeySource::Memory(keys));
         self
     }
 
     /// Selects the user whose pre-shared key is used. By default the user in the URI, or the only
-    /// one in the file.
+    /// one that has a key.
     #[must_use]
     pub fn user(mut self, user: impl Into<String>) -> Self {
         self.user = Some(user.into());

@@ -6,7 +6,7 @@ use nbd_proto::NbdUri;
 use nbd_proto::tls::KeyPassword;
 use nbd_proto::uri::{Security, TlsKind, Transport};
 
-use super::{LocalFiles, TlsError, TlsMode, TlsOptions, VerifyPeer};
+use super::{KeySource, LocalFiles, TlsError, TlsMode, TlsOptions, VerifyPeer};
 
 /// The TLS settings of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub(crate) enum Credentials {
         verify: VerifyPeer,
     },
     PreSharedKey {
-        file: PathBuf,
+        keys: KeySource,
         user: Option<String>,
     },
 }
@@ -65,7 +65,10 @@ fn credentials(
             Some(parameter) if files == LocalFiles::Refused => {
                 return Err(TlsError::LocalFile(parameter));
             }
-            _ => (uri.tls.certificates.clone(), uri.tls.psk_file.clone(), uri.tls.kind),
+            _ => {
+                let keys = uri.tls.psk_file.clone().map(KeySource::File);
+                (uri.tls.certificates.clone(), keys, uri.tls.kind)
+            }
         }
     };
     let user = options.user.clone().or_else(|| uri.user.clone());
@@ -73,13 +76,13 @@ fn credentials(
         Some(TlsKind::Anonymous) => return Err(TlsError::Anonymous),
         // A directory may hold both kinds.
         Some(TlsKind::PreSharedKey) => {
-            let file = keys.or(directory).ok_or(TlsError::NoKeyFile)?;
-            return Ok(Credentials::PreSharedKey { file, user });
+            let keys = keys.or(directory.map(KeySource::File)).ok_or(TlsError::NoKeyFile)?;
+            return Ok(Credentials::PreSharedKey { keys, user });
         }
         Some(TlsKind::X509) => {}
         None => {
-            if let Some(file) = keys {
-                return Ok(Credentials::PreSharedKey { file, user });
+            if let Some(keys) = keys {
+                return Ok(Credentials::PreSharedKey { keys, user });
             }
         }
         Some(kind) => return Err(TlsError::UnsupportedKind(kind)),
@@ -131,7 +134,7 @@ mod tests {
 
     fn key(uri: &str, options: Option<&TlsOptions>) -> (PathBuf, Option<String>) {
         match of(uri, options).unwrap().unwrap().credentials {
-            Credentials::PreSharedKey { file, user } => (file, user),
+            Credentials::PreSharedKey { keys: KeySource::File(file), user } => (file, user),
             other => panic!("{other:?}"),
         }
     }

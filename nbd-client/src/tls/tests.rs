@@ -5,12 +5,13 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream as BlockingStream;
 use std::thread::JoinHandle;
 
+use nbd_proto::tls::PreSharedKeys;
 use openssl::ssl::{Ssl, SslContext, SslMethod, SslStream, SslVersion};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
 use super::settings::{Credentials, Setup};
-use super::{Context, TlsMode, TlsStream};
+use super::{Context, KeySource, TlsMode, TlsStream};
 use crate::transport::Socket;
 
 const KEY: [u8; 32] = *b"a key that everybody knows, here";
@@ -44,11 +45,9 @@ async fn connected(
         script(&mut stream);
         stream
     });
-    let directory = tempfile::tempdir().unwrap();
     let digits: String = KEY.iter().map(|byte| format!("{byte:02x}")).collect();
-    let file = directory.path().join("keys.psk");
-    std::fs::write(&file, format!("alice:{digits}\n")).unwrap();
-    let credentials = Credentials::PreSharedKey { file, user: None };
+    let keys = PreSharedKeys::parse(format!("alice:{digits}\n").as_bytes()).unwrap();
+    let credentials = Credentials::PreSharedKey { keys: KeySource::Memory(keys), user: None };
     let context = Context::load(&Setup { mode: TlsMode::Require, credentials }).unwrap();
     ours.set_nonblocking(true).unwrap();
     let socket = Socket::Unix(UnixStream::from_std(ours).unwrap());

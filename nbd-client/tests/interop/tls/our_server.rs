@@ -3,7 +3,9 @@
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use nbd_client::{Bytes, CertificateCheck, Connector, Durability, Error, TlsError, TlsOptions};
+use nbd_client::{
+    Bytes, CertificateCheck, Connector, Durability, Error, PreSharedKeys, TlsError, TlsOptions,
+};
 use nbd_server::export::{ExportEntry, MemoryExport};
 use nbd_server::tls::{
     Authorization, ClientCertificates, CredentialSource, TlsCredentials, TlsMode,
@@ -107,6 +109,30 @@ async fn a_pre_shared_key_needs_no_name() {
             Err(Error::Tls { source, .. }) => {
                 assert!(source.to_string().contains(user), "{source}");
             }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_in_memory_serve_as_those_in_a_file_do() {
+    let text = "bob:00112233445566778899aabbccddeeff\neve:ffeeddccbbaa99887766554433221100\n";
+    let keys = PreSharedKeys::parse(text.as_bytes()).unwrap();
+    let credentials = TlsCredentials::load(CredentialSource::PskKeys(keys.clone())).unwrap();
+    let (port, _stop) = serve(TlsMode::Require(credentials)).await;
+    let options = TlsOptions::new(nbd_client::TlsMode::Require).pre_shared_keys_in_memory(keys);
+    let connector = |options: TlsOptions| {
+        // The file of the URI is not used.
+        let uri = format!("nbds://127.0.0.1:{port}/disk?tls-psk-file=/nowhere");
+        uri.parse::<Connector>().unwrap().tls(options)
+    };
+    is_useful(&connector(options.clone().user("bob"))).await;
+    for (options, text) in [
+        (options.clone(), "'keys in memory' has the keys of 'bob', 'eve': say whose to use"),
+        (options.user("mallory"), "'keys in memory' has no key for the user 'mallory'"),
+    ] {
+        match connector(options).connect().await {
+            Err(Error::Tls { source, .. }) => assert!(source.to_string().contains(text)),
             other => panic!("{other:?}"),
         }
     }
