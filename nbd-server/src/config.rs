@@ -24,7 +24,8 @@ pub struct ServerConfig {
     pub workers: NonZeroUsize,
     /// Most requests of one connection that wait for the thread pool or run in it. Requests without
     /// a payload that cover a range (BLOCK_STATUS, TRIM, WRITE_ZEROES, CACHE) are limited to an
-    /// eighth of this. The scheduler shares the pool fairly among connections. Default: 64.
+    /// eighth of this. The scheduler shares the pool fairly among connections. Zero means one.
+    /// Default: 64.
     pub max_requests: usize,
     /// Most bytes of payload and unsent replies of one connection, beyond one request of any legal
     /// size. Default: 64 MiB.

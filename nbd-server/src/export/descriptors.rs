@@ -17,9 +17,13 @@ impl Descriptors {
         Self { descriptors: Vec::new(), max_count }
     }
 
-    /// Appends the status of the next `length` bytes; returns false, without appending, if the
-    /// limit is reached.
+    /// Appends the status of the next `length` bytes, nothing if there are none; returns false,
+    /// without appending, if the limit is reached.
     pub fn push(&mut self, length: u64, flags: u64) -> bool {
+        // Clients refuse an empty descriptor (section "Structured reply types").
+        if length == 0 {
+            return true;
+        }
         if let Some(last) = self.descriptors.last_mut()
             && last.flags == flags
         {
@@ -47,5 +51,20 @@ impl Descriptors {
     #[must_use]
     pub fn into_vec(self) -> Vec<BlockDescriptor> {
         self.descriptors
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn like_neighbours_are_one_descriptor_and_none_is_empty() {
+        let mut status = Descriptors::new(2);
+        let parts = [(0, 1), (10, 0), (0, 1), (5, 0), (7, 3), (0, 0), (1, 3)];
+        assert!(parts.into_iter().all(|(length, flags)| status.push(length, flags)));
+        assert!(!status.push(1, 0), "the limit");
+        let found: Vec<_> = status.into_vec().iter().map(|it| (it.length, it.flags)).collect();
+        assert_eq!(found, [(15, 0), (8, 3)]);
     }
 }

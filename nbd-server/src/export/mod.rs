@@ -16,10 +16,12 @@ mod placed_write;
 mod read_map;
 mod registry;
 
-use nbd_proto::wire::{BlockDescriptor, MetaContextName};
-
 pub use nbd_proto::handshake::MinimumBlockSize;
 pub use nbd_proto::transmission::{Durability, Speed, ZeroMode};
+pub use nbd_proto::wire::{
+    AllocationFlags, BlockDescriptor, BlockSizes, DirtyFlags, Errno, MetaContextName,
+    TransmissionFlags,
+};
 
 pub use checkpoint::{CheckpointError, Checkpointed, PointInTimeView, StatusFn};
 pub use descriptors::Descriptors;
@@ -69,7 +71,57 @@ pub use registry::ExportRegistry;
 /// Overlapping requests are called in any order. A call that panics is answered with EIO, and the
 /// connection continues.
 ///
-/// `examples/memory_export.rs` is a complete export in 30 lines.
+/// # Example
+///
+/// A disk that can be read only, whose second half is a hole:
+///
+/// ```
+/// use nbd_server::export::{
+///     AllocationFlags, BlockDescriptor, Descriptors, Export, ExportError, ExportInfo,
+///     MetaContextName, TransmissionFlags,
+/// };
+///
+/// const HALF: u64 = 512 << 10;
+///
+/// struct Ones;
+///
+/// impl Export for Ones {
+///     fn info(&self) -> ExportInfo {
+///         let mut info = ExportInfo::new(2 * HALF);
+///         info.flags |= TransmissionFlags::READ_ONLY;
+///         info.meta_contexts.push(MetaContextName::base_allocation());
+///         info
+///     }
+///
+///     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+///         for (byte, position) in buffer.iter_mut().zip(offset..) {
+///             *byte = u8::from(position < HALF);
+///         }
+///         Ok(())
+///     }
+///
+///     fn block_status(
+///         &self,
+///         _context: &MetaContextName,
+///         offset: u64,
+///         length: u64,
+///         max_count: usize,
+///     ) -> Result<Vec<BlockDescriptor>, ExportError> {
+///         let hole = AllocationFlags::STATE_HOLE | AllocationFlags::STATE_ZERO;
+///         let data = HALF.saturating_sub(offset).min(length);
+///         let mut status = Descriptors::new(max_count);
+///         status.push(data, AllocationFlags::empty().bits());
+///         status.push(length - data, hole.bits());
+///         Ok(status.into_vec())
+///     }
+/// }
+///
+/// let status = Ones.block_status(&MetaContextName::base_allocation(), HALF - 1, 4, 16)?;
+/// assert_eq!(status.iter().map(|it| it.length).collect::<Vec<_>>(), [1, 3]);
+/// # Ok::<(), ExportError>(())
+/// ```
+///
+/// `examples/memory_export.rs` serves a disk that can be written, in 30 lines.
 pub trait Export: Send + Sync + 'static {
     /// Returns the properties of the export. Called several times in a handshake; must not block.
     fn info(&self) -> ExportInfo;
@@ -115,8 +167,8 @@ pub trait Export: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// [`Errno::ENOTSUP`](nbd_proto::wire::Errno::ENOTSUP), at once and with nothing changed, if
-    /// only a fast way is permitted and there is none; otherwise any failure.
+    /// [`Errno::ENOTSUP`], at once and with nothing changed, if only a fast way is permitted and
+    /// there is none; otherwise any failure.
     fn write_zeroes(
         &self,
         _offset: u64,
