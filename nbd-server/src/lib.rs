@@ -72,7 +72,9 @@ mod rules;
 mod running;
 mod scheduler;
 mod server;
+mod serving;
 mod shutdown;
+mod socket_file;
 pub mod statistics;
 mod sys;
 #[cfg(feature = "tls")]

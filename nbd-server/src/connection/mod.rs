@@ -15,6 +15,7 @@ mod pool;
 mod read_steps;
 mod read_strategy;
 mod receive;
+mod request_job;
 mod resume;
 mod ring_work;
 mod room;
