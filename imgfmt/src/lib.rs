@@ -4,7 +4,7 @@
 //! runtime can share one [`Image`].
 //!
 //! ```
-//! use imgfmt::{Access, Durability, Format, GuestOffset, GuestRange, Image, OpenOptions};
+//! use imgfmt::{Access, Durability, Format, GuestOffset, Image, OpenOptions};
 //!
 //! # fn main() -> imgfmt::Result<()> {
 //! # let directory = tempfile::tempdir().expect("a directory for the example");
@@ -19,8 +19,7 @@
 //! disk.read_at(GuestOffset::new(65536), &mut greeting)?;
 //! assert_eq!(&greeting, b"hello");
 //!
-//! let whole = GuestRange::new(GuestOffset::new(0), disk.size()).expect("a size fits");
-//! for extent in disk.extents(whole) {
+//! for extent in disk.extents(disk.whole()) {
 //!     let extent = extent?;
 //!     println!("{}: {:?}", extent.range, extent.kind);
 //! }
@@ -31,7 +30,7 @@
 //! A qcow2 overlay stores what is written to it, and shows its backing file everywhere else:
 //!
 //! ```
-//! use imgfmt::{CreateOptions, Durability, Format, GuestOffset, GuestRange, Image};
+//! use imgfmt::{CreateOptions, Durability, Format, GuestOffset, Image};
 //!
 //! # fn main() -> imgfmt::Result<()> {
 //! # let directory = tempfile::tempdir().expect("a directory for the example");
@@ -40,8 +39,7 @@
 //! let disk = Image::create(&overlay, &CreateOptions::overlay("base.img", Format::Raw))?;
 //! disk.write_at(GuestOffset::new(65536), &[7; 4096], Durability::Fua)?;
 //!
-//! let whole = GuestRange::new(GuestOffset::new(0), disk.size()).expect("a size fits");
-//! let extents: Vec<_> = disk.extents(whole).collect::<Result<_, _>>()?;
+//! let extents: Vec<_> = disk.extents(disk.whole()).collect::<Result<_, _>>()?;
 //! let depths: Vec<u32> = extents.iter().map(|extent| extent.depth).collect();
 //! assert_eq!(depths, [2, 1, 2]);
 //! disk.close()?;
@@ -146,3 +144,4 @@ pub use unfinished::Unfinished;
 pub use units::{GuestOffset, GuestRange, HostOffset};
 pub use write_map::WriteMap;
 pub use zero::is_zero;
+pub use zeroize::Zeroizing;

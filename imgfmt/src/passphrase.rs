@@ -33,6 +33,16 @@ impl Passphrase {
     /// A passphrase that is read each time an image is opened that needs it, and not kept. `read`
     /// runs on the thread that opens the image; its error is a clause such as "the key file 'x' is
     /// a directory".
+    ///
+    /// ```
+    /// use imgfmt::{OpenOptions, Passphrase, Zeroizing};
+    ///
+    /// let passphrase = Passphrase::read_by(|| match std::fs::read("/run/secrets/disk") {
+    ///     Ok(bytes) => Ok(Zeroizing::new(bytes)),
+    ///     Err(error) => Err(format!("the key file cannot be read: {error}")),
+    /// });
+    /// let options = OpenOptions::new().passphrase(passphrase);
+    /// ```
     pub fn read_by(
         read: impl Fn() -> Result<Zeroizing<Vec<u8>>, String> + Send + Sync + 'static,
     ) -> Self {

@@ -6,7 +6,6 @@ use super::Image;
 use crate::backup::{Backup, ContentMask, Uuid};
 use crate::bitmap::{BitmapChange, BitmapInfo, DirtyBits, DirtyExtent, Recording};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Format;
 use crate::qcow2::{Qcow2, no_bitmap};
 use crate::sidecar::BitmapDurabilityStatus;
 use crate::units::{GuestOffset, GuestRange};
@@ -151,18 +150,6 @@ impl Image {
     pub fn sum_mask(&self, backup: Uuid) -> Result<ContentMask> {
         let mask = self.qcow2().map(|image| image.sum_mask(backup));
         mask.unwrap_or(Ok(ContentMask::none())).map_err(|error| self.name(error))
-    }
-
-    /// Returns for each layer whether its data is encrypted in its file. The image itself is first.
-    pub fn encrypted_layers(&self) -> Vec<bool> {
-        let layers = self.chain.layers();
-        let images = self.chain.qcow2_layers(&layers).zip(&layers.opened);
-        images
-            .map(|(image, file)| match image {
-                Some(image) => image.is_encrypted(),
-                None => file.format == Format::Luks,
-            })
-            .collect()
     }
 
     /// Returns the files of the layers whose record of a backup cannot be read: it is damaged, or

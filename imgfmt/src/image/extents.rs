@@ -46,15 +46,14 @@ impl Image {
     /// `OutOfBounds` if the range goes beyond the end of the disk; `Corrupt`, `Io`.
     ///
     /// ```
-    /// use imgfmt::{CreateOptions, Format, GuestOffset, GuestRange, Image};
+    /// use imgfmt::{CreateOptions, Format, Image};
     ///
     /// # fn main() -> imgfmt::Result<()> {
     /// # let directory = tempfile::tempdir().expect("a directory for the example");
     /// # let path = directory.path().join("disk.qcow2");
     /// let disk = Image::create(&path, &CreateOptions::new(Format::Qcow2, 1 << 40))?;
-    /// let whole = GuestRange::new(GuestOffset::new(0), disk.size()).expect("a size fits");
     /// let mut data = 0;
-    /// for extent in disk.extents(whole) {
+    /// for extent in disk.extents(disk.whole()) {
     ///     let extent = extent?;
     ///     if extent.kind == imgfmt::ExtentKind::Data {
     ///         data += extent.range.length();

@@ -8,6 +8,7 @@ mod detach;
 mod extents;
 mod inspect;
 mod keys;
+mod layers;
 mod new_files;
 mod on_device;
 mod overwrite;
@@ -15,7 +16,7 @@ mod read;
 mod snapshots;
 mod write;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 pub(crate) use self::create_foreign::plan_foreign;
@@ -26,15 +27,15 @@ use crate::access::Access;
 use crate::archive;
 use crate::cache_mode::CacheMode;
 use crate::chain;
-use crate::driver::{BackingLayer, Chain, NamedFile};
+use crate::driver::{Chain, NamedFile};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::info::ImageInfo;
 use crate::layer::{FilledInOrder, Layer, WritableLayer};
 use crate::options::OpenOptions;
 use crate::qcow2::{Below, CheckReport, Populated, Qcow2, Repair};
-use crate::storage::{Capabilities, DirectAlignment, FileIdentity, Storage};
-use crate::units::{GuestOffset, GuestRange};
+use crate::storage::{Capabilities, DirectAlignment, Storage};
+use crate::units::{GuestOffset, GuestRange, span};
 use crate::wanted::Asking;
 
 /// Whether a disk may become smaller, which loses what is at its end.
@@ -49,10 +50,40 @@ pub enum Shrink {
 
 /// An open virtual disk.
 ///
-/// All methods take `&self` and may be called from several threads at once. Methods block unless
-/// they say otherwise. Requests may have any alignment and length. A request of zero bytes succeeds
-/// if its offset is not beyond the end. Writes that overlap and run at the same time can leave a
-/// mix of both.
+/// Methods that read, write or change bitmaps take `&self` and may be called from several threads
+/// at once; those that change the whole disk (its size, its snapshots, its layer) take `&mut self`.
+/// Methods block unless they say otherwise. Requests may have any alignment and length. A request
+/// of zero bytes succeeds if its offset is not beyond the end. Writes that overlap and run at the
+/// same time can leave a mix of both.
+///
+/// # Example
+///
+/// A bitmap records what is written, and a snapshot keeps the disk as it was:
+///
+/// ```
+/// use imgfmt::{BITMAP_GRANULARITY_DEFAULT, CreateOptions, Durability, Format, Image, Recording};
+///
+/// # fn main() -> imgfmt::Result<()> {
+/// # let directory = tempfile::tempdir().expect("a directory for the example");
+/// # let path = directory.path().join("disk.qcow2");
+/// let mut disk = Image::create(&path, &CreateOptions::new(Format::Qcow2, 1 << 30))?;
+/// disk.write_at(0.into(), b"before", Durability::Cached)?;
+/// disk.create_snapshot("monday")?;
+/// disk.add_bitmap("since-monday", BITMAP_GRANULARITY_DEFAULT, Recording::Enabled)?;
+///
+/// disk.write_at((1 << 20).into(), b"after", Durability::Cached)?;
+/// let changed = disk.dirty_extents("since-monday", disk.whole(), usize::MAX)?;
+/// let dirty: Vec<_> = changed.iter().filter(|extent| extent.is_dirty).collect();
+/// assert_eq!(dirty.len(), 1);
+/// assert_eq!(dirty[0].range.offset().bytes(), 1 << 20);
+///
+/// disk.apply_snapshot("monday")?;
+/// let mut found = [1; 5];
+/// disk.read_at((1 << 20).into(), &mut found)?;
+/// assert_eq!(found, [0; 5]);
+/// disk.close()
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Image {
     chain: Chain,
@@ -128,46 +159,17 @@ impl Image {
         self.layer().size()
     }
 
+    /// Returns the range of the whole disk.
+    pub fn whole(&self) -> GuestRange {
+        span(0, self.size())
+    }
+
     fn layer(&self) -> &dyn Layer {
         self.chain.top.layer()
     }
 
     fn writable(&self) -> Result<&dyn WritableLayer> {
         self.chain.top.writable().ok_or_else(|| self.name(cannot_be_changed()))
-    }
-
-    /// Returns the sizes of the disks of all layers in bytes, from the image itself to the last
-    /// backing file. [`Extent::depth`](crate::Extent::depth) 1 is the first of them. A layer may be
-    /// shorter than those above it; it reads as zero beyond its end.
-    ///
-    /// ```
-    /// use imgfmt::{CreateOptions, Format, Image};
-    ///
-    /// # fn main() -> imgfmt::Result<()> {
-    /// # let directory = tempfile::tempdir().expect("a directory for the example");
-    /// # let (base, top) = (directory.path().join("base.img"), directory.path().join("top.qcow2"));
-    /// Image::create(&base, &CreateOptions::new(Format::Raw, 1 << 20))?;
-    /// let mut larger = CreateOptions::overlay("base.img", Format::Raw);
-    /// larger.size = Some(3 << 20);
-    /// assert_eq!(Image::create(&top, &larger)?.layer_sizes(), [3 << 20, 1 << 20]);
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub fn layer_sizes(&self) -> Vec<u64> {
-        let layers = self.chain.layers();
-        let below = layers.below.iter().map(BackingLayer::size);
-        std::iter::once(self.size()).chain(below).collect()
-    }
-
-    /// Returns the depth of the layer below the image that is stored in the file at `path`, and the
-    /// format of that layer: the backing file has depth 2. `None` if no layer is; layers on servers
-    /// have no file. Blocks.
-    pub fn layer_in(&self, path: &Path) -> Option<(u32, Format)> {
-        let identity = FileIdentity::of(path)?;
-        let layers = self.chain.layers();
-        let mut below = layers.opened.iter().zip(1..).skip(1);
-        let found = below.find(|(layer, _)| layer.identity == Some(identity));
-        found.map(|(layer, depth)| (depth, layer.format))
     }
 
     /// Returns the image's format.
@@ -194,28 +196,6 @@ impl Image {
     /// Returns the path from which the image was opened, if there was one.
     pub fn path(&self) -> Option<&Path> {
         self.path.as_deref()
-    }
-
-    /// Returns the paths of the files that were opened, each with the identity of the opened file:
-    /// the image, its data file and all layers below.
-    pub fn files(&self) -> Vec<(PathBuf, FileIdentity)> {
-        let layers = self.chain.layers();
-        layers.files.iter().map(|file| (file.path.clone(), file.identity)).collect()
-    }
-
-    /// Returns the paths of the files of the image itself: its own, and then its data file or
-    /// extents.
-    pub fn own_files(&self) -> Vec<PathBuf> {
-        let layers = self.chain.layers();
-        let own = layers.files.iter().filter(|file| file.layer == 0);
-        own.map(|file| file.path.clone()).collect()
-    }
-
-    /// Returns what else than named files the image consists of, from the top to the bottom, as it
-    /// is called in the image above: the URI of a layer on a server. A storage that the caller has
-    /// opened has the path that it was given with, or an empty one.
-    pub fn other_layers(&self) -> Vec<PathBuf> {
-        self.chain.layers().others.iter().map(|(_, path)| path.clone()).collect()
     }
 
     /// Returns the capabilities of the image, and the sizes of requests that suit it.

@@ -24,6 +24,14 @@ impl Image {
         read::read_at(self.layer(), offset, buffer).map_err(|error| self.name(error))
     }
 
+    /// As [`read_at`](Self::read_at), for a disk that reads as zero beyond its end.
+    pub(crate) fn read_padded(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        let inside = self.size().saturating_sub(offset.bytes()).min(buffer.len() as u64) as usize;
+        let (present, beyond) = buffer.split_at_mut(inside);
+        beyond.fill(0);
+        if present.is_empty() { Ok(()) } else { self.read_at(offset, present) }
+    }
+
     /// As [`read_at`](Self::read_at), for a job that copies what is below the image.
     pub(crate) fn read_for_job(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
         let range = self.check("read", offset, buffer.len() as u64)?;

@@ -2,11 +2,11 @@
 
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
-use super::range::{span, whole};
 use super::snapshots;
 use crate::extent::ExtentKind;
 use crate::image::{Image, Shrink};
 use crate::storage::{Durability, Speed, ZeroMode};
+use crate::units::span;
 
 /// Size of a copy step, in bytes.
 const STEP: u64 = 1 << 20;
@@ -76,7 +76,7 @@ pub fn commit(
     let meter = Meter::begin(context, overlay.size());
     let mut committed = Committed::default();
     let mut buffer = vec![0; STEP as usize];
-    for extent in overlay.extents(whole(overlay)) {
+    for extent in overlay.extents(overlay.whole()) {
         context.cancellation.check()?;
         let extent = extent.map_err(JobError::source)?;
         // Only the content of the layers above: that layer and those below are being changed.
@@ -85,7 +85,7 @@ pub fn commit(
             let mut position = extent.range.offset();
             while position < extent.range.end() {
                 context.cancellation.check()?;
-                let rest = span(position.bytes(), extent.range.end().bytes());
+                let rest = span(position, extent.range.end());
                 let data = &mut buffer[..rest.length().min(STEP) as usize];
                 context.keep_rate(data.len() as u64, || false)?;
                 overlay.read_at(position, data).map_err(JobError::source)?;

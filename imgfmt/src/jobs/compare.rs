@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
-use super::range::{read_padded, whole};
 use crate::extent::{Extent, ExtentKind};
 use crate::image::{Extents, Image};
 use crate::ordered_lock::{OrderedMutex, rank};
@@ -177,7 +176,7 @@ impl<'a> Search<'a> {
     ) -> Result<Option<usize>, JobError> {
         let (first, second) = (&mut first[..range.length], &mut second[..range.length]);
         let read = |disk: usize, buffer: &mut [u8]| {
-            read_padded(self.disks[disk], range.offset, buffer).map_err(JobError::source)
+            self.disks[disk].read_padded(range.offset.into(), buffer).map_err(JobError::source)
         };
         match range.kinds {
             [ExtentKind::Data, ExtentKind::Data] => {
@@ -248,7 +247,7 @@ struct Cursor<'a> {
 
 impl<'a> Cursor<'a> {
     fn new(image: &'a Image) -> Self {
-        let (extents, size) = (image.extents(whole(image)), image.size());
+        let (extents, size) = (image.extents(image.whole()), image.size());
         Self { extents, current: None, size, has_failed: false }
     }
 

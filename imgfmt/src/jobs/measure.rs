@@ -4,7 +4,6 @@ use std::path::Path;
 
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
-use super::range::whole;
 use crate::bitmap::BitmapState;
 use crate::create_options::{CreateOptions, L2Entries, Qcow2Version};
 use crate::extent::ExtentKind;
@@ -105,7 +104,7 @@ fn foreign(
 fn data_clusters(image: &Image, cluster: u64, context: &JobContext) -> Result<u64, JobError> {
     let meter = Meter::begin(context, image.size());
     let (mut count, mut counted_to) = (0, 0);
-    for extent in image.extents(whole(image)) {
+    for extent in image.extents(image.whole()) {
         context.cancellation.check()?;
         let extent = extent.map_err(JobError::source)?;
         if extent.kind == ExtentKind::Data {

@@ -18,7 +18,6 @@ mod error;
 mod flushes;
 mod measure;
 mod observer;
-mod range;
 mod rate_limit;
 mod rebase;
 mod snapshots;

@@ -3,7 +3,6 @@
 use super::convert::Clusters;
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
-use super::range::{read_padded, whole};
 use super::snapshots;
 use crate::create_options::Qcow2Version;
 use crate::error::{Error, ErrorKind};
@@ -69,7 +68,7 @@ pub fn rebase(
     let meter = Meter::begin(context, overlay.size());
     let mut rebased = Rebased::default();
     let (mut old, mut new) = (vec![0; step as usize], vec![0; step as usize]);
-    for extent in overlay.extents(whole(overlay)) {
+    for extent in overlay.extents(overlay.whole()) {
         context.cancellation.check()?;
         let extent = extent.map_err(JobError::destination)?;
         let end = extent.range.end().bytes();
@@ -80,9 +79,10 @@ pub fn rebase(
             let stop = ((position / step + 1) * step).min(end);
             let length = (stop - position) as usize;
             let (old, new) = (&mut old[..length], &mut new[..length]);
-            overlay.read_at(GuestOffset::new(position), old).map_err(JobError::destination)?;
+            let offset = GuestOffset::new(position);
+            overlay.read_at(offset, old).map_err(JobError::destination)?;
             match new_backing {
-                Some(backing) => read_padded(backing, position, new).map_err(JobError::source)?,
+                Some(backing) => backing.read_padded(offset, new).map_err(JobError::source)?,
                 None => new.fill(0),
             }
             let changed = Changed { overlay, cluster, marks_zeroes, clusters };

@@ -3,14 +3,13 @@
 use super::error::{JobError, JobErrorKind};
 use super::flushes::Flushes;
 use super::observer::{JobContext, Meter};
-use super::range::{span, whole};
 use super::snapshots;
 use super::stream_order::Order;
 use crate::error::{Error, ErrorKind};
 use crate::extent::{Extent, ExtentKind};
 use crate::image::{Image, NewBase};
 use crate::qcow2::Below;
-use crate::units::GuestRange;
+use crate::units::{GuestRange, span};
 
 /// Size of a copy step, in bytes.
 const STEP: u64 = 1 << 20;
@@ -149,7 +148,7 @@ pub fn measure_stream(
 ) -> Result<ToStream, JobError> {
     let between = Between::new(overlay, base)?;
     let mut found = ToStream::default();
-    for extent in overlay.extents(whole(overlay)) {
+    for extent in overlay.extents(overlay.whole()) {
         context.cancellation.check()?;
         let extent = extent.map_err(JobError::source)?;
         match extent.kind {
@@ -237,7 +236,7 @@ impl<'scope, 'a> Streaming<'scope, 'a> {
     }
 
     fn copy_everything(&mut self) -> Result<(), JobError> {
-        for extent in self.overlay.extents(whole(self.overlay)) {
+        for extent in self.overlay.extents(self.overlay.whole()) {
             self.context.cancellation.check()?;
             let extent = extent.map_err(JobError::source)?;
             if self.between.has(&extent) {
@@ -297,9 +296,9 @@ impl<'scope, 'a> Streaming<'scope, 'a> {
         if extent.kind == ExtentKind::Data || inner.is_empty() {
             self.copy_data(outer, turn)?;
         } else {
-            self.copy_data(span(outer.offset().bytes(), inner.offset().bytes()), turn)?;
+            self.copy_data(span(outer.offset(), inner.offset()), turn)?;
             self.populate(inner, Below::Zeroes)?;
-            self.copy_data(span(inner.end().bytes(), outer.end().bytes()), turn)?;
+            self.copy_data(span(inner.end(), outer.end()), turn)?;
         }
         self.done = outer.end().bytes();
         Ok(())

@@ -3,8 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::range::span;
-use crate::units::GuestRange;
+use crate::units::{GuestRange, span};
 use crate::wanted::Asking;
 
 /// How much is copied after what a reader has asked for, in bytes.

@@ -84,9 +84,8 @@ fn digest(
     meter: &Meter,
     context: &JobContext,
 ) -> Result<(), JobError> {
-    let whole = range(0, image.size())?;
     let mut ahead: VecDeque<Next> = VecDeque::with_capacity(AHEAD);
-    for extent in image.extents(whole) {
+    for extent in image.extents(image.whole()) {
         let extent = extent.map_err(unreadable)?;
         let (mut at, end) = (extent.range.offset().bytes(), extent.range.end().bytes());
         while at < end {

@@ -8,8 +8,7 @@ use crate::extent::ExtentKind;
 use crate::image::{Extents, Image};
 use crate::jobs::error::JobError;
 use crate::jobs::observer::Meter;
-use crate::jobs::range::{span, whole};
-use crate::units::GuestRange;
+use crate::units::{GuestRange, span};
 use crate::zero::Content;
 
 /// Smallest part of the disk that one thread copies at a time, in bytes: it fits into the
@@ -61,7 +60,7 @@ impl<'a> Agenda<'a> {
     ) -> Self {
         Self {
             source,
-            extents: source.extents(whole(source)).into_blocks(),
+            extents: source.extents(source.whole()).into_blocks(),
             walked: 0,
             unreadable,
             size: source.size(),

@@ -10,11 +10,10 @@ use crate::extent::ExtentKind;
 use crate::image::Image;
 use crate::jobs::error::{JobError, JobErrorKind};
 use crate::jobs::observer::{JobContext, Meter};
-use crate::jobs::range::span;
 use crate::layer::FilledInOrder;
 use crate::ordered_lock::{OrderedMutex, rank};
 use crate::storage::{Durability, Speed, ZeroMode};
-use crate::units::{GuestOffset, GuestRange};
+use crate::units::{GuestOffset, GuestRange, span};
 use crate::zero::{Content, is_zero, runs};
 
 /// A destination that is written in order, and whose turn it is.

@@ -6,8 +6,7 @@ use crate::error::{Error, ErrorKind};
 use crate::image::Image;
 use crate::jobs::error::JobError;
 use crate::jobs::observer::JobContext;
-use crate::jobs::range::span;
-use crate::units::GuestOffset;
+use crate::units::{GuestOffset, span};
 
 /// What is read at a time where a larger part cannot be read, in bytes.
 const SECTOR: usize = 512;

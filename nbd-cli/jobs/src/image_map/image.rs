@@ -21,7 +21,7 @@ pub fn map_image<E: From<imgfmt::Error>>(
     let mut entries = Joined::new(each);
     let layers = image.layer_sizes();
     let mut files = Files { of_image: image.files(), last: None };
-    for extent in image.extents(span(0, image.size())) {
+    for extent in image.extents(image.whole()) {
         for extent in split_at_end_of_layer(extent?, &layers).into_iter().flatten() {
             parts(image, extent, &layers, &mut files, |entry| entries.add(entry))?;
         }

@@ -2,8 +2,8 @@
 
 use std::ffi::OsStr;
 
+use imgfmt::Image;
 use imgfmt::jobs::{CompareOptions, JobError, JobErrorKind, compare};
-use imgfmt::{GuestOffset, GuestRange, Image};
 
 use super::arguments::Arguments;
 use super::known::Opt;
@@ -87,9 +87,6 @@ fn code_of(error: &JobError, images: [&Image; 2]) -> u8 {
         return ERROR;
     }
     // Where all metadata can be read, data cannot.
-    let whole = |image: &Image| {
-        let disk = GuestRange::between(GuestOffset::new(0), GuestOffset::new(image.size()));
-        image.extents(disk.unwrap_or_default()).all(|extent| extent.is_ok())
-    };
-    if images.into_iter().all(whole) { DATA } else { METADATA }
+    let is_whole = |image: &Image| image.extents(image.whole()).all(|extent| extent.is_ok());
+    if images.into_iter().all(is_whole) { DATA } else { METADATA }
 }
