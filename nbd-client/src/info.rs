@@ -92,6 +92,13 @@ pub struct ExportInfo {
 }
 
 impl ExportInfo {
+    /// Returns the number of bytes of which offset and length of each request have to be multiples:
+    /// a power of two, and 1 if the server has not sent block sizes.
+    #[must_use]
+    pub fn minimum_block_size(&self) -> u32 {
+        self.block_sizes.unwrap_or_default().minimum()
+    }
+
     pub(crate) fn new(negotiated: &Negotiated, details: Details) -> Self {
         Self {
             name: negotiated.export_name.clone(),

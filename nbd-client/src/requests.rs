@@ -20,8 +20,8 @@ const LONGEST_COMPACT: u64 = 0xffff_0000;
 /// # Requests
 ///
 /// Ranges are in bytes. They have to be within the export, and both ends have to be multiples of
-/// its minimum block size ([`ExportInfo::block_sizes`](crate::ExportInfo)); nothing is rounded. An
-/// empty range is answered at once, without a request.
+/// its [minimum block size](crate::ExportInfo::minimum_block_size); nothing is rounded. An empty
+/// range is answered at once, without a request.
 ///
 /// Every method fails with [`Error::Misuse`](crate::Error::Misuse) if the range is wrong or the
 /// server does not offer the command, with [`Error::Request`](crate::Error::Request) if the server

@@ -34,6 +34,7 @@ async fn every_option_is_tried_and_export_name_comes_last() {
     assert_eq!(client.protocol(), Protocol::NewstyleFixed);
     assert_eq!(client.reply_mode(), ReplyMode::Simple);
     assert_eq!((client.info().size, client.info().block_sizes), (4096, None));
+    assert_eq!(client.info().minimum_block_size(), 1);
     assert!(client.meta_contexts().is_empty());
     guarded(client.read(0..10)).await.unwrap();
     guarded(client.disconnect()).await.unwrap();

@@ -138,9 +138,7 @@ impl Destination {
     /// Returns the alignment of requests, in bytes; a power of two.
     pub(crate) fn alignment(&self) -> u64 {
         match self {
-            Self::Nbd { client, .. } => {
-                client.info().block_sizes.map_or(1, |sizes| u64::from(sizes.minimum()))
-            }
+            Self::Nbd { client, .. } => u64::from(client.info().minimum_block_size()),
             _ => 1,
         }
     }

@@ -16,8 +16,8 @@ const HEAD_LENGTH: u64 = 32_768 + 6;
 /// Safe: the connection is closed.
 pub async fn content_of(connector: &Connector, export_name: &str) -> Option<&'static str> {
     let client = connector.clone().export_name(export_name).connect().await.ok()?;
-    let block = u64::from(client.info().block_sizes.map_or(1, |sizes| sizes.minimum()));
-    let length = HEAD_LENGTH.next_multiple_of(block.max(1)).min(client.info().size);
+    let block = u64::from(client.info().minimum_block_size());
+    let length = HEAD_LENGTH.next_multiple_of(block).min(client.info().size);
     let head = client.read(0..length).await.ok();
     // The bytes have arrived; an error while closing the connection does not matter.
     let _ = client.disconnect().await;
