@@ -91,15 +91,16 @@ impl SectorCipher {
             "cbc" => Mode::Cbc,
             _ => return Err(refused("this mode")),
         };
-        let (generator, essiv_hash) = match generator.split_once(':') {
-            Some((generator, hash)) => (generator, Some(hash)),
+        let (generator, hash) = match generator.split_once(':') {
+            Some((generator, name)) => (generator, Some(hash::by_name(name)?)),
             None => (generator, None),
         };
-        let (vectors, essiv_key) = match (generator, essiv_hash) {
-            ("plain", None) => (Vectors::Plain, None),
-            ("plain64", None) => (Vectors::Plain64, None),
-            ("essiv", Some(name)) => {
-                let hash = hash::by_name(name)?;
+        let (vectors, essiv_key) = match (generator, hash) {
+            // QEMU records a hash here if its user names one (`ivgen-hash-alg`, as OpenStack does).
+            // It has no use, and QEMU and the kernel ignore it as well.
+            ("plain", _) => (Vectors::Plain, None),
+            ("plain64", _) => (Vectors::Plain64, None),
+            ("essiv", Some(hash)) => {
                 let mut digest =
                     openssl::hash::hash(hash, &key).map_err(|error| library(&error))?;
                 let essiv_key = Zeroizing::new(digest.to_vec());
@@ -297,6 +298,7 @@ mod tests {
         };
         assert!(encrypt("xts-plain", 1) == encrypt("xts-plain", 1 | 1 << 32));
         assert!(encrypt("xts-plain64", 1) != encrypt("xts-plain64", 1 | 1 << 32));
+        assert!(encrypt("xts-plain64", 1) == encrypt("xts-plain64:sha256", 1));
     }
 
     #[test]
@@ -308,7 +310,7 @@ mod tests {
             ("aes", "xts-random", 64),
             ("aes", "cbc-essiv", 32),
             ("aes", "cbc-essiv:sha512", 32),
-            ("aes", "cbc-plain64:sha1", 32),
+            ("aes", "cbc-plain64:md9", 32),
             ("", "", 0),
         ] {
             let key = Zeroizing::new((0..key).map(|index| index as u8).collect());

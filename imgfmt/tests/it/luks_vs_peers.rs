@@ -194,7 +194,12 @@ fn volumes_that_qemu_makes_are_read_and_written_as_it_does() {
         return;
     }
     let mut random = Random::new("luks of qemu");
-    for kind in ["", ",cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256"] {
+    for kind in [
+        "",
+        ",cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256",
+        // A hash that is recorded and not used.
+        ",cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64,ivgen-hash-alg=sha256",
+    ] {
         let volume = Volume::new();
         let options = format!("key-secret=s,iter-time=10{kind}");
         let secret = volume.secret();

@@ -70,6 +70,12 @@ fn the_form_of_qemu_img_makes_encrypted_images_and_reports_them_alike() {
     for (format, options) in [
         ("qcow2", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"),
         ("luks", "key-secret=s,iter-time=10,cipher-alg=aes-256"),
+        // As OpenStack says it.
+        (
+            "luks",
+            "key-secret=s,cipher-alg=aes-256,cipher-mode=xts,hash-alg=sha256,iter-time=10,\
+             ivgen-alg=plain64,ivgen-hash-alg=sha256",
+        ),
         (
             "qcow2",
             "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,preallocation=metadata",

@@ -17,7 +17,8 @@ const OPTIONS: [(&str, Option<&str>); 8] = [
     ("cipher-alg", Some("aes-256")),
     ("cipher-mode", Some("xts")),
     ("ivgen-alg", Some("plain64")),
-    ("ivgen-hash-alg", Some("")),
+    // Without use for plain64, so it is not recorded.
+    ("ivgen-hash-alg", Some("sha256")),
     ("hash-alg", Some("sha256")),
     ("iter-time", None),
 ];
