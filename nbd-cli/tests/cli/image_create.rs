@@ -112,7 +112,7 @@ fn what_makes_no_sense_leaves_no_file() {
     let disk = Disk::sparse();
     let new = disk.beside("new");
     let cases: &[(&[&str], &[&str])] = &[
-        (&["-f", "qcow2"], &["size is needed"]),
+        (&["-f", "qcow2"], &[&new, "size of its disk is missing", "such as 10G"]),
         (&["-f", "raw", "--cluster-size", "64K", "1M"], &["raw image has no --cluster-size"]),
         (&["-f", "qcow2", "--cluster-size", "3K", "1M"], &["3072", "power of two"]),
         (&["-f", "qcow2", "--cluster-size", "4M", "1M"], &["power of two from 512 to 2 MiB"]),

@@ -56,9 +56,10 @@ impl Header {
         if self.slots.is_empty() {
             return Err(invalid("its LUKS header has no slot in use, so nothing can open it"));
         }
-        let mut failed = BTreeMap::new();
+        let (mut failed, mut line_breaks) = (BTreeMap::new(), false);
         for passphrase in passphrases {
             let bytes = passphrase.bytes()?;
+            line_breaks |= bytes.ends_with(b"\n");
             let mut budget = Budget::default();
             for slot in &self.slots {
                 match slot.open(storage, base, &bytes, &mut budget) {
@@ -76,7 +77,7 @@ impl Header {
         {
             return Err(error);
         }
-        Err(wrong(passphrases, &self.skipped(&failed)))
+        Err(wrong(passphrases, &self.skipped(&failed), line_breaks))
     }
 
     /// The slots that could not be tried, with the reason for the first one.
@@ -89,10 +90,16 @@ impl Header {
     }
 }
 
-fn wrong(passphrases: &[Passphrase], skipped: &str) -> Error {
+fn wrong(passphrases: &[Passphrase], skipped: &str, line_breaks: bool) -> Error {
     let detail = match passphrases {
         [_] => "the passphrase or key file opens none of its key slots",
         _ => "none of the passphrases or key files opens a key slot of it",
     };
-    Error::new(ErrorKind::KeyRequired, "open", format!("{detail}{skipped}"))
+    // Editors and `echo` end a file in this way.
+    let line_break = match line_breaks {
+        true => " (a file ends with a line break, which is a part of its passphrase)",
+        false => "",
+    };
+    let detail = format!("{detail}{line_break}{skipped}");
+    Error::new(ErrorKind::KeyRequired, "open", detail)
 }

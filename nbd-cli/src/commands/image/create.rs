@@ -11,6 +11,7 @@ use imgfmt::{
 use nbd_jobs::remote::allow_exports;
 use nbd_jobs::size::ByteSize;
 use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
+use nbd_jobs::{JobError, JobErrorKind};
 
 use super::format_options::FormatOptions;
 use super::info::print_json;
@@ -226,6 +227,12 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     options.backing = backing.transpose()?.zip(args.backing_format.map(Format::from));
     args.qcow2.apply(&mut options)?;
     args.format_options.apply(&mut options, &given_flags(args))?;
+    if options.size.is_none() && options.backing.is_none() {
+        return Err(CommandError::new(format!(
+            "cannot create '{}': the size of its disk is missing; give it after the name, such as 10G",
+            args.path.display()
+        )));
+    }
     options.foreign.final_name = target::final_name(&args.path);
     if args.lazy_refcounts && options.format != Format::Qcow2 {
         return Err(CommandError::new(format!(
@@ -251,6 +258,9 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
                 "cannot create '{}': {interrupted}; its incomplete files were removed",
                 args.path.display()
             )),
+            Ok(()) if error.kind() == imgfmt::ErrorKind::KeyRequired => {
+                JobError::opening(JobErrorKind::Source, error).into()
+            }
             Ok(()) => error.into(),
         })
     };
