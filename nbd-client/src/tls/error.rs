@@ -58,7 +58,8 @@ pub enum TlsError {
     /// There is no name to check the server's certificate against.
     #[error(
         "over a unix socket there is no host name to compare with the server's certificate: say \
-         which name it has to have, as in tls-hostname=localhost"
+         which name it has to have, as in tls-hostname=localhost; or, for a pre-shared key, give its \
+         file, as in tls-psk-file=FILE"
     )]
     NoHostName,
     /// A file with credentials cannot be read.

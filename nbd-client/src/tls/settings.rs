@@ -158,6 +158,8 @@ mod tests {
         let options = TlsOptions::new(TlsMode::Require).hostname("y");
         assert_eq!(x509("nbds://h/?tls-hostname=x", Some(&options)).1.unwrap(), "y");
         let unix = "nbds+unix:///?socket=/s";
+        let error = of("nbds+unix://alice@/?socket=/s", None).unwrap_err();
+        assert!(error.to_string().contains("tls-psk-file=FILE"), "{error}");
         assert!(matches!(of(unix, None), Err(TlsError::NoHostName)));
         assert_eq!(x509(unix, Some(&options)).1.unwrap(), "y");
         assert_eq!(x509(&format!("{unix}&tls-verify-peer=off"), None).1, None);
