@@ -78,12 +78,22 @@ async fn forget(args: &ForgetArgs) -> Result<Outcome, CommandError> {
     let repository = args.store.open().await?;
     let mut found = Vec::new();
     for backup in &args.backups {
-        found.push(match backup.parse::<Id>() {
-            Ok(id) => id,
-            Err(()) => repository.find(backup).await.map_err(repository_error)?.0,
-        });
+        if let Ok(id) = backup.parse::<Id>() {
+            found.push((id, id.to_string()));
+            continue;
+        }
+        // Elsewhere this is the newest backup; here it may be meant as all of them.
+        if !backup.contains('@') {
+            let name = printable(backup);
+            return Err(CommandError::new(format!(
+                "'{name}' is not one backup; give it as {name}@latest, {name}@DAY or {name}@ID, or \
+                 let rules decide ('repo prune --name {name}')"
+            )));
+        }
+        let (id, head) = repository.find(backup).await.map_err(repository_error)?;
+        found.push((id, described(id, &head)));
     }
-    for (id, backup) in found.into_iter().zip(&args.backups) {
+    for ((id, described), backup) in found.into_iter().zip(&args.backups) {
         if !repository.forget(id, args.damaged).await.map_err(repository_error)? {
             let other = repository.other_than_backup(id).await.map_err(repository_error)?;
             let (backup, name) = (printable(backup), printable(repository.name()));
@@ -92,7 +102,7 @@ async fn forget(args: &ForgetArgs) -> Result<Outcome, CommandError> {
                 None => format!("there is no backup '{backup}' in {name}"),
             }));
         }
-        line(&format!("forgotten: {id}"))?;
+        line(&format!("forgotten: {described}"))?;
     }
     Ok(Outcome::Success)
 }

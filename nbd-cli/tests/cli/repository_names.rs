@@ -31,6 +31,27 @@ fn name_that_no_address_can_have_is_refused_before_anything_is_opened() {
 }
 
 #[test]
+fn a_name_alone_forgets_nothing_because_it_may_be_meant_as_all_of_its_backups() {
+    let disk = Disk::sparse();
+    let repository = disk.beside("repository");
+    nbd_cli(&["repo", "init", &repository]).success();
+    for _ in 0..2 {
+        nbd_cli(&["backup", "-q", "--name", "vm", disk.path(), &repository]).success();
+    }
+    let before = nbd_cli(&["repo", "list", &repository]).success();
+    let forget = |what: &[&str]| nbd_cli(&[&["repo", "forget", &repository], what].concat());
+    says(forget(&["vm@latest", "vm"]), &["'vm' is not one backup", "vm@latest", "prune --name vm"]);
+    assert_eq!(nbd_cli(&["repo", "list", &repository]).success(), before);
+    // What was forgotten is told as in the list.
+    let newest = before.lines().last().expect("a backup");
+    assert_eq!(forget(&["vm@latest"]).success(), format!("forgotten: {newest}\n"));
+    let stats = nbd_cli(&["repo", "stats", &repository]).success();
+    assert!(stats.contains("vm: 1 backup,"), "{stats}");
+    let address = format!("backup:{repository}");
+    says(nbd_cli(&["repo", "list", &address]), &["an address of backups", &repository]);
+}
+
+#[test]
 fn backups_with_names_of_earlier_versions_are_listed_read_and_forgotten() {
     let disk = Disk::sparse();
     let repository = disk.beside("repository");

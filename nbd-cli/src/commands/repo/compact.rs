@@ -8,6 +8,7 @@ use nbd_objects::repo::{CompactOptions, Compacted, host_name};
 use serde::Serialize;
 
 use super::args::CompactArgs;
+use super::text::counted;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable, warn};
 use crate::progress::Progress;
@@ -88,16 +89,16 @@ fn report(
         })?,
         ReportFormat::Text => {
             output.line(&format!(
-                "{}: {} packs with {}, of which {} are needed",
+                "{}: {} with {}, of which {} are needed",
                 printable(name),
-                compacted.packs,
+                counted(compacted.packs, "pack"),
                 rounded(compacted.bytes),
                 rounded(compacted.needed)
             ))?;
             if !args.dry_run {
                 output.line(&format!(
-                    "moved: {} backups, {} written",
-                    compacted.backups,
+                    "moved: {}, {} written",
+                    counted(compacted.backups, "backup"),
                     rounded(compacted.written)
                 ))?;
             }

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::args::{GcArgs, ListArgs, StatsArgs};
 use super::store::described;
+use super::text::counted;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable};
 
@@ -274,13 +275,13 @@ pub(super) fn check(
             }
             let result = match report.problems.len() {
                 0 => "no errors".to_owned(),
-                count => format!("{count} errors"),
+                count => counted(count as u64, "error"),
             };
             output.line(&format!(
-                "{}: {result}; {} backups, {} packs ({}), {} of them read and {} not needed",
+                "{}: {result}; {}, {} ({}), {} of them read and {} not needed",
                 printable(repository.name()),
-                report.backups,
-                report.packs,
+                counted(report.backups, "backup"),
+                counted(report.packs, "pack"),
                 rounded(report.bytes),
                 report.packs_read,
                 report.packs_unneeded,
@@ -313,7 +314,8 @@ pub(super) fn garbage(garbage: &Garbage, args: &GcArgs) -> Result<(), CommandErr
                 output.line(&format!("ended: the interrupted session {session}"))?;
             }
             let verb = if args.dry_run { "would be deleted" } else { "deleted" };
-            output.line(&format!("{verb}: {} packs, {}", garbage.packs, rounded(garbage.bytes)))?;
+            let packs = counted(garbage.packs, "pack");
+            output.line(&format!("{verb}: {packs}, {}", rounded(garbage.bytes)))?;
         }
     }
     output.finish()
@@ -396,9 +398,9 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
         ReportFormat::Text => {
             for disk in &stats.disks {
                 output.line(&format!(
-                    "{}: {} backups, {} with {} of data, {} added",
+                    "{}: {}, {} with {} of data, {} added",
                     printable(&disk.name),
-                    disk.backups,
+                    counted(disk.backups, "backup"),
                     rounded(disk.size),
                     rounded(disk.data),
                     rounded(disk.added)
@@ -412,9 +414,9 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
                 output.line(&line)?;
             }
             output.line(&format!(
-                "{}: {} packs, {}, {}",
+                "{}: {}, {}, {}",
                 printable(repository.name()),
-                stats.packs,
+                counted(stats.packs, "pack"),
                 rounded(stats.bytes),
                 if stats.encrypted { "encrypted" } else { "not encrypted" }
             ))?;

@@ -91,10 +91,15 @@ fn place(repository: &OsString, objects: &ObjectArgs) -> Result<Place, CommandEr
     if let StoreUrl::Directory(path) = &url
         && !path.is_dir()
     {
-        return Err(CommandError::new(format!(
-            "there is no folder '{}'; make a repository with 'nbd-cli repo init'",
-            path.display()
-        )));
+        let path = path.display().to_string();
+        return Err(CommandError::new(match path.strip_prefix("backup:") {
+            Some(repository) => format!(
+                "'{path}' is an address of backups; give the repository alone, such as '{repository}'"
+            ),
+            None => {
+                format!("there is no folder '{path}'; make a repository with 'nbd-cli repo init'")
+            }
+        }));
     }
     Place::open(&url, &objects.settings()).map_err(|error| CommandError::new(error.to_string()))
 }

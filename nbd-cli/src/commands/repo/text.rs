@@ -21,6 +21,11 @@ pub(super) fn percent(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| "give a part from 0% to 100%".to_owned())
 }
 
+/// `1 backup`, `2 backups`.
+pub(super) fn counted(count: u64, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
 /// Prints one line.
 pub(super) fn line(text: &str) -> Result<Outcome, CommandError> {
     let mut output = Output::new();
