@@ -66,7 +66,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         parsed.and_then(|matches| Cli::from_arg_matches(&matches).map(|cli| (cli, matches)));
     let (mut cli, matches) = match parsed {
         Ok(parsed) => parsed,
-        Err(message) => return usage(&message, commands::image::usage_code(&arguments)),
+        Err(message) => {
+            return match commands::image::meant_by(&message) {
+                Some(error) => report(&error),
+                None => usage(&message, commands::image::usage_code(&arguments)),
+            };
+        }
     };
     if let Err(error) = commands::serve::refuse_options_beside_file(&matches) {
         return report(&error);

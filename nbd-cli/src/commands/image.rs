@@ -22,6 +22,7 @@ mod stream;
 
 use std::ffi::OsString;
 
+use clap::error::{ContextKind, ContextValue};
 use clap::{Args, Subcommand};
 
 use crate::error::{CommandError, Outcome};
@@ -78,6 +79,16 @@ pub enum ImageCommand {
     Measure(measure::MeasureArgs),
     /// Check whether two images hold the same disk
     Compare(compare::CompareArgs),
+}
+
+/// What to say if a command for images was given without `image`.
+pub(crate) fn meant_by(error: &clap::Error) -> Option<CommandError> {
+    let Some(ContextValue::String(name)) = error.get(ContextKind::InvalidSubcommand) else {
+        return None;
+    };
+    ImageCommand::has_subcommand(name).then(|| {
+        CommandError::new(format!("there is no command '{name}'; write 'nbd-cli image {name}'"))
+    })
 }
 
 impl ImageCommand {

@@ -45,6 +45,11 @@ fn files_that_exist_are_left_alone() {
     nbd_cli(&["backup", "--quiet", server.uri(), &image]).success();
     says(nbd_cli(&["restore", &image, directory.path()]), &["exists already"]);
     directory.assert_equals(directory.path());
+    // What is meant may be a repository, or an image as the source.
+    let folder = directory.beside("");
+    says(nbd_cli(&["backup", server.uri(), &folder]), &["is a directory", "--name NAME"]);
+    let source = ["backup", directory.path(), &folder];
+    says(nbd_cli(&source), &["is not an NBD URI", "add --name NAME"]);
     says(nbd_cli(&["restore", &image, "-"]), &["to a file, a device or an NBD URI"]);
 }
 

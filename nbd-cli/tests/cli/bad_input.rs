@@ -122,6 +122,15 @@ fn nobody_there_is_said_so() {
 }
 
 #[test]
+fn a_command_for_images_without_its_group_is_named_in_full() {
+    let disk = Disk::sparse();
+    let copy = disk.beside("copy");
+    says(nbd_cli(&["convert", disk.path(), &copy]), &["'nbd-cli image convert'"]);
+    assert!(nbd_cli(&["konvert", disk.path(), &copy]).stderr.contains("unrecognized subcommand"));
+    assert!(!Path::new(&copy).exists());
+}
+
+#[test]
 fn names_that_contradict_each_other_are_refused() {
     says(serve(&["memory:1M", "memory:2M"]), &["NAME=SOURCE"]);
     says(serve(&["a=memory:1M", "a=memory:2M"]), &["already an export named \"a\""]);

@@ -17,7 +17,7 @@ fn a_streamed_overlay_stands_alone() {
     peer(&qemu_img, &["bitmap", "--add", &overlay, "daily"]);
     let before = std::fs::read(&overlay).expect("the overlay");
     let said = nbd_cli(&["image", "stream", "--dry-run", &overlay]).success();
-    assert!(said.contains("of data would be copied"), "{said}");
+    assert!(said.contains("iB of data would be copied"), "{said}");
     assert!(std::fs::read(&overlay).expect("the overlay") == before, "a dry run changes nothing");
     nbd_cli(&["image", "stream", &overlay]).success();
     for below in ["middle.qcow2", "disk.img"] {

@@ -76,6 +76,11 @@ fn refuse_existing(work: BackupJob<'_>) -> Result<(), JobError> {
         };
     }
     match work.target.symlink_metadata() {
+        Ok(_) if work.target.is_dir() => Err(JobError::destination(format!(
+            "'{}' is a directory; for a backup in a repository add --name NAME, otherwise give the \
+             name of a new file",
+            work.target.display()
+        ))),
         Ok(_) => Err(JobError::destination(format!(
             "'{}' exists already; every backup needs a file of its own",
             work.target.display()

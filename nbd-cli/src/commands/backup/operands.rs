@@ -53,7 +53,13 @@ impl BackupArgs {
 
 fn uri(text: &OsString) -> Result<NbdUri, CommandError> {
     let text = text.to_string_lossy();
-    text.parse().map_err(|error| {
-        CommandError::new(format!("'{text}' is not an NBD URI of a disk: {error}"))
+    text.parse().map_err(|error: nbd_proto::uri::UriError| {
+        CommandError::new(match text.contains("://") {
+            true => error.to_string(),
+            false => format!(
+                "{error}; to back up an image that no program uses, add --name NAME and give a \
+                 repository"
+            ),
+        })
     })
 }

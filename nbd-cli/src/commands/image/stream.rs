@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use nbd_jobs::JobContext;
 use nbd_jobs::overlay::{StreamBase, measure_stream, stream_overlay};
-use nbd_jobs::size::exact;
+use nbd_jobs::size::rounded;
 
 use super::info::print_json;
 use super::open::OpenArgs;
@@ -73,7 +73,7 @@ pub(crate) fn run(args: &StreamArgs) -> Result<Outcome, CommandError> {
         let found = measure_stream(&args.path, &options, base, &context)?;
         shown.clear();
         let mut output = Output::new();
-        let (data, zeroes) = (exact(found.data), exact(found.zeroes));
+        let (data, zeroes) = (rounded(found.data), rounded(found.zeroes));
         output.line(&format!("{data} of data would be copied, {zeroes} recorded as zero"))?;
         output.finish()?;
         return Ok(Outcome::Success);
