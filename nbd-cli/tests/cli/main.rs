@@ -12,6 +12,8 @@ mod backup_after_kill;
 mod backup_chain;
 mod backup_checkpoint;
 mod backup_encrypted;
+#[cfg(feature = "object-storage")]
+mod backup_from_qemu;
 mod backup_identity;
 mod backup_interrupted;
 mod backup_killed;
