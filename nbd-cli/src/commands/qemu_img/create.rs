@@ -64,8 +64,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     let mut create = new.create;
     create.size = Some(size.next_multiple_of(SECTOR));
-    if create.format == Format::Qcow2 {
-        // It was looked at, and a virtual machine that writes to it may have locked it.
+    if create.format == Format::Qcow2 && !place.location.is_remote() {
+        // It was looked at, and a virtual machine that writes to it may have locked it. In an
+        // export, a relative name must be found out to lead nowhere.
         create.open.backing = BackingFile::Ignored;
     }
     create.foreign.final_name = target::final_name(path);
