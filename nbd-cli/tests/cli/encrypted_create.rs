@@ -153,7 +153,7 @@ fn options_of_encryption_that_are_incomplete_or_not_made_are_refused_by_the_form
         ("-f qcow2 -o encrypt.format=nosuch,encrypt.key-secret=s", "does not accept value"),
         ("-f luks", "'key-secret' is required"),
         ("-f luks -o key-secret=s,cipher-alg=twofish-256", "only 'aes-256'"),
-        ("-f luks -o key-secret=s,iter-time=0", "does not accept value '0'"),
+        ("-f luks -o key-secret=s,iter-time=600001", "does not accept value '600001'"),
         ("-f luks -o key-secret=s,preallocation=metadata", "does not accept value"),
         ("-f raw -o key-secret=s", "Invalid parameter 'key-secret'"),
     ] {

@@ -104,7 +104,7 @@ fn compaction_says_what_it_frees_and_changes_no_backup() {
     assert_eq!((&planned["packs"], &planned["backups"]), (&1.into(), &0.into()), "{planned}");
     let told = nbd_cli(&["repo", "compact", &repository]).success();
     assert!(
-        told.contains("moved: 1 backups") && told.contains("'repo gc' frees 2.0 MiB"),
+        told.contains("moved: 1 backup,") && told.contains("'repo gc' frees 2.0 MiB"),
         "{told}"
     );
     let listed = json(&["repo", "list", "--json", &repository]);
