@@ -307,6 +307,16 @@ impl Image {
     /// `NoSpace`, `Io`. The image is closed nevertheless. It is consistent, but data written since
     /// the last successful flush may be lost.
     pub fn close(self) -> Result<()> {
+        self.close_in_place()
+    }
+
+    /// As [`close`](Self::close), for an image that is shared and therefore closed when it is
+    /// dropped: call it just before, to learn of a failure.
+    ///
+    /// # Errors
+    ///
+    /// As [`close`](Self::close).
+    pub fn close_in_place(&self) -> Result<()> {
         match self.access {
             Access::ReadOnly => Ok(()),
             Access::ReadWrite => self.writable()?.close().map_err(|error| self.name(error)),

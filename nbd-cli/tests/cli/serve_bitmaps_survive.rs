@@ -2,7 +2,7 @@
 
 use rustix::process::Signal;
 
-use crate::support::{Disk, Server, nbd_cli, peer, says};
+use crate::support::{Disk, PROGRAM, Server, nbd_cli, peer, says};
 use crate::tools;
 
 /// What qemu-img says of the bitmap that is in use.
@@ -123,4 +123,31 @@ fn bits_that_others_may_have_written_are_not_recovered() {
         assert!(peer(&qemu_img, &["info", &image]).contains(IN_USE), "nobody knows what changed");
         assert!(std::path::Path::new(&sidecar).exists(), "it is somebody else's");
     }
+}
+
+#[test]
+fn a_server_says_that_bitmaps_could_not_be_stored_at_its_end() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", prlimit = "prlimit");
+    let disk = Disk::sparse();
+    let image = disk.blank("disk.qcow2", 0);
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &image, "64M"]);
+    peer(&qemu_io, &["-f", "qcow2", "-c", "write -P 1 0 1M", &image]);
+    peer(&qemu_img, &["bitmap", "--add", &image, "backup"]);
+    // The file cannot grow, as on a full disk.
+    let length = std::fs::metadata(&image).expect("an image").len();
+    let (socket, said) = (disk.beside("socket"), disk.beside("said"));
+    let mut command = std::process::Command::new(prlimit);
+    command.arg(format!("--fsize={length}:")).arg(PROGRAM).args(["serve", "--socket", &socket]);
+    command.args(["--format", "qcow2", &image]);
+    command.stderr(std::fs::File::create(&said).expect("room"));
+    let server = Server::start(&mut command, socket.into());
+    peer(&qemu_io, &["-f", "raw", "-c", "write -P 7 0 64k", server.uri()]);
+    server.end();
+    let said = std::fs::read_to_string(said).expect("text");
+    assert!(said.contains("could not be closed properly"), "{said}");
+    assert!(said.contains("no space") || said.contains("larger"), "{said}");
+    assert!(peer(&qemu_img, &["info", &image]).contains(IN_USE));
+    // With room, what was kept beside the image is stored.
+    Server::ours(&["--format", "qcow2", &image]).end();
+    assert!(!peer(&qemu_img, &["info", &image]).contains(IN_USE));
 }

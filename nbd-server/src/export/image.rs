@@ -179,6 +179,14 @@ impl ImageExport {
     }
 }
 
+impl Drop for ImageExport {
+    fn drop(&mut self) {
+        if let Err(error) = self.image.close_in_place() {
+            tracing::error!(%error, "an image could not be closed properly");
+        }
+    }
+}
+
 impl Export for ImageExport {
     fn info(&self) -> ExportInfo {
         let mut info = self.info.clone();
