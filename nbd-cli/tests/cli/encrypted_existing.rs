@@ -7,7 +7,7 @@ use crate::support::qemu_img::{ours, words};
 use crate::support::{Disk, Outcome, Server, nbd_cli, peer};
 use crate::tools;
 
-const SIZE: usize = 4 << 20;
+const SIZE: usize = 1 << 20;
 /// What no file may contain. Sixteen bytes, so that it fills sectors.
 const MARKER: &[u8] = b"clear text found";
 /// Where the volume begins in a file that has it in a part.
@@ -32,7 +32,7 @@ impl<'a> Subject<'a> {
         let _ = std::fs::remove_file(&path);
         let key = directory.beside("key");
         let create = ["image", "create", "-f", format, "--encrypt", "--key-file", &key];
-        nbd_cli(&[&create[..], &["--iter-time", "10ms", &path, "4M"]].concat()).success();
+        nbd_cli(&[&create[..], &["--iter-time", "10ms", &path, "1M"]].concat()).success();
         let around = if is_part { START } else { 0 };
         let mut options = match format {
             "luks" => "driver=luks,key-secret=s".to_owned(),
@@ -41,7 +41,7 @@ impl<'a> Subject<'a> {
         if is_part {
             let mut image = std::fs::read(&path).expect("an image");
             // A qcow2 image grows.
-            image.resize(3 * SIZE, 0);
+            image.resize(5 * SIZE, 0);
             let whole = [&vec![0xaa; START][..], &image, &vec![0xaa; START]].concat();
             std::fs::write(&path, whole).expect("room");
             let length = image.len();
