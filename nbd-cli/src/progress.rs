@@ -10,7 +10,7 @@ use clap::Args;
 use imgfmt::jobs::RateLimit;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nbd_jobs::chart::CharacterSet;
-use nbd_jobs::size::{ByteSize, rounded};
+use nbd_jobs::size::{parse_rate, rounded};
 
 use crate::output::ReportFormat;
 use crate::terminal::{character_set, columns_of};
@@ -66,12 +66,6 @@ impl RateArgs {
     pub(crate) fn limit(self) -> Option<RateLimit> {
         self.rate.map(RateLimit::new)
     }
-}
-
-fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
-    let rate: ByteSize = text.parse()?;
-    NonZeroU64::new(rate.bytes())
-        .ok_or_else(|| "nothing can be read at a rate of 0; omit the option for no limit".into())
 }
 
 /// The options of a command that ends with a summary.

@@ -1,10 +1,17 @@
 //! Sizes and durations in human notation.
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::str::FromStr;
 use std::time::Duration;
 
 const SUFFIXES: [&str; 7] = ["", "K", "M", "G", "T", "P", "E"];
+
+/// In nanoseconds.
+const MILLISECOND: u64 = 1_000_000;
+const SECOND: u64 = 1000 * MILLISECOND;
+/// No limit needs more than a day; the bound keeps the clock arithmetic safe.
+const DURATION_MAX: u64 = 86_400 * SECOND;
 
 /// A number of bytes, written as `4096`, `64K`, `1G` or `2GiB`; suffixes are powers of 1024.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,52 +69,47 @@ fn shift_of(suffix: &str) -> Option<u32> {
     }
 }
 
+/// Parses a rate in bytes per second, which is not 0.
+///
+/// # Errors
+///
+/// A sentence with what is possible.
+pub fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
+    let rate: ByteSize = text.parse()?;
+    NonZeroU64::new(rate.bytes()).ok_or_else(|| {
+        "a rate is at least one byte per second; omit the option for no limit".to_owned()
+    })
+}
+
 /// Parses a polling time: `0`, or a duration such as `33us` or `1ms`, which is the most.
 ///
 /// # Errors
 ///
 /// A sentence with what is possible.
 pub fn parse_busy_poll(text: &str) -> Result<Duration, String> {
-    let wrong =
-        || format!("'{text}' is not a time from 0 to 1ms; give microseconds such as 33us, or 0");
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().map_err(|_| wrong())?;
-    let nanoseconds = match unit {
-        "" if number == 0 => Some(0),
-        "ns" => Some(number),
-        "us" | "\u{b5}s" | "\u{3bc}s" => number.checked_mul(1000),
-        "ms" => number.checked_mul(1_000_000),
-        _ => None,
-    };
-    match nanoseconds {
-        Some(nanoseconds @ 0..=1_000_000) => Ok(Duration::from_nanos(nanoseconds)),
-        _ => Err(wrong()),
+    match nanoseconds(text, 0) {
+        // A number alone might be meant as nanoseconds, microseconds or seconds.
+        Some(found @ 0..=MILLISECOND) if text == "0" || !text.ends_with(is_digit) => {
+            Ok(Duration::from_nanos(found))
+        }
+        _ => Err(format!(
+            "'{text}' is not a time from 0 to 1ms; give microseconds such as 33us, or 0"
+        )),
     }
 }
 
-/// Parses a duration, written as `10` (seconds), `10s`, `500ms` or `2m`: from a millisecond to a
-/// day.
+/// Parses a duration, written as `10` (seconds), `10s`, `500ms`, `2m` or `1h`: from a millisecond
+/// to a day.
 ///
 /// # Errors
 ///
 /// A sentence with what is possible.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let wrong =
-        || format!("'{text}' is not a length of time; give seconds such as 10, or 500ms, 2m");
-    let number: u64 = number.parse().map_err(|_| wrong())?;
-    let milliseconds = match unit {
-        "ms" => Some(number),
-        "" | "s" => number.checked_mul(1000),
-        "m" => number.checked_mul(60_000),
-        _ => None,
-    };
-    // No limit needs more than a day; the bound keeps the clock arithmetic safe.
-    match milliseconds {
-        Some(milliseconds @ 1..=86_400_000) => Ok(Duration::from_millis(milliseconds)),
-        _ => Err(wrong()),
+    match nanoseconds(text, SECOND) {
+        Some(found @ MILLISECOND..=DURATION_MAX) => Ok(Duration::from_nanos(found)),
+        _ => Err(format!(
+            "'{text}' is not a time from 1ms to 24h; give seconds such as 10, or 500ms, 2m, 1h"
+        )),
     }
 }
 
@@ -118,10 +120,30 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
 ///
 /// As [`parse_duration`].
 pub fn parse_limit(text: &str) -> Result<Duration, String> {
-    match text {
-        "0" | "0s" | "0m" | "0ms" => Ok(Duration::ZERO),
+    match nanoseconds(text, SECOND) {
+        Some(0) => Ok(Duration::ZERO),
         _ => parse_duration(text),
     }
+}
+
+/// Parses a number with a unit of time; one without has the unit `alone`, in nanoseconds.
+fn nanoseconds(text: &str, alone: u64) -> Option<u64> {
+    let (number, unit) = text.split_at(text.find(|it| !is_digit(it)).unwrap_or(text.len()));
+    let unit = match unit {
+        "" => alone,
+        "ns" => 1,
+        "us" | "\u{b5}s" | "\u{3bc}s" => 1000,
+        "ms" => MILLISECOND,
+        "s" => SECOND,
+        "m" => 60 * SECOND,
+        "h" => 3600 * SECOND,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(unit)
+}
+
+fn is_digit(character: char) -> bool {
+    character.is_ascii_digit()
 }
 
 /// A size with the largest suffix that keeps it exact: `8M`, `1025`, `3K`.
@@ -197,9 +219,21 @@ mod tests {
 
     #[test]
     fn no_limit_is_zero() {
-        assert_eq!(parse_limit("0"), Ok(Duration::ZERO));
+        for text in ["0", "0s", "0h", "0ms"] {
+            assert_eq!(parse_limit(text), Ok(Duration::ZERO), "{text}");
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
         assert_eq!(parse_limit("5m"), Ok(Duration::from_secs(300)));
-        assert!(parse_limit("never").is_err());
+        for text in ["never", "", "0x", "ms"] {
+            assert!(parse_limit(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn rates_are_not_zero() {
+        assert_eq!(parse_rate("50M").map(NonZeroU64::get), Ok(50 << 20));
+        assert!(parse_rate("0").unwrap_err().contains("omit the option"));
+        assert!(parse_rate("fast").unwrap_err().contains("not a size"));
     }
 
     #[test]
@@ -214,12 +248,23 @@ mod tests {
     }
 
     #[test]
-    fn durations_have_units() {
-        assert_eq!(parse_duration("10"), Ok(Duration::from_secs(10)));
-        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
-        assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
-        for text in ["", "0", "s", "1h", "99999999999999999999", "18446744073709551615m"] {
-            assert!(parse_duration(text).is_err(), "{text}");
+    fn durations_have_all_units_up_to_a_day() {
+        for (text, milliseconds) in [
+            ("10", 10_000),
+            ("10s", 10_000),
+            ("500ms", 500),
+            ("2m", 120_000),
+            ("1h", 3_600_000),
+            ("24h", 86_400_000),
+            ("1000us", 1),
+        ] {
+            assert_eq!(parse_duration(text), Ok(Duration::from_millis(milliseconds)), "{text}");
+        }
+        for text in
+            ["", "0", "s", "1d", "1H", "25h", "999us", "1.5h", "-1s", "18446744073709551615m"]
+        {
+            let error = parse_duration(text).unwrap_err();
+            assert!(error.contains("500ms, 2m, 1h"), "{text}: {error}");
         }
     }
 

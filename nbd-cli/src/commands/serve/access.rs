@@ -4,7 +4,7 @@ use std::num::NonZeroU64;
 
 use clap::Args;
 use nbd_jobs::serving::{AccessSettings, ExportRule};
-use nbd_jobs::size::ByteSize;
+use nbd_jobs::size::parse_rate;
 
 /// Rules and quotas of exports.
 #[derive(Clone, Debug, Args)]
@@ -46,13 +46,6 @@ pub struct AccessArgs {
     /// Most requests per second of all clients of an export.
     #[arg(long, value_name = "N")]
     pub export_iops: Option<NonZeroU64>,
-}
-
-fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
-    let size: ByteSize = text.parse()?;
-    NonZeroU64::new(size.bytes()).ok_or_else(|| {
-        "a rate is at least one byte per second; omit the option for no limit".to_owned()
-    })
 }
 
 impl AccessArgs {
