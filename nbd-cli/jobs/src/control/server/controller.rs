@@ -30,6 +30,8 @@ const TEMPORARY_DIRECTORY: &str = "/var/tmp";
 /// The time for an earlier request about a disk, and for its writes in flight when a checkpoint is
 /// started: guests give a disk up that does not answer for 30 s.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The time for a look at the bitmaps of all disks, beside each other.
+const TIME_TO_LOOK: Duration = Duration::from_secs(2);
 
 /// A source that a client asks to export.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,6 +66,7 @@ pub struct Controller {
     pub(super) observer: Arc<ControlObserver>,
     pub(super) temporary_directory: PathBuf,
     pub(super) patience: Duration,
+    pub(super) time_to_look: Duration,
     pub(super) stop: Notify,
     /// The program that takes over, once it has asked.
     successor: std::sync::Mutex<Option<UnixStream>>,
@@ -93,6 +96,7 @@ impl Controller {
             observer: ignore(),
             temporary_directory: PathBuf::from(TEMPORARY_DIRECTORY),
             patience: PATIENCE,
+            time_to_look: TIME_TO_LOOK,
             stop: Notify::new(),
             successor: std::sync::Mutex::default(),
             succession: Notify::new(),

@@ -1,13 +1,16 @@
 //! Requests about exports, and the distribution of all requests.
 
+use std::future::poll_fn;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::task::Poll;
+use std::time::SystemTime;
 
 use imgfmt::Format;
 use nbd_proto::wire::TransmissionFlags;
-use nbd_server::export::ExportEntry;
+use nbd_server::export::{ExportEntry, ImageExport};
 use nbd_server::{ClientStatistics, InUse, RemoveError};
 use serde_json::{Value, json};
+use tokio::sync::Mutex;
 
 use super::bitmaps;
 use super::controller::{Controller, RequestedSource, blocking, encoded};
@@ -21,10 +24,6 @@ use crate::control::{
 use crate::opening::{open_within, within};
 use crate::status::Status;
 use crate::text::printable;
-
-/// The time for a look at the bitmaps of all disks, and at least of one: they may hang.
-const TIME_TO_LOOK: Duration = Duration::from_secs(2);
-const LOOK_MIN: Duration = Duration::from_millis(50);
 
 impl Controller {
     /// Executes a request.
@@ -210,7 +209,8 @@ impl Controller {
         blocking(move || close(entry, disk)).await?
     }
 
-    /// Looks at the bitmaps and the identities of all disks that have any. What hangs is left out.
+    /// Looks at the bitmaps and the identities of all disks that have any, beside each other. What
+    /// hangs is left out.
     async fn look(&self) -> Result<Vec<(String, Look)>, Failure> {
         let disks = self.disks.lock().await;
         disks.refuse_if_suspended()?;
@@ -219,25 +219,20 @@ impl Controller {
         });
         let looked: Vec<_> = looked.collect();
         drop(disks);
-        let deadline = Instant::now() + TIME_TO_LOOK;
         let mut found = Vec::with_capacity(looked.len());
-        for (name, image, look) in looked {
-            let look = async {
-                // Not more than one thread hangs for each.
-                let guard = look.lock_owned().await;
-                blocking(move || {
-                    let _guard = guard;
-                    let id = image.image().disk_id().map(|id| id.to_string());
-                    (bitmaps::list(&image), id)
-                })
-                .await
-            };
-            let rest = deadline.saturating_duration_since(Instant::now());
-            if let Some(look) = within(rest.max(LOOK_MIN), look).await {
-                found.push((name, look?));
-            }
-        }
-        Ok(found)
+        let mut all: Vec<_> = looked.into_iter().map(|disk| Box::pin(look_at(disk))).collect();
+        let looked = poll_fn(|context| {
+            all.retain_mut(|one| match one.as_mut().poll(context) {
+                Poll::Ready(look) => {
+                    found.push(look);
+                    false
+                }
+                Poll::Pending => true,
+            });
+            if all.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+        });
+        within(self.time_to_look, looked).await;
+        found.into_iter().collect()
     }
 
     async fn list(&self) -> Result<Listing, Failure> {
@@ -327,6 +322,20 @@ impl Controller {
 /// The bitmaps of a disk, and its UUID.
 type Look = (Vec<Value>, Option<String>);
 
+/// Looks at a disk of that name.
+async fn look_at(
+    (name, image, turn): (String, Arc<ImageExport>, Arc<Mutex<()>>),
+) -> Result<(String, Look), Failure> {
+    // Not more than one thread hangs for each.
+    let guard = turn.lock_owned().await;
+    let look = move || {
+        let _guard = guard;
+        let id = image.image().disk_id().map(|id| id.to_string());
+        (bitmaps::list(&image), id)
+    };
+    Ok((name, blocking(look).await?))
+}
+
 /// Why bitmaps are not listed.
 const HANGS: &str = "its bitmaps are not listed, because what the disk is on does not answer, or a request about \
      them takes long";
@@ -361,4 +370,65 @@ fn known_format(name: &str) -> Result<Format, Failure> {
 
 fn seconds(time: SystemTime) -> u64 {
     time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use imgfmt::{CreateOptions, Image};
+    use nbd_server::{ExportRegistry, Server, ServerConfig};
+    use tokio::task::yield_now;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_disk_that_hangs_keeps_no_other_from_being_looked_at() {
+        let directory = tempfile::tempdir().unwrap();
+        let server = Server::new(ServerConfig::default(), ExportRegistry::new()).start();
+        let mut controller = Controller::new(server.handle().clone(), ServedDisks::default());
+        // Without an end.
+        controller.time_to_look = Duration::ZERO;
+        let (mut images, mut hanging) = (Vec::new(), Vec::new());
+        for name in ["a", "b"] {
+            let new = CreateOptions::new(Format::Qcow2, 1 << 20);
+            let image = Image::create(directory.path().join(name), &new).unwrap();
+            let image = Arc::new(ImageExport::new(image));
+            let disk = ServedDisk::of_image(name, Arc::clone(&image));
+            // As a look does that hangs.
+            hanging.push(Arc::clone(&disk.look).lock_owned().await);
+            controller.add_export(name, disk).await.unwrap();
+            images.push(image);
+        }
+        let idle = Arc::strong_count(&images[1]);
+        let controller = Arc::new(controller);
+        let lists = Arc::clone(&controller);
+        let list = tokio::spawn(async move { lists.list().await });
+        let until = async |is_looked_at: bool| {
+            let seen = async {
+                while (Arc::strong_count(&images[1]) > idle) != is_looked_at {
+                    yield_now().await;
+                }
+            };
+            timeout(Duration::from_secs(60), seen).await.expect("it does not wait for 'a'");
+        };
+        until(true).await;
+        drop(hanging.pop());
+        until(false).await;
+        drop(hanging);
+        let listed = list.await.unwrap().unwrap();
+        assert!(listed.exports.iter().all(|export| export.problem.is_none()), "{listed:?}");
+        // What hangs is left out in the end.
+        let mut controller = Arc::into_inner(controller).unwrap();
+        controller.time_to_look = Duration::from_millis(1);
+        let look = Arc::clone(&controller.disks.lock().await.disks["a"].look);
+        let _hanging = look.lock_owned().await;
+        let listed = controller.list().await.unwrap();
+        let problem = |name: &str| {
+            let export = listed.exports.iter().find(|export| export.name == name).unwrap();
+            export.problem.clone()
+        };
+        assert_eq!(problem("a").as_deref(), Some(HANGS));
+    }
 }
