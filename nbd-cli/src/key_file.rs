@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use imgfmt::{OpenOptions, Passphrase};
+use nbd_jobs::secret::{SECRET_LEN_MAX, SecretBytes, read_secret};
 use nbd_jobs::text::printable;
 use nbd_proto::tls::KeyPassword;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
@@ -24,13 +25,8 @@ use zeroize::Zeroizing;
 use crate::error::CommandError;
 use crate::signals;
 
-/// The maximum length of a key file in bytes, that of `cryptsetup`.
-const LENGTH_MAX: u64 = 8 << 20;
 /// The maximum length of a line of a terminal in bytes.
 const LINE_MAX: usize = 4096;
-
-/// The content of a file, overwritten on drop.
-pub(crate) type Bytes = Zeroizing<Vec<u8>>;
 
 /// The passphrases of encrypted images.
 #[derive(Clone, Debug, Default, Args)]
@@ -49,7 +45,7 @@ pub struct KeyArgs {
 pub struct KeyFile {
     path: PathBuf,
     /// The content of a file that can be read only once, after that.
-    kept: Arc<Mutex<Option<Bytes>>>,
+    kept: Arc<Mutex<Option<SecretBytes>>>,
 }
 
 impl fmt::Debug for KeyFile {
@@ -89,7 +85,7 @@ impl KeyArgs {
 
     /// What a process in the background needs of the files that only this one can read: for each
     /// file the number of bytes and the bytes, or a number that says that it reads the file itself.
-    pub(crate) fn handed_over(&self) -> Result<Bytes, CommandError> {
+    pub(crate) fn handed_over(&self) -> Result<SecretBytes, CommandError> {
         let mut all = Zeroizing::new(Vec::new());
         for file in &self.key_file {
             let content = if file.can_be_read_again() { None } else { Some(file.read()) };
@@ -116,7 +112,7 @@ impl KeyArgs {
             let mut length = [0; 8];
             Descriptor.read_exact(&mut length).map_err(failed)?;
             let length = u64::from_be_bytes(length);
-            if length > LENGTH_MAX {
+            if length > SECRET_LEN_MAX {
                 continue;
             }
             let mut bytes = Zeroizing::new(vec![0; length as usize]);
@@ -152,7 +148,7 @@ impl KeyFile {
         !is_descriptor && std::fs::metadata(&self.path).is_ok_and(|found| found.is_file())
     }
 
-    fn keep(&self, bytes: &Bytes) {
+    fn keep(&self, bytes: &SecretBytes) {
         *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(bytes.clone());
     }
 
@@ -185,7 +181,7 @@ impl KeyFile {
 
     /// Its content. From now on this process leaves no core dump, and others of the same user may
     /// not look into its memory.
-    fn read(&self) -> Result<Bytes, String> {
+    fn read(&self) -> Result<SecretBytes, String> {
         leave_no_dump();
         // Held meanwhile, so that several images that are opened at once ask only once.
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
@@ -194,17 +190,11 @@ impl KeyFile {
         }
         let bytes = match self.is_standard_input() {
             true if isatty(io::stdin()) => ask(b"Passphrase: "),
-            true => read_all(Descriptor),
-            false => File::open(&self.path).and_then(read_all),
+            true => read_secret(&mut Descriptor),
+            false => File::open(&self.path).and_then(|mut file| read_secret(&mut file)),
         };
         let wrong = |why: &str| format!("the key file '{}' {why}", self.shown());
-        let bytes = bytes.map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => wrong("does not exist: there is no such file"),
-            io::ErrorKind::PermissionDenied => wrong("may not be read by you"),
-            io::ErrorKind::IsADirectory => wrong("is a directory"),
-            io::ErrorKind::FileTooLarge => wrong(&format!("has more than {LENGTH_MAX} bytes")),
-            _ => wrong("cannot be read"),
-        })?;
+        let bytes = bytes.map_err(|error| wrong(&in_words(&error)))?;
         if bytes.is_empty() {
             return Err(wrong("is empty"));
         }
@@ -213,6 +203,18 @@ impl KeyFile {
         }
         Ok(bytes)
     }
+}
+
+/// Why a file with a secret cannot be read, as a predicate.
+fn in_words(error: &io::Error) -> String {
+    let predicate = match error.kind() {
+        io::ErrorKind::NotFound => "does not exist: there is no such file",
+        io::ErrorKind::PermissionDenied => "may not be read by you",
+        io::ErrorKind::IsADirectory => "is a directory",
+        io::ErrorKind::FileTooLarge => return format!("has more than {SECRET_LEN_MAX} bytes"),
+        _ => "cannot be read",
+    };
+    predicate.to_owned()
 }
 
 /// From now on this process leaves no core dump, and others of the same user may not look into its
@@ -231,30 +233,6 @@ impl Read for Descriptor {
     }
 }
 
-/// Reads at most 8 MiB.
-pub(crate) fn read_all(file: impl Read) -> io::Result<Bytes> {
-    // Of the full size at once: a buffer that grows leaves copies behind.
-    let mut bytes = Zeroizing::new(vec![0; 64 << 10]);
-    let (mut file, mut length) = (file.take(LENGTH_MAX + 1), 0);
-    loop {
-        match file.read(&mut bytes[length..]) {
-            Ok(0) => break,
-            Ok(read) => length += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-        if length == bytes.len() {
-            let mut larger = Zeroizing::new(vec![0; 2 * length]);
-            larger[..length].copy_from_slice(&bytes);
-            bytes = larger;
-        }
-    }
-    match length as u64 > LENGTH_MAX {
-        true => Err(io::ErrorKind::FileTooLarge.into()),
-        false => Ok(Zeroizing::new(bytes[..length].to_vec())),
-    }
-}
-
 /// Parses the name of a file with the password of a private key, its first line as with OpenSSL's
 /// `-passin file:`, and reads it.
 pub(crate) fn key_password_parser() -> impl TypedValueParser<Value = KeyPassword> {
@@ -263,7 +241,8 @@ pub(crate) fn key_password_parser() -> impl TypedValueParser<Value = KeyPassword
 
 fn key_password(path: &Path) -> Result<KeyPassword, String> {
     leave_no_dump();
-    let bytes = File::open(path).and_then(read_all).map_err(|error| error.to_string())?;
+    let bytes = File::open(path).and_then(|mut file| read_secret(&mut file));
+    let bytes = bytes.map_err(|error| format!("the file {}", in_words(&error)))?;
     let line = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
     let line = line.strip_suffix(b"\r").unwrap_or(line);
     match line.is_empty() {
@@ -273,7 +252,7 @@ fn key_password(path: &Path) -> Result<KeyPassword, String> {
 }
 
 /// Asks for a passphrase on the terminal without showing it.
-fn ask(prompt: &[u8]) -> io::Result<Bytes> {
+fn ask(prompt: &[u8]) -> io::Result<SecretBytes> {
     let terminal = File::options().read(true).write(true).open("/dev/tty")?;
     let before = tcgetattr(&terminal)?;
     let mut silent = before.clone();
@@ -293,7 +272,7 @@ fn ask(prompt: &[u8]) -> io::Result<Bytes> {
 }
 
 /// Reads up to the end of a line, which is not a part of the result.
-fn read_line(terminal: &File) -> io::Result<Bytes> {
+fn read_line(terminal: &File) -> io::Result<SecretBytes> {
     let (mut line, mut length) = (Zeroizing::new([0; LINE_MAX]), 0);
     while length < LINE_MAX && !line[..length].ends_with(b"\n") {
         match rustix::io::read(terminal, &mut line[length..]) {
@@ -312,11 +291,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_bytes_of_a_key_file_count_and_there_are_not_too_many() {
-        assert_eq!(**read_all(&b"abc\n"[..]).unwrap(), *b"abc\n");
-        let large = vec![7; 200_000];
-        assert_eq!(*read_all(&large[..]).unwrap(), large);
-        assert!(read_all(io::repeat(7)).is_err());
+    fn a_key_file_is_there_and_not_empty() {
         let read = |path: &str| KeyFile::new(path.into()).read();
         assert!(read("/dev/null").is_err());
         assert!(read("/nowhere").unwrap_err().contains("no such file"));

@@ -7,13 +7,13 @@ use std::path::PathBuf;
 use clap::Args;
 use nbd_jobs::date::date_and_time;
 use nbd_jobs::repository::repository_error;
+use nbd_jobs::secret::SecretBytes;
 use nbd_jobs::size::rounded;
 use nbd_objects::repo::{Head, Id, Repository};
 use nbd_objects::{Place, StoreUrl};
 
 use crate::error::CommandError;
 use crate::file_path::FilePathParser;
-use crate::key_file::Bytes;
 use crate::objects::ObjectArgs;
 use crate::output::printable;
 use crate::passphrase::read_passphrase;
@@ -44,7 +44,7 @@ pub struct PassphraseArgs {
 
 impl StoreArgs {
     /// Reads the passphrase, if its file is given.
-    pub(crate) fn passphrase(&self) -> Result<Option<Bytes>, CommandError> {
+    pub(crate) fn passphrase(&self) -> Result<Option<SecretBytes>, CommandError> {
         self.passphrase.read()
     }
 
@@ -68,7 +68,7 @@ impl StoreArgs {
 
 impl PassphraseArgs {
     /// Reads the passphrase, if its file is given.
-    pub(crate) fn read(&self) -> Result<Option<Bytes>, CommandError> {
+    pub(crate) fn read(&self) -> Result<Option<SecretBytes>, CommandError> {
         self.passphrase_file.as_deref().map(read_passphrase).transpose()
     }
 }
