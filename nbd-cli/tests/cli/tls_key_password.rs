@@ -1,11 +1,12 @@
-//! Encrypted private keys: `passwordid` of QEMU's credentials, and `--tls-key-password-file`.
+//! Encrypted private keys: `passwordid` of QEMU's credentials, and `--tls-key-password-file` and
+//! `--source-tls-key-password-file`.
 
 use std::path::Path;
 use std::process::Command;
 
 use crate::support::qemu_nbd::{Foreground, ours};
 use crate::support::tls::{Certificates, TlsServer};
-use crate::support::{Disk, nbd_cli, run};
+use crate::support::{Disk, Server, nbd_cli, run};
 use crate::tools;
 
 /// Certificates whose keys are encrypted, as PKCS #8, and files with the right password and a wrong
@@ -120,5 +121,35 @@ fn a_password_file_opens_the_keys_of_server_and_client() {
     ] {
         let refused = serve(&credentials);
         assert!(refused.code == Some(1) && refused.stderr.contains(part), "{refused:?}");
+    }
+}
+
+#[test]
+fn a_password_file_opens_the_key_for_the_server_of_a_source() {
+    tools!(_openssl = "openssl");
+    let Some(certificates) = Certificates::any() else { return };
+    let [directory, right, wrong] = locked(&certificates);
+    let credentials = ["--tls-certificates", &text(&certificates.good())];
+    let upstream = Server::ours(&[&credentials[..], &["memory:1M"]].concat());
+    let uri = format!("nbds+unix:///?socket={}", upstream.socket().display());
+    let plain = uri.replacen("nbds", "nbd", 1);
+    let without = ["--source-tls-certificates", &directory, "--source-tls-hostname", "localhost"];
+    let alone = |file| ["--source-tls-key-password-file", file];
+    let with = |file| [&without[..], &alone(file)].concat();
+    let server = Server::ours(&[&with(&right)[..], &[&uri]].concat());
+    assert_eq!(nbd_cli(&["info", "--size", server.uri()]).success(), "1048576\n");
+    let disk = Disk::sparse();
+    let socket = disk.beside("socket");
+    let missing = disk.beside("missing");
+    for (options, source, parts) in [
+        (with(&wrong), &*uri, ["client-key.pem", "the password does not open it: give the right"]),
+        (without.to_vec(), &*uri, ["client-key.pem", "its password is not given: give it"]),
+        (with(&missing), &*uri, ["--source-tls-key-password-file", "there is no such file"]),
+        (alone(&right).to_vec(), &*plain, ["--source-tls-key-password-file is given", "nbds"]),
+        (alone(&right).to_vec(), "memory:1M", ["--source-tls-key-password-file", "no source is"]),
+    ] {
+        let refused = nbd_cli(&[&["serve", "--socket", &socket], &options[..], &[source]].concat());
+        let is_said = parts.iter().all(|part| refused.stderr.contains(part));
+        assert!(refused.code == Some(1) && is_said, "{parts:?}: {refused:?}");
     }
 }

@@ -300,7 +300,7 @@ fn private_key(path: &Path, password: Option<&KeyPassword>) -> Result<PKey<Priva
                 "it is encrypted, and its password is not given: give it, or store the key without a \
                  pass phrase, readable by its user only"
             }
-            (true, Some(_)) => "it is encrypted, and the password does not open it",
+            (true, Some(_)) => "it is encrypted, and the password does not open it: give the right one",
         }
         .to_owned(),
     })

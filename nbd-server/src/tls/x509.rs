@@ -78,7 +78,7 @@ fn private_key(pem: &Pem, password: Option<&KeyPassword>) -> Result<PKey<Private
                 "it is encrypted; give its password, or decrypt it with 'openssl pkey', and protect it \
                  by permissions"
             }
-            (true, Some(_)) => "it is encrypted, and the password does not open it",
+            (true, Some(_)) => "it is encrypted, and the password does not open it: give the right one",
         };
         unusable(KEY, pem.path.clone(), why)
     })

@@ -87,6 +87,9 @@ impl UpstreamArgs {
     ) -> Result<(), CommandError> {
         let credentials = match self {
             Self { source_tls_certificates: Some(_), .. } => Some("--source-tls-certificates"),
+            Self { source_tls_key_password_file: Some(_), .. } => {
+                Some("--source-tls-key-password-file")
+            }
             Self { source_tls_psk: Some(_), .. } => Some("--source-tls-psk"),
             Self { source_tls_hostname: Some(_), .. } => Some("--source-tls-hostname"),
             Self { source_tls_verify_peer: Some(_), .. } => Some("--source-tls-verify-peer"),
