@@ -1,12 +1,13 @@
 //! New images in exports of servers, in the qemu-img form: as for OVA files, of which qemu-nbd
 //! serves a part.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use tempfile::TempDir;
+
 use crate::support::qemu_img::{ours, words};
-use crate::support::{Outcome, Server, run};
-use crate::tools;
+use crate::support::{Outcome, Server, run, tool};
 
 /// Where the part that is served begins, in bytes.
 const START: usize = 1 << 20;
@@ -25,39 +26,92 @@ fn make_source(path: &Path) {
     std::fs::write(path, disk).expect("room");
 }
 
-/// A file of which a part of `size` bytes is served, with bytes before and after it.
-fn serve_part(tool: &Path, file: &Path, size: usize) -> Server {
-    std::fs::write(file, vec![0xaa; START + size + 4096]).expect("room");
-    let options = format!("driver=raw,offset={START},size={size},file.filename={}", file.display());
-    Server::qemu_nbd(tool, "", &["--image-opts", &options])
+/// A directory with `source.img`, and the tools to serve a part of a file in it.
+struct Place {
+    directory: TempDir,
+    qemu_nbd: PathBuf,
 }
 
-/// What is around the part.
-fn around(file: &Path, size: usize) -> bool {
-    let bytes = std::fs::read(file).expect("the file");
-    let is_kept = |part: &[u8]| part.iter().all(|byte| *byte == 0xaa);
-    bytes.len() == START + size + 4096
-        && is_kept(&bytes[..START])
-        && is_kept(&bytes[START + size..])
+/// A part of `machine.ova` that is served, with bytes before and after it.
+struct Part {
+    file: PathBuf,
+    size: usize,
+    server: Server,
 }
 
-fn theirs(directory: &Path, line: &str) -> Outcome {
-    run(Command::new("qemu-img").args(words(line)).current_dir(directory))
+impl Place {
+    /// `None` if a tool is missing.
+    fn new() -> Option<Self> {
+        tool("qemu-img")?;
+        let qemu_nbd = tool("qemu-nbd")?;
+        let directory = tempfile::tempdir().expect("a directory");
+        make_source(&directory.path().join("source.img"));
+        Some(Self { directory, qemu_nbd })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn serve(&self, size: usize) -> Part {
+        let file = self.path("machine.ova");
+        std::fs::write(&file, vec![0xaa; START + size + 4096]).expect("room");
+        let options =
+            format!("driver=raw,offset={START},size={size},file.filename={}", file.display());
+        let server = Server::qemu_nbd(&self.qemu_nbd, "", &["--image-opts", &options]);
+        Part { file, size, server }
+    }
+
+    fn theirs(&self, line: &str) -> Outcome {
+        run(Command::new("qemu-img").args(words(line)).current_dir(&self.directory))
+    }
+
+    fn ours(&self, line: &str) -> Outcome {
+        ours(self.directory.path(), &words(line))
+    }
+
+    /// Ours refuses each line, with a sentence that has this part.
+    #[track_caller]
+    fn refused(&self, lines: &[(String, &str)]) {
+        for (line, part) in lines {
+            let refused = self.ours(line);
+            assert_eq!(refused.code, Some(1), "{line}: {refused:?}");
+            assert!(refused.stderr.contains(part), "{line}: {refused:?}");
+        }
+    }
+
+    /// The size of an image of the source, in bytes.
+    fn required(&self, options: &str) -> usize {
+        let line = format!("measure --output=json -f raw -O qcow2 {options} source.img");
+        let report = self.theirs(&line).success();
+        let report: serde_json::Value = serde_json::from_str(&report).expect("JSON");
+        report["required"].as_u64().expect("a number") as usize
+    }
 }
 
-fn required(directory: &Path, options: &str) -> usize {
-    let line = format!("measure --output=json -f raw -O qcow2 {options} source.img");
-    let report = theirs(directory, &line).success();
-    let report: serde_json::Value = serde_json::from_str(&report).expect("JSON");
-    report["required"].as_u64().expect("a number") as usize
+impl Part {
+    fn uri(&self) -> &str {
+        self.server.uri()
+    }
+
+    /// Whether what is around it is unchanged.
+    fn is_alone_changed(&self) -> bool {
+        let bytes = std::fs::read(&self.file).expect("the file");
+        let is_kept = |part: &[u8]| part.iter().all(|byte| *byte == 0xaa);
+        bytes.len() == START + self.size + 4096
+            && is_kept(&bytes[..START])
+            && is_kept(&bytes[START + self.size..])
+    }
+
+    /// Whether nothing was written.
+    fn is_unchanged(&self) -> bool {
+        std::fs::read(&self.file).expect("the file").iter().all(|byte| *byte == 0xaa)
+    }
 }
 
 #[test]
 fn a_new_image_fits_into_the_part_that_was_measured_for_it() {
-    tools!(_qemu_img = "qemu-img", qemu_nbd = "qemu-nbd");
-    let directory = tempfile::tempdir().expect("a directory");
-    let here = directory.path();
-    make_source(&here.join("source.img"));
+    let Some(place) = Place::new() else { return };
     for (options, more) in [
         ("", ""),
         ("-o cluster_size=4k", ""),
@@ -67,39 +121,32 @@ fn a_new_image_fits_into_the_part_that_was_measured_for_it() {
         ("-o compression_type=zstd", "-c -p"),
         ("-o preallocation=full", ""),
     ] {
-        let size = match options.contains("preallocation") {
+        let part = place.serve(match options.contains("preallocation") {
             true => 8 << 20,
-            false => required(here, options),
-        };
-        let file = here.join("machine.ova");
-        let server = serve_part(&qemu_nbd, &file, size);
-        let uri = server.uri();
+            false => place.required(options),
+        });
+        let uri = part.uri();
         // Twice: what is there does not matter.
         for _ in 0..2 {
             let line = format!("convert -f raw -O qcow2 {options} {more} source.img {uri}");
-            ours(here, &words(&line)).success();
+            place.ours(&line).success();
             for judge in
                 [format!("check {uri}"), format!("compare -f raw -F qcow2 source.img {uri}")]
             {
-                let said = theirs(here, &judge);
+                let said = place.theirs(&judge);
                 assert_eq!(said.code, Some(0), "{line}: {judge}: {said:?}");
             }
         }
-        assert!(around(&file, size), "{options} {more}");
+        assert!(part.is_alone_changed(), "{options} {more}");
     }
 }
 
 #[test]
 fn an_export_that_is_too_small_stays_as_it_is() {
-    tools!(_qemu_img = "qemu-img", qemu_nbd = "qemu-nbd");
-    let directory = tempfile::tempdir().expect("a directory");
-    let here = directory.path();
-    make_source(&here.join("source.img"));
-    let file = here.join("machine.ova");
-    let size = required(here, "") - 512;
-    let server = serve_part(&qemu_nbd, &file, size);
-    let uri = server.uri();
-    for (line, part) in [
+    let Some(place) = Place::new() else { return };
+    let part = place.serve(place.required("") - 512);
+    let uri = part.uri();
+    place.refused(&[
         (format!("convert -f raw -O qcow2 source.img {uri}"), "it does not fit"),
         (format!("create -f qcow2 {uri} 8P"), "too large"),
         (format!("create -f qcow2 -o cluster_size=2M {uri} 1G"), "takes up"),
@@ -107,50 +154,35 @@ fn an_export_that_is_too_small_stays_as_it_is() {
         (format!("create -f vmdk {uri} 1M"), "made in files only"),
         (format!("create -f qcow2 -o data_file=d {uri} 1M"), "data file"),
         (format!("create -f qcow2 -b source.img -F raw {uri}"), "source.img"),
-    ] {
-        let refused = ours(here, &words(&line));
-        assert_eq!(refused.code, Some(1), "{line}: {refused:?}");
-        assert!(refused.stderr.contains(part), "{line}: {refused:?}");
-    }
-    let bytes = std::fs::read(&file).expect("the file");
-    assert!(bytes.iter().all(|byte| *byte == 0xaa), "it has changed");
+    ]);
+    assert!(part.is_unchanged());
 }
 
 #[test]
 fn an_image_that_is_not_complete_does_not_open() {
-    tools!(_qemu_img = "qemu-img", qemu_nbd = "qemu-nbd");
-    let directory = tempfile::tempdir().expect("a directory");
-    let here = directory.path();
-    make_source(&here.join("source.img"));
-    let file = here.join("machine.ova");
+    let Some(place) = Place::new() else { return };
     // The metadata fits, and not the data, of which the size is not known before.
-    let size = 512 << 10;
-    let server = serve_part(&qemu_nbd, &file, size);
-    let uri = server.uri();
-    let failed = ours(here, &words(&format!("convert -c -f raw -O qcow2 source.img {uri}")));
-    assert_eq!(failed.code, Some(1), "{failed:?}");
-    assert!(failed.stderr.contains("marked as incomplete: run the command again"), "{failed:?}");
+    let part = place.serve(512 << 10);
+    let uri = part.uri();
+    let incomplete = "marked as incomplete: run the command again";
+    place.refused(&[(format!("convert -c -f raw -O qcow2 source.img {uri}"), incomplete)]);
     for line in [format!("info {uri}"), format!("check {uri}"), format!("map {uri}")] {
-        let (theirs, ours) = (theirs(here, &line), ours(here, &words(&line)));
-        assert!(theirs.code != Some(0) && ours.code != Some(0), "{line}: {theirs:?} {ours:?}");
-        assert!(theirs.stderr.contains("incomplete"), "{line}: {theirs:?}");
-        assert!(ours.stderr.contains("incomplete"), "{line}: {ours:?}");
+        for said in [place.theirs(&line), place.ours(&line)] {
+            assert_ne!(said.code, Some(0), "{line}: {said:?}");
+            assert!(said.stderr.contains("incomplete"), "{line}: {said:?}");
+        }
     }
-    assert!(around(&file, size));
-    ours(here, &words(&format!("create -q -f qcow2 {uri} 1M"))).success();
-    assert_eq!(theirs(here, &format!("check {uri}")).code, Some(0));
+    assert!(part.is_alone_changed());
+    place.ours(&format!("create -q -f qcow2 {uri} 1M")).success();
+    assert_eq!(place.theirs(&format!("check {uri}")).code, Some(0));
 }
 
 #[test]
 fn empty_images_are_made_in_exports_as_by_qemu() {
-    tools!(_qemu_img = "qemu-img", qemu_nbd = "qemu-nbd");
-    let directory = tempfile::tempdir().expect("a directory");
-    let here = directory.path();
-    make_source(&here.join("source.img"));
-    let base = here.join("source.img").display().to_string();
-    let file = here.join("machine.ova");
-    let server = serve_part(&qemu_nbd, &file, 4 << 20);
-    let uri = server.uri();
+    let Some(place) = Place::new() else { return };
+    let base = place.path("source.img").display().to_string();
+    let part = place.serve(4 << 20);
+    let uri = part.uri();
     for options in [
         "-f qcow2 URI 64M".to_owned(),
         "-f qcow2 -o cluster_size=1k,lazy_refcounts=on URI 1M".to_owned(),
@@ -159,14 +191,14 @@ fn empty_images_are_made_in_exports_as_by_qemu() {
         "-f raw URI 1M".to_owned(),
     ] {
         let line = format!("create {}", options.replace("URI", uri));
-        let expected = theirs(here, &line).success();
-        assert_eq!(ours(here, &words(&line)).success(), expected, "{line}");
+        let expected = place.theirs(&line).success();
+        assert_eq!(place.ours(&line).success(), expected, "{line}");
         let format = if options.contains("raw URI") { "raw" } else { "qcow2" };
-        let info = theirs(here, &format!("info {uri}")).success();
+        let info = place.theirs(&format!("info {uri}")).success();
         assert!(info.contains(&format!("file format: {format}\n")), "{line}: {info}");
         if format == "qcow2" {
-            assert_eq!(theirs(here, &format!("check {uri}")).code, Some(0), "{line}");
+            assert_eq!(place.theirs(&format!("check {uri}")).code, Some(0), "{line}");
         }
     }
-    assert!(around(&file, 4 << 20));
+    assert!(part.is_alone_changed());
 }
