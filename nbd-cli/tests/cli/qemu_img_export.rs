@@ -202,3 +202,39 @@ fn empty_images_are_made_in_exports_as_by_qemu() {
     }
     assert!(part.is_alone_changed());
 }
+
+#[test]
+fn dd_writes_into_exports_as_qemu_does() {
+    let Some(place) = Place::new() else { return };
+    let written = |options: &str, is_theirs: bool| {
+        let part = place.serve(6 << 20);
+        let line = format!("dd -f raw {options} if=source.img of={}", part.uri());
+        match is_theirs {
+            true => place.theirs(&line).success(),
+            false => place.ours(&line).success(),
+        };
+        assert!(part.is_alone_changed(), "{line}");
+        drop(part.server);
+        let bytes = std::fs::read(&part.file).expect("the file");
+        bytes[START..][..part.size].to_vec()
+    };
+    for options in ["", "bs=64k", "bs=1M count=3 skip=1", "bs=1000 skip=64 count=576"] {
+        assert!(written(options, true) == written(options, false), "{options}");
+    }
+    for options in ["-O qcow2 bs=1M count=2", "-O qcow2 bs=1000 skip=1 count=1100"] {
+        for (name, is_theirs) in [("theirs", true), ("ours", false)] {
+            std::fs::write(place.path(name), written(options, is_theirs)).expect("room");
+        }
+        place.theirs("compare -f qcow2 -F qcow2 theirs ours").success();
+    }
+    let part = place.serve(1 << 20);
+    let uri = part.uri();
+    let json = format!("json:{{'driver':'raw','file':{{'driver':'file','filename':'{uri}'}}}}");
+    place.refused(&[
+        (format!("dd bs=1M if=source.img of={uri}"), "it does not fit"),
+        (format!("dd -O vmdk bs=64k count=1 if=source.img of={uri}"), "made in files only"),
+        (format!("dd bs=1M count=1 if=source.img of={json}"), "convert -n --target-image-opts"),
+        (format!("dd bs=1000 count=7 if=source.img of={uri}"), "sectors of 512 bytes"),
+    ]);
+    assert!(part.is_unchanged());
+}

@@ -9,7 +9,7 @@ use nbd_jobs::image_location::ImageLocation;
 
 use super::arguments::Arguments;
 use super::known::Opt;
-use super::options::size_argument;
+use super::options::{SECTOR, size_argument};
 use super::place::Place;
 use super::progress::Percentage;
 use super::refusal::{Refusal, complain};
@@ -84,10 +84,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         complain(&format!("{}: cannot skip to specified offset", from.display()));
     }
     let to = Place::parse(arguments, to, false)?.location;
-    if !matches!(to, ImageLocation::File(_)) {
-        return Err(Refusal::new(format!("{to}: only files can be written")));
-    }
-    let mut create = CreateOptions::new(format.unwrap_or(Format::Raw), 0);
+    let format = format.unwrap_or(Format::Raw);
+    refuse_target(&to, format, &[start, if end == u64::MAX { 0 } else { end }])?;
+    let mut create = CreateOptions::new(format, 0);
     // As in QEMU, the geometry counts.
     create.foreign.vhd_size = VhdSize::Geometry;
     create.open.locking = Locking::Auto;
@@ -99,4 +98,23 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let progress = Percentage::begin(false)?;
     convert(&source.location, &to, &options, &progress.context())?;
     Ok(0)
+}
+
+/// Refuses a target that cannot be written, or of which bytes past the `bounds` would be.
+fn refuse_target(to: &ImageLocation, format: Format, bounds: &[u64]) -> Result<(), Refusal> {
+    match to {
+        ImageLocation::Described { .. } => Err(Refusal::new(format!(
+            "{to}: dd writes to the name of a file or of an export; use 'convert -n \
+             --target-image-opts' to write where options say"
+        ))),
+        ImageLocation::Export { .. }
+            if format == Format::Raw && !bounds.iter().all(|it| it.is_multiple_of(SECTOR)) =>
+        {
+            Err(Refusal::new(format!(
+                "{to}: an export is written in sectors of {SECTOR} bytes; give bs, skip \
+                 and count so that both ends are multiples of that"
+            )))
+        }
+        _ => Ok(()),
+    }
 }
