@@ -9,6 +9,7 @@ use imgfmt::{BackingFile, BackingOptions, Format, NameTarget, OpenOptions, OpenP
 use nbd_client::blocking::Interrupter;
 use nbd_client::{Connector, ExportStorage, LocalFiles};
 use nbd_proto::NbdUri;
+use nbd_proto::wire::MetaContextName;
 
 use crate::connect::explain_unknown_export;
 use crate::error::{JobError, JobErrorKind};
@@ -66,6 +67,14 @@ impl Remotes {
     #[must_use]
     pub fn keep_connections(mut self) -> Self {
         self.kept = Some(Kept::default());
+        self
+    }
+
+    /// Selects a metadata context for all connections, besides those that are needed.
+    #[must_use]
+    pub fn select(mut self, context: MetaContextName) -> Self {
+        let connector = self.connector;
+        self.connector = Arc::new(move |uri| connector(uri).meta_contexts([context.clone()]));
         self
     }
 

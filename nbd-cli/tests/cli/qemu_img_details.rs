@@ -71,8 +71,11 @@ fn a_context_of_an_export_is_mapped_in_the_place_of_its_allocation() {
     }
     let image = directory.path().join("disk.qcow2").display().to_string();
     let contexts = ["--bitmap", "b", "--allocation-depth"];
-    let server =
-        Server::ours(&[&["--read-only", "--format", "qcow2"], &contexts[..], &[&image]].concat());
+    let serve = |more: &[&str]| {
+        let format = ["--read-only", "--format", "qcow2"];
+        Server::ours(&[&format, more, &contexts[..], &[&image]].concat())
+    };
+    let server = serve(&[]);
     let options = format!("driver=nbd,server.type=unix,server.path={}", server.socket().display());
     let mut maps = Vec::new();
     for context in ["qemu:dirty-bitmap:b", "base:allocation", "qemu:allocation-depth"] {
@@ -99,6 +102,16 @@ fn a_context_of_an_export_is_mapped_in_the_place_of_its_allocation() {
         assert_eq!(theirs, maps[0], "{line:?}");
         assert_eq!(ours(directory.path(), &line).success(), theirs, "{line:?}");
     }
+    // The format is looked for over the same connection.
+    let once = serve(&["--max-connections", "1"]);
+    let line = |server: &Server| {
+        let socket = server.socket().display();
+        let options = format!("file.driver=nbd,file.path={socket},file.x-dirty-bitmap={context}");
+        ["map", "--output=json", "--image-opts", &options].map(str::to_owned)
+    };
+    let theirs = run(Command::new("qemu-img").args(line(&server))).success();
+    assert_eq!(ours(directory.path(), &line(&once)).success(), theirs);
+    assert_eq!(theirs, maps[0]);
     let line = ["map", "--output=json", "-f", "raw", server.uri()].map(str::to_owned);
     let theirs = run(Command::new("qemu-img").args(&line)).success();
     assert_eq!(ours(directory.path(), &line).success(), theirs);

@@ -14,14 +14,12 @@ use crate::error::{JobError, JobErrorKind};
 /// Connects to an export and passes its size and its parts to `each`, in order and without gaps.
 ///
 /// The server reports them in `base:allocation` and, if it has it, `qemu:allocation-depth`; without
-/// the latter the export has one layer, and without both everything is data. If `instead` is given,
-/// only that context counts, and its numbers are taken for those of `base:allocation`, as by QEMU's
-/// option `x-dirty-bitmap`: a dirty part is then one without data.
+/// the latter the export has one layer, and without both everything is data.
 ///
 /// # Errors
 ///
-/// If the server cannot be reached or refuses, or lacks the context `instead` and that is not
-/// `base:allocation`; if the job is cancelled; or the error of `each`, which ends the walk.
+/// If the server cannot be reached or refuses; if the job is cancelled; or the error of `each`,
+/// which ends the walk.
 ///
 /// # Cancel safety
 ///
@@ -29,25 +27,26 @@ use crate::error::{JobError, JobErrorKind};
 pub async fn map_export<E: From<JobError>>(
     connector: Connector,
     cancellation: &Cancellation,
-    instead: Option<&MetaContextName>,
     each: impl FnMut(u64, MapEntry) -> Result<(), E>,
 ) -> Result<(), E> {
-    let usual = [MetaContextName::base_allocation(), MetaContextName::qemu_allocation_depth()];
-    let contexts = instead.map_or_else(|| usual.to_vec(), |context| vec![context.clone()]);
+    let contexts = [MetaContextName::base_allocation(), MetaContextName::qemu_allocation_depth()];
     let connector = connector.meta_contexts(contexts);
     let uri = connector.uri();
     let client = connect(&connector, uri, JobErrorKind::Source, cancellation).await?;
-    map_client(&client, uri, cancellation, instead, each).await?;
+    map_client(&client, uri, cancellation, None, each).await?;
     // The map is complete, so the way in which the connection ends does not matter.
     let _ = client.disconnect().await;
     Ok(())
 }
 
-/// As [`map_export`], over a connection for which contexts were selected already.
+/// As [`map_export`], over a connection for which contexts were selected already. If `instead` is
+/// given, only that context counts, and its numbers are taken for those of `base:allocation`, as by
+/// QEMU's option `x-dirty-bitmap`: a dirty part is then one without data.
 ///
 /// # Errors
 ///
-/// As [`map_export`], except those of connecting.
+/// As [`map_export`], except those of connecting; and if the context `instead` was not selected and
+/// is not `base:allocation`.
 ///
 /// # Cancel safety
 ///
@@ -60,13 +59,15 @@ pub async fn map_client<E: From<JobError>>(
     mut each: impl FnMut(u64, MapEntry) -> Result<(), E>,
 ) -> Result<(), E> {
     let size = client.info().size;
-    if let (Some(context), true) = (instead, client.meta_contexts().is_empty())
+    let selected = client.meta_contexts();
+    let is_known = instead.map_or(!selected.is_empty(), |context| selected.contains(context));
+    if let (Some(context), false) = (instead, is_known)
         && context.as_str() != MetaContextName::BASE_ALLOCATION
     {
         return Err(JobError::source(format!("{uri}: the server has no context {context}")).into());
     }
     let mut entries = Joined::new(|entry| each(size, entry));
-    if client.meta_contexts().is_empty() && size > 0 {
+    if !is_known && size > 0 {
         // Without information from the server everything is data.
         entries.add(part(0, size, AllocationFlags::empty(), None))?;
     } else {
@@ -108,10 +109,12 @@ impl Answer {
         for (context, descriptors) in
             client.block_status(offset..offset + length, ExtentLimit::Many).await?
         {
-            match context.as_str() {
-                MetaContextName::BASE_ALLOCATION => answer.allocation = Some(descriptors.into()),
-                _ if instead.is_some() => answer.allocation = Some(descriptors.into()),
-                _ => answer.depth = Some(descriptors.into()),
+            match (context.as_str(), instead) {
+                (_, Some(instead)) if context != *instead => {}
+                (_, Some(_)) | (MetaContextName::BASE_ALLOCATION, None) => {
+                    answer.allocation = Some(descriptors.into());
+                }
+                (_, None) => answer.depth = Some(descriptors.into()),
             }
         }
         Ok(answer)
@@ -210,7 +213,7 @@ mod tests {
         let socket = ListenAddress::Unix(directory.path().join("socket"));
         let uri = server.listen(&socket).await.unwrap().remove(0).uri("disk").to_string();
         let server = server.start();
-        let map = map_export::<JobError>(uri.parse().unwrap(), &job, None, |_, _| Ok(()));
+        let map = map_export::<JobError>(uri.parse().unwrap(), &job, |_, _| Ok(()));
         let result = tokio::time::timeout(Duration::from_secs(60), map).await;
         drop(end);
         let error = result.expect("it ends").unwrap_err();

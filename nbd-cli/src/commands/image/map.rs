@@ -96,7 +96,7 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
         {
             let (connector, cancellation) = (args.server.connector(uri), signals::cancellation());
             let add = |size, entry| report.add(size, &entry, &mut output);
-            tasks::block_on(&runtime()?, map_export(connector, &cancellation, None, add))?;
+            tasks::block_on(&runtime()?, map_export(connector, &cancellation, add))?;
         }
         _ => {
             let image = location.open(&options, &args.server.remotes()).map_err(advise_sharing)?;

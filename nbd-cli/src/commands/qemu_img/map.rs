@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use imgfmt::{Format, Image};
 use nbd_jobs::image_location::ImageLocation;
-use nbd_jobs::image_map::{MapEntry, map_client, map_export, map_image};
+use nbd_jobs::image_map::{MapEntry, map_client, map_image};
 use nbd_jobs::tasks;
 use nbd_jobs::text::printable;
 use nbd_proto::wire::MetaContextName;
@@ -82,18 +82,13 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
             printer.begin()?;
             let (cancellation, runtime) = (signals::cancellation(), runtime()?);
             let add = |_, entry| printer.add(entry);
-            if let Some(context) = context {
-                let connector = place.remotes.connector(uri);
-                let map = map_export(connector, &cancellation, Some(&context), add);
-                tasks::block_on(&runtime, map)?;
-            } else {
-                // As in QEMU, nothing is told of the layers that the server has.
-                let context = MetaContextName::base_allocation();
-                let export = place.remotes.open(uri)?;
-                let client = export.client().asynchronous();
-                let map = map_client(client, uri, &cancellation, Some(&context), add);
-                tasks::block_on(&runtime, map)?;
-            }
+            // As in QEMU, nothing is told of the layers that the server has.
+            let context = context.unwrap_or_else(MetaContextName::base_allocation);
+            // Its format may have been looked for over this connection.
+            let export = place.remotes.open(uri)?;
+            let client = export.client().asynchronous();
+            let map = map_client(client, uri, &cancellation, Some(&context), add);
+            tasks::block_on(&runtime, map)?;
         }
         _ if context.is_some() => {
             return Err(Refusal::new("x-dirty-bitmap is an option of exports with a raw disk"));
@@ -114,12 +109,14 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     Ok(0)
 }
 
-/// Removes the context of QEMU's option `x-dirty-bitmap` from the name of an export.
+/// Removes the context of QEMU's option `x-dirty-bitmap` from the name of an export, and selects it
+/// for the connection.
 fn take_context(place: &mut Place) -> Result<Option<MetaContextName>, Refusal> {
     let Some(name) = place.location.take_dirty_bitmap() else { return Ok(None) };
-    MetaContextName::new(&*name)
-        .map(Some)
-        .map_err(|error| Refusal::new(format!("x-dirty-bitmap={}: {error}", printable(&name))))
+    let context = MetaContextName::new(&*name)
+        .map_err(|error| Refusal::new(format!("x-dirty-bitmap={}: {error}", printable(&name))))?;
+    place.remotes = place.remotes.clone().select(context.clone());
+    Ok(Some(context))
 }
 
 fn layers(place: &Place) -> Result<Vec<LayerFile>, Refusal> {
