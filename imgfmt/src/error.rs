@@ -68,6 +68,8 @@ enum Hint {
     ChainTooLong,
     CouldBeShared,
     LostWriteback,
+    /// The caller's policy could allow it.
+    ByPolicy,
 }
 
 /// The result type of this crate.
@@ -152,6 +154,26 @@ impl Error {
     /// [`Locking::Shared`](crate::Locking::Shared).
     pub fn could_be_shared(&self) -> bool {
         self.0.hint == Some(Hint::CouldBeShared)
+    }
+
+    /// Marks the error of what another policy of the caller would allow.
+    #[must_use]
+    pub(crate) fn by_policy(mut self) -> Self {
+        self.0.hint = Some(Hint::ByPolicy);
+        self
+    }
+
+    /// Removes the advice to change the policy, for programs that have another name for that.
+    /// Returns whether there was one.
+    pub fn remove_policy_advice(&mut self) -> bool {
+        self.0.hint.take_if(|hint| *hint == Hint::ByPolicy).is_some()
+    }
+
+    /// Returns the cause and the remedy, if this file, or an export of this name, could not be
+    /// opened: the text of the error after its name.
+    pub fn cause_of_opening(&self, name: &Path) -> Option<String> {
+        let is_it = self.0.operation == "open" && self.path() == Some(name);
+        (is_it && self.0.offset.is_none()).then(|| Cause(self).to_string())
     }
 
     /// Puts an explanation before the text of the operating system.
@@ -262,7 +284,22 @@ impl fmt::Display for Error {
         if let Some(offset) = self.0.offset {
             write!(f, " at offset {offset}")?;
         }
-        write!(f, ": {}", self.0.detail)
+        f.write_str(": ")?;
+        fmt::Display::fmt(&Cause(self), f.0)
+    }
+}
+
+/// The cause and the remedy.
+struct Cause<'a>(&'a Error);
+
+impl fmt::Display for Cause<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = &self.0.0;
+        Escaping(f).write_str(&inner.detail)?;
+        match inner.hint {
+            Some(Hint::ByPolicy) => f.write_str("; change the policy to allow it"),
+            _ => Ok(()),
+        }
     }
 }
 

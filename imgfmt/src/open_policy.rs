@@ -284,8 +284,8 @@ fn is_in_archive(name: &OsStr) -> bool {
 
 fn denied(why: String, name: &OsStr) -> Error {
     let name = name.to_string_lossy();
-    let detail = format!("the image refers to '{name}', but {why}; change the policy to allow it");
-    Error::new(ErrorKind::PolicyDenied, "open", detail)
+    let detail = format!("the image refers to '{name}', but {why}");
+    Error::new(ErrorKind::PolicyDenied, "open", detail).by_policy()
 }
 
 #[cfg(test)]

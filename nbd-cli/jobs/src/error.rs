@@ -1,6 +1,7 @@
 //! Errors of jobs.
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 
 use crate::text::without_error_numbers;
 
@@ -42,6 +43,14 @@ pub struct JobError {
     kind: JobErrorKind,
     message: String,
     could_be_shared: bool,
+    opening: Option<Box<Opening>>,
+}
+
+/// What could not be opened, and why.
+#[derive(Debug)]
+struct Opening {
+    name: PathBuf,
+    cause: String,
 }
 
 impl JobError {
@@ -50,14 +59,24 @@ impl JobError {
 
     /// Creates an error; `message` is the whole sentence.
     pub fn new(kind: JobErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: without_error_numbers(message.into()), could_be_shared: false }
+        let message = without_error_numbers(message.into());
+        Self { kind, message, could_be_shared: false, opening: None }
     }
 
     /// Converts an error of an image or of a file.
     #[allow(clippy::needless_pass_by_value)] // For map_err.
     pub fn image(kind: JobErrorKind, error: imgfmt::Error) -> Self {
+        Self::advised(kind, &error, "")
+    }
+
+    /// Converts an error of an image, with advice at its end.
+    fn advised(kind: JobErrorKind, error: &imgfmt::Error, advice: &str) -> Self {
+        let opening = error.path().and_then(|name| {
+            let cause = error.cause_of_opening(name)? + advice;
+            Some(Box::new(Opening { name: name.to_owned(), cause }))
+        });
         let could_be_shared = error.could_be_shared();
-        Self { could_be_shared, ..Self::new(kind, error.to_string()) }
+        Self { could_be_shared, opening, ..Self::new(kind, format!("{error}{advice}")) }
     }
 
     /// Converts an error of opening an image, and adds the option that would allow it.
@@ -66,22 +85,31 @@ impl JobError {
     }
 
     /// Like [`opening`](Self::opening), where another option declares the image to be raw.
-    pub fn opening_with(kind: JobErrorKind, error: imgfmt::Error, raw_option: &str) -> Self {
-        match (error.kind(), error.found_format()) {
-            (imgfmt::ErrorKind::PolicyDenied, _) => {
-                let text = error.to_string();
-                let advice = match text.strip_suffix("; change the policy to allow it") {
-                    Some(why) => format!("{why}; add --trust-image if you trust its maker"),
-                    None => format!("{text} (with --trust-image, if you trust its maker)"),
-                };
-                Self::new(kind, advice)
-            }
-            (imgfmt::ErrorKind::KeyRequired, _) => {
-                Self::new(kind, format!("{error}; {}", Self::KEY_ADVICE))
-            }
-            (_, Some(_)) => Self::new(kind, format!("{error} ({raw_option})")),
-            _ => Self::image(kind, error),
-        }
+    pub fn opening_with(kind: JobErrorKind, mut error: imgfmt::Error, raw_option: &str) -> Self {
+        let advice = match (error.kind(), error.found_format()) {
+            (imgfmt::ErrorKind::PolicyDenied, _) => match error.remove_policy_advice() {
+                true => "; add --trust-image if you trust its maker".to_owned(),
+                false => " (with --trust-image, if you trust its maker)".to_owned(),
+            },
+            (imgfmt::ErrorKind::KeyRequired, _) => format!("; {}", Self::KEY_ADVICE),
+            (_, Some(_)) => format!(" ({raw_option})"),
+            _ => String::new(),
+        };
+        Self::advised(kind, &error, &advice)
+    }
+
+    /// The error of an image that cannot be opened because of the caller's options.
+    pub(crate) fn not_opened(name: String, shown: &dyn fmt::Display, cause: String) -> Self {
+        let message = format!("cannot open {shown}: {cause}");
+        let opening = Some(Box::new(Opening { name: name.into(), cause }));
+        Self { opening, ..Self::invalid(message) }
+    }
+
+    /// Returns why the file or export of this name could not be opened, if that is the error: the
+    /// text of the error after its name.
+    pub fn cause_of_opening(&self, name: &str) -> Option<&str> {
+        let opening = self.opening.as_ref().filter(|opening| opening.name == Path::new(name))?;
+        Some(&opening.cause)
     }
 
     /// The source is at fault.
@@ -155,3 +183,27 @@ impl fmt::Display for JobError {
 }
 
 impl std::error::Error for JobError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cause_is_that_of_the_file_that_could_not_be_opened() {
+        let error = |kind, operation| {
+            imgfmt::Error::new(kind, operation, "why \u{1b}").with_path("cannot open 'a'")
+        };
+        let kind = JobErrorKind::Source;
+        let missing = JobError::image(kind, error(imgfmt::ErrorKind::NotFound, "open"));
+        assert_eq!(missing.to_string(), r"cannot open 'cannot open 'a'': why \u{1b}");
+        assert_eq!(missing.cause_of_opening("cannot open 'a'"), Some(r"why \u{1b}"));
+        assert_eq!(missing.cause_of_opening("a"), None);
+        let locked = JobError::opening(kind, error(imgfmt::ErrorKind::KeyRequired, "open"));
+        let cause = locked.cause_of_opening("cannot open 'a'").expect("it was to be opened");
+        assert!(cause.ends_with(JobError::KEY_ADVICE) && locked.to_string().ends_with(cause));
+        let read = JobError::image(kind, error(imgfmt::ErrorKind::Io, "read from"));
+        assert_eq!(read.cause_of_opening("cannot open 'a'"), None);
+        let below = JobError::image(kind, error(imgfmt::ErrorKind::Corrupt, "open").at(7));
+        assert_eq!(below.cause_of_opening("cannot open 'a'"), None);
+    }
+}

@@ -223,7 +223,7 @@ impl ImageLocation {
         settings
             .apply_to(&mut options)
             .and_then(|()| backing.check(options.cache))
-            .map_err(|why| JobError::invalid(format!("cannot open {location}: {why}")))?;
+            .map_err(|why| JobError::not_opened(location.name(), location, why))?;
         if !matches!(options.backing, BackingFile::Ignored) {
             let files = location.local_files();
             let target = |name| Self::of(name, files).target(remotes);

@@ -40,14 +40,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let mut given = KeyValues::parse(&lists.join(","), None).map_err(Refusal::new)?;
     let keys = keys(arguments, &place, &mut given)?;
     let amendment = amendment(given)?;
-    if let Some(size) = amendment.size {
-        let info = Image::inspect_file(path, &options);
-        let present = info.map_err(|error| place.not_opened(&error.to_string()))?.size;
-        if size < present {
-            return Err(Refusal::new(format!(
-                "size={size} would cut the disk off at its end; use 'resize --shrink' if that is meant"
-            )));
-        }
+    if let Some(size) = amendment.size
+        && size < place.inspect()?.size
+    {
+        return Err(Refusal::new(format!(
+            "size={size} would cut the disk off at its end; use 'resize --shrink' if that is meant"
+        )));
     }
     let progress = Percentage::begin(arguments.wants_progress())?;
     let changed = keys.map(|change| Image::change_keys(path, &options, &change)).transpose();

@@ -35,7 +35,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         drop(place.open_with(&alone)?);
     }
     let checked = check(&place.location, &place.options, repair, &place.remotes);
-    let report = match checked.map_err(|error| place.not_opened(&error.to_string()))? {
+    let report = match checked.map_err(|error| place.failed(&error))? {
         Checked::Examined(report) => report,
         Checked::Unsupported(why) => {
             let info = place.location.inspect(&place.options, &place.remotes);

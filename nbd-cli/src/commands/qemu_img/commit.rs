@@ -3,7 +3,6 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use imgfmt::Image;
 use nbd_jobs::JobContext;
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::overlay::{CommitBase, Committed, commit_overlay};
@@ -36,8 +35,7 @@ fn layer_named(place: &Place, name: &OsStr) -> Result<PathBuf, Refusal> {
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?;
     let (path, options) = place.file()?;
-    let info = Image::inspect_file(path, &options);
-    let info = info.map_err(|error| place.not_opened(&error.to_string()))?;
+    let info = place.inspect()?;
     if info.qcow2.is_none() && info.backing_name.is_some() {
         let format = info.format;
         return Err(Refusal::new(format!("only qcow2 images can be committed, not '{format}'")));

@@ -143,7 +143,7 @@ fn size_of(create: &CreateOptions, path: &Path) -> Result<u64, Refusal> {
     let place = Place { location, options, remotes: remotes() };
     // Without keys, and with all layers: what fails here is not announced.
     let layers = place.location.inspect_chain(&place.options, &place.remotes);
-    let layers = layers.map_err(|error| place.not_opened(&error.to_string()))?;
+    let layers = layers.map_err(|error| place.failed(&error))?;
     // A raw disk need not consist of whole sectors.
     let below = layers.first().map_or(0, |layer| layer.size.next_multiple_of(SECTOR));
     Ok(create.size.unwrap_or(below))

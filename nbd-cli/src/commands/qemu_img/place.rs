@@ -3,7 +3,10 @@
 use std::ffi::OsStr;
 use std::path::Path;
 
-use imgfmt::{Access, CacheMode, FileNames, Format, Image, Locking, OpenOptions, OpenPolicy};
+use imgfmt::{
+    Access, CacheMode, FileNames, Format, Image, ImageInfo, Locking, OpenOptions, OpenPolicy,
+};
+use nbd_jobs::JobError;
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::image_report::{DescribedImage, describe_chain};
 use nbd_jobs::remote::{Remotes, UnknownExport, allow_exports};
@@ -94,7 +97,7 @@ impl Place {
             true => ImageLocation::from_options(&name),
             false => ImageLocation::parse(operand),
         };
-        let mut location = location.map_err(|error| could_not_open(&name, &error.to_string()))?;
+        let mut location = location.map_err(|error| could_not_open_by(&name, &error))?;
         arguments.secrets.resolve(&mut location).map_err(|why| could_not_open(&name, &why))?;
         let remotes = remotes();
         let mut options = OpenOptions::new().policy(trusting(&remotes));
@@ -151,7 +154,7 @@ impl Place {
     /// If it cannot be opened.
     pub(super) fn open_with(&self, options: &OpenOptions) -> Result<Image, Refusal> {
         let image = self.location.open_or_name(options, &self.remotes, "-f raw");
-        image.map_err(|error| self.not_opened(&error.to_string()))
+        image.map_err(|error| self.failed(&error))
     }
 
     /// The image and all layers of its backing chain.
@@ -161,7 +164,22 @@ impl Place {
     /// If one of them cannot be read.
     pub(super) fn layers(&self) -> Result<Vec<DescribedImage>, Refusal> {
         let images = describe_chain(self.location.clone(), &self.options, &self.remotes);
-        images.map_err(|error| self.not_opened(&error.to_string()))
+        images.map_err(|error| self.failed(&error))
+    }
+
+    /// The image; what it names is not opened.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub(super) fn inspect(&self) -> Result<ImageInfo, Refusal> {
+        let info = self.location.inspect(&self.options, &self.remotes);
+        info.map_err(|error| self.failed(&error))
+    }
+
+    /// The error of an image that could not be opened, which names it.
+    pub(super) fn failed(&self, error: &JobError) -> Refusal {
+        could_not_open_by(&self.location.name(), error)
     }
 
     /// The error of an image that cannot be opened.
@@ -229,11 +247,15 @@ pub(super) fn shown_name(location: &ImageLocation) -> String {
 }
 
 fn could_not_open(name: &str, why: &str) -> Refusal {
-    let name = printable(name);
-    // The cause may say itself what could not be opened.
-    let causes = [format!("cannot open '{name}': "), format!("cannot open {name}: ")];
-    let cause = causes.iter().find_map(|said| why.strip_prefix(said.as_str())).unwrap_or(why);
-    Refusal::new(format!("Could not open '{name}': {cause}"))
+    Refusal::new(format!("Could not open '{}': {why}", printable(name)))
+}
+
+/// The same for an error that may be about that name or about another one.
+fn could_not_open_by(name: &str, error: &JobError) -> Refusal {
+    match error.cause_of_opening(name) {
+        Some(cause) => could_not_open(name, cause),
+        None => could_not_open(name, &error.to_string()),
+    }
 }
 
 /// Parses the name of a cache mode.
@@ -251,17 +273,30 @@ pub(super) fn parse_cache(name: &str) -> Result<CacheMode, Refusal> {
 
 #[cfg(test)]
 mod tests {
+    use nbd_jobs::JobErrorKind;
+
     use super::*;
 
     #[test]
     fn what_could_not_be_opened_is_said_once() {
-        for (why, expected) in [
-            ("cannot open 'a': No such file", "Could not open 'a': No such file"),
-            ("cannot open a: refused", "Could not open 'a': refused"),
-            ("cannot open 'b': No such file", "Could not open 'a': cannot open 'b': No such file"),
+        let missing = |name| {
+            let error = imgfmt::Error::new(imgfmt::ErrorKind::NotFound, "open", "No such file");
+            JobError::image(JobErrorKind::Source, error.with_path(name))
+        };
+        for (error, expected) in [
+            (missing("a"), "Could not open 'a': No such file"),
+            (missing("b"), "Could not open 'a': cannot open 'b': No such file"),
+            (JobError::source("cannot open 'a': x"), "Could not open 'a': cannot open 'a': x"),
         ] {
-            assert_eq!(could_not_open("a", why).message.as_deref(), Some(expected));
+            assert_eq!(could_not_open_by("a", &error).message.as_deref(), Some(expected));
         }
+        let options = "driver=nbd,path=/s,x-dirty-bitmap=b";
+        let location = ImageLocation::from_options(options).expect("options");
+        let place = Place { location, options: OpenOptions::new(), remotes: Remotes::default() };
+        let refused = place.open().map(drop).expect_err("only 'map' knows this option");
+        let refused = refused.message.expect("a message");
+        assert!(refused.starts_with("Could not open 'nbd+unix:///?socket=/s': "), "{refused}");
+        assert!(!refused.contains("cannot open"), "{refused}");
     }
 
     #[test]

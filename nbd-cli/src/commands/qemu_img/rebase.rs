@@ -41,8 +41,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     if let Some(mode) = arguments.text(Opt::SourceCache)? {
         for_backing.cache = parse_cache(&mode)?;
     }
-    let info = Image::inspect_file(path, &options);
-    if info.map_err(|error| place.not_opened(&error.to_string()))?.format == Format::Raw {
+    if place.inspect()?.format == Format::Raw {
         return Err(Refusal::new("a raw image cannot have a backing file"));
     }
     if let Some(new) = new {

@@ -39,8 +39,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         image.close()?;
         return Ok(0);
     }
-    let info = place.location.inspect(&place.options, &place.remotes);
-    let info = info.map_err(|error| place.not_opened(&error.to_string()))?;
+    let info = place.inspect()?;
     if let Some(qcow2) = info.qcow2.filter(|qcow2| !qcow2.snapshots.is_empty()) {
         let mut output = Output::new();
         snapshots(&qcow2.snapshots, &mut output)?;
@@ -86,8 +85,7 @@ pub(super) fn to_read(arguments: &Arguments, place: &Place) -> Result<Option<Str
     if (id.is_none() && name.is_none()) || options.left_over().is_some() {
         return Err(Refusal::new(format!("Invalid snapshot parameter '{}'", printable(&text))));
     }
-    let info = place.location.inspect(&place.options, &place.remotes);
-    let info = info.map_err(|error| place.not_opened(&error.to_string()))?;
+    let info = place.inspect()?;
     let found = only_match(&info, id.as_deref(), name.as_deref());
     found.map(Some).map_err(|why| Refusal::new(format!("Failed to load snapshot: {why}")))
 }
