@@ -15,6 +15,9 @@ pub struct ImageInfo {
     pub format: Format,
     /// Size of the disk in bytes.
     pub size: u64,
+    /// Length of the file or storage, in bytes; of an image below another one that is in a part of
+    /// it, that of the part. `None` of an open image.
+    pub file_length: Option<u64>,
     /// The encryption of the content, if there is any: the image can then be described, but neither
     /// read nor written.
     pub encryption: Option<Encryption>,
@@ -38,6 +41,7 @@ impl ImageInfo {
         Self {
             format,
             size,
+            file_length: None,
             encryption: None,
             backing_name: None,
             backing_format: None,

@@ -25,11 +25,12 @@ pub(crate) fn inspect(
     path: Option<&Path>,
     options: &OpenOptions,
 ) -> Result<ImageInfo> {
+    let file_length = Some(length(&*storage)?);
     let storage = options.part_of(storage)?;
     let path = path.map(Path::to_owned);
     let layer =
         Unopened { storage, name: None, shown: path.clone(), path, options: options.clone() };
-    Ok(describe(&layer)?.0)
+    Ok(ImageInfo { file_length, ..describe(&layer)?.0 })
 }
 
 /// Information about an image and all layers below it, the image first.
@@ -38,6 +39,7 @@ pub(crate) fn inspect_chain(
     path: Option<&Path>,
     options: &OpenOptions,
 ) -> Result<Vec<ImageInfo>> {
+    let mut whole = Some(length(&*storage)?);
     let storage = options.part_of(storage)?;
     let path = path.map(Path::to_owned);
     let mut layer =
@@ -49,7 +51,8 @@ pub(crate) fn inspect_chain(
         let shown = layer.shown.as_deref();
         let (info, below) = described
             .map_err(|error| of_layer(error, shown, overlay.as_ref().map(Option::as_deref)))?;
-        found.push(info);
+        let length = whole.take().map_or_else(|| length(&*layer.storage), Ok)?;
+        found.push(ImageInfo { file_length: Some(length), ..info });
         let Some(below) = below else { return Ok(found) };
         let below = next(&layer, below, &mut files).map_err(|error| named(error, shown))?;
         let Some(below) = below else { return Ok(found) };
@@ -62,6 +65,10 @@ pub(crate) fn inspect_chain(
         overlay = Some(layer.shown.take());
         layer = below;
     }
+}
+
+fn length(storage: &dyn Storage) -> Result<u64> {
+    storage.len().map_err(|error| Error::from_io("find the size of", error))
 }
 
 fn next(layer: &Unopened, below: BelowIt, files: &mut Files) -> Result<Option<Unopened>> {

@@ -238,3 +238,30 @@ fn dd_writes_into_exports_as_qemu_does() {
     ]);
     assert!(part.is_unchanged());
 }
+
+#[test]
+fn info_shows_the_sizes_of_a_part_and_of_what_it_is_in() {
+    let Some(place) = Place::new() else { return };
+    let part = place.serve(4 << 20);
+    place.theirs(&format!("create -q -f qcow2 {} 64M", part.uri())).success();
+    let socket = part.server.socket().display();
+    let nbd = format!("file.driver=nbd,file.server.type=unix,file.server.path={socket}");
+    for image in [
+        part.uri().to_owned(),
+        format!("--image-opts driver=qcow2,{nbd}"),
+        format!("--image-opts driver=raw,{nbd}"),
+        format!("--image-opts driver=raw,offset=1M,size=1M,{nbd}"),
+        "--image-opts driver=raw,offset=64k,size=1M,file.filename=source.img".to_owned(),
+        "--image-opts driver=raw,offset=1000,file.filename=source.img".to_owned(),
+    ] {
+        let sizes = |said: Outcome| {
+            let said = said.success();
+            let of_size = |line: &&str| line.contains("virtual size") || line.contains("length");
+            said.lines().filter(of_size).map(str::to_owned).collect::<Vec<_>>()
+        };
+        let line = format!("info {image}");
+        let theirs = sizes(place.theirs(&line));
+        assert_eq!(theirs.len(), 2, "{theirs:?}");
+        assert_eq!(sizes(place.ours(&line)), theirs, "{line}");
+    }
+}

@@ -30,7 +30,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         true => place.layers()?,
         false => {
             let image = describe(place.location.clone(), &place.options, &place.remotes);
-            vec![image.map_err(|error| place.not_opened(&error.to_string()))?]
+            vec![image.map_err(|error| place.failed(&error))?]
         }
     };
     for image in &mut images {
@@ -67,7 +67,7 @@ fn look_into_extents(place: &Place, image: &mut DescribedImage) -> Result<(), Re
     }
     let options = place.options.clone().format(Format::Vmdk).backing(BackingFile::Ignored);
     let opened = image.location.open(&options, &place.remotes);
-    let opened = opened.map_err(|error| place.not_opened(&error.to_string()))?;
+    let opened = opened.map_err(|error| place.failed(&error))?;
     let info = opened.info()?;
     (image.info.block_size, image.info.details) = (info.block_size, info.details);
     Ok(())
@@ -224,7 +224,7 @@ fn length(image: &DescribedImage) -> u64 {
     match protocol(image) {
         "file" => metadata.map_or(0, |metadata| metadata.len()).next_multiple_of(512),
         // The length of a device is not in its metadata, nor that of an export.
-        _ => image.info.size,
+        _ => image.info.file_length.unwrap_or(image.info.size),
     }
 }
 
