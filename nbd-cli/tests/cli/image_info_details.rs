@@ -251,6 +251,11 @@ fn the_facts_of_other_formats_are_those_of_qemu_img_and_more() {
             // QEMU does not say the type of an extent in the image's own file.
             let mut mine = ours(&["info", "--json", &path]);
             let mut expected = theirs["format-specific"].clone();
+            // The files of extents are opened in the form of qemu-img only.
+            if options.ends_with("ExtentSparse") {
+                let extent = expected.pointer_mut("/data/extents/0").and_then(Value::as_object_mut);
+                extent.expect("an extent").remove("cluster-size");
+            }
             let kinds = [&mut mine["format-specific"], &mut expected]
                 .map(|specific| specific.pointer_mut("/data/extents/0/format").map(Value::take));
             assert!(matches!(kinds[0].as_ref().and_then(Value::as_str), Some("FLAT" | "SPARSE")));
