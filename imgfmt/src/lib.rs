@@ -37,7 +37,7 @@
 //! # let (base, overlay) = (directory.path().join("base.img"), directory.path().join("overlay.qcow2"));
 //! Image::create(&base, &CreateOptions::new(Format::Raw, 1 << 20))?;
 //! let disk = Image::create(&overlay, &CreateOptions::overlay("base.img", Format::Raw))?;
-//! disk.write_at(GuestOffset::new(65536), &[7; 4096], Durability::Fua)?;
+//! disk.write_at(GuestOffset::new(65536), &[7; 65536], Durability::Fua)?;
 //!
 //! let extents: Vec<_> = disk.extents(disk.whole()).collect::<Result<_, _>>()?;
 //! let depths: Vec<u32> = extents.iter().map(|extent| extent.depth).collect();
