@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 /// Requests in a window: a few milliseconds of work.
 const WINDOW: u32 = 512;
-/// Windows of a trial. Several of each kind, so that an interruption does not decide it.
+/// Windows of a trial. Several of each kind, so that an interruption does not decide it. An even
+/// number, so that a trial ends as it began: with the earlier result.
 const WINDOWS: u32 = 8;
 /// Requests for which the result of the first trial holds. A window of the slower kind should cost
 /// little of it.
@@ -38,8 +39,7 @@ pub(super) struct Trial {
     /// The shortest windows with and without pauses.
     paced: Duration,
     unpaced: Duration,
-    /// The latest result, and for how many requests it holds.
-    result: bool,
+    /// The number of requests for which the latest result holds.
     holds: u32,
 }
 
@@ -52,7 +52,6 @@ impl Default for Trial {
             since: None,
             paced: Duration::MAX,
             unpaced: Duration::MAX,
-            result: true,
             holds: HOLDS,
         }
     }
@@ -73,8 +72,8 @@ impl Trial {
         let now = now();
         match (self.stage, self.since) {
             (Stage::Holds, _) | (_, None) => {
-                let (result, holds) = (self.result, self.holds);
-                *self = Self { paces: result, since: Some(now), result, holds, ..Self::default() };
+                let (paces, holds) = (self.paces, self.holds);
+                *self = Self { paces, since: Some(now), holds, ..Self::default() };
             }
             (Stage::Measures { ended }, Some(since)) => {
                 let shortest = if self.paces { &mut self.paced } else { &mut self.unpaced };
@@ -91,11 +90,10 @@ impl Trial {
     }
 
     fn decide(&mut self) {
-        let result = self.paced < self.unpaced;
+        let paces = self.paced < self.unpaced;
         let longer = self.holds.saturating_mul(2).min(MOST_HOLDS);
-        self.holds = if result == self.result { longer } else { HOLDS };
-        self.result = result;
-        self.paces = result;
+        self.holds = if paces == self.paces { longer } else { HOLDS };
+        self.paces = paces;
         self.left = self.holds;
         self.stage = Stage::Holds;
     }

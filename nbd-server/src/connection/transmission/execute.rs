@@ -7,6 +7,7 @@ use nbd_proto::transmission::{Command, Request};
 use super::Session;
 use super::backlog::Admitted;
 use super::incoming::{Arrival, Payload};
+use super::portion::Portion;
 use super::read::{Answering, PromptReads, Rest};
 use crate::connection::answer::Unfinished;
 use crate::connection::error::ConnectionError;
@@ -36,7 +37,7 @@ impl Session {
 
     fn execute_received(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
         let mut progress = false;
-        self.portion.begin();
+        self.portion = Portion::default();
         loop {
             match self.go_on(cx) {
                 Begun::Moved => {

@@ -20,11 +20,6 @@ pub(super) struct Portion {
 }
 
 impl Portion {
-    /// A batch begins.
-    pub(super) fn begin(&mut self) {
-        *self = Self::default();
-    }
-
     /// Counts an answered READ.
     pub(super) fn add(&mut self) {
         self.answered += 1;
@@ -49,7 +44,6 @@ mod tests {
     /// The replies after which something is sent.
     fn sent_after(batch: usize) -> Vec<usize> {
         let mut portion = Portion::default();
-        portion.begin();
         let is_sent = |_: &usize| {
             portion.add();
             portion.take()
