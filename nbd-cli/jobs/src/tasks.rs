@@ -30,6 +30,30 @@ pub fn spawn<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static
     tokio::spawn(boxed(future))
 }
 
+/// Runs futures beside each other in this task, and passes each result to `each` as it comes. One
+/// that waits keeps no other from going on.
+///
+/// # Cancel safety
+///
+/// What is not finished is dropped; `each` has the other results.
+pub(crate) async fn all_at_once<T>(
+    futures: impl Iterator<Item = impl Future<Output = T>>,
+    mut each: impl FnMut(T),
+) {
+    let mut waiting: Vec<_> = futures.map(Box::pin).collect();
+    std::future::poll_fn(|context| {
+        waiting.retain_mut(|one| match one.as_mut().poll(context) {
+            Poll::Ready(result) => {
+                each(result);
+                false
+            }
+            Poll::Pending => true,
+        });
+        if waiting.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+}
+
 /// Runs a future to its end on this thread, as `Runtime::block_on` does.
 ///
 /// # Panics

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
-use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use imgfmt::Format;
@@ -350,12 +349,7 @@ impl Controller {
                 });
             }
         };
-        let mut all: Vec<_> = names.into_iter().map(|export| Box::pin(abandon(export))).collect();
-        std::future::poll_fn(|context| {
-            all.retain_mut(|one| one.as_mut().poll(context).is_pending());
-            if all.is_empty() { Poll::Ready(()) } else { Poll::Pending }
-        })
-        .await;
+        tasks::all_at_once(names.into_iter().map(abandon), |()| {}).await;
     }
 }
 

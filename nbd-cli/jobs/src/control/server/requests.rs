@@ -1,8 +1,6 @@
 //! Requests about exports, and the distribution of all requests.
 
-use std::future::poll_fn;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::SystemTime;
 
 use imgfmt::Format;
@@ -23,6 +21,7 @@ use crate::control::{
 };
 use crate::opening::{open_within, within};
 use crate::status::Status;
+use crate::tasks;
 use crate::text::printable;
 
 impl Controller {
@@ -220,18 +219,8 @@ impl Controller {
         let looked: Vec<_> = looked.collect();
         drop(disks);
         let mut found = Vec::with_capacity(looked.len());
-        let mut all: Vec<_> = looked.into_iter().map(|disk| Box::pin(look_at(disk))).collect();
-        let looked = poll_fn(|context| {
-            all.retain_mut(|one| match one.as_mut().poll(context) {
-                Poll::Ready(look) => {
-                    found.push(look);
-                    false
-                }
-                Poll::Pending => true,
-            });
-            if all.is_empty() { Poll::Ready(()) } else { Poll::Pending }
-        });
-        within(self.time_to_look, looked).await;
+        let all = tasks::all_at_once(looked.into_iter().map(look_at), |look| found.push(look));
+        within(self.time_to_look, all).await;
         found.into_iter().collect()
     }
 
