@@ -117,8 +117,9 @@ impl Secret {
     ///
     /// As [`read`](Self::read); or if it is not UTF-8.
     pub fn read_text(&self) -> Result<Passphrase, String> {
-        match std::str::from_utf8(self.password()?.expose()) {
-            Ok(_) => self.read(),
+        let mut bytes = self.bytes()?;
+        match std::str::from_utf8(&bytes) {
+            Ok(_) => Ok(Passphrase::new(std::mem::take(&mut *bytes))),
             Err(_) => {
                 Err("it is not UTF-8, and QEMU would not open the image; choose a text".into())
             }
