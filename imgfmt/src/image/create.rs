@@ -13,7 +13,6 @@ use super::new_files::{NewFiles, open_below, open_to_write, refuse_contradicting
 use super::on_device::{NewOnDevice, is_block_device};
 use crate::access::Access;
 use crate::backing_file::BackingFile;
-use crate::bytes::{u32_at, u64_at};
 use crate::cache_mode::CacheMode;
 use crate::chain;
 use crate::create_options::{CreateOptions, DataFile, Preallocation, invalid};
@@ -115,8 +114,7 @@ fn create(path: &Path, options: &CreateOptions) -> Result<Image> {
         return create_foreign(path, options, &open);
     }
     let mut made = NewFiles::new(syncs);
-    let (size, mut content) = plan(path, options)?;
-    shorten_l1(&mut content);
+    let (size, content) = plan(path, options)?;
     if let Some(data_path) = data_file(path, options) {
         made.create(&data_path, |file| file.set_len(size))?;
     }
@@ -130,16 +128,6 @@ fn create(path: &Path, options: &CreateOptions) -> Result<Image> {
     }
     made.keep();
     Ok(image)
-}
-
-/// Leaves out what follows the L1 table in its last cluster, as QEMU does, if nothing else comes
-/// after it: a new file reads as zero there.
-fn shorten_l1(content: &mut Parts) {
-    if let [(0, header), .., (offset, l1)] = &mut content[..]
-        && u64_at(header, 40) == *offset
-    {
-        l1.truncate(8 * u32_at(header, 36) as usize);
-    }
 }
 
 /// The path of the data file of a new image, if it gets one.

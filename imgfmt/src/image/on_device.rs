@@ -179,8 +179,11 @@ pub(super) fn lay_out(
 ) -> Result<(u64, u64)> {
     let io = |operation| move |error| Error::from_io(operation, error);
     let room = storage.len().map_err(io("look at"))?;
-    let metadata_end =
-        parts.iter().map(|(offset, bytes)| offset + bytes.len() as u64).max().unwrap_or(0);
+    // Each part fills whole clusters, so that old bytes after it are not taken for a part of it.
+    let cluster = if options.format == Format::Qcow2 { options.cluster_size } else { 1 };
+    let padded_len = |bytes: &[u8]| (bytes.len() as u64).next_multiple_of(cluster);
+    let ends = parts.iter().map(|(offset, bytes)| offset + padded_len(bytes));
+    let metadata_end = ends.max().unwrap_or(0);
     let needed = match options.format {
         Format::Raw => size,
         Format::Luks => size + metadata_end,
@@ -197,8 +200,13 @@ pub(super) fn lay_out(
     };
     // Erase the signatures of the previous content.
     write(0, &[0; SIGNATURE_LENGTH])?;
-    // Pad each part to clusters, so that old bytes after it are not taken for a part of it.
-    parts.iter().try_for_each(|(offset, bytes)| write(*offset, bytes))?;
+    for (offset, bytes) in parts {
+        write(*offset, bytes)?;
+        let rest = padded_len(bytes) - bytes.len() as u64;
+        if rest > 0 {
+            write(offset + bytes.len() as u64, &vec![0; rest as usize])?;
+        }
+    }
     Ok((metadata_end, room - metadata_end))
 }
 
@@ -214,7 +222,11 @@ mod tests {
             let mut options = CreateOptions::new(Format::Qcow2, 64 << 20);
             options.version = version;
             let parts = qcow2::layout(64 << 20, &options).unwrap();
-            lay_out(&storage, &options, 64 << 20, &parts).unwrap();
+            let (end, _) = lay_out(&storage, &options, 64 << 20, &parts).unwrap();
+            let mut metadata = vec![0xaa; end as usize];
+            storage.read_at(HostOffset::new(0), &mut metadata).unwrap();
+            assert!(!metadata.contains(&0xaa), "{version:?}: old bytes beside the metadata");
+            assert_eq!(end % options.cluster_size, 0);
             let open = OpenOptions::new().format(Format::Qcow2);
             let image = Image::from_storage(Arc::new(storage), &open).unwrap();
             let mut content = vec![1; 1 << 20];

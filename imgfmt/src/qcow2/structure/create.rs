@@ -98,7 +98,8 @@ pub(crate) fn layout(size: u64, options: &CreateOptions) -> Result<Vec<(u64, Vec
         (blocks_start * cluster, blocks),
     ];
     if layout.l1 > 0 {
-        parts.push((l1_offset, vec![0; (layout.l1 * cluster) as usize]));
+        // The rest of its last cluster is left out, as in QEMU: a new file reads as zero there.
+        parts.push((l1_offset, vec![0; (l1_entries * 8) as usize]));
     }
     if layout.luks > 0 {
         parts.push((luks_offset, vec![0; (layout.luks * cluster) as usize]));
