@@ -208,7 +208,7 @@ impl KeyFile {
 /// Why a file with a secret cannot be read, as a predicate.
 fn in_words(error: &io::Error) -> String {
     let predicate = match error.kind() {
-        io::ErrorKind::NotFound => "does not exist: there is no such file",
+        io::ErrorKind::NotFound => "does not exist; check the path",
         io::ErrorKind::PermissionDenied => "may not be read by you",
         io::ErrorKind::IsADirectory => "is a directory",
         io::ErrorKind::FileTooLarge => return format!("has more than {SECRET_LEN_MAX} bytes"),
@@ -294,7 +294,7 @@ mod tests {
     fn a_key_file_is_there_and_not_empty() {
         let read = |path: &str| KeyFile::new(path.into()).read();
         assert!(read("/dev/null").is_err());
-        assert!(read("/nowhere").unwrap_err().contains("no such file"));
+        assert!(read("/nowhere").unwrap_err().contains("does not exist"));
     }
 
     #[test]

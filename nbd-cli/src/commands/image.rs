@@ -87,7 +87,7 @@ pub(crate) fn meant_by(error: &clap::Error) -> Option<CommandError> {
         return None;
     };
     ImageCommand::has_subcommand(name).then(|| {
-        CommandError::new(format!("there is no command '{name}'; write 'nbd-cli image {name}'"))
+        CommandError::new(format!("'{name}' is a command for images; write 'nbd-cli image {name}'"))
     })
 }
 

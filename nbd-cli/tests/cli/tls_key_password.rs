@@ -144,7 +144,11 @@ fn a_password_file_opens_the_key_for_the_server_of_a_source() {
     for (options, source, parts) in [
         (with(&wrong), &*uri, ["client-key.pem", "the password does not open it: give the right"]),
         (without.to_vec(), &*uri, ["client-key.pem", "its password is not given: give it"]),
-        (with(&missing), &*uri, ["--source-tls-key-password-file", "there is no such file"]),
+        (
+            with(&missing),
+            &*uri,
+            ["--source-tls-key-password-file", "does not exist; check the path"],
+        ),
         (alone(&right).to_vec(), &*plain, ["--source-tls-key-password-file is given", "nbds"]),
         (alone(&right).to_vec(), "memory:1M", ["--source-tls-key-password-file", "no source is"]),
     ] {

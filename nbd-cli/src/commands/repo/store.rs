@@ -97,7 +97,9 @@ fn place(repository: &OsString, objects: &ObjectArgs) -> Result<Place, CommandEr
                 "'{path}' is an address of backups; give the repository alone, such as '{repository}'"
             ),
             None => {
-                format!("there is no folder '{path}'; make a repository with 'nbd-cli repo init'")
+                format!(
+                    "the directory '{path}' does not exist; make a repository with 'nbd-cli repo init'"
+                )
             }
         }));
     }
