@@ -158,7 +158,7 @@ pub struct RegionStatus {
     pub written: Vec<u64>,
 }
 
-#[cfg(feature = "server")]
+#[cfg(feature = "monitor")]
 pub(crate) use self::server::seconds_since_1970;
 
 /// The numbers of a server in this program.

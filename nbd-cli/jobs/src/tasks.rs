@@ -36,6 +36,7 @@ pub fn spawn<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static
 /// # Cancel safety
 ///
 /// What is not finished is dropped; `each` has the other results.
+#[cfg(feature = "server")]
 pub(crate) async fn all_at_once<T>(
     futures: impl Iterator<Item = impl Future<Output = T>>,
     mut each: impl FnMut(T),

@@ -27,6 +27,7 @@ impl SocketFile {
     }
 
     /// Returns its absolute path.
+    #[cfg(feature = "monitor")]
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
