@@ -22,7 +22,7 @@ use imgfmt::{Access, CheckReport, Error, ErrorKind, Format, Image, OpenOptions, 
 use serde::Serialize;
 
 use crate::error::{JobError, JobErrorKind};
-use crate::image_location::{ImageLocation, connect_to, read_only};
+use crate::image_location::{ImageLocation, read_only};
 use crate::remote::Remotes;
 
 /// The outcome of a check.
@@ -96,7 +96,7 @@ pub fn check(
             )));
         }
         ImageLocation::Export { uri, files } => {
-            let storage = connect_to(uri, *files, remotes)?;
+            let storage = remotes.connect(uri, *files)?;
             let checked = Image::check_storage(storage.clone(), options, Repair::None)
                 .map_err(|error| error.with_path(uri.to_string()));
             (checked, Image::inspect_storage(storage, options).is_ok())

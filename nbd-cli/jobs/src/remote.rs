@@ -145,10 +145,23 @@ impl Remotes {
     /// # Errors
     ///
     /// If the server cannot be reached or refuses.
-    pub fn open_named_by_image(&self, uri: &NbdUri) -> Result<ExportStorage, JobError> {
+    fn open_named_by_image(&self, uri: &NbdUri) -> Result<ExportStorage, JobError> {
         // The image contains this URI: it must not choose local files to read. A layer below does
         // not change, so its server may be away for any time.
         self.open_with(self.connector(uri).local_files(LocalFiles::Refused).keep_reading())
+    }
+
+    /// Connects to an export. Its URI may name files of this machine if the user has named it, but
+    /// not if an image has.
+    ///
+    /// # Errors
+    ///
+    /// If the server cannot be reached or refuses.
+    pub fn connect(&self, uri: &NbdUri, files: LocalFiles) -> Result<Arc<ExportStorage>, JobError> {
+        match files {
+            LocalFiles::Allowed => self.open(uri),
+            LocalFiles::Refused => self.open_named_by_image(uri).map(Arc::new),
+        }
     }
 
     /// Connects to an export with other settings.

@@ -250,6 +250,10 @@ impl Controller {
 
     /// Takes the disks of a server that was paused, to close them or to go on with another
     /// controller.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: a dropped future has taken nothing.
     pub async fn take_disks(&self) -> ServedDisks {
         let mut disks = self.disks.lock().await;
         let taken = disks.take();
