@@ -24,6 +24,7 @@ mod output;
 #[cfg(feature = "object-storage")]
 mod passphrase;
 mod progress;
+mod qemu_program;
 mod screen;
 mod serving;
 mod shown;
@@ -54,10 +55,10 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     if let Err(error) = signals::prepare() {
         return report(&error);
     }
-    if let Some(arguments) = commands::qemu_nbd::arguments_for_qemu_nbd(&arguments) {
+    if let Some(arguments) = qemu_program::arguments_for("qemu-nbd", &arguments) {
         return ExitCode::from(commands::qemu_nbd::run(arguments.to_vec()));
     }
-    if let Some(arguments) = commands::qemu_img::arguments_for_qemu_img(&arguments) {
+    if let Some(arguments) = qemu_program::arguments_for("qemu-img", &arguments) {
         return ExitCode::from(commands::qemu_img::run(arguments.to_vec()));
     }
     let command = help::wrapped_once(Cli::command());

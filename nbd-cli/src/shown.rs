@@ -83,9 +83,6 @@ impl Observer for Shown {
     }
 
     fn temporary_file(&self, path: &Path, event: TemporaryFile) {
-        match event {
-            TemporaryFile::Made => signals::remove_if_killed(path),
-            TemporaryFile::Gone => signals::keep(path),
-        }
+        signals::note_temporary_file(path, event);
     }
 }

@@ -1,4 +1,4 @@
-//! Opening local files.
+//! Local files: opening them, and the directories they are in.
 
 use std::path::Path;
 
@@ -30,4 +30,12 @@ pub(crate) fn open_cached(
         observer.unlocked(path);
     }
     Ok(storage)
+}
+
+/// Returns the directory of a file.
+pub(crate) fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(directory) if !directory.as_os_str().is_empty() => directory,
+        _ => Path::new("."),
+    }
 }

@@ -57,7 +57,7 @@ pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
     if args.role == Role::Background {
         background::leave_session();
     }
-    if args.fork && service_manager_gave_sockets() {
+    if args.fork && service_manager::gave_sockets() {
         return Err(CommandError::new(
             "--fork is not possible with sockets of a service manager; leave it out",
         ));
@@ -431,7 +431,7 @@ fn addresses(
     if has_passed {
         return addresses;
     }
-    if service_manager_gave_sockets() {
+    if service_manager::gave_sockets() {
         addresses.push(ListenAddress::Systemd);
     } else if let Some(directory) = private {
         addresses.push(ListenAddress::Unix(directory.socket()));
@@ -440,12 +440,6 @@ fn addresses(
         addresses.push(ListenAddress::Tcp(TcpAddress::default().to_string()));
     }
     addresses
-}
-
-fn service_manager_gave_sockets() -> bool {
-    let own = std::process::id().to_string();
-    std::env::var("LISTEN_PID").is_ok_and(|pid| pid.trim() == own)
-        && std::env::var_os("LISTEN_FDS").is_some()
 }
 
 /// Reports that clients can connect: with the process id file, the printed addresses, and a

@@ -27,6 +27,13 @@ pub(crate) fn current() -> Option<ServiceManager> {
     Some(ServiceManager::new(name, watchdog))
 }
 
+/// Returns whether the environment names sockets for this process.
+pub(crate) fn gave_sockets() -> bool {
+    let own = std::process::id().to_string();
+    std::env::var("LISTEN_PID").is_ok_and(|pid| pid.trim() == own)
+        && std::env::var_os("LISTEN_FDS").is_some()
+}
+
 /// The service manager of the server from which this one takes over, unless this one has its own.
 pub(crate) fn adopt(manager: ServiceManager) {
     // There is one takeover in the life of a program.

@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 
 use nbd_client::blocking::Interrupter;
-use nbd_jobs::Cancellation;
-use nbd_jobs::tasks;
+use nbd_jobs::{Cancellation, TemporaryFile, tasks};
 use rustix::process::Signal as Number;
 use tokio::sync::watch::{Receiver, Sender, channel};
 
@@ -70,14 +69,14 @@ async fn remember(mut caught: Caught, first: &Sender<Option<EndSignal>>) {
 /// Files that are useless if the command is interrupted.
 static DISPOSABLE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// Registers a file that a second signal removes before it ends the process.
-pub(crate) fn remove_if_killed(path: &Path) {
-    DISPOSABLE.lock().unwrap_or_else(PoisonError::into_inner).push(path.to_owned());
-}
-
-/// Unregisters a file that was removed or is complete.
-pub(crate) fn keep(path: &Path) {
-    DISPOSABLE.lock().unwrap_or_else(PoisonError::into_inner).retain(|other| other != path);
+/// Registers a file that a second signal removes before it ends the process. It stays registered
+/// until it was removed or is complete.
+pub(crate) fn note_temporary_file(path: &Path, event: TemporaryFile) {
+    let mut files = DISPOSABLE.lock().unwrap_or_else(PoisonError::into_inner);
+    match event {
+        TemporaryFile::Made => files.push(path.to_owned()),
+        TemporaryFile::Gone => files.retain(|other| other != path),
+    }
 }
 
 /// Returns the signal that has asked this command to end, if there is one.

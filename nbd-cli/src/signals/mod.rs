@@ -41,7 +41,7 @@ use rustix::process::Signal as Number;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 pub(crate) use self::interruption::{
-    cancellation, caught, interrupter, keep, remove_if_killed, stop_if_interrupted, watch,
+    cancellation, caught, interrupter, note_temporary_file, stop_if_interrupted, watch,
 };
 pub(crate) use self::prompt::with_restored_terminal;
 pub(crate) use self::server::{EndSignals, Hangup, on_hangup};

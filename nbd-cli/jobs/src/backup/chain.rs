@@ -15,6 +15,7 @@ use imgfmt::{
 
 use super::below::backups_below;
 use super::options::{BackupJob, BackupSource, UnknownBase};
+use crate::files::directory_of;
 use crate::text::printable;
 use crate::{JobError, JobErrorKind};
 
@@ -294,14 +295,6 @@ fn backup_in(path: &Path) -> Option<Backup> {
     }
     let options = OpenOptions::new().format(Format::Qcow2).locking(Locking::Off);
     Image::inspect_file(path, &options).ok()?.qcow2?.backup
-}
-
-/// Returns the directory of a file.
-pub(super) fn directory_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(directory) if !directory.as_os_str().is_empty() => directory,
-        _ => Path::new("."),
-    }
 }
 
 /// Returns the path of a file relative to a directory, so that a chain can be moved as a whole.

@@ -14,8 +14,9 @@ use nbd_proto::NbdUri;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 
-use super::chain::{Base, directory_of};
+use super::chain::Base;
 use super::options::{BackupJob, CLUSTER_SIZE, Leftover, Sharing};
+use crate::files::directory_of;
 use crate::{JobError, JobErrorKind};
 
 /// Largest record that is read, in bytes.

@@ -91,14 +91,6 @@ pub(super) fn lock(directory: &Path) -> Result<Locked, JobError> {
     }
 }
 
-/// Returns the directory of a file.
-pub(super) fn directory_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
-}
-
 /// Reads a file of at most 4 MiB; returns `None` if it does not exist.
 ///
 /// # Errors

@@ -9,6 +9,7 @@ use openssl::rand::rand_bytes;
 use super::credentials_error;
 use super::files::{self, CredentialsFile, ExistingCredentials, Locked, Secrecy};
 use crate::error::JobError;
+use crate::files::directory_of;
 use crate::observer::Observer;
 
 /// Length of a new key, in bytes.
@@ -60,7 +61,7 @@ impl<'a> AddUser<'a> {
 /// If a file is not one of keys, or cannot be read or written.
 pub fn add_user(added: &AddUser<'_>, observer: &dyn Observer) -> Result<(), JobError> {
     let line = new_line(added.user)?;
-    let lock = files::create_and_lock(files::directory_of(added.file))?;
+    let lock = files::create_and_lock(directory_of(added.file))?;
     let old = files::read(added.file)?;
     let contents = old.as_deref().unwrap_or_default();
     let contents = with_user(contents, added.user, &line, added.existing)

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use imgfmt::storage::FileStorage;
 
-use super::publish::{self, directory_of};
+use super::publish;
+use crate::files::directory_of;
 
 /// What temporary names end with.
 pub(super) const SUFFIX: &str = ".partial";

@@ -23,7 +23,7 @@ use imgfmt::storage::{FileIdentity, FileStorage};
 use imgfmt::{Access, BackingFile, ErrorKind, Image, Locking, OpenOptions};
 
 use self::companions::{Companion, SUFFIX, name_all};
-use self::publish::directory_of;
+use crate::files::directory_of;
 use crate::{JobError, JobErrorKind, Observer, TemporaryFile};
 
 /// Longest file name in bytes, on every relevant file system of Linux.

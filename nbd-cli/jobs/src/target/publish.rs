@@ -49,14 +49,6 @@ pub(super) fn instead_of(partial: &Path, name: &Path, old: &Metadata) -> io::Res
     }
 }
 
-/// Returns the directory of a file.
-pub(super) fn directory_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(directory) if !directory.as_os_str().is_empty() => directory,
-        _ => Path::new("."),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

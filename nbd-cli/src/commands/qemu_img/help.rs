@@ -1,21 +1,8 @@
-//! The output of `--help` and `--version`.
+//! The output of `--help`.
 
 use nbd_jobs::getopt::{Known, Takes};
 
 use super::known::Opt;
-
-/// The version of QEMU whose command line this is; programs that detect features read it.
-const COMPATIBLE_VERSION: &str = "10.0.2";
-
-/// One line in the form that programs parse, then the name of this program.
-pub(super) fn version() -> String {
-    format!(
-        "qemu-img version {COMPATIBLE_VERSION} (nbd-cli {})\n\
-         This is nbd-cli with the command line of qemu-img; it is not part of QEMU.\n\
-         Licence: MIT or Apache-2.0.\n",
-        env!("CARGO_PKG_VERSION")
-    )
-}
 
 /// The help of the program.
 pub(super) fn program(commands: &[(&str, &str)]) -> String {

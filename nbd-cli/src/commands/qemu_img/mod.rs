@@ -31,9 +31,8 @@ mod secrets;
 mod snapshot;
 mod text;
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io::{Write as _, stderr};
-use std::path::Path;
 
 use clap::Args;
 use nbd_jobs::getopt::Known;
@@ -42,6 +41,7 @@ use nbd_jobs::text::printable;
 use self::arguments::Arguments;
 use self::known::Opt;
 use self::refusal::{Refusal, complain};
+use crate::qemu_program::version;
 use crate::signals;
 
 /// The arguments of qemu-img, which has a separate parser.
@@ -188,18 +188,6 @@ const COMMANDS: &[Command] = &[
     },
 ];
 
-/// Returns the arguments for qemu-img, without its name, if the whole command line is one.
-pub(crate) fn arguments_for_qemu_img(arguments: &[OsString]) -> Option<&[OsString]> {
-    let (program, rest) = arguments.split_first()?;
-    if Path::new(program).file_name() == Some(OsStr::new("qemu-img")) {
-        return Some(rest);
-    }
-    match rest.split_first() {
-        Some((command, rest)) if command == "qemu-img" => Some(rest),
-        _ => None,
-    }
-}
-
 /// Runs qemu-img with its arguments (without its name) and returns its exit code.
 pub(crate) fn run(arguments: Vec<OsString>) -> u8 {
     let mut command = None;
@@ -225,7 +213,9 @@ fn carry_out(words: Vec<OsString>, found: &mut Option<&'static str>) -> Result<u
         let Some(word) = words.next() else { return Err(Refusal::usage("Not enough arguments")) };
         match word.to_str() {
             Some("-h" | "--help" | "help") => return text::print(&help_of_program()),
-            Some("-V" | "--version") => return text::print(&help::version()),
+            Some("-V" | "--version") => {
+                return text::print(&version("qemu-img", "qemu-img version"));
+            }
             Some("-T" | "--trace") => drop(words.next()),
             Some(option) if option.starts_with("--trace=") => {}
             Some(option) if option.starts_with("-T") => {}
@@ -259,23 +249,4 @@ fn help_of_program() -> String {
 
 fn help_of(command: &Command) -> String {
     help::command(command.name, command.meaning, command.operands, command.options)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn found(words: &[&str]) -> Option<Vec<OsString>> {
-        let words: Vec<OsString> = words.iter().map(OsString::from).collect();
-        arguments_for_qemu_img(&words).map(<[OsString]>::to_vec)
-    }
-
-    #[test]
-    fn the_name_or_the_first_word_says_that_it_is_qemu_img() {
-        let expected = Some(vec![OsString::from("info"), "disk".into()]);
-        assert_eq!(found(&["/usr/bin/qemu-img", "info", "disk"]), expected);
-        assert_eq!(found(&["nbd-cli", "qemu-img", "info", "disk"]), expected);
-        assert_eq!(found(&["nbd-cli", "image", "qemu-img"]), None);
-        assert_eq!(found(&["nbd-cli"]), None);
-    }
 }

@@ -125,9 +125,6 @@ impl Observer for Percentage {
     fn unlocked(&self, _: &Path) {}
 
     fn temporary_file(&self, path: &Path, event: TemporaryFile) {
-        match event {
-            TemporaryFile::Made => signals::remove_if_killed(path),
-            TemporaryFile::Gone => signals::keep(path),
-        }
+        signals::note_temporary_file(path, event);
     }
 }

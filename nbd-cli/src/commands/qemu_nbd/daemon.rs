@@ -11,6 +11,7 @@ use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Command, Stdio};
 
 use super::refusal::Refusal;
+use crate::serving::service_manager;
 
 /// The first argument of the background process. Users never pass it: otherwise it is an unknown
 /// option.
@@ -84,7 +85,7 @@ impl Beginning {
 ///
 /// If it does not become ready; it has reported the reason.
 pub(super) fn start(arguments: &[OsString]) -> Result<(), Refusal> {
-    let mark = if service_manager_gave_sockets() { DAEMON_WITH_SOCKETS } else { DAEMON };
+    let mark = if service_manager::gave_sockets() { DAEMON_WITH_SOCKETS } else { DAEMON };
     let mut daemon = this_program(mark, arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -103,13 +104,6 @@ pub(super) fn start(arguments: &[OsString]) -> Result<(), Refusal> {
         }
         _ => Err(Refusal::already_reported()),
     }
-}
-
-/// Returns whether the environment names sockets for this process.
-pub(super) fn service_manager_gave_sockets() -> bool {
-    let own = std::process::id().to_string();
-    std::env::var("LISTEN_PID").is_ok_and(|pid| pid.trim() == own)
-        && std::env::var_os("LISTEN_FDS").is_some()
 }
 
 /// Reports that clients can connect, and releases the working directory; a daemon also releases

@@ -1,17 +1,4 @@
-//! The output of `--help` and `--version`.
-
-/// The version of QEMU whose command line this is; programs that detect features read it.
-const COMPATIBLE_VERSION: &str = "10.0.2";
-
-/// One line in the form that programs parse, then the name of this program.
-pub(super) fn version() -> String {
-    format!(
-        "qemu-nbd {COMPATIBLE_VERSION} (nbd-cli {})\n\
-         This is nbd-cli with the command line of qemu-nbd; it is not part of QEMU.\n\
-         Licence: MIT or Apache-2.0.\n",
-        env!("CARGO_PKG_VERSION")
-    )
-}
+//! The output of `--help`.
 
 pub(super) const HELP: &str = "\
 Usage: qemu-nbd [OPTIONS] FILE

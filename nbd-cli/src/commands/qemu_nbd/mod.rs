@@ -13,8 +13,7 @@ mod refusal;
 mod server;
 mod source;
 
-use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::ffi::OsString;
 
 use clap::Args;
 use nbd_jobs::qemu_nbd::{Activation, Wanted, parse};
@@ -23,6 +22,8 @@ use self::daemon::{Beginning, Role};
 use self::refusal::{Refusal, complain, print};
 use crate::logging::{self, LogArgs};
 use crate::output::warn;
+use crate::qemu_program::version;
+use crate::serving::service_manager;
 
 /// The arguments of qemu-nbd, which has a separate parser.
 #[derive(Debug, Args)]
@@ -31,18 +32,6 @@ pub struct QemuNbdArgs {
     /// Options and a file, as for qemu-nbd; see `nbd-cli qemu-nbd --help`.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
     pub arguments: Vec<OsString>,
-}
-
-/// Returns the arguments for qemu-nbd, without its name, if the whole command line is one.
-pub(crate) fn arguments_for_qemu_nbd(arguments: &[OsString]) -> Option<&[OsString]> {
-    let (program, rest) = arguments.split_first()?;
-    if Path::new(program).file_name() == Some(OsStr::new("qemu-nbd")) {
-        return Some(rest);
-    }
-    match rest.split_first() {
-        Some((command, rest)) if command == "qemu-nbd" => Some(rest),
-        _ => None,
-    }
 }
 
 /// Runs qemu-nbd with its arguments (without its name) and returns its exit code.
@@ -62,7 +51,7 @@ pub(crate) fn run(arguments: Vec<OsString>) -> u8 {
 fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refusal> {
     let options = match parse(arguments.clone())? {
         Wanted::Help => return print(help::HELP),
-        Wanted::Version => return print(&help::version()),
+        Wanted::Version => return print(&version("qemu-nbd", "qemu-nbd")),
         Wanted::TraceHelp => {
             complain("there are no individual trace events here; any pattern enables the log");
             return Ok(());
@@ -93,31 +82,11 @@ fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refus
 
 /// Returns the sockets that a service manager has given to this process.
 fn activation() -> Activation {
-    if !daemon::service_manager_gave_sockets() {
+    if !service_manager::gave_sockets() {
         return Activation::None;
     }
     match std::env::var("LISTEN_FDS").as_deref().map(str::trim) {
         Ok("1") => Activation::OneSocket,
         _ => Activation::OtherSockets,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn found(words: &[&str]) -> Option<Vec<OsString>> {
-        let words: Vec<OsString> = words.iter().map(OsString::from).collect();
-        arguments_for_qemu_nbd(&words).map(<[OsString]>::to_vec)
-    }
-
-    #[test]
-    fn the_name_or_the_first_word_says_that_it_is_qemu_nbd() {
-        let expected = Some(vec![OsString::from("-t"), "disk".into()]);
-        assert_eq!(found(&["/usr/bin/qemu-nbd", "-t", "disk"]), expected);
-        assert_eq!(found(&["qemu-nbd", "-t", "disk"]), expected);
-        assert_eq!(found(&["nbd-cli", "qemu-nbd", "-t", "disk"]), expected);
-        assert_eq!(found(&["nbd-cli", "serve", "qemu-nbd"]), None);
-        assert_eq!(found(&["nbd-cli"]), None);
     }
 }

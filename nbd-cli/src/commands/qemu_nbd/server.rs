@@ -11,7 +11,7 @@ use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
 use super::daemon::{self, Role};
 use super::refusal::Refusal;
 use super::source;
-use crate::serving::{Aio, PidFile, runtime, serve_error, serve_until_signal};
+use crate::serving::{Aio, PidFile, runtime, serve_error, serve_until_signal, service_manager};
 use crate::signals::{EndSignals, Hangup};
 
 pub(super) fn run(options: &Options, role: Role) -> Result<(), Refusal> {
@@ -95,7 +95,7 @@ fn config(options: &Options) -> ServerConfig {
 }
 
 fn address(options: &Options) -> Result<ListenAddress, Refusal> {
-    if daemon::service_manager_gave_sockets() {
+    if service_manager::gave_sockets() {
         return Ok(ListenAddress::Systemd);
     }
     match &options.socket {
