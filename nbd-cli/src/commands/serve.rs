@@ -7,7 +7,9 @@ mod captive;
 mod config;
 mod control;
 mod export;
+mod listening;
 mod reload;
+mod running;
 mod socket_file;
 mod source;
 mod takeover;
@@ -19,27 +21,27 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use nbd_jobs::control::server::{ControlSocket, Controller};
 use nbd_jobs::monitor::{Monitor, MonitorError, RunningMonitor};
 use nbd_jobs::opening::open_within;
-use nbd_jobs::serving::PrivateDirectory;
 use nbd_jobs::size::ByteSize;
 use nbd_jobs::tasks;
 use nbd_server::tls::TlsMode;
-use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, Server, ServerConfig};
-use tokio::task::JoinHandle;
+use nbd_server::{Server, ServerConfig};
 
 pub use self::access::AccessArgs;
-use self::address::TcpAddress;
 pub use self::args::ServeArgs;
 use self::captive::Captive;
 use self::config::Config;
 pub(crate) use self::config::refuse_options_beside_file;
 pub use self::export::ExportArgs;
 use self::export::ExportSpec;
+use self::listening::{addresses, announce, private_directory, uris, warn_of_exposure};
 use self::reload::{ReloadHandle, Reloader};
+use self::running::{
+    Served, close, serve_controlled, serve_until_end, serve_while_running, stop_helpers,
+};
 pub use self::socket_file::SocketFileArgs;
-use self::takeover::{ControlSockets, HandOver, Opened, Origin};
+use self::takeover::{ControlSockets, Opened, Origin};
 pub use self::tls::{TlsArgs, TlsChoice};
 pub use self::upstream::UpstreamArgs;
 use crate::error::{CommandError, Outcome};
@@ -47,10 +49,7 @@ use crate::logging;
 use crate::output::warn;
 use crate::serving::background::{self, Role};
 pub use crate::serving::{Aio, BitmapDurability, CacheMode, DetectZeroes, Discard, FilterArgs};
-use crate::serving::{
-    PidFile, drain, give_up_silent_sources, runtime, serve_error, serve_until_signal,
-    service_manager,
-};
+use crate::serving::{PidFile, runtime, service_manager};
 use crate::signals::{self, EndSignals, Hangup};
 
 pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
@@ -111,13 +110,6 @@ struct Setup {
     tls: TlsMode,
     /// The configuration file, as of the last reload.
     file: Option<Arc<Mutex<Config>>>,
-}
-
-/// The way in which serving ended.
-enum Served {
-    Ended(Outcome),
-    /// Another program takes over.
-    HandsOver(Box<HandOver>),
 }
 
 impl Setup {
@@ -192,51 +184,6 @@ impl Setup {
     }
 }
 
-async fn serve_until_end(
-    server: Server,
-    drain_timeout: Duration,
-    signals: &mut Option<EndSignals>,
-) -> Result<Served, CommandError> {
-    if let Some(signals) = signals.take() {
-        serve_until_signal(server, drain_timeout, signals, std::future::pending()).await?;
-    }
-    Ok(Served::Ended(Outcome::Success))
-}
-
-/// Creates the directory of a private socket for a command, if there is one.
-fn private_directory(args: &ServeArgs) -> Result<Option<PrivateDirectory>, CommandError> {
-    let is_wanted = args.run.is_some() && args.listen.is_empty() && args.socket.is_empty();
-    Ok(is_wanted.then(PrivateDirectory::new).transpose()?)
-}
-
-/// Closes the images.
-async fn close(
-    registry: ExportRegistry,
-    monitor: Option<RunningMonitor>,
-    reloading: Option<JoinHandle<()>>,
-) {
-    stop_helpers(monitor, reloading).await;
-    // The last one to drop an image closes it, which may block. Each has a thread, because one may
-    // hang until its server is given up.
-    let closing = registry.entries().into_iter().map(|(name, entry)| {
-        let registry = registry.clone();
-        tasks::spawn_blocking(move || drop((entry, registry.remove(&name))))
-    });
-    for closed in closing.collect::<Vec<_>>() {
-        let _ = closed.await;
-    }
-}
-
-/// Stops the helpers of the server, which may hold its exports.
-async fn stop_helpers(monitor: Option<RunningMonitor>, reloading: Option<JoinHandle<()>>) {
-    if let Some(reloading) = reloading {
-        reloading.abort();
-        let _ = reloading.await;
-    }
-    // Waiting for the monitor may block.
-    let _ = tasks::spawn_blocking(move || drop(monitor)).await;
-}
-
 /// Returns the options of the file, if there is one, together with command line options that a file
 /// cannot have.
 fn with_file(args: ServeArgs) -> Result<(ServeArgs, Option<Config>), CommandError> {
@@ -304,90 +251,6 @@ fn monitor(args: &ServeArgs, server: &Server) -> Result<Option<RunningMonitor>, 
     monitor.start(server.handle()).map(Some).map_err(explained)
 }
 
-/// Serves until a signal, a request to stop, or a program that takes over.
-async fn serve_controlled(
-    server: Server,
-    drain_timeout: Duration,
-    signals: &mut Option<EndSignals>,
-    (socket, controller): (ControlSocket, Arc<Controller>),
-) -> Result<Served, CommandError> {
-    let Some(signal) = signals else { return Ok(Served::Ended(Outcome::Success)) };
-    let socket = Arc::new(socket);
-    let (accepting, served) = (Arc::clone(&socket), Arc::clone(&controller));
-    let listening = tasks::spawn(async move { accepting.serve(served).await });
-    let mut server = server.start();
-    let mut failed = None;
-    let successor = tokio::select! {
-        _ = signal.next() => None,
-        () = controller.shutdown_requested() => None,
-        successor = controller.takeover_requested() => Some(successor),
-        ended = server.wait() => {
-            failed = ended.err();
-            None
-        }
-    };
-    if let Some(successor) = successor {
-        // Clients that connect from now on are served by the program that goes on.
-        listening.abort();
-        let _ = listening.await;
-        let control = (Arc::into_inner(socket), &*controller);
-        let pause = HandOver::pause(server, control, successor);
-        let hand_over = signal.meanwhile(pause).await?;
-        return Ok(Served::HandsOver(Box::new(hand_over)));
-    }
-    if let Some(mut signals) = signals.take() {
-        // A second signal ends the process without waiting for slow clients.
-        tasks::spawn(async move {
-            std::process::exit(signals.insisted().await.exit_status().into());
-        });
-    }
-    service_manager::stopping();
-    give_up_silent_sources(drain_timeout);
-    server.shutdown();
-    let served = match failed {
-        Some(error) => Err(error),
-        None => server.wait().await,
-    };
-    // The socket's file is removed before the disks are reported closed.
-    listening.abort();
-    let _ = listening.await;
-    drop(socket);
-    controller.end_checkpoints().await;
-    // A client of the control socket that stays connected holds the controller.
-    controller.release_disks().await;
-    served.map(|()| Served::Ended(Outcome::Success)).map_err(serve_error)
-}
-
-async fn serve_while_running(
-    server: Server,
-    drain_timeout: Duration,
-    mut captive: Captive,
-    signals: &mut EndSignals,
-) -> Result<Outcome, CommandError> {
-    let mut status = Ok(0);
-    let ended = async {
-        status = captive.wait(signals).await;
-    };
-    drain(server, drain_timeout, ended).await?;
-    Ok(Outcome::Status(status?))
-}
-
-/// Returns true for an address that other machines can reach.
-fn is_exposed(address: &BoundAddress) -> bool {
-    matches!(address, BoundAddress::Tcp(address) if !address.ip().is_loopback())
-}
-
-fn warn_of_exposure(bound: &[BoundAddress], tls: &TlsMode, and_change: &str) {
-    let Some(why) = tls::exposure(tls) else { return };
-    for address in bound.iter().filter(|address| is_exposed(address)) {
-        warn(&format!(
-            "{address} can be reached by other machines, and anyone who can reach it can \
-             read{and_change} the disk: {why}; use TLS with credentials, 127.0.0.1, --socket or a \
-             firewall"
-        ));
-    }
-}
-
 fn config(args: &ServeArgs, tls: &TlsMode) -> Result<ServerConfig, CommandError> {
     for (option, value) in
         [("--max-connections", args.max_connections), ("--max-requests", args.max_requests)]
@@ -418,30 +281,6 @@ fn config(args: &ServeArgs, tls: &TlsMode) -> Result<ServerConfig, CommandError>
     Ok(config)
 }
 
-/// Returns the addresses to listen on: the given ones, or else a private socket for a command, or
-/// else the loopback interface. Sockets of a service manager may have been taken over already.
-fn addresses(
-    args: &ServeArgs,
-    private: Option<&PrivateDirectory>,
-    has_passed: bool,
-) -> Vec<ListenAddress> {
-    let tcp = args.listen.iter().map(|address| ListenAddress::Tcp(address.to_string()));
-    let unix = args.socket.iter().cloned().map(ListenAddress::Unix);
-    let mut addresses: Vec<_> = tcp.chain(unix).collect();
-    if has_passed {
-        return addresses;
-    }
-    if service_manager::gave_sockets() {
-        addresses.push(ListenAddress::Systemd);
-    } else if let Some(directory) = private {
-        addresses.push(ListenAddress::Unix(directory.socket()));
-    }
-    if addresses.is_empty() {
-        addresses.push(ListenAddress::Tcp(TcpAddress::default().to_string()));
-    }
-    addresses
-}
-
 /// Reports that clients can connect: with the process id file, the printed addresses, and a
 /// notification of a waiting parent. In a takeover, the other server ends first.
 async fn started(
@@ -467,23 +306,4 @@ async fn started(
     }
     service_manager::ready();
     Ok(pid_file)
-}
-
-/// One URI per line. A closed standard output is not an error.
-fn announce(bound: &[BoundAddress], names: &[String], tls: &TlsMode) {
-    let mut stdout = std::io::stdout().lock();
-    for address in bound {
-        for name in names {
-            let _ = writeln!(stdout, "{}", tls::uri(address, name, tls));
-        }
-    }
-    let _ = stdout.flush();
-}
-
-/// Returns the URIs of an export; unix sockets first.
-fn uris(bound: &[BoundAddress], name: &str, tls: &TlsMode) -> Vec<String> {
-    let (unix, other): (Vec<_>, Vec<_>) =
-        bound.iter().partition(|address| matches!(address, BoundAddress::Unix(_)));
-    let uri = |address: &BoundAddress| tls::uri(address, name, tls).to_string();
-    unix.into_iter().chain(other).map(uri).collect()
 }
