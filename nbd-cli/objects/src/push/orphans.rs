@@ -6,8 +6,8 @@
 
 use object_store::multipart::MultipartStore as _;
 
-use super::Target;
 use super::record::{Intent, Record};
+use super::target::Target;
 use crate::uploads::{Listed, Upload};
 
 /// How long after the record an upload may have begun, by the clock of the store, in seconds.
