@@ -2,25 +2,51 @@
 //!
 //! Whenever the other end takes bytes, the kernel reports that there is space for more, also if
 //! nobody waits for it, and a thread that asks for this report is woken for nothing. So only
-//! readable bytes are reported at first, and space for a while after the socket was full.
+//! readable bytes are reported at first, and space for a while after the socket was full. This
+//! takes a second descriptor; a client that has replies to receive is not given up without one.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use rustix::net::RecvFlags;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::time::{Sleep, sleep};
 
 use crate::sys::watch;
+
+/// Time after which a full socket is tried again if space in it cannot be reported.
+const RETRY: Duration = Duration::from_millis(20);
 
 /// A unix socket that does not block, attached to a runtime.
 #[derive(Debug)]
 pub(crate) struct UnixSocket {
     stream: AsyncFd<OwnedFd>,
-    /// The socket again, while it takes no more bytes.
-    full: Option<AsyncFd<OwnedFd>>,
+    /// What wakes a writer, while the socket takes no more bytes.
+    full: Option<Space>,
+}
+
+/// What tells of space in a full socket.
+#[derive(Debug)]
+enum Space {
+    /// The socket again, whose reports are of space.
+    Reported(AsyncFd<OwnedFd>),
+    /// A timer: the process has as many descriptors as it may.
+    Tried(Pin<Box<Sleep>>),
+}
+
+impl Space {
+    /// `again` makes a second descriptor of the socket.
+    fn new(again: impl FnOnce() -> io::Result<OwnedFd>) -> Self {
+        match again().and_then(|again| watch(again, Interest::WRITABLE)) {
+            Ok(again) => Self::Reported(again),
+            Err(_) => Self::Tried(Box::pin(sleep(RETRY))),
+        }
+    }
 }
 
 impl UnixSocket {
@@ -63,9 +89,22 @@ impl UnixSocket {
         cx: &mut Context<'_>,
         mut write: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
     ) -> Poll<io::Result<usize>> {
+        self.poll_write_or_wait(cx, &mut write, |socket| socket.try_clone_to_owned())
+    }
+
+    fn poll_write_or_wait(
+        &mut self,
+        cx: &mut Context<'_>,
+        write: &mut dyn FnMut(BorrowedFd<'_>) -> io::Result<usize>,
+        again: fn(BorrowedFd<'_>) -> io::Result<OwnedFd>,
+    ) -> Poll<io::Result<usize>> {
         loop {
-            let space = match &self.full {
-                Some(full) => Some(ready!(full.poll_write_ready(cx))?),
+            let space = match &mut self.full {
+                Some(Space::Reported(full)) => Some(ready!(full.poll_write_ready(cx))?),
+                Some(Space::Tried(timer)) => {
+                    ready!(timer.as_mut().poll(cx));
+                    None
+                }
                 None => None,
             };
             match (write(self.stream.as_fd()), space) {
@@ -73,8 +112,7 @@ impl UnixSocket {
                     space.clear_ready();
                 }
                 (Err(error), None) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let again = self.stream.get_ref().as_fd().try_clone_to_owned()?;
-                    self.full = Some(watch(again, Interest::WRITABLE)?);
+                    self.full = Some(Space::new(|| again(self.stream.as_fd())));
                 }
                 (Err(error), _) if error.kind() == io::ErrorKind::Interrupted => {}
                 (result, _) => {
@@ -145,7 +183,8 @@ mod tests {
         let asked = asked_for(socket.as_fd());
         assert!(asked.contains(EventFlags::IN) && !asked.contains(EventFlags::OUT), "{asked:?}");
         while send(&mut socket, &mut cx, &[7; 4096]).is_ready() {}
-        let full = socket.full.as_ref().expect("it is full").as_fd();
+        let Some(Space::Reported(full)) = &socket.full else { panic!("it is full") };
+        let full = full.as_fd();
         assert!(asked_for(full).contains(EventFlags::OUT));
         assert!(!asked_for(socket.as_fd()).contains(EventFlags::OUT));
         client.set_nonblocking(true).unwrap();
@@ -186,6 +225,23 @@ mod tests {
             client.read_exact(&mut [0]).unwrap();
             assert!(socket.full.is_none());
         }
+    }
+
+    #[tokio::test]
+    async fn a_writer_to_a_full_socket_needs_no_further_descriptor() {
+        let (mut socket, mut client) = pair();
+        let mut send = |cx: &mut Context<'_>| {
+            let mut write = |socket: BorrowedFd<'_>| Ok(rustix::io::write(socket, &[7; 4096])?);
+            socket.poll_write_or_wait(cx, &mut write, |_| Err(rustix::io::Errno::MFILE.into()))
+        };
+        let mut cx = Context::from_waker(Waker::noop());
+        while let Poll::Ready(sent) = send(&mut cx) {
+            sent.unwrap();
+        }
+        client.set_nonblocking(true).unwrap();
+        while client.read(&mut [0; 65536]).is_ok() {}
+        assert_eq!(poll_fn(send).await.unwrap(), 4096);
+        assert!(socket.full.is_none());
     }
 
     #[tokio::test]
