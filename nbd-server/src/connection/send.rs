@@ -14,6 +14,9 @@ use crate::export::FileSpan;
 
 /// Size of a block that collects replies, in bytes: the most common large read, with its header.
 const BLOCK_LEN: usize = 256 * 1024 + 4096;
+/// Size of a block behind a piece that is not copied, in bytes, which often has only the header of
+/// the next one: a whole block for each of them would be many times the memory of a connection.
+const SHORT_BLOCK_LEN: usize = 2048;
 /// Replies shorter than this, in bytes, are copied into a block rather than sent as a separate
 /// piece.
 const COPIED_LEN: usize = 16 * 1024;
@@ -64,14 +67,15 @@ impl SendQueue {
     /// Contiguous space for one reply of up to `length` bytes; nothing is queued until
     /// [`SendQueue::commit`].
     pub(super) fn space(&mut self, length: usize) -> &mut [u8] {
-        let fits = match self.segments.back() {
-            Some(Segment::Block(block)) => block.data.len() - block.end >= length,
-            _ => false,
+        let (fits, least) = match self.segments.back() {
+            Some(Segment::Block(block)) => (block.data.len() - block.end >= length, BLOCK_LEN),
+            Some(_) => (false, SHORT_BLOCK_LEN),
+            None => (false, BLOCK_LEN),
         };
         if !fits {
             let data = match self.spare.pop() {
                 Some(data) if data.len() >= length => data,
-                _ => vec![0; length.max(BLOCK_LEN)].into_boxed_slice(),
+                _ => vec![0; length.max(least)].into_boxed_slice(),
             };
             self.segments.push_back(Segment::Block(Block { data, start: 0, end: 0 }));
         }
@@ -242,5 +246,36 @@ impl SendQueue {
         if data.len() == BLOCK_LEN && self.spare.len() < MAX_SPARE_BLOCKS {
             self.spare.push(data);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replies_from_a_file_take_little_memory() {
+        let file = std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap().into());
+        let mut queue = SendQueue::default();
+        for _ in 0..32 {
+            queue.encode(32, |out| *out = &mut std::mem::take(out)[20..]);
+            queue.push_file(FileSpan { file: std::sync::Arc::clone(&file), offset: 0 }, 32 * 1024);
+        }
+        let blocks = queue.segments.iter().filter_map(|segment| match segment {
+            Segment::Block(block) => Some(block.data.len()),
+            _ => None,
+        });
+        assert_eq!(queue.queued(), 32 * (20 + 32 * 1024));
+        assert!(blocks.sum::<usize>() < 2 * BLOCK_LEN);
+    }
+
+    #[test]
+    fn short_replies_share_a_block() {
+        let mut queue = SendQueue::default();
+        for _ in 0..64 {
+            queue.space(4096);
+            queue.commit(4096);
+        }
+        assert_eq!(queue.segments.len(), 1);
     }
 }
