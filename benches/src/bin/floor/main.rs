@@ -5,13 +5,16 @@
 //! requests, and one for all their answers. Its time is the cost of the socket and of the client;
 //! the additional time of another server is that server's own cost.
 //!
-//! `floor --socket PATH --size BYTES` serves until it is killed; `--qcow2 FILE` behind it answers
-//! from an image instead, without a cache of tables.
+//! `floor --socket PATH --size BYTES` serves until it is killed. `--file FILE` behind it answers
+//! from a file instead, with a system call for each read; `--qcow2 FILE` from an image, without a
+//! cache of tables.
 
 mod qcow2;
 
 use std::env;
+use std::fs::File;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
@@ -72,6 +75,9 @@ fn run() -> io::Result<()> {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let (socket, size, source) = match arguments[..] {
         ["--socket", socket, "--size", size] => (socket, size, Source::constant()),
+        ["--socket", socket, "--size", size, "--file", file] => {
+            (socket, size, Source::File(File::open(file)?))
+        }
         ["--socket", socket, "--size", size, "--qcow2", file] => {
             (socket, size, Source::Qcow2(Qcow2::open(Path::new(file))?))
         }
@@ -99,7 +105,7 @@ fn run() -> io::Result<()> {
 fn usage() -> io::Error {
     io::Error::new(
         ErrorKind::InvalidInput,
-        "usage: floor --socket PATH --size BYTES [--qcow2 FILE]",
+        "usage: floor --socket PATH --size BYTES [--file FILE | --qcow2 FILE]",
     )
 }
 
@@ -110,6 +116,7 @@ fn bad(what: &'static str) -> io::Error {
 /// What is read.
 enum Source {
     Constant(Vec<u8>),
+    File(File),
     Qcow2(Qcow2),
 }
 
@@ -210,8 +217,14 @@ fn transmit(stream: &mut UnixStream, size: u64, source: &Source) -> io::Result<(
         }
         let payloads = match source {
             Source::Constant(constant) => constant,
+            Source::File(file) => {
+                let read = |offset, data: &mut [u8]| file.read_exact_at(data, offset);
+                read_all(read, &mut replies, &mut data)?;
+                &data
+            }
             Source::Qcow2(image) => {
-                read_all(image, &mut replies, &mut data)?;
+                let read = |offset, data: &mut [u8]| image.read(offset, data);
+                read_all(read, &mut replies, &mut data)?;
                 &data
             }
         };
@@ -260,7 +273,11 @@ fn answer(request: &[u8], size: u64) -> io::Result<Option<Reply>> {
 }
 
 /// Reads what the replies ask for into `data`, one behind the other.
-fn read_all(image: &Qcow2, replies: &mut [Reply], data: &mut Vec<u8>) -> io::Result<()> {
+fn read_all(
+    read: impl Fn(u64, &mut [u8]) -> io::Result<()>,
+    replies: &mut [Reply],
+    data: &mut Vec<u8>,
+) -> io::Result<()> {
     let mut end = 0;
     for reply in replies {
         reply.start = end;
@@ -268,7 +285,7 @@ fn read_all(image: &Qcow2, replies: &mut [Reply], data: &mut Vec<u8>) -> io::Res
         if data.len() < end {
             data.resize(end, 0);
         }
-        image.read(reply.offset, &mut data[reply.start..end])?;
+        read(reply.offset, &mut data[reply.start..end])?;
     }
     Ok(())
 }
