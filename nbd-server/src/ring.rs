@@ -1,8 +1,8 @@
 //! Reads and writes that have to wait for a disk, through io_uring: one ring for each worker
 //! thread.
 //!
-//! A connection starts all those of a turn with one system call, and a task of the same thread
-//! takes the results, so no other thread is woken. What a ring cannot carry out completely (errors,
+//! A connection starts several of a turn with one system call, and a task of the same thread takes
+//! the results, so no other thread is woken. What a ring cannot carry out completely (errors,
 //! ends of files) goes back to the pool of threads. Without io_uring, or if the configuration
 //! switches it off, the pool does everything.
 //!
@@ -98,7 +98,7 @@ impl RingLane {
         failed.into_iter().for_each(Outcome::deliver);
     }
 
-    /// Submits what has begun to the kernel.
+    /// Submits the rest of what has begun to the kernel.
     pub(crate) fn submit(&self) {
         let Some(mut state) = self.ring.lock() else { return };
         let failed = state.submit();
@@ -130,13 +130,19 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 impl State {
-    /// Begins work, or queues it; what the ring cannot do comes back.
+    /// Begins work, or queues it; what the ring cannot do comes back. The disk gets the first ones
+    /// of a batch while the others are not there yet.
     fn push(&mut self, id: LaneId, work: Work) -> Vec<Outcome> {
         if self.is_broken {
             return vec![work.refuse()];
         }
+        let together = work.together();
         self.shares.push(id, work.length(), work);
-        self.start()
+        let mut failed = self.start();
+        if self.ring.unsubmitted() >= together {
+            failed.extend(self.submit());
+        }
+        failed
     }
 
     /// Begins the work whose turn it is; what the ring cannot do comes back.
@@ -332,5 +338,72 @@ impl RingDriver {
                 .map(|ready| ready.map(|mut ready| ready.clear_ready()));
             self.deliver();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::export::{PlacedFile, PlacedPart, PlacedRead};
+
+    /// The first bytes of a file.
+    struct Start(File);
+
+    impl PlacedRead for Start {
+        fn parts(&self) -> &[PlacedPart] {
+            &[]
+        }
+
+        fn file(&self, _: usize) -> Option<PlacedFile<'_>> {
+            Some(PlacedFile::new(self.0.as_fd()))
+        }
+    }
+
+    impl Reader for mpsc::Sender<Vec<u8>> {
+        fn filled(self: Box<Self>, bytes: Vec<u8>) {
+            self.send(bytes).unwrap();
+        }
+
+        fn failed(self: Box<Self>) {
+            panic!("the ring did not read");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_first_reads_of_a_batch_start_before_its_last_one_is_there() {
+        let (handle, driver) = match RingHandle::new() {
+            Ok(ring) => ring,
+            Err(error) => {
+                assert!(std::env::var_os("CI").is_none(), "io_uring: {error}");
+                eprintln!("skipped: this system has no io_uring: {error}");
+                return;
+            }
+        };
+        let lane = handle.lane().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[7; 512], 0).unwrap();
+        let (sender, receiver) = mpsc::channel();
+        let read = |_| {
+            let placed = Box::new(Start(file.try_clone().unwrap()));
+            let (head, tail) = (Vec::new(), Vec::new());
+            let read = RingRead { placed, number: 0, offset: 0, length: 512, head, tail };
+            lane.read(read, Box::new(sender.clone()));
+        };
+        (0..6).for_each(read);
+        // Two are not enough for a call by themselves.
+        assert_eq!(lock(&driver.state).ring.unsubmitted(), 2);
+        lane.submit();
+        assert_eq!(lock(&driver.state).ring.unsubmitted(), 0);
+        let mut filled = Vec::new();
+        while filled.len() < 6 {
+            driver.descriptor.readable().await.unwrap().clear_ready();
+            driver.deliver();
+            filled.extend(receiver.try_iter());
+        }
+        assert!(filled.iter().all(|bytes| *bytes == [7; 512]));
     }
 }

@@ -133,6 +133,11 @@ impl Ring {
         Ok(number)
     }
 
+    /// How many transfers have begun and are not submitted.
+    pub(crate) fn unsubmitted(&self) -> usize {
+        self.unsubmitted.len()
+    }
+
     /// Whether a transfer that has not ended is not submitted either.
     pub(crate) fn is_unsubmitted(&self, number: usize) -> bool {
         self.unsubmitted.contains(&number)
