@@ -8,7 +8,7 @@ use crate::tools;
 
 /// The dirty parts of a served bitmap as nbdinfo sees them: offset and length.
 fn dirty(nbdinfo: &Path, uri: &str, bitmap: &str) -> Vec<(u64, u64)> {
-    let map = peer(nbdinfo, &[&format!("--map=qemu:dirty-bitmap:{bitmap}"), uri]);
+    let map = peer(nbdinfo, &[&*format!("--map=qemu:dirty-bitmap:{bitmap}"), uri]);
     let numbers = map.lines().map(|line| {
         let words: Vec<_> = line.split_whitespace().collect();
         let number = |index: usize| words[index].parse::<u64>().expect("a number");

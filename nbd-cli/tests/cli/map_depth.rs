@@ -13,7 +13,7 @@ fn the_layers_of_a_chain_are_shown_as_nbdinfo_shows_them() {
     peer(&qemu_io, &["-f", "qcow2", "-c", "write 2M 128k", &overlay]);
     let server = Server::qemu_nbd(&qemu_nbd, "x", &["-f", "qcow2", "-A", &overlay]);
     let context = "qemu:allocation-depth";
-    let theirs = peer(&nbdinfo, &[&format!("--map={context}"), server.uri()]);
+    let theirs = peer(&nbdinfo, &[&*format!("--map={context}"), server.uri()]);
     let ours = nbd_cli(&["map", "--context", context, server.uri()]).success();
     let words = |text: &str| -> Vec<String> {
         text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect()

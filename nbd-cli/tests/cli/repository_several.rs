@@ -258,7 +258,7 @@ fn disks_come_go_and_grow_and_nothing_is_sent_again() {
     let cut = lab.noise("two", 700_000);
     assert!(lab.added(&[("two", &cut), ("three", &three), ("new", &one)]) < 300_000);
     // One disk without a name, and with it again.
-    lab.backup(&[&cut, "--verify"]).success();
+    lab.backup(&[&*cut, "--verify"]).success();
     nbd_cli(&["restore", &format!("backup:{}/vm@latest", lab.repository), "null:"]).success();
     lab.added(&[("two", &cut)]);
     let checked = nbd_cli(&["repo", "check", "--read-data", &lab.repository]);
