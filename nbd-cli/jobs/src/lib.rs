@@ -65,7 +65,7 @@ pub mod devices;
 mod digest;
 pub mod disk_options;
 mod error;
-mod files;
+pub mod files;
 pub mod foreign_options;
 pub mod frozen_bits;
 pub mod getopt;

@@ -2,9 +2,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, Write as _};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
+use nbd_jobs::files::is_still;
 use rustix::fs::FlockOperation;
 
 use crate::error::CommandError;
@@ -88,12 +89,4 @@ fn is_of_other_use(file: &File) -> io::Result<bool> {
     file.take(TOO_LONG).read_to_end(&mut content)?;
     let is_id = content.iter().all(|byte| byte.is_ascii_digit() || byte.is_ascii_whitespace());
     Ok(!is_id || content.len() as u64 == TOO_LONG)
-}
-
-/// Returns whether the locked file still has its name: another process may have removed it.
-fn is_still(path: &Path, file: &File) -> bool {
-    match (std::fs::metadata(path), file.metadata()) {
-        (Ok(named), Ok(open)) => (named.dev(), named.ino()) == (open.dev(), open.ino()),
-        _ => false,
-    }
 }

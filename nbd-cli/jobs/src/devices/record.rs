@@ -5,9 +5,7 @@
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{
-    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
-};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -15,6 +13,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{JobError, JobErrorKind};
+use crate::files::is_still;
 
 const DIRECTORY: &str = "/run/nbd-cli";
 
@@ -165,14 +164,6 @@ fn path_in(directory: &Path, device: u32) -> PathBuf {
 
 fn lock_path_in(directory: &Path, device: u32) -> PathBuf {
     directory.join(format!("nbd{device}.lock"))
-}
-
-/// Whether the locked file still has its name.
-fn is_still(path: &Path, file: &File) -> bool {
-    match (std::fs::metadata(path), file.metadata()) {
-        (Ok(named), Ok(open)) => (named.dev(), named.ino()) == (open.dev(), open.ino()),
-        _ => false,
-    }
 }
 
 #[cfg(test)]
