@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::lab::Lab;
-use super::seaweedfs::{PATIENCE, answers, arguments, ask, free_ports, make_bucket, s3};
+use super::seaweedfs::{PATIENCE, answers, arguments, ask, free_ports, make_bucket, s3, sockets};
 use super::{process, running};
 
 const KEY_ID: &str = "AKIABENCH";
@@ -27,7 +27,9 @@ const IDENTITIES: &str = r#"{"identities":[
 pub(crate) struct ObjectStore {
     /// The port for clients: of the store, or of the proxy before it.
     port: u16,
+    // They end before the sockets are removed.
     processes: Vec<Daemon>,
+    _sockets: Sockets,
 }
 
 impl ObjectStore {
@@ -49,7 +51,8 @@ impl ObjectStore {
         let mut arguments = vec![program.display().to_string()];
         arguments.extend(self::arguments(&directory, &ports));
         let store = Daemon::start(lab, "store", &arguments)?;
-        let mut running = Self { port: s3(&ports), processes: vec![store] };
+        let sockets = Sockets(sockets(&ports));
+        let mut running = Self { port: s3(&ports), processes: vec![store], _sockets: sockets };
         // The bucket may be there from an earlier block.
         let has_bucket = || make_bucket(&ports).is_ok_and(|it| ["201", "409"].contains(&&*it));
         let is_ready = wait(has_bucket).and_then(|()| wait(|| answers(&ports)));
@@ -128,6 +131,18 @@ impl Drop for Daemon {
     }
 }
 
+/// The sockets that a store has made. They are removed when this is dropped.
+#[derive(Debug)]
+struct Sockets(Vec<String>);
+
+impl Drop for Sockets {
+    fn drop(&mut self) {
+        for socket in &self.0 {
+            drop(fs::remove_file(socket));
+        }
+    }
+}
+
 fn local(port: u16) -> String {
     format!("127.0.0.1:{port}")
 }
@@ -141,4 +156,19 @@ fn wait(mut is_done: impl FnMut() -> bool) -> Result<()> {
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_that_ended_leaves_no_sockets() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let path = directory.path().join("grpc.sock");
+        let socket = std::os::unix::net::UnixListener::bind(&path).expect("a socket");
+        let sockets = Sockets(vec!["/missing/grpc.sock".into(), path.display().to_string()]);
+        drop((ObjectStore { port: 0, processes: Vec::new(), _sockets: sockets }, socket));
+        assert!(!path.exists());
+    }
 }

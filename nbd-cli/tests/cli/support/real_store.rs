@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use super::PROGRAM;
-use super::seaweedfs::{PATIENCE, answers, arguments, free_ports, make_bucket, s3};
+use super::seaweedfs::{PATIENCE, answers, arguments, free_ports, make_bucket, s3, sockets};
 
 const KEY_ID: &str = "AKIATESTKEY";
 const SECRET: &str = "s3cr3t of the tests";
@@ -27,8 +27,7 @@ store=$!
 cat >/dev/null
 kill -KILL $store
 wait $store 2>/dev/null
-rm -rf "$PWD"
-for port in $PORTS; do rm -f /tmp/seaweedfs-*-"$port".sock; done
+rm -rf "$PWD" $SOCKETS
 "#;
 
 /// A running store with a bucket `bucket`.
@@ -82,7 +81,7 @@ impl RealStore {
         // Signals of the terminal are for the tests.
         command
             .env("HOME", &directory)
-            .env("PORTS", ports.map(|port| port.to_string()).join(" "))
+            .env("SOCKETS", sockets(&ports).join(" "))
             .process_group(0)
             .stdin(Stdio::piped());
         if rustix::process::geteuid().is_root() {

@@ -69,6 +69,14 @@ pub(crate) fn arguments(directory: &Path, ports: &[u16]) -> Vec<String> {
     arguments
 }
 
+/// Returns the sockets that a store on these ports makes and leaves behind when it ends. It has no
+/// option for their directory.
+pub(crate) fn sockets(ports: &[u16]) -> Vec<String> {
+    let parts = ["master", "volume", "filer", "s3"];
+    let of_port = |port: &u16| parts.map(|part| format!("/tmp/seaweedfs-{part}-grpc-{port}.sock"));
+    ports.iter().flat_map(of_port).collect()
+}
+
 /// Makes the bucket `bucket`; returns the status: 201, or 409 if it is there.
 pub(crate) fn make_bucket(ports: &[u16]) -> std::io::Result<String> {
     ask(ports[4], "POST /buckets/bucket/")
