@@ -491,6 +491,36 @@ fn compressed_grains_are_read_by_qemu_and_come_in_the_order_of_the_disk() {
 }
 
 #[test]
+fn an_empty_image_of_compressed_grains_can_be_written_by_qemu() {
+    if !common::has_tool("qemu-img") || !common::has_tool("qemu-io") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    // One table, and more tables than a sector of the directory names.
+    for size in [1 << 20, 5 << 30] {
+        let _ = std::fs::remove_file(&path);
+        Image::create(&path, &stream(size)).unwrap().close().unwrap();
+        check(&path, Format::Vmdk, "empty");
+        let image = Image::open(&path, &OpenOptions::new()).unwrap();
+        let mut found = vec![0xee; 1 << 20];
+        image.read_at(at(size - found.len() as u64), &mut found).unwrap();
+        assert!(found.iter().all(|byte| *byte == 0));
+        drop(image);
+        let places = [0, size - 65536];
+        for place in places {
+            run("qemu-io", &["-f", "vmdk", "-c", &format!("write -P 7 {place} 64k"), text(&path)]);
+        }
+        check(&path, Format::Vmdk, "written");
+        let image = Image::open(&path, &OpenOptions::new()).unwrap();
+        for place in places {
+            image.read_at(at(place), &mut found[..65536]).unwrap();
+            assert!(found[..65536].iter().all(|byte| *byte == 7), "{size} {place}");
+        }
+    }
+}
+
+#[test]
 fn compressed_grains_cannot_be_written_twice_or_in_part() {
     let directory = tempfile::tempdir().unwrap();
     let image = Image::create(directory.path().join("disk"), &stream(1 << 20)).unwrap();

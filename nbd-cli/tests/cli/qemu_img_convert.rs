@@ -23,6 +23,7 @@ fn several_sources_are_joined_alike() {
         convert -O raw raw.img disk.qcow2 raw.img => raw.img
         convert --image-opts driver=raw,file.filename=raw.img driver=qcow2,file.filename=disk.qcow2 new.img => new.img
         convert -n -O raw disk.qcow2 disk.qcow2 raw.img
+        convert -n -O qcow2 -o cluster_size=64k raw.img disk.qcow2 => disk.qcow2
         convert -f qcow2 disk.qcow2 raw.img new.img
         convert raw.img nosuch.img new.img
         convert -l first snap.qcow2 snap.qcow2 new.img

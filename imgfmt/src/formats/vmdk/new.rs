@@ -125,7 +125,7 @@ pub(super) fn flat((start, size): (u64, u64)) -> Planned {
 }
 
 /// The sectors of tables that follow each other.
-fn directory_of(first: u64, tables: u64) -> Vec<u8> {
+pub(super) fn directory_of(first: u64, tables: u64) -> Vec<u8> {
     let sectors = (0..tables).map(|table| first + table * TABLE_SECTORS);
     sectors.flat_map(|sector| (sector as u32).to_le_bytes()).collect()
 }

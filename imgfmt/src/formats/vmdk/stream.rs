@@ -9,13 +9,18 @@
 //! | 0 | 8 | length of what follows, in sectors |
 //! | 8 | 4 | 0: it is not a grain |
 //! | 12 | 4 | 0 the end, 1 a table, 2 the directory, 3 the footer |
+//!
+//! An image without a grain, as `create` makes it, has its directory and all its tables at the
+//! start, without markers. QEMU writes into such images, and takes sector 0 for a grain whose table
+//! is missing; a directory at the end would not be found behind what it appends.
 
 use std::io;
 use std::sync::Arc;
 
 use super::descriptor::SECTOR;
 use super::new::{
-    DESCRIPTOR, GRAIN, Header, SECTORS_MAX, TABLE_GRAINS, descriptor, extent_line, fits,
+    DESCRIPTOR, DESCRIPTOR_SECTORS, GRAIN, Header, SECTORS_MAX, TABLE_GRAINS, descriptor,
+    directory_of, extent_line, fits,
 };
 use super::sparse::{DIRECTORY_AT_END, MARKER_LENGTH};
 use crate::error::{Error, ErrorKind, Result};
@@ -60,7 +65,7 @@ pub(super) fn plan(new: &NewForeign<'_>, size: u64) -> Result<Planned> {
         DATA + count * (GRAIN + SECTOR) + tables_length + directory + 4 * SECTOR
     };
     let begin =
-        move |storage, _, _: fn() -> bool| Ok(Stream::begin(storage, size, header, text)? as _);
+        move |storage, _, _: fn() -> bool| Ok(Stream::begin(storage, size, header, text) as _);
     let (length, begin) = (Box::new(length), Box::new(begin));
     let (in_order, extents) = (InOrder::Always, Vec::new());
     Ok(Planned { size, block_size: GRAIN, length, in_order, extents, begin })
@@ -72,12 +77,13 @@ struct Stream {
     storage: Arc<dyn Storage>,
     size: u64,
     header: Header,
+    descriptor: Vec<u8>,
     written: OrderedMutex<{ rank::NEW_IMAGE }, Written>,
 }
 
 #[derive(Debug)]
 struct Written {
-    /// The length of the file in bytes.
+    /// The length of the file in bytes: 0 until there is a grain, or that none comes is known.
     end: u64,
     /// No grain before this one can be written any more.
     next: u64,
@@ -94,24 +100,28 @@ impl Stream {
     fn begin(
         storage: Arc<dyn Storage>,
         size: u64,
-        mut header: Header,
-        text: Vec<u8>,
-    ) -> Result<Box<Self>> {
-        header.set_places(None, DIRECTORY_AT_END, DATA / SECTOR);
-        let mut start = header.0.clone();
-        start.resize((DESCRIPTOR * SECTOR) as usize, 0);
-        start.extend(text);
-        start.resize(DATA as usize, 0);
-        storage.write_at(HostOffset::new(0), &start, Durability::Cached).map_err(io)?;
+        header: Header,
+        descriptor: Vec<u8>,
+    ) -> Box<Self> {
         let written = Written {
-            end: DATA,
+            end: 0,
             next: 0,
             table: Vec::new(),
             directory: vec![0; size.div_ceil(GRAIN * TABLE_GRAINS) as usize],
             is_finished: false,
             has_failed: false,
         };
-        Ok(Box::new(Self { storage, size, header, written: OrderedMutex::new(written) }))
+        Box::new(Self { storage, size, header, descriptor, written: OrderedMutex::new(written) })
+    }
+
+    /// The header and the descriptor, with the sector of the directory and where grains begin.
+    fn start(&self, directory: u64, data: u64) -> Vec<u8> {
+        let mut header = Header(self.header.0.clone());
+        header.set_places(None, directory, data / SECTOR);
+        let mut start = header.0;
+        start.extend_from_slice(&self.descriptor);
+        start.resize(((DESCRIPTOR + DESCRIPTOR_SECTORS) * SECTOR) as usize, 0);
+        start
     }
 
     /// Writes at the end; returns the sector. After an error, the end is where it was.
@@ -174,13 +184,33 @@ impl Stream {
         }
         self.end_table(&mut written)?;
         let end = written.end;
-        let finished = self.push_end(&mut written);
+        let finished = match end {
+            0 => self.push_empty(&mut written),
+            _ => self.push_end(&mut written),
+        };
         match finished {
             Ok(()) => written.is_finished = true,
             // So that it can be done again.
             Err(_) => written.end = end,
         }
         finished
+    }
+
+    /// Writes an image without grains.
+    fn push_empty(&self, written: &mut Written) -> io::Result<()> {
+        let place = DESCRIPTOR + DESCRIPTOR_SECTORS;
+        let count = written.directory.len() as u64;
+        let tables = place + (count * 4).div_ceil(SECTOR);
+        let data = (tables * SECTOR + count * TABLE_GRAINS * 4).next_multiple_of(GRAIN);
+        let mut start = self.start(place, data);
+        start.extend(directory_of(tables, count));
+        self.push(written, &start)?;
+        let zeroes = vec![0; GRAIN as usize];
+        while written.end < data {
+            let length = (data - written.end).min(GRAIN);
+            self.push(written, &zeroes[..length as usize])?;
+        }
+        Ok(())
     }
 
     /// Writes what is behind the last table.
@@ -205,7 +235,16 @@ impl Stream {
             let detail = "the file would become larger than its format allows";
             return Err(Error::new(ErrorKind::NoSpace, "write to", detail));
         }
-        self.push_grain(&mut written, grain, encoded)
+        let started = match written.end {
+            0 => {
+                let mut start = self.start(DIRECTORY_AT_END, DATA);
+                start.resize(DATA as usize, 0);
+                self.push(&mut written, &start).map(drop)
+            }
+            _ => Ok(()),
+        };
+        started
+            .and_then(|()| self.push_grain(&mut written, grain, encoded))
             .map_err(io)
             .map_err(|error| error.at(offset.bytes()))
     }

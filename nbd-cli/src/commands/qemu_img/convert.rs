@@ -122,6 +122,9 @@ fn check_options(arguments: &Arguments, format: Format) -> Result<(), Refusal> {
     if has(Opt::TargetIsZero) && !has(Opt::NoCreate) {
         return Err(Refusal::new("--target-is-zero requires use of -n flag"));
     }
+    if has(Opt::NoCreate) && has(Opt::Options) {
+        return Err(Refusal::new("-o is for a new image: with -n, the target keeps its options"));
+    }
     if has(Opt::SkipBroken) && !has(Opt::Bitmaps) {
         return Err(Refusal::new("Use of --skip-broken-bitmaps requires --bitmaps"));
     }
