@@ -1,11 +1,12 @@
 //! Changing the size of the disk.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::alloc::allocator::Freed;
+use crate::qcow2::alloc::allocator::{Freed, Reserved};
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::lookup::span;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::snapshot::Snapshot;
+use crate::qcow2::on_disk::words::words_to_bytes;
 use crate::storage::{Speed, ZeroMode};
 use crate::units::HostOffset;
 
@@ -99,15 +100,32 @@ impl Qcow2 {
     /// Writes the L1 table to a new place, and switches to it and to a size of the disk with one
     /// write of the header. The clusters of the old one are freed.
     pub(in crate::qcow2) fn replace_l1(&mut self, l1: Vec<u64>, size: u64) -> Result<()> {
+        let place = self.write_l1(&l1)?;
+        self.switch_l1(place, l1, size)
+    }
+
+    /// Writes an L1 table, and its refcounts, to a new place.
+    pub(in crate::qcow2) fn write_l1(&self, l1: &[u64]) -> Result<Reserved> {
         let geometry = self.geometry();
         let clusters = geometry.clusters_of(l1.len() as u64 * 8);
         let reserved = self.clusters.reserve_exact(clusters, self)?;
-        let mut bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        let mut bytes = words_to_bytes(l1);
         bytes.resize((clusters << geometry.cluster_bits) as usize, 0);
-        // The refcounts and everything that the table points to must be on disk before the header.
         let prepared =
             self.metadata.write(reserved.offset, &bytes).and_then(|()| self.flusher().flush());
-        if let Err(error) = prepared {
+        prepared.inspect_err(|_| self.clusters.release(&[reserved])).map(|()| reserved)
+    }
+
+    /// Switches to an L1 table that is written, and to a size of the disk.
+    pub(in crate::qcow2) fn switch_l1(
+        &mut self,
+        reserved: Reserved,
+        l1: Vec<u64>,
+        size: u64,
+    ) -> Result<()> {
+        let geometry = self.geometry();
+        // The refcounts of everything that the table points to must be on disk before the header.
+        if let Err(error) = self.flusher().flush() {
             self.clusters.release(&[reserved]);
             return Err(error);
         }

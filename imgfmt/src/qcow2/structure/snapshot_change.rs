@@ -1,15 +1,15 @@
 //! Creates, applies and deletes internal snapshots.
 //!
 //! A snapshot is a copy of the L1 table. Everything below it is shared, and the refcounts count
-//! both references. Each change becomes valid by one write of the header. Before that, everything
-//! it points to is on disk; after that, the old structures are freed. A crash in between leaves
-//! leaked clusters, and COPIED bits that contradict the refcounts. The image is marked as dirty
-//! meanwhile, so that the next open repairs it.
+//! both references. Each change takes its space first, and becomes valid by one write of the
+//! header. Before that, everything it points to is on disk; after that, the old structures are
+//! freed. A crash in between leaves leaked clusters, and COPIED bits that contradict the refcounts.
+//! The image is marked as dirty meanwhile, so that the next open repairs it.
 
 use std::time::SystemTime;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::alloc::allocator::Freed;
+use crate::qcow2::alloc::allocator::{Freed, Reserved};
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::lookup::span;
 use crate::qcow2::on_disk::header::field;
@@ -40,14 +40,15 @@ impl Qcow2 {
         }
         let ids = snapshots.iter().filter_map(|snapshot| snapshot.id.parse::<u64>().ok());
         let id = ids.max().unwrap_or(0).saturating_add(1).to_string();
-        self.while_dirty(|image| image.add_snapshot(snapshots, id, name))
+        self.add_snapshot(snapshots, id, name)
     }
 
+    /// Space is taken before any refcount changes: on a full disk nothing has happened.
     fn add_snapshot(&mut self, mut snapshots: Vec<Snapshot>, id: String, name: &str) -> Result<()> {
-        let l1 = self.mapping.l1_words();
-        self.mapping.add_references(&l1)?;
-        let l1: Vec<u64> = l1.iter().map(|entry| entry & OFFSET_MASK).collect();
-        let l1_offset = self.clusters.write_new(&words_to_bytes(&l1), self)?;
+        let active = self.mapping.l1_words();
+        let l1: Vec<u64> = active.iter().map(|entry| entry & OFFSET_MASK).collect();
+        let l1_bytes = words_to_bytes(&l1);
+        let l1_offset = self.clusters.write_new(&l1_bytes, self)?;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let mut extra = vec![0; 8];
         extra.extend(self.size.to_be_bytes());
@@ -65,8 +66,23 @@ impl Qcow2 {
             l1_entries: l1.len() as u32,
             extra,
         });
-        self.update_flags()?;
-        self.replace_snapshots(&snapshots)
+        let l1_length = l1_bytes.len().max(1) as u64;
+        let table = match self.write_table(&snapshots) {
+            Ok(table) => table,
+            Err(error) => {
+                self.clusters.free_place(l1_offset, l1_length)?;
+                return Err(error);
+            }
+        };
+        self.while_dirty(|image| {
+            if let Err(error) = image.mapping.add_references(&active) {
+                image.clusters.free_place(l1_offset, l1_length)?;
+                image.clusters.free_place(table, snapshot::table_length(&snapshots))?;
+                return Err(error);
+            }
+            image.update_flags()?;
+            image.switch_to_table(table, &snapshots)
+        })
     }
 
     /// Restores the disk from the snapshot. The present state is lost.
@@ -81,21 +97,29 @@ impl Qcow2 {
         let is_resized = snapshot.disk_size != self.size;
         if is_resized {
             refuse_unknown_sizes(self.mapping.format.version, &snapshots)?;
+        }
+        self.mapping.refuse_bad_behind(GuestOffset::new(0))?;
+        let mut copy: Vec<u64> = l1.iter().map(|entry| entry & OFFSET_MASK).collect();
+        copy.resize(l1.len().max(self.mapping.l1_len()), 0);
+        // Space is taken before any refcount changes: on a full disk nothing has happened.
+        let place = self.write_l1(&copy)?;
+        if is_resized {
             self.bitmaps.note_size(snapshot.disk_size);
             self.bitmaps.before_resize(self)?;
         }
-        self.while_dirty(|image| image.apply_l1(l1, snapshot.disk_size))?;
+        self.while_dirty(|image| image.apply_l1(&l1, place, copy, snapshot.disk_size))?;
         if is_resized { self.bitmaps.store_resized(self) } else { Ok(()) }
     }
 
-    /// Switches the disk to an L1 table and to `size` bytes, with one write of the header.
-    fn apply_l1(&mut self, mut l1: Vec<u64>, size: u64) -> Result<()> {
+    /// Switches the disk to a copy of a snapshot's L1 table and to `size` bytes, with one write of
+    /// the header.
+    fn apply_l1(&mut self, l1: &[u64], place: Reserved, copy: Vec<u64>, size: u64) -> Result<()> {
         let old = self.mapping.l1_words();
-        self.mapping.refuse_bad_behind(GuestOffset::new(0))?;
-        self.mapping.add_references(&l1)?;
-        l1.resize(l1.len().max(old.len()), 0);
-        l1.iter_mut().for_each(|entry| *entry &= OFFSET_MASK);
-        let replaced = self.replace_l1(l1, size);
+        if let Err(error) = self.mapping.add_references(l1) {
+            self.clusters.release(&[place]);
+            return Err(error);
+        }
+        let replaced = self.switch_l1(place, copy, size);
         self.mapping.forget_tables(self.size);
         replaced?;
         self.mapping.remove_references(&old)?;
@@ -176,11 +200,25 @@ impl Qcow2 {
 
     /// Writes a new snapshot table and switches to it.
     fn replace_snapshots(&mut self, snapshots: &[Snapshot]) -> Result<()> {
+        let offset = self.write_table(snapshots)?;
+        self.switch_to_table(offset, snapshots)
+    }
+
+    /// Writes a snapshot table and its refcounts, and returns its place.
+    fn write_table(&mut self, snapshots: &[Snapshot]) -> Result<HostOffset> {
         let bytes = snapshot::encode_table(snapshots);
         let offset = match bytes.is_empty() {
             true => HostOffset::new(0),
             false => self.clusters.write_new(&bytes, self)?,
         };
+        if let Err(error) = self.flusher().flush() {
+            self.clusters.free_place(offset, bytes.len() as u64)?;
+            return Err(error);
+        }
+        Ok(offset)
+    }
+
+    fn switch_to_table(&mut self, offset: HostOffset, snapshots: &[Snapshot]) -> Result<()> {
         self.flusher().flush()?;
         let old = (
             self.metadata.header().snapshots_offset,
