@@ -25,6 +25,7 @@ use nbd_jobs::monitor::{Monitor, MonitorError, RunningMonitor};
 use nbd_jobs::opening::open_within;
 use nbd_jobs::size::ByteSize;
 use nbd_jobs::tasks;
+use nbd_server::export::is_an_image_not_closed;
 use nbd_server::tls::TlsMode;
 use nbd_server::{Server, ServerConfig};
 
@@ -63,7 +64,12 @@ pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
     }
     // Dropped after the runtime, whose tasks may hold images.
     let mut guard = None;
-    tasks::block_on(&runtime()?, serve(args, &mut guard))
+    let outcome = tasks::block_on(&runtime()?, serve(args, &mut guard))?;
+    // The log says why. A status of a command that says more stays.
+    Ok(match outcome {
+        Outcome::Success if is_an_image_not_closed() => Outcome::Status(1),
+        outcome => outcome,
+    })
 }
 
 /// Serves. The value in `guard` has to be dropped after everything that is open.

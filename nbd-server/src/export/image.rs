@@ -4,6 +4,7 @@ mod computing;
 mod fast;
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 use imgfmt::{Access, ErrorKind, ExtentKind, GuestOffset, GuestRange, Image};
@@ -20,6 +21,16 @@ use crate::log_limit::may_warn;
 
 /// Maximum number of queries for extents to answer one block status request.
 const STEPS_MAX: usize = 4;
+
+/// Images are closed where they are used last, which may be anywhere.
+static NOT_CLOSED: AtomicBool = AtomicBool::new(false);
+
+/// Whether closing an image has failed in this process: something of it, such as its bitmaps, was
+/// not stored. The log says which one, and why.
+#[must_use]
+pub fn is_an_image_not_closed() -> bool {
+    NOT_CLOSED.load(Ordering::Acquire)
+}
 
 /// A disk image as an export.
 #[derive(Debug)]
@@ -183,6 +194,7 @@ impl Drop for ImageExport {
     fn drop(&mut self) {
         if let Err(error) = self.image.close_in_place() {
             tracing::error!(%error, "an image could not be closed properly");
+            NOT_CLOSED.store(true, Ordering::Release);
         }
     }
 }
