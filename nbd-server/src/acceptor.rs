@@ -78,10 +78,12 @@ impl Acceptor {
                 }
                 Err(error) if is_of_the_client(&error) => tracing::debug!(%error, "accept"),
                 Err(error) => {
-                    tracing::warn!(
-                        error = system_words(&error),
-                        "cannot accept a client; trying again"
-                    );
+                    if may_warn() {
+                        tracing::warn!(
+                            error = system_words(&error),
+                            "cannot accept a client; trying again"
+                        );
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }

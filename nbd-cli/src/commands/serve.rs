@@ -50,7 +50,7 @@ use crate::logging;
 use crate::output::warn;
 use crate::serving::background::{self, Role};
 pub use crate::serving::{Aio, BitmapDurability, CacheMode, DetectZeroes, Discard, FilterArgs};
-use crate::serving::{PidFile, runtime, service_manager};
+use crate::serving::{PidFile, allow_descriptors, runtime, service_manager};
 use crate::signals::{self, EndSignals, Hangup};
 
 pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
@@ -170,6 +170,7 @@ impl Setup {
             let served = serve_while_running(server, args.drain_timeout, captive, signals);
             return served.await.map(Served::Ended);
         }
+        allow_descriptors();
         let pid_file = started(args, origin, || announce(&bound, &names, tls)).await?;
         *guard = None;
         logging::include_warnings();

@@ -1,6 +1,7 @@
 //! Common parts of the serving front ends: values of options, and serving until a signal.
 
 pub(crate) mod background;
+mod descriptors;
 mod device;
 mod durability;
 mod filter_args;
@@ -15,6 +16,7 @@ use nbd_jobs::serving::{ServeOptions, Writes};
 use nbd_jobs::tasks;
 use nbd_server::{ServeError, Server};
 
+pub(crate) use self::descriptors::allow_descriptors;
 pub(crate) use self::device::keep_device;
 pub use self::durability::BitmapDurability;
 pub use self::filter_args::{Aio, CacheMode, DetectZeroes, Discard, FilterArgs};

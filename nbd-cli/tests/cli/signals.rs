@@ -1,8 +1,10 @@
 //! Signals that are not meant for the program, and limits that come as signals.
 
 use std::io::Read as _;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -169,6 +171,23 @@ fn qemu_nbd_ends_on_sighup_as_qemus_does_and_passes_over_what_means_nothing() {
         assert_eq!(server.wait().expect("a child").code(), Some(0), "{last:?}");
         assert!(!Path::new(&socket).exists(), "{last:?}");
     }
+}
+
+#[test]
+fn a_low_limit_of_open_files_does_not_limit_the_connections() {
+    let directory = Disk::sparse();
+    let server = serve_after("ulimit -Sn 32", &directory, &["memory:1M"]);
+    let clients: Vec<_> = (0..64)
+        .map(|_| {
+            let mut client = UnixStream::connect(server.socket()).expect("a connection");
+            client.set_read_timeout(Some(Duration::from_secs(60))).expect("a time limit");
+            let mut greeting = [0; 18];
+            client.read_exact(&mut greeting).expect("the greeting");
+            client
+        })
+        .collect();
+    drop(clients);
+    server.end();
 }
 
 #[test]

@@ -11,7 +11,9 @@ use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
 use super::daemon::{self, Role};
 use super::refusal::Refusal;
 use super::source;
-use crate::serving::{Aio, PidFile, runtime, serve_error, serve_until_signal, service_manager};
+use crate::serving::{
+    Aio, PidFile, allow_descriptors, runtime, serve_error, serve_until_signal, service_manager,
+};
 use crate::signals::{EndSignals, Hangup};
 
 pub(super) fn run(options: &Options, role: Role) -> Result<(), Refusal> {
@@ -41,6 +43,7 @@ async fn listen(
     let signals = EndSignals::new(Hangup::Ends)?;
     let mut config = config(options);
     config.tls = options.server_tls()?;
+    allow_descriptors();
     let mut server = Server::new(config, registry);
     // As in qemu-nbd: clients can connect from here on, and wait for their greeting.
     server.listen(&address(options)?).await.map_err(serve_error)?;
