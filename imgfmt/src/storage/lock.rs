@@ -13,6 +13,8 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::Path;
 
+use super::FileIdentity;
+use super::writers::writes_to;
 use crate::access::{Access, Locking};
 use crate::error::{Error, ErrorKind, Result, is_not_supported};
 use crate::sys;
@@ -29,15 +31,16 @@ const RESIZE: u64 = 3;
 enum LockOutcome {
     /// The locks are held until the file is closed.
     Taken,
-    /// Another process writes the file.
+    /// Another program, or another image of this process, writes the file.
     HeldByWriter,
     /// Another process does not tolerate this use of the file.
     NotShared,
 }
 
-/// Locks the file; false if its file system has no locks and `locking` does not require them.
+/// Locks the file of this identity; false if its file system has no locks and `locking` does
+/// not require them.
 pub(super) fn lock_file(
-    file: &File,
+    (file, identity): (&File, FileIdentity),
     path: &Path,
     access: Access,
     locking: Locking,
@@ -55,10 +58,16 @@ pub(super) fn lock_file(
     match outcome {
         Ok(LockOutcome::Taken) => Ok(true),
         Ok(LockOutcome::HeldByWriter) => {
-            let error = busy(
-                "another program (a virtual machine, qemu-nbd, another export?) has it open for \
-                 writing; stop it first",
-            );
+            let error = busy(match writes_to(identity) {
+                true => {
+                    "this process has it open for writing already, as another export perhaps; \
+                     close it first"
+                }
+                false => {
+                    "another program (a virtual machine, qemu-nbd, another export?) has it open \
+                     for writing; stop it first"
+                }
+            });
             match access {
                 Access::ReadOnly => error.map_err(Error::but_could_be_shared),
                 Access::ReadWrite => error,

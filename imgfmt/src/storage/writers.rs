@@ -35,6 +35,11 @@ impl OnlyWriter {
     }
 }
 
+/// Returns whether this process writes to the file.
+pub(super) fn writes_to(file: FileIdentity) -> bool {
+    WRITTEN.lock().contains(&(file.device, file.inode))
+}
+
 impl Drop for OnlyWriter {
     fn drop(&mut self) {
         WRITTEN.lock().remove(&(self.0, self.1));

@@ -39,7 +39,8 @@ fn two_of_us_may_read_but_nobody_may_write_meanwhile() {
     for access in [Access::ReadOnly, Access::ReadWrite] {
         let error = Image::open(file.path(), &options(access)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Busy);
-        assert!(error.to_string().contains(text(file.path())), "{error}");
+        let said = error.to_string();
+        assert!(said.contains(text(file.path())) && said.contains("this process has"), "{said}");
     }
     let unlocked = options(Access::ReadOnly).locking(Locking::Off);
     Image::open(file.path(), &unlocked).unwrap();

@@ -99,9 +99,10 @@ impl FileStorage {
         let metadata = file.metadata().map_err(open_error(path))?;
         refuse_what_is_no_image(path, metadata.file_type())?;
         clear_non_blocking(&file).map_err(open_error(path))?;
-        let lacks_locks = !lock_file(&file, path, access, locking)?;
+        let identity = identity_from(&metadata);
+        let lacks_locks = !lock_file((&file, identity), path, access, locking)?;
         // After the locks, whose refusal says more about other programs.
-        let only_writer = OnlyWriter::of(identity_from(&metadata), path, access)?;
+        let only_writer = OnlyWriter::of(identity, path, access)?;
         let mut storage = Self::from_file(file, &metadata);
         storage.only_writer = only_writer;
         storage.lacks_locks = lacks_locks;
