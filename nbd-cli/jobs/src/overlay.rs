@@ -1,11 +1,11 @@
 //! Commits overlays into their backing files, gives them other ones, and copies these into them.
 
 use std::ffi::OsStr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use imgfmt::jobs::{self, Clusters, JobErrorKind as Kind, Streamed, ToStream};
 use imgfmt::storage::FileStorage;
-use imgfmt::{Access, Format, Image, Locking, OpenOptions};
+use imgfmt::{Access, BackingFile, Format, Image, Locking, NameTarget, OpenOptions};
 
 use crate::error::{JobError, JobErrorKind};
 use crate::image_location::ImageLocation;
@@ -65,8 +65,18 @@ pub fn commit_overlay(
         let why = "an overlay can only be emptied if its backing file gets its contents";
         return Err(JobError::invalid(why));
     }
-    let mut for_backing = options.clone().access(Access::ReadWrite);
-    for_backing.format = format;
+    let (mut for_backing, given) = options_below(options, depth - 1)?;
+    for_backing.access = Access::ReadWrite;
+    for_backing.format = for_backing.format.or(format);
+    // The overlay would show what the other file does not have.
+    if let Some(given) = given
+        && given.canonicalize().ok() != location.path().canonicalize().ok()
+    {
+        let (given, named) = (given.display(), location.name());
+        return Err(JobError::invalid(format!(
+            "cannot commit into '{given}': the overlay names '{named}'; rebase it first"
+        )));
+    }
     let mut backing = location.open(&for_backing, remotes)?;
     jobs::commit(&overlay, &mut backing, depth, &context.for_images()).map_err(
         |error| match error.kind() {
@@ -111,6 +121,38 @@ fn backing_of(path: &Path, overlay: &Image) -> Result<LayerBelow, JobError> {
     // The chain could be opened, so any other name is one of a raw image.
     let format = format.map(|name| Format::from_name(&name).unwrap_or(Format::Raw));
     Ok((ImageLocation::File(path.to_owned()).beside(&name)?, format, 2))
+}
+
+/// Returns the options of the layer that is `steps` below the one that `options` open, and its file
+/// if they give one. They have no format where the options say nothing of that layer.
+fn options_below(
+    options: &OpenOptions,
+    steps: u32,
+) -> Result<(OpenOptions, Option<PathBuf>), JobError> {
+    let mut options = options.clone();
+    let mut file = None;
+    for _ in 0..steps {
+        options.format = None;
+        let BackingFile::Given(given) = std::mem::take(&mut options.backing) else {
+            return Ok((options, None));
+        };
+        file = match given.target {
+            None => None,
+            Some(NameTarget::File(path)) => Some(path),
+            Some(_) => {
+                let why = "a commit writes into the backing file that the overlay names, and into \
+                           no other";
+                return Err(JobError::invalid(why));
+            }
+        };
+        options.format = given.format;
+        options.locking = given.locking.unwrap_or(options.locking);
+        options.cache = given.cache.unwrap_or(options.cache);
+        options.metadata_cache_bytes = given.metadata_cache_bytes.or(options.metadata_cache_bytes);
+        options.encryption = given.encryption;
+        options.backing = given.backing;
+    }
+    Ok((options, file))
 }
 
 /// A layer to be written into: what it is, its format, and its depth.
@@ -268,7 +310,7 @@ fn opening(error: imgfmt::Error) -> JobError {
 
 #[cfg(test)]
 mod tests {
-    use imgfmt::{CreateOptions, Durability, GuestOffset};
+    use imgfmt::{BackingOptions, CreateOptions, Durability, GuestOffset};
 
     use super::*;
 
@@ -296,5 +338,30 @@ mod tests {
         assert_eq!(std::fs::read(&base).unwrap(), vec![1; 1 << 20]);
         let (base, kept) = ((&*base, CommitBase::Backing), Committed::Kept);
         assert!(commit_overlay(base.0, base.1, &options, kept, &remotes, &context).is_err());
+    }
+
+    #[test]
+    fn an_overlay_is_committed_into_the_file_that_it_names_and_no_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let [base, other, top] = ["base", "other", "top"].map(|name| directory.path().join(name));
+        for (file, byte) in [(&base, 1), (&other, 2)] {
+            std::fs::write(file, vec![byte; 1 << 20]).unwrap();
+        }
+        let image = Image::create(&top, &CreateOptions::overlay("base", Format::Raw)).unwrap();
+        image.write_at(GuestOffset::new(0), &[3; 1 << 20], Durability::Cached).unwrap();
+        image.close().unwrap();
+        let commit = |given: &Path| {
+            let mut below = BackingOptions::default();
+            below.target = Some(NameTarget::File(given.to_owned()));
+            let options = OpenOptions::new().backing(BackingFile::Given(Box::new(below)));
+            let (emptied, backing) = (Committed::Emptied, CommitBase::Backing);
+            let (remotes, context) = (Remotes::default(), JobContext::default());
+            commit_overlay(&top, backing, &options, emptied, &remotes, &context)
+        };
+        let refused = commit(&other).unwrap_err().to_string();
+        assert!(refused.contains("rebase it first"), "{refused}");
+        assert_eq!(std::fs::read(&other).unwrap(), vec![2; 1 << 20]);
+        commit(&base).unwrap();
+        assert_eq!(std::fs::read(&base).unwrap(), vec![3; 1 << 20]);
     }
 }

@@ -44,6 +44,10 @@ fn encrypted_images_are_opened_with_their_secrets_alike() {
         convert -n WRONG --target-image-opts raw.img TOQCOW2
         convert -n SECRET -O luks raw.img a.luks
         compare SECRET JSON disk.qcow2
+        rebase -u -b locked.qcow2 -F qcow2 top.qcow2 ; commit SECRET --image-opts TOP,backing.driver=qcow2,backing.encrypt.key-secret=s ; convert SECRET QCOW2 -O raw new.img => new.img
+        rebase -u -b locked.qcow2 -F qcow2 top.qcow2 ; commit --image-opts TOP,backing.driver=qcow2
+        commit --image-opts TOP,backing.driver=qcow2 => top.qcow2 disk.qcow2
+        commit -d --image-opts TOP,backing.driver=qcow2,backing.file.filename=disk.qcow2 => top.qcow2 disk.qcow2
         map SECRET --image-opts driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.filename=locked.qcow2
         map SECRET --image-opts driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.filename=disk.qcow2
         map --image-opts driver=qcow2,encrypt.format=luks,file.filename=disk.qcow2
@@ -65,6 +69,7 @@ fn encrypted_images_are_opened_with_their_secrets_alike() {
         ("WRONG", "--object secret,id=s,data=y"),
         ("TOLUKS", LUKS.trim_start_matches("--image-opts ")),
         ("TOQCOW2", QCOW2.trim_start_matches("--image-opts ")),
+        ("TOP", "driver=qcow2,file.filename=top.qcow2"),
         ("LUKS", LUKS),
         ("QCOW2", QCOW2),
         ("JSON", JSON),
