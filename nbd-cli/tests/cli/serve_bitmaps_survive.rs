@@ -126,7 +126,7 @@ fn bits_that_others_may_have_written_are_not_recovered() {
 }
 
 #[test]
-fn a_server_says_that_bitmaps_could_not_be_stored_at_its_end() {
+fn a_server_says_that_bitmaps_could_not_be_stored_at_its_end_and_fails() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", prlimit = "prlimit");
     let disk = Disk::sparse();
     let image = disk.blank("disk.qcow2", 0);
@@ -140,9 +140,10 @@ fn a_server_says_that_bitmaps_could_not_be_stored_at_its_end() {
     command.arg(format!("--fsize={length}:")).arg(PROGRAM).args(["serve", "--socket", &socket]);
     command.args(["--format", "qcow2", &image]);
     command.stderr(std::fs::File::create(&said).expect("room"));
-    let server = Server::start(&mut command, socket.into());
+    let mut server = Server::start(&mut command, socket.into());
     peer(&qemu_io, &["-f", "raw", "-c", "write -P 7 0 64k", server.uri()]);
-    server.end();
+    server.signal(Signal::TERM);
+    assert_eq!(server.wait().code(), Some(1));
     let said = std::fs::read_to_string(said).expect("text");
     assert!(said.contains("could not be closed properly"), "{said}");
     assert!(said.contains("no space") || said.contains("larger"), "{said}");

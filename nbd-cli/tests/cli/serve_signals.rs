@@ -3,7 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 
-use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
+use rustix::process::Signal;
 
 use crate::support::{Disk, Server, nbd_cli};
 
@@ -26,26 +26,6 @@ fn what_was_written_before_the_end_is_in_the_image() {
     nbd_cli(&["copy", disk.path(), server.uri()]).success();
     server.end();
     disk.assert_equals(&image);
-}
-
-/// A service manager sees it: nothing else does, if nobody reads the log.
-#[test]
-fn bitmaps_that_find_no_space_at_the_end_give_status_1() {
-    let disk = Disk::sparse();
-    let image = disk.blank("disk.qcow2", 0);
-    std::fs::remove_file(&image).expect("a file");
-    nbd_cli(&["image", "create", "-f", "qcow2", &image, "64M"]).success();
-    nbd_cli(&["bitmap", "add", &image, "daily"]).success();
-    let mut server = Server::ours(&["--format", "qcow2", &image]);
-    nbd_cli(&["copy", disk.path(), server.uri()]).success();
-    let length = std::fs::metadata(&image).expect("a file").len();
-    let process = Some(Pid::from_raw(server.pid().cast_signed()).expect("a number"));
-    let limit = |current| Rlimit { current, maximum: None };
-    prlimit(process, Resource::Fsize, limit(Some(length))).expect("our own process");
-    server.signal(Signal::TERM);
-    assert_eq!(server.wait().code(), Some(1));
-    Server::ours(&["--format", "qcow2", &image]).end();
-    assert!(nbd_cli(&["bitmap", "list", &image]).success().contains("daily"));
 }
 
 #[test]
