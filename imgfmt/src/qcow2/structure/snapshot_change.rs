@@ -105,7 +105,10 @@ impl Qcow2 {
         let place = self.write_l1(&copy)?;
         if is_resized {
             self.bitmaps.note_size(snapshot.disk_size);
-            self.bitmaps.before_resize(self)?;
+            if let Err(error) = self.bitmaps.before_resize(self) {
+                self.clusters.release(&[place]);
+                return Err(error);
+            }
         }
         self.while_dirty(|image| image.apply_l1(&l1, place, copy, snapshot.disk_size))?;
         if is_resized { self.bitmaps.store_resized(self) } else { Ok(()) }
