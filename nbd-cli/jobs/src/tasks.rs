@@ -30,8 +30,8 @@ pub fn spawn<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static
     tokio::spawn(boxed(future))
 }
 
-/// Runs futures beside each other in this task, and passes each result to `each` as it comes. One
-/// that waits keeps no other from going on.
+/// Runs futures beside each other in this task, and passes each result to `each` when its future
+/// ends. One that waits keeps no other from going on.
 ///
 /// # Cancel safety
 ///

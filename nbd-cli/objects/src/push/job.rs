@@ -210,7 +210,7 @@ impl Job {
                         _ => Err(Failed::NoUpload),
                     };
                 }
-                // Once: then there is no condition.
+                // At most once: the next request has no condition.
                 Err(error) if target.completion.is_unusable(&error) => {
                     target.completion.clear();
                     tracing::info!(

@@ -53,7 +53,7 @@ impl Target {
     }
 }
 
-/// An object that is there.
+/// An object that exists.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Found {
     pub(super) size: u64,
