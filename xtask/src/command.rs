@@ -32,6 +32,11 @@ pub(crate) fn cargo() -> Command {
             command.env_remove(&name);
         }
     }
+    if env::var_os("CARGO_INCREMENTAL").is_none() {
+        // What a step compiles is seldom compiled a second time, and the caches of incremental
+        // compilation would take more space than everything else.
+        command.env("CARGO_INCREMENTAL", "0");
+    }
     command
 }
 
