@@ -1,6 +1,6 @@
 //! Reads big-endian fields from slices; no input causes a panic.
 
-use crate::ProtocolError;
+use crate::error::ProtocolError;
 use crate::limits::MAX_STRING_LEN;
 
 /// Reads fields from the front of a slice. Every method returns `None` if too few bytes are left.

@@ -2,9 +2,8 @@
 
 use std::sync::{Arc, OnceLock};
 
-use crate::ExportRegistry;
 use crate::clients::{ClientCount, Clients, ConnectedClient};
-use crate::export::ExportEntry;
+use crate::export::{ExportEntry, ExportRegistry};
 use crate::overview::{Gauges, ServerStatistics};
 
 /// The treatment of clients that use an export to be removed.

@@ -7,7 +7,7 @@ use std::future::Future;
 use std::io;
 use std::time::Duration;
 
-use crate::ServeError;
+use crate::error::ServeError;
 
 /// The first pause between attempts; each is twice the one before. They sum up to about a second.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);

@@ -11,12 +11,12 @@ use rustix::net::sockopt;
 use tokio::net::{TcpListener, UnixListener};
 
 use crate::connection::Socket;
-use crate::error::system_words;
+use crate::error::{ServeError, system_words};
 use crate::handover::take_over;
 use crate::listen_address::{BoundAddress, ListenAddress};
 use crate::paused::{ListenerOrigin, PausedListener};
 use crate::socket_file::SocketFile;
-use crate::{ServeError, sys};
+use crate::sys;
 
 /// The time without data from a client before the first probe of its host.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);

@@ -6,10 +6,10 @@ use std::time::SystemTime;
 
 use tokio::sync::Semaphore;
 
-use crate::ExportRegistry;
 use crate::budget::Budget;
 use crate::clients::{ClientStatistics, Clients};
 use crate::connection::Shared;
+use crate::export::ExportRegistry;
 use crate::scheduler::Scheduler;
 use crate::statistics::ExportStatistics;
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nbd_proto::transmission::SavedConnection;
 
-use crate::ServeError;
+use crate::error::ServeError;
 use crate::export::{Export, ExportEntry, ExportRegistry};
 
 /// The state of a [paused](crate::RunningServer::pause) server, for a server that

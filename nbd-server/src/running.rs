@@ -9,10 +9,13 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::connection::Socket;
+use crate::error::ServeError;
+use crate::handle::ServerHandle;
+use crate::listen_address::BoundAddress;
 use crate::listener::prepare_tcp;
+use crate::overview::ServerStatistics;
 use crate::paused::Paused;
 use crate::worker::Accepted;
-use crate::{BoundAddress, ServeError, ServerHandle, ServerStatistics};
 
 /// A connected stream for [`RunningServer::serve_connection`].
 #[derive(Debug)]

@@ -9,23 +9,24 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::acceptor::{Acceptor, MOST_UNGREETED};
-use crate::access::Access;
+use crate::access::{Access, Refusal};
 use crate::budget::Budget;
+use crate::client::ClientInfo;
 use crate::clients::Clients;
+use crate::config::ServerConfig;
 use crate::connection::{Pauses, Shared, Slots};
+use crate::error::ServeError;
 use crate::export::{ExportEntry, ExportRegistry};
 use crate::handle::ServerHandle;
+use crate::listen_address::{BoundAddress, ListenAddress};
 use crate::listener::Listener;
 use crate::overview::Gauges;
 use crate::paused::{Continued, PausedConnection, PausedListener, Resting, Terms};
-use crate::running::{Door, Ending};
+use crate::running::{Door, Ending, RunningServer};
 use crate::scheduler::Scheduler;
 use crate::serving::Serving;
 use crate::shutdown::ShutdownTrigger;
 use crate::worker::Workers;
-use crate::{
-    BoundAddress, ClientInfo, ListenAddress, Refusal, RunningServer, ServeError, ServerConfig,
-};
 
 /// Memory for the buffers of busy connections, in bytes. Connections without a share use small
 /// buffers.

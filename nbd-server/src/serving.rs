@@ -8,15 +8,15 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinSet;
 
 use crate::access::Access;
+use crate::config::ServerConfig;
 use crate::connection::Socket;
-use crate::error::system_words;
+use crate::error::{ServeError, system_words};
 use crate::export::{Export, ExportRegistry};
 use crate::listener::Listener;
 use crate::paused::{Continued, Paused, PausedListener, Resting};
 use crate::running::Ending;
 use crate::shutdown::{Phase, ShutdownTrigger};
 use crate::worker::{Accepted, Workers};
-use crate::{ServeError, ServerConfig};
 
 /// A server that accepts clients.
 pub(crate) struct Serving {

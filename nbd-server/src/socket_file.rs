@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use tokio::net::UnixListener;
 
-use crate::ServeError;
 use crate::error::SOCKET_PATH_MAX;
+use crate::error::ServeError;
 
 /// The file of a unix socket that this server created. It is removed on drop, if it is still the
 /// same file.

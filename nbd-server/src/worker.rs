@@ -12,10 +12,9 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinSet;
 use tracing::Instrument;
 
-use crate::ServeError;
 use crate::client;
 use crate::connection::{self, Newcomer, Shared, Socket, Thread};
-use crate::error::system_words;
+use crate::error::{ServeError, system_words};
 use crate::paused::Continued;
 use crate::ring::RingHandle;
 use crate::shutdown::Shutdown;

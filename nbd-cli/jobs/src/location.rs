@@ -7,7 +7,7 @@ use std::str::FromStr;
 use imgfmt::{Access, CacheMode, Format, Locking};
 use nbd_proto::NbdUri;
 
-use crate::JobError;
+use crate::error::JobError;
 use crate::object::ObjectUrl;
 use crate::qemu_name::{
     BackingInName, DriverSettings, FILE_PREFIX, NameInImage, from_json, from_name, json_in,

@@ -11,6 +11,7 @@ use imgfmt::{
 use nbd_client::ZeroMode;
 use nbd_proto::wire::TransmissionFlags;
 
+use crate::connect::ConnectOptions;
 use crate::copy::again;
 use crate::copy::destination::{Background, Destination};
 use crate::copy::job::{Job, Settings, ZeroPolicy};
@@ -19,10 +20,12 @@ use crate::copy::source::Source;
 use crate::copy::sum::{OfLayers, Sum};
 use crate::copy::verify::Verification;
 use crate::copy::{Knowledge, check_concurrency};
+use crate::error::{JobError, JobErrorKind};
 use crate::layers::{self, Checked};
+use crate::location::Location;
+use crate::observer::JobContext;
 use crate::target::{self, Durable, Existing, NewFile, device};
 use crate::tasks;
-use crate::{ConnectOptions, JobContext, JobError, JobErrorKind, Location};
 
 /// Size of a request, in bytes.
 const REQUEST_SIZE: u64 = 512 << 10;

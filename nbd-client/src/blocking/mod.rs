@@ -56,6 +56,7 @@ use nbd_proto::handshake::ListedExport;
 use nbd_proto::transmission::{Durability, ExtentLimit, Speed, ZeroMode};
 use nbd_proto::wire::{BlockDescriptor, MetaContextName, ReplyMode};
 
+use crate::client;
 use crate::connector::Connector;
 use crate::error::Result;
 use crate::extents::{Extent, ExtentStream};
@@ -81,7 +82,7 @@ use wait::{Driver, run};
 /// is used.
 #[derive(Debug, Clone)]
 pub struct Client {
-    client: crate::Client,
+    client: client::Client,
     interrupter: Interrupter,
     /// Ends the thread after the last clone.
     driver: Arc<Driver>,
@@ -113,7 +114,7 @@ impl Client {
     /// Returns the client of asynchronous tasks over the same connections. They end with this
     /// client.
     #[must_use]
-    pub const fn asynchronous(&self) -> &crate::Client {
+    pub const fn asynchronous(&self) -> &client::Client {
         &self.client
     }
 

@@ -13,7 +13,7 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{oneshot, watch};
 use tokio::task::unconstrained;
 
-use crate::Client;
+use crate::client::Client;
 use crate::connector::Connector;
 use crate::error::{Error, Result};
 

@@ -12,12 +12,12 @@ pub use super::event::{Event, ServerError};
 use super::in_flight::InFlight;
 use super::pending::{Kind, Pending};
 use super::{Command, Durability, ExtentLimit, Fragmentation, Speed, ZeroMode};
+use crate::error::{ApiMisuse, ProtocolError};
 use crate::handshake::Negotiated;
 use crate::wire::{
     ChunkHeader, CommandFlags, Cookie, Errno, MetaContextId, ReplyFlags, ReplyMode, ReplyType,
     RequestHeader, SimpleReplyHeader, TransmissionFlags, magic,
 };
-use crate::{ApiMisuse, ProtocolError};
 
 /// Bytes that were received, in one piece.
 pub trait Input: Buf + Deref<Target = [u8]> {}

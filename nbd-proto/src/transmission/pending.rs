@@ -3,8 +3,8 @@
 use super::ExtentLimit;
 use super::coverage::Coverage;
 use super::event::{Event, ServerError};
-use crate::ProtocolError;
 use crate::codec::Reader;
+use crate::error::ProtocolError;
 use crate::limits::{
     MAX_CHUNKS_PER_READ, MAX_DESCRIPTORS_RECEIVED, MAX_ERROR_CHUNKS, MAX_ERROR_CHUNKS_LEN,
     MAX_GAPS_PER_READ, MAX_UNKNOWN_CHUNK_LEN,

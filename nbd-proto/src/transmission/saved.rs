@@ -11,8 +11,8 @@
 
 use bytes::BufMut;
 
-use crate::ProtocolError;
 use crate::codec::{Reader, protocol_string};
+use crate::error::ProtocolError;
 use crate::handshake::Negotiated;
 use crate::limits::{
     MAX_DISCARDED_PAYLOAD, MAX_EXPORT_SIZE, MAX_META_CONTEXTS, MAX_SAVED_RECEIVED_LEN,

@@ -6,8 +6,8 @@
 use super::{
     Command, Durability, ExtentLimit, Fragmentation, Request, RequestTag, Speed, ZeroMode,
 };
-use crate::ProtocolError;
 use crate::codec::Reader;
+use crate::error::ProtocolError;
 use crate::handshake::Negotiated;
 use crate::limits::{MAX_DISCARDED_PAYLOAD, MAX_META_CONTEXTS};
 use crate::wire::{

@@ -1,6 +1,6 @@
 //! Information items of INFO and GO (section "Option types", NBD_OPT_INFO).
 
-use crate::ProtocolError;
+use crate::error::ProtocolError;
 use crate::limits::{DEFAULT_PREFERRED_BLOCK_SIZE, MAX_MINIMUM_BLOCK_SIZE, MAX_PAYLOAD};
 
 open_enum! {

@@ -1,7 +1,7 @@
 //! Names, queries and identifiers of metadata contexts (section "Metadata querying").
 
-use crate::ProtocolError;
 use crate::codec::protocol_string;
+use crate::error::ProtocolError;
 
 /// The number that identifies a selected context in block status chunks. The server chooses it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

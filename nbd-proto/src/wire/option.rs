@@ -3,8 +3,8 @@
 use bytes::BufMut;
 
 use super::magic;
-use crate::ProtocolError;
 use crate::codec::Reader;
+use crate::error::ProtocolError;
 use crate::limits::MAX_OPTION_LEN;
 
 open_enum! {

@@ -4,8 +4,8 @@
 use bytes::BufMut;
 
 use super::{Cookie, Errno, ReplyFlags, magic};
-use crate::ProtocolError;
 use crate::codec::Reader;
+use crate::error::ProtocolError;
 
 /// The negotiated form of messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]

@@ -3,8 +3,8 @@
 use bytes::BufMut;
 
 use super::{CommandFlags, Cookie, magic};
-use crate::ProtocolError;
 use crate::codec::Reader;
+use crate::error::ProtocolError;
 
 open_enum! {
     /// The command of a request.

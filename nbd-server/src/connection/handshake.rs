@@ -21,8 +21,8 @@ use super::plain::{Channel, More};
 use super::shared::Shared;
 use super::socket::Socket;
 use super::turn::{BARREN_COST, REQUEST_COST, Thread};
-use crate::ServerConfig;
 use crate::budget::Permit;
+use crate::config::ServerConfig;
 use crate::queue::GroupId;
 #[cfg(feature = "tls")]
 use crate::tls::TlsMode;

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use super::effort::Pauses;
 use super::polling::Slots;
-use crate::ServerConfig;
 use crate::access::Access;
 use crate::budget::Budget;
 use crate::clients::Clients;
+use crate::config::ServerConfig;
 use crate::export::ExportRegistry;
 use crate::paused::Resting;
 use crate::scheduler::Scheduler;

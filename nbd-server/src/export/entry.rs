@@ -9,8 +9,8 @@ use nbd_proto::wire::TransmissionFlags;
 
 use super::Export;
 use super::flushes::{DurabilityFailures, Flushes};
-use crate::RegistryError;
 use crate::client::ClientInfo;
+use crate::error::RegistryError;
 use crate::quota::{Quota, Quotas};
 use crate::rules::{AccessRules, Permission};
 use crate::statistics::{ExportRecord, ExportStatistics};

@@ -7,8 +7,8 @@ use nbd_proto::handshake::ListedExport;
 
 use super::Export;
 use super::entry::{ExportEntry, Visibility};
-use crate::RegistryError;
 use crate::client::ClientInfo;
+use crate::error::RegistryError;
 use crate::rules::Permission;
 
 /// The exports of a server by name. Clones share one registry; changes while the server runs affect

@@ -15,9 +15,9 @@ use imgfmt::{
 
 use super::below::backups_below;
 use super::options::{BackupJob, BackupSource, UnknownBase};
+use crate::error::{JobError, JobErrorKind};
 use crate::files::directory_of;
 use crate::text::printable;
-use crate::{JobError, JobErrorKind};
 
 /// Most files of a directory examined in the search for other backups.
 const FILES_MAX: usize = 65536;

@@ -12,13 +12,14 @@ use super::job::{BackedUp, Issued, run};
 use super::options::{BackupJob, UnknownBase};
 use super::partial;
 use crate::cancellation::Cancellation;
+use crate::connect::ConnectOptions;
 use crate::control::{
     CheckpointStarted, Conversation, IfMissing, IfUnusable, Lifetime, Listing, Outcome, Request,
 };
+use crate::error::{JobError, JobErrorKind};
 use crate::observer::{JobContext, Observer};
 use crate::tasks;
 use crate::text::printable;
-use crate::{ConnectOptions, JobError, JobErrorKind};
 
 /// Time limit of each request of the control socket before the copy, unless the user gives one.
 /// They may wait for those of others, and the server may flush the disk.

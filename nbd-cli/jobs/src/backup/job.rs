@@ -12,7 +12,7 @@ use nbd_proto::wire::{MetaContextName, TransmissionFlags};
 use super::chain::Base;
 use super::options::{BackupJob, BackupSource, CLUSTER_SIZE};
 use super::partial::{self, Partial, State};
-use crate::connect::connect;
+use crate::connect::{ConnectOptions, connect};
 use crate::copy::destination::{Background, Destination};
 use crate::copy::dirty::DirtyExtents;
 use crate::copy::engine;
@@ -21,11 +21,12 @@ use crate::copy::plan::Extents;
 use crate::copy::source::Source;
 use crate::copy::sum::{OfLayers, Sum};
 use crate::copy::verify::Verification;
+use crate::error::{JobError, JobErrorKind};
 use crate::layers;
+use crate::observer::JobContext;
 use crate::restore::Verify;
 use crate::tasks;
 use crate::text::printable;
-use crate::{ConnectOptions, JobContext, JobError, JobErrorKind};
 
 /// Size of a request, in bytes.
 const REQUEST_SIZE: u64 = 512 << 10;

@@ -21,7 +21,8 @@ pub(crate) use self::job::context_of;
 use self::job::{Issued, run};
 use self::options::BackupJob;
 pub use self::options::{BackupOptions, BackupSource, Leftover, Sharing, UnknownBase};
-use crate::{JobContext, JobError};
+use crate::error::JobError;
+use crate::observer::JobContext;
 
 /// Makes a backup of a disk.
 ///

@@ -8,11 +8,13 @@ use imgfmt::storage::FileStorage;
 use imgfmt::{Access, Locking, NewKey, OpenOptions, OpenPolicy, Passphrase};
 use nbd_proto::NbdUri;
 
+use crate::connect::ConnectOptions;
 use crate::copy::check_concurrency;
+use crate::error::{JobError, JobErrorKind};
 use crate::files::open_file;
+use crate::observer::JobContext;
 use crate::restore::Verify;
 use crate::target::{self, Existing};
-use crate::{ConnectOptions, JobContext, JobError};
 
 /// Cluster size of a backup, in bytes.
 pub(super) const CLUSTER_SIZE: u64 = 64 << 10;
@@ -195,6 +197,6 @@ impl BackupJob<'_> {
     /// Opens a file itself for writing.
     pub(super) fn open_file(&self, path: &Path) -> Result<FileStorage, JobError> {
         open_file(path, Access::ReadWrite, self.options.locking, &*self.context.observer)
-            .map_err(|error| JobError::image(crate::JobErrorKind::Destination, error))
+            .map_err(|error| JobError::image(JobErrorKind::Destination, error))
     }
 }

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 
 use super::chain::Base;
 use super::options::{BackupJob, CLUSTER_SIZE, Leftover, Sharing};
+use crate::error::{JobError, JobErrorKind};
 use crate::files::directory_of;
-use crate::{JobError, JobErrorKind};
 
 /// Largest record that is read, in bytes.
 const MAX_STATE_LEN: u64 = 64 << 10;

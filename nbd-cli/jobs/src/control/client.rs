@@ -10,9 +10,9 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::protocol::{Failure, Request};
+use crate::error::{JobError, JobErrorKind};
 use crate::limited::{Deadline, Limited, connect_unix};
 use crate::text::printable;
-use crate::{JobError, JobErrorKind};
 
 /// Longest reply, in bytes: enough for a list of very many exports and clients.
 const MAX_REPLY_LEN: u64 = 64 << 20;

@@ -15,8 +15,8 @@ use super::destination::Destination;
 use super::engine;
 use super::job::Job;
 use super::source::Source;
-use crate::JobError;
 use crate::connect::failed;
+use crate::error::JobError;
 
 /// Interval between flushes, so that less has to be written again.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(30);

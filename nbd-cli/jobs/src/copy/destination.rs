@@ -17,12 +17,13 @@ use super::local_file::{LocalFile, file_error, image_error, open_for_overwriting
 use super::source::Source;
 use super::writer::Writer;
 use crate::connect::{self, ConnectOptions, failed};
+use crate::error::{JobError, JobErrorKind};
 use crate::lanes;
 use crate::location::Location;
+use crate::observer::JobContext;
 use crate::target::{Durable, NewFile, device};
 use crate::tasks;
 use crate::zeroes::ZEROES;
-use crate::{JobContext, JobError, JobErrorKind};
 
 /// Threads that write to an image at a time: much of their work is not I/O.
 const IMAGE_WRITERS: usize = 4;

@@ -4,7 +4,7 @@ use nbd_client::{Client, Extent, ExtentStream};
 use nbd_proto::wire::MetaContextName;
 
 use super::content::{Content, allocated};
-use crate::JobError;
+use crate::error::JobError;
 
 /// Block status is requested in windows of this size, and only where something is dirty: a server
 /// should not walk the tables of a whole disk for a few changes. In bytes.

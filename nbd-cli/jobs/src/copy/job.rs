@@ -17,9 +17,9 @@ use super::shared_plan::SharedPlan;
 use super::source::Source;
 use super::sum::{InOrder, Sum};
 use crate::checksum::Checksum;
+use crate::error::JobError;
 use crate::lanes::Lanes;
-use crate::observer::Meter;
-use crate::{JobContext, JobError, Phase};
+use crate::observer::{JobContext, Meter, Phase};
 
 /// Zeroes are written in ranges of this size, so that progress is visible.
 const MAX_ZERO_LENGTH: u64 = 256 << 20;

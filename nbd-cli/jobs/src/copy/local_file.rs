@@ -8,9 +8,10 @@ use imgfmt::storage::FileStorage;
 use imgfmt::{Access, ErrorKind, Locking, Storage as _};
 
 use super::source::Source;
+use crate::error::{JobError, JobErrorKind};
 use crate::files::open_file;
+use crate::observer::JobContext;
 use crate::target::{self, Existing, NewFile};
-use crate::{JobContext, JobError, JobErrorKind};
 
 /// A file that is going to be overwritten.
 pub(super) enum LocalFile {

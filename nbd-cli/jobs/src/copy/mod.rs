@@ -31,9 +31,10 @@ use self::source::Source;
 use self::sum::Sum;
 use crate::checksum::Checksum;
 use crate::connect::refuse_same_export;
+use crate::error::{JobError, JobErrorKind};
 use crate::location::Location;
+use crate::observer::JobContext;
 use crate::target::{Durable, device};
-use crate::{JobContext, JobError, JobErrorKind};
 
 /// The result of a copy. Sizes are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]

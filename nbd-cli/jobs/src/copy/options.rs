@@ -4,9 +4,9 @@ use std::num::NonZeroUsize;
 
 use imgfmt::Locking;
 
-use crate::JobError;
 use crate::checksum::{Checksum, ChecksumAlgorithm};
 use crate::connect::ConnectOptions;
+use crate::error::JobError;
 use crate::target::Durable;
 
 /// Most requests in flight.

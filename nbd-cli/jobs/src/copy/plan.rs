@@ -8,7 +8,7 @@ use nbd_client::ExtentStream;
 
 use super::content::{Content, allocated, content_of};
 use super::dirty::DirtyExtents;
-use crate::{JobError, JobErrorKind};
+use crate::error::{JobError, JobErrorKind};
 
 /// Longest ranges.
 #[derive(Clone, Copy, Debug)]

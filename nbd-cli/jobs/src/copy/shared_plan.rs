@@ -5,7 +5,7 @@ use std::sync::{Mutex as SyncMutex, MutexGuard, PoisonError};
 use tokio::sync::Mutex;
 
 use super::plan::{Plan, PlannedRange, Step};
-use crate::JobError;
+use crate::error::JobError;
 
 /// Hands out the ranges of a disk, each of them once.
 ///

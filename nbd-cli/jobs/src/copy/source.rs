@@ -17,13 +17,14 @@ use super::content::{Content, allocated};
 use super::options::Knowledge;
 use super::plan::{Extents, ImageExtents};
 use crate::connect::{self, ConnectOptions, failed};
+use crate::error::{JobError, JobErrorKind};
 use crate::files::open_file;
 use crate::lanes::is_lane;
 use crate::location::Location;
 use crate::object::ObjectUrl;
+use crate::observer::JobContext;
 use crate::target::stacked::share_data;
 use crate::tasks;
-use crate::{JobContext, JobError, JobErrorKind};
 
 /// Standard input, if it is a file.
 const STANDARD: &str = "/proc/self/fd/0";

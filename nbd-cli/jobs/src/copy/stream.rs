@@ -14,8 +14,8 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::content::Content;
 use super::job::Job;
 use super::plan::PlannedRange;
+use crate::error::{JobError, JobErrorKind};
 use crate::tasks;
-use crate::{JobError, JobErrorKind};
 
 /// Reads standard input to its end; the writes go on in parallel.
 pub(super) async fn from_standard_input(job: &Arc<Job>) -> Result<(), JobError> {

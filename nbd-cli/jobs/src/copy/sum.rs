@@ -8,8 +8,8 @@ use imgfmt::ContentSum;
 use tokio::sync::Notify;
 
 use super::block_sum;
-use crate::JobError;
 use crate::digest::{Checksum, ChecksumAlgorithm, Digest, Piece};
+use crate::error::JobError;
 
 /// A part of a disk waits if it is further ahead of the digest than this, in bytes: a bound on the
 /// memory.

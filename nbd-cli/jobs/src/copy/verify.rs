@@ -10,9 +10,9 @@ use super::content::Content;
 use super::plan::{Lengths, Plan, PlannedRange};
 use super::shared_plan::SharedPlan;
 use super::source::Source;
-use crate::observer::Meter;
+use crate::error::{JobError, JobErrorKind};
+use crate::observer::{JobContext, Meter, Phase};
 use crate::tasks;
-use crate::{JobContext, JobError, JobErrorKind, Phase};
 
 /// Longest part with one checksum, in bytes.
 const PIECE: u64 = 1 << 20;

@@ -7,7 +7,8 @@ use bytes::Bytes;
 use imgfmt::{Durability, HostOffset, Storage};
 use tokio::sync::Semaphore;
 
-use crate::{JobError, lanes};
+use crate::error::JobError;
+use crate::lanes;
 
 /// Lets one thread at a time write to a file: the file admits no more, and the kernel would let the
 /// others spin.

@@ -15,7 +15,7 @@ use crate::backup::{BackupSource, context_of};
 use crate::control::{
     IfMissing, IfUnusable, Lifetime, Listing, Outcome, Request, TogetherCheckpoint,
 };
-use crate::{JobError, JobErrorKind};
+use crate::error::{JobError, JobErrorKind};
 
 /// Starts a checkpoint, backs it up, and ends it with the result: the bitmap restarts only when the
 /// backup is durable.

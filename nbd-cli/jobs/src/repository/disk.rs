@@ -5,7 +5,7 @@ use std::sync::Arc;
 use nbd_objects::repo::{Damage, OpenBackup, Repository};
 
 use super::options::repository_error;
-use crate::JobError;
+use crate::error::JobError;
 
 /// Splits the address of a backup, `REPOSITORY/NAME@WHICH`, at its last slash: the repository, and
 /// the name of the backup there.

@@ -11,7 +11,8 @@ use nbd_objects::repo::{Damage, Head, Id, OpenBackup, Repository};
 use self::file::{Base, New};
 use self::folder::{Folder, check_chain, check_existing, file_name};
 use super::options::repository_error;
-use crate::{JobContext, JobError};
+use crate::error::JobError;
+use crate::observer::JobContext;
 
 /// Most files of a chain: then a full one begins another. QEMU opens all of them at once, and the
 /// image engine refuses more than 500.

@@ -3,7 +3,7 @@
 use imgfmt::Uuid;
 use nbd_objects::repo::{DiskOrigin, Head, Id};
 
-use crate::JobError;
+use crate::error::JobError;
 
 /// The identity that the server of a disk knows for a backup, if it has one.
 pub(super) fn identity_in(origin: &DiskOrigin) -> Option<Uuid> {

@@ -14,9 +14,10 @@ use super::identity::identity_of;
 use super::job::{Described, Parts, Work};
 use super::options::{RepositoryOptions, earlier};
 use crate::copy::source::Source;
+use crate::error::JobError;
+use crate::observer::JobContext;
 use crate::restore::Verify;
 use crate::tasks;
-use crate::{JobContext, JobError};
 
 /// Options of an import.
 #[derive(Clone, Debug)]

@@ -22,9 +22,10 @@ use crate::copy::plan::{Extents, ImageExtents, Lengths, Plan};
 use crate::copy::shared_plan::SharedPlan;
 use crate::copy::source::Source;
 use crate::copy::verify::Verification;
+use crate::error::{JobError, JobErrorKind};
+use crate::observer::{JobContext, Phase, Progress};
 use crate::restore::Verify;
 use crate::tasks;
-use crate::{JobContext, JobError, JobErrorKind, Phase, Progress};
 
 /// Longest read, in bytes.
 const READ: u64 = 1 << 20;

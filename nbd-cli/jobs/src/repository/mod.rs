@@ -25,8 +25,9 @@ use crate::backup::BackupSource;
 use crate::backup::checkpoint::Server;
 use crate::copy::check_concurrency;
 use crate::copy::source::Source;
+use crate::error::{JobError, JobErrorKind};
+use crate::observer::JobContext;
 use crate::text::printable;
-use crate::{JobContext, JobError, JobErrorKind};
 
 /// Makes a backup of a disk in a repository.
 ///

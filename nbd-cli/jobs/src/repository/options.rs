@@ -8,8 +8,9 @@ use imgfmt::Image;
 use nbd_objects::repo::{BackupName, Id, Repository, RepositoryError, RepositoryErrorKind};
 
 use crate::backup::BackupSource;
+use crate::connect::ConnectOptions;
+use crate::error::{JobError, JobErrorKind};
 use crate::restore::Verify;
-use crate::{ConnectOptions, JobError, JobErrorKind};
 
 /// The disk of which a backup is made.
 #[derive(Clone, Debug)]

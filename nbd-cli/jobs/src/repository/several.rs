@@ -9,9 +9,9 @@ use nbd_proto::wire::MetaContextName;
 
 use super::job::{Disk, Parts, Work};
 use super::options::{BackedUpToRepository, DiskToBackUp};
-use crate::JobError;
 use crate::backup::{BackupSource, connect_to_disk, context_of};
 use crate::copy::source::Source;
+use crate::error::JobError;
 use crate::text::printable;
 
 /// One of the disks of a backup.

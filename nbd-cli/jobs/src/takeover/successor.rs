@@ -14,8 +14,8 @@ use super::wire::{Kind, Message, decode_disk, decode_manager, decode_origin, rec
 use super::{ServiceManager, TakeoverError};
 use crate::control::server::{DiskFiles, ServedDisks};
 use crate::control::{Conversation, ErrorKind, Failure, Request};
+use crate::error::{JobError, JobErrorKind};
 use crate::text::{printable, without_error_numbers};
-use crate::{JobError, JobErrorKind};
 
 /// Time limit for each answer of the other server, which completes requests, and flushes and closes
 /// its images meanwhile. It goes on if this is exceeded.

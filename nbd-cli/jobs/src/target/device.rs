@@ -8,8 +8,9 @@ use imgfmt::storage::{Backlog, FileIdentity, FileStorage};
 use imgfmt::{CacheMode, CreateOptions, Image, Locking, NewOnDevice, Unfinished};
 
 use super::stacked::share_data;
+use crate::error::{JobError, JobErrorKind};
+use crate::observer::Observer;
 use crate::text::printable;
-use crate::{JobError, JobErrorKind, Observer};
 
 /// Starts an image on a device.
 ///

@@ -23,8 +23,9 @@ use imgfmt::storage::{FileIdentity, FileStorage};
 use imgfmt::{Access, BackingFile, ErrorKind, Image, Locking, OpenOptions};
 
 use self::companions::{Companion, SUFFIX, name_all};
+use crate::error::{JobError, JobErrorKind};
 use crate::files::directory_of;
-use crate::{JobError, JobErrorKind, Observer, TemporaryFile};
+use crate::observer::{Observer, TemporaryFile};
 
 /// Longest file name in bytes, on every relevant file system of Linux.
 const NAME_MAX: usize = 255;

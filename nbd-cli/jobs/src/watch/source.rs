@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use super::http;
 use crate::control::{Request, call};
+use crate::error::{JobError, JobErrorKind};
 use crate::limited::{Deadline, Limited, connect_unix};
 use crate::monitor::MetricsAddress;
 use crate::status::{MAX_ENTRIES, Status};
-use crate::{JobError, JobErrorKind};
 
 /// A running server: its control socket, or the address of its metrics.
 #[derive(Clone, Debug, PartialEq, Eq)]

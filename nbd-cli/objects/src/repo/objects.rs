@@ -22,9 +22,10 @@ use super::reader::Reader;
 use super::root::{self, Kind, PREFIX_LEN};
 use super::seal::{CONDEMNED, FramePlace, Hash, Sealer};
 use super::stored::push;
+use crate::error::StoreError;
 use crate::refusal::Refusal;
+use crate::store::Place;
 use crate::transport::WHOLE_MAX;
-use crate::{Place, StoreError};
 
 /// The first bytes of a condemned list.
 const LIST_MAGIC: &[u8; 8] = b"nbdlist1";

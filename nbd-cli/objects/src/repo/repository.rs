@@ -10,7 +10,7 @@ use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::{Id, random};
 use super::objects::{Creates, Objects, SMALL_LEN_MAX};
 use super::seal::Sealer;
-use crate::Place;
+use crate::store::Place;
 
 const CONFIG_NAME: &str = "repo.json";
 

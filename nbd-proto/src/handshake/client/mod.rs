@@ -35,9 +35,8 @@ pub use options::InfoRequest;
 pub use phase::OptionPhase;
 
 use super::Negotiated;
-use crate::ProtocolError;
 use crate::codec::Reader;
-use crate::error::GREETING;
+use crate::error::{GREETING, ProtocolError};
 use crate::limits::{EXPORT_NAME_PADDING_LEN, MAX_EXPORT_SIZE};
 use crate::wire::{BlockSizes, ClientFlags, HandshakeFlags, ReplyMode, TransmissionFlags, magic};
 

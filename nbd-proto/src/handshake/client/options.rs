@@ -8,7 +8,7 @@ use super::answer::{
 };
 use super::awaiting::{Awaiting, AwaitingExport};
 use super::phase::{OptionPhase, check_string};
-use crate::ApiMisuse;
+use crate::error::ApiMisuse;
 use crate::limits::MAX_META_CONTEXTS;
 use crate::wire::{InfoType, MetaContextName, OptionHeader, OptionType, ReplyMode};
 

@@ -1,7 +1,7 @@
 //! A handshake between two options.
 
-use crate::ApiMisuse;
 use crate::codec::protocol_string;
+use crate::error::ApiMisuse;
 use crate::handshake::meta_context::Selection;
 use crate::limits::MAX_STRING_LEN;
 use crate::wire::{ClientFlags, ReplyMode};

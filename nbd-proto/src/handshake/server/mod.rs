@@ -31,7 +31,7 @@ pub use pending::{
 };
 pub use step::HandshakeStep;
 
-use crate::ProtocolError;
+use crate::error::ProtocolError;
 use crate::wire::{ClientFlags, OptionHeader, OptionType};
 use machine::Phase;
 use options::Handled;

@@ -9,8 +9,8 @@ use super::pending::{
 use super::reply;
 use super::session::{Session, unwanted_payload};
 use super::step::HandshakeStep;
-use crate::ProtocolError;
 use crate::codec::protocol_string;
+use crate::error::ProtocolError;
 use crate::handshake::meta_context::MetaContextQuestion;
 use crate::handshake::options;
 use crate::wire::{OptionReplyType, OptionType, ReplyMode};

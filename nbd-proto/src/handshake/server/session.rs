@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use super::config::{ServerConfig, TlsPolicy};
-use crate::ProtocolError;
+use crate::error::ProtocolError;
 use crate::handshake::meta_context::Selection;
 use crate::handshake::options;
 use crate::limits::{MAX_OPTION_KEPT_LEN, MAX_OPTIONS_PER_HANDSHAKE, MAX_STRING_LEN};

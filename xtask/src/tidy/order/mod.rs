@@ -90,13 +90,19 @@ fn check_uses(root: &Path, package: &str, tree: &Tree, order: &Order) -> Vec<Str
     let exceptions = order.exceptions.iter().filter(|exception| exception.package == package);
     let mut unneeded: Vec<_> = exceptions.clone().collect();
     for found in tree.uses() {
+        let file = found.file.strip_prefix(root).unwrap_or(&found.file).display();
+        if found.is_through_root {
+            let (line, path, to) = (found.line, &found.path, show("crate", &found.to));
+            findings.push(format!(
+                "{file}:{line}: {path} is named by the root of its crate; name it by {to}"
+            ));
+        }
         let Some(step) = order.points_up(package, &found.from, &found.to) else { continue };
         unneeded.retain(|exception| exception.from != found.from || exception.to != found.to);
         let is_excepted = exceptions
             .clone()
             .any(|exception| exception.from == found.from && exception.to == found.to);
         if !is_excepted {
-            let file = found.file.strip_prefix(root).unwrap_or(&found.file).display();
             findings.push(format!(
                 "{file}:{}: {} points up: in [{}] of {LIST_NAME} {} stands below {}",
                 found.line,
@@ -140,7 +146,7 @@ mod tests {
             ),
             ("error.rs", "pub struct Error;\n"),
             ("io/mod.rs", "mod cache;\nmod file;\npub use cache::Cache;\nuse file::File;\n"),
-            ("io/file.rs", "use crate::Error;\npub struct File;\n"),
+            ("io/file.rs", "use crate::error::Error;\npub struct File;\n"),
             ("io/cache.rs", "use super::File;\nuse crate::error::Error;\npub struct Cache;\n"),
         ];
         for (name, text) in files.iter().chain(changed) {
@@ -174,6 +180,16 @@ mod tests {
             let place = format!("a/src/{file}:{line}: ");
             assert!(found.iter().all(|finding| finding.starts_with(&place)), "{found:?}");
             assert!(found[0].contains("points up"), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn name_that_the_root_only_exports_is_found() {
+        for text in ["use crate::{Error, error};\n", "fn f() -> super::super::Error {}\n"] {
+            let found = findings(&workspace(&[("io/file.rs", text)]), ORDER);
+            assert_eq!(found.len(), 1, "{text}: {found:?}");
+            assert!(found[0].starts_with("a/src/io/file.rs:1: "), "{found:?}");
+            assert!(found[0].ends_with("name it by crate::error"), "{found:?}");
         }
     }
 

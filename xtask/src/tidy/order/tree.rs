@@ -38,6 +38,8 @@ pub(super) struct Use {
     pub(super) line: usize,
     /// The path in the source.
     pub(super) path: String,
+    /// Whether the path goes through a re-export of the crate's root.
+    pub(super) is_through_root: bool,
 }
 
 impl Tree {
@@ -111,12 +113,33 @@ impl Tree {
                         file: entry.file.clone(),
                         line: line_at(&entry.code, named.offset),
                         path: named.segments.join("::"),
+                        is_through_root: self.is_through_root(module, &named.segments),
                     });
                 }
             }
         }
         uses.sort();
         uses
+    }
+
+    /// Whether the item named by `segments` in `module` is named as one of the crate's root, which
+    /// only imports it.
+    fn is_through_root(&self, module: &[String], segments: &[String]) -> bool {
+        let mut current = module.to_vec();
+        for (index, segment) in segments.iter().enumerate() {
+            match segment.as_str() {
+                "crate" => current.clear(),
+                "self" => {}
+                "super" => drop(current.pop()),
+                name if self.has_child(&current, name) => current.push(name.to_owned()),
+                name => {
+                    let root = self.modules.get(&current).filter(|_| current.is_empty());
+                    return index > 0
+                        && root.is_some_and(|root| root.paths.imports.contains_key(name));
+                }
+            }
+        }
+        false
     }
 
     /// Returns the module that defines the item named by `segments` in `module`, if it is in this

@@ -16,6 +16,7 @@ use tokio::sync::mpsc::{Sender, channel};
 use super::super::identity::identity_of;
 use super::super::options::repository_error;
 use super::folder::{Folder, options};
+use crate::connect::ConnectOptions;
 use crate::copy::again;
 use crate::copy::content::Content;
 use crate::copy::destination::{Background, Destination};
@@ -23,9 +24,10 @@ use crate::copy::job::{Job, Settings, ZeroPolicy};
 use crate::copy::plan::Extents;
 use crate::copy::source::Source;
 use crate::copy::sum::{OfLayers, Sum};
+use crate::error::{JobError, JobErrorKind};
+use crate::observer::JobContext;
 use crate::target::{Durable, NewFile};
 use crate::tasks;
-use crate::{ConnectOptions, JobContext, JobError, JobErrorKind};
 
 /// Size of a request, in bytes.
 const REQUEST_SIZE: u64 = 1 << 20;

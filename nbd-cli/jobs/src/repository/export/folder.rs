@@ -13,8 +13,9 @@ use rustix::io::Errno;
 use super::super::identity::identity_of;
 use crate::backup::chain_problem;
 use crate::date::date_and_time;
+use crate::error::{JobError, JobErrorKind};
+use crate::observer::JobContext;
 use crate::target::partial_name;
-use crate::{JobContext, JobError, JobErrorKind};
 
 /// Most bytes of the name of a disk in the name of a file.
 const NAME_MAX: usize = 64;

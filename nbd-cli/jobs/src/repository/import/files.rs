@@ -11,9 +11,10 @@ use imgfmt::{Backup, Format, Image, OpenOptions};
 use openssl::sha::Sha256;
 
 use crate::backup::chain_problem;
+use crate::error::{JobError, JobErrorKind};
 use crate::layers::check_layer;
+use crate::observer::JobContext;
 use crate::text::printable;
-use crate::{JobContext, JobError, JobErrorKind};
 
 /// Bytes of a file that are part of what it is: the header of an image, and often more.
 const HEADER_LEN: u64 = 64 << 10;

@@ -4,8 +4,8 @@ use bytes::BytesMut;
 
 use super::sealed::Sealed;
 use super::{Answer, check_count, unexpected};
-use crate::ProtocolError;
 use crate::codec::{Reader, protocol_string};
+use crate::error::ProtocolError;
 use crate::handshake::Negotiated;
 use crate::handshake::client::phase::OptionPhase;
 use crate::handshake::client::{checked_size, known_flags};

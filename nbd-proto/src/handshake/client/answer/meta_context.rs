@@ -6,8 +6,8 @@ use bytes::BytesMut;
 
 use super::sealed::Sealed;
 use super::{Answer, check_count, unexpected};
-use crate::ProtocolError;
 use crate::codec::{Reader, protocol_string};
+use crate::error::ProtocolError;
 use crate::handshake::client::phase::OptionPhase;
 use crate::handshake::meta_context::Selection;
 use crate::limits::MAX_META_CONTEXTS;
