@@ -53,6 +53,11 @@ impl Flusher<'_> {
         let Some(turn) = self.commits.take_turn() else { return Ok(()) };
         if !self.has_changes() {
             self.sync_data()?;
+            // The entries that were read may be in the page cache only: a process that wrote them
+            // may have been killed before its sync.
+            if self.data.is_external() && !self.commits.has_flushed() {
+                self.sync_metadata()?;
+            }
         } else {
             self.flush_changes()?;
         }
@@ -65,7 +70,16 @@ impl Flusher<'_> {
     /// progress.
     pub(in crate::qcow2) fn flush_rest(self) -> Result<()> {
         self.flush()?;
-        if self.metadata.may_be_unsynced() { self.metadata.sync() } else { Ok(()) }
+        self.sync_metadata()
+    }
+
+    /// As [`sync_data`](Self::sync_data), for the file that holds the metadata.
+    fn sync_metadata(self) -> Result<()> {
+        if self.is_alone && !self.metadata.may_be_unsynced() {
+            Ok(())
+        } else {
+            self.metadata.sync()
+        }
     }
 
     /// A sync that another call has begun may still fail.

@@ -8,7 +8,7 @@ use crate::qcow2::alloc::clusters::tests::Nothing;
 use crate::qcow2::map::tables::Change;
 use crate::qcow2::metadata::metadata_file::tests::opened;
 use crate::qcow2::on_disk::l2::{Cluster, EntryFormat, table_of};
-use crate::storage::Storage;
+use crate::storage::{MemoryStorage, Storage};
 use crate::testing::{FailingStorage, Fault};
 use crate::units::{GuestOffset, HostOffset};
 
@@ -119,6 +119,21 @@ fn a_flush_that_finds_nothing_changed_is_one_sync() {
     let before = parts.storage.calls();
     parts.flusher().flush().unwrap();
     assert_eq!(parts.storage.calls() - before, 1);
+}
+
+#[test]
+fn the_first_flush_covers_tables_that_a_killed_process_wrote_beside_a_data_file() {
+    let mut parts = Parts::new();
+    let data = FailingStorage::new(Arc::new(MemoryStorage::new(1 << 20)));
+    parts.data = DataFile::new(Arc::clone(&parts.metadata), true);
+    parts.data.attach(Arc::clone(&data) as _, false);
+    // Nothing of that is known to be on disk, and nothing has changed since the image was opened.
+    let calls = || (parts.storage.calls(), data.calls());
+    for expected in [(1, 1), (0, 1)] {
+        let before = calls();
+        parts.flusher().flush().unwrap();
+        assert_eq!((calls().0 - before.0, calls().1 - before.1), expected);
+    }
 }
 
 #[test]
