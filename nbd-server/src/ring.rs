@@ -24,7 +24,7 @@ use crate::error::system_words;
 use crate::sys::uring::{Ended, Ring, TRANSFERS_MAX};
 use share::{LaneId, Shares};
 use work::{Flight, Layout, Outcome, Work};
-pub(crate) use work::{Reader, RingRead, RingWrite, Writer};
+pub(crate) use work::{FullWrite, Reader, RingRead, RingWrite, Writer};
 
 /// How long a worker that ends waits for the reads of clients that have left.
 const PATIENCE: Duration = Duration::from_secs(5);

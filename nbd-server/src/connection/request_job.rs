@@ -10,8 +10,8 @@ use super::durability::{DurableChange, FlushWaiter};
 use super::read_steps;
 use super::steps::{self, Progress};
 use crate::export::{ExportEntry, ExportError, OwnSync, PlacedWrite};
-use crate::queue::{Cost, GroupId};
-use crate::ring::{Reader, Writer};
+use crate::queue::{Class, Cost, GroupId};
+use crate::ring::{FullWrite, Reader, Writer};
 use crate::scheduler::{Job, Lane, Scheduler};
 use crate::statistics::Outcome;
 
@@ -180,6 +180,32 @@ impl Writer for PooledWrite {
             None if self.job.is_abandoned() => {}
             None => self.scheduler.submit_own(self.group, self.job),
         }
+    }
+
+    fn found_no_space(self: Box<Self>, write: FullWrite) {
+        let (scheduler, group) = (self.scheduler.clone(), self.group);
+        scheduler.submit_own(group, Box::new(FindCause { write, writer: self }));
+    }
+}
+
+/// Finds out why a durable write of a ring has found no space, and answers it.
+struct FindCause {
+    write: FullWrite,
+    writer: Box<PooledWrite>,
+}
+
+impl Job for FindCause {
+    fn cost(&self) -> Cost {
+        Cost { class: Class::Wait, ..self.writer.job.cost() }
+    }
+
+    fn step(self: Box<Self>, _: &Scheduler) -> Option<Box<dyn Job>> {
+        let Self { write, writer } = *self;
+        match write.cause() {
+            Ok(error) => writer.job.answer.send_short(Err(error)),
+            Err(lost) => writer.written(Err(lost)),
+        }
+        None
     }
 }
 

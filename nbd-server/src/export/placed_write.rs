@@ -21,9 +21,9 @@ pub trait PlacedWrite: Send {
         false
     }
 
-    /// Called after a write to stable storage has failed; it is not repeated. The system reports
-    /// lost data once, and the error may be that of other data: the server reports it to all
-    /// clients of the export. Must not block.
+    /// Called after a write to stable storage has failed, unless there is no space for its bytes.
+    /// It is not repeated. The system reports lost data once, and the error may be that of other
+    /// data: the server reports it to all clients of the export. Must not block.
     fn failed(self: Box<Self>, _error: &io::Error) {}
 
     /// Called after all bytes were written: makes them a part of the disk. Must not block.

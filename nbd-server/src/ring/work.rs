@@ -60,6 +60,50 @@ pub(crate) trait Writer: Send {
 
     /// The ring has not written it, or only a part of it: the pool has to write the payload.
     fn failed(self: Box<Self>, payload: Vec<u8>);
+
+    /// The write to stable storage has failed for want of space, or so the system says.
+    fn found_no_space(self: Box<Self>, write: FullWrite);
+}
+
+/// A write to stable storage that has failed with an error for want of space. The system says so
+/// as well of data that was written before and whose place is chosen late, once: such data is lost,
+/// and the error is that of all clients.
+pub(crate) struct FullWrite {
+    /// `None` if it is known that nothing was lost.
+    placed: Option<Box<dyn PlacedWrite>>,
+    buffer: Vec<u8>,
+    /// The payload is in the buffer from byte `at` on.
+    at: usize,
+    length: usize,
+    error: io::Error,
+}
+
+impl FullWrite {
+    /// Finds the cause, and returns the error for the client, or as `Err` the one for all clients.
+    /// If the bytes have space now, it was the sync that failed. Blocks.
+    pub(crate) fn cause(mut self) -> Result<ExportError, ExportError> {
+        let bytes = self.buffer.get(self.at..self.at + self.length).unwrap_or_default();
+        let placed = self.placed.as_ref();
+        let written = placed.and_then(|placed| {
+            placed.file().map(|file| rustix::io::pwrite(file.fd, bytes, placed.offset()))
+        });
+        match written {
+            Some(Err(error)) if is_full(&error.into()) => {
+                self.placed = None;
+                log(&self.error);
+                Ok(ExportError::new(Errno::ENOSPC, "no space is left where the image is stored"))
+            }
+            _ => Err(lost(&self.error)),
+        }
+    }
+}
+
+impl Drop for FullWrite {
+    fn drop(&mut self) {
+        if let Some(placed) = self.placed.take() {
+            note_failed(placed, &self.error);
+        }
+    }
 }
 
 /// Work that has not begun. The place is the first field, so that it is dropped before the
@@ -115,6 +159,8 @@ pub(super) enum Outcome {
     /// A write to stable storage failed, and may have taken the error of other data: it must not be
     /// repeated as if nothing had happened.
     Lost(Box<dyn PlacedWrite>, Box<dyn Writer>, io::Error),
+    /// The same, unless its own bytes have no space.
+    Full(FullWrite, Box<dyn Writer>),
 }
 
 impl Outcome {
@@ -131,26 +177,35 @@ impl Outcome {
             }
             Self::Unwritten(writer, payload) => writer.failed(payload),
             Self::Lost(placed, writer, error) => {
-                let noted = catch_unwind(AssertUnwindSafe(|| placed.failed(&error)));
-                if noted.is_err() {
-                    tracing::error!("the end of a write panicked");
-                }
+                note_failed(placed, &error);
                 writer.written(Err(lost(&error)));
             }
+            Self::Full(write, writer) => writer.found_no_space(write),
         }
     }
 }
 
+/// Tells an export that data may be lost.
+fn note_failed(placed: Box<dyn PlacedWrite>, error: &io::Error) {
+    if catch_unwind(AssertUnwindSafe(|| placed.failed(error))).is_err() {
+        tracing::error!("the end of a write panicked");
+    }
+}
+
+/// Whether an error says that there is no space.
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 /// What the client is told of a write to stable storage that failed.
 fn lost(error: &io::Error) -> ExportError {
+    log(error);
+    ExportError::new(Errno::EIO, "the image cannot be written here")
+}
+
+fn log(error: &io::Error) {
     if may_warn() {
         tracing::warn!(error = system_words(error), "a durable write failed");
-    }
-    match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            ExportError::new(Errno::ENOSPC, "no space is left where the image is stored")
-        }
-        _ => ExportError::new(Errno::EIO, "the image cannot be written here"),
     }
 }
 
@@ -208,6 +263,10 @@ impl Flight {
                 Outcome::Written(placed, writer)
             }
             Self::Write { placed, at, length, durability, writer } => match error {
+                Some(error) if durability == Durability::Fua && is_full(&error) => {
+                    let placed = Some(placed);
+                    Outcome::Full(FullWrite { placed, buffer, at, length, error }, writer)
+                }
                 Some(error) if durability == Durability::Fua && !is_refusal(&error) => {
                     Outcome::Lost(placed, writer, error)
                 }
