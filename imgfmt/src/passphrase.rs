@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use zeroize::Zeroizing;
 
-use crate::error::{Error, ErrorKind, Result};
+#[cfg(feature = "encryption")]
+use crate::error::{Error, ErrorKind};
 
 /// A passphrase, or the content of a key file: any bytes. Its memory is overwritten when the last
 /// clone is dropped, and its `Debug` form does not contain it.
@@ -24,7 +25,7 @@ enum Source {
 }
 
 /// Reads a passphrase; an error is a clause that says what is wrong with which file.
-type Read = dyn Fn() -> std::result::Result<Zeroizing<Vec<u8>>, String> + Send + Sync;
+type Read = dyn Fn() -> Result<Zeroizing<Vec<u8>>, String> + Send + Sync;
 
 impl Passphrase {
     /// Takes the bytes as they are: a line break at the end is a part of them.
@@ -46,7 +47,7 @@ impl Passphrase {
     /// let options = OpenOptions::new().passphrase(passphrase);
     /// ```
     pub fn read_by(
-        read: impl Fn() -> std::result::Result<Zeroizing<Vec<u8>>, String> + Send + Sync + 'static,
+        read: impl Fn() -> Result<Zeroizing<Vec<u8>>, String> + Send + Sync + 'static,
     ) -> Self {
         Self(Source::Read(Arc::new(read)))
     }
@@ -55,7 +56,7 @@ impl Passphrase {
     ///
     /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if it cannot be read.
     #[cfg(feature = "encryption")]
-    pub(crate) fn bytes(&self) -> Result<Arc<Zeroizing<Vec<u8>>>> {
+    pub(crate) fn bytes(&self) -> Result<Arc<Zeroizing<Vec<u8>>>, Error> {
         match &self.0 {
             Source::Given(bytes) => Ok(Arc::clone(bytes)),
             Source::Read(read) => match read() {
@@ -99,7 +100,7 @@ impl NewKey {
     ///
     /// [`InvalidInput`](crate::ErrorKind::InvalidInput) if it cannot be read or is empty.
     #[cfg(feature = "encryption")]
-    pub(crate) fn read(&self) -> Result<Self> {
+    pub(crate) fn read(&self) -> Result<Self, Error> {
         let bytes = self.passphrase.bytes()?;
         if bytes.is_empty() {
             let detail = "the new passphrase is empty";
