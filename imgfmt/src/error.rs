@@ -183,6 +183,24 @@ impl Error {
         self
     }
 
+    /// Makes it the error of a sync: whatever the reason, it is that of data that was written
+    /// before.
+    #[must_use]
+    pub(crate) fn of_sync(mut self) -> Self {
+        self.0.hint = Some(Hint::LostWriteback);
+        self
+    }
+
+    /// Says of lost data that it is an error of I/O, not that space is lacking: writers that lack
+    /// space try the change again, and would not know that other data is lost.
+    #[must_use]
+    pub(crate) fn for_writers(mut self) -> Self {
+        if self.0.hint == Some(Hint::LostWriteback) && self.0.kind == ErrorKind::NoSpace {
+            self.0.kind = ErrorKind::Io;
+        }
+        self
+    }
+
     /// Sets the file concerned.
     #[must_use]
     pub fn with_path(mut self, path: impl Into<PathBuf>) -> Self {

@@ -174,7 +174,8 @@ impl WritableLayer for Raw {
     }
 
     fn flush(&self) -> Result<()> {
-        self.storage.sync().map_err(io("flush"))
+        let synced = self.storage.sync();
+        synced.map_err(|error| Error::from_io("flush", error).of_sync().for_writers())
     }
 
     fn resize(&mut self, size: u64) -> Result<()> {

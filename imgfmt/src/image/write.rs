@@ -128,7 +128,8 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// `Io`. Writes since the last successful flush may then be lost.
+    /// `Io`, also if a sync finds no space: writes since the last successful flush may then be
+    /// lost. `NoSpace` if metadata has none; a later flush writes it.
     pub fn flush(&self) -> Result<()> {
         match self.access {
             Access::ReadOnly => Ok(()),

@@ -158,7 +158,7 @@ impl Direct {
         self.write_edge(file, length, inner.end, tail)?;
         match durability {
             Durability::Cached => Ok(()),
-            Durability::Fua => file.sync_data(),
+            Durability::Fua => durable::sync(file),
         }
     }
 
@@ -224,7 +224,7 @@ impl Direct {
         }
         match durability {
             Durability::Cached => Ok(()),
-            Durability::Fua => file.sync_data(),
+            Durability::Fua => durable::sync(file),
         }
     }
 

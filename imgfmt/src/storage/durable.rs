@@ -42,7 +42,16 @@ pub(super) fn write_all(
             Err(error) => return Err(error),
         }
     }
-    if must_sync { file.sync_data() } else { Ok(()) }
+    if must_sync { sync(file) } else { Ok(()) }
+}
+
+/// Syncs a file for a write that has its space: what lacks it is data that was written before.
+pub(super) fn sync(file: &File) -> io::Result<()> {
+    file.sync_data().map_err(of_sync)
+}
+
+fn of_sync(error: io::Error) -> io::Error {
+    if is_full(&error) { LostWriteback::error(Errno::IO.raw_os_error()) } else { error }
 }
 
 fn write_durable(file: &File, offset: u64, data: &[u8]) -> io::Result<usize> {
@@ -84,6 +93,8 @@ mod tests {
         let lost = || Errno::NOSPC.into();
         let error = cause(lost(), || Ok(512)).to_string();
         assert!(error.ends_with("is lost: Input/output error"), "{error}");
+        assert!(of_sync(lost()).to_string().ends_with("is lost: Input/output error"));
+        assert_eq!(of_sync(Errno::NOENT.into()).kind(), io::ErrorKind::NotFound);
         let error = cause(lost(), || Err(lost()));
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
     }

@@ -6,13 +6,16 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, Weak};
 
 use imgfmt::storage::MemoryStorage;
-use imgfmt::testing::FailingStorage;
+use imgfmt::testing::{FailingStorage, Fault};
 use imgfmt::{
-    Access, BitmapChange, BitmapDurability, BitmapState, Capabilities, Durability, HostOffset,
-    Image, OpenOptions, Recording, Storage, TryRead,
+    Access, BitmapChange, BitmapDurability, BitmapState, Capabilities, CreateOptions, Durability,
+    ErrorKind, Format, HostOffset, Image, OpenOptions, Recording, Speed, Storage, TryRead,
+    ZeroMode,
 };
 
-use crate::common::{self, at, qemu};
+use crate::common::{self, at, qemu, range};
+
+const ENOSPC: i32 = 28;
 
 /// In the middle of a write that is awaited, another thread flushes the image, and that fails.
 #[derive(Debug)]
@@ -92,6 +95,82 @@ fn watched(pattern: &[u8]) -> (Arc<MemoryStorage>, Arc<Meanwhile>, Arc<Image>) {
 fn found(memory: &Arc<MemoryStorage>) -> Option<BitmapState> {
     let image = Image::from_storage(Arc::clone(memory) as _, &OpenOptions::new()).unwrap();
     image.bitmaps().into_iter().next().map(|bitmap| bitmap.state)
+}
+
+/// A storage whose next sync, once, finds no space for what was written before, as one of a network
+/// file system does.
+#[derive(Debug)]
+struct FullLater {
+    inner: Arc<FailingStorage>,
+    is_armed: AtomicBool,
+}
+
+impl Storage for FullLater {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+
+    fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize> {
+        self.inner.read_at(offset, buffer)
+    }
+
+    fn write_at(&self, offset: HostOffset, data: &[u8], durability: Durability) -> io::Result<()> {
+        self.inner.write_at(offset, data, durability)
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        self.inner.set_len(length)
+    }
+
+    fn punch_hole(&self, offset: HostOffset, length: u64) -> io::Result<()> {
+        self.inner.punch_hole(offset, length)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        match self.is_armed.swap(false, SeqCst) {
+            true => Err(io::Error::from_raw_os_error(ENOSPC)),
+            false => self.inner.sync(),
+        }
+    }
+}
+
+#[test]
+fn no_change_lacks_space_if_a_sync_has_none_for_what_was_written_before() {
+    let directory = tempfile::tempdir().unwrap();
+    for format in [Format::Raw, Format::Qcow2] {
+        let path = directory.path().join(format.name());
+        Image::create(&path, &CreateOptions::new(format, 1 << 20)).unwrap();
+        let memory = MemoryStorage::from_bytes(&std::fs::read(&path).unwrap());
+        let inner = FailingStorage::new(Arc::new(memory));
+        let storage = Arc::new(FullLater { inner, is_armed: AtomicBool::new(false) });
+        let options = OpenOptions::new().format(format).access(Access::ReadWrite);
+        let image = Image::from_storage(Arc::clone(&storage) as _, &options).unwrap();
+        let (fua, range) = (Durability::Fua, range(0, 65536));
+        let changes: [&dyn Fn() -> imgfmt::Result<()>; 3] = [
+            &|| image.flush(),
+            &|| image.write_zeroes(range, ZeroMode::MayUnmap, Speed::Any, fua),
+            &|| image.discard(range, fua),
+        ];
+        for change in changes {
+            image.write_at(at(65536), &[1; 65536], Durability::Cached).unwrap();
+            image.write_at(at(0), &[1; 65536], Durability::Cached).unwrap();
+            storage.is_armed.store(true, SeqCst);
+            let error = change().unwrap_err();
+            assert!(!storage.is_armed.load(SeqCst), "{format}: nothing was synced");
+            // Whoever lacks space tries the change again, which does not bring the data back.
+            assert_eq!(error.kind(), ErrorKind::Io, "{error}");
+            assert!(error.to_string().contains("no space"), "{error}");
+            change().unwrap();
+        }
+        // Metadata that is not written for want of space is kept in memory.
+        if format == Format::Qcow2 {
+            image.write_at(at(0), &[1; 65536], Durability::Cached).unwrap();
+            let calls = storage.inner.calls();
+            storage.inner.set_fault(Some(Fault { calls: calls..calls + 1, code: ENOSPC }));
+            assert_eq!(image.flush().unwrap_err().kind(), ErrorKind::NoSpace);
+            image.flush().unwrap();
+        }
+    }
 }
 
 #[test]

@@ -54,16 +54,16 @@ impl MetadataFile {
         let reported = self.reported_syncs.fetch_max(failed, AcqRel);
         if flushed.is_ok() && reported < failed {
             let detail = "what was written since the last flush that succeeded may be lost";
-            return Err(self.lost(detail));
+            return Err(self.lost(detail).for_writers());
         }
-        flushed
+        flushed.map_err(Error::for_writers)
     }
 
     fn lost(&self, consequence: &str) -> Error {
         let code = self.failed_sync_code.load(Acquire);
         let error = Error::from_io("flush", std::io::Error::from_raw_os_error(code));
         let explanation = format!("a sync of another operation has failed, so {consequence}");
-        self.named(error.explained(&explanation))
+        self.named(error.explained(&explanation).of_sync())
     }
 }
 

@@ -119,7 +119,8 @@ impl MetadataFile {
 
     /// Syncs the file or the data file.
     pub(in crate::qcow2) fn sync_storage(&self, storage: &dyn Storage) -> Result<()> {
-        let synced = storage.sync().map_err(|error| self.named(Error::from_io("flush", error)));
+        let synced = storage.sync();
+        let synced = synced.map_err(|error| self.named(Error::from_io("flush", error).of_sync()));
         self.count_failed(synced)
     }
 
