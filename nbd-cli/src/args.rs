@@ -10,6 +10,7 @@ use crate::commands::{
     attach, backup, bench, bitmap, checksum, completions, control, copy, detach, devices, image,
     info, list_meta, map, qemu_img, qemu_nbd, restore, serve, tls, top,
 };
+use crate::logging::DISPLAY_ORDER;
 
 pub use crate::logging::{LogArgs, LogFormat};
 pub use crate::terminal::ColorChoice;
@@ -41,7 +42,7 @@ Exit codes:
 pub struct Cli {
     /// Log to standard error; twice for negotiation details and every request served. Without it,
     /// the environment variable NBD_LOG sets the level, or levels of parts (info,nbd_server=debug).
-    #[arg(short, long, action = ArgAction::Count, global = true)]
+    #[arg(short, long, action = ArgAction::Count, global = true, display_order = DISPLAY_ORDER)]
     pub verbose: u8,
 
     #[command(flatten)]

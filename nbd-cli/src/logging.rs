@@ -20,16 +20,20 @@ use crate::output::{warn, warn_in_log};
 /// program.
 const LEVELS: &str = "NBD_LOG";
 
+/// The place of the log's options in the help of every command: after the command's own.
+pub(crate) const DISPLAY_ORDER: usize = 900;
+
 /// Options of the log.
 #[derive(Debug, Clone, Default, Args)]
 pub struct LogArgs {
     /// Form of log lines.
-    #[arg(long, value_enum, global = true, default_value_t, value_name = "FORM")]
+    #[arg(long, value_enum, global = true, default_value_t, value_name = "FORM",
+          display_order = DISPLAY_ORDER + 1)]
     pub log_format: LogFormat,
 
     /// Append log lines to this file instead of printing them on standard error. Opened again on
     /// SIGHUP.
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", display_order = DISPLAY_ORDER + 2)]
     pub log_file: Option<PathBuf>,
 }
 

@@ -50,7 +50,7 @@ that data; 'null:' as the destination checks them and writes nothing.";
 pub struct RestoreArgs {
     /// The image to restore: the newest file of a chain of backups, or a backup in a repository, as
     /// backup:REPOSITORY/NAME@latest, @2026-11-20 (the newest of this day, in UTC),
-    /// @2026-11-20T18:30 (the newest before) or @ID, and #DISK behind that for one of several
+    /// @2026-11-20T18:30 (the newest before) or @ID, and #DISK after that for one of several
     /// disks.
     #[arg(value_parser = FilePathParser)]
     pub image: PathBuf,

@@ -22,54 +22,57 @@ use nbd_objects::{
 use crate::passphrase::passphrase_of_environment;
 use crate::signals;
 
+/// The heading of these options in the help.
+const HEADING: &str = "Object stores (s3://, https:// and http:// URLs)";
+
 /// Options of object stores.
+// `next_help_heading` would also be the heading of options that a command has after these.
 #[derive(Clone, Debug, Default, Args)]
-#[command(next_help_heading = "Object stores (s3://, https:// and http:// URLs)")]
 pub struct ObjectArgs {
     /// Address of the S3 store, such as http://localhost:8333; by default that in
     /// AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile, otherwise Amazon's.
-    #[arg(long, value_name = "URL", hide_short_help = true)]
+    #[arg(long, value_name = "URL", hide_short_help = true, help_heading = HEADING)]
     pub endpoint: Option<String>,
 
     /// Region of the bucket; by default that in AWS_REGION, AWS_DEFAULT_REGION or the profile,
     /// otherwise us-east-1.
-    #[arg(long, value_name = "NAME", hide_short_help = true)]
+    #[arg(long, value_name = "NAME", hide_short_help = true, help_heading = HEADING)]
     pub region: Option<String>,
 
     /// Profile in ~/.aws/credentials and ~/.aws/config; by default AWS_PROFILE or 'default'.
-    #[arg(long, value_name = "NAME", hide_short_help = true)]
+    #[arg(long, value_name = "NAME", hide_short_help = true, help_heading = HEADING)]
     pub profile: Option<String>,
 
     /// Place of the bucket's name in addresses; by default the host for Amazon, and the path with
     /// --endpoint.
-    #[arg(long, value_name = "PLACE", value_enum, hide_short_help = true)]
+    #[arg(long, value_name = "PLACE", value_enum, hide_short_help = true, help_heading = HEADING)]
     pub addressing: Option<AddressingChoice>,
 
     /// Do not sign requests: for objects that are public.
-    #[arg(long, hide_short_help = true)]
+    #[arg(long, hide_short_help = true, help_heading = HEADING)]
     pub anonymous: bool,
 
     /// File with the authorities (PEM) of the store's certificate; by default AWS_CA_BUNDLE, then
     /// those that this machine trusts.
-    #[arg(long, value_name = "FILE", hide_short_help = true)]
+    #[arg(long, value_name = "FILE", hide_short_help = true, help_heading = HEADING)]
     pub store_authorities: Option<PathBuf>,
 
     /// Time limit for an operation on the store with all its retries: seconds, or 500ms, 2m
     /// [default: 2m].
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, hide_short_help = true)]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, hide_short_help = true, help_heading = HEADING)]
     pub store_timeout: Option<Duration>,
 
     /// Most requests to the store per second, retries included.
-    #[arg(long, value_name = "N", hide_short_help = true)]
+    #[arg(long, value_name = "N", hide_short_help = true, help_heading = HEADING)]
     pub max_requests_per_second: Option<NonZeroU32>,
 
     /// Directory of the cache of blocks; by default CACHE_DIRECTORY, or nbd-cli in XDG_CACHE_HOME
     /// or ~/.cache.
-    #[arg(long, value_name = "DIR", hide_short_help = true)]
+    #[arg(long, value_name = "DIR", hide_short_help = true, help_heading = HEADING)]
     pub cache_dir: Option<PathBuf>,
 
     /// Limit of the data in that cache, from 64M to 1T [default: 4G].
-    #[arg(long, value_name = "SIZE", hide_short_help = true)]
+    #[arg(long, value_name = "SIZE", hide_short_help = true, help_heading = HEADING)]
     pub cache_size: Option<ByteSize>,
 }
 

@@ -24,7 +24,7 @@ Examples:
   nbd-cli backup nbd://vmhost/disk sunday.qcow2
   nbd-cli backup --bitmap daily --base sunday.qcow2 nbd://vmhost/disk monday.qcow2
   nbd-cli backup --control /run/nbd.control --export vm --bitmap daily sunday.qcow2
-  nbd-cli backup --control /run/nbd.control --export vm --bitmap daily --base sunday.qcow2 monday.qcow2
+  nbd-cli backup --control /run/nbd.control --export vm -B daily --base sunday.qcow2 monday.qcow2
   nbd-cli backup --encrypt --new-key-file disk.key nbd://vmhost/disk secret.qcow2
   nbd-cli restore monday.qcow2 disk.img
   nbd-cli backup --name vm1 nbd://vmhost/disk /srv/backups
@@ -183,22 +183,26 @@ pub struct BackupArgs {
     pub tls: TlsArgs,
 }
 
+/// The heading of these options in the help.
+#[cfg(feature = "object-storage")]
+const HEADING: &str = "Backups in a repository";
+
 /// Options of backups in a repository.
 #[cfg(feature = "object-storage")]
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Backups in a repository")]
 pub struct RepositoryArgs {
     /// Make the backup in a repository, the TARGET, under this name.
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["base", "resume", "restart", "encrypt", "new_key_file"])]
+    #[arg(long, value_name = "NAME", help_heading = HEADING,
+          conflicts_with_all = ["base", "resume", "restart", "encrypt", "new_key_file"])]
     pub name: Option<String>,
 
     /// Read the whole disk, whatever the bitmap says; only what changed is sent.
-    #[arg(long, requires = "name")]
+    #[arg(long, requires = "name", help_heading = HEADING)]
     pub full: bool,
 
     /// Do not send blocks that this backup has either, anywhere on its disk: NAME@WHICH, for
     /// example that of a template. May be repeated.
-    #[arg(long, requires = "name", value_name = "BACKUP")]
+    #[arg(long, requires = "name", value_name = "BACKUP", help_heading = HEADING)]
     pub like: Vec<String>,
 
     #[command(flatten)]

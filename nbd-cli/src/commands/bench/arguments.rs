@@ -30,7 +30,7 @@ that a server that stops for a second is not measured by a single slow request.
 Examples:
   nbd-cli bench nbd://localhost/disk
   nbd-cli bench --depth 1 --duration 30s --json 'nbd+unix:///disk?socket=/run/nbd.sock'
-  nbd-cli bench -w mixed --read-percent 70 -b 4K:9,64K:1 --zipf 0.99 --destroy-data nbd://localhost/scratch
+  nbd-cli bench -w mixed -b 4K:9,64K:1 --zipf 0.99 --destroy-data nbd://localhost/scratch
   nbd-cli bench -w write --verify --verify-state run.state --destroy-data nbd://localhost/scratch
   nbd-cli bench --verify-only --verify-state run.state nbd://localhost/scratch
 

@@ -37,7 +37,7 @@ Examples:
   nbd-cli image convert disk.qcow2 nbd://localhost/disk
   nbd-cli image convert -O qcow2 nbd://localhost/disk disk.qcow2
   nbd-cli image convert --no-create -O raw disk.qcow2 /dev/vg/disk
-  nbd-cli image convert -O vmdk -o subformat=streamOptimized disk.qcow2 - | ssh host 'cat > disk.vmdk'
+  nbd-cli image convert -O vmdk -o subformat=streamOptimized disk.qcow2 - | ssh host 'cat > d.vmdk'
 
 The new image contains the whole disk and needs no backing file. Zeroes occupy no space in it. An
 existing file is never changed, unless --no-create allows overwriting the disk in it. A new image

@@ -42,7 +42,7 @@ The disk: FILE is a path, an NBD URI, null-co:// (a disk that forgets), or json:
       --aio=MODE            threads: read without io_uring; native or io_uring: with it where the
                             system has it (default)
       --discard=MODE        ignore (default) or unmap: give space back
-      --detect-zeroes=MODE  off (default), on, or unmap (behind --discard=unmap)
+      --detect-zeroes=MODE  off (default), on, or unmap (after --discard=unmap)
 
 The process:
       --fork                serve in the background; returns when clients can connect

@@ -24,7 +24,7 @@ pub struct ExportArgs {
 
     /// The backups: NAME for all of this disk, each as a file upon that of the backup before;
     /// NAME@DAY, NAME@ID or NAME@latest for one, whose file needs no other. Of backups of several
-    /// disks each disk becomes files of its own; #DISK behind it selects one.
+    /// disks each disk becomes files of its own; #DISK after it selects one.
     #[arg(value_name = "BACKUP")]
     pub backup: String,
 

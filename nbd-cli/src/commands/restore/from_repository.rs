@@ -23,11 +23,10 @@ const NAMED_MAX: u64 = 20;
 
 /// Options of backups in a repository.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Backups in a repository")]
 pub struct RepositoryArgs {
     /// Restore everything else if blocks in a repository are missing or damaged: they become zeroes
     /// and are named, and the command fails at the end.
-    #[arg(long)]
+    #[arg(long, help_heading = "Backups in a repository")]
     pub skip_damaged: bool,
 
     #[command(flatten)]

@@ -41,7 +41,7 @@ Examples:
   nbd-cli serve --metrics 9810 disk.img
   nbd-cli serve --run 'qemu-img info \"$uri\"' disk.img
   nbd-cli serve --config /etc/nbd-cli/server.toml
-  nbd-cli serve --control /run/nbd.control --takeover /run/nbd.control --socket /run/nbd.sock disk.img
+  nbd-cli serve --control /run/nbd.control --takeover /run/nbd.control -U /run/nbd.sock disk.img
 
 When clients can connect, one URI per export and address is printed on standard output. With --run
 nothing is printed, and the environment of the command contains uri, exportname, and unixsocket or
