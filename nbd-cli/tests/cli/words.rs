@@ -40,6 +40,24 @@ fn an_export_is_not_copied_to_itself() {
 }
 
 #[test]
+fn an_image_is_not_converted_to_itself() {
+    let disk = Disk::sparse();
+    let overlay = disk.beside("overlay.qcow2");
+    let create = ["image", "create", "-f", "qcow2", "-F", "raw", "-b", disk.path(), &overlay];
+    nbd_cli(&create).success();
+    for (from, to) in [(disk.path(), disk.path()), (&overlay, &overlay), (&overlay, disk.path())] {
+        for options in [&["-O", "raw"][..], &["-O", "raw", "-n"]] {
+            let outcome = nbd_cli(&[&["image", "convert"], options, &[from, to]].concat());
+            let said = &outcome.stderr;
+            assert!(said.contains("shares its data with the source"), "{options:?}: {outcome:?}");
+            // That advice would lose the disk, and that program is not there.
+            assert!(!said.contains("remove it") && !said.contains("another program"), "{said}");
+            assert_eq!(outcome.code, Some(1), "{outcome:?}");
+        }
+    }
+}
+
+#[test]
 fn the_option_for_ports_of_others_leads_to_ours() {
     let outcome = nbd_cli(&["serve", "--port", "10901", "memory:1M"]);
     assert_eq!(outcome.code, Some(1), "{outcome:?}");

@@ -1,7 +1,7 @@
 //! A conversion to one of the destinations.
 
 use std::num::NonZeroUsize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgfmt::jobs::{self, Background, Clusters, MeasuredDisk, SourceReader, Zeroes, copy_bitmaps};
@@ -53,6 +53,10 @@ pub(super) struct Conversion<'a> {
 impl Conversion<'_> {
     /// Creates the image; after an error no file remains.
     pub(super) fn make_new(&self, path: &Path) -> Result<(), JobError> {
+        if self.options.destination == Destination::New {
+            // Not "remove it first".
+            self.refuse_own_device(path)?;
+        }
         let mut create = self.options.create.clone();
         create.size = Some(self.source.size());
         create.open = self.for_filling();
@@ -143,13 +147,13 @@ impl Conversion<'_> {
         device::refuse_of_source(path, &self.files)
     }
 
-    /// Refuses an existing image that shares data with the source under another name, which locks
-    /// do not find. Parts of one file may be different disks.
-    fn refuse_own_image(&self, image: &Image) -> Result<(), JobError> {
+    /// Refuses files of an existing image that share data with the source: locks do not find other
+    /// names of it. Parts of one file may be different disks.
+    fn refuse_own_files(&self, files: &[PathBuf]) -> Result<(), JobError> {
         if !self.options.read.part.is_whole() || !self.options.write.part.is_whole() {
             return Ok(());
         }
-        image.own_files().iter().try_for_each(|path| self.refuse_own_device(path))
+        files.iter().try_for_each(|path| self.refuse_own_device(path))
     }
 
     /// Returns the options for opening the new image.
@@ -210,9 +214,13 @@ impl Conversion<'_> {
         // As on a device, the mark of an incomplete disk has to be durable.
         let cache = self.options.cache.filter(|cache| cache.syncs()).unwrap_or(options.cache);
         let options = options.cache(cache);
+        if let ImageLocation::File(path) = to {
+            // Before the locks, which would blame another program.
+            self.refuse_own_files(std::slice::from_ref(path))?;
+        }
         let image = to.open(&options, &self.options.remotes)?;
         self.check_room(to, &image)?;
-        self.refuse_own_image(&image)?;
+        self.refuse_own_files(&image.own_files())?;
         bitmaps::check_existing(&self.bitmaps, self.source, &image, to)?;
         image.begin_overwrite().map_err(|error| to.named(JobErrorKind::Destination, error))?;
         self.copy(&image, to, self.options.background).map_err(|error| incomplete(to, &error))?;
