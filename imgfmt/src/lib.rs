@@ -47,8 +47,44 @@
 //! # }
 //! ```
 //!
+//! A dirty bitmap records what is written. Opening the overlay for reading opens the files below
+//! it too:
+//!
+//! ```
+//! use imgfmt::{
+//!     BITMAP_GRANULARITY_DEFAULT, CreateOptions, Durability, Format, GuestOffset, Image,
+//!     OpenOptions, Recording,
+//! };
+//!
+//! # fn main() -> imgfmt::Result<()> {
+//! # let directory = tempfile::tempdir().expect("a directory for the example");
+//! # let (base, overlay) = (directory.path().join("base.qcow2"), directory.path().join("overlay.qcow2"));
+//! Image::create(&base, &CreateOptions::new(Format::Qcow2, 1 << 20))?.close()?;
+//! let disk = Image::create(&overlay, &CreateOptions::overlay("base.qcow2", Format::Qcow2))?;
+//! disk.add_bitmap("daily", BITMAP_GRANULARITY_DEFAULT, Recording::Enabled)?;
+//! disk.write_at(GuestOffset::new(65536), &[7; 65536], Durability::Cached)?;
+//! disk.close()?;
+//!
+//! let disk = Image::open(&overlay, &OpenOptions::new())?;
+//! for bitmap in disk.bitmaps() {
+//!     println!("{}: {:?}", bitmap.name, bitmap.state);
+//! }
+//! let extents = disk.dirty_extents("daily", disk.whole(), usize::MAX)?;
+//! let dirty: Vec<_> = extents.iter().filter(|extent| extent.is_dirty).collect();
+//! assert_eq!(dirty.len(), 1);
+//! assert_eq!(dirty[0].range.offset(), GuestOffset::new(65536));
+//!
+//! let layers = Image::inspect_chain(&overlay, &OpenOptions::new())?;
+//! assert_eq!(layers.len(), 2);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! [`jobs`] contains work on complete disks: converting, comparing, committing, rebasing and
 //! measuring images.
+//!
+//! The feature `encryption` reads and writes LUKS volumes and encrypted qcow2 images, through
+//! OpenSSL; without it they are recognised and refused.
 //!
 //! The crate contains no network protocol. It follows a name inside an image only if the
 //! [`OpenPolicy`] allows it.

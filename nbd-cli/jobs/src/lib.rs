@@ -26,9 +26,7 @@
 //! [`bench`](mod@bench) generates load and measures it. [`control`] sends requests to a running
 //! `nbd-cli serve`; with the feature `server`, [`control::server`] is the other side, for any
 //! `nbd-server`, and [`serving`] makes exports of images. The feature `monitor` serves metrics and
-//! a status page of any `nbd-server`, and has `watch`, which looks at one; with the feature
-//! `devices`, `devices` attaches kernel devices (`/dev/nbdX`), and with the feature `mount`,
-//! `mount` shows disks as files.
+//! a status page of any `nbd-server`, and has `watch`, which looks at one.
 //!
 //! # Jobs
 //!
@@ -38,6 +36,17 @@
 //! reads no environment variables.
 //!
 //! Jobs are asynchronous and need a tokio runtime with timers and I/O.
+//!
+//! # Features
+//!
+//! None is on by default.
+//!
+//! * `certificates`: `certificates`, which makes authorities, certificates and pre-shared keys.
+//! * `devices`: `devices`, kernel devices (`/dev/nbdX`); includes `server`.
+//! * `monitor`: `monitor` and `watch`; includes `server`.
+//! * `mount`: `mount`, disks as files through FUSE.
+//! * `object-storage`: `repository`, backups in repositories, and images on object stores.
+//! * `server`: [`serving`], [`control::server`] and what else concerns servers.
 
 pub mod chart;
 pub mod graph;

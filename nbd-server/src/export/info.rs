@@ -38,6 +38,19 @@ impl ExportInfo {
 }
 
 /// The error of a request.
+///
+/// ```
+/// use nbd_server::export::{Errno, ExportError};
+///
+/// fn check(is_full: bool) -> Result<(), ExportError> {
+///     match is_full {
+///         true => Err(ExportError::new(Errno::ENOSPC, "the pool is full")),
+///         false => Ok(()),
+///     }
+/// }
+/// # assert_eq!(check(true).unwrap_err().errno, Errno::ENOSPC);
+/// # check(false).unwrap();
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 #[non_exhaustive]

@@ -34,6 +34,34 @@ use crate::observer::JobContext;
 /// A running backup is `TARGET.partial`, with its progress in `TARGET.partial.json`; when complete
 /// it is renamed in one step.
 ///
+/// # Example
+///
+/// A full backup of an export that does not change meanwhile. Incremental backups of a disk in use
+/// have a [`BackupSource::Checkpoint`], a bitmap and a base, as in `examples/backup.rs`.
+///
+/// ```
+/// use nbd_jobs::{BackupOptions, BackupSource, JobContext, backup};
+///
+/// # let directory = tempfile::tempdir()?;
+/// # let target = directory.path().join("full.qcow2");
+/// # tokio::runtime::Runtime::new()?.block_on(async move {
+/// # let exports = nbd_server::ExportRegistry::new();
+/// # let disk = std::sync::Arc::new(nbd_server::export::MemoryExport::new(1 << 20));
+/// # exports.add("disk", nbd_server::export::ExportEntry::new(disk))?;
+/// # let mut server = nbd_server::Server::new(Default::default(), exports);
+/// # let address = nbd_server::ListenAddress::Tcp("127.0.0.1:0".to_owned());
+/// # let uri = server.listen(&address).await?.remove(0).uri("disk");
+/// # let mut server = server.start();
+/// let source = BackupSource::Export(uri); // such as "nbd://localhost/disk".parse()?
+/// let made = backup(&source, &target, &BackupOptions::default(), &JobContext::default()).await?;
+/// assert_eq!((made.size, made.zero), (1 << 20, 1 << 20));
+/// # server.shutdown();
+/// # server.wait().await?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// # })?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # Errors
 ///
 /// If the server or the control socket cannot be reached, if the base may be the wrong one, if the
