@@ -56,7 +56,7 @@ pub enum RepoCommand {
     Prune(PruneArgs),
     /// Delete what no backup needs
     Gc(GcArgs),
-    /// Write packs anew of which little is needed; gc frees their space
+    /// Rewrite packs that are mostly unneeded; gc frees their space
     Compact(CompactArgs),
     /// Show how much space is used
     Stats(StatsArgs),
@@ -135,7 +135,7 @@ pub struct ForgetArgs {
     #[arg(required = true, value_name = "BACKUP")]
     pub backups: Vec<String>,
 
-    /// Forget a backup whose object is damaged, too. Give its identity.
+    /// Also forget a backup whose object is damaged. Give its identity.
     #[arg(long)]
     pub damaged: bool,
 }
@@ -188,12 +188,12 @@ pub struct GcArgs {
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub store: StoreArgs,
 
-    /// End a backup that gives no sign of life for so long: it was killed, or will fail. A backup
-    /// gives one each minute.
+    /// End backups that have not renewed their record for this long: they were killed, or will
+    /// fail. A running backup renews it every minute.
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = parse_duration)]
     pub idle: Duration,
 
-    /// Wait so long for backups that live; after that nothing is deleted.
+    /// Wait this long for running backups; after that nothing is deleted.
     #[arg(long, value_name = "TIME", default_value = "60m", value_parser = parse_duration)]
     pub wait: Duration,
 
@@ -213,9 +213,8 @@ pub struct CompactArgs {
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub store: StoreArgs,
 
-    /// The part of the repository that may stay unneeded. Packs of which the least is needed are
-    /// written anew first, until no more than this is left; with 0%, all that have something
-    /// unneeded.
+    /// The part of the repository that may stay unneeded. Packs with the least needed data are
+    /// rewritten first, until no more than this is left; 0% rewrites all packs with unneeded data.
     #[arg(long, value_name = "PERCENT", default_value = "5%", value_parser = percent)]
     pub max_unused: f64,
 

@@ -22,9 +22,9 @@ pub struct ExportArgs {
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub store: StoreArgs,
 
-    /// The backups: NAME for all of this disk, each as a file upon that of the backup before;
-    /// NAME@DAY, NAME@ID or NAME@latest for one, whose file needs no other. Of backups of several
-    /// disks each disk becomes files of its own; #DISK after it selects one.
+    /// The backups: NAME for all of this disk, each in a file on top of that of the previous
+    /// backup; NAME@DAY, NAME@ID or NAME@latest for one, whose file needs no other. Each disk of a
+    /// backup of several gets files of its own; #DISK after the name selects one.
     #[arg(value_name = "BACKUP")]
     pub backup: String,
 
