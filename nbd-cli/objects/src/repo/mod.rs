@@ -5,6 +5,7 @@
 mod checking;
 mod collecting;
 mod compaction;
+mod condemned_list;
 mod config;
 mod disks;
 mod error;
@@ -26,6 +27,7 @@ mod reader;
 mod reading;
 mod recent;
 mod repository;
+mod requests;
 mod retention;
 mod root;
 mod seal;
