@@ -40,7 +40,8 @@ enum LockOutcome {
 /// Locks the file of this identity; false if its file system has no locks and `locking` does
 /// not require them.
 pub(super) fn lock_file(
-    (file, identity): (&File, FileIdentity),
+    file: &File,
+    identity: FileIdentity,
     path: &Path,
     access: Access,
     locking: Locking,

@@ -100,7 +100,7 @@ impl FileStorage {
         refuse_what_is_no_image(path, metadata.file_type())?;
         clear_non_blocking(&file).map_err(open_error(path))?;
         let identity = identity_from(&metadata);
-        let lacks_locks = !lock_file((&file, identity), path, access, locking)?;
+        let lacks_locks = !lock_file(&file, identity, path, access, locking)?;
         // After the locks, whose refusal says more about other programs.
         let only_writer = OnlyWriter::of(identity, path, access)?;
         let mut storage = Self::from_file(file, &metadata);
