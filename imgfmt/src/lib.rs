@@ -126,6 +126,7 @@ mod probe;
 mod qcow2;
 mod raw;
 mod read;
+mod shown_text;
 mod sidecar;
 pub mod storage;
 mod sys;
@@ -159,7 +160,7 @@ pub use create_options::{
 #[doc(hidden)]
 pub use crypto::luks::seal as seal_luks_header;
 pub use decompression::{BeginDecompression, before_decompression};
-pub use error::{Error, ErrorKind, LostBytes, LostWriteback, Result, is_plain};
+pub use error::{Error, ErrorKind, LostBytes, LostWriteback, Result};
 pub use extent::{Extent, ExtentKind};
 pub use foreign_info::{
     FormatDetails, ImageKind, VdiInfo, VhdxInfo, VmdkExtent, VmdkInfo, VpcInfo,
@@ -174,6 +175,7 @@ pub use open_policy::{NameReader, OpenPolicy, SchemeOpener};
 pub use options::{FileNames, IncompleteDisk, OpenOptions, UnlockedHook};
 pub use passphrase::{KeyChange, KeysChanged, NewKey, Passphrase};
 pub use qcow2::{BitmapEntry, CheckReport, Qcow2Info, Repair, Snapshot, frozen_bitmap_name};
+pub use shown_text::is_plain;
 pub use sidecar::{BitmapDurabilityStatus, RecoveryPrecision};
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
 pub use unfinished::Unfinished;
