@@ -1,23 +1,17 @@
 //! Quotas of an export: connections, requests and bytes, in total and for each client.
-//!
-//! A *bucket* enforces a rate: it is the time at which the next request may begin. A request
-//! advances that time by its cost. So each waiting connection has its own time, in the order of
-//! arrival, and sleeps until then. A request may cost more than the rate allows per second: later
-//! ones then wait longer. (The crate `governor` is not used because it refuses requests that are
-//! larger than its bucket.)
+
+mod bucket;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
+use self::bucket::{Bucket, instant_of, nanoseconds_now};
 use crate::client::{ClientAddress, ClientInfo};
 
-/// The credit of an idle bucket, in nanoseconds: the requests of this time may begin at once.
-const BURST: u64 = 100_000_000;
-const SECOND: u128 = 1_000_000_000;
 /// Number of accounts above which those of clients that have left and are within their limits are
 /// removed.
 const FEW_CLIENTS: usize = 64;
@@ -179,65 +173,21 @@ impl Account {
     }
 
     fn quota(&self) -> Quota {
-        let limit = |value: &AtomicU64| NonZeroU64::new(value.load(Ordering::Relaxed));
         Quota {
-            connections: limit(&self.max_connections),
-            bytes_per_second: limit(&self.bytes.rate),
-            requests_per_second: limit(&self.requests.rate),
+            connections: NonZeroU64::new(self.max_connections.load(Ordering::Relaxed)),
+            bytes_per_second: NonZeroU64::new(self.bytes.rate()),
+            requests_per_second: NonZeroU64::new(self.requests.rate()),
         }
     }
 
     fn changes(&self) -> usize {
-        let changes = |bucket: &Bucket| bucket.changes.load(Ordering::Relaxed);
-        changes(&self.bytes).wrapping_add(changes(&self.requests))
+        self.bytes.changes().wrapping_add(self.requests.changes())
     }
 
     fn is_settled(&self, now: u64) -> bool {
-        let is_idle = |bucket: &Bucket| bucket.next.load(Ordering::Relaxed) <= now;
         self.connections.load(Ordering::Relaxed) == 0
-            && is_idle(&self.bytes)
-            && is_idle(&self.requests)
-    }
-}
-
-/// A rate, and the time at which its next unit is free, in nanoseconds since the first use.
-#[derive(Debug, Default)]
-struct Bucket {
-    /// Units per second; zero for no limit.
-    rate: AtomicU64,
-    next: AtomicU64,
-    /// The number of changes of the rate.
-    changes: AtomicUsize,
-}
-
-impl Bucket {
-    /// Starts again with another rate.
-    fn set_rate(&self, rate: u64) {
-        if self.rate.swap(rate, Ordering::Relaxed) != rate {
-            self.next.store(0, Ordering::Relaxed);
-            self.changes.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Takes `cost` units; returns when they are free and how long they last, in nanoseconds.
-    fn reserve(&self, cost: u64, now: impl FnOnce() -> u64) -> (u64, u64) {
-        let rate = self.rate.load(Ordering::Relaxed);
-        if rate == 0 || cost == 0 {
-            return (0, 0);
-        }
-        let lasts = (u128::from(cost) * SECOND).div_ceil(rate.into());
-        let lasts = u64::try_from(lasts).unwrap_or(u64::MAX);
-        let earliest = now().saturating_sub(BURST);
-        let begins = |next: u64| next.max(earliest);
-        let update = |next: u64| Some(begins(next).saturating_add(lasts));
-        let before = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update);
-        (begins(before.unwrap_or(earliest)), lasts)
-    }
-
-    /// Returns an unused reservation.
-    fn give_back(&self, lasts: u64) {
-        let update = |next: u64| Some(next.saturating_sub(lasts));
-        let _ = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update);
+            && self.bytes.is_idle(now)
+            && self.requests.is_idle(now)
     }
 }
 
@@ -288,8 +238,7 @@ impl Admission {
     #[inline]
     pub(crate) fn is_unlimited(&self) -> bool {
         self.places.iter().all(|CountedConnection(account)| {
-            let has_no_rate = |bucket: &Bucket| bucket.rate.load(Ordering::Relaxed) == 0;
-            has_no_rate(&account.bytes) && has_no_rate(&account.requests)
+            account.bytes.rate() == 0 && account.requests.rate() == 0
         })
     }
 
@@ -308,7 +257,7 @@ impl Admission {
         let (requests_at, requests) = account.requests.reserve(1, &mut now);
         let at = bytes_at.max(requests_at);
         let is_later = known.is_some_and(|now| at > now);
-        let at = if is_later { epoch().checked_add(Duration::from_nanos(at)) } else { None };
+        let at = if is_later { instant_of(at) } else { None };
         Some((at, Reservation { bytes, requests, changes }))
     }
 
@@ -330,15 +279,6 @@ impl Admission {
     }
 }
 
-fn epoch() -> Instant {
-    static EPOCH: OnceLock<Instant> = OnceLock::new();
-    *EPOCH.get_or_init(Instant::now)
-}
-
-fn nanoseconds_now() -> u64 {
-    u64::try_from(epoch().elapsed().as_nanos()).unwrap_or(u64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -354,30 +294,6 @@ mod tests {
             #[cfg(feature = "tls")]
             tls: None,
         }
-    }
-
-    #[test]
-    fn a_bucket_keeps_its_rate_saves_up_little_and_takes_requests_of_any_size() {
-        let bucket = Bucket { rate: 1000.into(), ..Bucket::default() };
-        let now = 10_000_000_000;
-        let begins = |cost, now| bucket.reserve(cost, || now).0;
-        // A tenth of a second is saved up.
-        assert_eq!(begins(100, now), now - BURST);
-        assert_eq!(begins(1, now), now);
-        assert_eq!(begins(10_000, now), now + 1_000_000);
-        assert_eq!(begins(1, now), now + 1_000_000 + 10_000_000_000, "the large one is paid for");
-        assert_eq!(begins(u64::MAX, 4 * now), 4 * now - BURST);
-        assert_eq!(bucket.next.load(Ordering::Relaxed), u64::MAX, "it does not wrap around");
-    }
-
-    #[test]
-    fn a_request_that_does_not_begin_is_not_paid_for() {
-        let bucket = Bucket { rate: 1.into(), ..Bucket::default() };
-        let now = 10_000_000_000;
-        assert_eq!(bucket.reserve(1, || now).0, now - BURST);
-        let (_, lasts) = bucket.reserve(1000, || now);
-        bucket.give_back(lasts);
-        assert_eq!(bucket.reserve(1, || now).0, now - BURST + 1_000_000_000);
     }
 
     #[test]
