@@ -1,94 +1,35 @@
 //! Restores a backup, or any other image, to a file, a device or a server.
 
-use std::num::NonZeroUsize;
+mod new;
+mod options;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use imgfmt::{
-    Access, CreateOptions, Format, Image, Locking, NewOnDevice, OpenOptions, OpenPolicy, Unfinished,
-};
+use imgfmt::{Format, Image};
 use nbd_client::ZeroMode;
 use nbd_proto::wire::TransmissionFlags;
 
-use crate::connect::ConnectOptions;
-use crate::copy::again;
-use crate::copy::destination::{Background, Destination};
+use self::new::{New, is_new};
+pub use self::options::{Check, RestoreOptions, Verify};
+use crate::copy::destination::Destination;
 use crate::copy::job::{Job, Settings, ZeroPolicy};
-use crate::copy::local_file::create_empty;
 use crate::copy::source::Source;
 use crate::copy::sum::{OfLayers, Sum};
 use crate::copy::verify::Verification;
-use crate::copy::{Knowledge, check_concurrency};
+use crate::copy::{again, check_concurrency};
 use crate::error::{JobError, JobErrorKind};
 use crate::layers::{self, Checked};
 use crate::location::Location;
 use crate::observer::JobContext;
-use crate::target::{self, Durable, Existing, NewFile, device};
+use crate::target::device;
 use crate::tasks;
 
 /// Size of a request, in bytes.
 const REQUEST_SIZE: u64 = 512 << 10;
 /// Unit of zero detection, and a multiple of qcow2's sector size, in bytes.
 const CLUSTER_SIZE: u64 = 64 << 10;
-
-/// The data to verify at the end, by reading both sides and comparing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Verify {
-    /// Nothing.
-    #[default]
-    Nothing,
-    /// The copied data.
-    Copied,
-    /// The whole disk.
-    All,
-}
-
-/// Options of a restore.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct RestoreOptions {
-    /// Connection options.
-    pub connect: ConnectOptions,
-    /// Requests in flight: 1 to 4096. By default 32.
-    pub requests: NonZeroUsize,
-    /// How the image is opened: its format, its locking, and the other files it may name. By
-    /// default only those in its directory and below.
-    pub image: OpenOptions,
-    /// Format of the result, if it is a file or a device: raw or qcow2. By default raw.
-    pub format: Format,
-    /// Locking of a device as the destination.
-    pub destination_locking: Locking,
-    /// The data to verify at the end. A restore copies the whole disk, so [`Verify::Copied`] and
-    /// [`Verify::All`] are the same.
-    pub verify: Verify,
-    /// Whether the files of the image are checked against the sums that the backups recorded.
-    pub check: Check,
-}
-
-/// The check of the files of a backup against the sums that were recorded when they were made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Check {
-    /// A file that holds something else is an error.
-    #[default]
-    Recorded,
-    /// The sums are ignored.
-    Off,
-}
-
-impl Default for RestoreOptions {
-    fn default() -> Self {
-        Self {
-            connect: ConnectOptions::default(),
-            requests: NonZeroUsize::new(32).unwrap_or(NonZeroUsize::MIN),
-            image: OpenOptions::new(),
-            format: Format::Raw,
-            destination_locking: Locking::Auto,
-            verify: Verify::Nothing,
-            check: Check::Recorded,
-        }
-    }
-}
 
 /// The result of a restore. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -189,133 +130,18 @@ pub async fn restore_image(
     }
     let size = source.size().unwrap_or_default();
     let mut new = New::begin(to, options, size, is_new, context)?;
-    let result = match open(to, options, &source, &mut new, context).await {
+    let result = match new.open(to, options, &source, context).await {
         Ok(destination) => fill_and_verify(to, options, source, destination, &new, context).await,
         Err(error) => Err(error),
     };
     let Filled { counts: [copied, zero], verified, checked: Checked { files, without_sum } } =
-        result.map_err(|error| failure(name, to, &new, &error))?;
+        result.map_err(|error| {
+            let left = new.left_behind(to);
+            error.in_words(format!("restoring '{name}' failed: {error}; {left}"))
+        })?;
     new.complete(to)?;
     let (checked, unchecked) = (files, without_sum);
     Ok(Restored { size, copied, zero, verified, checked, unchecked })
-}
-
-fn image_error(error: imgfmt::Error) -> JobError {
-    JobError::image(JobErrorKind::Destination, error)
-}
-
-/// Returns whether the result is an image rather than the disk itself.
-fn is_image(options: &RestoreOptions) -> bool {
-    options.format == Format::Qcow2
-}
-
-/// The object that becomes valid when the restore is complete.
-enum New {
-    File(NewFile),
-    /// An image in a file.
-    ImageFile(NewFile, Option<Image>),
-    /// An image on a device.
-    Image(NewOnDevice),
-    /// A raw disk on a device.
-    Disk(Arc<Unfinished>),
-    /// A server's disk, which exposes writes at once.
-    Nothing,
-}
-
-impl New {
-    fn begin(
-        to: &Location,
-        options: &RestoreOptions,
-        size: u64,
-        is_new: bool,
-        context: &JobContext,
-    ) -> Result<Self, JobError> {
-        match to {
-            Location::File(path) if is_new && is_image(options) => {
-                let mut create = CreateOptions::new(Format::Qcow2, size);
-                create.open = create.open.policy(OpenPolicy::deny()).written_once();
-                let make = |path: &Path| Image::create(path, &create).map_err(image_error);
-                let (new, image) = NewFile::begin(path, &context.observer, make)?;
-                Ok(Self::ImageFile(new, Some(image)))
-            }
-            Location::File(path) if is_new => {
-                let (new, ()) = NewFile::begin(path, &context.observer, create_empty)?;
-                Ok(Self::File(new))
-            }
-            Location::File(device) if is_image(options) => {
-                let options = CreateOptions::new(Format::Qcow2, size);
-                Ok(Self::Image(device::begin_image(device, &options, &*context.observer)?))
-            }
-            // A device opened as raw is detected when it is opened.
-            _ => Ok(Self::Nothing),
-        }
-    }
-
-    fn complete(self, to: &Location) -> Result<(), JobError> {
-        match (self, to) {
-            (Self::File(new) | Self::ImageFile(new, _), _) => new.complete(Durable::Now),
-            (Self::Image(new), Location::File(path)) => device::complete_image(path, new),
-            (Self::Disk(disk), Location::File(path)) => device::complete_disk(path, &disk),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// Returns the error with the state it leaves.
-fn failure(name: &str, to: &Location, new: &New, error: &JobError) -> JobError {
-    let left = match (new, to) {
-        (New::File(new) | New::ImageFile(new, _), _) => new.left_behind(),
-        (New::Image(_), Location::File(device)) => device::left_behind(device),
-        (New::Disk(disk), Location::File(device)) => device::left_behind_on(device, disk),
-        _ => format!("{to} is incomplete"),
-    };
-    error.in_words(format!("restoring '{name}' failed: {error}; {left}"))
-}
-
-/// Returns whether no file of that name exists; a device may.
-fn is_new(path: &Path) -> Result<bool, JobError> {
-    match target::look(path)? {
-        Existing::Nothing => Ok(true),
-        Existing::BlockDevice => Ok(false),
-        Existing::File => Err(JobError::destination(format!(
-            "'{}' exists already; give the name of a new file",
-            path.display()
-        ))),
-    }
-}
-
-async fn open(
-    to: &Location,
-    options: &RestoreOptions,
-    source: &Source,
-    new: &mut New,
-    context: &JobContext,
-) -> Result<Destination, JobError> {
-    let writable = plain(Format::Qcow2).access(Access::ReadWrite);
-    match new {
-        New::ImageFile(new, image) => {
-            let opened = image.take().map_or_else(|| Image::open(new.path(), &writable), Ok);
-            Ok(Destination::image(opened.map_err(image_error)?, Background::Zero))
-        }
-        New::File(new) => Destination::new_file(new),
-        New::Image(new) => {
-            let image = new.open(&writable).map_err(image_error)?;
-            Ok(Destination::image(image, Background::Zero))
-        }
-        New::Disk(_) | New::Nothing => {
-            let (connect, locking) = (&options.connect, options.destination_locking);
-            let opened = Destination::open(to, connect, locking, source, context).await?;
-            if let Some(disk) = opened.device() {
-                *new = New::Disk(disk);
-            }
-            Ok(opened)
-        }
-    }
-}
-
-/// An image without a backing file.
-fn plain(format: Format) -> OpenOptions {
-    OpenOptions::new().format(format).policy(OpenPolicy::deny())
 }
 
 async fn fill_and_verify(
@@ -407,19 +233,7 @@ async fn verify(
     image: Arc<Image>,
     context: &JobContext,
 ) -> Result<u64, JobError> {
-    let (connect, locking) = (&options.connect, options.destination_locking);
-    let written =
-        async |place| Source::open(place, connect, locking, Knowledge::Holes, context).await;
-    let reopened = |image: imgfmt::Result<Image>| {
-        image.map(|image| Source::image(Arc::new(image))).map_err(image_error)
-    };
-    let copy = match new {
-        New::ImageFile(new, _) => reopened(Image::open(new.path(), &plain(Format::Qcow2)))?,
-        New::File(new) => written(&Location::File(new.path().to_owned())).await?,
-        New::Image(new) => reopened(new.open(&plain(Format::Qcow2)))?,
-        New::Disk(disk) => reopened(Image::from_storage(disk.clone(), &plain(Format::Raw)))?,
-        New::Nothing => written(to).await?,
-    };
+    let copy = new.reopen(to, options, context).await?;
     let unit = copy.alignment();
     let source = Source::image(image);
     let extents = source.extents(0);
