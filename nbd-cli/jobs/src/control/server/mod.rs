@@ -34,6 +34,7 @@ mod disks;
 mod event;
 mod files;
 mod lines;
+mod listing;
 mod openings;
 mod requests;
 mod slots;
