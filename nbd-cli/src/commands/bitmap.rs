@@ -10,9 +10,8 @@ use nbd_jobs::bitmaps::{
 };
 use nbd_jobs::size::{ByteSize, rounded};
 
-use super::image::location;
 use super::image::open::OpenArgs;
-use crate::connect::ServerArgs;
+use super::image::read::ReadArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
 use crate::locking::{ShareArgs, advise_sharing};
@@ -87,16 +86,8 @@ pub struct ListArgs {
     pub json: bool,
 
     #[command(flatten)]
-    #[allow(missing_docs)]
-    pub share: ShareArgs,
-
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub open: OpenArgs,
-
-    #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub server: ServerArgs,
+    pub read: ReadArgs,
 }
 
 /// The image and the form of the report.
@@ -188,11 +179,11 @@ pub(crate) fn run(args: &BitmapArgs) -> Result<Outcome, CommandError> {
 }
 
 fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
-    let location = location::parse_one(&args.path, &args.server, &args.open.trust)?;
-    let options = args.share.apply(args.open.options_with(&args.server));
+    let location = args.read.location(&args.path)?;
+    let options = args.read.options();
     // Bitmaps are those of one layer: what lies below need not be readable.
     let options = options.backing(BackingFile::Ignored);
-    let image = location.open(&options, &args.server.remotes()).map_err(advise_sharing)?;
+    let image = location.open(&options, &args.read.remotes()).map_err(advise_sharing)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json => output.json(&BitmapList::of(&image))?,

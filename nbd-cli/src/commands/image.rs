@@ -15,6 +15,7 @@ mod measure;
 pub(super) mod open;
 #[cfg(feature = "object-storage")]
 mod push;
+pub(super) mod read;
 mod rebase;
 mod resize;
 mod snapshot;

@@ -15,11 +15,10 @@ use nbd_jobs::{Durable, JobContext};
 use super::create::{Compat, Qcow2Args};
 use super::format_options::FormatOptions;
 use super::location;
-use super::open::OpenArgs;
+use super::read::ReadArgs;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::{NewImageFormat, name_of_another_format};
-use crate::locking::ShareArgs;
 use crate::new_key::NewKeyArgs;
 use crate::output::{refuse_terminal, warn};
 use crate::progress::{ProgressArgs, RateArgs};
@@ -151,22 +150,18 @@ pub struct ConvertArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub share: ShareArgs,
-
-    #[command(flatten)]
-    pub open: OpenArgs,
-
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub server: ServerArgs,
+    pub read: ReadArgs,
 }
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     if args.destination == "-" {
         return run_to_output(args);
     }
-    let [from, destination] =
-        location::parse_two([&args.source, &args.destination], &args.server, &args.open.trust)?;
+    let [from, destination] = location::parse_two(
+        [&args.source, &args.destination],
+        &args.read.server,
+        &args.read.open.trust,
+    )?;
     let format = args.output_format.map_or(Format::Raw, Format::from);
     if args.format_options.help(&CreateOptions::new(format, 0))? {
         return Ok(Outcome::Success);
@@ -189,14 +184,14 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     }
     result?;
     if let (ImageLocation::File(path), true) = (&destination, args.json) {
-        super::info::print_json(path, &args.open.trust.options().format(format))?;
+        super::info::print_json(path, &args.read.open.trust.options().format(format))?;
     }
     Ok(Outcome::Success)
 }
 
 /// Writes the new image to standard output.
 fn run_to_output(args: &ConvertArgs) -> Result<Outcome, CommandError> {
-    let from = location::parse_one(&args.source, &args.server, &args.open.trust)?;
+    let from = args.read.location(&args.source)?;
     let format = args.output_format.map_or(Format::Raw, Format::from);
     if args.format_options.help(&CreateOptions::new(format, 0))? {
         return Ok(Outcome::Success);
@@ -243,16 +238,16 @@ fn options(
         return Err(CommandError::new("--bitmaps needs version 3 of qcow2; omit compat=0.10"));
     }
     create.encryption = encryption(args, format, exists)?;
-    let locks = args.open.trust.locks;
+    let locks = args.read.open.trust.locks;
     create.open = create.open.locking(locks.locking());
     let mut options = ConvertOptions::new(create);
-    let reconnecting = ServerArgs { reconnect: Some(args.reconnect), ..args.server.clone() };
-    options.read = args.share.apply(args.open.options_with(&reconnecting));
+    let reconnecting = ServerArgs { reconnect: Some(args.reconnect), ..args.read.server.clone() };
+    options.read = args.read.options_with(&reconnecting);
     options.read.snapshot.clone_from(&args.snapshot);
     options.read.cache = args.source_cache.map_or(options.read.cache, Into::into);
     options.cache = args.cache.map(Into::into);
-    options.write = locks.options().policy(args.open.trust.policy_with(&args.server));
-    (options.remotes, options.reconnecting) = (args.server.remotes(), reconnecting.remotes());
+    options.write = locks.options().policy(args.read.open.trust.policy_with(&args.read.server));
+    (options.remotes, options.reconnecting) = (args.read.remotes(), reconnecting.remotes());
     if exists {
         options.destination = Destination::Existing;
         options.write.passphrases.clone_from(&options.read.passphrases);

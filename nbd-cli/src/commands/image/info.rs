@@ -14,8 +14,8 @@ use nbd_jobs::image_report::{
 };
 use nbd_jobs::size::{exact, rounded};
 
-use super::location;
 use super::open::{OpenArgs, TrustArgs};
+use super::read::ReadArgs;
 use super::snapshot;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
@@ -55,18 +55,11 @@ pub struct InfoArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub share: ShareArgs,
-
-    #[command(flatten)]
-    pub open: OpenArgs,
-
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub server: ServerArgs,
+    pub read: ReadArgs,
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
-    let location = location::parse_one(&args.path, &args.server, &args.open.trust)?;
+    let location = args.read.location(&args.path)?;
     let layers = layers(args, location).map_err(advise_sharing)?;
     if args.graph {
         return draw(&layers);
@@ -101,10 +94,10 @@ pub(in crate::commands) fn draw_chain(
     server: &ServerArgs,
 ) -> Result<Outcome, CommandError> {
     let trust = TrustArgs { trust_image, ..TrustArgs::default() };
-    let location = location::parse_one(image, server, &trust)?;
     let open = OpenArgs { trust, ..OpenArgs::default() };
-    let options = ShareArgs { force_share: true }.apply(open.options_with(server));
-    draw(&describe_chain(location, &options, &server.remotes())?)
+    let share = ShareArgs { force_share: true };
+    let read = ReadArgs { share, open, server: server.clone() };
+    draw(&describe_chain(read.location(image)?, &read.options(), &read.remotes())?)
 }
 
 fn draw(layers: &[DescribedImage]) -> Result<Outcome, CommandError> {
@@ -129,8 +122,8 @@ pub(super) fn print_json(path: &Path, options: &OpenOptions) -> Result<(), Comma
 
 /// Returns the image and, on request, everything below it.
 fn layers(args: &InfoArgs, location: ImageLocation) -> Result<Vec<DescribedImage>, CommandError> {
-    let options = args.share.apply(args.open.options_with(&args.server));
-    let remotes = args.server.remotes();
+    let options = args.read.options();
+    let remotes = args.read.remotes();
     let mut layers = match args.backing_chain || args.graph {
         true => describe_chain(location, &options, &remotes)?,
         false => vec![describe(location, &options, &remotes)?],

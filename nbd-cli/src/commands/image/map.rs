@@ -10,13 +10,11 @@ use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::image_map::{MapEntry, map_export, map_image};
 use nbd_jobs::tasks;
 
-use super::location;
-use super::open::OpenArgs;
+use super::read::ReadArgs;
 use crate::async_runtime::runtime;
-use crate::connect::ServerArgs;
 use crate::drawing::Drawing;
 use crate::error::{CommandError, Outcome};
-use crate::locking::{ShareArgs, advise_sharing};
+use crate::locking::advise_sharing;
 use crate::output::{Output, ReportFormat};
 use crate::signals;
 use crate::terminal::ColorChoice;
@@ -62,14 +60,7 @@ pub struct MapArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub share: ShareArgs,
-
-    #[command(flatten)]
-    pub open: OpenArgs,
-
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub server: ServerArgs,
+    pub read: ReadArgs,
 }
 
 /// Writes entries in order.
@@ -81,25 +72,26 @@ struct MapPrinter {
 }
 
 pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
-    let location = location::parse_one(&args.path, &args.server, &args.open.trust)?;
+    let location = args.read.location(&args.path)?;
     let format = ReportFormat::from_json_flag(args.json);
     let mut output = Output::new();
     let drawing = Drawing::requested(args.chart, args.color, args.svg.as_deref());
     let drawing = drawing.map(|drawing| (None, drawing));
     let mut report = MapPrinter { format, drawing, separator: "[" };
-    let options = args.share.apply(args.open.options_with(&args.server));
-    let (location, options) = location.settled(&options, &args.server.remotes())?;
+    let options = args.read.options();
+    let (location, options) = location.settled(&options, &args.read.remotes())?;
     match location {
         // The server cannot map an image inside its export.
         ImageLocation::Export { uri, .. }
             if matches!(options.format, None | Some(Format::Raw)) && options.part.is_whole() =>
         {
-            let (connector, cancellation) = (args.server.connector(uri), signals::cancellation());
+            let (connector, cancellation) =
+                (args.read.server.connector(uri), signals::cancellation());
             let add = |size, entry| report.add(size, &entry, &mut output);
             tasks::block_on(&runtime()?, map_export(connector, &cancellation, add))?;
         }
         _ => {
-            let image = location.open(&options, &args.server.remotes()).map_err(advise_sharing)?;
+            let image = location.open(&options, &args.read.remotes()).map_err(advise_sharing)?;
             map_image(&image, |entry| report.add(image.size(), &entry, &mut output))?;
         }
     }

@@ -10,12 +10,10 @@ use serde::Serialize;
 
 use super::create::Qcow2Args;
 use super::format_options::FormatOptions;
-use super::location;
-use super::open::OpenArgs;
-use crate::connect::ServerArgs;
+use super::read::ReadArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::NewImageFormat;
-use crate::locking::{ShareArgs, advise_sharing};
+use crate::locking::advise_sharing;
 use crate::output::{Output, ReportFormat};
 
 const AFTER_HELP: &str = "\
@@ -61,14 +59,7 @@ pub struct MeasureArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub share: ShareArgs,
-
-    #[command(flatten)]
-    pub open: OpenArgs,
-
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub server: ServerArgs,
+    pub read: ReadArgs,
 }
 
 /// Sizes in bytes, with the keys of qemu-img.
@@ -91,15 +82,16 @@ pub(crate) fn run(args: &MeasureArgs) -> Result<Outcome, CommandError> {
     args.format_options.apply(&mut create, &args.qcow2.given())?;
     let image = match &args.path {
         None => {
-            args.server.check([])?;
+            args.read.server.check([])?;
             None
         }
         Some(path) => {
-            let mut options = args.share.apply(args.open.options_with(&args.server));
+            let mut options = args.read.options();
             options.snapshot.clone_from(&args.snapshot);
             Some(
-                location::parse_one(path, &args.server, &args.open.trust)?
-                    .open(&options, &args.server.remotes())
+                args.read
+                    .location(path)?
+                    .open(&options, &args.read.remotes())
                     .map_err(advise_sharing)?,
             )
         }

@@ -11,12 +11,12 @@ use nbd_jobs::image_report::SnapshotReport;
 use nbd_jobs::remote::Remotes;
 use nbd_jobs::size::rounded;
 
-use super::location;
 use super::open::OpenArgs;
+use super::read::ReadArgs;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
-use crate::locking::{ShareArgs, advise_sharing};
+use crate::locking::advise_sharing;
 use crate::output::{Output, ReportFormat, printable};
 
 const AFTER_HELP: &str = "\
@@ -70,14 +70,7 @@ pub struct ListArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub share: ShareArgs,
-
-    #[command(flatten)]
-    pub open: OpenArgs,
-
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub server: ServerArgs,
+    pub read: ReadArgs,
 }
 
 /// Arguments of the commands that change snapshots.
@@ -129,10 +122,10 @@ fn change(
 }
 
 fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
-    let location = location::parse_one(&args.path, &args.server, &args.open.trust)?;
-    let options = args.share.apply(args.open.options_with(&args.server));
+    let location = args.read.location(&args.path)?;
+    let options = args.read.options();
     let format = ReportFormat::from_json_flag(args.json);
-    print(&location, &options, &args.server.remotes(), format).map_err(advise_sharing)
+    print(&location, &options, &args.read.remotes(), format).map_err(advise_sharing)
 }
 
 fn print(
