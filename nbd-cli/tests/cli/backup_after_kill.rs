@@ -93,7 +93,7 @@ impl<'a> Scenario<'a> {
     fn backup(&self, more: &[&str]) -> Value {
         let arguments = ["backup", "--control", &self.control, "--export", "vm", "-B", "daily"];
         let said = nbd_cli(&[&arguments[..], &["--verify=all", "--json"], more].concat());
-        serde_json::from_str(&said.success()).expect("JSON")
+        said.json()
     }
 
     fn kill(&self, mut server: Server) {

@@ -23,7 +23,7 @@ fn incremental_backups_of_a_disk_in_use_restore_to_each_of_their_moments() {
     let backup = |more: &[&str]| -> Value {
         let arguments = ["backup", "--control", &control, "--export", "vm", "-B", "daily"];
         let said = nbd_cli(&[&arguments[..], &["--verify=all", "--json"], more].concat());
-        serde_json::from_str(&said.success()).expect("JSON")
+        said.json()
     };
     let copy = |name: &str| {
         let copied = directory.beside(name);
@@ -99,7 +99,7 @@ fn the_view_stays_while_clients_write_and_the_bitmap_notes_what_they_do() {
 
     say(&["checkpoint-end", "vm", "failure"]).success();
     says(say(&["checkpoint-end", "vm", "success"]), &["no checkpoint"]);
-    let listing: Value = serde_json::from_str(&say(&["--json", "list"]).success()).expect("JSON");
+    let listing = say(&["--json", "list"]).json();
     let bitmap = &listing["exports"][0]["bitmaps"][0];
     assert_eq!(bitmap["dirty-bytes"], 9 << 20, "both times together: {listing}");
     server.end();
@@ -172,7 +172,7 @@ fn a_bitmap_that_a_checkpoint_made_is_offered_when_it_has_ended() {
     assert!(contexts().contains("qemu:dirty-bitmap:daily"), "{}", contexts());
     write(&qemu_io, server.uri(), "write -P 3 1M 64k");
     let context = ["map", "--context", "qemu:dirty-bitmap:daily", "--json", server.uri()];
-    let map: Value = serde_json::from_str(&nbd_cli(&context).success()).expect("JSON");
+    let map = nbd_cli(&context).json();
     assert_eq!(map.to_string().matches("dirty\"").count(), 1, "{map}");
 
     // What a failed one made is gone.
@@ -200,7 +200,7 @@ fn a_checkpoint_restarts_an_unreliable_bitmap_on_request_under_both_names_of_the
             nbd_cli(&[&request[..], more].concat())
         };
         assert_eq!(start(&[]).code, Some(1));
-        let reply: Value = serde_json::from_str(&start(&[option]).success()).expect("JSON");
+        let reply = start(&[option]).json();
         let reason = reply["restart-reason"].as_str();
         assert!(reason.is_some_and(|reason| reason.contains("in use")), "{reply}");
         server.end();

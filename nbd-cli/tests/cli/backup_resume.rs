@@ -57,8 +57,7 @@ fn an_incremental_backup_is_resumed_behind_what_was_copied() {
     // The same address, as resuming demands.
     let arguments = ["-r", "-B", "b0", "-f", "qcow2", &disk];
     let server = Server::qemu_nbd_at(&qemu_nbd, "disk", Path::new(&socket), &arguments);
-    let report: Value =
-        serde_json::from_str(&backup(server.uri(), &["--resume"]).success()).expect("JSON");
+    let report = backup(server.uri(), &["--resume"]).json();
     server.end();
     let number = |what: &str| report[what].as_u64().expect("a number");
     assert!(number("resumed-at") >= 12 << 20, "{report}");

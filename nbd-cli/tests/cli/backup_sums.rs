@@ -3,8 +3,6 @@
 
 use std::path::Path;
 
-use serde_json::Value;
-
 use crate::support::image::{are_equal, is_clean};
 use crate::support::{Disk, Outcome, Server, nbd_cli, peer, says};
 use crate::tools;
@@ -42,7 +40,7 @@ fn restore(image: &str, to: &str, more: &[&str]) -> Outcome {
 }
 
 fn checked(outcome: Outcome) -> u64 {
-    let report: Value = serde_json::from_str(&outcome.success()).expect("JSON");
+    let report = outcome.json();
     report["checked"].as_u64().expect("a number")
 }
 

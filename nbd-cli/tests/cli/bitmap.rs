@@ -20,7 +20,7 @@ fn dirty(nbdinfo: &Path, uri: &str, bitmap: &str) -> Vec<(u64, u64)> {
 
 fn json(arguments: &[&str]) -> serde_json::Value {
     let all: Vec<_> = ["bitmap"].iter().chain(arguments).chain(&["--json"]).copied().collect();
-    serde_json::from_str(&nbd_cli(&all).success()).expect("JSON")
+    nbd_cli(&all).json()
 }
 
 #[test]

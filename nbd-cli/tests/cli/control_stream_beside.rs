@@ -182,8 +182,7 @@ fn reload_leaves_an_export_into_which_a_stream_runs() {
     let report = slow.say(&["reload", "--json"]).success();
     assert!(report.contains("\"memory\""), "{report}");
     write(&export("memory", "memory:1M"));
-    let report: serde_json::Value =
-        serde_json::from_str(&slow.say(&["reload", "--json"]).success()).expect("JSON");
+    let report = slow.say(&["reload", "--json"]).json();
     let left = report["left"].to_string();
     assert!(left.contains("a stream into 'vm' is running"), "{report}");
     let uri = server.uri_of("vm");

@@ -3,22 +3,12 @@
 use std::path::Path;
 use std::process::Command;
 
+use crate::support::image::decrypted;
 use crate::support::qemu_img::{ours, words};
-use crate::support::{Disk, nbd_cli, peer, run, says};
+use crate::support::{Disk, nbd_cli, run, says};
 use crate::tools;
 
 const PASSPHRASE: &str = "never-in-any-log";
-
-/// The content as QEMU decrypts it.
-fn decrypted(disk: &Disk, qemu_img: &Path, format: &str, image: &str, key: &str) -> Vec<u8> {
-    let copy = disk.beside("decrypted");
-    let secret = format!("secret,id=s,file={key}");
-    let key = if format == "luks" { "key-secret" } else { "encrypt.key-secret" };
-    let driver = format!("driver={format},{key}=s,file.filename={image}");
-    let start = ["convert", "--object", &secret, "--image-opts", &driver];
-    peer(qemu_img, &[&start[..], &["-O", "raw", &copy]].concat());
-    std::fs::read(copy).expect("the copy")
-}
 
 fn key_of(disk: &Disk) -> String {
     let key = disk.beside("key");

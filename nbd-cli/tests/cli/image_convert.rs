@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::serve_cache::has_direct_io;
-use crate::support::image::{are_equal, chain, info, is_clean, write};
+use crate::support::image::{are_equal, chain, changed_since_snapshot, info, is_clean};
 use crate::support::{Disk, PROGRAM, nbd_cli, peer, says};
 use crate::tools;
 
@@ -98,10 +98,7 @@ fn a_chain_becomes_one_image() {
 fn a_snapshot_is_copied_in_place_of_the_present() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
     let disk = Disk::sparse();
-    let image = disk.beside("image.qcow2");
-    peer(&qemu_img, &["convert", "-O", "qcow2", disk.path(), &image]);
-    peer(&qemu_img, &["snapshot", "-c", "before", &image]);
-    write(&qemu_io, &image, "write -P 1 0 2M");
+    let image = changed_since_snapshot(&disk, &qemu_img, &qemu_io);
     let copy = disk.beside("copy.img");
     nbd_cli(&["image", "convert", "--snapshot", "before", &image, &copy]).success();
     disk.assert_equals(&copy);

@@ -242,7 +242,7 @@ fn the_facts_of_other_formats_are_those_of_qemu_img_and_more() {
         }
         let theirs = json(&qemu_img, &["info", "--output=json", "-f", format, &path]);
         let as_qemu = ["qemu-img", "info", "--output=json", "-f", format, &path];
-        let as_qemu: Value = serde_json::from_str(&nbd_cli(&as_qemu).success()).expect("JSON");
+        let as_qemu = nbd_cli(&as_qemu).json();
         for key in ["format", "virtual-size", "cluster-size", "dirty-flag"] {
             assert_eq!(as_qemu[key], theirs[key], "{format} {options}: {key}");
         }

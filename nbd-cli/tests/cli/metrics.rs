@@ -42,7 +42,7 @@ fn a_scraper_reads_what_a_counted_load_did() {
     let uri = server.uri_of("memory");
     let load =
         ["bench", "-w", "write", "--destroy-data", "--requests", "500", "--json", &uri, "-b", "4K"];
-    let report: Value = serde_json::from_str(&nbd_cli(&load).success()).expect("JSON");
+    let report = nbd_cli(&load).json();
     let load = ["bench", "--requests", "300", "--json", &uri, "-b", "512"];
     nbd_cli(&load).success();
     let Some(samples) = parsed(&disk, &get(Path::new(&socket), "/metrics")) else { return };

@@ -4,9 +4,9 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::qemu_img::{compare_all, ours, words};
+use crate::support::qemu_img::{compare_all, ours, theirs, words};
 use crate::support::qemu_nbd::wait_until;
-use crate::support::{Outcome, Server, run};
+use crate::support::{Server, run};
 use crate::tools;
 
 #[test]
@@ -18,12 +18,6 @@ fn a_format_without_checks_is_reported_with_the_line_that_scripts_look_for() {
     let theirs = run(Command::new("qemu-img").args(&words).current_dir(&directory));
     let ours = ours(directory.path(), &words);
     assert_eq!((ours.code, ours.stderr), (theirs.code, theirs.stderr));
-}
-
-/// Runs a program of QEMU in a directory.
-fn theirs(directory: &Path, line: &str) -> Outcome {
-    let words = words(line);
-    run(Command::new(&words[0]).args(&words[1..]).current_dir(directory))
 }
 
 #[test]

@@ -4,15 +4,9 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::qemu_img::{compare_all, ours, words};
-use crate::support::{Outcome, Server, run};
+use crate::support::qemu_img::{compare_all, ours, theirs, words};
+use crate::support::{Server, run};
 use crate::tools;
-
-/// Runs a program of QEMU in a directory.
-fn theirs(directory: &Path, line: &str) -> Outcome {
-    let words = words(line);
-    run(Command::new(&words[0]).args(&words[1..]).current_dir(directory))
-}
 
 /// Runs a line with both programs and compares exit codes and outputs.
 #[track_caller]

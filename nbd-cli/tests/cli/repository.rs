@@ -5,12 +5,8 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::support::image::{are_equal, write};
-use crate::support::{Disk, Server, nbd_cli, peer, says};
+use crate::support::{Disk, Server, json, nbd_cli, peer, says};
 use crate::tools;
-
-fn json(arguments: &[&str]) -> Value {
-    serde_json::from_str(&nbd_cli(arguments).success()).expect("JSON")
-}
 
 /// A repository, beside a disk with data.
 fn repository(directory: &Disk) -> String {

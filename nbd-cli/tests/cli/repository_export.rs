@@ -7,12 +7,8 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::support::image::{are_equal, info, is_clean, json as qemu_json, write};
-use crate::support::{Disk, nbd_cli, says};
+use crate::support::{Disk, json, nbd_cli, says};
 use crate::tools;
-
-fn json(arguments: &[&str]) -> Value {
-    serde_json::from_str(&nbd_cli(arguments).success()).expect("JSON")
-}
 
 /// A disk of which backups are made, and the states that they have.
 struct Lab {

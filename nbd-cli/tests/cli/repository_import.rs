@@ -7,12 +7,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 
 use crate::support::image::{are_equal, chain, write};
-use crate::support::{Disk, Server, nbd_cli, peer, says};
+use crate::support::{Disk, Server, json, nbd_cli, peer, says};
 use crate::tools;
-
-fn json(arguments: &[&str]) -> Value {
-    serde_json::from_str(&nbd_cli(arguments).success()).expect("JSON")
-}
 
 fn repository(disk: &Disk, name: &str) -> String {
     let repository = disk.beside(name);

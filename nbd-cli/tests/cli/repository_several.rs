@@ -11,12 +11,8 @@ use nbd_client::{Connector, Durability};
 use serde_json::Value;
 
 use crate::support::image::is_clean;
-use crate::support::{Disk, Outcome, Server, nbd_cli, peer, says};
+use crate::support::{Disk, Outcome, Server, json, nbd_cli, peer, says};
 use crate::tools;
-
-fn json(arguments: &[&str]) -> Value {
-    serde_json::from_str(&nbd_cli(arguments).success()).expect("JSON")
-}
 
 #[test]
 fn disks_of_one_backup_are_listed_read_and_forgotten_as_one() {
@@ -42,7 +38,7 @@ fn disks_of_one_backup_are_listed_read_and_forgotten_as_one() {
         .open(&odd)
         .and_then(|file| file.write_all_at(&[9; 100], 150_000))
         .expect("room");
-    let made: Value = serde_json::from_str(&backup(&all, &["--verify"]).success()).expect("JSON");
+    let made = backup(&all, &["--verify"]).json();
     assert!(made["added"].as_u64() < Some(200_000), "{made}");
     let list = json(&["repo", "list", "--json", &repository]);
     assert_eq!(list["backups"].as_array().map(Vec::len), Some(2), "{list}");

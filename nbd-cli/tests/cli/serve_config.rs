@@ -279,8 +279,7 @@ fn an_export_that_cannot_go_yet_goes_with_a_later_reload() {
     nbd_cli(&["control", &control, "checkpoint-start", "vm"]).success();
     place.write(&export("stays", ""));
     for _ in 0..2 {
-        let report: serde_json::Value =
-            serde_json::from_str(&place.reload().success()).expect("JSON");
+        let report = place.reload().json();
         assert_eq!(report["removed"], serde_json::json!([]), "{report}");
         assert!(report["left"].to_string().contains("checkpoint"), "{report}");
         assert!(is_there(&server, "vm"));

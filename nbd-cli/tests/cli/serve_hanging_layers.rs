@@ -73,8 +73,7 @@ impl Place {
     }
 
     fn in_flight(&self, export: &str) -> u64 {
-        let list: Value =
-            serde_json::from_str(&self.say(&["list", "--json"]).success()).expect("JSON");
+        let list = self.say(&["list", "--json"]).json();
         let all = list["exports"].as_array().expect("a list").clone();
         let found = all.into_iter().find(|it| it["name"] == export).expect("the export");
         found["traffic"]["in-flight"].as_u64().expect("a number")
@@ -250,8 +249,7 @@ fn a_stream_whose_layer_hangs_tells_since_when_it_has_copied_nothing() {
     place.stop_upstream();
     place.say(&["stream", "upper"]).success();
     wait_until("the stream says so", || {
-        let list: Value =
-            serde_json::from_str(&place.say(&["list", "--json"]).success()).expect("JSON");
+        let list = place.say(&["list", "--json"]).json();
         let stream = &list["exports"][0]["stream"];
         assert_eq!(stream["phase"], "running", "{stream}");
         stream["idle"].as_u64().expect("a number") >= 1

@@ -1,6 +1,6 @@
 //! `serve --snapshot`, read by qemu-img.
 
-use crate::support::image::write;
+use crate::support::image::changed_since_snapshot;
 use crate::support::{Disk, Server, nbd_cli, peer, says};
 use crate::tools;
 
@@ -8,10 +8,7 @@ use crate::tools;
 fn a_snapshot_is_served_as_it_was_and_for_reading_only() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
     let disk = Disk::sparse();
-    let image = disk.beside("image.qcow2");
-    peer(&qemu_img, &["convert", "-O", "qcow2", disk.path(), &image]);
-    peer(&qemu_img, &["snapshot", "-c", "before", &image]);
-    write(&qemu_io, &image, "write -P 1 0 2M");
+    let image = changed_since_snapshot(&disk, &qemu_img, &qemu_io);
     for name in ["before", "1"] {
         let server = Server::ours(&["--snapshot", name, &image]);
         peer(&qemu_img, &["compare", server.uri(), disk.path()]);

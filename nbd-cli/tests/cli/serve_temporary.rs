@@ -1,6 +1,6 @@
 //! `serve --temporary`, `--discard` and `--detect-zeroes`, seen through qemu-io and in the files.
 
-use crate::support::image::{chain, is_clean, ours, write};
+use crate::support::image::{chain, changed_since_snapshot, is_clean, ours};
 use crate::support::{Disk, Server, is_sparse_here, nbd_cli, peer, says};
 use crate::tools;
 
@@ -37,10 +37,7 @@ fn a_temporary_overlay_follows_no_name_that_is_not_allowed() {
 fn a_temporary_overlay_over_a_snapshot_shows_it_and_leaves_it_alone() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
     let disk = Disk::sparse();
-    let image = disk.beside("image.qcow2");
-    peer(&qemu_img, &["convert", "-O", "qcow2", disk.path(), &image]);
-    peer(&qemu_img, &["snapshot", "-c", "before", &image]);
-    write(&qemu_io, &image, "write -P 1 0 2M");
+    let image = changed_since_snapshot(&disk, &qemu_img, &qemu_io);
     let before = std::fs::read(&image).expect("the image");
     let server = Server::ours(&["--temporary", "--snapshot", "before", &image]);
     peer(&qemu_img, &["compare", server.uri(), disk.path()]);

@@ -112,7 +112,7 @@ impl Place {
         let content = std::fs::read(&raw).expect("the content");
         let server = Server::ours(&["--read-only", "--bitmap", "b", &self.disk]);
         let outcome = nbd_cli(&["map", "--context", "qemu:dirty-bitmap:b", "--json", server.uri()]);
-        let map: serde_json::Value = serde_json::from_str(&outcome.success()).expect("JSON");
+        let map = outcome.json();
         let mut is_dirty = vec![false; content.len()];
         for extent in map.as_array().expect("extents") {
             let number = |key: &str| extent[key].as_u64().expect("a number") as usize;

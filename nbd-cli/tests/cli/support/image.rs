@@ -23,7 +23,7 @@ pub(crate) fn info(tool: &Path, path: &str) -> Value {
 #[track_caller]
 pub(crate) fn ours(arguments: &[&str]) -> Value {
     let all: Vec<_> = ["image"].iter().chain(arguments).copied().collect();
-    serde_json::from_str(&nbd_cli(&all).success()).expect("JSON")
+    nbd_cli(&all).json()
 }
 
 /// Checks that qemu-img finds nothing wrong.
@@ -44,6 +44,32 @@ pub(crate) fn are_equal(tool: &Path, first: &str, second: &str) {
 pub(crate) fn write(qemu_io: &Path, path: &str, command: &str) {
     let said = peer(qemu_io, &["-f", "qcow2", "-c", command, path]);
     assert!(!said.contains("failed"), "{said}");
+}
+
+/// The content as QEMU decrypts it.
+pub(crate) fn decrypted(
+    disk: &Disk,
+    qemu_img: &Path,
+    format: &str,
+    image: &str,
+    key: &str,
+) -> Vec<u8> {
+    let copy = disk.beside("decrypted");
+    let secret = format!("secret,id=s,file={key}");
+    let key = if format == "luks" { "key-secret" } else { "encrypt.key-secret" };
+    let driver = format!("driver={format},{key}=s,file.filename={image}");
+    let start = ["convert", "--object", &secret, "--image-opts", &driver];
+    peer(qemu_img, &[&start[..], &["-O", "raw", &copy]].concat());
+    std::fs::read(copy).expect("the copy")
+}
+
+/// A qcow2 image with the disk in its snapshot `before`, and other data since then.
+pub(crate) fn changed_since_snapshot(disk: &Disk, qemu_img: &Path, qemu_io: &Path) -> String {
+    let image = disk.beside("image.qcow2");
+    peer(qemu_img, &["convert", "-O", "qcow2", disk.path(), &image]);
+    peer(qemu_img, &["snapshot", "-c", "before", &image]);
+    write(qemu_io, &image, "write -P 1 0 2M");
+    image
 }
 
 /// An overlay `overlay.qcow2` over `middle.qcow2` over the disk, with data, zeroes and discarded

@@ -22,6 +22,8 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use serde_json::Value;
+
 pub(crate) use disk::{Disk, is_sparse_here};
 pub(crate) use server::Server;
 
@@ -42,6 +44,12 @@ impl Outcome {
     pub(crate) fn success(self) -> String {
         assert_eq!(self.code, Some(0), "{self:?}");
         self.stdout
+    }
+
+    /// What a run that must have succeeded printed, as JSON.
+    #[track_caller]
+    pub(crate) fn json(self) -> Value {
+        serde_json::from_str(&self.success()).expect("JSON")
     }
 
     /// The error of a run that must have failed with one sentence.
@@ -73,6 +81,13 @@ pub(crate) fn run(command: &mut Command) -> Outcome {
         stdout: String::from_utf8(output.stdout).expect("text on standard output"),
         stderr: String::from_utf8(output.stderr).expect("text on standard error"),
     }
+}
+
+/// Runs `nbd-cli`, which must succeed and print JSON.
+#[cfg(feature = "object-storage")]
+#[track_caller]
+pub(crate) fn json(arguments: &[&str]) -> Value {
+    nbd_cli(arguments).json()
 }
 
 /// Runs `nbd-cli`.

@@ -94,6 +94,12 @@ pub(crate) fn ours(directory: &Path, arguments: &[String]) -> Outcome {
     run_in(directory, PROGRAM, &all)
 }
 
+/// Runs a program of QEMU in a directory.
+pub(crate) fn theirs(directory: &Path, line: &str) -> Outcome {
+    let words = words(line);
+    run(Command::new(&words[0]).args(&words[1..]).current_dir(directory))
+}
+
 /// Removes what differs between two runs of one program too.
 fn without_space(value: &mut Value, is_made: bool) {
     match value {
