@@ -1,6 +1,6 @@
 //! Closes an image: writes all pending changes, and frees what was kept.
 
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::qcow2::flush::Flusher;
 use crate::qcow2::image::Qcow2;
 
@@ -11,8 +11,14 @@ impl Qcow2 {
             return Ok(());
         }
         let flusher = Flusher { is_alone: true, ..self.flusher() };
-        flusher.end_with_cluster()?;
-        flusher.flush_rest()?;
+        let flushed = flusher.end_with_cluster().and_then(|()| flusher.flush_rest());
+        if let Err(error) = flushed {
+            // More bits are stored than changes reach the disk, which does no harm.
+            if error.kind() == ErrorKind::NoSpace && self.bitmaps.store_in_place()? {
+                self.bitmaps.end_session()?;
+            }
+            return Err(error);
+        }
         // A client that is served next has no use for a checkpoint that is cut off here. If this
         // fails, the next writable open repeats it.
         let _ = self.bitmaps.thaw(self);

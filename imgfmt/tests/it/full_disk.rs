@@ -21,9 +21,9 @@ const CACHED: Durability = Durability::Cached;
 
 /// The file cannot grow beyond a length.
 #[derive(Debug)]
-struct FullDisk {
-    inner: Arc<dyn Storage>,
-    limit: Arc<AtomicU64>,
+pub(crate) struct FullDisk {
+    pub(crate) inner: Arc<dyn Storage>,
+    pub(crate) limit: Arc<AtomicU64>,
 }
 
 impl FullDisk {

@@ -62,6 +62,7 @@ mod formats_vmdk_written;
 mod formats_vs_qemu;
 mod formats_written;
 mod full_disk;
+mod full_disk_bitmaps;
 mod fuzz_corpus;
 mod holes;
 mod holes_in_blocks;

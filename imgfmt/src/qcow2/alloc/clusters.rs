@@ -161,6 +161,15 @@ impl Clusters {
         Ok(reserved)
     }
 
+    /// Gives back the space that a failed write has taken for reserved clusters: on a full disk,
+    /// what is next written to other clusters needs it.
+    pub(in crate::qcow2) fn punch(&self, reserved: &[Reserved]) {
+        let cluster_bits = self.metadata.header().geometry.cluster_bits;
+        for place in reserved {
+            let _ = self.metadata.file.punch_hole(place.offset, place.clusters << cluster_bits);
+        }
+    }
+
     /// Releases reserved clusters that were never used.
     pub(in crate::qcow2) fn release(&self, reserved: &[Reserved]) {
         if reserved.is_empty() {

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering::Acquire;
 
 use super::directory::{self, DirectoryLocation, Entry, Table, flag};
 use super::error::CHANGE;
-use super::freeze::PlannedByName;
+use super::freeze::planned_by_name;
 use super::plan::Planned;
 use super::store::{Bitmaps, ImageServices, StoredBitmaps};
 use crate::bitmap::{Bitmap, Condition, ExclusiveState, Recording};
@@ -22,6 +22,15 @@ use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::autoclear;
 
+/// A list of bitmaps that is written, and that the header does not name yet.
+#[derive(Debug)]
+pub(in crate::qcow2) struct Prepared {
+    plan: Vec<Planned>,
+    entries: Vec<Entry>,
+    place: Option<DirectoryLocation>,
+    pub(super) reserved: Vec<Reserved>,
+}
+
 impl Bitmaps {
     /// Carries out the plan on disk and then in memory.
     pub(super) fn carry_out(
@@ -30,31 +39,51 @@ impl Bitmaps {
         exclusive: &mut ExclusiveState<'_, Entry>,
         plan: Vec<Planned>,
     ) -> Result<()> {
-        let bitmaps = self.store_plan(image, exclusive.bitmaps(), plan)?;
+        let prepared = self.prepare(image, plan)?;
+        self.carry_out_prepared(image, exclusive, prepared)
+    }
+
+    /// Takes the space for the planned list, and writes it there.
+    pub(super) fn prepare(
+        &self,
+        image: &dyn ImageServices,
+        plan: Vec<Planned>,
+    ) -> Result<Prepared> {
+        self.settle_directory(&mut self.disk.lock())?;
+        let mut reserved = Vec::new();
+        let since = self.metadata.failed_syncs();
+        let written = self.write_plan(image, &plan, &mut reserved);
+        let written = written.and_then(|it| self.metadata.refuse_lost_since(since).map(|()| it));
+        match written {
+            Ok((entries, place)) => Ok(Prepared { plan, entries, place, reserved }),
+            Err(error) => {
+                self.clusters.release(&reserved);
+                Err(error)
+            }
+        }
+    }
+
+    /// Switches to the prepared list on disk and then in memory.
+    pub(super) fn carry_out_prepared(
+        &self,
+        image: &dyn ImageServices,
+        exclusive: &mut ExclusiveState<'_, Entry>,
+        prepared: Prepared,
+    ) -> Result<()> {
+        let bitmaps = self.switch_to(image, exclusive.bitmaps(), prepared)?;
         let is_marked = self.is_marked(&bitmaps);
         exclusive.replace(bitmaps, is_marked);
         Ok(())
     }
 
-    /// Writes the planned list to disk, or leaves the old one.
-    fn store_plan(
+    /// Makes the disk name the prepared list, or leaves the old one.
+    fn switch_to(
         &self,
         image: &dyn ImageServices,
         old: &[Bitmap<Entry>],
-        plan: Vec<Planned>,
+        prepared: Prepared,
     ) -> Result<Vec<Bitmap<Entry>>> {
-        self.settle_directory(&mut self.disk.lock())?;
-        let mut reserved = Vec::new();
-        let since = self.metadata.failed_syncs();
-        let prepared = self.write_plan(image, &plan, &mut reserved);
-        let prepared = prepared.and_then(|it| self.metadata.refuse_lost_since(since).map(|()| it));
-        let (entries, place) = match prepared {
-            Ok(prepared) => prepared,
-            Err(error) => {
-                self.clusters.release(&reserved);
-                return Err(error);
-            }
-        };
+        let Prepared { plan, entries, place, reserved } = prepared;
         let freed = self.replaced_clusters(old, &plan);
         let (_, flags_places) = directory::encode(&entries);
         let mut disk = self.disk.lock();
@@ -92,9 +121,7 @@ impl Bitmaps {
         reserved: &mut Vec<Reserved>,
     ) -> Result<(Vec<Entry>, Option<DirectoryLocation>)> {
         let mut entries = Vec::new();
-        // Reversed: of several that have the same name, the first stays, as in `by_name`.
-        let all: PlannedByName<'_> =
-            plan.iter().rev().map(|planned| (planned.bitmap.name.as_str(), planned)).collect();
+        let all = planned_by_name(plan);
         for planned in plan {
             let bitmap = &planned.bitmap;
             let mut entry = bitmap.stored.clone();

@@ -59,6 +59,11 @@ fn bitmaps_by_name(plan: &[Planned]) -> ByName<'_> {
 /// Planned bitmaps by name.
 pub(super) type PlannedByName<'a> = HashMap<&'a str, &'a Planned>;
 
+/// Of several that have the same name, the first stays, as in [`by_name`].
+pub(super) fn planned_by_name(plan: &[Planned]) -> PlannedByName<'_> {
+    plan.iter().rev().map(|planned| (planned.bitmap.name.as_str(), planned)).collect()
+}
+
 impl Bitmaps {
     /// The name of the bitmap with frozen bits of `bitmap`, and why those are unreliable, if they
     /// are.

@@ -104,7 +104,11 @@ impl Bitmaps {
         let bitmaps = state.bitmaps().iter().zip(&disk.flags_places);
         let marked: Vec<_> = {
             let ownership = self.ownership.lock();
-            bitmaps.filter(|(bitmap, _)| self.needs_mark(&ownership, bitmap)).collect()
+            // Clearing a flag that is thought to be set may have failed.
+            let needs_flag = |bitmap: &Bitmap<Entry>| {
+                bitmap.in_use.load(Acquire) || self.needs_mark(&ownership, bitmap)
+            };
+            bitmaps.filter(|(bitmap, _)| needs_flag(bitmap)).collect()
         };
         let Some(place) = disk.directory else {
             // The header no longer names them; the clean close stores them.

@@ -4,7 +4,8 @@
 //! holds the bitmaps of one open image. [`change`] plans another list, and [`commit`] switches to
 //! it at one instant; [`freeze`] has the changes that checkpoints make. [`mark`] marks bitmaps as
 //! in use at the first change of the disk. [`session`] then keeps the bits in a file that survives
-//! a crash, and [`recover`] reads them from it. [`close`] stores the bits.
+//! a crash, and [`recover`] reads them from it. [`close`] stores the bits, or [`overwrite`] where
+//! there is no space.
 
 mod change;
 mod close;
@@ -16,6 +17,7 @@ mod frozen;
 mod lineage;
 mod lineage_change;
 mod mark;
+mod overwrite;
 mod ownership;
 mod plan;
 mod query;

@@ -1,10 +1,11 @@
 //! The planned list of bitmaps.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Acquire;
 
 use super::directory::Entry;
 use super::error::no_bitmap;
-use crate::bitmap::{Bitmap, Bits};
+use crate::bitmap::{Bitmap, Bits, Condition};
 use crate::error::Result;
 
 /// A planned bitmap.
@@ -20,6 +21,17 @@ pub(super) struct Planned {
 impl Planned {
     pub(super) fn unchanged(bitmap: &Bitmap<Entry>) -> Self {
         Self { bitmap: bitmap.clone(), content: None, must_store: false }
+    }
+
+    /// The bitmaps as they are. Those whose stored bits are out of date are stored.
+    pub(super) fn to_store(bitmaps: &[Bitmap<Entry>]) -> Vec<Self> {
+        let must_store = |bitmap: &Bitmap<Entry>| {
+            bitmap.condition == Condition::Ready && bitmap.in_use.load(Acquire)
+        };
+        let planned = bitmaps
+            .iter()
+            .map(|bitmap| Self { must_store: must_store(bitmap), ..Self::unchanged(bitmap) });
+        planned.collect()
     }
 }
 

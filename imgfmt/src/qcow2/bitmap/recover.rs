@@ -1,7 +1,6 @@
 //! Recovers bits that were kept beside an image that was not closed properly.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Acquire;
 
 use super::directory::{Entry, flag};
 use super::plan::Planned;
@@ -98,12 +97,7 @@ impl Bitmaps {
             return Ok(());
         }
         if !recovered.is_empty() {
-            let mut plan: Vec<Planned> =
-                exclusive.bitmaps().iter().map(Planned::unchanged).collect();
-            for planned in &mut plan {
-                let is_in_use = planned.bitmap.in_use.load(Acquire);
-                planned.must_store = planned.bitmap.condition == Condition::Ready && is_in_use;
-            }
+            let plan = Planned::to_store(exclusive.bitmaps());
             match self.carry_out(image, &mut exclusive, plan) {
                 Err(error) if error.kind() == ErrorKind::NoSpace => {
                     // The image can be used nevertheless, for example to free space. The sidecar

@@ -2,11 +2,13 @@
 //!
 //! The size and the location of the directory are in different sectors of the header, so they
 //! cannot change together. Therefore all bitmaps are marked as in use before the size changes,
-//! which permits tables of any size, and are stored again afterwards.
+//! which permits tables of any size. What is stored afterwards is written before, so that a full
+//! disk is noticed before the size changes.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Release;
 
+use super::commit::Prepared;
 use super::directory::{Entry, flag};
 use super::plan::Planned;
 use super::store::{Bitmaps, ImageServices, unusable};
@@ -15,6 +17,71 @@ use crate::error::Result;
 use crate::units::{GuestOffset, GuestRange};
 
 impl Bitmaps {
+    /// Takes the space for the bitmaps of a disk of another size, and writes them there. The disk
+    /// and its bitmaps are not changed before [`finish_resize`](Self::finish_resize). `changed` is
+    /// the part of the resized disk whose content will be another one.
+    pub(in crate::qcow2) fn prepare_resize(
+        &self,
+        image: &dyn ImageServices,
+        size: u64,
+        changed: GuestRange,
+    ) -> Result<Option<Prepared>> {
+        let exclusive = self.tracker.exclusive();
+        if exclusive.bitmaps().is_empty() || size == self.size {
+            return Ok(None);
+        }
+        let mut plan: Vec<Planned> = exclusive.bitmaps().iter().map(Planned::unchanged).collect();
+        for planned in &mut plan {
+            let bitmap = &planned.bitmap;
+            match self.ready_bits(bitmap) {
+                Ok(bits) => {
+                    let resized = self.resized(bitmap, &bits, size);
+                    if bitmap.recording == Recording::Enabled {
+                        resized.set_range(changed);
+                    }
+                    planned.content = Some(Arc::new(resized));
+                    planned.must_store = true;
+                }
+                // Its table will not fit the disk.
+                Err(_) => bitmap.in_use.store(true, Release),
+            }
+        }
+        self.prepare(image, plan).map(Some)
+    }
+
+    /// Switches to the prepared bitmaps if the size was `changed`, and gives up their space
+    /// otherwise.
+    pub(in crate::qcow2) fn finish_resize<T>(
+        &self,
+        image: &dyn ImageServices,
+        prepared: Option<Prepared>,
+        changed: Result<T>,
+    ) -> Result<T> {
+        let Some(prepared) = prepared else { return changed };
+        match changed {
+            Ok(changed) => {
+                let mut exclusive = self.tracker.exclusive();
+                self.carry_out_prepared(image, &mut exclusive, prepared).map(|()| changed)
+            }
+            Err(error) => {
+                self.clusters.release(&prepared.reserved);
+                Err(error)
+            }
+        }
+    }
+
+    /// The bits of a bitmap for a disk of another size. An added part is clean, except where it had
+    /// been cut off before.
+    fn resized(&self, bitmap: &Bitmap<Entry>, bits: &Bits, size: u64) -> Bits {
+        let (start, end) =
+            (GuestOffset::new(self.size), GuestOffset::new(self.size_peak.min(size)));
+        let resized = bits.resized(size);
+        if bitmap.recording == Recording::Enabled {
+            resized.set_range(GuestRange::between(start, end).unwrap_or_default());
+        }
+        resized
+    }
+
     /// Loads all bitmaps and marks them as in use, before the size of the disk changes.
     pub(in crate::qcow2) fn before_resize(&self, image: &dyn ImageServices) -> Result<()> {
         let mut exclusive = self.tracker.exclusive();
@@ -53,37 +120,18 @@ impl Bitmaps {
     }
 
     /// Resizes all bitmaps in memory to the present size of the disk, even if that cannot be
-    /// stored. An added part is clean, except where it had been cut off before.
+    /// stored.
     pub(in crate::qcow2) fn resize(&mut self, size: u64) {
-        let old_size = std::mem::replace(&mut self.size, size);
-        let peak = self.size_peak;
-        self.size_peak = peak.max(size);
-        let (start, end) = (GuestOffset::new(old_size), GuestOffset::new(peak.min(size)));
-        let cut_before = GuestRange::between(start, end).unwrap_or_default();
         let mut exclusive = self.tracker.exclusive();
         let mut bitmaps: Vec<Bitmap<Entry>> = exclusive.bitmaps().to_vec();
         for bitmap in bitmaps.iter_mut().filter(|bitmap| bitmap.condition == Condition::Ready) {
             let Some(old) = bitmap.bits.take() else { continue };
-            let resized = Bits::resized(&old, size);
-            if bitmap.recording == Recording::Enabled {
-                resized.set_range(cut_before);
-            }
-            bitmap.bits = Arc::new(resized).into();
+            bitmap.bits = Arc::new(self.resized(bitmap, &old, size)).into();
         }
         // The sidecar has the old size: the next change creates another one.
         exclusive.replace(bitmaps, false);
-    }
-
-    /// Stores all bitmaps after a change of the disk's size.
-    pub(in crate::qcow2) fn store_resized(&self, image: &dyn ImageServices) -> Result<()> {
-        let mut exclusive = self.tracker.exclusive();
-        if exclusive.bitmaps().is_empty() {
-            return Ok(());
-        }
-        let mut plan: Vec<Planned> = exclusive.bitmaps().iter().map(Planned::unchanged).collect();
-        for planned in &mut plan {
-            planned.must_store = planned.bitmap.condition == Condition::Ready;
-        }
-        self.carry_out(image, &mut exclusive, plan)
+        drop(exclusive);
+        self.size = size;
+        self.size_peak = self.size_peak.max(size);
     }
 }

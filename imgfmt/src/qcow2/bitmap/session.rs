@@ -65,9 +65,10 @@ impl Bitmaps {
             Err(error) => {
                 session.degraded = Some(error.to_string());
                 self.metadata.stamp_sidecar(None);
-                session.sidecar = None;
                 session.identity = None;
                 self.unmark_header()?;
+                // One that cannot be removed is harmless now.
+                let _ = session.sidecar.take().map(|sidecar| sidecar.remove());
                 self.give_up_found_sidecar(&mut session)?;
             }
         }
@@ -89,6 +90,13 @@ impl Bitmaps {
             let _ = self.sidecar_place().map(|place| place.remove());
         }
         Ok(())
+    }
+
+    /// Whether the bits survive in a sidecar if they are not stored.
+    pub(super) fn is_kept_beside(&self) -> bool {
+        let session = self.session.lock();
+        let is_current = session.sidecar.as_ref().is_some_and(|sidecar| !sidecar.is_abandoned());
+        is_current || session.is_recovery_unfinished
     }
 
     fn make_sidecar(

@@ -12,7 +12,7 @@ use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::words::read_words;
 use crate::units::HostOffset;
 
-const ALL_ONES: u64 = 1;
+pub(super) const ALL_ONES: u64 = 1;
 
 /// The maximum size of one write, in bytes.
 const STEP_BYTES: u64 = 1 << 20;

@@ -152,6 +152,9 @@ impl Qcow2 {
             other => other,
         };
         if !matches!(result, Ok(true)) {
+            if result.is_err() {
+                self.clusters.punch(&reserved);
+            }
             self.clusters.release(&reserved);
             return result;
         }

@@ -22,32 +22,36 @@ impl Qcow2 {
         refuse_unknown_sizes(self.mapping.format.version, &self.metadata.snapshots()?)?;
         self.metadata.refuse_if_corrupt()?;
         let old_size = self.size;
-        drop(self.bitmaps.before_change(self, span(0, 0))?);
-        // A part that is cut off and added again is clean, although its content is another one.
-        self.bitmaps.forget_lineage()?;
+        self.metadata.break_seal()?;
         self.flusher().flush()?;
+        // Space is taken before the size changes: on a full disk the size stays.
+        let prepared = self.bitmaps.prepare_resize(self, size, span(0, 0))?;
         if size < old_size {
-            self.bitmaps.before_resize(self)?;
-            let old_l1 = self.switch_to_smaller(size)?;
+            let switched = self.switch_to_smaller(size);
             // The disk is smaller, even if the rest fails.
-            self.bitmaps.store_resized(self)?;
+            let old_l1 = self.bitmaps.finish_resize(self, prepared, switched)?;
             self.free_behind(size, &old_l1)?;
             return self.data.resize(old_size, size);
         }
+        let switched = self.switch_to_larger(size);
+        self.bitmaps.finish_resize(self, prepared, switched)
+    }
+
+    fn switch_to_larger(&mut self, size: u64) -> Result<()> {
         self.grow_l1(size)?;
         // The rest of the last cluster may have any content, and the backing file may be longer.
         let cluster_end = self.size.next_multiple_of(self.geometry().cluster_size()).min(size);
         let backing_end = self.backing.size().min(size);
         let stale = span(self.size, cluster_end.max(backing_end));
         if !stale.is_empty() {
+            drop(self.bitmaps.before_change(self, span(0, 0))?);
             self.zero_range(stale, ZeroMode::MayUnmap, Speed::Any)?;
         }
-        self.data.resize(old_size, size)?;
+        self.data.resize(self.size, size)?;
         self.flusher().flush()?;
-        self.bitmaps.before_resize(self)?;
+        self.bitmaps.forget_lineage()?;
         let header = self.metadata.header();
-        self.write_disk_fields(size, header.l1_entries, header.l1_offset)?;
-        self.bitmaps.store_resized(self)
+        self.write_disk_fields(size, header.l1_entries, header.l1_offset)
     }
 
     /// Changes the size of the disk and the place of the L1 table with one write of the header, and
@@ -65,6 +69,10 @@ impl Qcow2 {
         fields[8..12].copy_from_slice(&method.to_be_bytes());
         fields[12..16].copy_from_slice(&l1_entries.to_be_bytes());
         fields[16..].copy_from_slice(&l1_offset.bytes().to_be_bytes());
+        if size != self.size {
+            drop(self.bitmaps.before_change(self, span(0, 0))?);
+            self.bitmaps.before_resize(self)?;
+        }
         self.metadata.write_header(field::SIZE, &fields)?;
         // Even if the sync fails, the file has these values now.
         let old_size = std::mem::replace(&mut self.size, size);

@@ -25,11 +25,18 @@ impl Qcow2 {
         if let (Some(offset), Some(entry)) = (cut, l1.get_mut(geometry.l1_index(end) as usize)) {
             *entry = offset.bytes() | COPIED;
         }
-        let switched = if l1 == old {
-            self.write_disk_fields(size, old.len() as u32, self.metadata.header().l1_offset)
-        } else {
-            self.replace_l1(l1, size)
-        };
+        let place = if l1 == old { Ok(None) } else { self.write_l1(&l1).map(Some) };
+        let switched = place.and_then(|place| {
+            // A part that is cut off and added again is clean, although its content is another one.
+            self.bitmaps.forget_lineage()?;
+            match place {
+                Some(place) => self.switch_l1(place, l1, size),
+                None => {
+                    let l1_offset = self.metadata.header().l1_offset;
+                    self.write_disk_fields(size, old.len() as u32, l1_offset)
+                }
+            }
+        });
         if let (Err(_), Some(offset), true) = (&switched, cut, self.size != size) {
             // No entry refers to the copy.
             self.clusters.free_place(offset, geometry.cluster_size())?;

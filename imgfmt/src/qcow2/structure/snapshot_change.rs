@@ -92,26 +92,29 @@ impl Qcow2 {
         let snapshot = snapshot::find(&snapshots, name)?.clone();
         let l1 =
             read_words(&*self.metadata.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
-        // Everything may differ from the present disk.
-        drop(self.bitmaps.before_change(self, span(0, self.size))?);
-        let is_resized = snapshot.disk_size != self.size;
-        if is_resized {
+        let size = snapshot.disk_size;
+        if size != self.size {
             refuse_unknown_sizes(self.mapping.format.version, &snapshots)?;
         }
         self.mapping.refuse_bad_behind(GuestOffset::new(0))?;
         let mut copy: Vec<u64> = l1.iter().map(|entry| entry & OFFSET_MASK).collect();
         copy.resize(l1.len().max(self.mapping.l1_len()), 0);
-        // Space is taken before any refcount changes: on a full disk nothing has happened.
+        self.metadata.break_seal()?;
+        // Space is taken before any refcount or bit changes: on a full disk nothing has happened.
         let place = self.write_l1(&copy)?;
-        if is_resized {
-            self.bitmaps.note_size(snapshot.disk_size);
-            if let Err(error) = self.bitmaps.before_resize(self) {
+        self.bitmaps.note_size(size);
+        let prepared = self.bitmaps.prepare_resize(self, size, span(0, size));
+        let prepared = prepared.inspect_err(|_| self.clusters.release(&[place]))?;
+        // Everything may differ from the present disk.
+        let changed = self.bitmaps.before_change(self, span(0, self.size)).map(drop);
+        let applied = match changed {
+            Ok(()) => self.while_dirty(|image| image.apply_l1(&l1, place, copy, size)),
+            Err(error) => {
                 self.clusters.release(&[place]);
-                return Err(error);
+                Err(error)
             }
-        }
-        self.while_dirty(|image| image.apply_l1(&l1, place, copy, snapshot.disk_size))?;
-        if is_resized { self.bitmaps.store_resized(self) } else { Ok(()) }
+        };
+        self.bitmaps.finish_resize(self, prepared, applied)
     }
 
     /// Switches the disk to a copy of a snapshot's L1 table and to `size` bytes, with one write of
@@ -165,9 +168,13 @@ impl Qcow2 {
             // The file changes nevertheless, so its seal is broken.
             Changed::Nothing => span(0, 0),
         };
-        drop(self.bitmaps.before_change(self, changed)?);
+        self.metadata.break_seal()?;
+        // Space is taken before any bit changes.
+        let place = self.write_l1(&vec![0; old.len()])?;
+        let recorded = self.bitmaps.before_change(self, changed).map(drop);
+        recorded.inspect_err(|_| self.clusters.release(&[place]))?;
         self.while_dirty(|image| {
-            image.replace_l1(vec![0; old.len()], image.size)?;
+            image.switch_l1(place, vec![0; old.len()], image.size)?;
             image.mapping.forget_tables(image.size);
             image.mapping.remove_references(&old)?;
             image.settle()
