@@ -45,6 +45,7 @@ mod copy_progress;
 mod copy_sparse;
 mod copy_streams;
 mod devices;
+mod full_disk;
 mod help;
 mod help_snapshot;
 mod image_amend;

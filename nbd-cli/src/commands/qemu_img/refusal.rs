@@ -37,6 +37,12 @@ impl Refusal {
         Self { code, ..self }
     }
 
+    /// Puts a clause after the sentence.
+    pub(super) fn with(self, clause: &str) -> Self {
+        let message = self.message.map(|message| message + clause);
+        Self { message, ..self }
+    }
+
     /// Puts the name of an image before the sentence.
     pub(super) fn about(self, name: &str) -> Self {
         let message = self.message.map(|message| format!("{name}: {message}"));

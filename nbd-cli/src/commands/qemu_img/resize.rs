@@ -62,9 +62,17 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     };
     image.resize(size, shrink)?;
     if let Err(refusal) = set_aside(&image, present, added) {
-        // The error that led here is reported, not this one.
-        let _ = image.resize(present, Shrink::Allow).and_then(|()| image.close());
-        return Err(refusal);
+        // The error that led here is reported, not these. On a full disk the smaller disk needs
+        // space too, and finds it where the added part was.
+        let added = GuestRange::between(GuestOffset::new(present), GuestOffset::new(size));
+        let _ = image.discard(added.unwrap_or_default(), Durability::Cached);
+        let _ = image.flush();
+        return Err(match image.resize(present, Shrink::Allow).and_then(|()| image.close()) {
+            Ok(()) => refusal,
+            Err(_) => refusal.with(&format!(
+                "; the disk keeps its new size of {size} bytes, without all of the space for it"
+            )),
+        });
     }
     image.close()?;
     if !arguments.has(Opt::Quiet) {
