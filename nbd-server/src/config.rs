@@ -41,7 +41,9 @@ pub struct ServerConfig {
     /// Time for which a worker thread with a single, busy connection polls for its next request
     /// before it sleeps, like QEMU's `poll-max-ns`. This lowers the latency of a client with one
     /// request in flight and costs CPU time. Polling stops when requests arrive more slowly, and at
-    /// most half of the cores poll. Zero: never. Default: 32.768 us.
+    /// most half of the cores poll. Zero: never, and not for the ends of direct writes through
+    /// io_uring either, for which a thread otherwise polls up to 400 us while many are under way.
+    /// Default: 32.768 us.
     pub busy_poll: Duration,
     /// Whether reads that have to wait for a disk, and writes that bypass the page cache, may use
     /// io_uring. If not, or if the system lacks or forbids it, a pool of threads reads and writes.

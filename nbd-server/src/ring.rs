@@ -10,6 +10,7 @@
 //! the server or the ring: if it could still reach the disk later, it might overwrite what another
 //! write has put there meanwhile.
 
+mod polling;
 mod share;
 mod work;
 
@@ -18,10 +19,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::io::unix::AsyncFd;
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 use crate::error::system_words;
 use crate::sys::uring::{Ended, Ring, TRANSFERS_MAX};
+pub(crate) use polling::Polling;
+use polling::Rhythm;
 use share::{LaneId, Shares};
 use work::{Flight, Layout, Outcome, Work};
 pub(crate) use work::{FullWrite, Reader, RingRead, RingWrite, Writer};
@@ -171,26 +174,12 @@ impl State {
     ) -> Result<(usize, Flight), Outcome> {
         let RingRead { placed, number, offset, length, head, tail } = read;
         let Some(file) = placed.file(number) else { return Err(Outcome::Unread(reader)) };
-        let (begun, layout) = if file.offset_alignment == 1 && file.memory_alignment == 1 {
-            let at = head.len();
-            let mut buffer = head;
-            buffer.reserve_exact(length + tail.len());
-            buffer.resize(at + length, 0);
-            let begun = self.ring.read(file.fd, offset, (buffer, at, length));
-            (begun, Layout::InPlace { length, tail })
-        } else {
-            let block = file.offset_alignment;
-            let start = offset - offset % block;
-            let skipped = (offset - start) as usize;
-            let Some(blocks) = (skipped + length).checked_next_multiple_of(block as usize) else {
-                return Err(Outcome::Unread(reader));
-            };
-            // Never resized, so it stays where it is.
-            let buffer = vec![0; blocks + file.memory_alignment];
-            let at = buffer.as_ptr().addr().wrapping_neg() % file.memory_alignment;
-            let begun = self.ring.read(file.fd, start, (buffer, at, blocks));
-            (begun, Layout::InBlocks { at, skipped, length, head, tail })
-        };
+        let block = file.offset_alignment;
+        let skipped = offset % block;
+        let alignments = (block as usize, file.memory_alignment);
+        let planned = Layout::new(skipped as usize, length, (head, tail), alignments);
+        let Some((buffer, layout)) = planned else { return Err(Outcome::Unread(reader)) };
+        let begun = self.ring.read(file.fd, offset - skipped, buffer);
         match begun {
             Ok(number) => Ok((number, Flight::Read { placed, layout, reader })),
             Err(_) => Err(Outcome::Unread(reader)),
@@ -226,15 +215,17 @@ impl State {
         self.ring.submit().map_or_else(|error| self.give_up(&error), |()| Vec::new())
     }
 
-    /// What has ended.
-    fn ended(&mut self) -> Vec<Outcome> {
+    /// What has ended, and how many of it were writes, but for those to stable storage.
+    fn ended(&mut self) -> (Vec<Outcome>, usize) {
         let ended = match self.ring.ended() {
             Ok(ended) => ended,
-            Err(error) => return self.give_up(&error),
+            Err(error) => return (self.give_up(&error), 0),
         };
+        let mut writes = 0;
         let ended = ended.into_iter().filter_map(|Ended { number, buffer, result }| {
             let (id, length, flight) = self.flights.get_mut(number)?.take()?;
             self.shares.finish(id, length);
+            writes += usize::from(flight.is_cached_write());
             Some(flight.end(buffer, Some(result)))
         });
         let mut outcomes: Vec<Outcome> = ended.collect();
@@ -242,7 +233,7 @@ impl State {
             let failed = self.start().into_iter().chain(self.submit());
             outcomes.extend(failed);
         }
-        outcomes
+        (outcomes, writes)
     }
 
     /// Notes that the ring has failed, and returns all work but the writes that the kernel knows
@@ -302,24 +293,43 @@ impl RingDriver {
     /// # Cancel safety
     ///
     /// Safe: no result is lost, because [`end`](Self::end) takes the rest.
-    pub(crate) async fn run(&self) {
+    pub(crate) async fn run(&self, polling: Polling) {
+        let mut rhythm = Rhythm::new(Instant::now());
         // It fails only when the runtime ends.
-        while let Ok(mut ready) = self.descriptor.readable().await {
+        while let Ok(mut ready) = self.readable(&polling, &rhythm).await {
             // Results that come from now on are reported again.
             ready.clear_ready();
-            self.deliver();
+            let ended = self.deliver();
+            rhythm.record(Instant::now(), ended);
         }
         std::future::pending::<()>().await;
     }
 
-    fn deliver(&self) {
-        let ended = lock(&self.state).ended();
+    /// Waits for results, at first by polling.
+    async fn readable(
+        &self,
+        polling: &Polling,
+        rhythm: &Rhythm,
+    ) -> std::io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
+        tokio::select! {
+            biased;
+            ready = self.descriptor.readable() => ready,
+            () = polling.poll(rhythm) => self.descriptor.readable().await,
+        }
+    }
+
+    /// Hands what has ended to its receivers; returns how much it was, and how many of it were
+    /// writes, but for those to stable storage.
+    fn deliver(&self) -> (usize, usize) {
+        let (ended, writes) = lock(&self.state).ended();
+        let count = ended.len();
         for outcome in ended {
             // The other results, and this thread's connections, must not end with one that panics.
             if catch_unwind(AssertUnwindSafe(|| outcome.deliver())).is_err() {
                 tracing::error!("the end of a read or write panicked");
             }
         }
+        (count, writes)
     }
 
     /// Waits for the writes of clients that have left, and for their reads for a bounded time: a
@@ -349,6 +359,7 @@ mod tests {
 
     use super::*;
     use crate::export::{PlacedFile, PlacedPart, PlacedRead};
+    use crate::reply_bytes::ReplyBytes;
 
     /// The first bytes of a file.
     struct Start(File);
@@ -364,8 +375,8 @@ mod tests {
     }
 
     impl Reader for mpsc::Sender<Vec<u8>> {
-        fn filled(self: Box<Self>, bytes: Vec<u8>) {
-            self.send(bytes).unwrap();
+        fn filled(self: Box<Self>, bytes: ReplyBytes) {
+            self.send(bytes.to_vec()).unwrap();
         }
 
         fn failed(self: Box<Self>) {

@@ -14,7 +14,7 @@ use crate::budget::Budget;
 use crate::client::ClientInfo;
 use crate::clients::Clients;
 use crate::config::ServerConfig;
-use crate::connection::{Pauses, Shared, Slots};
+use crate::connection::{Pauses, Shared};
 use crate::error::ServeError;
 use crate::export::{ExportEntry, ExportRegistry};
 use crate::handle::ServerHandle;
@@ -26,6 +26,7 @@ use crate::running::{Door, Ending, RunningServer};
 use crate::scheduler::Scheduler;
 use crate::serving::Serving;
 use crate::shutdown::ShutdownTrigger;
+use crate::slots::Slots;
 use crate::worker::Workers;
 
 /// Memory for the buffers of busy connections, in bytes. Connections without a share use small

@@ -16,7 +16,7 @@ use crate::client;
 use crate::connection::{self, Newcomer, Shared, Socket, Thread};
 use crate::error::{ServeError, system_words};
 use crate::paused::Continued;
-use crate::ring::RingHandle;
+use crate::ring::{Polling, RingHandle};
 use crate::shutdown::Shutdown;
 use crate::sys;
 
@@ -136,9 +136,10 @@ async fn run_with_ring(
             if index == 0 {
                 tracing::info!("reads and direct writes that have to wait for a disk use io_uring");
             }
+            let polling = Polling::new(shared.slots.clone(), !shared.config.busy_poll.is_zero());
             tokio::select! {
                 () = run(receiver, thread.with_ring(ring), shared, shutdown) => {}
-                () = driver.run() => {}
+                () = driver.run(polling) => {}
             }
             driver.end().await;
         }

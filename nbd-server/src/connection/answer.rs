@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 
 use crate::budget::Permit;
 use crate::export::ExportError;
+use crate::reply_bytes::ReplyBytes;
 use crate::statistics::{Outcome, Ticket};
 
 /// A partly answered READ.
@@ -23,7 +24,7 @@ pub(super) struct Unfinished {
 /// A returned reply.
 pub(super) struct Reply {
     /// The complete reply, or a part of it.
-    pub(super) bytes: Vec<u8>,
+    pub(super) bytes: ReplyBytes,
     /// The part of the budget it holds.
     pub(super) permit: Permit,
     /// The rest of the request, if this is a part.
@@ -87,21 +88,21 @@ impl Answer {
             Ok(()) => self.encoder.success(self.tag, &mut bytes),
             Err(error) => self.encoder.error(self.tag, error.errno, &error.message, &mut bytes),
         }
-        self.send(bytes, outcome);
+        self.send(bytes.into(), outcome);
     }
 
     /// Sends the reply, or the rest of it.
-    pub(super) fn send(mut self, bytes: Vec<u8>, outcome: Outcome) {
+    pub(super) fn send(mut self, bytes: ReplyBytes, outcome: Outcome) {
         self.deliver(bytes, outcome, None);
     }
 
     /// Sends a part of the reply; `done` bytes of the range are answered.
     pub(super) fn send_part(mut self, bytes: Vec<u8>, request: Request, done: usize) {
         let ticket = self.ticket;
-        self.deliver(bytes, Outcome::Success, Some(Unfinished { request, done, ticket }));
+        self.deliver(bytes.into(), Outcome::Success, Some(Unfinished { request, done, ticket }));
     }
 
-    fn deliver(&mut self, bytes: Vec<u8>, outcome: Outcome, rest: Option<Unfinished>) {
+    fn deliver(&mut self, bytes: ReplyBytes, outcome: Outcome, rest: Option<Unfinished>) {
         if let Some((mut permit, held)) = self.parts.take() {
             permit.shrink(bytes.len());
             let answered = (self.ticket, outcome);
@@ -120,6 +121,6 @@ impl Drop for Answer {
         tracing::error!(%command, "carrying out a request panicked");
         let mut bytes = Vec::new();
         self.encoder.error(self.tag, Errno::EIO, "the server failed", &mut bytes);
-        self.deliver(bytes, Outcome::Failure, None);
+        self.deliver(bytes.into(), Outcome::Failure, None);
     }
 }

@@ -53,7 +53,6 @@ use handshake::Established;
 use transmission::Rest;
 
 pub(crate) use effort::Pauses;
-pub(crate) use polling::Slots;
 pub(crate) use shared::Shared;
 pub(crate) use socket::Socket;
 pub(crate) use turn::Thread;

@@ -5,9 +5,9 @@
 //! until the request has arrived. Like QEMU's `poll-max-ns`, polling has a time limit, is used only
 //! while it mostly succeeds, and yields the core to other threads.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
+
+use crate::slots::Slots;
 
 /// Batches before polling is tried first.
 const TRIED_AFTER: u32 = 64;
@@ -25,32 +25,6 @@ const FORGETS_AFTER: u32 = 256;
 
 /// Number of attempts before the core is yielded to other threads.
 const LOOKS_BEFORE_YIELD: u32 = 8;
-
-/// Limits the number of threads of a server that do something at the same time. Clones share the
-/// limit. At most half of the cores poll, so that the others are free for clients.
-#[derive(Debug, Clone)]
-pub(crate) struct Slots(Arc<AtomicUsize>);
-
-impl Slots {
-    pub(crate) fn new(count: usize) -> Self {
-        Self(Arc::new(AtomicUsize::new(count)))
-    }
-
-    pub(super) fn take(&self) -> Option<Seat<'_>> {
-        let less = |free: usize| free.checked_sub(1);
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok().map(|_| Seat(&self.0))
-    }
-}
-
-/// A slot, which is returned on drop.
-#[derive(Debug)]
-pub(super) struct Seat<'a>(&'a AtomicUsize);
-
-impl Drop for Seat<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {

@@ -11,6 +11,7 @@ use super::read_steps;
 use super::steps::{self, Progress};
 use crate::export::{ExportEntry, ExportError, OwnSync, PlacedWrite};
 use crate::queue::{Class, Cost, GroupId};
+use crate::reply_bytes::ReplyBytes;
 use crate::ring::{FullWrite, Reader, Writer};
 use crate::scheduler::{Job, Lane, Scheduler};
 use crate::statistics::Outcome;
@@ -82,7 +83,7 @@ impl Job for RequestJob {
                 let Self { work, progress, answer, .. } = *self;
                 // Memory of a WRITE is free before the reply says so.
                 drop((work, progress));
-                answer.send(bytes, outcome);
+                answer.send(bytes.into(), outcome);
                 None
             }
             Step::Changed => {
@@ -110,7 +111,7 @@ pub(super) struct PooledRead {
 }
 
 impl Reader for PooledRead {
-    fn filled(self: Box<Self>, bytes: Vec<u8>) {
+    fn filled(self: Box<Self>, bytes: ReplyBytes) {
         let RequestJob { work, answer, .. } = *self.job;
         drop(work);
         // What the ring read is a whole reply, or the last part of one.

@@ -11,6 +11,7 @@ use super::socket::Socket;
 use super::turn::Turn;
 use crate::budget::Permit;
 use crate::export::FileSpan;
+use crate::reply_bytes::ReplyBytes;
 
 /// Size of a block that collects replies, in bytes: the most common large read, with its header.
 const BLOCK_LEN: usize = 256 * 1024 + 4096;
@@ -108,15 +109,16 @@ impl SendQueue {
 
     /// Queues a complete reply. Its permit is held until the last byte is sent. Returns the number
     /// of bytes that were copied for it; those of a long reply count when they are sent.
-    pub(super) fn push(&mut self, data: Vec<u8>, permit: Option<Permit>) -> usize {
-        let length = data.len();
+    pub(super) fn push(&mut self, bytes: ReplyBytes, permit: Option<Permit>) -> usize {
+        let length = bytes.len();
         if length < COPIED_LEN {
-            self.space(length).copy_from_slice(&data);
+            self.space(length).copy_from_slice(&bytes);
             self.commit(length);
             return length;
         }
         self.queued += length;
-        self.segments.push_back(Segment::Owned { data, start: 0, _permit: permit });
+        let (data, start) = bytes.into_parts();
+        self.segments.push_back(Segment::Owned { data, start, _permit: permit });
         0
     }
 

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use super::effort::Pauses;
-use super::polling::Slots;
 use crate::access::Access;
 use crate::budget::Budget;
 use crate::clients::Clients;
@@ -11,6 +10,7 @@ use crate::config::ServerConfig;
 use crate::export::ExportRegistry;
 use crate::paused::Resting;
 use crate::scheduler::Scheduler;
+use crate::slots::Slots;
 
 /// The shared state of all connections of a server.
 #[derive(Debug, Clone)]

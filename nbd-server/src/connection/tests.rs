@@ -19,6 +19,7 @@ use crate::export::{
 use crate::paused::Resting;
 use crate::scheduler::Scheduler;
 use crate::shutdown::ShutdownTrigger;
+use crate::slots::Slots;
 use crate::{ExportRegistry, ServerConfig};
 
 const SIZE: usize = 32 << 20;

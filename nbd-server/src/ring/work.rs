@@ -10,6 +10,8 @@ use nbd_proto::wire::Errno;
 use crate::error::system_words;
 use crate::export::{ExportError, PlacedRead, PlacedWrite};
 use crate::log_limit::may_warn;
+use crate::reply_bytes::ReplyBytes;
+use crate::sys::uring::Part;
 
 /// Reads that are submitted together. The disk works on them while the next ones of the batch
 /// begin: it would be idle while a long batch is prepared. More calls cost more CPU time.
@@ -35,7 +37,7 @@ pub(crate) struct RingRead {
 /// The receiver of a read.
 pub(crate) trait Reader: Send {
     /// All bytes: the head, those of the file, and the tail.
-    fn filled(self: Box<Self>, bytes: Vec<u8>);
+    fn filled(self: Box<Self>, bytes: ReplyBytes);
 
     /// The ring has not read it: the pool has to.
     fn failed(self: Box<Self>);
@@ -152,7 +154,7 @@ impl Work {
 /// What became of a read or a write. Its receiver learns it without the lock of the ring.
 #[must_use]
 pub(super) enum Outcome {
-    Filled(Box<dyn Reader>, Vec<u8>),
+    Filled(Box<dyn Reader>, ReplyBytes),
     Unread(Box<dyn Reader>),
     Written(Box<dyn PlacedWrite>, Box<dyn Writer>),
     Unwritten(Box<dyn Writer>, Vec<u8>),
@@ -245,6 +247,11 @@ pub(super) enum Flight {
 }
 
 impl Flight {
+    /// Whether it is a write that need not be on stable storage when it is over.
+    pub(super) fn is_cached_write(&self) -> bool {
+        matches!(self, Self::Write { durability: Durability::Cached, .. })
+    }
+
     /// It has ended, with so many bytes moved, or was never begun.
     pub(super) fn end(self, buffer: Vec<u8>, result: Option<io::Result<usize>>) -> Outcome {
         let (moved, error) = match result.transpose() {
@@ -288,31 +295,50 @@ fn payload_in(mut buffer: Vec<u8>, at: usize, length: usize) -> Vec<u8> {
     buffer
 }
 
-/// How the bytes of a read lie in its buffer.
-pub(super) enum Layout {
-    /// They are read directly into their place.
-    InPlace { length: usize, tail: Vec<u8> },
-    /// Whole blocks are read: the bytes begin at byte `at` of the buffer, after `skipped` others.
-    InBlocks { at: usize, skipped: usize, length: usize, head: Vec<u8>, tail: Vec<u8> },
+/// How the bytes of a read lie in its buffer: they begin at byte `at`, where at least the head has
+/// room in front of them.
+pub(super) struct Layout {
+    at: usize,
+    length: usize,
+    /// How much the system has to read for them.
+    needed: usize,
+    head: Vec<u8>,
+    tail: Vec<u8>,
 }
 
 impl Layout {
+    /// Memory for a read: where the system is to read to, and how much. Whole blocks of the file
+    /// are read if `alignment` says so; `skipped` bytes are before the first one wanted. `None` for
+    /// more than can be.
+    pub(super) fn new(
+        skipped: usize,
+        length: usize,
+        (head, tail): (Vec<u8>, Vec<u8>),
+        (block, memory_alignment): (usize, usize),
+    ) -> Option<(Part, Self)> {
+        let needed = skipped + length;
+        let blocks = needed.checked_next_multiple_of(block)?;
+        // Never resized before the end of the read, so it stays where it is.
+        let room = head.len() + blocks + memory_alignment + tail.len();
+        let mut buffer: Vec<u8> = Vec::with_capacity(room);
+        let first = buffer.as_ptr().addr() + head.len();
+        let at = head.len() + first.wrapping_neg() % memory_alignment;
+        buffer.resize(at + blocks, 0);
+        let layout = Self { at: at + skipped, length, needed, head, tail };
+        Some(((buffer, at, blocks), layout))
+    }
+
     /// Joins all bytes; `None` if some are missing.
-    fn finish(self, mut buffer: Vec<u8>, read: usize) -> Option<Vec<u8>> {
-        match self {
-            Self::InPlace { length, tail } => {
-                buffer.extend_from_slice(&tail);
-                (read == length).then_some(buffer)
-            }
-            Self::InBlocks { at, skipped, length, head, tail } => {
-                let found = buffer.get(at..at + read)?.get(skipped..skipped + length)?;
-                let mut bytes = head;
-                bytes.reserve_exact(found.len() + tail.len());
-                bytes.extend_from_slice(found);
-                bytes.extend_from_slice(&tail);
-                Some(bytes)
-            }
+    fn finish(self, mut buffer: Vec<u8>, read: usize) -> Option<ReplyBytes> {
+        let Self { at, length, needed, head, tail } = self;
+        if read < needed {
+            return None;
         }
+        let start = at.checked_sub(head.len())?;
+        buffer.truncate(at + length);
+        buffer.get_mut(start..at)?.copy_from_slice(&head);
+        buffer.extend_from_slice(&tail);
+        Some(ReplyBytes::new(buffer, start))
     }
 }
 
@@ -339,4 +365,39 @@ pub(super) fn target(
     let ends = [offset, length as u64];
     let is_aligned = ends.iter().all(|end| end.is_multiple_of(file.offset_alignment));
     is_aligned.then_some((file.fd, offset, file.memory_alignment))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reply_is_what_was_read_between_its_head_and_its_tail_at_any_alignment() {
+        for (block, memory) in [(1, 1), (512, 4), (512, 512), (4096, 4096)] {
+            for skipped in [0, 1, 511, 4095].map(|skipped| skipped % block) {
+                for (length, around) in [(1, 0), (512, 16), (4096, 32), (5000, 4100)] {
+                    let (head, tail) = (vec![1; around], vec![3; around / 2]);
+                    let planned = Layout::new(skipped, length, (head, tail), (block, memory));
+                    let ((mut buffer, at, blocks), layout) = planned.unwrap();
+                    assert!(buffer[at..].as_ptr().addr().is_multiple_of(memory));
+                    assert!(blocks.is_multiple_of(block) && blocks >= skipped + length);
+                    buffer[at..at + blocks].fill(9);
+                    buffer[at + skipped..][..length].fill(2);
+                    let reply = layout.finish(buffer, blocks).unwrap();
+                    let expected = [vec![1; around], vec![2; length], vec![3; around / 2]].concat();
+                    assert_eq!(*reply, *expected, "{block} {memory} {skipped} {length} {around}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_reply_without_all_of_its_bytes_is_none() {
+        for (read, is_whole) in [(0, false), (1535, false), (1536, true), (2048, true)] {
+            let planned = Layout::new(512, 1024, (vec![1], vec![3]), (2048, 512));
+            let ((buffer, ..), layout) = planned.unwrap();
+            assert_eq!(layout.finish(buffer, read).is_some(), is_whole, "{read}");
+        }
+        assert!(Layout::new(0, usize::MAX, (Vec::new(), Vec::new()), (512, 512)).is_none());
+    }
 }

@@ -19,6 +19,9 @@ pub(crate) struct Ended {
     pub(crate) result: io::Result<usize>,
 }
 
+/// A buffer, the first byte of the part that a transfer is about, and the length of that part.
+pub(crate) type Part = (Vec<u8>, usize, usize);
+
 /// Transfers at a time. The kernel keeps room for the results of twice as many.
 pub(crate) const TRANSFERS_MAX: usize = 256;
 
@@ -84,7 +87,7 @@ impl Ring {
         &mut self,
         file: BorrowedFd<'_>,
         offset: u64,
-        buffer: (Vec<u8>, usize, usize),
+        buffer: Part,
     ) -> Result<usize, Vec<u8>> {
         let file = types::Fd(file.as_raw_fd());
         self.begin(buffer, |start, length| {
@@ -99,7 +102,7 @@ impl Ring {
         &mut self,
         file: BorrowedFd<'_>,
         offset: u64,
-        buffer: (Vec<u8>, usize, usize),
+        buffer: Part,
         durability: Durability,
     ) -> Result<usize, Vec<u8>> {
         let file = types::Fd(file.as_raw_fd());
@@ -113,7 +116,7 @@ impl Ring {
     /// Begins the transfer that `entry` describes, between a file and these bytes of the buffer.
     fn begin(
         &mut self,
-        (mut buffer, at, length): (Vec<u8>, usize, usize),
+        (mut buffer, at, length): Part,
         entry: impl FnOnce(*mut u8, u32) -> squeue::Entry,
     ) -> Result<usize, Vec<u8>> {
         let fits = at.checked_add(length).is_some_and(|end| end <= buffer.len());

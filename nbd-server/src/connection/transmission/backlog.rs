@@ -12,6 +12,7 @@ use super::super::read_steps;
 use super::super::shared::Shared;
 use super::target::Target;
 use crate::budget::{BudgetQueue, Permit};
+use crate::reply_bytes::ReplyBytes;
 use crate::ring::RingHandle;
 use crate::statistics::{Outcome, Ticket};
 
@@ -29,7 +30,7 @@ enum Waiting {
 }
 
 /// A reply of the pool, or a part of one.
-pub(super) type PooledReply = (Vec<u8>, Permit, Option<(Ticket, Outcome)>);
+pub(super) type PooledReply = (ReplyBytes, Permit, Option<(Ticket, Outcome)>);
 
 /// The outcome for the waiting request.
 pub(super) enum Admitted {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use super::super::polling::{Seat, Slots};
+use crate::slots::{Seat, Slots};
 
 /// A longer wait counts as a failure.
 const LONG: Duration = Duration::from_millis(100);

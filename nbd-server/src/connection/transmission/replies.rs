@@ -12,6 +12,7 @@ use super::super::socket::Socket;
 use super::super::turn::Turn;
 use crate::budget::Permit;
 use crate::export::{ExportError, FileSpan, TryRead};
+use crate::reply_bytes::ReplyBytes;
 
 /// No further request is carried out in place while this many bytes wait to be sent.
 const HIGH_WATER: usize = 1 << 20;
@@ -73,7 +74,7 @@ impl Replies {
     }
 
     /// Adds a reply of the pool, or a part of one. Returns the number of copied bytes.
-    pub(super) fn push(&mut self, bytes: Vec<u8>, permit: Permit) -> usize {
+    pub(super) fn push(&mut self, bytes: ReplyBytes, permit: Permit) -> usize {
         self.queue.push(bytes, Some(permit))
     }
 
