@@ -98,13 +98,18 @@ fn data_can_be_kept_in_a_file_of_its_own() {
 #[test]
 fn a_file_that_exists_is_never_touched() {
     let disk = Disk::sparse();
+    let other = disk.beside("other");
+    std::fs::copy(disk.path(), &other).expect("a copy");
     for format in ["raw", "qcow2"] {
         let outcome = nbd_cli(&["image", "create", "-f", format, disk.path(), "1M"]);
         says(outcome, &[disk.path(), "there is a file of that name"]);
+        let outcome = nbd_cli(&["image", "convert", "-O", format, disk.path(), &other]);
+        says(outcome, &[&other, "there is a file of that name"]);
         let outcome = nbd_cli(&["image", "convert", "-O", format, disk.path(), disk.path()]);
-        says(outcome, &[disk.path(), "there is a file of that name"]);
+        says(outcome, &[disk.path(), "shares its data with the source"]);
     }
     disk.assert_equals(disk.path());
+    disk.assert_equals(&other);
 }
 
 #[test]
