@@ -197,6 +197,20 @@ fn check_finds_and_repairs_what_qemu_img_finds() {
     write(&qemu_io, &image, "write -P 1 0 64k");
 }
 
+#[test]
+fn a_repair_keeps_snapshots_beside_bitmaps() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let image = disk.beside("both.qcow2");
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &image, "1M"]);
+    peer(&qemu_img, &["bitmap", "--add", &image, "b0"]);
+    peer(&qemu_img, &["snapshot", "-c", "s1", &image]);
+    nbd_cli(&["image", "check", "--repair", "all", &image]).success();
+    let found = info(&qemu_img, &image);
+    assert_eq!(found["snapshots"][0]["name"], "s1", "{found}");
+    assert_eq!(found["format-specific"]["data"]["bitmaps"][0]["name"], "b0", "{found}");
+}
+
 #[track_caller]
 fn same_report(qemu_img: &std::path::Path, image: &str, code: i32) {
     let found = nbd_cli(&["image", "check", "--json", image]);
