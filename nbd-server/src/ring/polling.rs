@@ -12,7 +12,7 @@ use crate::slots::Slots;
 /// The mean time between groups of results up to which a thread polls, and the limit of one wait.
 const SOON: Duration = Duration::from_micros(400);
 /// The mean time for each result up to which it polls: more CPU time is not spent on one.
-const PRICE: Duration = Duration::from_micros(35);
+const PRICE: Duration = Duration::from_micros(22);
 /// Longer times count as this, so that a pause is forgotten after some more groups.
 const GAP_MAX: Duration = Duration::from_millis(1);
 /// The weight of all earlier groups against that of the last one.
@@ -116,7 +116,7 @@ mod tests {
 
     #[test]
     fn results_with_long_pauses_or_of_reads_are_not_polled_for() {
-        for rare in [(500, 32), (80, 2), (40, 1), (12, 0)] {
+        for rare in [(500, 32), (60, 2), (25, 1), (12, 0)] {
             let mut rhythm = Rhythm::new(Instant::now());
             after(&mut rhythm, 40, (12, 1));
             assert!(!after(&mut rhythm, 40, rare), "{rare:?}");
