@@ -157,7 +157,7 @@ fn no_change_lacks_space_if_a_sync_has_none_for_what_was_written_before() {
             storage.is_armed.store(true, SeqCst);
             let error = change().unwrap_err();
             assert!(!storage.is_armed.load(SeqCst), "{format}: nothing was synced");
-            // Whoever lacks space tries the change again, which does not bring the data back.
+            // A client that lacks space tries the change again, which does not bring the data back.
             assert_eq!(error.kind(), ErrorKind::Io, "{error}");
             assert!(error.to_string().contains("no space"), "{error}");
             change().unwrap();
