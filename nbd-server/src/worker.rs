@@ -136,7 +136,8 @@ async fn run_with_ring(
             if index == 0 {
                 tracing::info!("reads and direct writes that have to wait for a disk use io_uring");
             }
-            let polling = Polling::new(shared.slots.clone(), !shared.config.busy_poll.is_zero());
+            let may_poll = !shared.config.busy_poll.is_zero();
+            let polling = Polling::new(may_poll.then(|| shared.slots.clone()));
             tokio::select! {
                 () = run(receiver, thread.with_ring(ring), shared, shutdown) => {}
                 () = driver.run(polling) => {}

@@ -56,16 +56,13 @@ impl Rhythm {
     }
 }
 
-/// Whether and where a thread may poll.
-pub(crate) struct Polling {
-    slots: Slots,
-    is_allowed: bool,
-}
+/// The slots of the threads that poll; `None` if no thread may.
+pub(crate) struct Polling(Option<Slots>);
 
 impl Polling {
-    /// Polls if `is_allowed`, and if one of the slots is free.
-    pub(crate) const fn new(slots: Slots, is_allowed: bool) -> Self {
-        Self { slots, is_allowed }
+    /// A thread polls only while it has one of the slots.
+    pub(crate) const fn new(slots: Option<Slots>) -> Self {
+        Self(slots)
     }
 
     /// Lets the other tasks of the thread run, and the runtime look for events, again and again
@@ -75,10 +72,8 @@ impl Polling {
     ///
     /// Safe: it changes nothing.
     pub(super) async fn poll(&self, rhythm: &Rhythm) {
-        if !self.is_allowed || !rhythm.is_fast() {
-            return;
-        }
-        let Some(_seat) = self.slots.take() else { return };
+        let slots = self.0.as_ref().filter(|_| rhythm.is_fast());
+        let Some(_seat) = slots.and_then(Slots::take) else { return };
         let start = Instant::now();
         while start.elapsed() < SOON {
             for _ in 0..LOOKS_BEFORE_YIELD {
@@ -128,7 +123,7 @@ mod tests {
     #[tokio::test]
     async fn nobody_polls_in_vain_or_without_a_slot() {
         let mut rhythm = Rhythm::new(Instant::now());
-        let polling = Polling::new(Slots::new(1), true);
+        let polling = Polling::new(Some(Slots::new(1)));
         let is_ready = |polling: &Polling, rhythm: &Rhythm| {
             let mut poll = std::pin::pin!(polling.poll(rhythm));
             let mut context = std::task::Context::from_waker(std::task::Waker::noop());
@@ -137,8 +132,8 @@ mod tests {
         assert!(is_ready(&polling, &rhythm), "results come seldom");
         assert!(after(&mut rhythm, 40, (12, 1)));
         assert!(!is_ready(&polling, &rhythm));
-        assert!(is_ready(&Polling::new(Slots::new(0), true), &rhythm), "too many poll");
-        assert!(is_ready(&Polling::new(Slots::new(1), false), &rhythm), "it was forbidden");
+        assert!(is_ready(&Polling::new(Some(Slots::new(0))), &rhythm), "too many poll");
+        assert!(is_ready(&Polling::new(None), &rhythm), "it was forbidden");
         // It ends although no result comes.
         polling.poll(&rhythm).await;
     }
