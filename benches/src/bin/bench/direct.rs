@@ -4,7 +4,8 @@
 //! I/O. Nothing of the files is in the page cache. `durable`: writes with FUA, and with a FLUSH
 //! after every 16, through the page cache and with `--cache none`, beside qemu-nbd with and without
 //! the page cache. Rows in place go to a file without holes, rows that allocate get a fresh image
-//! for each block.
+//! for each block. The floor serves the raw file in all rows, with one thread and one ring, and
+//! knows no other requests than these.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use std::process::Command;
 use anyhow::Result;
 
 use super::bars::Limit;
-use super::contest::{Against, Contender, Contest, ContestBar, OURS};
+use super::contest::{Against, Contender, Contest, ContestBar, FLOOR, OURS};
 use super::data::DataFile;
 use super::group::Group;
 use super::lab::Lab;
@@ -107,18 +108,20 @@ fn durable_contests(_: &Options) -> Vec<Contest> {
 fn direct_bars() -> Vec<ContestBar> {
     direct_works()
         .flat_map(|work| {
-            let least = if work.depth == 1 { 1.1 } else { 1.5 };
-            [work.bar(Against::BestPeer, least), work.bar(Against::BestPeerPerCore, 2.0)]
+            let (least, least_work) = match (work.disk, work.pattern) {
+                _ if work.depth == 1 => (1.1, 2.0),
+                (Disk::Raw, _) => (1.5, 2.0),
+                (Disk::Qcow2, Pattern::RandomRead) => (3.5, 3.3),
+                (Disk::Qcow2, _) => (2.0, 2.0),
+                (Disk::Empty, _) => (3.0, 2.0),
+            };
+            work.bars(least, least_work)
         })
         .collect()
 }
 
 fn durable_bars() -> Vec<ContestBar> {
-    durable_works()
-        .flat_map(|work| {
-            [work.bar(Against::BestPeer, 1.2), work.bar(Against::BestPeerPerCore, 1.43)]
-        })
-        .collect()
+    durable_works().flat_map(|work| work.bars(1.2, 1.43)).collect()
 }
 
 fn prepare(lab: &Lab<'_>) -> Result<()> {
@@ -152,8 +155,11 @@ impl Work {
         format!("{group}{cache}-{what}{durable}-4k-qd{}", self.depth)
     }
 
-    fn bar(self, against: Against, least: f64) -> ContestBar {
-        ContestBar { row: self.name(), against, limit: Limit::AtLeast(least) }
+    /// The least throughput and the least work per CPU time, relative to the best peer.
+    fn bars(self, throughput: f64, work: f64) -> [ContestBar; 2] {
+        let bar =
+            |against, least| ContestBar { row: self.name(), against, limit: Limit::AtLeast(least) };
+        [bar(Against::BestPeerUpToFloor, throughput), bar(Against::BestPeerPerCoreUpToFloor, work)]
     }
 
     fn contest(
@@ -166,6 +172,8 @@ impl Work {
         contenders.extend(peers.iter().map(|&(name, settings)| {
             self.contender(name, move |lab, format, disk| qemu_nbd(lab, settings, format, disk))
         }));
+        let in_place = Self { disk: Disk::Raw, ..self };
+        contenders.push(in_place.contender(FLOOR, |lab, _, disk| floor(lab, disk)));
         Contest {
             name: self.name(),
             throughput_unit: Unit::Requests.suffix(),
@@ -229,6 +237,13 @@ fn ours(lab: &Lab<'_>, settings: &[&str], format: &str, disk: &Path) -> Command 
     let mut command = lab.nbd_cli();
     command.arg("serve").args(settings).args(["--format", format]).arg(disk);
     command.arg("--socket").arg(lab.socket());
+    command
+}
+
+fn floor(lab: &Lab<'_>, disk: &Path) -> Command {
+    let mut command = Command::new(lab.target_directory.join("dist").join("floor"));
+    command.arg("--socket").arg(lab.socket());
+    command.arg("--size").arg(lab.options.size.to_string()).arg("--direct").arg(disk);
     command
 }
 
