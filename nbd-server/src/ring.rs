@@ -13,6 +13,7 @@
 mod polling;
 mod share;
 mod work;
+mod yielding;
 
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -28,6 +29,7 @@ use polling::Rhythm;
 use share::{LaneId, Shares};
 use work::{Flight, Layout, Outcome, Work};
 pub(crate) use work::{FullWrite, Reader, RingRead, RingWrite, Writer};
+use yielding::Yielding;
 
 /// How long a worker that ends waits for the reads of clients that have left.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -295,10 +297,12 @@ impl RingDriver {
     /// Safe: no result is lost, because [`end`](Self::end) takes the rest.
     pub(crate) async fn run(&self, polling: Polling) {
         let mut rhythm = Rhythm::new(Instant::now());
+        let mut yielding = Yielding::default();
         // It fails only when the runtime ends.
         while let Ok(mut ready) = self.readable(&polling, &rhythm).await {
             // Results that come from now on are reported again.
             ready.clear_ready();
+            yielding.before_results(rhythm.is_writing() && lock(&self.state).ring.in_flight() > 1);
             let ended = self.deliver();
             rhythm.record(Instant::now(), ended);
         }

@@ -27,7 +27,6 @@ pub(super) struct Rhythm {
     /// A thousand times the mean number.
     writes: u32,
     last: Instant,
-    /// The last results were those of writes.
     is_writing: bool,
 }
 
@@ -49,6 +48,11 @@ impl Rhythm {
         self.gap = (self.gap * MEMORY + gap) / (MEMORY + 1);
         self.writes = (self.writes * MEMORY + writes) / (MEMORY + 1);
         self.last = now;
+    }
+
+    /// Whether the last results were those of writes.
+    pub(super) fn is_writing(&self) -> bool {
+        self.is_writing
     }
 
     fn is_fast(&self) -> bool {
