@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{format_of, sidecar_path};
+use super::open::{format_of, open, sidecar_path};
 use crate::access::Access;
 use crate::backing_file::BackingFile;
 use crate::error::{Error, ErrorKind, Result};
@@ -60,7 +60,7 @@ pub(crate) fn check_storage(
         snapshot: None,
         ..options.clone()
     };
-    let image = super::open(storage, path, &alone).map_err(|error| match error.kind() {
+    let image = open(storage, path, &alone).map_err(|error| match error.kind() {
         ErrorKind::PolicyDenied => {
             let detail = "its disk lies in other files, which are not opened for a check here";
             Error::new(ErrorKind::Unsupported, "check", detail)

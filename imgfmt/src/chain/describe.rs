@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::below::{Named, Unopened, layer_below, refuse_loop};
-use super::{Files, named, of_layer, open_foreign, said_or_seen, supported, too_long};
+use super::open::{Files, named, of_layer, open_foreign, said_or_seen, supported, too_long};
 use crate::access::Access;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
