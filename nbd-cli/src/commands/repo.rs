@@ -5,6 +5,7 @@ mod compact;
 mod export;
 mod import;
 mod keys;
+mod listing;
 mod report;
 mod store;
 mod text;
@@ -28,13 +29,13 @@ pub(crate) fn run(args: &RepoArgs) -> Result<Outcome, CommandError> {
     block_on(async {
         match &args.command {
             RepoCommand::Init(args) => init(args).await,
-            RepoCommand::List(args) => report::list(args).await,
+            RepoCommand::List(args) => listing::list(args).await,
             RepoCommand::Check(args) => check(args).await,
             RepoCommand::Forget(args) => forget(args).await,
             RepoCommand::Prune(args) => prune(args).await,
             RepoCommand::Gc(args) => gc(args).await,
             RepoCommand::Compact(args) => compact::run(args).await,
-            RepoCommand::Stats(args) => report::stats(args).await,
+            RepoCommand::Stats(args) => listing::stats(args).await,
             RepoCommand::ForgetSession(args) => forget_session(args).await,
             RepoCommand::Export(args) => export::run(args).await,
             RepoCommand::Import(args) => import::run(args).await,
