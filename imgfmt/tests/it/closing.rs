@@ -197,3 +197,31 @@ fn a_flush_that_fails_is_made_up_for_when_the_image_is_closed() {
         assert!(position > 0, "{what}: the sync that failed is not repeated");
     }
 }
+
+/// Only the flush at the start of a change, the one that lets leases end, and those around the
+/// COPIED flags find nothing to do.
+#[test]
+fn a_new_table_is_flushed_once_before_the_header_names_it() {
+    let needless = |kind, change: fn(&mut Image) -> imgfmt::Result<()>| {
+        let trial = Trial::new(kind);
+        let mut image = trial.open();
+        image.flush().unwrap();
+        let begin = trial.recorder.position();
+        change(&mut image).unwrap();
+        assert_eq!(trial.unsynced_changes(), 0, "{kind:?}");
+        trial.needless_syncs(begin)
+    };
+    let grow = |image: &mut Image| image.resize(1 << 34, Shrink::Refuse);
+    let create = |image: &mut Image| image.create_snapshot("first");
+    let create_and_delete = |image: &mut Image| {
+        image.create_snapshot("first")?;
+        image.delete_snapshot("first")
+    };
+    let found = [
+        needless(Kind::Plain, grow),
+        needless(Kind::WithDataFile, grow),
+        needless(Kind::Plain, create),
+        needless(Kind::Plain, create_and_delete),
+    ];
+    assert_eq!(found, [2, 3, 4, 8]);
+}

@@ -109,10 +109,10 @@ impl Qcow2 {
     /// write of the header. The clusters of the old one are freed.
     pub(in crate::qcow2) fn replace_l1(&mut self, l1: Vec<u64>, size: u64) -> Result<()> {
         let place = self.write_l1(&l1)?;
-        self.switch_l1(place, l1, size)
+        self.switch_flushed_l1(place, l1, size)
     }
 
-    /// Writes an L1 table, and its refcounts, to a new place.
+    /// Writes an L1 table to a new place, and flushes: its refcounts too are durable.
     pub(in crate::qcow2) fn write_l1(&self, l1: &[u64]) -> Result<Reserved> {
         let geometry = self.geometry();
         let clusters = geometry.clusters_of(l1.len() as u64 * 8);
@@ -131,12 +131,17 @@ impl Qcow2 {
         l1: Vec<u64>,
         size: u64,
     ) -> Result<()> {
-        let geometry = self.geometry();
         // The refcounts of everything that the table points to must be on disk before the header.
         if let Err(error) = self.flusher().flush() {
             self.clusters.release(&[reserved]);
             return Err(error);
         }
+        self.switch_flushed_l1(reserved, l1, size)
+    }
+
+    /// As [`switch_l1`](Self::switch_l1), if nothing has changed since the last flush.
+    fn switch_flushed_l1(&mut self, reserved: Reserved, l1: Vec<u64>, size: u64) -> Result<()> {
+        let geometry = self.geometry();
         let old = self.metadata.header();
         let (old_offset, old_entries) = (old.l1_offset, old.l1_entries);
         let switched = self.write_disk_fields(size, l1.len() as u32, reserved.offset);

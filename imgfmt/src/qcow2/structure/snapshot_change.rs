@@ -81,6 +81,7 @@ impl Qcow2 {
                 return Err(error);
             }
             image.update_flags()?;
+            image.flusher().flush()?;
             image.switch_to_table(table, &snapshots)
         })
     }
@@ -214,7 +215,7 @@ impl Qcow2 {
         self.switch_to_table(offset, snapshots)
     }
 
-    /// Writes a snapshot table and its refcounts, and returns its place.
+    /// Writes a snapshot table, flushes, and returns its place: its refcounts too are durable.
     fn write_table(&mut self, snapshots: &[Snapshot]) -> Result<HostOffset> {
         let bytes = snapshot::encode_table(snapshots);
         let offset = match bytes.is_empty() {
@@ -228,8 +229,9 @@ impl Qcow2 {
         Ok(offset)
     }
 
+    /// Switches to a snapshot table with one write of the header. Nothing has changed since the
+    /// last flush.
     fn switch_to_table(&mut self, offset: HostOffset, snapshots: &[Snapshot]) -> Result<()> {
-        self.flusher().flush()?;
         let old = (
             self.metadata.header().snapshots_offset,
             snapshot::table_length(&self.metadata.snapshots()?),
