@@ -10,7 +10,7 @@ use imgfmt::{
 };
 
 use crate::common::bitmaps::dirty;
-use crate::common::{Random, at, qemu, run, text};
+use crate::common::{Random, at, qemu, range, run, text};
 use crate::full_disk::FullDisk;
 use crate::judge::joint::{BOOT, Files, Joint};
 use crate::judge::subjects::{Start, Subject, Tolerance, qemu_check};
@@ -22,15 +22,39 @@ const NAMES: [&str; 2] = ["daily", "new"];
 
 type Change = fn(&mut Image) -> imgfmt::Result<()>;
 
-/// What may be done to the image, and whether it changes bits even if it fails.
-const CHANGES: [(&str, Change, bool); 6] = [
-    ("larger", |image| image.resize(64 * SIZE, Shrink::Refuse), false),
-    ("larger by a part of a cluster", |image| image.resize(SIZE + 512, Shrink::Refuse), false),
-    ("smaller", |image| image.resize(SIZE / 2, Shrink::Allow), false),
-    ("apply", |image| image.apply_snapshot("same size"), false),
-    ("apply another size", |image| image.apply_snapshot("smaller"), false),
-    ("write", |image| image.write_at(at(4096), &[7; 64 << 10], CACHED), true),
+/// When a change sets bits.
+#[derive(Clone, Copy, PartialEq)]
+enum Sets {
+    Never,
+    IfMade,
+    Always,
+}
+
+/// What may be done to the image.
+const CHANGES: [(&str, Change, Sets); 7] = [
+    ("larger with data, or not at all", larger_with_data, Sets::IfMade),
+    ("larger", |image| image.resize(64 * SIZE, Shrink::Refuse), Sets::Never),
+    (
+        "larger by a part of a cluster",
+        |image| image.resize(SIZE + 512, Shrink::Refuse),
+        Sets::Never,
+    ),
+    ("smaller", |image| image.resize(SIZE / 2, Shrink::Allow), Sets::Never),
+    ("apply", |image| image.apply_snapshot("same size"), Sets::Never),
+    ("apply another size", |image| image.apply_snapshot("smaller"), Sets::Never),
+    ("write", |image| image.write_at(at(4096), &[7; 64 << 10], CACHED), Sets::Always),
 ];
+
+/// Makes the disk smaller again where the added part cannot be filled.
+fn larger_with_data(image: &mut Image) -> imgfmt::Result<()> {
+    let added = range(2 * SIZE, 64 << 10);
+    image.resize(added.end().bytes(), Shrink::Refuse)?;
+    image.write_at(added.offset(), &[0; 64 << 10], CACHED).inspect_err(|_| {
+        image.discard(added, CACHED).unwrap();
+        image.flush().unwrap();
+        image.resize(SIZE, Shrink::Allow).unwrap();
+    })
+}
 
 /// An image with two snapshots, a bitmap with bits, and one without.
 fn made(directory: &Path) -> Files {
@@ -83,7 +107,7 @@ fn covers(more: &[Vec<(u64, u64)>], fewer: &[Vec<(u64, u64)>]) -> bool {
 fn change_with_room(
     files: &Files,
     (durability, room): (BitmapDurability, u64),
-    (what, change, writes): (&str, Change, bool),
+    (what, change, sets): (&str, Change, Sets),
     path: &Path,
 ) -> bool {
     let what = format!("{what}, {durability:?}, room for {room} bytes");
@@ -94,6 +118,7 @@ fn change_with_room(
     let mut image = open().unwrap();
     let (size, content, before) = (image.size(), all_of(&image), bits(&image));
     let changed = change(&mut image);
+    let writes = sets == Sets::Always || (sets == Sets::IfMade && changed.is_ok());
     if let Err(error) = &changed {
         assert_eq!(error.kind(), ErrorKind::NoSpace, "{what}: {error}");
         assert_eq!(image.size(), size, "{what}");

@@ -3,7 +3,9 @@
 //! A new L1 table without the end of the disk, and a copy of the L2 table that contains the new
 //! end, are written to new places. One write of the header then changes the size and the place of
 //! the L1 table, which share a sector. Only then are the clusters of the old end freed. So a crash
-//! leaves the old disk or the new one, and at worst leaked clusters.
+//! leaves the old disk or the new one, and at worst leaked clusters. Where the new L1 table is the
+//! beginning of the old one, its length in the header changes and not its place: a disk that was
+//! made larger and then finds no space becomes smaller again without any.
 
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::Freed;
@@ -25,16 +27,14 @@ impl Qcow2 {
         if let (Some(offset), Some(entry)) = (cut, l1.get_mut(geometry.l1_index(end) as usize)) {
             *entry = offset.bytes() | COPIED;
         }
-        let place = if l1 == old { Ok(None) } else { self.write_l1(&l1).map(Some) };
+        let is_beginning = l1 == old || (whole > 0 && l1[..whole] == old[..whole]);
+        let place = if is_beginning { Ok(None) } else { self.write_l1(&l1).map(Some) };
         let switched = place.and_then(|place| {
             // A part that is cut off and added again is clean, although its content is another one.
             self.bitmaps.forget_lineage()?;
             match place {
                 Some(place) => self.switch_l1(place, l1, size),
-                None => {
-                    let l1_offset = self.metadata.header().l1_offset;
-                    self.write_disk_fields(size, old.len() as u32, l1_offset)
-                }
+                None => self.shorten_l1(if l1 == old { l1.len() } else { whole }, size),
             }
         });
         if let (Err(_), Some(offset), true) = (&switched, cut, self.size != size) {
@@ -43,6 +43,30 @@ impl Qcow2 {
         }
         self.mapping.forget_tables(self.size);
         switched.map(|()| old)
+    }
+
+    /// Switches to the first `entries` of the L1 table, and to a size of the disk.
+    fn shorten_l1(&mut self, entries: usize, size: u64) -> Result<()> {
+        let geometry = self.geometry();
+        let offset = self.metadata.header().l1_offset;
+        let switched = self.write_disk_fields(size, entries as u32, offset);
+        if self.size == size {
+            let mut l1 = self.mapping.l1_words();
+            let (old_bytes, bytes) = (l1.len() as u64 * 8, entries as u64 * 8);
+            l1.truncate(entries);
+            self.mapping.replace_l1(l1);
+            switched?;
+            let old_place = offset..offset + old_bytes;
+            let protected = &mut self.clusters.allocator()?.protected;
+            protected.iter_mut().filter(|place| **place == old_place).for_each(|place| {
+                place.end = offset + bytes;
+            });
+            let kept = geometry.clusters_touched(offset, bytes).count();
+            let rest = geometry.clusters_touched(offset, old_bytes).skip(kept);
+            self.clusters.free(rest.map(|cluster| Freed { cluster, punch: false }));
+            return Ok(());
+        }
+        switched
     }
 
     /// Frees everything after `size` that an L1 table refers to. The header on disk no longer names
