@@ -142,6 +142,8 @@ mod serve_log;
 mod serve_nbdcopy;
 mod serve_nbdinfo;
 mod serve_nbdsh;
+#[cfg(feature = "mount")]
+mod serve_power_cut;
 mod serve_qcow2;
 mod serve_qemu_img;
 mod serve_qemu_io;

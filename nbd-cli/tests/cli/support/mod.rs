@@ -12,6 +12,8 @@ pub(crate) mod qemu_img;
 pub(crate) mod qemu_nbd;
 #[cfg(feature = "object-storage")]
 pub(crate) mod real_store;
+#[cfg(feature = "mount")]
+pub(crate) mod recording;
 #[cfg(feature = "object-storage")]
 mod seaweedfs;
 mod server;
