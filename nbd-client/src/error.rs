@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nbd_proto::handshake::OptionError;
+use nbd_proto::system_words::system_words;
 use nbd_proto::transmission::client::ServerError;
 use nbd_proto::uri::UriError;
 use nbd_proto::wire::{CommandType, Errno, OptionReplyType};
 use nbd_proto::{ApiMisuse, ProtocolError};
 
-use crate::system_words::system_words;
 use crate::tls::TlsError;
 
 /// Result of a client operation.

@@ -130,7 +130,6 @@ mod settings;
 #[cfg(feature = "image")]
 mod storage;
 mod stream;
-mod system_words;
 mod tls;
 mod transport;
 

@@ -8,11 +8,10 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use nbd_proto::host_lookup;
+use nbd_proto::system_words::system_words;
 use nbd_proto::uri::Transport;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpSocket, TcpStream, UnixStream, lookup_host};
-
-use crate::system_words::system_words;
 
 /// Any other byte stream.
 pub(crate) trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}

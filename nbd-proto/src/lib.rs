@@ -79,6 +79,7 @@ pub mod error;
 pub mod handshake;
 pub mod host_lookup;
 pub mod limits;
+pub mod system_words;
 pub mod tls;
 pub mod transmission;
 pub mod uri;

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+pub(crate) use nbd_proto::system_words::system_words;
 use thiserror::Error;
 
 /// The maximum length of a unix socket's path, in bytes: that of `sun_path` without the final zero.
@@ -108,16 +109,6 @@ fn has_port(address: &str) -> bool {
         && port.is_some_and(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// The system's message for an error, without the number that the standard library appends.
-pub(crate) fn system_words(error: &io::Error) -> String {
-    let text = error.to_string();
-    let number = error.raw_os_error().map(|code| format!(" (os error {code})"));
-    match number.and_then(|number| text.strip_suffix(&number)) {
-        Some(words) => words.to_owned(),
-        None => text,
-    }
-}
-
 /// An export cannot be registered under a name.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -170,6 +161,5 @@ mod tests {
     fn errors_of_the_system_are_words_without_a_number() {
         let error = ServeError::Worker(io::Error::from_raw_os_error(11));
         assert!(error.to_string().ends_with("Resource temporarily unavailable"), "{error}");
-        assert_eq!(system_words(&io::Error::other("no (os error 5)")), "no (os error 5)");
     }
 }

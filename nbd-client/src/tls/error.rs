@@ -5,10 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use nbd_proto::handshake::OptionError;
+use nbd_proto::system_words::system_words;
 use nbd_proto::tls::KeyFileError;
 use nbd_proto::uri::TlsKind;
-
-use crate::system_words::system_words;
 
 /// The reason why TLS failed, or why a connection without TLS was refused.
 #[derive(Debug, Clone, thiserror::Error)]
