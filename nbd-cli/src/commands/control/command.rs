@@ -1,7 +1,7 @@
 //! The requests of the control socket as subcommands.
 
 use clap::builder::{BoolishValueParser, PossibleValue, PossibleValuesParser, TypedValueParser};
-use clap::{ArgAction, Subcommand};
+use clap::{ArgAction, Args, Subcommand};
 use nbd_jobs::control::{
     IfMissing, IfUnusable, InitialState, Lifetime, OnUse, Outcome, Request, StreamAction,
 };
@@ -52,33 +52,13 @@ pub(crate) enum ControlCommand {
         initial: InitialState,
     },
     /// Remove a bitmap
-    BitmapRemove {
-        /// Name of the export.
-        export: String,
-        /// Name of the bitmap.
-        bitmap: String,
-    },
+    BitmapRemove(BitmapName),
     /// Clear a bitmap
-    BitmapClear {
-        /// Name of the export.
-        export: String,
-        /// Name of the bitmap.
-        bitmap: String,
-    },
+    BitmapClear(BitmapName),
     /// Start recording changes
-    BitmapEnable {
-        /// Name of the export.
-        export: String,
-        /// Name of the bitmap.
-        bitmap: String,
-    },
+    BitmapEnable(BitmapName),
     /// Stop recording changes
-    BitmapDisable {
-        /// Name of the export.
-        export: String,
-        /// Name of the bitmap.
-        bitmap: String,
-    },
+    BitmapDisable(BitmapName),
     /// Add the dirty ranges of one bitmap to another
     BitmapMerge {
         /// Name of the export.
@@ -147,6 +127,15 @@ pub(crate) enum ControlCommand {
     Shutdown {},
 }
 
+// A bitmap of an export. A doc comment would replace the text of the request in its help.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+pub(crate) struct BitmapName {
+    /// Name of the export.
+    export: String,
+    /// Name of the bitmap.
+    bitmap: String,
+}
+
 /// The meaning of an option without a value: the first variant if it is absent, the second if it is
 /// given.
 fn flag<T: Copy + Send + Sync + 'static>(off: T, on: T) -> impl TypedValueParser<Value = T> {
@@ -181,14 +170,16 @@ impl From<ControlCommand> for Request {
             ControlCommand::BitmapAdd { export, bitmap, granularity, initial } => {
                 Self::BitmapAdd { export, bitmap, granularity, initial }
             }
-            ControlCommand::BitmapRemove { export, bitmap } => {
+            ControlCommand::BitmapRemove(BitmapName { export, bitmap }) => {
                 Self::BitmapRemove { export, bitmap }
             }
-            ControlCommand::BitmapClear { export, bitmap } => Self::BitmapClear { export, bitmap },
-            ControlCommand::BitmapEnable { export, bitmap } => {
+            ControlCommand::BitmapClear(BitmapName { export, bitmap }) => {
+                Self::BitmapClear { export, bitmap }
+            }
+            ControlCommand::BitmapEnable(BitmapName { export, bitmap }) => {
                 Self::BitmapEnable { export, bitmap }
             }
-            ControlCommand::BitmapDisable { export, bitmap } => {
+            ControlCommand::BitmapDisable(BitmapName { export, bitmap }) => {
                 Self::BitmapDisable { export, bitmap }
             }
             ControlCommand::BitmapMerge { export, bitmap, from } => {
