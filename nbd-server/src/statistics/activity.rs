@@ -1,5 +1,6 @@
 //! Counts requests by regions of a disk.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::cell::add;
@@ -64,15 +65,18 @@ fn regions(size: u64, shift: u32) -> usize {
 #[derive(Debug)]
 pub(super) struct LiveActivity {
     shift: u32,
-    read: Box<[AtomicU64]>,
-    written: Box<[AtomicU64]>,
+    /// Number of regions.
+    count: usize,
+    /// Made for the first request: many clients only read, and idle ones do not even that.
+    read: OnceLock<Box<[AtomicU64]>>,
+    written: OnceLock<Box<[AtomicU64]>>,
 }
 
 impl LiveActivity {
     pub(super) fn new(size: u64) -> Self {
         let shift = shift_of(size);
-        let zeroes = || (0..regions(size, shift)).map(|_| AtomicU64::new(0)).collect();
-        Self { shift, read: zeroes(), written: zeroes() }
+        let (read, written) = Default::default();
+        Self { shift, count: regions(size, shift), read, written }
     }
 
     /// Records a request of a range inside the disk, in bytes. Called by one thread at a time.
@@ -82,6 +86,8 @@ impl LiveActivity {
             kind if kind.is_change() => &self.written,
             _ => return,
         };
+        let zeroes = || (0..self.count).map(|_| AtomicU64::new(0)).collect();
+        let regions = regions.get_or_init(zeroes);
         let end = offset.saturating_add(length);
         let mut at = offset;
         while at < end {
@@ -94,8 +100,9 @@ impl LiveActivity {
     }
 
     pub(super) fn snapshot(&self) -> Activity {
-        let load = |regions: &[AtomicU64]| {
-            regions.iter().map(|region| region.load(Ordering::Relaxed)).collect()
+        let load = |regions: &OnceLock<Box<[AtomicU64]>>| match regions.get() {
+            Some(regions) => regions.iter().map(|it| it.load(Ordering::Relaxed)).collect(),
+            None => vec![0; self.count],
         };
         let (read, written) = (load(&self.read), load(&self.written));
         Activity { region_length: 1 << self.shift, read, written }
@@ -117,6 +124,15 @@ mod tests {
         assert_eq!(activity.read[..3], [512, 512, 0]);
         assert_eq!(activity.written[..3], [0, 0, 4096]);
         assert_eq!(activity.written.iter().sum::<u64>(), (1 << 20) - 8192);
+    }
+
+    #[test]
+    fn a_connection_that_only_reads_takes_no_memory_for_changes() {
+        let live = LiveActivity::new(1 << 20);
+        assert_eq!(live.snapshot(), Activity::new(1 << 20));
+        live.note(RequestKind::Read, 0, 4096);
+        assert!(live.read.get().is_some() && live.written.get().is_none());
+        assert_eq!(live.snapshot().written, vec![0; 256]);
     }
 
     #[test]
