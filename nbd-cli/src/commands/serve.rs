@@ -18,6 +18,7 @@ mod upstream;
 
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -25,7 +26,6 @@ use nbd_jobs::monitor::{Monitor, MonitorError, RunningMonitor};
 use nbd_jobs::opening::open_within;
 use nbd_jobs::size::ByteSize;
 use nbd_jobs::tasks;
-use nbd_server::export::is_an_image_not_closed;
 use nbd_server::tls::TlsMode;
 use nbd_server::{Server, ServerConfig};
 
@@ -64,10 +64,11 @@ pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
     }
     // Dropped after the runtime, whose tasks may hold images.
     let mut guard = None;
+    let close_failed = Arc::clone(&args.export.close_failed);
     let outcome = tasks::block_on(&runtime()?, serve(args, &mut guard))?;
     // The log says why. A status of a command that says more stays.
     Ok(match outcome {
-        Outcome::Success if is_an_image_not_closed() => Outcome::Status(1),
+        Outcome::Success if close_failed.load(Ordering::Acquire) => Outcome::Status(1),
         outcome => outcome,
     })
 }
@@ -197,7 +198,7 @@ fn with_file(args: ServeArgs) -> Result<(ServeArgs, Option<Config>), CommandErro
     let Some(path) = &args.config else { return Ok((args, None)) };
     let path = std::path::absolute(path)
         .map_err(|error| CommandError::new(format!("cannot use '{}': {error}", path.display())))?;
-    let config = Config::read(&path)?;
+    let config = Config::read(&path, &args.export.close_failed)?;
     let ServeArgs { check, fork, role, keeps_log, run, pid_file, takeover, .. } = args;
     let file = config.args.clone();
     if run.is_some() && file.control.is_some() {

@@ -135,19 +135,22 @@ fn a_server_says_that_bitmaps_could_not_be_stored_at_its_end_and_fails() {
     peer(&qemu_img, &["bitmap", "--add", &image, "backup"]);
     // The file cannot grow, as on a full disk.
     let length = std::fs::metadata(&image).expect("an image").len();
-    let (socket, said) = (disk.beside("socket"), disk.beside("said"));
-    let mut command = std::process::Command::new(prlimit);
-    command.arg(format!("--fsize={length}:")).arg(PROGRAM).args(["serve", "--socket", &socket]);
-    command.args(["--format", "qcow2", &image]);
-    command.stderr(std::fs::File::create(&said).expect("room"));
-    let mut server = Server::start(&mut command, socket.into());
-    peer(&qemu_io, &["-f", "raw", "-c", "write -P 7 0 64k", server.uri()]);
-    server.signal(Signal::TERM);
-    assert_eq!(server.wait().code(), Some(1));
-    let said = std::fs::read_to_string(said).expect("text");
-    assert!(said.contains("could not be closed properly"), "{said}");
-    assert!(said.contains("no space") || said.contains("larger"), "{said}");
-    assert!(peer(&qemu_img, &["info", &image]).contains(IN_USE));
+    let (socket, said, file) = (disk.beside("socket"), disk.beside("said"), disk.beside("config"));
+    let export = format!("[[export]]\nsource = \"{image}\"\nformat = \"qcow2\"\n");
+    std::fs::write(&file, format!("socket = \"{socket}\"\n{export}")).expect("room");
+    for options in [&["--socket", &socket, "--format", "qcow2", &image][..], &["--config", &file]] {
+        let mut command = std::process::Command::new(&prlimit);
+        command.arg(format!("--fsize={length}:")).arg(PROGRAM).arg("serve").args(options);
+        command.stderr(std::fs::File::create(&said).expect("room"));
+        let mut server = Server::start(&mut command, socket.clone().into());
+        peer(&qemu_io, &["-f", "raw", "-c", "write -P 7 0 64k", server.uri()]);
+        server.signal(Signal::TERM);
+        assert_eq!(server.wait().code(), Some(1), "{options:?}");
+        let said = std::fs::read_to_string(&said).expect("text");
+        assert!(said.contains("could not be closed properly"), "{said}");
+        assert!(said.contains("no space") || said.contains("larger"), "{said}");
+        assert!(peer(&qemu_img, &["info", &image]).contains(IN_USE));
+    }
     // With room, what was kept beside the image is stored.
     Server::ours(&["--format", "qcow2", &image]).end();
     assert!(!peer(&qemu_img, &["info", &image]).contains(IN_USE));

@@ -22,16 +22,6 @@ use crate::log_limit::may_warn;
 /// Maximum number of queries for extents to answer one block status request.
 const STEPS_MAX: usize = 4;
 
-/// Images are closed where they are used last, which may be anywhere.
-static NOT_CLOSED: AtomicBool = AtomicBool::new(false);
-
-/// Whether closing an image has failed in this process: something of it, such as its bitmaps, was
-/// not stored. The log says which one, and why.
-#[must_use]
-pub fn is_an_image_not_closed() -> bool {
-    NOT_CLOSED.load(Ordering::Acquire)
-}
-
 /// A disk image as an export.
 #[derive(Debug)]
 pub struct ImageExport {
@@ -45,6 +35,8 @@ pub struct ImageExport {
     bitmaps: RwLock<Vec<MetaContextName>>,
     /// Held for reading while a bitmap is examined.
     in_use: RwLock<()>,
+    /// Set if closing the image fails.
+    close_failed: Arc<AtomicBool>,
     /// The last field: it is dropped when the image is closed.
     open: Arc<()>,
 }
@@ -81,8 +73,18 @@ impl ImageExport {
     pub fn new(image: Image) -> Self {
         let file = raw_file(&image);
         let info = describe(&image);
-        let (bitmaps, in_use, open) = (RwLock::default(), RwLock::default(), Arc::default());
-        Self { image, depth: None, file, info, bitmaps, in_use, open }
+        let (bitmaps, in_use) = (RwLock::default(), RwLock::default());
+        let (close_failed, open) = (Arc::default(), Arc::default());
+        Self { image, depth: None, file, info, bitmaps, in_use, close_failed, open }
+    }
+
+    /// Sets `failed` if closing the image fails, so that something of it, such as its bitmaps, is
+    /// not stored; the log says why. The image is closed where it is used last, which may be
+    /// anywhere.
+    #[must_use]
+    pub fn with_close_failure(mut self, failed: &Arc<AtomicBool>) -> Self {
+        self.close_failed = Arc::clone(failed);
+        self
     }
 
     /// Offers the context `qemu:allocation-depth` as well.
@@ -194,7 +196,7 @@ impl Drop for ImageExport {
     fn drop(&mut self) {
         if let Err(error) = self.image.close_in_place() {
             tracing::error!(%error, "an image could not be closed properly");
-            NOT_CLOSED.store(true, Ordering::Release);
+            self.close_failed.store(true, Ordering::Release);
         }
     }
 }

@@ -30,7 +30,7 @@ pub use fast::{FastExport, MayBlock, Operation, TryRead, TryWrite};
 pub use filter::Filter;
 pub(crate) use flushes::{DurabilityFailures, OwnSync, UnderWay, Waiter};
 #[cfg(feature = "image")]
-pub use image::{CountedLayers, ImageExport, is_an_image_not_closed};
+pub use image::{CountedLayers, ImageExport};
 pub use info::{ExportError, ExportInfo};
 pub use memory::MemoryExport;
 pub use placed_read::{PlacedFile, PlacedPart, PlacedRead, Placement};
