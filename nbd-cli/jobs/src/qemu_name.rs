@@ -11,6 +11,8 @@ use std::path::Path;
 
 use nbd_proto::uri::{NbdUri, Transport};
 
+use crate::text::printable;
+
 #[cfg(feature = "server")]
 pub(crate) use self::driver_options::is_container;
 pub use self::driver_options::{
@@ -31,6 +33,9 @@ pub const JSON_SCHEME: &str = "json";
 
 /// Prefix of the name of a file.
 pub const FILE_PREFIX: &str = "file:";
+
+/// Protocols that names on QEMU's command lines may begin with here.
+const PROTOCOLS: [&str; 7] = ["file", "json", "nbd", "nbds", "http", "https", "s3"];
 
 /// Returns the path of a file whose name may begin with `file:`.
 pub fn path_in(name: &OsStr) -> &Path {
@@ -53,6 +58,33 @@ pub fn json_in(name: &str) -> Option<&str> {
 pub fn has_scheme(name: &str) -> bool {
     let scheme = name.split_once(':').map(|(scheme, _)| scheme);
     scheme == Some(JSON_SCHEME) || name.starts_with(FILE_PREFIX) || is_name_of_server(name)
+}
+
+/// Refuses a name that begins with a protocol which is not known here. QEMU does so with the ones
+/// that it does not know, and never takes such a name for that of a file: `rbd:pool/disk` must not
+/// become a file of this machine. Disks in archives (`machine.ova:2`) are not affected.
+///
+/// # Errors
+///
+/// A sentence that names the protocol.
+pub fn check_protocol(name: &OsStr) -> Result<(), String> {
+    let bytes = name.as_bytes();
+    let end = bytes.iter().position(|byte| matches!(byte, b':' | b'/'));
+    let Some(end) = end.filter(|end| bytes[*end] == b':') else { return Ok(()) };
+    let protocol = String::from_utf8_lossy(&bytes[..end]);
+    let is_known = PROTOCOLS.contains(&&*protocol)
+        || protocol.starts_with("nbd+")
+        || protocol.starts_with("nbds+")
+        || protocol.to_ascii_lowercase().ends_with(".ova");
+    if is_known {
+        return Ok(());
+    }
+    Err(format!(
+        "Unknown protocol '{}'; file, nbd, https and s3 are known here, and a file of this name is \
+         ./{}",
+        printable(&protocol),
+        printable(&name.to_string_lossy())
+    ))
 }
 
 /// Parses the name of a server and export.
@@ -198,6 +230,35 @@ mod tests {
             "file":{"driver":"raw","offset":4096,"size":8192,"file":{"driver":"file","filename":"a"}}}}"#;
         let part = from_name_in_image(text).unwrap().part;
         assert_eq!((part.offset, part.size), (5120, Some(512)));
+    }
+
+    #[test]
+    fn a_name_with_an_unknown_protocol_is_not_that_of_a_file() {
+        for name in ["rbd:pool/disk", "zeroinit:/a", "iscsi://h/x/1", "a.qcow2:b", ":", "fat:d"] {
+            let why = check_protocol(OsStr::new(name)).unwrap_err();
+            let protocol = name.split(':').next().unwrap();
+            assert!(why.contains(&format!("'{protocol}'")), "{why}");
+            assert!(why.ends_with(&format!("./{name}")), "{why}");
+        }
+        assert!(check_protocol(OsStr::from_bytes(b"\xff:\n")).is_err());
+        for name in [
+            "a",
+            "",
+            "./rbd:x",
+            "/rbd:x",
+            "file:rbd:x",
+            "json:{}",
+            "nbd:h:1",
+            "nbds+unix:///",
+            "-",
+            "s3://b/k",
+            "https://h/x",
+            "http://h/x",
+            "machine.ova:2",
+            "M.OVA:a",
+        ] {
+            assert_eq!(check_protocol(OsStr::new(name)), Ok(()), "{name}");
+        }
     }
 
     #[test]

@@ -138,6 +138,27 @@ fn a_name_with_a_colon_is_shown_so_that_it_can_be_opened() {
 }
 
 #[test]
+fn a_name_that_begins_with_an_unknown_protocol_is_no_file() {
+    compare_all(
+        "
+        create -f raw ./nosuch:x 1M ; info nosuch:x ; create -f raw nosuch:x 2M =>
+        create -q -f raw zeroinit:new.img 1M ; info file:zeroinit:new.img
+        create -q -f qcow2 ./a:b.qcow2 1M ; resize a:b.qcow2 2M ; snapshot -c a a:b.qcow2 =>
+        create -q -f raw ./nosuch:x 1M ; convert -n -f raw -O raw raw.img nosuch:x => ./nosuch:x
+        convert -O qcow2 raw.img nosuch:x ; info file:nosuch:x
+        dd if=raw.img of=nosuch:x ; info file:nosuch:x
+        compare raw.img nosuch:raw.img
+        info nosuch://host/disk
+        convert -O raw raw.img sub/a:b => sub/a:b
+        ",
+    );
+    let refused = ours(Path::new("/"), &words("info rbd:pool/disk"));
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    assert!(refused.stderr.contains("Unknown protocol 'rbd'"), "{refused:?}");
+    assert!(refused.stderr.contains("./rbd:pool/disk"), "{refused:?}");
+}
+
+#[test]
 fn a_map_names_the_places_kept_for_zeroes_and_the_files_of_a_disk_in_several() {
     tools!(_qemu_img = "qemu-img", _qemu_io = "qemu-io");
     let directory = tempfile::tempdir().unwrap();

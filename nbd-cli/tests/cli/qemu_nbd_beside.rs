@@ -48,6 +48,8 @@ const REFUSED: &[(&[&str], &str)] = &[
     (&["--detect-zeroes=unmap", "--discard=unmap", "DISK"], "unmap"),
     (&["-f", "nosuch", "DISK"], "Unknown driver 'nosuch'"),
     (&["nosuch.img"], "nosuch.img"),
+    (&["-f", "raw", "nosuch:pool/disk"], "Unknown protocol 'nosuch'"),
+    (&["disk.qcow2:a"], "Unknown protocol 'disk.qcow2'"),
     (&["-k", "relative", "DISK"], "socket path must be absolute"),
     (&["-k", "/nonexistent/directory/socket", "DISK"], "/nonexistent/directory/socket"),
     (&["-b", "nosuch.invalid", "DISK"], "nosuch.invalid"),

@@ -15,7 +15,7 @@ use super::options::Options;
 use crate::blockdev::{DescribedBacking, DiskDescription, DiskSource, OpenedDisk, image_format};
 use crate::key_values::KeyValues;
 use crate::observer::JobContext;
-use crate::qemu_name::{check_aio, path_in};
+use crate::qemu_name::{check_aio, check_protocol, path_in};
 use crate::remote::{Remotes, allow_exports};
 use crate::serving::{OfferedBitmaps, OpenError, ServeOptions, Writes};
 
@@ -79,6 +79,9 @@ impl Options {
 
 /// Returns the disk that the operand describes.
 fn describe(options: &Options, file: &OsStr) -> Result<DiskDescription, String> {
+    if !options.image_options {
+        check_protocol(file)?;
+    }
     let disk = match (options.image_options, file.to_str()) {
         (true, Some(text)) => DiskDescription::from_options(KeyValues::parse(text, None)?),
         (true, None) => return Err("the options are not valid UTF-8".to_owned()),

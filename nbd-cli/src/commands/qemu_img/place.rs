@@ -9,6 +9,7 @@ use imgfmt::{
 use nbd_jobs::JobError;
 use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::image_report::{DescribedImage, describe_chain};
+use nbd_jobs::qemu_name::check_protocol;
 use nbd_jobs::remote::{Remotes, UnknownExport, allow_exports};
 use nbd_jobs::text::printable;
 use nbd_proto::limits::DEFAULT_PORT;
@@ -95,7 +96,10 @@ impl Place {
         let name = operand.to_string_lossy().into_owned();
         let location = match is_options {
             true => ImageLocation::from_options(&name),
-            false => ImageLocation::parse(operand),
+            false => {
+                check_protocol(operand).map_err(|why| could_not_open(&name, &why))?;
+                ImageLocation::parse(operand)
+            }
         };
         let mut location = location.map_err(|error| could_not_open_by(&name, &error))?;
         arguments.secrets.resolve(&mut location).map_err(|why| could_not_open(&name, &why))?;
