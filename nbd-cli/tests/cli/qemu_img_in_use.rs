@@ -70,6 +70,44 @@ fn an_overlay_is_made_above_the_disk_of_a_running_machine_and_its_bitmaps_are_ch
 }
 
 #[test]
+fn a_reading_command_names_the_option_that_opens_an_image_in_use() {
+    tools!(_qemu_img = "qemu-img", qemu_nbd = "qemu-nbd");
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    for name in ["used.qcow2", "other.qcow2"] {
+        theirs(here, &format!("qemu-img create -q -f qcow2 {name} 1M")).success();
+    }
+    let used = here.join("used.qcow2");
+    let arguments = ["-f", "qcow2", used.to_str().expect("a plain name")];
+    let server = Server::qemu_nbd(&qemu_nbd, "used", &arguments);
+    for (line, can_share) in [
+        ("info used.qcow2", true),
+        ("info --backing-chain used.qcow2", true),
+        ("check used.qcow2", true),
+        ("map used.qcow2", true),
+        ("measure -O raw used.qcow2", true),
+        ("compare used.qcow2 other.qcow2", true),
+        ("compare other.qcow2 used.qcow2", true),
+        ("convert -O raw used.qcow2 new.img", true),
+        ("dd if=used.qcow2 of=new.img", true),
+        ("snapshot -l used.qcow2", true),
+        ("resize used.qcow2 2M", false),
+        ("snapshot -c a used.qcow2", false),
+        ("check -r all used.qcow2", false),
+        ("commit used.qcow2", false),
+        ("rebase -b other.qcow2 -F qcow2 used.qcow2", false),
+        ("bitmap --add --merge x -b used.qcow2 -F qcow2 other.qcow2 a", false),
+    ] {
+        let refused = ours(here, &words(line));
+        assert!(![None, Some(0)].contains(&refused.code), "{line}: {refused:?}");
+        assert!(refused.stderr.contains("open for writing"), "{line}: {refused:?}");
+        let times = refused.stderr.matches("-U (--force-share)").count();
+        assert_eq!(times, usize::from(can_share), "{line}: {refused:?}");
+    }
+    server.end();
+}
+
+#[test]
 fn bitmaps_are_changed_without_the_backing_file() {
     compare_all(
         "

@@ -35,7 +35,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     if lists.iter().flat_map(|list| list.split(',')).any(|word| matches!(word, "help" | "?")) {
         return text::print(HELP);
     }
-    let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?;
+    let place =
+        Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?.not_shared();
     let (path, options) = place.file()?;
     let mut given = KeyValues::parse(&lists.join(","), None).map_err(Refusal::new)?;
     let keys = keys(arguments, &place, &mut given)?;

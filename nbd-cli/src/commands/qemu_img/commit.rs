@@ -33,7 +33,8 @@ fn layer_named(place: &Place, name: &OsStr) -> Result<PathBuf, Refusal> {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
-    let place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?;
+    let place =
+        Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?.not_shared();
     let (path, options) = place.file()?;
     let info = place.inspect()?;
     if info.qcow2.is_none() && info.backing_name.is_some() {

@@ -140,7 +140,7 @@ fn size_of(create: &CreateOptions, path: &Path) -> Result<u64, Refusal> {
     let location = ImageLocation::File(path.to_owned()).beside(OsStr::new(name))?;
     // As in QEMU, a virtual machine may use it, which goes on with the new image.
     let options = create.open.clone().format(*format).locking(Locking::Shared);
-    let place = Place { location, options, remotes: remotes() };
+    let place = Place { location, options, remotes: remotes(), can_share: false };
     // Without keys, and with all layers: what fails here is not announced.
     let layers = place.location.inspect_chain(&place.options, &place.remotes);
     let layers = layers.map_err(|error| place.failed(&error))?;

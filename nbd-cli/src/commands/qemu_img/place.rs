@@ -26,6 +26,8 @@ pub(super) struct Place {
     pub(super) location: ImageLocation,
     pub(super) options: OpenOptions,
     pub(super) remotes: Remotes,
+    /// Whether the command has the option that opens it while another program writes to it.
+    pub(super) can_share: bool,
 }
 
 impl Place {
@@ -57,6 +59,12 @@ impl Place {
         Ok(self)
     }
 
+    /// For commands that change the image: they cannot do so while another program writes to it.
+    pub(super) fn not_shared(mut self) -> Self {
+        self.can_share = false;
+        self
+    }
+
     /// As [`new`](Self::new), for commands that need no key.
     ///
     /// # Errors
@@ -73,6 +81,7 @@ impl Place {
             return Err(Refusal::usage("--image-opts and --format are mutually exclusive"));
         }
         let mut place = Self::parse(arguments, operand, is_options)?;
+        place.can_share = true;
         place.options.format = arguments.format(format)?;
         if let Some(mode) = arguments.text(cache)? {
             place.options.cache = parse_cache(&mode)?;
@@ -106,7 +115,7 @@ impl Place {
         let remotes = remotes();
         let mut options = OpenOptions::new().policy(trusting(&remotes));
         options.names = FileNames::AsInQemu;
-        Ok(Self { location, options, remotes })
+        Ok(Self { location, options, remotes, can_share: false })
     }
 
     /// Opens it to read it.
@@ -183,7 +192,11 @@ impl Place {
 
     /// The error of an image that could not be opened, which names it.
     pub(super) fn failed(&self, error: &JobError) -> Refusal {
-        could_not_open_by(&self.location.name(), error)
+        let refusal = could_not_open_by(&self.location.name(), error);
+        match error.could_be_shared() && self.can_share {
+            true => refusal.with(", or add -U (--force-share) to read it anyway"),
+            false => refusal,
+        }
     }
 
     /// The error of an image that cannot be opened.
@@ -296,7 +309,8 @@ mod tests {
         }
         let options = "driver=nbd,path=/s,x-dirty-bitmap=b";
         let location = ImageLocation::from_options(options).expect("options");
-        let place = Place { location, options: OpenOptions::new(), remotes: Remotes::default() };
+        let (options, remotes) = (OpenOptions::new(), Remotes::default());
+        let place = Place { location, options, remotes, can_share: false };
         let refused = place.open().map(drop).expect_err("only 'map' knows this option");
         let refused = refused.message.expect("a message");
         assert!(refused.starts_with("Could not open 'nbd+unix:///?socket=/s': "), "{refused}");

@@ -20,7 +20,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
         true => Clusters::Compressed,
         false => Clusters::Plain,
     };
-    let mut place = Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?;
+    let mut place =
+        Place::new(arguments, arguments.only_operand()?, Opt::Format, Opt::Cache)?.not_shared();
     // For the new backing file only: the overlay is changed.
     let locking = std::mem::take(&mut place.options.locking);
     let (path, options) = place.file()?;
