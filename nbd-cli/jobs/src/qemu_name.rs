@@ -191,6 +191,10 @@ mod tests {
         for (name, part) in [
             (r#"json:{"driver":"file","path":"/etc/passwd"}"#, "filename"),
             (r#"json:{"driver":"file","filename":"a","more":"b"}"#, "'more'"),
+            (
+                r#"json:{"file.filename":"a","more":"b"}"#,
+                "No block driver supports the option 'more'",
+            ),
             (r#"json:{"driver":"ssh","path":"/etc/passwd"}"#, "'ssh'"),
             (r#"json:{"driver":"raw","offset":512,"file":{"driver":"nbd"}}"#, "server.host"),
             (

@@ -50,6 +50,7 @@ const REFUSED: &[(&[&str], &str)] = &[
     (&["nosuch.img"], "nosuch.img"),
     (&["-f", "raw", "nosuch:pool/disk"], "Unknown protocol 'nosuch'"),
     (&["disk.qcow2:a"], "Unknown protocol 'disk.qcow2'"),
+    (&["--image-opts", "file.filename=DISK,bogus=1"], "the option 'bogus'"),
     (&["-k", "relative", "DISK"], "socket path must be absolute"),
     (&["-k", "/nonexistent/directory/socket", "DISK"], "/nonexistent/directory/socket"),
     (&["-b", "nosuch.invalid", "DISK"], "nosuch.invalid"),

@@ -79,7 +79,7 @@ impl DiskDescription {
         if driver.is_none() {
             (disk.format, met) = (None, Met::Format);
             disk.backing = take_backing_disk(&mut options, depth)?;
-            options = disk.format_driver("any", options, depth)?;
+            options = disk.format_driver("", options, depth)?;
             driver = options.take("driver");
         }
         loop {
@@ -293,6 +293,7 @@ mod tests {
             ("driver=raw,size=x,file.filename=d", "'size'"),
             ("driver=file,filename=d,bogus=1", "bogus"),
             ("driver=qcow2,file.filename=d,bogus=1", "bogus"),
+            ("file.filename=d,bogus=1", "No block driver supports the option 'bogus'"),
             ("driver=qcow2,file.filename=d,backing=node", "node"),
             ("driver=qcow2,file.filename=d,encrypt.format=aes", "encrypt"),
             ("driver=qcow2,file.filename=d,encrypt.bogus=s", "encrypt.bogus"),

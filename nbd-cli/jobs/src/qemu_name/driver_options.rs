@@ -156,7 +156,7 @@ fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInNam
         // The driver that is found has them.
         image.settings.take_qcow2(&mut options)?;
         image.settings.take_luks(&mut options)?;
-        options = image.format_driver("any", options)?;
+        options = image.format_driver("", options)?;
         driver = options.take("driver");
     }
     loop {

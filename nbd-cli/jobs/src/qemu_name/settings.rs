@@ -198,7 +198,8 @@ impl DriverSettings {
         options.metadata_cache_bytes = self.metadata_cache;
     }
 
-    /// Removes the options that every driver has, and refuses those that are left then.
+    /// Removes the options that every driver has, and refuses those that are left then. The driver
+    /// is empty if the image decides it.
     ///
     /// # Errors
     ///
@@ -215,6 +216,9 @@ impl DriverSettings {
         self.take_filters(&mut options)?;
         match options.left_over() {
             None => Ok(()),
+            Some(key) if driver.is_empty() => {
+                Err(format!("No block driver supports the option '{key}'"))
+            }
             Some(key) => {
                 Err(format!("Block driver '{driver}' does not support the option '{key}'"))
             }
