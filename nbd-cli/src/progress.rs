@@ -1,7 +1,9 @@
 //! The progress of `copy`: a bar on a terminal, lines elsewhere.
 
+use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal as _, Write as _};
 use std::num::NonZeroU64;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,12 +13,14 @@ use imgfmt::jobs::RateLimit;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nbd_jobs::chart::CharacterSet;
 use nbd_jobs::size::{parse_rate, rounded};
+use nbd_jobs::text::without_error_numbers;
+use rustix::fs::{OFlags, fcntl_setfl};
 
 use crate::output::ReportFormat;
 use crate::terminal::{character_set, columns_of};
 
 /// Whether progress is shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Visibility {
     /// If standard error is a terminal.
     IfTerminal,
@@ -24,6 +28,8 @@ pub(crate) enum Visibility {
     Always,
     /// Never.
     Never,
+    /// Always, for a program: lines of the form `N/100`, written to this file.
+    Numbers(&'static File),
 }
 
 impl Visibility {
@@ -39,9 +45,17 @@ impl Visibility {
 /// The progress options.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct ProgressArgs {
-    /// Show progress even if standard error is not a terminal.
-    #[arg(short, long)]
-    pub progress: bool,
+    /// Show progress even if standard error is not a terminal; with a file descriptor, write lines
+    /// such as 42/100 to it instead.
+    #[arg(
+        short,
+        long,
+        value_name = "FD",
+        num_args = 0..=1,
+        require_equals = true,
+        value_parser = open_descriptor
+    )]
+    pub progress: Option<Option<&'static File>>,
 
     /// Show no progress.
     #[arg(short, long, conflicts_with = "progress")]
@@ -50,8 +64,28 @@ pub struct ProgressArgs {
 
 impl ProgressArgs {
     pub(crate) fn visibility(self) -> Visibility {
-        Visibility::of_flags(self.progress, self.quiet)
+        match self.progress {
+            Some(Some(file)) => Visibility::Numbers(file),
+            shown => Visibility::of_flags(shown.is_some(), self.quiet),
+        }
     }
+}
+
+/// Opens a file descriptor again, while the command line is parsed: later the number may be that of
+/// a file of this program. The file is open as long as the process.
+fn open_descriptor(text: &str) -> Result<&'static File, String> {
+    let number: u32 = text.parse().map_err(|_| "give the number of a file descriptor")?;
+    // Opening a pipe without a reader would wait for one otherwise.
+    let waitless = (OFlags::NONBLOCK | OFlags::APPEND).bits().cast_signed();
+    let file = OpenOptions::new()
+        .append(true)
+        .custom_flags(waitless)
+        .open(format!("/proc/self/fd/{number}"))
+        .and_then(|file| Ok(fcntl_setfl(&file, OFlags::APPEND).map(|()| file)?));
+    let file = file.map_err(|error| {
+        without_error_numbers(format!("nothing can be written to this file descriptor: {error}"))
+    })?;
+    Ok(Box::leak(Box::new(file)))
 }
 
 /// The option that limits the rate of a command.
@@ -124,6 +158,8 @@ struct Tally {
 pub(crate) struct Lines {
     total: u64,
     done: AtomicU64,
+    /// A program's file, which gets a number for each percent.
+    numbers: Option<&'static File>,
     /// The last step that was written. Held while its line is written: of two tasks that each
     /// complete a step, the slower one must not write an older line after a newer one.
     written: Mutex<u64>,
@@ -132,18 +168,21 @@ pub(crate) struct Lines {
 /// Interval of lines in percent, or in bytes if the total is unknown.
 const STEP_PERCENT: u64 = 5;
 const STEP_BYTES: u64 = 1 << 30;
-/// The last step, whose line is written at the end.
-const END: u64 = 100 / STEP_PERCENT;
-
 impl Progress {
     /// Creates progress towards `total` bytes, or a plain count if that is unknown.
     pub(crate) fn new(visibility: Visibility, total: Option<u64>) -> Self {
+        let lines = |numbers| {
+            let lines = Lines::new(total.unwrap_or_default(), numbers);
+            Shown::Lines(Arc::new(lines))
+        };
         let shown = match (visibility, io::stderr().is_terminal()) {
             (Visibility::Never, _) | (Visibility::IfTerminal, false) => Shown::Nothing,
-            (_, true) => Shown::Bar(bar(total)),
-            (Visibility::Always, false) => {
-                Shown::Lines(Arc::new(Lines::new(total.unwrap_or_default())))
+            (Visibility::Numbers(file), _) => {
+                say_to(Some(file), "0/100");
+                lines(Some(file))
             }
+            (_, true) => Shown::Bar(bar(total)),
+            (Visibility::Always, false) => lines(None),
         };
         let (done, holes) = (AtomicU64::new(0), AtomicU64::new(0));
         Self { shown, tally: Arc::new(Tally { began: Instant::now(), done, holes }) }
@@ -155,7 +194,7 @@ impl Progress {
         match &self.shown {
             Shown::Nothing => {}
             Shown::Bar(bar) => bar.inc(bytes),
-            Shown::Lines(lines) => lines.add(bytes, say),
+            Shown::Lines(lines) => lines.add(bytes, |line| say_to(lines.numbers, line)),
         }
     }
 
@@ -188,7 +227,7 @@ impl Progress {
         match &self.shown {
             Shown::Nothing => {}
             Shown::Bar(bar) => bar.finish_and_clear(),
-            Shown::Lines(lines) => lines.write_end_if_there(say),
+            Shown::Lines(lines) => lines.write_end_if_there(|line| say_to(lines.numbers, line)),
         }
     }
 
@@ -204,19 +243,25 @@ impl Progress {
             Shown::Bar(bar) => {
                 bar.finish();
                 // The bar leaves the cursor at its end.
-                say(&format!("\n{}", summary()));
+                say_to(None, &format!("\n{}", summary()));
             }
             Shown::Lines(lines) => {
-                lines.write_end(say);
-                say(&summary());
+                lines.write_end(|line| say_to(lines.numbers, line));
+                if lines.numbers.is_none() {
+                    say_to(None, &summary());
+                }
             }
         }
     }
 }
 
-/// Writes a line to standard error; a closed standard error is not an error.
-fn say(line: &str) {
-    let _ = writeln!(io::stderr(), "{line}");
+/// Writes a line to a program's file or to standard error. That nobody reads it is not an error.
+fn say_to(file: Option<&File>, line: &str) {
+    let line = format!("{line}\n");
+    let _ = match file {
+        Some(mut file) => file.write_all(line.as_bytes()),
+        None => io::stderr().write_all(line.as_bytes()),
+    };
 }
 
 fn summary(done: u64, holes: u64, took: Duration) -> String {
@@ -254,8 +299,13 @@ fn bar(total: Option<u64>) -> ProgressBar {
 }
 
 impl Lines {
-    const fn new(total: u64) -> Self {
-        Self { total, done: AtomicU64::new(0), written: Mutex::new(0) }
+    const fn new(total: u64, numbers: Option<&'static File>) -> Self {
+        Self { total, done: AtomicU64::new(0), numbers, written: Mutex::new(0) }
+    }
+
+    /// The interval of lines, in percent.
+    const fn step_percent(&self) -> u64 {
+        if self.numbers.is_some() { 1 } else { STEP_PERCENT }
     }
 
     /// Adds bytes; writes a line if that completed a step.
@@ -272,11 +322,16 @@ impl Lines {
             return;
         }
         *written = step;
-        if self.total == 0 {
-            write(&rounded(done));
-        } else if step < END {
-            let percent = step * STEP_PERCENT;
-            write(&format!("{percent} %  {} of {}", rounded(done), rounded(self.total)));
+        let percent = step * self.step_percent();
+        match (self.numbers, self.total) {
+            (Some(_), 0) => {}
+            (None, 0) => write(&rounded(done)),
+            // The last line is written at the end.
+            _ if percent >= 100 => {}
+            (Some(_), _) => write(&format!("{percent}/100")),
+            (None, total) => {
+                write(&format!("{percent} %  {} of {}", rounded(done), rounded(total)));
+            }
         }
     }
 
@@ -289,7 +344,9 @@ impl Lines {
 
     /// Writes the last line, if the total is known.
     fn write_end(&self, write: impl FnOnce(&str)) {
-        if self.total > 0 {
+        if self.numbers.is_some() {
+            write("100/100");
+        } else if self.total > 0 {
             write(&format!("100 %  {0} of {0}", rounded(self.total)));
         }
     }
@@ -298,7 +355,7 @@ impl Lines {
     fn step(&self, done: u64) -> u64 {
         match self.total {
             0 => done / STEP_BYTES,
-            total => (u128::from(done) * 100 / u128::from(total)) as u64 / STEP_PERCENT,
+            total => (u128::from(done) * 100 / u128::from(total)) as u64 / self.step_percent(),
         }
     }
 }
@@ -317,7 +374,7 @@ mod tests {
 
     #[test]
     fn each_step_is_one_line() {
-        let lines = Lines::new(1000);
+        let lines = Lines::new(1000, None);
         let written: Vec<_> = (0..1000).filter_map(|_| add(&lines, 1)).collect();
         assert_eq!(written.len(), 19);
         assert_eq!(written[0], "5 %  50 bytes of 1000 bytes");
@@ -327,7 +384,7 @@ mod tests {
 
     #[test]
     fn large_steps_skip_lines() {
-        let lines = Lines::new(u64::MAX);
+        let lines = Lines::new(u64::MAX, None);
         assert_eq!(add(&lines, u64::MAX / 2), Some("45 %  8.0 EiB of 16.0 EiB".to_owned()));
         assert_eq!(add(&lines, u64::MAX / 2), Some("95 %  16.0 EiB of 16.0 EiB".to_owned()));
         assert_eq!(add(&lines, 0), None);
@@ -342,7 +399,7 @@ mod tests {
 
     #[test]
     fn without_a_total_bytes_are_counted() {
-        let lines = Lines::new(0);
+        let lines = Lines::new(0, None);
         assert_eq!(add(&lines, STEP_BYTES - 1), None);
         assert_eq!(add(&lines, 1), Some("1.0 GiB".to_owned()));
     }
@@ -350,7 +407,7 @@ mod tests {
     #[test]
     fn lines_of_many_threads_come_in_order_and_the_last_one_is_the_end() {
         for _ in 0..200 {
-            let (lines, written) = (Lines::new(8000), Mutex::new(Vec::new()));
+            let (lines, written) = (Lines::new(8000, None), Mutex::new(Vec::new()));
             let note = |line: &str| {
                 let percent = line.split_once(' ').map(|(percent, _)| percent);
                 let percent = percent.and_then(|text| text.parse::<u64>().ok());

@@ -24,7 +24,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Outcome, CommandError> {
     let cancellation = signals::cancellation();
     let context = JobContext { observer: warnings(), cancellation, ..JobContext::default() };
     let is_shown = match args.progress.visibility() {
-        Visibility::Always => true,
+        Visibility::Always | Visibility::Numbers(_) => true,
         Visibility::Never => false,
         Visibility::IfTerminal => std::io::stderr().is_terminal(),
     };

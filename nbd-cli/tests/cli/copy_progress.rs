@@ -87,6 +87,42 @@ fn the_bar_is_plain_where_the_locale_is() {
 }
 
 #[test]
+fn a_program_reads_percents_from_a_descriptor_as_those_of_nbdcopy() {
+    tools!(sh = "sh");
+    let disk = Disk::sparse();
+    let numbers = disk.beside("numbers");
+    let copy = format!("{PROGRAM} copy --progress=5 {} null:", disk.path());
+    for line in [format!("{copy} 5>{numbers}"), format!("{copy} 5>&1 | cat >{numbers}")] {
+        let outcome = run(Command::new(&sh).args(["-c", &line]));
+        assert_eq!((outcome.code, &*outcome.stderr), (Some(0), ""), "{outcome:?}");
+        let text = std::fs::read_to_string(&numbers).expect("the numbers");
+        let percents: Vec<u32> = text
+            .lines()
+            .map(|line| {
+                line.strip_suffix("/100").expect("a part of 100").parse().expect("a number")
+            })
+            .collect();
+        assert_eq!((percents.first(), percents.last()), (Some(&0), Some(&100)), "{text}");
+        assert!(percents.is_sorted_by(|one, next| one < next), "{text}");
+    }
+    // Nothing is opened under the number later, so that no other file is written to.
+    for wrong in ["5", "x", "-1", ""] {
+        let outcome = nbd_cli(&["copy", &format!("--progress={wrong}"), disk.path(), "null:"]);
+        assert_eq!(outcome.code, Some(1), "{wrong}: {outcome:?}");
+        assert!(outcome.stderr.contains("file descriptor"), "{wrong}: {outcome:?}");
+    }
+    // A reader that has gone is neither waited for nor an error.
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let mut command = Command::new(&sh);
+    let ended = command.args(["-c", &format!("{copy} 5>&1 2>{numbers}")]).stdout(writer).status();
+    assert_eq!(ended.expect("a shell").code(), Some(0));
+    // The short form takes no number, and can be joined with others.
+    let outcome = nbd_cli(&["copy", "-pU", disk.path(), "null:"]);
+    assert!(outcome.code == Some(0) && outcome.stderr.contains("100 %"), "{outcome:?}");
+}
+
+#[test]
 fn lines_are_written_elsewhere_if_asked_for() {
     let disk = Disk::sparse();
     let outcome = nbd_cli(&["copy", "--progress", disk.path(), "null:"]);
