@@ -145,7 +145,7 @@ pub use nbd_proto::handshake::{ListedExport, Negotiated, OptionError};
 pub use nbd_proto::tls::{KeyFileError, KeyPassword, PreSharedKeys};
 pub use nbd_proto::transmission::client::ServerError;
 pub use nbd_proto::transmission::{Durability, ExtentLimit, Speed, ZeroMode};
-pub use nbd_proto::uri::{NbdUri, TlsKind, Transport, UriError};
+pub use nbd_proto::uri::{NbdUri, Security, TlsKind, Transport, UriError};
 pub use nbd_proto::wire::{
     AllocationFlags, BlockDescriptor, BlockSizes, CommandType, DirtyFlags, Errno, MetaContextId,
     MetaContextName, OptionReplyType, ReplyMode, TransmissionFlags,

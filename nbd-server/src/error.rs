@@ -132,7 +132,7 @@ pub enum RegistryError {
     BadExport {
         /// Name of the export.
         name: String,
-        /// The rule that the string violates.
+        /// The rule that its properties violate.
         why: String,
     },
 }

@@ -91,7 +91,7 @@ pub use error::{RegistryError, ServeError};
 pub use export::ExportRegistry;
 pub use handle::{InUse, RemoveError, ServerHandle};
 pub use listen_address::{BoundAddress, ListenAddress};
-pub use nbd_proto::uri::{NbdUri, Transport};
+pub use nbd_proto::uri::{NbdUri, Security, Transport};
 pub use nbd_proto::wire::ReplyMode;
 pub use overview::{PoolStatistics, ServerStatistics};
 pub use paused::{ListenerOrigin, Paused, PausedConnection, PausedListener};

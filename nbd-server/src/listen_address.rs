@@ -34,7 +34,17 @@ pub enum BoundAddress {
 }
 
 impl BoundAddress {
-    /// Returns the URI under which a client on this machine reaches the export `name`.
+    /// Returns the URI under which a client on this machine reaches the export `name`, without TLS.
+    /// That of a server which requires TLS is made from it:
+    ///
+    /// ```
+    /// use nbd_server::{BoundAddress, Security};
+    ///
+    /// let mut uri = BoundAddress::Tcp(([127, 0, 0, 1], 10810).into()).uri("disk");
+    /// assert_eq!(uri.to_string(), "nbd://127.0.0.1:10810/disk");
+    /// uri.security = Security::Tls;
+    /// assert_eq!(uri.to_string(), "nbds://127.0.0.1:10810/disk");
+    /// ```
     #[must_use]
     pub fn uri(&self, name: &str) -> NbdUri {
         let transport = match self {
