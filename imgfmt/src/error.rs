@@ -108,14 +108,17 @@ impl Error {
     /// format was detected: the user may want to use the file as raw.
     pub(crate) fn unsupported_format(format: Format, is_guess: bool) -> Self {
         let what = format.description();
-        let advice = match format {
-            Format::Luks => {
-                "use the device /dev/mapper/NAME that 'cryptsetup open FILE NAME' makes of it"
-            }
-            _ => "convert it with 'qemu-img convert -O qcow2' first",
+        let (why, advice) = match format {
+            Format::Luks => (
+                "and this program was built without encryption",
+                "use the device /dev/mapper/NAME that 'cryptsetup open FILE NAME' makes of it",
+            ),
+            _ => (
+                "which can be recognised but not read yet",
+                "convert it with 'qemu-img convert -O qcow2' first",
+            ),
         };
-        let mut detail =
-            format!("it is a {what} image, which can be recognised but not read yet; {advice}");
+        let mut detail = format!("it is a {what} image, {why}; {advice}");
         if is_guess {
             detail.push_str(", or give the format 'raw' to use its bytes as they are");
         }
@@ -401,6 +404,13 @@ mod tests {
         let expected =
             r"cannot open 'b\u{7}': the image refers to 'a\u{1b}[2J\r\n\u{202e}\u{200f}ü\'";
         assert_eq!(error.to_string(), expected);
+    }
+
+    #[test]
+    fn encryption_that_was_left_out_of_the_program_is_not_called_future_work() {
+        let error = Error::unsupported_format(Format::Luks, false).to_string();
+        assert!(error.contains("this program was built without encryption"), "{error}");
+        assert!(error.contains("cryptsetup") && !error.contains("yet"), "{error}");
     }
 
     #[test]
