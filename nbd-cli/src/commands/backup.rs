@@ -8,23 +8,20 @@ mod repository;
 
 use std::num::NonZeroUsize;
 
-use nbd_jobs::tasks;
-use nbd_jobs::{
-    BackupOptions, BackupSource, Cancellation, JobContext, Leftover, Sharing, UnknownBase,
-};
+use nbd_jobs::{BackupOptions, BackupSource, JobContext, Leftover, Sharing, UnknownBase};
 
 pub use self::args::{BackupArgs, Verify};
 use self::report::BackupReport;
-use crate::async_runtime::{block_on, runtime};
+use crate::async_runtime::block_on;
 use crate::error::{CommandError, Outcome};
 use crate::shown::Shown;
-use crate::signals::{self, EndSignals, Hangup};
+use crate::signals;
 
 pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
     args.connection.check(args.requests.unwrap_or(NonZeroUsize::MIN))?;
     #[cfg(feature = "object-storage")]
     if args.repository.name.is_some() {
-        return repository::run(&args, cancelled_by_signal);
+        return repository::run(&args);
     }
     args.assign_operands()?;
     let args = &args;
@@ -33,45 +30,19 @@ pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
     }
     let shown = Shown::new(args.summary.visibility());
     let (target, options) = (&args.target, options(args)?);
-    let result = match source(args)? {
-        source @ BackupSource::Checkpoint { .. } => {
-            let work = async {
-                let cancellation = cancelled_by_signal()?;
-                let rate_limit = args.rate.limit();
-                let context = JobContext { observer: shown.clone(), cancellation, rate_limit };
-                Ok(nbd_jobs::backup(&source, target, &options, &context).await?)
-            };
-            tasks::block_on(&runtime()?, work)
-        }
-        source => {
-            signals::watch()?;
-            let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
-            block_on(async { Ok(nbd_jobs::backup(&source, target, &options, &context).await?) })
-        }
-    };
+    let source = source(args)?;
+    // Caught before there is a checkpoint: otherwise a signal would kill the process, and the
+    // checkpoint would remain and cost space and time.
+    signals::watch()?;
+    let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
+    let work = async { Ok(nbd_jobs::backup(&source, target, &options, &context).await?) };
+    let result = block_on(work);
     shown.clear();
     let report = BackupReport::new(args, result?);
     if let Some(format) = args.summary.format() {
         report.print(format)?;
     }
     Ok(Outcome::Success)
-}
-
-/// Returns the cancellation that a first signal triggers. A second signal ends the process at once.
-///
-/// Signals are caught before there is a checkpoint: otherwise a signal would kill the process, and
-/// the checkpoint would remain and cost space and time.
-fn cancelled_by_signal() -> Result<Cancellation, CommandError> {
-    let mut signals = EndSignals::new(Hangup::Ends)?;
-    let cancellation = Cancellation::new();
-    let cancelled = cancellation.clone();
-    tasks::spawn(async move {
-        let first = signals.next().await;
-        cancelled.cancel(format!("signal {}", first.number()));
-        let second = signals.insisted().await;
-        std::process::exit(second.exit_status().into());
-    });
-    Ok(cancellation)
 }
 
 /// Returns the source of the backup.

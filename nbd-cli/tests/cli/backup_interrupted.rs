@@ -30,10 +30,13 @@ fn a_backup_that_is_interrupted_ends_its_checkpoint_and_forgets_nothing() {
     let mut command = in_foreground();
     command.args(["backup", "--control", &control, "--export", "vm", "-B", "daily"]);
     command.arg(format!("nbd+unix:///vm?socket={silent}")).arg(&target);
-    let mut backup = command.stderr(Stdio::piped()).spawn().expect("nbd-cli");
+    let backup = command.stderr(Stdio::piped()).spawn().expect("nbd-cli");
     wait_until("the checkpoint has begun", || state()["checkpoint"] != Value::Null);
     kill_process(Pid::from_child(&backup), Signal::INT).expect("it runs");
-    assert_eq!(backup.wait().expect("a child").code(), Some(1));
+    let output = backup.wait_with_output().expect("a child");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(128 + 2), "{said}");
+    assert!(said.contains("failed: interrupted by SIGINT; begin again with --restart"), "{said}");
     let found = state();
     assert_eq!(found["checkpoint"], Value::Null, "{found}");
     assert_eq!(found["bitmaps"][0]["dirty-bytes"], 64 << 10, "{found}");

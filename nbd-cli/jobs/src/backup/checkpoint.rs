@@ -100,7 +100,7 @@ async fn unless_cancelled(
         result = run(BackupJob { context: &context, ..work }, uri, base, issued) => return result,
         reason = work.context.cancellation.cancelled() => reason,
     };
-    let ended = reason.in_words(format!("{reason} has ended the backup of {uri}"));
+    let ended = reason.in_words(format!("the backup of {uri} failed: {reason}"));
     Err(match work.is_on_device() {
         true => partial::lost(work.target, &ended),
         false => ended.in_words(format!("{ended}; begin again with --restart")),

@@ -11,19 +11,19 @@ use nbd_jobs::repository::{
 };
 use nbd_jobs::serving::split_name;
 use nbd_jobs::size::rounded;
-use nbd_jobs::tasks;
-use nbd_jobs::{BackupSource, Cancellation, JobContext};
+use nbd_jobs::{BackupSource, JobContext};
 use nbd_objects::repo::BackupName;
 use nbd_proto::NbdUri;
 use serde::Serialize;
 
 use super::args::BackupArgs;
-use crate::async_runtime::runtime;
+use crate::async_runtime::block_on;
 use crate::commands::repo::open;
 use crate::error::{CommandError, Outcome};
 use crate::locking::advise_sharing;
 use crate::output::{Output, ReportFormat, printable};
 use crate::shown::Shown;
+use crate::signals;
 
 /// The result. Sizes are in bytes.
 #[derive(Debug, Serialize)]
@@ -43,20 +43,15 @@ struct Report {
     seconds: f64,
 }
 
-/// Makes the backup. `cancelled` catches signals; it needs the runtime.
-pub(super) fn run(
-    args: &BackupArgs,
-    cancelled: fn() -> Result<Cancellation, CommandError>,
-) -> Result<Outcome, CommandError> {
+/// Makes the backup.
+pub(super) fn run(args: &BackupArgs) -> Result<Outcome, CommandError> {
     let options = options(args)?;
     let (disks, repository) = disks(args)?;
     let shown = Shown::new(args.summary.visibility());
-    let runtime = runtime()?;
+    signals::watch()?;
+    let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
     let work = async {
-        let cancellation = cancelled()?;
         let opened = open(&repository, &args.repository.passphrase).await?;
-        let context =
-            JobContext { observer: shown.clone(), cancellation, rate_limit: args.rate.limit() };
         let made = match &disks {
             Disks::One(disk) => backup_to_repository(disk, &opened, &options, &context).await,
             Disks::Several(disks) => {
@@ -65,7 +60,7 @@ pub(super) fn run(
         };
         Ok::<_, CommandError>(made?)
     };
-    let result = tasks::block_on(&runtime, work);
+    let result = block_on(work);
     shown.clear();
     let made = result?;
     if let Some(format) = args.summary.format() {
