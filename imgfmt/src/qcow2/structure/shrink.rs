@@ -8,10 +8,29 @@
 //! made larger and then finds no space becomes smaller again without any.
 
 use crate::error::Result;
-use crate::qcow2::alloc::allocator::Freed;
+use crate::qcow2::alloc::allocator::{Freed, Reserved};
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::on_disk::l2::{COPIED, table_of};
 use crate::units::{GuestOffset, Offset as _};
+
+/// Where the L1 table is after the change.
+enum Place {
+    /// Where it was, with its first entries.
+    Old {
+        entries: usize,
+    },
+    New(Reserved),
+}
+
+/// How many entries of the old L1 table are the new one, of which `whole` are needed; `None` if it
+/// differs in one of them.
+fn entries_kept(old: &[u64], new: &[u64], whole: usize) -> Option<usize> {
+    match (old == new, whole) {
+        (true, _) => Some(old.len()),
+        (false, 0) => None,
+        (false, _) => (old.get(..whole)? == new.get(..whole)?).then_some(whole),
+    }
+}
 
 impl Qcow2 {
     /// Makes the disk end at `size` bytes, and returns its old L1 table. Everything is flushed.
@@ -27,14 +46,16 @@ impl Qcow2 {
         if let (Some(offset), Some(entry)) = (cut, l1.get_mut(geometry.l1_index(end) as usize)) {
             *entry = offset.bytes() | COPIED;
         }
-        let is_beginning = l1 == old || (whole > 0 && l1[..whole] == old[..whole]);
-        let place = if is_beginning { Ok(None) } else { self.write_l1(&l1).map(Some) };
+        let place = match entries_kept(&old, &l1, whole) {
+            Some(entries) => Ok(Place::Old { entries }),
+            None => self.write_l1(&l1).map(Place::New),
+        };
         let switched = place.and_then(|place| {
             // A part that is cut off and added again is clean, although its content is another one.
             self.bitmaps.forget_lineage()?;
             match place {
-                Some(place) => self.switch_l1(place, l1, size),
-                None => self.shorten_l1(if l1 == old { l1.len() } else { whole }, size),
+                Place::Old { entries } => self.shorten_l1(entries, size),
+                Place::New(reserved) => self.switch_l1(reserved, l1, size),
             }
         });
         if let (Err(_), Some(offset), true) = (&switched, cut, self.size != size) {
@@ -50,23 +71,25 @@ impl Qcow2 {
         let geometry = self.geometry();
         let offset = self.metadata.header().l1_offset;
         let switched = self.write_disk_fields(size, entries as u32, offset);
-        if self.size == size {
-            let mut l1 = self.mapping.l1_words();
-            let (old_bytes, bytes) = (l1.len() as u64 * 8, entries as u64 * 8);
-            l1.truncate(entries);
-            self.mapping.replace_l1(l1);
-            switched?;
-            let old_place = offset..offset + old_bytes;
-            let protected = &mut self.clusters.allocator()?.protected;
-            protected.iter_mut().filter(|place| **place == old_place).for_each(|place| {
-                place.end = offset + bytes;
-            });
-            let kept = geometry.clusters_touched(offset, bytes).count();
-            let rest = geometry.clusters_touched(offset, old_bytes).skip(kept);
-            self.clusters.free(rest.map(|cluster| Freed { cluster, punch: false }));
-            return Ok(());
+        if self.size != size {
+            return switched;
         }
-        switched
+        // Even if the sync failed, the file names fewer entries now. The clusters of the others are
+        // freed only if the disk certainly does not need them.
+        let mut l1 = self.mapping.l1_words();
+        let (old_bytes, bytes) = (l1.len() as u64 * 8, entries as u64 * 8);
+        l1.truncate(entries);
+        self.mapping.replace_l1(l1);
+        switched?;
+        let old_place = offset..offset + old_bytes;
+        let protected = &mut self.clusters.allocator()?.protected;
+        protected.iter_mut().filter(|place| **place == old_place).for_each(|place| {
+            place.end = offset + bytes;
+        });
+        let kept = geometry.clusters_touched(offset, bytes).count();
+        let rest = geometry.clusters_touched(offset, old_bytes).skip(kept);
+        self.clusters.free(rest.map(|cluster| Freed { cluster, punch: false }));
+        Ok(())
     }
 
     /// Frees everything after `size` that an L1 table refers to. The header on disk no longer names
