@@ -115,9 +115,7 @@ impl Floor {
         match request.command {
             COMMAND_READ if is_block => self.ring.read(slot, file, request.offset),
             COMMAND_WRITE if is_block => {
-                let mut block = [0; SLOT_BYTES];
-                block.copy_from_slice(&self.ring.received()[payload..][..SLOT_BYTES]);
-                self.ring.slot(slot).copy_from_slice(&block);
+                self.ring.fill(slot, payload);
                 let durable = request.flags & COMMAND_FLAG_FUA != 0;
                 self.ring.write(slot, file, request.offset, durable)
             }

@@ -276,7 +276,6 @@ mod tests {
             Err(error) => return eprintln!("skipped: no direct I/O here: {error}"),
         };
         let mut client = connect_to(64 << 10, Source::Direct(file));
-        // More than the floor has room for at a time, and not in order.
         for at in (0..16_u64).rev() {
             let flags = if at % 2 == 0 { COMMAND_FLAG_FUA } else { 0 };
             let mut bytes = request_with(flags, COMMAND_WRITE, at, (at * 4096, 4096));

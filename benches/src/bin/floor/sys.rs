@@ -40,8 +40,14 @@ impl Ring {
         Ok(Self { ring, memory, start })
     }
 
-    pub(crate) fn slot(&mut self, slot: usize) -> &mut [u8] {
+    fn slot(&mut self, slot: usize) -> &mut [u8] {
         &mut self.memory[self.start..][..SLOTS * SLOT_BYTES][slot * SLOT_BYTES..][..SLOT_BYTES]
+    }
+
+    /// Copies the block that was received at byte `at` into the slot.
+    pub(crate) fn fill(&mut self, slot: usize, at: usize) {
+        let (slots, received) = self.memory[self.start..].split_at_mut(SLOTS * SLOT_BYTES);
+        slots[slot * SLOT_BYTES..][..SLOT_BYTES].copy_from_slice(&received[at..][..SLOT_BYTES]);
     }
 
     /// All slots, one behind the other.
