@@ -79,7 +79,7 @@ impl DiskDescription {
         if driver.is_none() {
             (disk.format, met) = (None, Met::Format);
             disk.backing = take_backing_disk(&mut options, depth)?;
-            options = disk.format_driver("", options, depth)?;
+            options = disk.format_driver(None, options, depth)?;
             driver = options.take("driver");
         }
         loop {
@@ -92,7 +92,7 @@ impl DiskDescription {
                         Met::Format => &mut disk.storage_window,
                     };
                     *above = above.within(window).map_err(|error| error.to_string())?;
-                    options = disk.format_driver("raw", options, depth)?;
+                    options = disk.format_driver(Some("raw"), options, depth)?;
                 }
                 name if met == Met::NoFormat && is_container(name) => {
                     if depth > 0 && disk.window != Window::default() {
@@ -106,7 +106,7 @@ impl DiskDescription {
                         disk.settings.take_luks(&mut options)?;
                     }
                     disk.backing = take_backing_disk(&mut options, depth)?;
-                    options = disk.format_driver(name, options, depth)?;
+                    options = disk.format_driver(Some(name), options, depth)?;
                 }
                 name @ ("file" | "host_device") => {
                     disk.file(name, options, depth)?;
@@ -115,7 +115,7 @@ impl DiskDescription {
                 "nbd" => {
                     let uri = qemu_name::from_options(&mut options)?;
                     disk.source = DiskSource::Export(Box::new(uri));
-                    disk.settings.take_last("nbd", options)?;
+                    disk.settings.take_last(Some("nbd"), options)?;
                     return Ok(disk);
                 }
                 name @ ("null-co" | "null-aio") => {
@@ -132,7 +132,7 @@ impl DiskDescription {
     /// `file`.
     fn format_driver(
         &mut self,
-        name: &str,
+        name: Option<&str>,
         mut options: KeyValues,
         depth: usize,
     ) -> Result<KeyValues, String> {
@@ -158,7 +158,7 @@ impl DiskDescription {
             None => return Err(format!("The '{driver}' block driver requires a file name")),
         };
         self.settings.take_file(&mut options)?;
-        self.settings.take_last(driver, options)
+        self.settings.take_last(Some(driver), options)
     }
 
     /// Parses the options of the drivers `null-co` and `null-aio`.
@@ -174,7 +174,7 @@ impl DiskDescription {
                 .map_err(|_| format!("Parameter 'latency-ns' expects nanoseconds, not '{text}'"))?,
         };
         self.source = DiskSource::Null { size, latency };
-        self.settings.take_last(driver, options)
+        self.settings.take_last(Some(driver), options)
     }
 }
 

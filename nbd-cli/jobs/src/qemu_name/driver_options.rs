@@ -156,7 +156,7 @@ fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInNam
         // The driver that is found has them.
         image.settings.take_qcow2(&mut options)?;
         image.settings.take_luks(&mut options)?;
-        options = image.format_driver("", options)?;
+        options = image.format_driver(None, options)?;
         driver = options.take("driver");
     }
     loop {
@@ -167,7 +167,7 @@ fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInNam
                 if image.format == FormatInName::Bytes {
                     image.format = FormatInName::Said(Format::Raw);
                 }
-                options = image.format_driver("raw", options)?;
+                options = image.format_driver(Some("raw"), options)?;
             }
             Some(name) if image.may_be_contained() && is_container(name) => {
                 if !image.part.is_whole() {
@@ -184,7 +184,7 @@ fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInNam
                     image.settings.take_luks(&mut options)?;
                 }
                 image.backing = backing_from_options(&mut options, depth)?;
-                options = image.format_driver(name, options)?;
+                options = image.format_driver(Some(name), options)?;
             }
             driver => {
                 image.name = image.file_from_options(driver, options, depth)?;
@@ -207,7 +207,11 @@ impl GivenInName {
 
     /// Parses the options that all drivers above others have, and returns the options of its
     /// `file`.
-    fn format_driver(&mut self, name: &str, mut options: KeyValues) -> Result<KeyValues, String> {
+    fn format_driver(
+        &mut self,
+        name: Option<&str>,
+        mut options: KeyValues,
+    ) -> Result<KeyValues, String> {
         let below = options.take_below("file");
         self.settings.take_last(name, options)?;
         Ok(below)
@@ -246,7 +250,7 @@ impl GivenInName {
                 ));
             }
         };
-        self.settings.take_last(driver.unwrap_or("file"), options)?;
+        self.settings.take_last(driver.or(Some("file")), options)?;
         Ok(name)
     }
 }

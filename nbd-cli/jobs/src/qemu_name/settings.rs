@@ -198,13 +198,17 @@ impl DriverSettings {
         options.metadata_cache_bytes = self.metadata_cache;
     }
 
-    /// Removes the options that every driver has, and refuses those that are left then. The driver
-    /// is empty if the image decides it.
+    /// Removes the options that every driver has, and refuses those that are left then. Without a
+    /// driver, the image decides it.
     ///
     /// # Errors
     ///
     /// A sentence that names the option.
-    pub fn take_last(&mut self, driver: &str, mut options: KeyValues) -> Result<(), String> {
+    pub fn take_last(
+        &mut self,
+        driver: Option<&str>,
+        mut options: KeyValues,
+    ) -> Result<(), String> {
         options.take("node-name");
         // A writable export needs a writable file.
         options.take_switch("auto-read-only")?;
@@ -214,12 +218,10 @@ impl DriverSettings {
         self.read_only |= options.take_switch("read-only")?.unwrap_or(false);
         self.force_share |= options.take_switch("force-share")?.unwrap_or(false);
         self.take_filters(&mut options)?;
-        match options.left_over() {
-            None => Ok(()),
-            Some(key) if driver.is_empty() => {
-                Err(format!("No block driver supports the option '{key}'"))
-            }
-            Some(key) => {
+        match (options.left_over(), driver) {
+            (None, _) => Ok(()),
+            (Some(key), None) => Err(format!("No block driver supports the option '{key}'")),
+            (Some(key), Some(driver)) => {
                 Err(format!("Block driver '{driver}' does not support the option '{key}'"))
             }
         }
