@@ -168,6 +168,7 @@ pub(crate) struct Lines {
 /// Interval of lines in percent, or in bytes if the total is unknown.
 const STEP_PERCENT: u64 = 5;
 const STEP_BYTES: u64 = 1 << 30;
+
 impl Progress {
     /// Creates progress towards `total` bytes, or a plain count if that is unknown.
     pub(crate) fn new(visibility: Visibility, total: Option<u64>) -> Self {
