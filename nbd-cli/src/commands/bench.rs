@@ -24,7 +24,11 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Outcome, CommandError> {
     let cancellation = signals::cancellation();
     let context = JobContext { observer: warnings(), cancellation, ..JobContext::default() };
     let is_shown = match args.progress.visibility() {
-        Visibility::Always | Visibility::Numbers(_) => true,
+        Visibility::Always => true,
+        Visibility::Numbers(_) => {
+            let why = "bench does not report percents; give --progress without a file descriptor";
+            return Err(CommandError::new(why));
+        }
         Visibility::Never => false,
         Visibility::IfTerminal => std::io::stderr().is_terminal(),
     };

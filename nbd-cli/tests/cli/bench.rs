@@ -147,6 +147,7 @@ fn what_the_export_cannot_do_or_does_not_have_is_refused() {
         (&["--verify-state", "x"], &["--verify", "--verify-only"]),
         (&["--fua"], &["--fua", "--workload"]),
         (&["--read-percent", "5"], &["--workload mixed"]),
+        (&["--progress=1"], &["does not report percents", "--progress without"]),
         (&["-C", "257"], &["--connections is limited to 256"]),
     ] {
         says(nbd_cli(&[&["bench", uri], arguments].concat()), parts);
