@@ -6,6 +6,8 @@
 
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use crate::extent::ExtentKind;
 use crate::lease::Lease;
 use crate::storage::Storage;
@@ -149,9 +151,10 @@ impl Content<'_> {
 /// (for sends without a copy, until they have left the socket's queue), and drop it soon after.
 #[derive(Debug)]
 pub struct ReadMap {
-    parts: Vec<MappedPart>,
+    // One of each for almost every short read: no allocation.
+    parts: SmallVec<[MappedPart; 1]>,
     /// The storages of the parts; few, so each is listed once.
-    storages: Vec<Arc<dyn Storage>>,
+    storages: SmallVec<[Arc<dyn Storage>; 1]>,
     /// Dropped last: the storages are released before places are reused.
     _lease: Option<Lease>,
 }
@@ -174,26 +177,41 @@ enum Source {
 impl ReadMap {
     /// An empty map; its mappings stay valid while `lease` lives, or without one forever.
     pub(crate) fn new(lease: Option<Lease>) -> Self {
-        Self { parts: Vec::new(), storages: Vec::new(), _lease: lease }
+        Self { parts: SmallVec::new(), storages: SmallVec::new(), _lease: lease }
     }
 
     /// Returns the mappings in order of their offsets. Together they cover the requested range.
     pub fn mappings(&self) -> impl ExactSizeIterator<Item = Mapping<'_>> {
-        self.parts.iter().map(|part| {
-            let content = match part.source {
-                Source::Hole => Content::Hole,
-                Source::Zero => Content::Zero,
-                Source::Encoded(encoded) => Content::Encoded(encoded),
-                Source::File { storage, offset, is_file_content } => Content::File(FileSpan {
-                    storage: &self.storages[storage],
-                    offset,
-                    may_pass_end: false,
-                    may_have_holes: false,
-                    is_file_content,
-                }),
-            };
-            Mapping { range: part.range, content, depth: part.depth }
-        })
+        self.parts.iter().map(|part| self.mapping_of(part))
+    }
+
+    /// Returns the mapping with this index among [all](Self::mappings), from 0 on; `None` after the
+    /// last one.
+    #[must_use]
+    pub fn mapping(&self, index: usize) -> Option<Mapping<'_>> {
+        Some(self.mapping_of(self.parts.get(index)?))
+    }
+
+    /// Returns the storages of the mappings, each once.
+    #[must_use]
+    pub fn storages(&self) -> &[Arc<dyn Storage>] {
+        &self.storages
+    }
+
+    fn mapping_of(&self, part: &MappedPart) -> Mapping<'_> {
+        let content = match part.source {
+            Source::Hole => Content::Hole,
+            Source::Zero => Content::Zero,
+            Source::Encoded(encoded) => Content::Encoded(encoded),
+            Source::File { storage, offset, is_file_content } => Content::File(FileSpan {
+                storage: &self.storages[storage],
+                offset,
+                may_pass_end: false,
+                may_have_holes: false,
+                is_file_content,
+            }),
+        };
+        Mapping { range: part.range, content, depth: part.depth }
     }
 
     /// Appends a mapping, joined to the last one if it continues that.

@@ -1,31 +1,32 @@
-//! The bytes of a reply, which may begin anywhere in their memory.
+//! The bytes of a reply, which may lie anywhere in their memory.
 
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
-/// Bytes in memory that may have others in front of them: what was read with an alignment is sent
-/// from where it is.
+/// Bytes in memory that may have others around them: what was read with an alignment is sent from
+/// where it is.
 #[derive(Debug)]
 pub(crate) struct ReplyBytes {
     memory: Vec<u8>,
-    start: usize,
+    range: Range<usize>,
 }
 
 impl ReplyBytes {
-    /// The bytes from `start` on; none if that is past the end.
-    pub(crate) fn new(memory: Vec<u8>, start: usize) -> Self {
-        let start = start.min(memory.len());
-        Self { memory, start }
+    /// The bytes in this range, as far as it lies in the memory.
+    pub(crate) fn new(memory: Vec<u8>, range: Range<usize>) -> Self {
+        let end = range.end.min(memory.len());
+        Self { memory, range: range.start.min(end)..end }
     }
 
-    /// The memory, and where the bytes begin in it.
-    pub(crate) fn into_parts(self) -> (Vec<u8>, usize) {
-        (self.memory, self.start)
+    /// The memory, and where the bytes lie in it.
+    pub(crate) fn into_parts(self) -> (Vec<u8>, Range<usize>) {
+        (self.memory, self.range)
     }
 }
 
 impl From<Vec<u8>> for ReplyBytes {
     fn from(memory: Vec<u8>) -> Self {
-        Self { memory, start: 0 }
+        let range = 0..memory.len();
+        Self { memory, range }
     }
 }
 
@@ -33,6 +34,6 @@ impl Deref for ReplyBytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.memory[self.start..]
+        &self.memory[self.range.clone()]
     }
 }

@@ -10,8 +10,10 @@
 //! the server or the ring: if it could still reach the disk later, it might overwrite what another
 //! write has put there meanwhile.
 
+mod layout;
 mod polling;
 mod share;
+mod spare;
 mod work;
 mod yielding;
 
@@ -24,10 +26,12 @@ use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 use crate::error::system_words;
 use crate::sys::uring::{Ended, Ring, TRANSFERS_MAX};
+use layout::Layout;
 pub(crate) use polling::Polling;
 use polling::Rhythm;
 use share::{LaneId, Shares};
-use work::{Flight, Layout, Outcome, Work};
+use spare::Spare;
+use work::{Flight, Outcome, Work};
 pub(crate) use work::{FullWrite, Reader, RingRead, RingWrite, Writer};
 use yielding::Yielding;
 
@@ -58,6 +62,7 @@ struct State {
     shares: Shares<Work>,
     /// What has started, by its number: the connection, the bytes that it counts for, and the rest.
     flights: Vec<Option<(LaneId, usize, Flight)>>,
+    spare: Spare,
     /// The ring has failed and is not used any more.
     is_broken: bool,
 }
@@ -70,7 +75,8 @@ impl RingHandle {
         let mut flights = Vec::new();
         flights.resize_with(TRANSFERS_MAX, || None);
         let shares = Shares::new(TRANSFERS_MAX);
-        let state = Arc::new(Mutex::new(State { ring, shares, flights, is_broken: false }));
+        let (spare, is_broken) = (Spare::default(), false);
+        let state = Arc::new(Mutex::new(State { ring, shares, flights, spare, is_broken }));
         Ok((Self(Some(Arc::clone(&state))), RingDriver { descriptor, state }))
     }
 
@@ -111,6 +117,13 @@ impl RingLane {
         failed.into_iter().for_each(Outcome::deliver);
     }
 
+    /// Takes the memory of a reply back, for later reads.
+    pub(crate) fn give_back(&self, memory: Vec<u8>) {
+        if let Some(mut state) = self.ring.lock() {
+            state.spare.give_back(memory);
+        }
+    }
+
     /// Whether nothing waits or is under way, of any connection.
     pub(crate) fn is_idle(&self) -> bool {
         self.ring
@@ -122,6 +135,8 @@ impl RingLane {
 impl Drop for RingLane {
     fn drop(&mut self) {
         let close = |mut state: MutexGuard<'_, State>| {
+            // What others use comes back by itself.
+            state.spare.clear();
             state.shares.close(self.id, Work::outlives_connection)
         };
         // Their files and leases are released without the lock.
@@ -179,7 +194,8 @@ impl State {
         let block = file.offset_alignment;
         let skipped = offset % block;
         let alignments = (block as usize, file.memory_alignment);
-        let planned = Layout::new(skipped as usize, length, (head, tail), alignments);
+        let around = (head, tail);
+        let planned = Layout::new(skipped as usize, length, around, alignments, &mut self.spare);
         let Some((buffer, layout)) = planned else { return Err(Outcome::Unread(reader)) };
         let begun = self.ring.read(file.fd, offset - skipped, buffer);
         match begun {
@@ -195,16 +211,16 @@ impl State {
     ) -> Result<(usize, Flight), Outcome> {
         let RingWrite { placed, payload, durability } = write;
         let length = payload.len();
-        let Some((fd, offset, alignment)) = work::target(&*placed, length) else {
+        let Some((fd, offset, alignment)) = layout::target(&*placed, length) else {
             drop(placed);
             return Err(Outcome::Unwritten(writer, payload));
         };
-        let (buffer, at) = work::aligned(payload, alignment);
+        let (buffer, at) = layout::aligned(payload, alignment, &mut self.spare);
         let begun = self.ring.write(fd, offset, (buffer, at, length), durability);
         let flight = Flight::Write { placed, at, length, durability, writer };
         match begun {
             Ok(number) => Ok((number, flight)),
-            Err(buffer) => Err(flight.end(buffer, None)),
+            Err(buffer) => Err(flight.end(buffer, None, &mut self.spare)),
         }
     }
 
@@ -228,7 +244,7 @@ impl State {
             let (id, length, flight) = self.flights.get_mut(number)?.take()?;
             self.shares.finish(id, length);
             writes += usize::from(flight.is_cached_write());
-            Some(flight.end(buffer, Some(result)))
+            Some(flight.end(buffer, Some(result), &mut self.spare))
         });
         let mut outcomes: Vec<Outcome> = ended.collect();
         if !self.is_broken {
@@ -259,7 +275,7 @@ impl State {
                     Flight::Read { .. } => Vec::new(),
                     Flight::Write { .. } => self.ring.buffer(number).to_vec(),
                 };
-                outcomes.push(flight.end(buffer, None));
+                outcomes.push(flight.end(buffer, None, &mut self.spare));
             }
         }
         outcomes
@@ -369,8 +385,8 @@ mod tests {
     struct Start(File);
 
     impl PlacedRead for Start {
-        fn parts(&self) -> &[PlacedPart] {
-            &[]
+        fn part(&self, _: usize) -> Option<PlacedPart> {
+            None
         }
 
         fn file(&self, _: usize) -> Option<PlacedFile<'_>> {

@@ -168,24 +168,20 @@ impl Pool {
             }
             let progress = steps::begin(&work);
             let durable = DurableChange::begin(&work, &self.entry, self.group);
-            let job = Box::new(RequestJob { work, progress, durable, answer });
-            if let Err(mut job) = self.do_by_ring(job, patience) {
+            let job = RequestJob { work, progress, durable, answer };
+            if let Some(mut job) = self.do_by_ring(job, patience) {
                 let job_for_holes = || PartRead::for_holes(&job.work).map(Progress::Part);
                 job.progress = job.progress.take().or_else(job_for_holes);
-                self.lane.submit(job);
+                self.lane.submit(Box::new(job));
             }
         }
     }
 
     /// Has the ring carry out a READ or a WRITE, if it can, or does so itself if it may wait;
     /// otherwise the job comes back.
-    fn do_by_ring(
-        &mut self,
-        mut job: Box<RequestJob>,
-        patience: Patience,
-    ) -> Result<(), Box<RequestJob>> {
+    fn do_by_ring(&mut self, mut job: RequestJob, patience: Patience) -> Option<RequestJob> {
         let Some(ring) = self.ring.as_ref().filter(|_| job.progress.is_none()) else {
-            return Err(job);
+            return Some(job);
         };
         let read = ring_work::plan_read(&job.work);
         let has_company = self.requests > 1;
@@ -200,9 +196,10 @@ impl Pool {
             self.has_waited = true;
             let scheduler = self.lane.scheduler();
             // It answers even if it panics.
-            let rest = catch_unwind(AssertUnwindSafe(|| job.step(scheduler))).unwrap_or_default();
+            let rest = catch_unwind(AssertUnwindSafe(|| Box::new(job).step(scheduler)))
+                .unwrap_or_default();
             rest.into_iter().for_each(|job| self.lane.submit(job));
-            return Ok(());
+            return None;
         }
         // What fails goes to the pool by itself.
         let lane = Arc::downgrade(&self.lane);
@@ -218,10 +215,10 @@ impl Pool {
                 PooledWrite { job, lane, scheduler, entry, group, since, durability, sync };
             ring.write(RingWrite { placed, payload, durability }, Box::new(writer));
         } else {
-            return Err(job);
+            return Some(job);
         }
         self.has_begun = true;
-        Ok(())
+        None
     }
 
     /// Has the reads and writes started that the ring has begun.
@@ -230,6 +227,13 @@ impl Pool {
             && let Some(ring) = &self.ring
         {
             ring.submit();
+        }
+    }
+
+    /// Takes the memory of a reply back, for later reads of the ring.
+    pub(super) fn give_back(&self, memory: Vec<u8>) {
+        if let Some(ring) = &self.ring {
+            ring.give_back(memory);
         }
     }
 

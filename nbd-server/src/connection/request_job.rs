@@ -106,13 +106,13 @@ impl Job for RequestJob {
 
 /// A READ that a ring carries out, or the pool after all.
 pub(super) struct PooledRead {
-    pub(super) job: Box<RequestJob>,
+    pub(super) job: RequestJob,
     pub(super) lane: Weak<Lane>,
 }
 
 impl Reader for PooledRead {
     fn filled(self: Box<Self>, bytes: ReplyBytes) {
-        let RequestJob { work, answer, .. } = *self.job;
+        let RequestJob { work, answer, .. } = self.job;
         drop(work);
         // What the ring read is a whole reply, or the last part of one.
         answer.send(bytes, Outcome::Success);
@@ -121,14 +121,14 @@ impl Reader for PooledRead {
     fn failed(self: Box<Self>) {
         // Otherwise the connection has ended.
         if let Some(lane) = self.lane.upgrade() {
-            lane.submit(self.job);
+            lane.submit(Box::new(self.job));
         }
     }
 }
 
 /// A WRITE that a ring carries out, or the pool after all.
 pub(super) struct PooledWrite {
-    pub(super) job: Box<RequestJob>,
+    pub(super) job: RequestJob,
     pub(super) lane: Weak<Lane>,
     pub(super) scheduler: Scheduler,
     pub(super) entry: ExportEntry,
@@ -148,7 +148,7 @@ impl Writer for PooledWrite {
 
     fn written(self: Box<Self>, result: Result<(), ExportError>) {
         let Self { job, scheduler, entry, group, since, durability, sync: _sync, .. } = *self;
-        let RequestJob { work, durable, answer, .. } = *job;
+        let RequestJob { work, durable, answer, .. } = job;
         let PreparedRequest { export, writeback, request, .. } = work;
         if let Err(error) = result {
             return answer.send_short(match durability {
@@ -176,10 +176,10 @@ impl Writer for PooledWrite {
     fn failed(mut self: Box<Self>, payload: Vec<u8>) {
         self.job.work.payload = payload;
         match self.lane.upgrade() {
-            Some(lane) => lane.submit(self.job),
+            Some(lane) => lane.submit(Box::new(self.job)),
             // The connection has ended.
             None if self.job.is_abandoned() => {}
-            None => self.scheduler.submit_own(self.group, self.job),
+            None => self.scheduler.submit_own(self.group, Box::new(self.job)),
         }
     }
 

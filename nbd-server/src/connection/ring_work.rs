@@ -1,7 +1,7 @@
 //! READs and WRITEs for the [ring](crate::ring): where their bytes are, and what the reply to a
 //! READ has around them.
 
-use nbd_proto::transmission::{Command, Position};
+use nbd_proto::transmission::{Command, Position, ReplyEncoder};
 
 use super::dispatch::{self, PreparedRequest};
 use super::read_steps;
@@ -22,11 +22,13 @@ pub(super) fn plan_read(work: &PreparedRequest) -> Option<RingRead> {
     let mut at = request.offset + *done as u64;
     let placed = dispatch::place_in_place(&**export, (at, length), holes)?;
     let end = at + length as u64;
-    let (mut head, mut tail, mut found) = (Vec::new(), Vec::new(), None);
+    // One allocation for a read without holes.
+    let mut head = Vec::with_capacity(ReplyEncoder::MAX_READ_HEADER_LEN);
+    let (mut tail, mut found) = (Vec::new(), None);
     if holes == Holes::AsData {
         encoder.data_header(tag, at, length as u32, Position::Last, &mut head);
     }
-    for part in placed.parts() {
+    for part in (0..).map_while(|index| placed.part(index)) {
         let position = if at + part.length as u64 == end { Position::Last } else { Position::More };
         let around = if found.is_none() { &mut head } else { &mut tail };
         let size = part.length as u32;

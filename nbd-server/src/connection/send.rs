@@ -107,19 +107,22 @@ impl SendQueue {
         self.commit(written);
     }
 
-    /// Queues a complete reply. Its permit is held until the last byte is sent. Returns the number
-    /// of bytes that were copied for it; those of a long reply count when they are sent.
-    pub(super) fn push(&mut self, bytes: ReplyBytes, permit: Option<Permit>) -> usize {
+    /// Queues a complete reply. Its permit is held until the last byte is sent. A short one is
+    /// copied: the number of bytes comes back, and the memory, which is free again. Those of a long
+    /// one count when they are sent.
+    pub(super) fn push(&mut self, bytes: ReplyBytes, permit: Option<Permit>) -> (usize, Vec<u8>) {
         let length = bytes.len();
         if length < COPIED_LEN {
             self.space(length).copy_from_slice(&bytes);
             self.commit(length);
-            return length;
+            return (length, bytes.into_parts().0);
         }
         self.queued += length;
-        let (data, start) = bytes.into_parts();
+        let (mut data, range) = bytes.into_parts();
+        data.truncate(range.end);
+        let start = range.start;
         self.segments.push_back(Segment::Owned { data, start, _permit: permit });
-        0
+        (0, Vec::new())
     }
 
     /// Queues `length` bytes of a file.

@@ -230,7 +230,9 @@ impl Session {
     fn collect(&mut self, cx: &mut Context<'_>) -> bool {
         let mut progress = false;
         while let Poll::Ready((bytes, permit, answered)) = self.backlog.poll_reply(cx) {
-            self.turn.spend(self.replies.push(bytes, permit));
+            let (copied, memory) = self.replies.push(bytes, permit);
+            self.turn.spend(copied);
+            self.backlog.give_back(memory);
             self.tally.answer_later(answered);
             progress = true;
         }

@@ -5,8 +5,9 @@ use std::os::fd::BorrowedFd;
 /// The places of a range that is to be read. They stay valid until this is dropped: the server
 /// drops it when the bytes have arrived.
 pub trait PlacedRead: Send {
-    /// Returns the parts of the range, in order and without gaps.
-    fn parts(&self) -> &[PlacedPart];
+    /// Returns a part of the range, which has one or more, in order and without gaps; `None` after
+    /// the last one. The first part has the index 0.
+    fn part(&self, index: usize) -> Option<PlacedPart>;
 
     /// Returns the file of this number; `None` if there is none that can be read.
     fn file(&self, number: usize) -> Option<PlacedFile<'_>>;

@@ -1,17 +1,17 @@
 //! What a ring is asked for, and what becomes of it.
 
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use nbd_proto::transmission::Durability;
 use nbd_proto::wire::Errno;
 
+use super::layout::Layout;
+use super::spare::Spare;
 use crate::error::system_words;
 use crate::export::{ExportError, PlacedRead, PlacedWrite};
 use crate::log_limit::may_warn;
 use crate::reply_bytes::ReplyBytes;
-use crate::sys::uring::Part;
 
 /// Reads that are submitted together. The disk works on them while the next ones of the batch
 /// begin: it would be idle while a long batch is prepared. More calls cost more CPU time.
@@ -253,7 +253,12 @@ impl Flight {
     }
 
     /// It has ended, with so many bytes moved, or was never begun.
-    pub(super) fn end(self, buffer: Vec<u8>, result: Option<io::Result<usize>>) -> Outcome {
+    pub(super) fn end(
+        self,
+        buffer: Vec<u8>,
+        result: Option<io::Result<usize>>,
+        spare: &mut Spare,
+    ) -> Outcome {
         let (moved, error) = match result.transpose() {
             Ok(moved) => (moved, None),
             Err(error) => (None, Some(error)),
@@ -267,6 +272,7 @@ impl Flight {
                 }
             }
             Self::Write { placed, length, writer, .. } if moved == Some(length) => {
+                spare.give_back(buffer);
                 Outcome::Written(placed, writer)
             }
             Self::Write { placed, at, length, durability, writer } => match error {
@@ -293,111 +299,4 @@ fn payload_in(mut buffer: Vec<u8>, at: usize, length: usize) -> Vec<u8> {
         buffer.drain(..at);
     }
     buffer
-}
-
-/// How the bytes of a read lie in its buffer: they begin at byte `at`, where at least the head has
-/// room in front of them.
-pub(super) struct Layout {
-    at: usize,
-    length: usize,
-    /// How much the system has to read for them.
-    needed: usize,
-    head: Vec<u8>,
-    tail: Vec<u8>,
-}
-
-impl Layout {
-    /// Memory for a read: where the system is to read to, and how much. Whole blocks of the file
-    /// are read if `alignment` says so; `skipped` bytes are before the first one wanted. `None` for
-    /// more than can be.
-    pub(super) fn new(
-        skipped: usize,
-        length: usize,
-        (head, tail): (Vec<u8>, Vec<u8>),
-        (block, memory_alignment): (usize, usize),
-    ) -> Option<(Part, Self)> {
-        let needed = skipped + length;
-        let blocks = needed.checked_next_multiple_of(block)?;
-        // Never resized before the end of the read, so it stays where it is.
-        let room = head.len() + blocks + memory_alignment + tail.len();
-        let mut buffer: Vec<u8> = Vec::with_capacity(room);
-        let first = buffer.as_ptr().addr() + head.len();
-        let at = head.len() + first.wrapping_neg() % memory_alignment;
-        buffer.resize(at + blocks, 0);
-        let layout = Self { at: at + skipped, length, needed, head, tail };
-        Some(((buffer, at, blocks), layout))
-    }
-
-    /// Joins all bytes; `None` if some are missing.
-    fn finish(self, mut buffer: Vec<u8>, read: usize) -> Option<ReplyBytes> {
-        let Self { at, length, needed, head, tail } = self;
-        if read < needed {
-            return None;
-        }
-        let start = at.checked_sub(head.len())?;
-        buffer.truncate(at + length);
-        buffer.get_mut(start..at)?.copy_from_slice(&head);
-        buffer.extend_from_slice(&tail);
-        Some(ReplyBytes::new(buffer, start))
-    }
-}
-
-/// The payload of a write in memory that is aligned as the file wants it, and where it begins
-/// there.
-pub(super) fn aligned(payload: Vec<u8>, alignment: usize) -> (Vec<u8>, usize) {
-    if payload.as_ptr().addr().is_multiple_of(alignment) {
-        return (payload, 0);
-    }
-    // Never resized, so it stays where it is.
-    let mut buffer = vec![0; payload.len() + alignment];
-    let at = buffer.as_ptr().addr().wrapping_neg() % alignment;
-    buffer[at..at + payload.len()].copy_from_slice(&payload);
-    (buffer, at)
-}
-
-/// Where a write of `length` bytes goes, and the alignment of its memory, if it can be written as
-/// it is.
-pub(super) fn target(
-    placed: &dyn PlacedWrite,
-    length: usize,
-) -> Option<(BorrowedFd<'_>, u64, usize)> {
-    let (file, offset) = (placed.file()?, placed.offset());
-    let ends = [offset, length as u64];
-    let is_aligned = ends.iter().all(|end| end.is_multiple_of(file.offset_alignment));
-    is_aligned.then_some((file.fd, offset, file.memory_alignment))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_reply_is_what_was_read_between_its_head_and_its_tail_at_any_alignment() {
-        for (block, memory) in [(1, 1), (512, 4), (512, 512), (4096, 4096)] {
-            for skipped in [0, 1, 511, 4095].map(|skipped| skipped % block) {
-                for (length, around) in [(1, 0), (512, 16), (4096, 32), (5000, 4100)] {
-                    let (head, tail) = (vec![1; around], vec![3; around / 2]);
-                    let planned = Layout::new(skipped, length, (head, tail), (block, memory));
-                    let ((mut buffer, at, blocks), layout) = planned.unwrap();
-                    assert!(buffer[at..].as_ptr().addr().is_multiple_of(memory));
-                    assert!(blocks.is_multiple_of(block) && blocks >= skipped + length);
-                    buffer[at..at + blocks].fill(9);
-                    buffer[at + skipped..][..length].fill(2);
-                    let reply = layout.finish(buffer, blocks).unwrap();
-                    let expected = [vec![1; around], vec![2; length], vec![3; around / 2]].concat();
-                    assert_eq!(*reply, *expected, "{block} {memory} {skipped} {length} {around}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_reply_without_all_of_its_bytes_is_none() {
-        for (read, is_whole) in [(0, false), (1535, false), (1536, true), (2048, true)] {
-            let planned = Layout::new(512, 1024, (vec![1], vec![3]), (2048, 512));
-            let ((buffer, ..), layout) = planned.unwrap();
-            assert_eq!(layout.finish(buffer, read).is_some(), is_whole, "{read}");
-        }
-        assert!(Layout::new(0, usize::MAX, (Vec::new(), Vec::new()), (512, 512)).is_none());
-    }
 }

@@ -77,6 +77,11 @@ impl Backlog {
         self.pool.start_ring();
     }
 
+    /// Takes the memory of a reply back, for later reads of the ring.
+    pub(super) fn give_back(&self, memory: Vec<u8>) {
+        self.pool.give_back(memory);
+    }
+
     /// Whether this thread has waited for the disk since the last call.
     pub(super) fn take_has_waited(&mut self) -> bool {
         self.pool.take_has_waited()

@@ -73,8 +73,9 @@ impl Replies {
         }
     }
 
-    /// Adds a reply of the pool, or a part of one. Returns the number of copied bytes.
-    pub(super) fn push(&mut self, bytes: ReplyBytes, permit: Permit) -> usize {
+    /// Adds a reply of the pool, or a part of one. Returns the number of copied bytes, and the
+    /// memory that is free again.
+    pub(super) fn push(&mut self, bytes: ReplyBytes, permit: Permit) -> (usize, Vec<u8>) {
         self.queue.push(bytes, Some(permit))
     }
 

@@ -125,46 +125,37 @@ impl FastExport for ImageExport {
     }
 }
 
-/// A range of an image: its mappings, and the lease that keeps them valid.
-struct ImageRead {
-    parts: Vec<PlacedPart>,
-    files: Vec<Arc<dyn Storage>>,
-    /// Dropped last.
-    _map: imgfmt::ReadMap,
-}
+/// A range of an image: its mappings, which stay valid while this lives.
+struct ImageRead(imgfmt::ReadMap);
 
 impl ImageRead {
     /// `None` if some of the bytes are not stored unencoded in a file.
     fn new(map: imgfmt::ReadMap) -> Option<Self> {
-        let mut files: Vec<Arc<dyn Storage>> = Vec::new();
-        let mut parts = Vec::new();
-        for mapping in map.mappings() {
-            let place = match mapping.content {
-                imgfmt::Content::File(span) => {
-                    span.storage.read_fd()?;
-                    let known = files.iter().position(|file| Arc::ptr_eq(file, span.storage));
-                    let number = known.unwrap_or_else(|| {
-                        files.push(Arc::clone(span.storage));
-                        files.len() - 1
-                    });
-                    Placement::File { number, offset: span.offset.bytes() }
-                }
-                content if content.is_zero() => Placement::Zero,
-                _ => return None,
-            };
-            parts.push(PlacedPart { length: mapping.range.length() as usize, place });
-        }
-        Some(Self { parts, files, _map: map })
+        let is_placed = |mapping: imgfmt::Mapping<'_>| match mapping.content {
+            imgfmt::Content::File(span) => span.storage.read_fd().is_some(),
+            content => content.is_zero(),
+        };
+        let is_placed = map.mappings().all(is_placed);
+        is_placed.then_some(Self(map))
     }
 }
 
 impl PlacedRead for ImageRead {
-    fn parts(&self) -> &[PlacedPart] {
-        &self.parts
+    fn part(&self, index: usize) -> Option<PlacedPart> {
+        let mapping = self.0.mapping(index)?;
+        let place = match mapping.content {
+            imgfmt::Content::File(span) => {
+                let mut storages = self.0.storages().iter();
+                let number = storages.position(|known| Arc::ptr_eq(known, span.storage))?;
+                Placement::File { number, offset: span.offset.bytes() }
+            }
+            _ => Placement::Zero,
+        };
+        Some(PlacedPart { length: mapping.range.length() as usize, place })
     }
 
     fn file(&self, number: usize) -> Option<PlacedFile<'_>> {
-        placed_file(&**self.files.get(number)?)
+        placed_file(&**self.0.storages().get(number)?)
     }
 }
 
