@@ -4,8 +4,8 @@
 //! I/O. Nothing of the files is in the page cache. `durable`: writes with FUA, and with a FLUSH
 //! after every 16, through the page cache and with `--cache none`, beside qemu-nbd with and without
 //! the page cache. Rows in place go to a file without holes, rows that allocate get a fresh image
-//! for each block. The floor serves the raw file in all rows, with one thread and one ring, and
-//! knows no other requests than these.
+//! for each block. The floor serves the same file, but for rows that allocate the raw one, with one
+//! thread and one ring, and knows no other requests than these.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -172,8 +172,9 @@ impl Work {
         contenders.extend(peers.iter().map(|&(name, settings)| {
             self.contender(name, move |lab, format, disk| qemu_nbd(lab, settings, format, disk))
         }));
-        let in_place = Self { disk: Disk::Raw, ..self };
-        contenders.push(in_place.contender(FLOOR, |lab, _, disk| floor(lab, disk)));
+        // It allocates nothing.
+        let disk = if self.disk == Disk::Empty { Disk::Raw } else { self.disk };
+        contenders.push(Self { disk, ..self }.contender(FLOOR, floor));
         Contest {
             name: self.name(),
             throughput_unit: Unit::Requests.suffix(),
@@ -240,10 +241,11 @@ fn ours(lab: &Lab<'_>, settings: &[&str], format: &str, disk: &Path) -> Command 
     command
 }
 
-fn floor(lab: &Lab<'_>, disk: &Path) -> Command {
+fn floor(lab: &Lab<'_>, format: &str, disk: &Path) -> Command {
     let mut command = Command::new(lab.target_directory.join("dist").join("floor"));
     command.arg("--socket").arg(lab.socket());
-    command.arg("--size").arg(lab.options.size.to_string()).arg("--direct").arg(disk);
+    let source = if format == "raw" { "--direct" } else { "--direct-qcow2" };
+    command.arg("--size").arg(lab.options.size.to_string()).arg(source).arg(disk);
     command
 }
 

@@ -11,18 +11,50 @@ use crate::protocol::{
     COMMAND_DISCONNECT, COMMAND_FLAG_FUA, COMMAND_FLUSH, COMMAND_READ, COMMAND_WRITE, ERROR_IO,
     REQUEST_BYTES, Reply, Request, bad, send,
 };
+use crate::qcow2::Qcow2;
 use crate::sys::{RECEIVED, Ring, SLOT_BYTES, SLOTS};
 
 /// Requests that are submitted together, so that the disk begins while the next ones are parsed.
 const TOGETHER: usize = 4;
 
-/// Opens a file for [`transmit`].
-pub(crate) fn open(path: &Path) -> io::Result<File> {
+/// What [`transmit`] reads and writes.
+pub(crate) struct Disk {
+    file: File,
+    size: u64,
+    /// Where each cluster is, and how many bits its size has; nothing for a raw file.
+    clusters: Option<(Vec<u64>, u32)>,
+}
+
+impl Disk {
+    /// A raw file.
+    pub(crate) fn raw(path: &Path, size: u64) -> io::Result<Self> {
+        Ok(Self { file: open(path)?, size, clusters: None })
+    }
+
+    /// A qcow2 image whose every cluster is mapped. Its tables stay in memory.
+    pub(crate) fn qcow2(path: &Path, size: u64) -> io::Result<Self> {
+        let image = Qcow2::open(path)?;
+        let clusters = Some((image.places(size)?, image.cluster_bits()));
+        Ok(Self { file: open(path)?, size, clusters })
+    }
+
+    /// The place of a block that lies on the disk.
+    fn place(&self, offset: u64) -> u64 {
+        match &self.clusters {
+            Some((places, bits)) => {
+                places[(offset >> bits) as usize] + (offset & ((1 << bits) - 1))
+            }
+            None => offset,
+        }
+    }
+}
+
+fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(path)
 }
 
 /// Answers requests for whole blocks until the client sends DISC.
-pub(crate) fn transmit(stream: &mut UnixStream, size: u64, file: &File) -> io::Result<()> {
+pub(crate) fn transmit(stream: &mut UnixStream, disk: &Disk) -> io::Result<()> {
     let mut floor = Floor {
         ring: Ring::new()?,
         requests: [None; SLOTS],
@@ -38,7 +70,7 @@ pub(crate) fn transmit(stream: &mut UnixStream, size: u64, file: &File) -> io::R
         for (_, result) in received {
             match usize::try_from(result) {
                 Err(_) => return Err(io::Error::from_raw_os_error(-result)),
-                Ok(1..) if floor.take(result as usize, size, file)? => {}
+                Ok(1..) if floor.take(result as usize, disk)? => {}
                 Ok(_) => return Ok(()),
             }
             floor.ring.receive(&*stream, floor.filled)?;
@@ -73,7 +105,7 @@ impl Floor {
     }
 
     /// Begins the requests in what was received; returns whether the client goes on.
-    fn take(&mut self, received: usize, size: u64, file: &File) -> io::Result<bool> {
+    fn take(&mut self, received: usize, disk: &Disk) -> io::Result<bool> {
         let end = self.filled + received;
         let mut at = 0;
         let mut pushed = 0;
@@ -87,7 +119,7 @@ impl Floor {
             if next > end {
                 break;
             }
-            self.begin(request, at + REQUEST_BYTES, size, file)?;
+            self.begin(request, at + REQUEST_BYTES, disk)?;
             at = next;
             pushed += 1;
             if pushed % TOGETHER == 0 {
@@ -100,24 +132,19 @@ impl Floor {
     }
 
     /// Begins a request; the payload of a write was received at byte `payload`.
-    fn begin(
-        &mut self,
-        request: Request,
-        payload: usize,
-        size: u64,
-        file: &File,
-    ) -> io::Result<()> {
+    fn begin(&mut self, request: Request, payload: usize, disk: &Disk) -> io::Result<()> {
+        let file = &disk.file;
         let is_block = request.length as usize == SLOT_BYTES
             && request.offset.is_multiple_of(SLOT_BYTES as u64)
-            && request.is_inside(size);
+            && request.is_inside(disk.size);
         let slot = self.free.pop().ok_or_else(|| bad("the client has too many requests"))?;
         self.requests[slot] = Some(request);
         match request.command {
-            COMMAND_READ if is_block => self.ring.read(slot, file, request.offset),
+            COMMAND_READ if is_block => self.ring.read(slot, file, disk.place(request.offset)),
             COMMAND_WRITE if is_block => {
                 self.ring.fill(slot, payload);
                 let durable = request.flags & COMMAND_FLAG_FUA != 0;
-                self.ring.write(slot, file, request.offset, durable)
+                self.ring.write(slot, file, disk.place(request.offset), durable)
             }
             COMMAND_FLUSH => self.ring.sync(slot, file),
             _ => Err(bad("the client asks for more than whole blocks of 4 KiB")),

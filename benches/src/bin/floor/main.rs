@@ -6,7 +6,8 @@
 //!
 //! `floor --socket PATH --size BYTES` serves until it is killed. `--file FILE` behind it answers
 //! from a file instead, with a system call for each read; `--qcow2 FILE` from an image, without a
-//! cache of tables; `--direct FILE` reads and writes a file without the page cache, by io_uring.
+//! cache of tables; `--direct FILE` reads and writes a file without the page cache, by io_uring,
+//! and `--direct-qcow2 FILE` an image whose every cluster is mapped.
 
 mod direct;
 mod protocol;
@@ -23,6 +24,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
 
+use direct::Disk;
 use protocol::{
     FLAGS_READ_ONLY, FLAGS_WRITABLE, REQUEST_BYTES, Reply, Request, answer, negotiate, send,
 };
@@ -46,12 +48,11 @@ fn main() -> ExitCode {
 fn run() -> io::Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let (socket, size, source) = match arguments[..] {
-        ["--socket", socket, "--size", size, ref source @ ..] => (socket, size, open(source)?),
-        _ => return Err(usage()),
+    let ["--socket", socket, "--size", size, ref source @ ..] = arguments[..] else {
+        return Err(usage());
     };
     let size: u64 = size.parse().map_err(|_| usage())?;
-    let source = Arc::new(source);
+    let source = Arc::new(open(source, size)?);
     let listener = UnixListener::bind(socket)
         .map_err(|error| io::Error::new(error.kind(), format!("cannot bind {socket}: {error}")))?;
     for stream in listener.incoming() {
@@ -70,12 +71,13 @@ fn run() -> io::Result<()> {
 }
 
 /// What the options say that is served.
-fn open(options: &[&str]) -> io::Result<Source> {
+fn open(options: &[&str], size: u64) -> io::Result<Source> {
     Ok(Source::Readable(match *options {
         [] => Readable::constant(),
         ["--file", file] => Readable::File(File::open(file)?),
         ["--qcow2", file] => Readable::Qcow2(Qcow2::open(Path::new(file))?),
-        ["--direct", file] => return Ok(Source::Direct(direct::open(Path::new(file))?)),
+        ["--direct", file] => return Disk::raw(Path::new(file), size).map(Source::Direct),
+        ["--direct-qcow2", file] => return Disk::qcow2(Path::new(file), size).map(Source::Direct),
         _ => return Err(usage()),
     }))
 }
@@ -83,15 +85,16 @@ fn open(options: &[&str]) -> io::Result<Source> {
 fn usage() -> io::Error {
     io::Error::new(
         ErrorKind::InvalidInput,
-        "usage: floor --socket PATH --size BYTES [--file FILE | --qcow2 FILE | --direct FILE]",
+        "usage: floor --socket PATH --size BYTES [--file FILE | --qcow2 FILE | --direct FILE | \
+         --direct-qcow2 FILE]",
     )
 }
 
 /// What is served.
 enum Source {
     Readable(Readable),
-    /// A file without the page cache, to read and to write.
-    Direct(File),
+    /// Without the page cache, to read and to write.
+    Direct(Disk),
 }
 
 /// What is only read.
@@ -117,7 +120,7 @@ fn serve(mut stream: UnixStream, size: u64, source: &Source) -> io::Result<()> {
     }
     match source {
         Source::Readable(source) => transmit(&mut stream, size, source),
-        Source::Direct(file) => direct::transmit(&mut stream, size, file),
+        Source::Direct(disk) => direct::transmit(&mut stream, disk),
     }
 }
 
@@ -271,11 +274,11 @@ mod tests {
         let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("directory");
         let path = directory.path().join("disk.img");
         std::fs::write(&path, vec![1; 64 << 10]).expect("written");
-        let file = match direct::open(&path) {
-            Ok(file) => file,
+        let disk = match Disk::raw(&path, 64 << 10) {
+            Ok(disk) => disk,
             Err(error) => return eprintln!("skipped: no direct I/O here: {error}"),
         };
-        let mut client = connect_to(64 << 10, Source::Direct(file));
+        let mut client = connect_to(64 << 10, Source::Direct(disk));
         for at in (0..16_u64).rev() {
             let flags = if at % 2 == 0 { COMMAND_FLAG_FUA } else { 0 };
             let mut bytes = request_with(flags, COMMAND_WRITE, at, (at * 4096, 4096));
@@ -299,5 +302,30 @@ mod tests {
         assert_eq!(client.read(&mut [0]).expect("end of stream"), 0);
         let bytes = std::fs::read(&path).expect("readable");
         assert!(bytes.chunks(4096).enumerate().all(|(at, block)| block == vec![at as u8; 4096]));
+    }
+
+    #[test]
+    fn a_block_of_an_image_is_where_its_tables_say() {
+        let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("directory");
+        let [raw, image] = ["raw", "qcow2"].map(|name| directory.path().join(name));
+        let bytes: Vec<u8> = (0..80_u8).flat_map(|at| vec![at + 1; 4096]).collect();
+        std::fs::write(&raw, &bytes).expect("written");
+        let mut convert = std::process::Command::new("qemu-img");
+        convert.args(["convert", "-f", "raw", "-O", "qcow2"]).arg(&raw).arg(&image);
+        assert!(convert.status().expect("qemu-img").success());
+        let disk = match Disk::qcow2(&image, bytes.len() as u64) {
+            Ok(disk) => disk,
+            Err(error) => return eprintln!("skipped: no direct I/O here: {error}"),
+        };
+        let mut client = connect_to(bytes.len() as u64, Source::Direct(disk));
+        let mut write = request(COMMAND_WRITE, 1, 17 * 4096, 4096);
+        write.extend([200; 4096]);
+        client.write_all(&write).expect("sent");
+        let _: [u8; 16] = read_array(&mut client).expect("reply");
+        for (block, expected) in [(17_u64, 200), (79, 80)] {
+            client.write_all(&request(COMMAND_READ, 2, block * 4096, 4096)).expect("sent");
+            let reply: [u8; 16 + 4096] = read_array(&mut client).expect("reply");
+            assert!(reply[16..].iter().all(|byte| *byte == expected), "{block}");
+        }
     }
 }

@@ -41,17 +41,34 @@ impl Qcow2 {
         Ok(Self { file, cluster_bits, l1 })
     }
 
+    /// The places of all clusters of a disk of `size` bytes, in its order.
+    pub(crate) fn places(&self, size: u64) -> io::Result<Vec<u64>> {
+        let clusters = size.div_ceil(1 << self.cluster_bits);
+        (0..clusters).map(|cluster| self.place(cluster)).collect()
+    }
+
+    pub(crate) fn cluster_bits(&self) -> u32 {
+        self.cluster_bits
+    }
+
     /// Fills `data` with the bytes of the disk from `offset`.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        let cluster = offset >> self.cluster_bits;
+        let host = self.place(offset >> self.cluster_bits)?;
+        self.file.read_exact_at(data, host + (offset & ((1 << self.cluster_bits) - 1)))
+    }
+
+    /// Where a cluster of the disk begins in the file.
+    fn place(&self, cluster: u64) -> io::Result<u64> {
         let entries_bits = self.cluster_bits - 3;
         let table = usize::try_from(cluster >> entries_bits).ok().and_then(|at| self.l1.get(at));
         let missing = || io::Error::new(ErrorKind::InvalidData, "a cluster that is not mapped");
         let place = table.ok_or_else(missing)? + (cluster & ((1 << entries_bits) - 1)) * 8;
         let mut entry = [0; 8];
         self.file.read_exact_at(&mut entry, place)?;
-        let host = u64::from_be_bytes(entry) & OFFSET;
-        self.file.read_exact_at(data, host + (offset & ((1 << self.cluster_bits) - 1)))
+        match u64::from_be_bytes(entry) & OFFSET {
+            0 => Err(missing()),
+            host => Ok(host),
+        }
     }
 }
 
