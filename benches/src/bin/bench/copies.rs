@@ -3,8 +3,8 @@
 //! The servers are nbdkit's in all rows, so only the clients differ: its file plugin as the source,
 //! its memory plugin as the destination. Nothing is flushed, and a file that was written is removed
 //! right after its block. CPU time is that of the client and of the servers. In the rows without
-//! TLS the floor moves the same bytes between threads, without a protocol, and nobody asks for
-//! holes: what it takes is the cost of the kernel's copies.
+//! TLS the floor is a client of the least cost: what it takes is the cost of the servers and of the
+//! kernel.
 
 use std::fs::{self, File, Permissions};
 use std::io::{Seek, SeekFrom, Write};
@@ -64,6 +64,7 @@ enum Tool {
     Ours,
     Nbdcopy,
     QemuImg,
+    Floor,
 }
 
 /// One row.
@@ -129,17 +130,13 @@ fn contests(_: &Options) -> Vec<Contest> {
         name,
         measure: Box::new(move |lab: &Lab<'_>| copy.measure(lab, tool)),
     };
-    let floor = |copy: Copy| Contender {
-        name: FLOOR,
-        measure: Box::new(move |lab: &Lab<'_>| copy.measure_floor(lab)),
-    };
     let contest = |copy: Copy| {
         let mut contenders = vec![
             contender(OURS, copy, Tool::Ours),
             contender("nbdcopy", copy, Tool::Nbdcopy),
             contender("qemu-img", copy, Tool::QemuImg),
         ];
-        contenders.extend(copy.has_floor().then(|| floor(copy)));
+        contenders.extend(copy.has_floor().then(|| contender(FLOOR, copy, Tool::Floor)));
         let name = copy.name();
         Contest { name, throughput_unit: "MiB/s", work_name: "MiB", contenders }
     };
@@ -236,21 +233,6 @@ impl Copy {
         self.channel == Channel::Plain
     }
 
-    fn measure_floor(&self, lab: &Lab<'_>) -> Result<Sample> {
-        lab.settle(self.disk.file())?;
-        self.warm_memory(lab);
-        let target = lab.file(TARGET);
-        drop(fs::remove_file(&target));
-        let mut command = Command::new(lab.target_directory.join("dist").join("copy_floor"));
-        command.arg(self.from.name()).arg(lab.file(self.disk.file()));
-        command.arg(self.to.name()).arg(&target);
-        let result = run_to_end(&mut command);
-        drop(fs::remove_file(&target));
-        let (elapsed, usage) = result?;
-        let size = self.disk.size(lab.options) / MEBIBYTE;
-        Ok(Sample::new(ClientResult::timed(size as f64, elapsed), usage))
-    }
-
     /// The sockets of the source and of the destination, where those are servers.
     fn sockets(&self, lab: &Lab<'_>) -> [Option<PathBuf>; 2] {
         [(self.from, "source.sock"), (self.to, "target.sock")]
@@ -277,6 +259,7 @@ impl Copy {
         let is_zero = self.to == End::Server;
         let [from, to] = [0, 1].map(|end| match (&sockets[end], tool) {
             (socket, Tool::QemuImg) => self.image_options(socket.as_deref(), &files[end]),
+            (Some(socket), Tool::Floor) => socket.display().to_string(),
             (Some(socket), _) => self.uri(lab, socket),
             (None, _) => files[end].display().to_string(),
         });
@@ -287,6 +270,12 @@ impl Copy {
                 command
             }
             Tool::Nbdcopy => Command::new("nbdcopy"),
+            Tool::Floor => {
+                let mut command =
+                    Command::new(lab.target_directory.join("dist").join("copy_floor"));
+                command.args([self.from.name(), &from, self.to.name(), &to]);
+                return command;
+            }
             Tool::QemuImg => {
                 let mut command = Command::new("qemu-img");
                 command.args(["convert", "-m", "16", "-W", "-n", "--target-is-zero"]);
