@@ -10,8 +10,14 @@ use std::task::{Context, Poll};
 use nbd_proto::host_lookup;
 use nbd_proto::system_words::system_words;
 use nbd_proto::uri::Transport;
+use rustix::net::sockopt::set_socket_send_buffer_size;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpSocket, TcpStream, UnixStream, lookup_host};
+
+/// What a unix socket takes before its peer receives it. By default Linux has room for less than a
+/// request of 256 KiB, which then is sent in parts, each of which wakes both processes. TCP grows
+/// its own.
+const UNIX_BUFFER_BYTES: usize = 512 << 10;
 
 /// Any other byte stream.
 pub(crate) trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -86,7 +92,10 @@ impl Socket {
     }
 
     async fn connect_unix(path: &Path) -> io::Result<Self> {
-        UnixStream::connect(path).await.map(Self::Unix)
+        let stream = UnixStream::connect(path).await?;
+        // The system may allow less.
+        let _ = set_socket_send_buffer_size(&stream, UNIX_BUFFER_BYTES);
+        Ok(Self::Unix(stream))
     }
 }
 
@@ -147,3 +156,24 @@ macro_rules! forward_io {
 pub(crate) use forward_io;
 
 forward_io!(Socket: Tcp, Unix, Other);
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::sockopt::socket_send_buffer_size;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_unix_socket_takes_more_than_by_default_before_the_server_receives_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let _listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let Ok(Socket::Unix(ours)) = Socket::connect(&Transport::Unix { path: path.clone() }).await
+        else {
+            panic!("a unix socket");
+        };
+        let plain = UnixStream::connect(&path).await.unwrap();
+        let size = |socket| socket_send_buffer_size(socket).unwrap();
+        assert!(size(&ours) > size(&plain), "{} and {}", size(&ours), size(&plain));
+    }
+}
