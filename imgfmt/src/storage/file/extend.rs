@@ -19,7 +19,7 @@ const EXT4: rustix::fs::FsWord = 0xef53;
 
 /// Least write for which space is allocated before, in bytes: for smaller ones this call costs what
 /// it saves.
-const ALLOCATED_MIN: u64 = 512 << 10;
+const ALLOCATED_MIN: u64 = 256 << 10;
 
 impl FileStorage {
     pub(super) fn is_on_ext4(&self) -> bool {
