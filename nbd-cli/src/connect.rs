@@ -110,9 +110,10 @@ impl ServerArgs {
 /// Connection options of the commands that copy disks.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct ConnectionArgs {
-    /// Connections to each server, if it allows several.
-    #[arg(short = 'C', long, value_name = "N", default_value = "4")]
-    pub connections: NonZeroUsize,
+    /// Connections to each server, if it allows several [default: 4; to a unix socket one for each
+    /// core, at most 4].
+    #[arg(short = 'C', long, value_name = "N")]
+    pub connections: Option<NonZeroUsize>,
 
     /// Time limit for connecting and for each request: seconds, or 500ms, 2m [default: 30s for
     /// connecting, none for requests].
@@ -127,7 +128,7 @@ pub struct ConnectionArgs {
 impl ConnectionArgs {
     /// Refuses more connections, or `requests` in flight, than a job may have.
     pub(crate) fn check(&self, requests: NonZeroUsize) -> Result<(), CommandError> {
-        if requests.get() > 4096 || self.connections.get() > 256 {
+        if requests.get() > 4096 || self.connections.is_some_and(|it| it.get() > 256) {
             return Err(CommandError::new(
                 "--requests is limited to 4096 and --connections to 256; give smaller numbers",
             ));
@@ -138,7 +139,10 @@ impl ConnectionArgs {
     /// Returns the options for jobs.
     pub(crate) fn options(&self, tls: &TlsArgs) -> ConnectOptions {
         let mut options = ConnectOptions::default();
-        options.connections = self.connections;
+        if let Some(connections) = self.connections {
+            options.connections = connections;
+            options.few_to_unix_sockets = false;
+        }
         options.timeout = self.timeout;
         options.reconnect = self.reconnect;
         options.tls = tls.settings();

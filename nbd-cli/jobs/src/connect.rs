@@ -7,7 +7,7 @@ use std::time::Duration;
 use nbd_client::{Client, Connector, Error, LocalFiles, TlsError, TlsMode, TlsOptions, VerifyPeer};
 use nbd_proto::NbdUri;
 use nbd_proto::tls::KeyPassword;
-use nbd_proto::uri::Security;
+use nbd_proto::uri::{Security, Transport};
 use nbd_proto::wire::OptionReplyType;
 
 use crate::cancellation::Cancellation;
@@ -25,6 +25,10 @@ const MAX_NAMES: usize = 8;
 pub struct ConnectOptions {
     /// Connections to each server, if it allows several: 1 to 256. By default 4.
     pub connections: NonZeroUsize,
+    /// Whether a job that copies makes at most one connection to a unix socket for each of its
+    /// threads: one for each core, up to four. More of them cost the server threads and memory, and
+    /// gain nothing. By default true.
+    pub few_to_unix_sockets: bool,
     /// Time limit for connecting and for each request. By default 30 seconds for connecting, and
     /// none for requests.
     pub timeout: Option<Duration>,
@@ -45,6 +49,7 @@ impl Default for ConnectOptions {
     fn default() -> Self {
         Self {
             connections: NonZeroUsize::new(4).unwrap_or(NonZeroUsize::MIN),
+            few_to_unix_sockets: true,
             timeout: None,
             reconnect: Duration::from_secs(30),
             tls: TlsSettings::default(),
@@ -59,12 +64,18 @@ impl ConnectOptions {
     /// Returns the settings of a connection.
     pub fn connector(&self, uri: &NbdUri) -> Connector {
         let connector = Connector::new(uri.clone()).local_files(self.local_files);
-        let connector = self.tls.apply(connector).connections(self.connections);
+        let connector = self.tls.apply(connector).connections(self.connections_to(uri));
         let connector = match self.timeout {
             Some(limit) => connector.request_timeout(limit).handshake_timeout(limit),
             None => connector,
         };
         connector.reconnect(self.reconnect).runtimes(self.lanes.runtimes().iter().cloned())
+    }
+
+    fn connections_to(&self, uri: &NbdUri) -> NonZeroUsize {
+        let is_few = self.few_to_unix_sockets && matches!(uri.transport, Transport::Unix { .. });
+        let threads = NonZeroUsize::new(self.lanes.runtimes().len()).filter(|_| is_few);
+        threads.map_or(self.connections, |threads| threads.min(self.connections))
     }
 
     /// The same options, with threads of its own for the connections of a job.
@@ -267,4 +278,24 @@ fn with_advice(error: &Error) -> String {
         _ => "",
     };
     text + advice
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_makes_a_connection_to_a_unix_socket_for_each_of_its_threads() {
+        let uri = |uri: &str| uri.parse::<NbdUri>().expect("a URI");
+        let (unix, tcp) = (uri("nbd+unix:///?socket=/run/s"), uri("nbd://host/"));
+        let number = |number| NonZeroUsize::new(number).expect("not zero");
+        let mut options = ConnectOptions { connections: number(300), ..ConnectOptions::default() };
+        assert_eq!(options.connections_to(&unix), number(300), "it has no threads");
+        options = options.on_lanes();
+        let threads = number(options.lanes.runtimes().len());
+        assert_eq!(options.connections_to(&unix), threads);
+        assert_eq!(options.connections_to(&tcp), number(300));
+        options.few_to_unix_sockets = false;
+        assert_eq!(options.connections_to(&unix), number(300));
+    }
 }

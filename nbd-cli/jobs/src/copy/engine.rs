@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use nbd_client::ReadMemory;
 use tokio::task::JoinSet;
 
+use super::crew::Crew;
 use super::destination::Destination;
 use super::job::Job;
 use super::source::Source;
@@ -39,12 +39,15 @@ async fn in_parallel(job: &Arc<Job>) -> Result<(), JobError> {
     job.destination.set_size(size)?;
     let mut tasks = JoinSet::new();
     let lanes = job.lanes.runtimes().len().max(1);
-    let memory: Vec<_> =
-        (0..lanes).map(|_| ReadMemory::new(job.requests.div_ceil(lanes))).collect();
-    for (number, memory) in (0..job.requests).zip(memory.iter().cycle()) {
-        let (job, memory) = (job.clone(), memory.clone());
+    let tasks_of_lane = job.requests.div_ceil(lanes);
+    let crews: Vec<_> = (0..lanes).map(|_| Arc::new(Crew::new(tasks_of_lane))).collect();
+    for (number, crew) in (0..job.requests).zip(crews.iter().cycle()) {
+        let (job, crew) = (job.clone(), crew.clone());
         let runtime = job.lanes.runtime(number);
-        tasks.spawn_on(tasks::boxed(async move { job.copy_pieces(&memory).await }), &runtime);
+        let task = async move {
+            if crew.join(number / lanes).await { job.copy_pieces(&crew).await } else { Ok(()) }
+        };
+        tasks.spawn_on(tasks::boxed(task), &runtime);
     }
     while let Some(ended) = tasks.join_next().await {
         // The first error ends the copy: dropping the set stops the other tasks.

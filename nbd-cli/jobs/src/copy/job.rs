@@ -3,12 +3,14 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex as SyncMutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
 use imgfmt::zero::{Content as RunContent, runs};
 use nbd_client::{ReadMemory, ZeroMode};
 
 use super::content::Content;
+use super::crew::Crew;
 use super::destination::Destination;
 use super::holes::{WriteSpan, write_spans};
 use super::options::{CopyOptions, Zeroes};
@@ -286,11 +288,12 @@ impl Job {
         Ok(holes)
     }
 
-    /// Copies ranges until none is left; the tasks of one thread share the memory.
-    pub(super) async fn copy_pieces(&self, memory: &ReadMemory) -> Result<(), JobError> {
+    /// Copies ranges until none is left.
+    pub(super) async fn copy_pieces(&self, crew: &Crew) -> Result<(), JobError> {
         while let Some(range) = self.next_range().await? {
+            let begun = Instant::now();
             let holes = match range.content {
-                Content::Data => self.copy_data(&range, memory).await?,
+                Content::Data => self.copy_data(&range, &crew.memory).await?,
                 Content::Zero => {
                     self.sum_zeroes(range.offset, range.length).await?;
                     self.store_zeroes(range.offset, range.length).await?;
@@ -304,7 +307,9 @@ impl Job {
             };
             self.begun().remove(&range.offset);
             self.meter.add(range.length, holes);
+            crew.copied_in(begun.elapsed());
         }
+        crew.end();
         Ok(())
     }
 }

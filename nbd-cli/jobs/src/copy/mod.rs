@@ -3,6 +3,7 @@
 pub(crate) mod again;
 pub(crate) mod block_sum;
 pub(crate) mod content;
+mod crew;
 pub(crate) mod destination;
 pub(crate) mod dirty;
 pub(crate) mod engine;
