@@ -151,11 +151,14 @@ pub(super) fn holes_of(encoder: ReplyEncoder, request: &Request) -> Holes {
 /// Writes on the connection's thread, if that needs no waiting; `false` leaves it to the pool,
 /// which also reports errors. Durable writes are always left to it.
 pub(super) fn write_in_place(export: &dyn Export, request: &Request, payload: &[u8]) -> bool {
-    if request.command != Command::Write(Durability::Cached) || payload.is_empty() {
-        return false;
-    }
-    let attempt = AssertUnwindSafe(|| export.try_write_at(request.offset, payload));
-    matches!(catch_unwind(attempt), Ok(Ok(TryWrite::Complete)))
+    request.command == Command::Write(Durability::Cached)
+        && try_write_in_place(export, request.offset, payload)
+}
+
+/// Writes on the connection's thread what need not be durable yet; `false` as above.
+pub(super) fn try_write_in_place(export: &dyn Export, offset: u64, payload: &[u8]) -> bool {
+    let attempt = AssertUnwindSafe(|| export.try_write_at(offset, payload));
+    !payload.is_empty() && matches!(catch_unwind(attempt), Ok(Ok(TryWrite::Complete)))
 }
 
 /// Carries out a request whose reply has no content.

@@ -169,7 +169,8 @@ impl Pool {
             let progress = steps::begin(&work);
             let durable = DurableChange::begin(&work, &self.entry, self.group);
             let job = RequestJob { work, progress, durable, answer };
-            if let Some(mut job) = self.do_by_ring(job, patience) {
+            let left = self.do_by_ring(job, patience).and_then(|job| self.write_in_company(job));
+            if let Some(mut job) = left {
                 let job_for_holes = || PartRead::for_holes(&job.work).map(Progress::Part);
                 job.progress = job.progress.take().or_else(job_for_holes);
                 self.lane.submit(Box::new(job));
@@ -218,6 +219,26 @@ impl Pool {
             return Some(job);
         }
         self.has_begun = true;
+        None
+    }
+
+    /// Writes a short durable change here, if that needs no waiting and others want a flush as well,
+    /// which it then waits for; otherwise the job comes back.
+    fn write_in_company(&self, job: RequestJob) -> Option<RequestJob> {
+        let RequestJob { work, durable, .. } = &job;
+        let PreparedRequest { export, request, payload, .. } = work;
+        let is_write = matches!(request.command, Command::Write(_));
+        let has_company = durable.as_ref().is_some_and(DurableChange::has_company);
+        let is_tried = is_write && has_company && payload.len() <= MOST_WAITED_FOR;
+        if !is_tried || !dispatch::try_write_in_place(&**export, request.offset, payload) {
+            return Some(job);
+        }
+        let RequestJob { work, durable, answer, .. } = job;
+        let PreparedRequest { writeback, payload, .. } = work;
+        drop(payload);
+        if let Some(durable) = durable {
+            durable.wait_for_flush(self.lane.scheduler(), answer, writeback);
+        }
         None
     }
 

@@ -92,7 +92,8 @@ fn submit_nine(disk: &Scripted, client: &mut Client) {
     let zeroes = Command::WriteZeroes(ZeroMode::MayUnmap, Speed::Any, Durability::Fua);
     client.submit(8 * 4096, 512, &zeroes, &[]);
     wait_until("all are carried out", || {
-        count(&disk.writes) == 7 && count(&disk.discards) == 2 && disk.gate.arrived() == 2
+        let writes = count(&disk.writes) + count(&disk.quick_writes);
+        writes == 7 && count(&disk.discards) == 2 && disk.gate.arrived() == 2
     });
 }
 
@@ -112,12 +113,38 @@ fn changes_with_fua_that_arrive_together_share_flushes() {
     assert!((1..=3).contains(&flushes), "{flushes} flushes");
 }
 
+/// As [`gated_disk`], where a write of what need not be durable needs no waiting.
+fn quick_gated_disk() -> std::sync::Arc<Scripted> {
+    let (gated, quick) = (Some(0..512), Some(512..1 << 20));
+    Scripted::new(1 << 20, Script { gated, quick, flushes_at_gate: true, ..Script::default() })
+}
+
 #[test]
-fn a_change_with_fua_is_not_answered_before_a_flush_that_began_behind_it() {
-    let disk = gated_disk();
+fn a_write_with_fua_that_shares_a_flush_and_need_not_wait_stays_out_of_the_pool() {
+    let disk = quick_gated_disk();
     let server = TestServer::with(Default::default(), disk.clone());
     let mut client = Client::connect(&server, MODES[1]);
     submit_nine(&disk, &mut client);
+    disk.gate.open();
+    for _ in 0..9 {
+        assert_eq!(client.next_finished().1.result, Ok(()));
+    }
+    assert_eq!(disk.quick_writes.load(Ordering::SeqCst), 6);
+    assert_eq!(disk.durable_writes.load(Ordering::SeqCst), 1, "the one that was alone");
+    assert_eq!(client.read(4096, 512), [2; 512]);
+}
+
+#[test]
+fn a_change_with_fua_is_not_answered_before_a_flush_that_began_behind_it() {
+    for disk in [gated_disk(), quick_gated_disk()] {
+        no_change_is_answered_before_a_flush(&disk);
+    }
+}
+
+fn no_change_is_answered_before_a_flush(disk: &std::sync::Arc<Scripted>) {
+    let server = TestServer::with(Default::default(), disk.clone());
+    let mut client = Client::connect(&server, MODES[1]);
+    submit_nine(disk, &mut client);
     let timeout = Some(std::time::Duration::from_millis(200));
     client.stream().set_read_timeout(timeout).unwrap();
     let answered = std::io::Read::read(&mut client.stream(), &mut [0]);
@@ -131,8 +158,7 @@ fn a_change_with_fua_is_not_answered_before_a_flush_that_began_behind_it() {
 
 #[test]
 fn changes_that_share_a_flush_share_its_failure() {
-    let failed = || {
-        let disk = gated_disk();
+    let failed = |disk: std::sync::Arc<Scripted>| {
         disk.bad_flushes.store(usize::MAX, Ordering::SeqCst);
         let server = TestServer::with(Default::default(), disk.clone());
         let mut client = Client::connect(&server, MODES[1]);
@@ -141,8 +167,10 @@ fn changes_that_share_a_flush_share_its_failure() {
         (0..9).filter(|_| client.next_finished().1.result.is_err()).count()
     };
     // Where the machine holds the test up, changes stop waiting for the flush and are durable each.
-    let failed = (0..5).map(|_| failed()).find(|failed| *failed >= 8);
-    assert!(failed.is_some(), "those that share a flush succeed although it fails");
+    for gated in [gated_disk, quick_gated_disk] {
+        let failed = (0..5).map(|_| failed(gated())).find(|failed| *failed >= 8);
+        assert!(failed.is_some(), "those that share a flush succeed although it fails");
+    }
 }
 
 #[test]
