@@ -222,8 +222,8 @@ impl Pool {
         None
     }
 
-    /// Writes a short durable change here, if that needs no waiting and others want a flush as well,
-    /// which it then waits for; otherwise the job comes back.
+    /// Writes a short durable change here, if that needs no waiting and others want a flush as
+    /// well, which it then waits for; otherwise the job comes back.
     fn write_in_company(&self, job: RequestJob) -> Option<RequestJob> {
         let RequestJob { work, durable, .. } = &job;
         let PreparedRequest { export, request, payload, .. } = work;
