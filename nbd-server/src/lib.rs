@@ -96,6 +96,7 @@ pub use nbd_proto::wire::ReplyMode;
 pub use overview::{PoolStatistics, ServerStatistics};
 pub use paused::{ListenerOrigin, Paused, PausedConnection, PausedListener};
 pub use quota::Quota;
+pub use ring::RingStatistics;
 pub use rules::{AccessRules, ClientRule, Network, Permission};
 pub use running::{ClientStream, ConnectionRefused, RunningServer};
 pub use server::Server;

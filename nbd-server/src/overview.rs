@@ -10,6 +10,7 @@ use crate::budget::Budget;
 use crate::clients::{ClientStatistics, Clients};
 use crate::connection::Shared;
 use crate::export::ExportRegistry;
+use crate::ring::{RingCounters, RingStatistics};
 use crate::scheduler::Scheduler;
 use crate::statistics::ExportStatistics;
 
@@ -25,6 +26,8 @@ pub struct ServerStatistics {
     pub max_connections: usize,
     /// The requests in the pool of threads, without those that io_uring carries out.
     pub pool: PoolStatistics,
+    /// The reads and writes that io_uring carries out.
+    pub ring: RingStatistics,
     /// The registered exports by name. Resolved exports are not included; their requests are
     /// counted for their clients.
     pub exports: BTreeMap<String, ExportStatistics>,
@@ -55,6 +58,7 @@ pub(crate) struct Gauges {
     scheduler: Scheduler,
     budget: Budget,
     room: Budget,
+    rings: RingCounters,
 }
 
 impl Gauges {
@@ -67,6 +71,7 @@ impl Gauges {
             scheduler: shared.scheduler.clone(),
             budget: shared.budget.clone(),
             room: shared.room.clone(),
+            rings: shared.rings.clone(),
         }
     }
 
@@ -93,6 +98,7 @@ impl ServerStatistics {
             connections: gauges.map_or(0, Gauges::connections),
             max_connections: gauges.map_or(0, |gauges| gauges.max_connections),
             pool: gauges.map(Gauges::pool).unwrap_or_default(),
+            ring: gauges.map(|gauges| gauges.rings.statistics()).unwrap_or_default(),
             exports: entries.map(|(name, entry)| (name, entry.statistics())).collect(),
             clients: clients.statistics(),
         }

@@ -10,6 +10,7 @@
 //! the server or the ring: if it could still reach the disk later, it might overwrite what another
 //! write has put there meanwhile.
 
+mod counters;
 mod layout;
 mod polling;
 mod share;
@@ -26,6 +27,8 @@ use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 use crate::error::system_words;
 use crate::sys::uring::{Ended, Ring, TRANSFERS_MAX};
+pub(crate) use counters::RingCounters;
+pub use counters::RingStatistics;
 use layout::Layout;
 pub(crate) use polling::Polling;
 use polling::Rhythm;
@@ -69,7 +72,7 @@ struct State {
 
 impl RingHandle {
     /// A ring for this thread, or the reason why there is none.
-    pub(crate) fn new() -> std::io::Result<(Self, RingDriver)> {
+    pub(crate) fn new(counters: RingCounters) -> std::io::Result<(Self, RingDriver)> {
         let ring = Ring::new()?;
         let descriptor = ring.watch()?;
         let mut flights = Vec::new();
@@ -77,7 +80,7 @@ impl RingHandle {
         let shares = Shares::new(TRANSFERS_MAX);
         let (spare, is_broken) = (Spare::default(), false);
         let state = Arc::new(Mutex::new(State { ring, shares, flights, spare, is_broken }));
-        Ok((Self(Some(Arc::clone(&state))), RingDriver { descriptor, state }))
+        Ok((Self(Some(Arc::clone(&state))), RingDriver { descriptor, state, counters }))
     }
 
     /// A place for a connection, if there is a ring.
@@ -303,6 +306,7 @@ impl Drop for State {
 pub(crate) struct RingDriver {
     descriptor: AsyncFd<OwnedFd>,
     state: Arc<Mutex<State>>,
+    counters: RingCounters,
 }
 
 impl RingDriver {
@@ -312,15 +316,23 @@ impl RingDriver {
     ///
     /// Safe: no result is lost, because [`end`](Self::end) takes the rest.
     pub(crate) async fn run(&self, polling: Polling) {
-        let mut rhythm = Rhythm::new(Instant::now());
+        self.run_by(Instant::now, &polling).await;
+    }
+
+    /// As [`run`](Self::run), by this clock.
+    async fn run_by(&self, now: impl Fn() -> Instant, polling: &Polling) {
+        let mut rhythm = Rhythm::new(now());
         let mut yielding = Yielding::default();
         // It fails only when the runtime ends.
-        while let Ok(mut ready) = self.readable(&polling, &rhythm).await {
+        while let Ok(mut ready) = self.readable(polling, &rhythm).await {
             // Results that come from now on are reported again.
             ready.clear_ready();
-            yielding.before_results(rhythm.is_writing() && lock(&self.state).ring.in_flight() > 1);
+            let more = rhythm.is_writing() && lock(&self.state).ring.in_flight() > 1;
+            if yielding.before_results(more) {
+                self.counters.yielded();
+            }
             let ended = self.deliver();
-            rhythm.record(Instant::now(), ended);
+            rhythm.record(now(), ended);
         }
         std::future::pending::<()>().await;
     }
@@ -334,7 +346,7 @@ impl RingDriver {
         tokio::select! {
             biased;
             ready = self.descriptor.readable() => ready,
-            () = polling.poll(rhythm) => self.descriptor.readable().await,
+            () = polling.poll(rhythm, &self.counters) => self.descriptor.readable().await,
         }
     }
 
@@ -343,6 +355,12 @@ impl RingDriver {
     fn deliver(&self) -> (usize, usize) {
         let (ended, writes) = lock(&self.state).ended();
         let count = ended.len();
+        // Before anybody has a reply.
+        let carried_out = |which: fn(&Outcome) -> bool| ended.iter().filter(|it| which(it)).count();
+        self.counters.carried_out(
+            carried_out(|outcome| matches!(outcome, Outcome::Filled(..))),
+            carried_out(|outcome| matches!(outcome, Outcome::Written(..))),
+        );
         for outcome in ended {
             // The other results, and this thread's connections, must not end with one that panics.
             if catch_unwind(AssertUnwindSafe(|| outcome.deliver())).is_err() {
@@ -377,9 +395,12 @@ mod tests {
     use std::os::fd::AsFd;
     use std::sync::mpsc;
 
+    use nbd_proto::transmission::Durability;
+
     use super::*;
-    use crate::export::{PlacedFile, PlacedPart, PlacedRead};
+    use crate::export::{ExportError, PlacedFile, PlacedPart, PlacedRead, PlacedWrite};
     use crate::reply_bytes::ReplyBytes;
+    use crate::slots::Slots;
 
     /// The first bytes of a file.
     struct Start(File);
@@ -404,16 +425,100 @@ mod tests {
         }
     }
 
+    impl PlacedWrite for Start {
+        fn file(&self) -> Option<PlacedFile<'_>> {
+            Some(PlacedFile::new(self.0.as_fd()))
+        }
+
+        fn offset(&self) -> u64 {
+            0
+        }
+
+        fn is_durable_alone(&self) -> bool {
+            false
+        }
+
+        fn failed(self: Box<Self>, _: &std::io::Error) {
+            panic!("the ring did not write");
+        }
+
+        fn written(self: Box<Self>) -> Result<(), ExportError> {
+            Ok(())
+        }
+    }
+
+    impl Writer for tokio::sync::mpsc::UnboundedSender<()> {
+        fn is_abandoned(&self) -> bool {
+            false
+        }
+
+        fn written(self: Box<Self>, result: Result<(), ExportError>) {
+            result.unwrap();
+            self.send(()).unwrap();
+        }
+
+        fn failed(self: Box<Self>, _: Vec<u8>) {
+            panic!("the ring did not write");
+        }
+
+        fn found_no_space(self: Box<Self>, _: FullWrite) {
+            panic!("there is space");
+        }
+    }
+
+    /// A ring, if this system has io_uring.
+    fn ring() -> Option<(RingHandle, RingDriver)> {
+        let made = RingHandle::new(RingCounters::new(1));
+        if let Err(error) = &made {
+            assert!(std::env::var_os("CI").is_none(), "io_uring: {error}");
+            eprintln!("skipped: this system has no io_uring: {error}");
+        }
+        made.ok()
+    }
+
+    #[tokio::test]
+    async fn a_thread_polls_and_yields_while_writes_end_soon_after_each_other() {
+        for may_poll in [false, true] {
+            let Some((handle, driver)) = ring() else { return };
+            let (lane, file) = (handle.lane().unwrap(), tempfile::tempfile().unwrap());
+            let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
+            let polling = Polling::new(may_poll.then(|| Slots::new(1)));
+            let (start, counters) = (Instant::now(), driver.counters.clone());
+            let groups = async {
+                // Each is at the disk alone first, then with others.
+                for (groups, writes) in [(60, 1), (10, 64)] {
+                    for _ in 0..groups {
+                        for _ in 0..writes {
+                            let placed = Box::new(Start(file.try_clone().unwrap()));
+                            let (payload, durability) = (vec![7; 512], Durability::Cached);
+                            let write = RingWrite { placed, payload, durability };
+                            lane.write(write, Box::new(sender.clone()));
+                        }
+                        lane.submit();
+                        for _ in 0..writes {
+                            receiver.recv().await.unwrap();
+                        }
+                    }
+                    if writes == 1 {
+                        assert_eq!(counters.statistics().yields, 0, "no more are to come");
+                    }
+                }
+            };
+            // By its clock, no time passes.
+            tokio::select! {
+                () = groups => {}
+                () = driver.run_by(|| start, &polling) => {}
+            }
+            let done = counters.statistics();
+            assert_eq!((done.reads, done.writes), (0, 700));
+            assert_eq!(done.polls > 0, may_poll, "{done:?}");
+            assert!(done.yields > 0, "{done:?}");
+        }
+    }
+
     #[tokio::test]
     async fn the_first_reads_of_a_batch_start_before_its_last_one_is_there() {
-        let (handle, driver) = match RingHandle::new() {
-            Ok(ring) => ring,
-            Err(error) => {
-                assert!(std::env::var_os("CI").is_none(), "io_uring: {error}");
-                eprintln!("skipped: this system has no io_uring: {error}");
-                return;
-            }
-        };
+        let Some((handle, driver)) = ring() else { return };
         let lane = handle.lane().unwrap();
         let file = tempfile::tempfile().unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, &[7; 512], 0).unwrap();
@@ -436,5 +541,6 @@ mod tests {
             filled.extend(receiver.try_iter());
         }
         assert!(filled.iter().all(|bytes| *bytes == [7; 512]));
+        assert_eq!(driver.counters.statistics().reads, 6);
     }
 }

@@ -22,6 +22,7 @@ use crate::listen_address::{BoundAddress, ListenAddress};
 use crate::listener::Listener;
 use crate::overview::Gauges;
 use crate::paused::{Continued, PausedConnection, PausedListener, Resting, Terms};
+use crate::ring::RingCounters;
 use crate::running::{Door, Ending, RunningServer};
 use crate::scheduler::Scheduler;
 use crate::serving::Serving;
@@ -260,6 +261,7 @@ impl Server {
             budget: Budget::new(self.config.memory_limit),
             slots: Slots::new(cores() / 2),
             disk_slots: Slots::new(self.config.workers.get() / 2),
+            rings: RingCounters::new(self.config.workers.get()),
             exports: self.exports.clone(),
             clients: self.clients,
             access: self.access.clone(),

@@ -128,7 +128,9 @@ async fn run_with_ring(
 ) {
     let thread = Thread::new(Arc::clone(&connections));
     let made = match shared.config.io_uring {
-        true => RingHandle::new().map_err(|error| system_words(&error)),
+        true => {
+            RingHandle::new(shared.rings.of_thread(index)).map_err(|error| system_words(&error))
+        }
         false => Err("it was forbidden".into()),
     };
     match made {

@@ -28,6 +28,8 @@ pub struct Status {
     pub max_connections: u64,
     /// The pool of threads for requests that may block.
     pub pool: PoolStatus,
+    /// The reads and writes that io_uring carries out.
+    pub ring: RingStatus,
     /// Upper bounds of the buckets of all latencies, in seconds, ascending; `None` for the last
     /// one, which has no bound.
     pub latency_bounds: Vec<Option<f64>>,
@@ -78,6 +80,21 @@ pub struct PoolStatus {
     pub memory: u64,
     /// Memory of the buffers of busy connections, in bytes.
     pub buffers: u64,
+}
+
+/// The reads and writes that io_uring carries out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+#[non_exhaustive]
+pub struct RingStatus {
+    /// Reads that were carried out completely.
+    pub reads: u64,
+    /// Such writes.
+    pub writes: u64,
+    /// Times that a thread began to poll for the ends of writes.
+    pub polls: u64,
+    /// Times that a thread yielded its core before it took results.
+    pub yields: u64,
 }
 
 /// An export.
@@ -171,7 +188,8 @@ mod server {
     use nbd_server::{ClientStatistics, ServerHandle, ServerStatistics};
 
     use super::{
-        BTreeMap, ClientStatus, CommandStatus, ExportStatus, PoolStatus, RegionStatus, Status,
+        BTreeMap, ClientStatus, CommandStatus, ExportStatus, PoolStatus, RegionStatus, RingStatus,
+        Status,
     };
 
     impl Status {
@@ -183,6 +201,7 @@ mod server {
                 connections,
                 max_connections,
                 pool,
+                ring,
                 exports,
                 clients,
                 ..
@@ -209,6 +228,12 @@ mod server {
                     running: pool.running as u64,
                     memory: pool.memory,
                     buffers: pool.buffers,
+                },
+                ring: RingStatus {
+                    reads: ring.reads,
+                    writes: ring.writes,
+                    polls: ring.polls,
+                    yields: ring.yields,
                 },
                 latency_bounds: bounds.unwrap_or_default(),
                 exports: exports.collect(),

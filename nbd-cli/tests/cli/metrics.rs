@@ -64,6 +64,8 @@ fn a_scraper_reads_what_a_counted_load_did() {
     assert_eq!(value("nbd_request_duration_seconds_bucket", infinite), 300.0);
     let mean = value("nbd_request_duration_seconds_sum", read()) / 300.0;
     assert!(mean > 0.0 && mean < 60.0, "{mean}");
+    assert_eq!(value("nbd_ring_requests_total", json!({"command": "write"})), 0.0, "no file");
+    assert_eq!(value("nbd_ring_waits_total", json!({"kind": "poll"})), 0.0, "no file");
     assert_eq!(value("nbd_export_clients", json!({"export": "memory"})), 0.0);
     assert!(value("nbd_export_clients_total", json!({"export": "memory"})) >= 2.0);
     assert_eq!(value("nbd_export_size_bytes", json!({"export": "memory"})), 1048576.0);

@@ -9,6 +9,7 @@ use crate::clients::Clients;
 use crate::config::ServerConfig;
 use crate::export::ExportRegistry;
 use crate::paused::Resting;
+use crate::ring::RingCounters;
 use crate::scheduler::Scheduler;
 use crate::slots::Slots;
 
@@ -27,6 +28,8 @@ pub(crate) struct Shared {
     pub(crate) slots: Slots,
     /// Threads that may wait for a disk themselves.
     pub(crate) disk_slots: Slots,
+    /// Count what the rings of the threads do.
+    pub(crate) rings: RingCounters,
     /// Memory for the buffers of busy connections.
     pub(crate) room: Budget,
     /// Memory for long answers to BLOCK_STATUS.

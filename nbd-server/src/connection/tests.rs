@@ -17,6 +17,7 @@ use crate::export::{
     MayBlock, Operation, ReadMap, TryRead, TryWrite,
 };
 use crate::paused::Resting;
+use crate::ring::RingCounters;
 use crate::scheduler::Scheduler;
 use crate::shutdown::ShutdownTrigger;
 use crate::slots::Slots;
@@ -233,6 +234,7 @@ fn shared(disk: Arc<CachedDisk>) -> Shared {
         budget: Budget::new(256 << 20),
         slots: Slots::new(1),
         disk_slots: Slots::new(1),
+        rings: RingCounters::new(1),
         room: Budget::new(256 << 20),
         answers: Budget::new(1 << 20),
         options: Budget::new(1 << 20),

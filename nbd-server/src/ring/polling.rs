@@ -7,6 +7,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::counters::RingCounters;
 use crate::slots::Slots;
 
 /// The mean time between groups of results up to which a thread polls, and the limit of one wait.
@@ -75,9 +76,10 @@ impl Polling {
     /// # Cancel safety
     ///
     /// Safe: it changes nothing.
-    pub(super) async fn poll(&self, rhythm: &Rhythm) {
+    pub(super) async fn poll(&self, rhythm: &Rhythm, counters: &RingCounters) {
         let slots = self.0.as_ref().filter(|_| rhythm.is_fast());
         let Some(_seat) = slots.and_then(Slots::take) else { return };
+        counters.polled();
         let start = Instant::now();
         while start.elapsed() < SOON {
             for _ in 0..LOOKS_BEFORE_YIELD {
@@ -127,9 +129,10 @@ mod tests {
     #[tokio::test]
     async fn nobody_polls_in_vain_or_without_a_slot() {
         let mut rhythm = Rhythm::new(Instant::now());
+        let counters = RingCounters::new(1);
         let polling = Polling::new(Some(Slots::new(1)));
         let is_ready = |polling: &Polling, rhythm: &Rhythm| {
-            let mut poll = std::pin::pin!(polling.poll(rhythm));
+            let mut poll = std::pin::pin!(polling.poll(rhythm, &counters));
             let mut context = std::task::Context::from_waker(std::task::Waker::noop());
             poll.as_mut().poll(&mut context).is_ready()
         };
@@ -139,6 +142,7 @@ mod tests {
         assert!(is_ready(&Polling::new(Some(Slots::new(0))), &rhythm), "too many poll");
         assert!(is_ready(&Polling::new(None), &rhythm), "it was forbidden");
         // It ends although no result comes.
-        polling.poll(&rhythm).await;
+        polling.poll(&rhythm, &counters).await;
+        assert_eq!(counters.statistics().polls, 2);
     }
 }

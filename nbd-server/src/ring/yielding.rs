@@ -21,21 +21,24 @@ pub(super) struct Yielding {
 }
 
 impl Yielding {
-    /// Yields the core if `more` ends are about to be reported.
-    pub(super) fn before_results(&mut self, more: bool) {
+    /// Yields the core if `more` ends are about to be reported; returns whether it did.
+    pub(super) fn before_results(&mut self, more: bool) -> bool {
         self.run(more, || {
             let start = Instant::now();
             std::thread::yield_now();
             start.elapsed()
-        });
+        })
     }
 
-    fn run(&mut self, more: bool, yield_core: impl FnOnce() -> Duration) {
+    fn run(&mut self, more: bool, yield_core: impl FnOnce() -> Duration) -> bool {
         if self.pause > 0 {
             self.pause -= 1;
-        } else if more && yield_core() > LONG {
+            return false;
+        }
+        if more && yield_core() > LONG {
             self.pause = PAUSE;
         }
+        more
     }
 }
 

@@ -49,6 +49,14 @@ fn of_server(metrics: &mut Metrics, server: &ServerStatistics) {
     metrics.family("nbd_pool_requests", "gauge", help);
     metrics.sample("nbd_pool_requests", &[("state", "waiting")], server.pool.waiting);
     metrics.sample("nbd_pool_requests", &[("state", "running")], server.pool.running);
+    let (name, ring) = ("nbd_ring_requests_total", &server.ring);
+    metrics.family(name, "counter", "Reads and writes that io_uring has carried out.");
+    metrics.sample(name, &[("command", "read")], ring.reads);
+    metrics.sample(name, &[("command", "write")], ring.writes);
+    let name = "nbd_ring_waits_total";
+    metrics.family(name, "counter", "Times that a thread polled for results, or yielded its core.");
+    metrics.sample(name, &[("kind", "poll")], ring.polls);
+    metrics.sample(name, &[("kind", "yield")], ring.yields);
     metrics.family("nbd_memory_bytes", "gauge", "Memory for large requests and for buffers.");
     metrics.sample("nbd_memory_bytes", &[("use", "requests")], server.pool.memory);
     metrics.sample("nbd_memory_bytes", &[("use", "buffers")], server.pool.buffers);
