@@ -253,6 +253,9 @@ impl Qcow2 {
 
     /// Flushes, releases freed clusters and makes the COPIED bits agree with the refcounts.
     fn settle(&mut self) -> Result<()> {
+        // The refcounts of freed clusters fall in memory at the end of this flush, and on disk with
+        // the one that `update_flags` begins with: only then may COPIED be set. Version 2, which
+        // has no mark for an interrupted change, relies on both.
         self.flusher().flush()?;
         self.update_flags()?;
         self.flusher().flush()
