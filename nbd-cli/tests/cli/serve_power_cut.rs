@@ -12,6 +12,7 @@ use imgfmt::{Format, GuestOffset, Image, OpenOptions};
 use nbd_client::{Bytes, Client, Connector, Durability, Speed, ZeroMode};
 use tokio::runtime::Runtime;
 
+use crate::support::http::get;
 use crate::support::mount::can_mount;
 use crate::support::recording::{Log, Loss, Random, Recording, SECTOR};
 use crate::support::{Server, peer, run, tool};
@@ -186,15 +187,38 @@ fn judge(path: &Path, format: Format, history: &History, position: usize, what: 
     }
 }
 
+/// Checks that io_uring has carried writes out, if it can.
+fn assert_ring_was_used(metrics: &str, is_direct: bool) {
+    let metrics = get(Path::new(metrics), "/metrics");
+    let name = r#"nbd_ring_requests_total{command="write"} "#;
+    let writes = metrics.lines().find_map(|line| line.strip_prefix(name)).expect("it is there");
+    let writes: u64 = writes.parse().expect("a number");
+    if !is_direct || std::env::var_os("NBD_AIO").is_some_and(|mode| mode == "threads") {
+        assert_eq!(writes, 0);
+    } else if writes == 0 {
+        let is = |path: &str, what: &str| {
+            std::fs::read_to_string(path).is_ok_and(|it| it.contains(what))
+        };
+        let is_allowed =
+            is("/proc/sys/kernel/io_uring_disabled", "0") && is("/proc/self/status", "Seccomp:\t0");
+        assert!(!is_allowed && std::env::var_os("CI").is_none(), "io_uring was not used");
+        eprintln!("skipped: this system forbids io_uring");
+    }
+}
+
 /// Serves the image `disk` of a directory in a mode, loads it, and lets the power fail at random
 /// instants.
 fn cut(directory: &Path, names: &[&'static str], format: Format, cache: &str) {
     let recording = Recording::new(directory, names, ROOM);
     let format_name = if format == Format::Raw { "raw" } else { "qcow2" };
     let path = recording.path("disk");
-    let server = Server::ours(&["--cache", cache, "--trust-image", "-f", format_name, &path]);
+    let metrics = recording.path("metrics");
+    let address = format!("unix:{metrics}");
+    let options = ["--cache", cache, "--metrics", &address, "--trust-image", "-f", format_name];
+    let server = Server::ours(&[&options[..], &[&path]].concat());
     let all_durable = matches!(cache, "directsync" | "writethrough");
     let history = load(server.uri(), recording.log(), all_durable);
+    assert_ring_was_used(&metrics, DIRECT.contains(&cache));
     server.end();
     let end = recording.log().lock().expect("no panic").len();
     let seed = (u64::from(std::process::id()) << 20) | end as u64 | 1;
