@@ -5,21 +5,19 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nbd_client::TransmissionFlags;
-use rustix::io::Errno;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use super::backend::Backend;
 use super::detach::{DetachMode, disconnect};
-use super::load::{driver, no_rights};
+use super::given::{Given, explained, given_to_kernel};
+use super::load::driver;
 use super::netlink::{Announcement, Announcements, Configuration, Driver};
-use super::options::{AttachOptions, configure};
-use super::record::{Note, Record};
+use super::options::AttachOptions;
+use super::record::Record;
 use super::sysfs::{Attachment, SysDevice};
 use super::{device_error, path_of};
-use crate::error::{JobError, JobErrorKind};
+use crate::error::JobError;
 use crate::tasks;
-use crate::text::printable;
 
 /// The time between two looks whether the device is still connected.
 const LOOK: Duration = Duration::from_secs(1);
@@ -254,69 +252,6 @@ impl Attached {
     }
 }
 
-/// A device that has its connections.
-struct Given {
-    index: u32,
-    driver: Driver,
-    announcements: Announcements,
-    configuration: Configuration,
-    connections: usize,
-    record: Record,
-    is_adopted: bool,
-}
-
-/// Gives connections to a device.
-async fn given_to_kernel(
-    backend: &mut Backend,
-    options: &AttachOptions,
-) -> Result<Given, JobError> {
-    let mut driver = driver()?;
-    let configuration = configure(backend.info(), options)?;
-    let announcements = driver.announcements().map_err(|error| {
-        JobError::new(JobErrorKind::Device, format!("the kernel announces nothing: {error}"))
-    })?;
-    let record = options.device.map(Record::take).transpose()?;
-    let former = options.device.map(SysDevice::new).filter(SysDevice::is_connected);
-    if let Some(former) = &former {
-        check_same(former, &configuration)?;
-    }
-    let sockets = connections(backend, options).await?;
-    let given = match &former {
-        Some(device) => {
-            let index = device.index();
-            // One, so that no other is made for nothing.
-            driver.reconfigure(index, &configuration, &sockets[..1]).map(|()| index)
-        }
-        None => driver.connect(&configuration, &sockets),
-    };
-    let index = given.map_err(|error| explained(&error, options.device, &configuration))?;
-    let connections = sockets.len();
-    let record = match note(record, index, connections) {
-        Ok(record) => record,
-        Err(error) => {
-            if former.is_none() {
-                // It is new, and nothing was written to it.
-                let _ = driver.disconnect(index);
-            }
-            return Err(error);
-        }
-    };
-    let is_adopted = former.is_some();
-    Ok(Given { index, driver, announcements, configuration, connections, record, is_adopted })
-}
-
-/// Notes that this process keeps a device.
-fn note(record: Option<Record>, index: u32, connections: usize) -> Result<Record, JobError> {
-    let mut record = match record {
-        Some(record) => record,
-        None => Record::take(index)?,
-    };
-    let note = Note { pid: std::process::id(), connections };
-    let written = record.write(&note);
-    written.map_err(|error| device_error(index, format!("cannot note its keeper: {error}")))?;
-    Ok(record)
-}
-
 /// Has the kernel look for partitions, as it does when a device is opened first. Another process
 /// opens it: one that waits for a read of a device cannot be killed, and if this process has to
 /// answer the read, it would keep its image until the device gives up.
@@ -334,90 +269,4 @@ fn look_for_partitions(device: PathBuf) {
 async fn attempt(backend: &Backend, pause: Duration) -> Result<OwnedFd, JobError> {
     sleep(pause).await;
     backend.connection().await
-}
-
-/// Makes the first connections: as many as are wanted and the server admits.
-async fn connections(
-    backend: &mut Backend,
-    options: &AttachOptions,
-) -> Result<Vec<OwnedFd>, JobError> {
-    let may_be_several = backend.info().flags.contains(TransmissionFlags::CAN_MULTI_CONN);
-    let wanted = if may_be_several { options.connections.get() } else { 1 };
-    let mut sockets = vec![backend.first_connection().await?];
-    while sockets.len() < wanted {
-        match backend.connection().await {
-            Ok(socket) => sockets.push(socket),
-            Err(error) => {
-                let admitted = sockets.len();
-                tracing::warn!(admitted, wanted, %error, "the server admits fewer connections");
-                break;
-            }
-        }
-    }
-    Ok(sockets)
-}
-
-/// Refuses a device that is attached to something else.
-fn check_same(device: &SysDevice, configuration: &Configuration) -> Result<(), JobError> {
-    let index = device.index();
-    match device.backend() {
-        Some(backend) if backend == configuration.backend => {}
-        Some(backend) => {
-            let backend = printable(&backend);
-            return Err(device_error(
-                index,
-                format!(
-                    "'{backend}' is attached to it; detach it first, or leave the device out to get a free one"
-                ),
-            ));
-        }
-        None => {
-            return Err(device_error(
-                index,
-                "another program has attached it; detach it first, or leave the device out to get a free one",
-            ));
-        }
-    }
-    if device.is_read_only() != configuration.is_read_only() {
-        let now = if device.is_read_only() {
-            "read-only, and its source is not"
-        } else {
-            "writable, and its source is not"
-        };
-        return Err(device_error(index, format!("it is {now}; detach it first")));
-    }
-    if device.size() != configuration.size {
-        return Err(device_error(
-            index,
-            format!(
-                "it has {} bytes, and its source has {} now; detach it first",
-                device.size(),
-                configuration.size
-            ),
-        ));
-    }
-    Ok(())
-}
-
-/// Explains a refusal of the kernel.
-fn explained(
-    error: &std::io::Error,
-    device: Option<u32>,
-    configuration: &Configuration,
-) -> JobError {
-    let device =
-        device.map_or_else(|| "a device".to_owned(), |index| path_of(index).display().to_string());
-    let why = match Errno::from_io_error(error) {
-        Some(Errno::PERM) => return no_rights(),
-        Some(Errno::BUSY) => "it is in use".to_owned(),
-        Some(Errno::INVAL) => format!(
-            "the kernel refuses {} bytes in blocks of {} ({error}); Linux 5.14 or newer is needed",
-            configuration.size, configuration.block_size
-        ),
-        _ => error.to_string(),
-    };
-    JobError::new(
-        JobErrorKind::Device,
-        format!("cannot attach '{}' to {device}: {why}", configuration.backend),
-    )
 }

@@ -13,6 +13,7 @@
 mod attach;
 mod backend;
 mod detach;
+mod given;
 mod list;
 mod load;
 mod message;
