@@ -6,26 +6,9 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::support::image::{json, write};
+use crate::support::random::Random;
 use crate::support::{Disk, Server, nbd_cli, peer, run, tool};
 use crate::tools;
-
-/// Numbers in no order, from a seed that is printed.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        let seed = u64::from(std::process::id()) << 17 | 1;
-        eprintln!("seed {seed}");
-        Self(seed)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
 
 const BITMAPS: [(&str, &str); 4] =
     [("fine", "512"), ("small", "4096"), ("usual", "65536"), ("coarse", "4194304")];
@@ -63,7 +46,7 @@ fn map(nbdinfo: &Path, uri: &str, bitmap: &str) -> Vec<(u64, u64, bool)> {
 #[test]
 fn random_bitmaps_of_every_layer_are_mapped_as_by_qemu_nbd() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd", nbdinfo = "nbdinfo");
-    let mut random = Random::new();
+    let mut random = Random::of_this_run(std::process::id().into());
     let directory = Disk::sparse();
     let (base, image) = (directory.beside("base.qcow2"), directory.beside("disk.qcow2"));
     let size = (24 << 20) + 512 * random.below(100);

@@ -10,7 +10,8 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use crate::readme::paste;
-use crate::real_store::{Place, noise};
+use crate::real_store::Place;
+use crate::support::random::{Random, noise};
 use crate::support::{Server, nbd_cli, peer};
 
 const MIB: usize = 1 << 20;
@@ -70,30 +71,12 @@ impl Pool {
     }
 }
 
-struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        let seed = std::env::var("NBD_SEED").ok().and_then(|it| it.parse().ok()).unwrap_or(1_u64);
-        eprintln!("seed {seed}");
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    /// A number below `end`, which is not 0.
-    fn below(&mut self, end: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11) as usize % end
-    }
-}
-
 /// Makes a file with data, zeroes and holes.
 fn content(pool: &Pool, random: &mut Random) -> String {
     let path = pool.place.disk.blank("content.img", SIZE as u64);
     let file = std::fs::File::options().write(true).open(&path).expect("it is there");
     for _ in 0..5 {
-        let data = noise(random.below(6 * MIB) / 8 * 8 + 8, random.0);
+        let data = noise(random.below(6 * MIB) / 8 * 8 + 8, random.next());
         let offset = random.below(SIZE - data.len());
         file.write_all_at(&data, offset as u64).expect("room");
     }
@@ -108,7 +91,7 @@ fn is_equal(model: &str, uri: &str) {
 #[test]
 fn overlays_of_a_disk_of_ceph_are_written_backed_up_and_freed_of_it() {
     let Some(pool) = Pool::new("overlays") else { return };
-    let mut random = Random::new();
+    let mut random = Random::of_this_run(1);
     let (golden, content) = (pool.disk("golden"), content(&pool, &mut random));
     let snapshot = format!("{golden}@base");
     pool.rbd(&["import", &content, &golden]);
@@ -159,7 +142,7 @@ fn overlays_of_a_disk_of_ceph_are_written_backed_up_and_freed_of_it() {
 #[test]
 fn a_disk_of_ceph_is_served_backed_up_and_restored_to_another_one() {
     let Some(pool) = Pool::new("disks") else { return };
-    let mut random = Random::new();
+    let mut random = Random::of_this_run(1);
     let (shared, new) = (pool.disk("shared"), pool.disk("new"));
     let (model, place) = (content(&pool, &mut random), &pool.place);
     pool.rbd(&["create", "--size", "48M", &shared]);

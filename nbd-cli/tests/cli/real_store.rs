@@ -5,6 +5,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::support::image::are_equal;
+use crate::support::random::noise;
 use crate::support::real_store::RealStore;
 use crate::support::{Disk, Outcome, Server, nbd_cli, peer, run, says};
 use crate::tools;
@@ -44,18 +45,6 @@ impl Place {
         let mut command = self.command(&["serve", "--socket", &socket]);
         Server::start(command.args(arguments), socket.into())
     }
-}
-
-/// Bytes that do not compress.
-pub(crate) fn noise(length: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed;
-    let words = std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes()
-    });
-    words.take(length / 8).flatten().collect()
 }
 
 #[test]

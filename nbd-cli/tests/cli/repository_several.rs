@@ -11,6 +11,7 @@ use nbd_client::{Connector, Durability};
 use serde_json::Value;
 
 use crate::support::image::is_clean;
+use crate::support::random::noise;
 use crate::support::{Disk, Outcome, Server, json, nbd_cli, peer, says};
 use crate::tools;
 
@@ -202,16 +203,8 @@ impl Lab {
     /// Makes a file of noise, which does not compress.
     fn noise(&self, name: &str, length: usize) -> String {
         let path = self.disk.beside(name);
-        let mut seed = name.bytes().fold(88_172_645_463_325_252_u64, |seed, byte| {
-            (seed ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-        });
-        let noise = std::iter::repeat_with(|| {
-            seed ^= seed << 13;
-            seed ^= seed >> 7;
-            seed ^= seed << 17;
-            seed as u8
-        });
-        std::fs::write(&path, noise.take(length).collect::<Vec<_>>()).expect("room");
+        let seed = name.bytes().fold(0, |seed: u64, byte| (seed << 8) ^ u64::from(byte));
+        std::fs::write(&path, noise(length, seed)).expect("room");
         path
     }
 

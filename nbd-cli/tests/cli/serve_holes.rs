@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use crate::support::random::Random;
 use crate::support::{Server, peer, run};
 use crate::tools;
 
@@ -35,26 +36,6 @@ fn nbdsh(tool: &Path, server: &Server, script: &str) -> String {
     command.env("PATH", format!("/usr/bin:{path}")).env("PYTHONHASHSEED", "0");
     let script = format!("{CHUNKS}{script}");
     run(command.args(["-u", server.uri(), "-c", &script])).success()
-}
-
-/// xorshift64.
-struct Random(u64);
-
-impl Random {
-    /// The same chains in every run, unless TEST_SEED asks for others.
-    fn new() -> Self {
-        let seed = std::env::var("TEST_SEED").ok().and_then(|seed| seed.parse().ok());
-        let seed = seed.unwrap_or(0x5eed_u64) | 1;
-        eprintln!("repeat with TEST_SEED={seed}");
-        Self(seed)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
 }
 
 #[test]
@@ -138,7 +119,7 @@ fn change(qemu_io: &Path, image: &(String, &'static str), size: u64, random: &mu
 #[test]
 fn over_random_chains_the_same_bytes_are_holes_as_with_qemu_nbd() {
     tools!(nbdsh_tool = "nbdsh", qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
-    let mut random = Random::new();
+    let mut random = Random::of_this_run(0x5eed);
     for _ in 0..6 {
         let directory = tempfile::tempdir().expect("a directory");
         let (image, format) = chain(&qemu_img, &qemu_io, directory.path(), &mut random);

@@ -14,7 +14,8 @@ use tokio::runtime::Runtime;
 
 use crate::support::http::get;
 use crate::support::mount::can_mount;
-use crate::support::recording::{Log, Loss, Random, Recording, SECTOR};
+use crate::support::random::Random;
+use crate::support::recording::{Log, Loss, Recording, SECTOR};
 use crate::support::{Server, peer, run, tool};
 use crate::tools;
 
@@ -98,7 +99,7 @@ fn content(sector: u64, number: u64) -> [u8; SECTOR as usize] {
 
 /// Sends requests one after the other, all to one part of the disk.
 async fn write(client: Arc<Client>, clock: Arc<Clock>, writer: u64, all_durable: bool) -> History {
-    let mut random = Random((writer << 32) | (u64::from(std::process::id()) << 8) | 1);
+    let mut random = Random::new((writer << 32) | (u64::from(std::process::id()) << 8) | 1);
     let mut history = History::default();
     for operation in 0..OPERATIONS {
         if random.below(12) == 0 {
@@ -222,7 +223,7 @@ fn cut(directory: &Path, names: &[&'static str], format: Format, cache: &str) {
     server.end();
     let end = recording.log().lock().expect("no panic").len();
     let seed = (u64::from(std::process::id()) << 20) | end as u64 | 1;
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let rounds = std::env::var("NBD_CRASH_ROUNDS").ok().and_then(|rounds| rounds.parse().ok());
     for _ in 0..rounds.unwrap_or(5) {
         // The instant of an acknowledgement is the one where an order that is wrong shows most.
@@ -312,7 +313,7 @@ fn a_disk_that_loses_what_was_flushed_would_be_noticed() {
     server.end();
     let end = recording.log().lock().expect("no panic").len();
     let judged = |loss| {
-        recording.crash(end, loss, &mut Random(1), directory.path());
+        recording.crash(end, loss, &mut Random::new(1), directory.path());
         let path = directory.path().join("disk");
         std::panic::catch_unwind(|| judge(&path, Format::Raw, &history, end, "control"))
     };

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use nbd_client::blocking::Client;
 use nbd_client::{Bytes, Durability, Error, MetaContextName, Speed, ZeroMode};
@@ -13,31 +13,12 @@ use super::control_stream::{connect, say, wait_for};
 use crate::support::image::{are_equal, info, is_clean, json};
 use crate::support::machine::Machine;
 use crate::support::qemu_nbd::wait_until;
+use crate::support::random::Random;
 use crate::support::{Disk, Server, nbd_cli, peer, run};
 use crate::tools;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 24 * MIB;
-
-/// xorshift64.
-struct Random(u64);
-
-impl Random {
-    /// With a seed that a failed test tells.
-    fn new() -> Self {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a time");
-        let seed = now.as_nanos() as u64 | 1;
-        eprintln!("seed: {seed}");
-        Self(seed)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-}
 
 /// A disk of which the first half and the last 4 MiB are data, its backup, and an overlay on that.
 struct OnBackup {
@@ -211,7 +192,7 @@ fn machine_runs_on_a_backup_while_it_is_streamed_from() {
     let directory = Disk::sparse();
     let (tree, disk) = (directory.beside("tree"), directory.beside("vm.img"));
     std::fs::create_dir(&tree).expect("a directory");
-    let mut random = Random(1);
+    let mut random = Random::new(1);
     for file in 0..24 {
         let bytes: Vec<u8> = (0..256 << 10).map(|_| random.below(256) as u8).collect();
         std::fs::write(format!("{tree}/{file}"), bytes).expect("room");
@@ -325,7 +306,7 @@ fn has_flushed(found: &[u8], flushed: &[u8], unsure: &[Change]) {
 #[test]
 fn server_killed_at_any_moment_of_a_stream_from_a_backup_loses_nothing() {
     tools!(qemu_img = "qemu-img");
-    let mut random = Random::new();
+    let mut random = Random::of_this_run(std::process::id().into());
     let made = OnBackup::new();
     let (control, mut content) = (made.control(), made.content.clone());
     for round in 0..6 {

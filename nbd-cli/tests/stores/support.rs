@@ -1,9 +1,10 @@
 //! A store, a program, and what happens between them.
 
 mod cases;
-mod disks;
 mod judge;
 mod live;
+#[path = "../support/random.rs"]
+mod random;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -16,8 +17,8 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::Value;
 
 pub(crate) use cases::is_thorough;
-pub(crate) use disks::noise;
 pub(crate) use judge::{judge, seed};
+pub(crate) use random::noise;
 
 /// Where the repository is.
 pub(crate) const REPOSITORY: &str = "s3://bucket/repo";

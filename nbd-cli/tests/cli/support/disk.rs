@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
+use super::random::Random;
+
 /// A directory with room for disks, sockets and the like; removed at the end of the test.
 #[derive(Debug)]
 pub(crate) struct Disk {
@@ -74,13 +76,11 @@ pub(crate) fn is_sparse_here(disk: &Disk) -> Option<fn(&str) -> u64> {
     Some(allocated)
 }
 
-/// xorshift64; never zero.
+/// No byte of it is zero.
 fn fill(buffer: &mut [u8], seed: u64) {
-    let mut state = seed;
+    let mut random = Random::new(seed);
     for chunk in buffer.chunks_mut(8) {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        chunk.copy_from_slice(&(state | 0x0101_0101_0101_0101).to_le_bytes()[..chunk.len()]);
+        chunk
+            .copy_from_slice(&(random.next() | 0x0101_0101_0101_0101).to_le_bytes()[..chunk.len()]);
     }
 }

@@ -10,6 +10,8 @@ pub(crate) mod machine;
 pub(crate) mod mount;
 pub(crate) mod qemu_img;
 pub(crate) mod qemu_nbd;
+#[path = "../../support/random.rs"]
+pub(crate) mod random;
 #[cfg(feature = "object-storage")]
 pub(crate) mod real_store;
 #[cfg(feature = "mount")]

@@ -13,20 +13,9 @@ use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
 use tokio::runtime::Runtime;
 
 use super::mount::Mount;
+use super::random::Random;
 
 pub(crate) const SECTOR: u64 = 512;
-
-/// xorshift64.
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    pub(crate) fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
-}
 
 /// What a crash takes of the changes that are not on stable storage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use nbd_objects::testing::Contents;
 use serde_json::Value;
 
-use super::disks::noise;
 use super::live::{self, Live};
+use super::random::noise;
 use super::{Outcome, REPOSITORY, Scene};
 
 /// A repository with backups, some of them forgotten, and the disks they were made of.

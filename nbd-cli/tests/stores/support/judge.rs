@@ -1,11 +1,14 @@
 //! Judges commands: at one request after the other something happens, and then they run again.
 
 use super::cases::{World, cases, is_thorough};
-use super::disks::Random;
+use super::random::{Random, seed_or};
 use super::{Fate, Outcome};
 
 /// Most fates of a request, unless there is time for all.
 const FATES_MAX: usize = 2;
+
+/// The seed without one in the environment.
+const DEFAULT_SEED: u64 = 1;
 
 /// Runs each of these commands until a request meets a fate, judges what is left, and runs it
 /// again. `is_every` says that each request does, whatever the environment says.
@@ -16,7 +19,7 @@ pub(crate) fn judge(
     fates: impl Fn(&mut Random) -> Vec<Fate>,
 ) {
     let world = World::new(is_encrypted);
-    let mut random = Random::new(seed());
+    let mut random = Random::of_this_run(DEFAULT_SEED);
     let mut judged = 0;
     for case in cases(&world).iter().filter(|case| only.contains(&case.name)) {
         let count = {
@@ -79,5 +82,5 @@ fn some<T>(mut chosen: Vec<T>, count: usize, random: &mut Random) -> Vec<T> {
 
 /// A seed from the environment, or always the same one.
 pub(crate) fn seed() -> u64 {
-    std::env::var("NBD_SEED").ok().and_then(|it| it.parse().ok()).unwrap_or(1)
+    seed_or(DEFAULT_SEED)
 }

@@ -10,7 +10,7 @@ use nbd_objects::testing::Contents;
 use serde_json::Value;
 
 use super::cases::Case;
-use super::disks::noise;
+use super::random::noise;
 use super::{Outcome, REPOSITORY, Scene};
 
 /// How long anything may take. Only a hang takes that long.
