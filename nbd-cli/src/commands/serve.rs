@@ -1,7 +1,6 @@
 //! `nbd-cli serve`: export disk images, block devices and memory disks.
 
 mod access;
-mod address;
 mod args;
 mod captive;
 mod config;

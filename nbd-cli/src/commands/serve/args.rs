@@ -7,8 +7,8 @@ use std::time::Duration;
 use clap::Args;
 use nbd_jobs::monitor::MetricsAddress;
 use nbd_jobs::size::{ByteSize, parse_busy_poll, parse_duration, parse_limit};
+use nbd_server::ListenAddress;
 
-use super::address::TcpAddress;
 use super::export::ExportArgs;
 use super::socket_file::SocketFileArgs;
 use super::tls::TlsArgs;
@@ -75,8 +75,8 @@ pub struct ServeArgs {
 
     /// Listen on a TCP address; the default port is 10809, and 0 selects a free one. A port alone
     /// is on 127.0.0.1. May be repeated. Without --listen, --socket or --run: 127.0.0.1.
-    #[arg(short, long, value_name = "[ADDR][:PORT]")]
-    pub listen: Vec<TcpAddress>,
+    #[arg(short, long, value_name = "[ADDR][:PORT]", value_parser = tcp_address)]
+    pub listen: Vec<ListenAddress>,
 
     /// The port option of other servers; refused, with the option to use.
     #[arg(long, hide = true, value_name = "PORT", value_parser = there_is_no_port)]
@@ -213,4 +213,12 @@ pub struct ServeArgs {
 /// Refuses `--port`.
 fn there_is_no_port(port: &str) -> Result<String, String> {
     Err(format!("write --listen 127.0.0.1:{port}, or --listen 0.0.0.0:{port} for all addresses"))
+}
+
+/// Parses the value of --listen. Sockets of --socket have options of their own.
+fn tcp_address(text: &str) -> Result<ListenAddress, String> {
+    match text.parse()? {
+        ListenAddress::Unix(path) => Err(format!("write --socket {}", path.display())),
+        address => Ok(address),
+    }
 }

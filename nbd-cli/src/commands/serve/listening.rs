@@ -6,7 +6,6 @@ use nbd_jobs::serving::PrivateDirectory;
 use nbd_server::tls::TlsMode;
 use nbd_server::{BoundAddress, ListenAddress};
 
-use super::address::TcpAddress;
 use super::args::ServeArgs;
 use super::tls;
 use crate::error::CommandError;
@@ -28,7 +27,7 @@ pub(super) fn addresses(
     private: Option<&PrivateDirectory>,
     has_passed: bool,
 ) -> Vec<ListenAddress> {
-    let tcp = args.listen.iter().map(|address| ListenAddress::Tcp(address.to_string()));
+    let tcp = args.listen.iter().cloned();
     let unix = args.socket.iter().cloned().map(ListenAddress::Unix);
     let mut addresses: Vec<_> = tcp.chain(unix).collect();
     if has_passed {
@@ -40,7 +39,7 @@ pub(super) fn addresses(
         addresses.push(ListenAddress::Unix(directory.socket()));
     }
     if addresses.is_empty() {
-        addresses.push(ListenAddress::Tcp(TcpAddress::default().to_string()));
+        addresses.push(ListenAddress::default());
     }
     addresses
 }
