@@ -1,6 +1,7 @@
 //! The program's side of jobs: their output goes to standard error, and signals cancel them.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nbd_jobs::{JobContext, Observer, Phase, TemporaryFile};
@@ -9,6 +10,14 @@ use crate::locking::warn_of_no_locks;
 use crate::output::warn;
 use crate::progress::{Progress, Visibility};
 use crate::signals;
+
+/// Whether this process could not close an image of an export.
+static CLOSE_FAILED: AtomicBool = AtomicBool::new(false);
+
+/// Returns whether this process could not close an image of an export, which its exit status says.
+pub(crate) fn a_close_failed() -> bool {
+    CLOSE_FAILED.load(Ordering::Acquire)
+}
 
 /// Shows the progress of a job, and its warnings.
 pub(crate) struct Shown {
@@ -80,6 +89,10 @@ impl Observer for Shown {
 
     fn unlocked(&self, path: &Path) {
         warn_of_no_locks(path);
+    }
+
+    fn close_failed(&self) {
+        CLOSE_FAILED.store(true, Ordering::Release);
     }
 
     fn temporary_file(&self, path: &Path, event: TemporaryFile) {

@@ -75,6 +75,10 @@ pub trait Observer: Send + Sync {
         ));
     }
 
+    /// The image of an export could not be closed, so that something of it, such as its bitmaps, is
+    /// not stored; the log says why.
+    fn close_failed(&self) {}
+
     /// A file with a temporary name was created or is gone.
     fn temporary_file(&self, _path: &Path, _event: TemporaryFile) {}
 }

@@ -17,7 +17,6 @@ mod upstream;
 
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -50,6 +49,7 @@ use crate::output::warn;
 use crate::serving::background::{self, Role};
 pub use crate::serving::{Aio, BitmapDurability, CacheMode, DetectZeroes, Discard, FilterArgs};
 use crate::serving::{PidFile, allow_descriptors, runtime, service_manager};
+use crate::shown::a_close_failed;
 use crate::signals::{self, EndSignals, Hangup};
 
 pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
@@ -63,11 +63,10 @@ pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
     }
     // Dropped after the runtime, whose tasks may hold images.
     let mut guard = None;
-    let close_failed = Arc::clone(&args.export.close_failed);
     let outcome = tasks::block_on(&runtime()?, serve(args, &mut guard))?;
     // The log says why. A status of a command that says more stays.
     Ok(match outcome {
-        Outcome::Success if close_failed.load(Ordering::Acquire) => Outcome::Status(1),
+        Outcome::Success if a_close_failed() => Outcome::Status(1),
         outcome => outcome,
     })
 }
@@ -197,7 +196,7 @@ fn with_file(args: ServeArgs) -> Result<(ServeArgs, Option<Config>), CommandErro
     let Some(path) = &args.config else { return Ok((args, None)) };
     let path = std::path::absolute(path)
         .map_err(|error| CommandError::new(format!("cannot use '{}': {error}", path.display())))?;
-    let config = Config::read(&path, &args.export.close_failed)?;
+    let config = Config::read(&path)?;
     let ServeArgs { check, fork, role, keeps_log, run, pid_file, takeover, .. } = args;
     let file = config.args.clone();
     if run.is_some() && file.control.is_some() {

@@ -3,8 +3,8 @@
 mod computing;
 mod fast;
 
+use std::fmt;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 use imgfmt::{Access, ErrorKind, ExtentKind, GuestOffset, GuestRange, Image};
@@ -35,10 +35,19 @@ pub struct ImageExport {
     bitmaps: RwLock<Vec<MetaContextName>>,
     /// Held for reading while a bitmap is examined.
     in_use: RwLock<()>,
-    /// Set if closing the image fails.
-    close_failed: Arc<AtomicBool>,
+    /// Called if closing the image fails.
+    close_failed: CloseFailed,
     /// The last field: it is dropped when the image is closed.
     open: Arc<()>,
+}
+
+/// The owner's part in a close that fails.
+struct CloseFailed(Box<dyn Fn() + Send + Sync>);
+
+impl fmt::Debug for CloseFailed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("CloseFailed")
+    }
 }
 
 /// The layers that `qemu:allocation-depth` counts.
@@ -74,16 +83,16 @@ impl ImageExport {
         let file = raw_file(&image);
         let info = describe(&image);
         let (bitmaps, in_use) = (RwLock::default(), RwLock::default());
-        let (close_failed, open) = (Arc::default(), Arc::default());
+        let (close_failed, open) = (CloseFailed(Box::new(|| {})), Arc::default());
         Self { image, depth: None, file, info, bitmaps, in_use, close_failed, open }
     }
 
-    /// Sets `failed` if closing the image fails, so that something of it, such as its bitmaps, is
-    /// not stored; the log says why. The image is closed where it is used last, which may be
-    /// anywhere.
+    /// Calls `failed` if closing the image fails, so that something of it, such as its bitmaps, is
+    /// not stored; the log says why. The image is closed where it is used last, which may be in any
+    /// thread.
     #[must_use]
-    pub fn with_close_failure(mut self, failed: &Arc<AtomicBool>) -> Self {
-        self.close_failed = Arc::clone(failed);
+    pub fn on_close_failure(mut self, failed: impl Fn() + Send + Sync + 'static) -> Self {
+        self.close_failed = CloseFailed(Box::new(failed));
         self
     }
 
@@ -196,7 +205,7 @@ impl Drop for ImageExport {
     fn drop(&mut self) {
         if let Err(error) = self.image.close_in_place() {
             tracing::error!(%error, "an image could not be closed properly");
-            self.close_failed.store(true, Ordering::Release);
+            (self.close_failed.0)();
         }
     }
 }

@@ -150,7 +150,6 @@ fn choices(
         bitmap_durability: None,
         allocation_depth: options.allocation_depth,
         counted_layers: counted_layers(options, disk, writes),
-        close_failed: Arc::default(),
     })
 }
 

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use imgfmt::storage::FileStorage;
@@ -114,8 +113,6 @@ pub struct ServeOptions {
     pub counted_layers: CountedLayers,
     /// The bitmaps that are offered.
     pub bitmaps: OfferedBitmaps,
-    /// Set if closing an image fails.
-    pub close_failed: Arc<AtomicBool>,
 }
 
 /// An export and its image.
@@ -274,7 +271,8 @@ impl ServeOptions {
     ) -> Result<OpenedExport, JobError> {
         let names = self.bitmaps.names(&image, &*self.context.observer)?;
         let view = self.view(&image);
-        let mut export = ImageExport::new(image).with_close_failure(&self.close_failed);
+        let observer = Arc::clone(&self.context.observer);
+        let mut export = ImageExport::new(image).on_close_failure(move || observer.close_failed());
         if self.allocation_depth {
             export = export.with_allocation_depth_of(self.counted_layers);
         }

@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
@@ -46,25 +45,19 @@ pub(super) fn spec(export: &Configured) -> ExportSpec {
 }
 
 impl Config {
-    /// Reads a file and makes all checks that open nothing. Exports set `close_failed` if closing
-    /// their image fails.
+    /// Reads a file and makes all checks that open nothing.
     ///
     /// # Errors
     ///
     /// An error that names the file, the line and the key.
-    pub(super) fn read(path: &Path, close_failed: &Arc<AtomicBool>) -> Result<Self, CommandError> {
+    pub(super) fn read(path: &Path) -> Result<Self, CommandError> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             CommandError::new(format!(
                 "cannot read the configuration '{}': {error}",
                 path.display()
             ))
         })?;
-        let mut config = parse(&text).map_err(|problem| problem.in_file(path))?;
-        config.args.export.close_failed = Arc::clone(close_failed);
-        for export in &mut config.configuration.exports {
-            Arc::make_mut(&mut export.options).close_failed = Arc::clone(close_failed);
-        }
-        Ok(config)
+        parse(&text).map_err(|problem| problem.in_file(path))
     }
 
     pub(super) fn specs(&self) -> Vec<ExportSpec> {

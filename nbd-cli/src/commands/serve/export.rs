@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use clap::Args;
 use nbd_jobs::size::ByteSize;
@@ -95,10 +94,6 @@ pub struct ExportArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub upstream: UpstreamArgs,
-
-    /// Set if closing an image fails; all exports of a server have the same.
-    #[arg(skip)]
-    pub close_failed: Arc<AtomicBool>,
 }
 
 /// An export to be served.

@@ -184,8 +184,7 @@ impl Reloader {
         let guard = self.controller.as_ref().map(|controller| controller.begin_opening());
         let guard = guard.transpose().map_err(|failure| CommandError::new(failure.message))?;
         let (path, reading) = (self.path.clone(), format!("reading '{}'", self.path.display()));
-        let close_failed = Arc::clone(&self.config.args.export.close_failed);
-        let read = move |_: &_| Config::read(&path, &close_failed);
+        let read = move |_: &_| Config::read(&path);
         let config = open_within(self.config.args.open_timeout, reading, read).await??;
         self.check_tls_only(&config)?;
         let Prepared { mut config, changes, opened } = self.prepare(config, guard.clone()).await?;

@@ -220,7 +220,6 @@ pub(super) fn choices(args: &ExportArgs) -> ServeOptions {
         false => OfferedBitmaps::Named(args.bitmap.clone()),
     };
     options.remotes = upstream.remotes();
-    options.close_failed = Arc::clone(&args.close_failed);
     options
 }
 
