@@ -52,7 +52,7 @@ fn wait_for_signal(ready: &mpsc::Sender<io::Result<()>>) -> io::Result<i32> {
 }
 
 /// Ends all descendants and the daemons that left their process ids in the directory, then removes
-/// it.
+/// it, and the sockets elsewhere that are listed in it.
 fn clean_up(directory: &Path) {
     // The other thread may have started one more in the meantime.
     let mut started = daemons(directory);
@@ -60,21 +60,41 @@ fn clean_up(directory: &Path) {
         started.extend(process::descendants(std::process::id()));
         running::end_all(&started);
         started.clear();
-        match fs::remove_dir_all(directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                eprintln!("bench: cannot remove {}: {error}", directory.display());
-            }
-            _ => {}
+        remove_files(directory);
+    }
+}
+
+/// Removes the directory and the sockets that are listed in it.
+fn remove_files(directory: &Path) {
+    files(directory, "sockets").iter().for_each(|list| remove_listed(list));
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            eprintln!("bench: cannot remove {}: {error}", directory.display());
         }
+        _ => {}
+    }
+}
+
+/// Removes the files whose paths are the lines of another one, and that one.
+pub(crate) fn remove_listed(list: &Path) {
+    let paths = fs::read_to_string(list).unwrap_or_default();
+    for path in paths.lines().map(Path::new).chain([list]) {
+        // Not all of them need exist.
+        drop(fs::remove_file(path));
     }
 }
 
 /// The processes whose ids are in files `*.pid` of the directory.
 fn daemons(directory: &Path) -> Vec<u32> {
+    let files = files(directory, "pid");
+    files.iter().filter_map(|path| running::read_process_id(path)).collect()
+}
+
+/// The files of the directory with this extension.
+fn files(directory: &Path, extension: &str) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    let files = paths.filter(|path: &PathBuf| path.extension() == Some(OsStr::new("pid")));
-    files.filter_map(|path| running::read_process_id(&path)).collect()
+    paths.filter(|path| path.extension() == Some(OsStr::new(extension))).collect()
 }
 
 #[cfg(test)]
@@ -82,6 +102,19 @@ mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
+
+    #[test]
+    fn sockets_of_a_store_outside_of_the_directory_are_removed_with_it() {
+        let outside = tempfile::tempdir().expect("temporary directory");
+        let directory = tempfile::tempdir().expect("temporary directory").keep();
+        let sockets = ["a.sock", "b.sock"].map(|name| outside.path().join(name));
+        let _bound = std::os::unix::net::UnixListener::bind(&sockets[0]).expect("a socket");
+        let list = sockets.map(|path| path.display().to_string()).join("\n");
+        fs::write(directory.join("store.sockets"), list).expect("room");
+        remove_files(&directory);
+        assert!(!directory.exists());
+        assert_eq!(fs::read_dir(outside.path()).expect("a directory").count(), 0);
+    }
 
     #[test]
     fn a_directory_is_removed_and_the_daemon_of_its_pid_file_ended() {

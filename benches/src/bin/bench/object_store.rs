@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::net::TcpStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 
 use super::lab::Lab;
 use super::seaweedfs::{PATIENCE, answers, arguments, ask, free_ports, make_bucket, s3, sockets};
-use super::{process, running};
+use super::{interrupt, process, running};
 
 const KEY_ID: &str = "AKIABENCH";
 const SECRET: &str = "s3cr3t";
@@ -50,8 +50,8 @@ impl ObjectStore {
         let ports = free_ports::<9>()?;
         let mut arguments = vec![program.display().to_string()];
         arguments.extend(self::arguments(&directory, &ports));
+        let sockets = Sockets::noted_in(benchmark_directory(lab)?, sockets(&ports))?;
         let store = Daemon::start(lab, "store", &arguments)?;
-        let sockets = Sockets(sockets(&ports));
         let mut running = Self { port: s3(&ports), processes: vec![store], _sockets: sockets };
         // The bucket may be there from an earlier block.
         let has_bucket = || make_bucket(&ports).is_ok_and(|it| ["201", "409"].contains(&&*it));
@@ -100,6 +100,12 @@ impl ObjectStore {
     }
 }
 
+/// Returns the directory where the benchmark looks, after a signal, for processes to end and for
+/// sockets to remove.
+fn benchmark_directory<'a>(lab: &Lab<'a>) -> Result<&'a Path> {
+    lab.directory.parent().context("a directory of the benchmark")
+}
+
 /// A process that is not a child. It is ended when this is dropped.
 #[derive(Debug)]
 struct Daemon {
@@ -109,9 +115,7 @@ struct Daemon {
 
 impl Daemon {
     fn start(lab: &Lab<'_>, name: &str, arguments: &[String]) -> Result<Self> {
-        // Where the benchmark looks for processes that it has to end after a signal.
-        let directory = lab.directory.parent().context("a directory of the benchmark")?;
-        let file = directory.join(format!("{name}.pid"));
+        let file = benchmark_directory(lab)?.join(format!("{name}.pid"));
         let mut shell = Command::new("sh");
         shell.args([
             "-c",
@@ -131,15 +135,22 @@ impl Drop for Daemon {
     }
 }
 
-/// The sockets that a store has made. They are removed when this is dropped.
+/// The sockets that a store makes outside of the benchmark's directory, noted in a file there. They
+/// are removed when this is dropped, or after a signal.
 #[derive(Debug)]
-struct Sockets(Vec<String>);
+struct Sockets(PathBuf);
+
+impl Sockets {
+    fn noted_in(directory: &Path, paths: Vec<String>) -> Result<Self> {
+        let list = directory.join("store.sockets");
+        fs::write(&list, paths.join("\n")).with_context(|| list.display().to_string())?;
+        Ok(Self(list))
+    }
+}
 
 impl Drop for Sockets {
     fn drop(&mut self) {
-        for socket in &self.0 {
-            drop(fs::remove_file(socket));
-        }
+        interrupt::remove_listed(&self.0);
     }
 }
 
@@ -167,8 +178,9 @@ mod tests {
         let directory = tempfile::tempdir().expect("temporary directory");
         let path = directory.path().join("grpc.sock");
         let socket = std::os::unix::net::UnixListener::bind(&path).expect("a socket");
-        let sockets = Sockets(vec!["/missing/grpc.sock".into(), path.display().to_string()]);
+        let paths = vec!["/missing/grpc.sock".into(), path.display().to_string()];
+        let sockets = Sockets::noted_in(directory.path(), paths).expect("room");
         drop((ObjectStore { port: 0, processes: Vec::new(), _sockets: sockets }, socket));
-        assert!(!path.exists());
+        assert_eq!(fs::read_dir(directory.path()).expect("a directory").count(), 0);
     }
 }
