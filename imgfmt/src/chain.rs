@@ -4,6 +4,7 @@
 mod below;
 mod check;
 mod describe;
+mod new_backing;
 mod open;
 
 use std::ffi::OsStr;
@@ -11,8 +12,9 @@ use std::path::Path;
 
 pub(crate) use self::check::check_storage;
 pub(crate) use self::describe::{inspect, inspect_chain};
+pub(crate) use self::new_backing::check_new_backing;
 use self::open::format_of;
-pub(crate) use self::open::{check_depth, open, open_named};
+pub(crate) use self::open::{open, open_named};
 use crate::access::Access;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
@@ -28,7 +30,7 @@ pub(crate) fn change_backing(
 ) -> Result<()> {
     options.refuse_part("change the backing file of")?;
     if let Some((name, format)) = backing {
-        check_depth(path, options, name, format)?;
+        check_new_backing(path, options, name, format)?;
     }
     let storage = options.open_file(path, Access::ReadWrite)?;
     match format_of(&storage, Some(path), options)? {

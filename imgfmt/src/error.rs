@@ -67,6 +67,7 @@ struct Inner {
 enum Hint {
     FoundFormat(Format),
     ChainTooLong,
+    LeadsBack,
     CouldBeShared,
     LostWriteback,
     /// The caller's policy could allow it.
@@ -136,6 +137,17 @@ impl Error {
 
     pub(crate) fn is_chain_too_long(&self) -> bool {
         self.0.hint == Some(Hint::ChainTooLong)
+    }
+
+    /// Marks the error of a chain that leads back to itself.
+    #[must_use]
+    pub(crate) fn leads_back(mut self) -> Self {
+        self.0.hint = Some(Hint::LeadsBack);
+        self
+    }
+
+    pub(crate) fn is_leading_back(&self) -> bool {
+        self.0.hint == Some(Hint::LeadsBack)
     }
 
     /// Returns the detected format of the file, if that is the reason why it could not be opened:

@@ -81,6 +81,14 @@ impl OpenPolicy {
         Self { files: FileRule::Any, ..Self::default() }
     }
 
+    /// Allows any file, of any format, and the same names with a scheme.
+    pub(crate) fn of_any_file(self) -> Self {
+        match self.files {
+            FileRule::InArchive => self,
+            _ => Self { files: FileRule::Any, missing_format: MissingFormat::Probe, ..self },
+        }
+    }
+
     /// Allows files in this directory or below it.
     pub fn beneath(directory: impl Into<PathBuf>) -> Self {
         Self { files: FileRule::Beneath(directory.into()), ..Self::default() }

@@ -265,5 +265,5 @@ pub(super) fn refuse_loop(
         return Ok(());
     }
     let detail = "its chain of backing files leads back to itself";
-    Err(Error::new(ErrorKind::InvalidFormat, "open", detail))
+    Err(Error::new(ErrorKind::InvalidFormat, "open", detail).leads_back())
 }

@@ -39,19 +39,27 @@ pub(crate) fn inspect_chain(
     path: Option<&Path>,
     options: &OpenOptions,
 ) -> Result<Vec<ImageInfo>> {
-    let mut whole = Some(length(&*storage)?);
+    let whole = length(&*storage)?;
     let storage = options.part_of(storage)?;
     let path = path.map(Path::to_owned);
-    let mut layer =
+    let layer =
         Unopened { storage, name: None, shown: path.clone(), path, options: options.clone() };
-    let mut files = Files::default();
+    let mut found = inspect_layers(layer, Files::default())?;
+    if let Some(top) = found.first_mut() {
+        top.file_length = Some(whole);
+    }
+    Ok(found)
+}
+
+/// Information about a layer and all layers below it; `files` are those above.
+pub(super) fn inspect_layers(mut layer: Unopened, mut files: Files) -> Result<Vec<ImageInfo>> {
     let (mut found, mut overlay) = (Vec::new(), None);
     loop {
         let described = describe(&layer);
         let shown = layer.shown.as_deref();
         let (info, below) = described
             .map_err(|error| of_layer(error, shown, overlay.as_ref().map(Option::as_deref)))?;
-        let length = whole.take().map_or_else(|| length(&*layer.storage), Ok)?;
+        let length = length(&*layer.storage)?;
         found.push(ImageInfo { file_length: Some(length), ..info });
         let Some(below) = below else { return Ok(found) };
         let below = next(&layer, below, &mut files).map_err(|error| named(error, shown))?;

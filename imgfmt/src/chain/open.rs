@@ -8,7 +8,7 @@ use super::below::{
     Named, OpenTarget, Unopened, layer_below, open_target, refuse_loop, refuse_stranger,
     unreadable_backing,
 };
-use crate::access::{Access, Locking};
+use crate::access::Access;
 use crate::backing_file::{BackingFile, NameTarget};
 #[cfg(feature = "encryption")]
 use crate::crypto;
@@ -45,7 +45,7 @@ pub(crate) fn open_named(path: &Path, name: &OsStr, options: &OpenOptions) -> Re
     let options = OpenOptions { backing, ..options.clone() };
     let layer = Unopened { storage, path: below, name: None, shown: shown.clone(), options };
     // The new image is a layer too.
-    let mut files = Files { layers: vec![None], ..Files::default() };
+    let mut files = Files::below(None);
     let opened = open_layers(layer, &mut files);
     opened.map_err(|error| named(error, shown.as_deref()))
 }
@@ -72,6 +72,11 @@ pub(super) struct Files {
 }
 
 impl Files {
+    /// Those above a layer that is to be below the image in this file.
+    pub(super) fn below(image: Option<FileIdentity>) -> Self {
+        Self { layers: vec![image], ..Self::default() }
+    }
+
     /// Notes a file of the last layer; `shown` is what a file without a path is called.
     pub(super) fn note(
         &mut self,
@@ -127,27 +132,6 @@ fn open_layers(mut layer: Unopened, files: &mut Files) -> Result<Chain> {
         top = image;
     }
     Ok(Chain::new(top, layers))
-}
-
-/// Refuses a backing file whose chain would be too long with the image at `path` above it. Other
-/// errors of opening it are ignored.
-pub(crate) fn check_depth(
-    path: &Path,
-    options: &OpenOptions,
-    name: &OsStr,
-    format: Format,
-) -> Result<()> {
-    let options = OpenOptions {
-        format: Some(format),
-        access: Access::ReadOnly,
-        locking: Locking::Off,
-        snapshot: None,
-        ..options.clone()
-    };
-    match open_named(path, name, &options) {
-        Err(error) if error.is_chain_too_long() => Err(error),
-        _ => Ok(()),
-    }
 }
 
 /// The error of a chain with too many layers; the caller adds the path of its top.

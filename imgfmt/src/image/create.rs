@@ -9,12 +9,13 @@ use std::sync::Arc;
 
 use super::Image;
 use super::create_foreign::create_foreign;
-use super::new_files::{NewFiles, open_below, open_to_write, refuse_contradicting_encryption};
+use super::new_files::{
+    NewFiles, check_below, open_below, open_to_write, refuse_contradicting_encryption,
+};
 use super::on_device::{NewOnDevice, is_block_device};
 use crate::access::Access;
 use crate::backing_file::BackingFile;
 use crate::cache_mode::CacheMode;
-use crate::chain;
 use crate::create_options::{CreateOptions, DataFile, Preallocation, invalid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
@@ -175,9 +176,8 @@ fn plan(path: &Path, options: &CreateOptions) -> Result<(u64, Parts)> {
     };
     if let (Some(_), Some((name, format))) = (options.size, &options.backing) {
         if matches!(options.open.backing, BackingFile::Ignored) {
-            // It need not exist; but where it does, the new image must not be one too many.
-            let open = options.open.clone().backing(BackingFile::AsNamed);
-            chain::check_depth(path, &open, name, *format).map_err(named)?;
+            // It need not exist; but where it does, the new image must be one that can be opened.
+            check_below(path, name, *format, options).map_err(named)?;
         } else {
             backing_size(path, name, *format, options).map_err(named)?;
         }

@@ -129,18 +129,21 @@ impl Image {
     }
 
     /// Refuses a name for the backing file of the image at `path`, which need not exist yet, if the
-    /// chain of backing files would have too many layers (500) to be opened. Nothing else is
-    /// checked: the backing file need not exist either.
+    /// image could not be opened: its chain of backing files would have too many layers (500), or
+    /// lead back to itself. Nothing else is checked: the backing file need not exist either. Only
+    /// headers are read; the policy in `options` decides about names with a scheme, and not about
+    /// files.
     ///
     /// # Errors
     ///
-    /// `Unsupported`.
-    pub fn check_chain_length(
+    /// `Unsupported` if the chain would be too long, `InvalidInput` if it would lead back.
+    pub fn check_new_backing(
         path: impl AsRef<Path>,
         options: &OpenOptions,
         (name, format): (&OsStr, Format),
     ) -> Result<()> {
-        chain::check_depth(path.as_ref(), options, name, format)
+        let path = path.as_ref();
+        chain::check_new_backing(path, options, name, format).map_err(|error| error.with_path(path))
     }
 
     /// Writes the identity of a backup into the file of a qcow2 image, durably. The image must not
@@ -174,7 +177,7 @@ impl Image {
     ///
     /// `Unsupported` for raw images; `InvalidInput` if the name is empty or does not fit into the
     /// header, or if the data is in a raw data file; those of
-    /// [`check_chain_length`](Self::check_chain_length); otherwise as [`open`](Self::open). After
+    /// [`check_new_backing`](Self::check_new_backing); otherwise as [`open`](Self::open). After
     /// any error but `Io`, nothing has changed.
     pub fn change_backing_file(
         path: impl AsRef<Path>,

@@ -99,6 +99,22 @@ pub(super) fn refuse_contradicting_encryption(options: &CreateOptions) -> Result
     }))
 }
 
+/// Refuses a backing file above which the new image could not be opened.
+pub(super) fn check_below(
+    path: &Path,
+    name: &OsStr,
+    format: Format,
+    create: &CreateOptions,
+) -> Result<()> {
+    // It may replace a file, which has the name that it has in the end.
+    let finally = match &create.foreign.final_name {
+        Some(name) if !path.exists() => &*path.with_file_name(name),
+        _ => path,
+    };
+    chain::check_new_backing(finally, &create.open, name, format)
+        .map_err(|error| error.with_path(finally))
+}
+
 /// Opens the backing file of a new image.
 pub(super) fn open_below(
     path: &Path,
@@ -106,6 +122,7 @@ pub(super) fn open_below(
     format: Format,
     create: &CreateOptions,
 ) -> Result<Chain> {
+    check_below(path, name, format, create)?;
     let options = OpenOptions::new()
         .format(format)
         .locking(create.open.locking)

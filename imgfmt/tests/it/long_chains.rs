@@ -14,7 +14,7 @@ use crate::common::{all_extents, at, range};
 
 const SIZE: u64 = 16 << 20;
 const CLUSTER: u64 = 64 << 10;
-/// As the documentation of `Image::check_chain_length` has it.
+/// As the documentation of `Image::check_new_backing` has it.
 const LAYERS_MAX: usize = 500;
 
 fn layer(directory: &Path, number: usize) -> PathBuf {
@@ -148,6 +148,7 @@ fn the_longest_chain_is_read_and_no_layer_is_made_above_it() {
     let error = Image::create(&above, &overlay).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(error.to_string().contains("more than 500 layers"), "{error}");
+    assert_eq!(error.path(), Some(&*top));
     assert!(!above.exists());
     // By the way of an overlay of something else.
     Image::create(&above, &CreateOptions::overlay(name(0), Format::Qcow2)).unwrap();
@@ -175,9 +176,11 @@ fn a_chain_that_is_too_long_already_is_refused_with_its_name() {
 #[test]
 fn a_loop_is_found_far_down() {
     let directory = chain(200);
-    let backing = name(150);
-    let (first, backing) = (layer(directory.path(), 0), Some((backing.as_ref(), Format::Qcow2)));
+    // Closed when nobody looks.
+    let backing = Some(("link".as_ref(), Format::Qcow2));
+    let first = layer(directory.path(), 0);
     Image::change_backing_file(&first, &OpenOptions::new(), backing).unwrap();
+    std::os::unix::fs::symlink(name(150), directory.path().join("link")).unwrap();
     let error = Image::open(layer(directory.path(), 199), &OpenOptions::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidFormat);
     assert!(error.to_string().contains("leads back to itself"), "{error}");

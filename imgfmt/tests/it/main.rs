@@ -38,6 +38,7 @@ mod bitmaps_vs_qemu;
 mod block_device;
 mod chains_vs_qemu;
 mod check_vs_qemu;
+mod circular_chains;
 mod closing;
 mod contradicting_features;
 mod crash_at_any_instant;

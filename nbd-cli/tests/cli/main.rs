@@ -52,6 +52,7 @@ mod image_amend;
 mod image_backing_on_server;
 mod image_bad_input;
 mod image_change;
+mod image_circular_chains;
 mod image_convert;
 mod image_convert_existing;
 mod image_convert_nbd;

@@ -25,9 +25,10 @@ Examples:
   nbd-cli image rebase --unsafe --backing moved/base.img --backing-format raw overlay.qcow2
 
 The disk stays the same: the differences between the old and the new backing file are copied into
-the overlay first. With --unsafe only the name is changed and no backing file is examined: for a
-backing file that was moved or renamed. A relative name starts at the directory of the overlay. An
-overlay whose backing file is on a server can be opened only with --trust-image.";
+the overlay first. With --unsafe only the name is changed, for a backing file that was moved or
+renamed: no content is compared, and the file may be missing. A backing file whose chain leads back
+to the overlay is refused. A relative name starts at the directory of the overlay. An overlay whose
+backing file is on a server can be opened only with --trust-image.";
 
 /// Arguments of `nbd-cli image rebase`.
 #[derive(Debug, Args)]
@@ -72,7 +73,7 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<Outcome, CommandError> {
     let new = backing.as_deref().zip(format);
     if let Some(new) = new {
         // Before anything is copied.
-        Image::check_chain_length(&args.path, &args.open.options(), new)?;
+        Image::check_new_backing(&args.path, &args.open.options(), new)?;
     }
     if args.is_unsafe {
         Image::change_backing_file(&args.path, &args.open.options(), new).map_err(explained)?;
