@@ -15,6 +15,8 @@ use nbd_jobs::chart::CharacterSet;
 use nbd_jobs::size::{parse_rate, rounded};
 use nbd_jobs::text::without_error_numbers;
 use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::io::Errno;
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
 use crate::output::ReportFormat;
 use crate::terminal::{character_set, columns_of};
@@ -81,11 +83,23 @@ fn open_descriptor(text: &str) -> Result<&'static File, String> {
         .append(true)
         .custom_flags(waitless)
         .open(format!("/proc/self/fd/{number}"))
-        .and_then(|file| Ok(fcntl_setfl(&file, OFlags::APPEND).map(|()| file)?));
+        .and_then(|file| Ok(fcntl_setfl(&file, OFlags::APPEND).map(|()| file)?))
+        .or_else(|error| match Errno::from_io_error(&error) {
+            // A socket, which cannot be opened, or a pipe in a directory that nobody reads.
+            Some(Errno::NXIO) => Ok(duplicate(number)?),
+            _ => Err(error),
+        });
     let file = file.map_err(|error| {
         without_error_numbers(format!("nothing can be written to this file descriptor: {error}"))
     })?;
     Ok(Box::leak(Box::new(file)))
+}
+
+/// Returns another descriptor of an open file.
+fn duplicate(number: u32) -> Result<File, Errno> {
+    let own = pidfd_open(getpid(), PidfdFlags::empty())?;
+    let number = i32::try_from(number).map_err(|_| Errno::BADF)?;
+    pidfd_getfd(own, number, PidfdGetfdFlags::empty()).map(File::from)
 }
 
 /// The option that limits the rate of a command.

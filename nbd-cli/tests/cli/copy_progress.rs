@@ -1,5 +1,8 @@
 //! The progress of `copy`.
 
+use std::io::Read as _;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 
 use crate::support::{Disk, PROGRAM, nbd_cli, peer, run};
@@ -120,6 +123,38 @@ fn a_program_reads_percents_from_a_descriptor_as_those_of_nbdcopy() {
     // The short form takes no number, and can be joined with others.
     let outcome = nbd_cli(&["copy", "-pU", disk.path(), "null:"]);
     assert!(outcome.code == Some(0) && outcome.stderr.contains("100 %"), "{outcome:?}");
+}
+
+#[test]
+fn percents_are_written_to_sockets_and_to_readers_that_have_gone() {
+    tools!(sh = "sh", mkfifo = "mkfifo");
+    let disk = Disk::sparse();
+    let copied = disk.beside("copied");
+    let copy = |redirected: &str, output: OwnedFd| {
+        let line =
+            format!("exec {PROGRAM} copy --progress=5 {} {copied} {redirected}", disk.path());
+        let mut command = Command::new(&sh);
+        let output = command.args(["-c", &line]).stdout(output).output().expect("a shell");
+        assert_eq!((output.status.code(), &*output.stderr), (Some(0), &b""[..]), "{output:?}");
+        disk.assert_equals(&copied);
+        std::fs::remove_file(&copied).expect("the copy");
+    };
+    let (mut reader, writer) = UnixStream::pair().expect("sockets");
+    copy("5>&1 >/dev/null", writer.into());
+    let mut text = String::new();
+    reader.read_to_string(&mut text).expect("the numbers");
+    assert!(text.starts_with("0/100\n") && text.ends_with("\n100/100\n"), "{text}");
+    let (reader, writer) = UnixStream::pair().expect("sockets");
+    drop(reader);
+    copy("5>&1 >/dev/null", writer.into());
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    copy("5>&1 >/dev/null", writer.into());
+    // The shell opens it to read, too.
+    let fifo = disk.beside("fifo");
+    peer(&mkfifo, &[&fifo]);
+    let (_reader, writer) = std::io::pipe().expect("a pipe");
+    copy(&format!("6<>{fifo} 5>{fifo} 6>&-"), writer.into());
 }
 
 #[test]
