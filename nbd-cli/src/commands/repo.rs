@@ -11,7 +11,7 @@ mod store;
 mod text;
 
 use nbd_jobs::repository::repository_error;
-use nbd_objects::repo::{CollectOptions, Creates, Id, Repository, Retention};
+use nbd_objects::repo::{CollectOptions, Creates, Id, Repository, Retention, SessionInfo};
 
 pub use self::args::RepoArgs;
 use self::args::{
@@ -147,7 +147,8 @@ async fn gc(args: &GcArgs) -> Result<Outcome, CommandError> {
     let repository = args.store.open().await?;
     let mut options = CollectOptions::default();
     (options.idle, options.wait, options.dry_run) = (args.idle, args.wait, args.dry_run);
-    let garbage = repository.collect(&options).await.map_err(repository_error)?;
+    let waits = |session: &SessionInfo| warn(&listing::waits(session, args));
+    let garbage = repository.collect_and_tell(&options, &waits).await.map_err(repository_error)?;
     if let Some(running) = garbage.running {
         let sessions = repository.sessions().await.map_err(repository_error)?;
         let record = sessions.into_iter().find(|it| it.id == running).and_then(|it| it.record);

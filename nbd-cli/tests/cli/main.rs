@@ -121,6 +121,8 @@ mod repository;
 #[cfg(feature = "object-storage")]
 mod repository_export;
 #[cfg(feature = "object-storage")]
+mod repository_failed;
+#[cfg(feature = "object-storage")]
 mod repository_import;
 #[cfg(feature = "object-storage")]
 mod repository_names;

@@ -187,9 +187,13 @@ impl Work<'_> {
         new.base = self.base;
         new.follows = self.follows.filter(|_| disks.iter().any(is_dirty));
         new.like.clone_from(&self.like);
-        let session = self.repository.begin(new).await.map_err(repository_error)?;
-        let copying = self.copy(disks, session, size);
-        let (made, read) = self.context.cancellation.unless_cancelled(copying).await?;
+        let mut session = self.repository.begin(new).await.map_err(repository_error)?;
+        let copying = self.copy(disks, &mut session, size);
+        let copied = self.context.cancellation.unless_cancelled(copying).await;
+        if copied.is_err() {
+            session.give_up().await;
+        }
+        let (made, read) = copied?;
         let mut verified = None;
         for disk in disks {
             let extents = match self.options.verify {
@@ -216,7 +220,7 @@ impl Work<'_> {
     async fn copy(
         &self,
         disks: &[Disk<'_>],
-        mut session: Session,
+        session: &mut Session,
         size: u64,
     ) -> Result<(Made, u64), JobError> {
         let total = disks.iter().map(Disk::size).sum();
@@ -227,7 +231,7 @@ impl Work<'_> {
             if gap > 0 {
                 session.zero(gap).await.map_err(repository_error)?;
             }
-            read += self.copy_disk(disk, &mut session, (&mut progress, size)).await?;
+            read += self.copy_disk(disk, session, (&mut progress, size)).await?;
         }
         if let Some(check) = self.before_commit.clone() {
             let checked = tasks::spawn_blocking(move || check()).await;

@@ -11,6 +11,7 @@ use super::listing::bytes_of;
 use super::objects::Creates;
 use super::protocol::{Answer, Collected, Collector, Forget, Object, Request, Rules, Step};
 use super::repository::Repository;
+use super::sessions::SessionInfo;
 use super::staging::remove_staged;
 use super::tries::Tries;
 
@@ -75,14 +76,16 @@ impl Repository {
         }
     }
 
-    /// Returns the number of packs, and their bytes.
+    /// Returns the number of packs, and the bytes of packs and backups.
     ///
     /// # Errors
     ///
     /// As for all requests to the store.
     pub async fn space(&self) -> Result<(u64, u64)> {
-        let listed = self.objects.list(Folder::Packs).await?;
-        Ok((listed.len() as u64, bytes_of(listed.iter().map(|listed| &listed.size))))
+        let packs = self.objects.list(Folder::Packs).await?;
+        let backups = self.objects.list(Folder::Backups).await?;
+        let bytes = bytes_of(packs.iter().chain(&backups).map(|listed| &listed.size));
+        Ok((packs.len() as u64, bytes))
     }
 
     /// Deletes the packs that no backup needs.
@@ -97,6 +100,23 @@ impl Repository {
     /// A gc may be killed at any time. What it condemned is not used by new backups; the next gc
     /// deletes it.
     pub async fn collect(&self, options: &CollectOptions) -> Result<Garbage> {
+        self.collect_and_tell(options, &|_| {}).await
+    }
+
+    /// As [`collect`](Self::collect); calls `waits` for each session for which it begins to wait.
+    ///
+    /// # Errors
+    ///
+    /// As [`collect`](Self::collect).
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`collect`](Self::collect).
+    pub async fn collect_and_tell(
+        &self,
+        options: &CollectOptions,
+        waits: &(dyn Fn(&SessionInfo) + Sync),
+    ) -> Result<Garbage> {
         let id = Id::random()?;
         let mut machine = Collector::new(id, Rules::ALL);
         let mut sizes = BTreeMap::new();
@@ -135,7 +155,7 @@ impl Repository {
                 }
                 Step::Request(request) => machine.answer(self.carry_out(request).await?),
                 Step::Reached(Collected::Running(session)) => {
-                    match self.decide(session, &mut patience).await? {
+                    match self.decide(session, &mut patience, waits).await? {
                         Decision::End => {
                             // One that is to be ended again could not be ended before.
                             if garbage.ended.last() != Some(&session) {
@@ -202,14 +222,27 @@ impl Repository {
     }
 
     /// Decides about a session that runs, perhaps after a while.
-    async fn decide(&self, session: Id, patience: &mut Patience) -> Result<Decision> {
-        let counter = self.record(session).await?.map(|(_, counter)| counter);
+    async fn decide(
+        &self,
+        session: Id,
+        patience: &mut Patience,
+        waits: &(dyn Fn(&SessionInfo) + Sync),
+    ) -> Result<Decision> {
+        let (record, counter) = self.record(session).await?.unzip();
+        if record.as_ref().is_some_and(|record| record.failed) {
+            // Its writer says so: no create is on its way.
+            return Ok(Decision::End);
+        }
+        let is_new = !patience.seen.contains_key(&session);
         let decision = patience.decide(session, counter, Instant::now());
         let decision = match (decision, self.creates()) {
             (Decision::End, Creates::Overwriting) => Decision::GiveUp,
             (decision, _) => decision,
         };
         if decision == Decision::Wait {
+            if is_new {
+                waits(&SessionInfo { id: session, record });
+            }
             tokio::time::sleep(patience.interval(Instant::now())).await;
         }
         Ok(decision)

@@ -23,6 +23,8 @@ pub struct BackupInfo {
     pub head: Result<Head>,
     /// Whether it was forgotten, and its packs may be deleted.
     pub is_forgotten: bool,
+    /// Bytes of its object, which are a part of what it added to the repository.
+    pub bytes: u64,
 }
 
 /// What a name of a backup stands for.
@@ -52,11 +54,12 @@ impl Repository {
         let listed = self.objects.list(Folder::Backups).await?;
         // Nothing is behind the prefix of a tombstone that is left for its name alone.
         let listed = listed.into_iter().filter(|listed| listed.size != PREFIX_LEN as u64);
-        let ids = listed.filter_map(|listed| match listed.key {
-            Key::Backup(id) => Some(id),
+        let named = listed.filter_map(|listed| match listed.key {
+            Key::Backup(id) => Some((id, listed.size)),
             _ => None,
         });
-        let mut found = futures_util::stream::iter(ids).map(|id| self.look(id)).buffered(READS);
+        let looks = futures_util::stream::iter(named).map(|(id, bytes)| self.look(id, bytes));
+        let mut found = looks.buffered(READS);
         let (mut backups, mut compactions) = (Vec::new(), Vec::new());
         while let Some(looked) = found.try_next().await? {
             match looked {
@@ -69,26 +72,26 @@ impl Repository {
         Ok((backups, compactions))
     }
 
-    async fn look(&self, id: Id) -> Result<Looked> {
-        let bytes = match self.objects.read_front(id).await {
-            Ok(Some((bytes, _))) => bytes,
+    async fn look(&self, id: Id, bytes: u64) -> Result<Looked> {
+        let front = match self.objects.read_front(id).await {
+            Ok(Some((front, _))) => front,
             Ok(None) => return Ok(Looked::Nothing),
             // It is empty.
             Err(error) if error.kind() == RepositoryErrorKind::Damaged => {
-                let info = BackupInfo { id, head: Err(error), is_forgotten: false };
+                let info = BackupInfo { id, head: Err(error), is_forgotten: false, bytes };
                 return Ok(Looked::Backup(Box::new(info)));
             }
             Err(error) => return Err(error),
         };
-        let kind = root::kind(&bytes);
+        let kind = root::kind(&front);
         let head = match kind {
             Some(Kind::Empty) => return Ok(Looked::Nothing),
             Some(Kind::Compaction) => return Ok(Looked::Compaction(id)),
-            Some(_) => root::head(&self.objects.sealer, id, &bytes),
+            Some(_) => root::head(&self.objects.sealer, id, &front),
             None => Err(root::unknown(id)),
         };
         let is_forgotten = kind == Some(Kind::Forgotten);
-        Ok(Looked::Backup(Box::new(BackupInfo { id, head, is_forgotten })))
+        Ok(Looked::Backup(Box::new(BackupInfo { id, head, is_forgotten, bytes })))
     }
 
     /// Finds the backup that a text names: `NAME@latest` or `NAME`, `NAME@2026-11-20` (the newest

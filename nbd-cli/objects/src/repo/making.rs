@@ -27,7 +27,7 @@ use self::known::Known;
 pub use self::new_backup::{Made, NewBackup};
 use self::new_backup::{check, first_look};
 use self::packs::Packs;
-use self::renewal::Renewal;
+use self::renewal::{Left, Renewal};
 use self::sender::Sender;
 use super::error::{RepositoryError, RepositoryErrorKind, Result};
 use super::id::Id;
@@ -55,7 +55,8 @@ const RENEWAL: Duration = Duration::from_secs(60);
 /// # Cancel safety
 ///
 /// Dropping it at any time leaves an interrupted session: no backup, and packs that the next backup
-/// of this name uses again.
+/// of this name uses again. A gc waits for it until it seems dead, unless
+/// [`give_up`](Session::give_up) was called.
 #[derive(Debug)]
 pub struct Session {
     repository: Repository,
@@ -90,6 +91,8 @@ pub struct Session {
     found: u64,
     /// Whether something that was given did not get into the map or the store.
     has_failed: bool,
+    /// Whether the backup may be there, or may still come.
+    may_be_committed: bool,
 }
 
 #[derive(Debug)]
@@ -115,8 +118,12 @@ impl Repository {
         let time = new.time.unwrap_or(now);
         // When it was begun must be known even if its object cannot be read.
         let id = Id::random_at(time)?;
-        let record =
-            SessionRecord { name: new.name.to_string(), host: new.host.clone(), time: now };
+        let record = SessionRecord {
+            name: new.name.to_string(),
+            host: new.host.clone(),
+            time: now,
+            failed: false,
+        };
         let objects = &self.objects;
         let mut writer = Writer::new(id, record.encode(&objects.sealer, id, 0)?, Rules::ALL);
         if let Step::Request(register) = writer.step() {
@@ -124,7 +131,24 @@ impl Repository {
         }
         // What follows may take longer than a gc has patience.
         let mut renewal = Renewal::start(Arc::clone(objects), id, record, RENEWAL);
-        self.drive(&mut writer, &mut renewal).await?;
+        match self.registered(new, (id, time), writer, &mut renewal).await {
+            Ok(session) => Ok(Session { renewal, ..session }),
+            Err(error) => {
+                self.give_up(id, &mut renewal, Left::Nothing).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Finds what a backup may refer to, whose session is registered.
+    async fn registered(
+        &self,
+        new: NewBackup,
+        (id, time): (Id, u64),
+        mut writer: Writer,
+        renewal: &mut Renewal,
+    ) -> Result<Session> {
+        self.drive(&mut writer, renewal).await?;
         // Only now: what was condemned before is known.
         let moves = match new.base.is_some() || !new.like.is_empty() {
             true => self.moves().await?,
@@ -157,12 +181,13 @@ impl Repository {
             pages: Vec::new(),
             pages_len: 0,
             sender: Sender::new(Arc::clone(&self.objects), id),
-            renewal,
+            renewal: Renewal::none(),
             cores: Arc::new(Semaphore::new(cores())),
             spent: Vec::new(),
             data: 0,
             found: 0,
             has_failed: false,
+            may_be_committed: false,
             new,
         })
     }

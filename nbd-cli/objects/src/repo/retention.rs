@@ -99,7 +99,12 @@ mod tests {
             body_length: 0,
             body_hash: String::new(),
         };
-        BackupInfo { id: Id::from_bytes([number; 16]), head: Ok(head), is_forgotten: false }
+        BackupInfo {
+            id: Id::from_bytes([number; 16]),
+            head: Ok(head),
+            is_forgotten: false,
+            bytes: 0,
+        }
     }
 
     fn kept(retention: Retention, days: &[u64]) -> Vec<u64> {

@@ -23,6 +23,9 @@ pub struct SessionRecord {
     pub host: String,
     /// When it began, in milliseconds since 1970.
     pub time: u64,
+    /// Whether it failed: it will not be committed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub failed: bool,
 }
 
 /// The name in the record of a compaction. No backup has this name.
@@ -31,7 +34,7 @@ const COMPACTION: &str = "@compact";
 impl SessionRecord {
     /// The record of a compaction.
     pub(crate) fn of_compaction(host: String, time: u64) -> Self {
-        Self { name: COMPACTION.to_owned(), host, time }
+        Self { name: COMPACTION.to_owned(), host, time, failed: false }
     }
 
     /// Returns whether this is a compaction, and not a backup.

@@ -1,6 +1,7 @@
 //! Backups of disks in memory, into stores in memory and in folders.
 
 mod compacting;
+mod failed;
 mod faults;
 mod killed;
 mod maps;

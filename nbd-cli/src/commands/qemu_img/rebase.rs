@@ -47,7 +47,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8, Refusal> {
     }
     if let Some(new) = new {
         // Before anything is copied.
-        Image::check_chain_length(path, &options, new)?;
+        Image::check_new_backing(path, &options, new)?;
     }
     let progress = Percentage::begin(arguments.wants_progress())?;
     let rebased = if is_unsafe {

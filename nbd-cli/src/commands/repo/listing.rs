@@ -1,6 +1,7 @@
 //! Lists what a repository holds: backups, sessions and readers, and what each disk takes.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use nbd_jobs::date::date_and_time;
 use nbd_jobs::repository::repository_error;
@@ -10,7 +11,7 @@ use nbd_objects::repo::{
 };
 use serde::Serialize;
 
-use super::args::{ListArgs, StatsArgs};
+use super::args::{GcArgs, ListArgs, StatsArgs};
 use super::store::described;
 use super::text::counted;
 use crate::error::{CommandError, Outcome};
@@ -58,6 +59,8 @@ struct Session {
     name: Option<String>,
     host: Option<String>,
     since: Option<String>,
+    /// Whether it will not be committed: gc does not wait for it.
+    failed: bool,
     damaged: bool,
 }
 
@@ -129,7 +132,7 @@ impl Backup {
             time: head.map(|head| date_and_time(head.time / 1000)),
             size: head.map(Head::bytes),
             data: head.map(|head| head.data),
-            added: head.map(|head| head.added),
+            added: head.map(|head| head.added.saturating_add(info.bytes)),
             export: head.and_then(|head| head.origin.export.clone()),
             bitmap: head.and_then(|head| head.origin.bitmap.clone()),
             disks: head.map_or_else(Vec::new, |head| {
@@ -160,6 +163,7 @@ impl Session {
             name: record.filter(|it| !it.is_compaction()).map(|record| record.name.clone()),
             host: record.map(|record| record.host.clone()),
             since: record.map(|record| date_and_time(record.time / 1000)),
+            failed: record.is_some_and(|record| record.failed),
             damaged: record.is_none(),
         }
     }
@@ -171,9 +175,11 @@ impl Session {
                 self.id
             );
         }
-        let what = match &self.name {
-            Some(name) => format!("being made or interrupted: {}", printable(name)),
-            None => "a compaction that runs or was interrupted,".to_owned(),
+        let what = match (&self.name, self.failed) {
+            (Some(name), false) => format!("being made or interrupted: {}", printable(name)),
+            (Some(name), true) => format!("failed: {}", printable(name)),
+            (None, false) => "a compaction that runs or was interrupted,".to_owned(),
+            (None, true) => "a compaction that failed,".to_owned(),
         };
         format!(
             "{}  {what} on {} since {}",
@@ -182,6 +188,23 @@ impl Session {
             self.since.as_deref().unwrap_or("?")
         )
     }
+}
+
+/// Says that gc waits for a session, how long, and how to go on.
+pub(super) fn waits(info: &SessionInfo, args: &GcArgs) -> String {
+    let minutes = |time: Duration| match time.as_secs() {
+        seconds @ 60.. if seconds.is_multiple_of(60) => format!("{} min", seconds / 60),
+        _ => format!("{time:?}"),
+    };
+    format!(
+        "waiting for {}: at most {} if it was killed, and {} if it runs; to go on at once, end it \
+         with 'nbd-cli repo forget-session {} {}'",
+        Session::of(info).line().replacen("  ", ", ", 1),
+        minutes(args.idle.min(args.wait)),
+        minutes(args.wait),
+        printable(&args.store.repository.to_string_lossy()),
+        info.id
+    )
 }
 
 fn damaged(id: &str, error: impl std::fmt::Display) -> String {
@@ -255,6 +278,7 @@ struct Stats {
     id: String,
     encrypted: bool,
     packs: u64,
+    /// Bytes of the packs and of the objects of the backups.
     bytes: u64,
     disks: Vec<Disk>,
     /// Backups that cannot be read.
@@ -284,7 +308,7 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
         }
         let disk = disks.entry(head.name.clone()).or_default();
         disk.backups += 1;
-        disk.added = disk.added.saturating_add(head.added);
+        disk.added = disk.added.saturating_add(head.added).saturating_add(info.bytes);
         disk.size = head.bytes();
         (disk.name, disk.data) = (head.name, head.data);
     }
@@ -321,7 +345,7 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<Outcome, CommandError> {
                 output.line(&line)?;
             }
             output.line(&format!(
-                "{}: {}, {}, {}",
+                "{}: {}, {} with the objects of the backups, {}",
                 printable(repository.name()),
                 counted(stats.packs, "pack"),
                 rounded(stats.bytes),

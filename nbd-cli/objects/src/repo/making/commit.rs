@@ -6,6 +6,7 @@ use super::super::id::Key;
 use super::super::page::PAGE_SPAN;
 use super::super::protocol::{Backup, Committed, Object};
 use super::super::root;
+use super::renewal::Left;
 use super::{Made, Session, ended};
 
 impl Session {
@@ -15,7 +16,7 @@ impl Session {
     ///
     /// [`Fenced`](crate::repo::RepositoryErrorKind::Fenced) if another process ended the session:
     /// there is no backup. If a request fails, there may be one.
-    pub async fn commit(mut self) -> Result<Made> {
+    pub async fn commit(&mut self) -> Result<Made> {
         self.check_sound()?;
         if self.given != self.blocks() {
             return Err(RepositoryError::invalid("a part of the disk was not given"));
@@ -40,6 +41,7 @@ impl Session {
         if self.new.follows.is_some() && !(is_alone && self.new.follows == self.line.last()?) {
             return Err(self.overtaken().await);
         }
+        self.may_be_committed = true;
         self.writer.commit(Object::Live(Backup { packs: root.packs().into(), object }));
         let repository = self.repository.clone();
         match repository.drive(&mut self.writer, &mut self.renewal).await? {
@@ -65,6 +67,17 @@ impl Session {
             found: self.found,
             packs: self.sender.packs,
         })
+    }
+
+    /// Ends the session, if its backup cannot be made or was not committed: a gc does not wait for
+    /// it then. The next backup of this name uses again what was sent, if it comes before a gc.
+    pub async fn give_up(mut self) {
+        let left = match (self.may_be_committed, self.sender.packs) {
+            (true, _) => Left::Create,
+            (false, 0) => Left::Nothing,
+            (false, _) => Left::Packs,
+        };
+        self.repository.give_up(self.id, &mut self.renewal, left).await;
     }
 
     /// Ends the session without a backup.

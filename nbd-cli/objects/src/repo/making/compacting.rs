@@ -25,7 +25,7 @@ use super::super::session_record::SessionRecord;
 use super::super::stored::Stored;
 use super::known::Known;
 use super::packs::Packs;
-use super::renewal::Renewal;
+use super::renewal::{Left, Renewal};
 use super::sender::Sender;
 use super::usage::{Choice, Usage};
 use super::{RENEWAL, ended};
@@ -149,9 +149,25 @@ impl<'a> Compactor<'a> {
         options: &'a CompactOptions,
         compacted: &mut Compacted,
     ) -> Result<bool> {
-        let objects = &repository.objects;
         let id = next_id(repository).await?;
-        let (mut writer, mut renewal) = register(repository, options, id).await?;
+        let (writer, mut renewal) = register(repository, options, id).await?;
+        let mut left = Left::Packs;
+        let session = (id, writer, &mut renewal, &mut left);
+        let done = Self::registered(repository, options, session, compacted).await;
+        if done.is_err() {
+            repository.give_up(id, &mut renewal, left).await;
+        }
+        done
+    }
+
+    /// Runs in a session that is registered; says what it leaves if it fails.
+    async fn registered(
+        repository: &'a Repository,
+        options: &'a CompactOptions,
+        (id, mut writer, renewal, left): (Id, Writer, &mut Renewal, &mut Left),
+        compacted: &mut Compacted,
+    ) -> Result<bool> {
+        let objects = &repository.objects;
         let moves = repository.moves().await?;
         let backups = list(repository, &moves).await?;
         // Behind these, so that it has their packs.
@@ -194,7 +210,7 @@ impl<'a> Compactor<'a> {
                 record.is_compaction()
             })
             .await?;
-            is_last = compactor.maps(&backups, &renewal, &mut maps, compacted).await?;
+            is_last = compactor.maps(&backups, renewal, &mut maps, compacted).await?;
         }
         if maps.is_empty() {
             renewal.stop().await;
@@ -206,8 +222,9 @@ impl<'a> Compactor<'a> {
         compacted.backups += maps.len() as u64;
         let object = compaction::encode(&objects.sealer, id, maps)?;
         compacted.written += compactor.sender.added + object.object.len() as u64;
+        *left = Left::Create;
         writer.commit(Object::Compaction(object));
-        match repository.drive(&mut writer, &mut renewal).await? {
+        match repository.drive(&mut writer, renewal).await? {
             Committed::Yes => Ok(is_last),
             Committed::Fenced | Committed::Ready => Err(ended("compaction", id)),
         }
@@ -350,7 +367,7 @@ async fn list(repository: &Repository, moves: &Moves) -> Result<Vec<(Id, String)
         // If it is damaged, a gc deletes nothing.
         repository.objects.carry_out(Request::Get(Key::Backup(compaction))).await?;
     }
-    for BackupInfo { id, head, is_forgotten } in listed {
+    for BackupInfo { id, head, is_forgotten, .. } in listed {
         if !is_forgotten {
             backups.push((id, head?.name));
         }

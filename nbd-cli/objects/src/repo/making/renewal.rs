@@ -10,8 +10,12 @@ use tokio::task::JoinHandle;
 use super::super::error::Result;
 use super::super::id::{Id, Key};
 use super::super::objects::{Creates, Objects};
+use super::super::repository::Repository;
 use super::super::session_record::SessionRecord;
 use crate::runtime::boxed;
+
+/// Longest time to end a session whose store does not answer.
+const TIME_TO_GIVE_UP: Duration = Duration::from_secs(10);
 
 /// Renews the record of a session, so that a collector can tell a slow backup from one that was
 /// killed. Ends when it is dropped.
@@ -20,6 +24,7 @@ pub(super) struct Renewal {
     stop: Option<oneshot::Sender<()>>,
     task: Option<JoinHandle<()>>,
     is_ended: Arc<AtomicBool>,
+    record: Option<SessionRecord>,
 }
 
 impl Renewal {
@@ -33,22 +38,32 @@ impl Renewal {
         let (stop, stopped) = oneshot::channel();
         let is_ended = Arc::new(AtomicBool::new(false));
         let ended = Arc::clone(&is_ended);
+        let known = record.clone();
         let task = tokio::spawn(boxed(async move {
             if renew(&objects, (id, &record), interval, stopped).await {
                 ended.store(true, Ordering::Relaxed);
             }
         }));
-        Self { stop: Some(stop), task: Some(task), is_ended }
+        Self { stop: Some(stop), task: Some(task), is_ended, record: Some(known) }
     }
 
     /// One that does nothing.
     pub(super) fn none() -> Self {
-        Self { stop: None, task: None, is_ended: Arc::default() }
+        Self { stop: None, task: None, is_ended: Arc::default(), record: None }
     }
 
     /// Returns whether the session was ended, as far as it is known.
     pub(super) fn is_ended(&self) -> bool {
         self.is_ended.load(Ordering::Relaxed)
+    }
+
+    /// Says in the record that nothing will be committed. It was stopped.
+    async fn mark_failed(&mut self, objects: &Objects, id: Id) -> Result<()> {
+        let Some(record) = self.record.take() else { return Ok(()) };
+        let record = SessionRecord { failed: true, ..record };
+        // No renewal has this number, and no two records may have the same.
+        let object = record.encode(&objects.sealer, id, u32::MAX)?;
+        objects.write(&Key::Session(id).to_string(), object).await
     }
 
     /// Stops, and waits for a request that is on its way: it could bring a record back that is
@@ -58,6 +73,43 @@ impl Renewal {
         if let Some(task) = self.task.take() {
             // If it panicked, nothing is on its way.
             let _ = task.await;
+        }
+    }
+}
+
+/// What a session that failed has left in the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Left {
+    /// Its record.
+    Nothing,
+    /// Its record, and packs that the next one can use.
+    Packs,
+    /// The backup too, perhaps; or the request to create it may still have its effect.
+    Create,
+}
+
+impl Repository {
+    /// Ends a session that failed, so that no gc waits for it; tries so for a while.
+    pub(super) async fn give_up(&self, id: Id, renewal: &mut Renewal, left: Left) {
+        let key = Key::Session(id).to_string();
+        let ending = async {
+            renewal.stop().await;
+            let ended = match left {
+                // Only a tombstone keeps the create from having an effect.
+                Left::Create if self.creates() == Creates::Overwriting => return Ok(()),
+                Left::Create => return self.end_session(id).await.map(drop),
+                Left::Nothing => self.objects.delete(&key).await,
+                Left::Packs => renewal.mark_failed(&self.objects, id).await,
+            };
+            match ended {
+                // The disk may be full. What was sent is not used again then.
+                Err(_) => self.objects.delete(&key).await,
+                ended => ended,
+            }
+        };
+        let ended = tokio::time::timeout(TIME_TO_GIVE_UP, ending).await;
+        if !matches!(ended, Ok(Ok(()))) {
+            tracing::debug!("the session {id} could not be ended; gc waits for it");
         }
     }
 }
@@ -133,7 +185,8 @@ mod tests {
             let (objects, id) = (objects(creates), Id::random().unwrap());
             let session = Key::Session(id);
             put(&objects, session, Object::Session("first".into())).await;
-            let record = SessionRecord { name: "vm".into(), host: "host".into(), time: 1 };
+            let record =
+                SessionRecord { name: "vm".into(), host: "host".into(), time: 1, failed: false };
             let interval = Duration::from_millis(1);
             let mut renewal = Renewal::start(Arc::clone(&objects), id, record, interval);
             let counter = async || {
@@ -163,7 +216,8 @@ mod tests {
     #[tokio::test]
     async fn nothing_is_renewed_after_it_was_stopped() {
         let (objects, id) = (objects(Creates::Exclusive), Id::random().unwrap());
-        let record = SessionRecord { name: "vm".into(), host: "host".into(), time: 1 };
+        let record =
+            SessionRecord { name: "vm".into(), host: "host".into(), time: 1, failed: false };
         let interval = Duration::from_millis(1);
         let mut renewal = Renewal::start(Arc::clone(&objects), id, record, interval);
         while !objects.exists(Key::Session(id)).await.unwrap() {

@@ -206,7 +206,8 @@ async fn interrupted_compaction_is_used_by_the_next_one_and_leaves_nothing() {
     let done = repository.compact(&options(0.05)).await.unwrap();
     let (_, live) = repository.list_all().await.unwrap();
     store.delete(&Key::Backup(live[0]).to_string()).await.unwrap();
-    let record = SessionRecord { name: "@compact".into(), host: "h".into(), time: 1 };
+    let record =
+        SessionRecord { name: "@compact".into(), host: "h".into(), time: 1, failed: false };
     let record = Object::Session(record.encode(&store.sealer, live[0], 0).unwrap());
     store.carry_out(Request::Put(Key::Session(live[0]), record)).await.unwrap();
     are_whole(&repository, &made).await;

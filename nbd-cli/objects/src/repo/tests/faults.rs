@@ -176,7 +176,7 @@ async fn packs_of_a_session_that_has_ended_are_not_looked_at() {
 }
 
 /// As if the store ignored `If-None-Match`.
-fn overwriting(mut repository: Repository) -> Repository {
+pub(super) fn overwriting(mut repository: Repository) -> Repository {
     let mut objects = Objects::clone(&repository.objects);
     objects.creates = Creates::Overwriting;
     repository.objects = Arc::new(objects);
