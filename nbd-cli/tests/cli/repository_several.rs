@@ -311,9 +311,8 @@ fn a_disk_that_fails_leaves_no_backup() {
     assert_eq!(failed.code, Some(1), "{failed:?}");
     let list = json(&["repo", "list", "--json", &lab.repository]);
     assert_eq!(list["backups"][0], Value::Null, "{list}");
-    assert_eq!(list["sessions"].as_array().map(Vec::len), Some(1), "{list}");
+    assert_eq!(list["sessions"][0], Value::Null, "it has sent no pack: {list}");
     broken.end();
-    // What was sent is used again.
     let added = lab.added(&[("one", &one), ("two", &two)]);
     assert!(added < 6_200_000, "{added}");
     nbd_cli(&["repo", "gc", "--idle", "1ms", &lab.repository]).success();
