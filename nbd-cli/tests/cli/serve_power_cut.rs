@@ -2,6 +2,8 @@
 //! and holds what was acknowledged as durable. `NBD_CRASH_ROUNDS` sets how many instants are tried
 //! for each image.
 
+mod bitmaps;
+
 use std::ops::Range;
 use std::path::Path;
 use std::process::Command;
@@ -54,10 +56,10 @@ struct History {
 
 impl History {
     /// The numbers that each sector may have after a crash at this position.
-    fn possible(&self, position: usize) -> Vec<Vec<u64>> {
+    fn possible(&self, position: usize, sectors: usize) -> Vec<Vec<u64>> {
         let has_ended = |span: Span| span.acknowledged.1 <= position;
         let flushes: Vec<&Span> = self.flushes.iter().filter(|span| has_ended(**span)).collect();
-        let mut possible = vec![vec![0]; (SIZE / SECTOR) as usize];
+        let mut possible = vec![vec![0]; sectors];
         for Change { sectors, number, is_durable, span } in &self.changes {
             let is_kept = *is_durable && has_ended(*span)
                 || flushes.iter().any(|flush| flush.sent.0 > span.acknowledged.0);
@@ -97,8 +99,18 @@ fn content(sector: u64, number: u64) -> [u8; SECTOR as usize] {
     bytes
 }
 
+/// The requests of one of the writers.
+#[derive(Clone, Copy)]
+struct Writer {
+    number: u64,
+    /// The first sector of its part of the disk.
+    first: u64,
+    all_durable: bool,
+}
+
 /// Sends requests one after the other, all to one part of the disk.
-async fn write(client: Arc<Client>, clock: Arc<Clock>, writer: u64, all_durable: bool) -> History {
+async fn write(client: Arc<Client>, clock: Arc<Clock>, writer: Writer) -> History {
+    let Writer { number: writer, first, all_durable } = writer;
     let mut random = Random::new((writer << 32) | (u64::from(std::process::id()) << 8) | 1);
     let mut history = History::default();
     for operation in 0..OPERATIONS {
@@ -111,7 +123,7 @@ async fn write(client: Arc<Client>, clock: Arc<Clock>, writer: u64, all_durable:
         let unit = [1, 8, 8][random.below(3) as usize];
         let most = [2, 10][random.below(2) as usize];
         let count = unit * (1 + random.below(most));
-        let start = random.below(PART - count) / unit * unit + writer * PART;
+        let start = random.below(PART - count) / unit * unit + first;
         let sectors = start..start + count;
         let durability = match random.below(4) {
             0 => Durability::Fua,
@@ -138,8 +150,9 @@ async fn write(client: Arc<Client>, clock: Arc<Clock>, writer: u64, all_durable:
     history
 }
 
-/// Several clients write, with several requests in flight each.
-fn load(uri: &str, log: &Log, all_durable: bool) -> History {
+/// Several clients write, with several requests in flight each. Their parts of the disk begin so
+/// many sectors after each other.
+fn load(uri: &str, log: &Log, all_durable: bool, stride: u64) -> History {
     let runtime = Runtime::new().expect("a runtime");
     let clock = Arc::new(Clock { now: AtomicU64::new(0), log: Arc::clone(log) });
     runtime.block_on(async {
@@ -147,9 +160,10 @@ fn load(uri: &str, log: &Log, all_durable: bool) -> History {
         for connection in 0..CONNECTIONS {
             let client = Connector::new(uri.parse().expect("a URI")).connect().await;
             let client = Arc::new(client.expect("a connection"));
-            for writer in connection * WRITERS..(connection + 1) * WRITERS {
+            for number in connection * WRITERS..(connection + 1) * WRITERS {
                 let (client, clock) = (Arc::clone(&client), Arc::clone(&clock));
-                writers.push(tokio::spawn(write(client, clock, writer, all_durable)));
+                let writer = Writer { number, first: number * stride, all_durable };
+                writers.push(tokio::spawn(write(client, clock, writer)));
             }
         }
         let mut history = History::default();
@@ -162,21 +176,22 @@ fn load(uri: &str, log: &Log, all_durable: bool) -> History {
     })
 }
 
-/// Checks the image of a directory after a crash at this position.
-fn judge(path: &Path, format: Format, history: &History, position: usize, what: &str) {
+/// Checks an image after a crash at this position, and returns its content.
+fn judge(path: &Path, format: Format, history: &History, position: usize, what: &str) -> Vec<u8> {
     if format == Format::Qcow2 {
         // Leaks are allowed. QEMU looks for the data file in the present directory.
         let qemu_img = tool("qemu-img").expect("it was there");
         let directory = path.parent().expect("a directory");
-        let check =
-            run(Command::new(qemu_img).args(["check", "-q", "disk"]).current_dir(directory));
+        let check = ["check".as_ref(), "-q".as_ref(), path.as_os_str()];
+        let check = run(Command::new(qemu_img).args(check).current_dir(directory));
         assert!(matches!(check.code, Some(0 | 3)), "{what}: {check:?}");
     }
     let image = Image::open(path, &OpenOptions::new().format(format)).expect(what);
-    let mut bytes = vec![0; SIZE as usize];
+    let mut bytes = vec![0; image.size() as usize];
     image.read_at(GuestOffset::new(0), &mut bytes).expect(what);
     let sectors = bytes.chunks_exact(SECTOR as usize);
-    for ((sector, possible), bytes) in (0..).zip(history.possible(position)).zip(sectors) {
+    let possible = history.possible(position, sectors.len());
+    for ((sector, possible), bytes) in (0..).zip(possible).zip(sectors) {
         let is_possible = possible.iter().any(|number| *bytes == content(sector, *number));
         let changes = history.changes.iter().filter(|change| change.sectors.contains(&sector));
         assert!(
@@ -185,6 +200,34 @@ fn judge(path: &Path, format: Format, history: &History, position: usize, what: 
             &bytes[..8],
             changes.collect::<Vec<_>>()
         );
+    }
+    bytes
+}
+
+/// Lets the power fail at some instants: calls `judge` with the position and a text, after the
+/// files have been made in the directory.
+fn fail(
+    recording: &Recording,
+    history: &History,
+    (cache, directory): (&str, &Path),
+    judge: impl Fn(usize, &str),
+) {
+    let end = recording.log().lock().expect("no panic").len();
+    let seed = (u64::from(std::process::id()) << 20) | end as u64 | 1;
+    let mut random = Random::new(seed);
+    let rounds = std::env::var("NBD_CRASH_ROUNDS").ok().and_then(|rounds| rounds.parse().ok());
+    for _ in 0..rounds.unwrap_or(5) {
+        // The instant of an acknowledgement is the one where an order that is wrong shows most.
+        let spans = history.changes.iter().map(|change| change.span);
+        let ends: Vec<usize> =
+            spans.chain(history.flushes.clone()).map(|span| span.acknowledged.1).collect();
+        let position = match random.below(3) {
+            0 => random.below(end as u64 + 1) as usize,
+            _ => ends[random.below(ends.len() as u64) as usize],
+        };
+        let loss = Loss::ALL[random.below(4) as usize];
+        recording.crash(position, loss, &mut random, directory);
+        judge(position, &format!("{cache}: {loss:?} lost after {position} of {end}, seed {seed}"));
     }
 }
 
@@ -214,31 +257,27 @@ fn cut(directory: &Path, names: &[&'static str], format: Format, cache: &str) {
     let format_name = if format == Format::Raw { "raw" } else { "qcow2" };
     let path = recording.path("disk");
     let metrics = recording.path("metrics");
-    let address = format!("unix:{metrics}");
-    let options = ["--cache", cache, "--metrics", &address, "--trust-image", "-f", format_name];
-    let server = Server::ours(&[&options[..], &[&path]].concat());
-    let all_durable = matches!(cache, "directsync" | "writethrough");
-    let history = load(server.uri(), recording.log(), all_durable);
+    let server = Server::ours(&[
+        "--cache",
+        cache,
+        "--metrics",
+        &format!("unix:{metrics}"),
+        "--trust-image",
+        "-f",
+        format_name,
+        &path,
+    ]);
+    let history = load(server.uri(), recording.log(), is_durable(cache), PART);
     assert_ring_was_used(&metrics, DIRECT.contains(&cache));
     server.end();
-    let end = recording.log().lock().expect("no panic").len();
-    let seed = (u64::from(std::process::id()) << 20) | end as u64 | 1;
-    let mut random = Random::new(seed);
-    let rounds = std::env::var("NBD_CRASH_ROUNDS").ok().and_then(|rounds| rounds.parse().ok());
-    for _ in 0..rounds.unwrap_or(5) {
-        // The instant of an acknowledgement is the one where an order that is wrong shows most.
-        let spans = history.changes.iter().map(|change| change.span);
-        let ends: Vec<usize> =
-            spans.chain(history.flushes.clone()).map(|span| span.acknowledged.1).collect();
-        let position = match random.below(3) {
-            0 => random.below(end as u64 + 1) as usize,
-            _ => ends[random.below(ends.len() as u64) as usize],
-        };
-        let loss = Loss::ALL[random.below(4) as usize];
-        let what = format!("{cache}: {loss:?} lost after {position} of {end}, seed {seed}");
-        recording.crash(position, loss, &mut random, directory);
-        judge(&directory.join("disk"), format, &history, position, &what);
-    }
+    fail(&recording, &history, (cache, directory), |position, what| {
+        judge(&directory.join("disk"), format, &history, position, what);
+    });
+}
+
+/// Whether a write is durable in this mode when it has been acknowledged.
+fn is_durable(cache: &str) -> bool {
+    matches!(cache, "directsync" | "writethrough")
 }
 
 /// Makes a new image for each mode, and lets the power fail.
@@ -309,13 +348,15 @@ fn a_disk_that_loses_what_was_flushed_would_be_noticed() {
     std::fs::write(directory.path().join("disk"), vec![0; SIZE as usize]).expect("room");
     let recording = Recording::new(directory.path(), &["disk"], ROOM);
     let server = Server::ours(&["--cache", "none", "-f", "raw", &recording.path("disk")]);
-    let history = load(server.uri(), recording.log(), false);
+    let history = load(server.uri(), recording.log(), false, PART);
     server.end();
     let end = recording.log().lock().expect("no panic").len();
     let judged = |loss| {
         recording.crash(end, loss, &mut Random::new(1), directory.path());
         let path = directory.path().join("disk");
-        std::panic::catch_unwind(|| judge(&path, Format::Raw, &history, end, "control"))
+        std::panic::catch_unwind(|| {
+            judge(&path, Format::Raw, &history, end, "control");
+        })
     };
     judged(Loss::Everything).expect("all that matters is on the disk");
     judged(Loss::EvenWhatWasSynced).expect_err("something was flushed");

@@ -147,7 +147,10 @@ impl Recording {
             let own = log[..position].iter().filter(|(owner, _)| *owner == number);
             let changes: Vec<&Change> = own.map(|(_, change)| change).collect();
             let bytes = after_crash(start.clone(), &changes, loss, random);
-            std::fs::write(directory.join(name), bytes).expect("room");
+            let path = directory.join(name);
+            // Another file: a process that ends may still have the old one mounted.
+            let _ = std::fs::remove_file(&path);
+            std::fs::write(path, bytes).expect("room");
         }
     }
 }
