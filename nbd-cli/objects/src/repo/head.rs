@@ -34,6 +34,10 @@ pub struct Head {
     pub body_length: u64,
     /// Hash of the body, as 32 hexadecimal digits.
     pub body_hash: String,
+    /// The id of the backup, where it is stored: without a passphrase, nothing else would tell that
+    /// two objects were exchanged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) id: Option<String>,
 }
 
 impl Head {

@@ -174,6 +174,7 @@ impl Making<'_> {
             added: 0,
             body_length: 0,
             body_hash: String::new(),
+            id: None,
         }
     }
 }

@@ -98,6 +98,7 @@ mod tests {
             added: 0,
             body_length: 0,
             body_hash: String::new(),
+            id: None,
         };
         BackupInfo {
             id: Id::from_bytes([number; 16]),

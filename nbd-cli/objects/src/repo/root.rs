@@ -219,13 +219,14 @@ impl Root {
     }
 }
 
-/// Returns the object of a backup. The head's length and hash of the body are filled in.
+/// Returns the object of a backup. The head's id, and length and hash of the body, are filled in.
 pub(crate) fn encode(sealer: &Sealer, id: Id, head: &Head, root: &Root) -> Result<Bytes> {
     let content = root.encode()?;
     let version = head.version();
     let mut head = head.clone();
     head.body_length = content.len() as u64;
     head.body_hash = format!("{:?}", sealer.hash(&content));
+    head.id = Some(id.to_string());
     let text = serde_json::to_vec(&head);
     let text = text.map_err(|error| RepositoryError::invalid(format!("no JSON: {error}")))?;
     if text.len() > HEAD_LEN_MAX - OVERHEAD {
@@ -332,7 +333,11 @@ pub(crate) fn head(sealer: &Sealer, id: Id, object: &[u8]) -> Result<Head> {
     let stored = stored_head(id, object)?;
     let text = sealer.open_unknown(place(id, 0), stored, HEAD_LEN_MAX);
     let text = text.map_err(|broken| damaged(&broken.to_string()))?;
-    let head: Head = serde_json::from_slice(&text).map_err(|_| damaged("is malformed"))?;
+    let mut head: Head = serde_json::from_slice(&text).map_err(|_| damaged("is malformed"))?;
+    // Programs before this version did not write it.
+    if let Some(other) = head.id.take().filter(|stored| *stored != id.to_string()) {
+        return Err(damaged(&format!("is that of the backup '{}'", other.escape_debug())));
+    }
     if object.get(MAGIC.len()) != Some(&head.version()) {
         return Err(damaged("is of another version than its head"));
     }
@@ -392,6 +397,7 @@ mod tests {
             added: 0,
             body_length: 0,
             body_hash: String::new(),
+            id: None,
         }
     }
 

@@ -120,6 +120,7 @@ impl Session {
             added: self.sender.added,
             body_length: 0,
             body_hash: String::new(),
+            id: None,
         }
     }
 }

@@ -337,3 +337,27 @@ async fn page_of_a_proxy_is_not_taken_for_an_empty_list() {
         assert!(content(&repository, made.id).await.unwrap() == disk, "{folder}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_of_backups_that_were_exchanged_are_damaged_and_nothing_is_deleted() {
+    for passphrase in [None, Some(&b"secret"[..])] {
+        let repository = Repository::init(place(), passphrase).await.unwrap();
+        let disks = [disk(20, 9), disk(30, 8)];
+        let mut names = Vec::new();
+        for (name, disk) in ["vm1", "vm2"].into_iter().zip(&disks) {
+            let made = back_up(&repository, name, disk, None).await;
+            names.push(Key::Backup(made.id).to_string());
+        }
+        let read =
+            async |name: &String| repository.objects.read(name, 64 << 20).await.unwrap().unwrap();
+        let (one, two) = (read(&names[0]).await, read(&names[1]).await);
+        repository.objects.write(&names[0], two).await.unwrap();
+        repository.objects.write(&names[1], one).await.unwrap();
+        for info in repository.list().await.unwrap() {
+            let error = info.head.unwrap_err().to_string();
+            assert!(error.contains(&info.id.to_string()), "{error}");
+        }
+        assert_eq!(repository.check(0.0).await.unwrap().problems.len(), 2);
+        repository.collect(&at_once()).await.unwrap_err();
+    }
+}
