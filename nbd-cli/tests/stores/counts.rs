@@ -74,7 +74,9 @@ fn full_backup_and_its_restore_make_few_requests_and_take_little_memory() {
     assert!(peak <= 256, "restore: {peak} MiB");
     let seen = scene.store.take_seen();
     let gets = per_gib(&seen, "GET");
-    assert!((100..=200).contains(&gets), "{gets} GETs a GiB: {seen:?}");
+    // How many there are until it is known that everything is read in order depends on how the
+    // threads take turns: 145 to 233 were seen. One for each block would be 4096.
+    assert!((100..=400).contains(&gets), "{gets} GETs a GiB: {seen:?}");
     let (restored, disk) = (std::fs::read(scene.beside("restored")), std::fs::read(disk));
     assert!(restored.expect("a disk") == disk.expect("a disk"));
 }
