@@ -122,7 +122,10 @@ impl RingLane {
 
     /// Takes the memory of a reply back, for later reads.
     pub(crate) fn give_back(&self, memory: Vec<u8>) {
-        if let Some(mut state) = self.ring.lock() {
+        // Most replies, as those to writes, are in memory of their own.
+        if Spare::takes(&memory)
+            && let Some(mut state) = self.ring.lock()
+        {
             state.spare.give_back(memory);
         }
     }

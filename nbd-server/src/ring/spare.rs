@@ -20,9 +20,14 @@ impl Spare {
         self.0.pop().unwrap_or_else(|| vec![0; LENGTH])
     }
 
+    /// Whether a buffer can be used again.
+    pub(super) const fn takes(buffer: &[u8]) -> bool {
+        buffer.len() == LENGTH
+    }
+
     /// Keeps a buffer for later, if it is one of those.
     pub(super) fn give_back(&mut self, buffer: Vec<u8>) {
-        if buffer.len() == LENGTH && self.0.len() < MOST {
+        if Self::takes(&buffer) && self.0.len() < MOST {
             self.0.push(buffer);
         }
     }
