@@ -192,12 +192,6 @@ impl ReadMap {
         Some(self.mapping_of(self.parts.get(index)?))
     }
 
-    /// Returns the storages of the mappings, each once.
-    #[must_use]
-    pub fn storages(&self) -> &[Arc<dyn Storage>] {
-        &self.storages
-    }
-
     fn mapping_of(&self, part: &MappedPart) -> Mapping<'_> {
         let content = match part.source {
             Source::Hole => Content::Hole,

@@ -144,10 +144,9 @@ impl PlacedRead for ImageRead {
     fn part(&self, index: usize) -> Option<PlacedPart> {
         let mapping = self.0.mapping(index)?;
         let place = match mapping.content {
+            // A file has the number of the part.
             imgfmt::Content::File(span) => {
-                let mut storages = self.0.storages().iter();
-                let number = storages.position(|known| Arc::ptr_eq(known, span.storage))?;
-                Placement::File { number, offset: span.offset.bytes() }
+                Placement::File { number: index, offset: span.offset.bytes() }
             }
             _ => Placement::Zero,
         };
@@ -155,7 +154,10 @@ impl PlacedRead for ImageRead {
     }
 
     fn file(&self, number: usize) -> Option<PlacedFile<'_>> {
-        placed_file(&**self.0.storages().get(number)?)
+        match self.0.mapping(number)?.content {
+            imgfmt::Content::File(span) => placed_file(&**span.storage),
+            _ => None,
+        }
     }
 }
 
