@@ -41,8 +41,8 @@ pub(crate) fn check_new_backing(
         return Ok(());
     }
     let detail = format!(
-        "with '{}' below it, its chain of backing files would lead back to itself, and it could not be \
-         opened",
+        "with '{}' below it, its chain of backing files would lead back to itself, and it could \
+         not be opened",
         name.to_string_lossy().escape_debug()
     );
     Err(Error::new(ErrorKind::InvalidInput, "set the backing file of", detail))
