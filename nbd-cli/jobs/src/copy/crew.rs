@@ -21,6 +21,8 @@ const LONG: Duration = Duration::from_millis(8);
 pub(super) struct Crew {
     /// Memory of earlier pieces.
     pub(super) memory: ReadMemory,
+    /// Tasks that there are, begun or not.
+    tasks: usize,
     more: Semaphore,
     pace: Mutex<Pace>,
 }
@@ -38,7 +40,8 @@ impl Crew {
     /// Of at most `tasks` tasks.
     pub(super) fn new(tasks: usize) -> Self {
         let pace = Pace { begun: FIRST_TASKS, pieces: 0, time: Duration::ZERO };
-        Self { memory: ReadMemory::new(tasks), more: Semaphore::new(0), pace: Mutex::new(pace) }
+        let (memory, more) = (ReadMemory::new(tasks), Semaphore::new(0));
+        Self { memory, tasks, more, pace: Mutex::new(pace) }
     }
 
     /// Waits until the task of that number (of this thread) is needed; returns whether there is
@@ -60,7 +63,7 @@ impl Crew {
         if pace.pieces < pace.begun {
             return;
         }
-        if pace.time > LONG * pace.pieces && pace.begun < u32::MAX / 2 {
+        if pace.time > LONG * pace.pieces && (pace.begun as usize) < self.tasks {
             self.more.add_permits(pace.begun as usize);
             pace.begun *= 2;
         }
@@ -96,6 +99,9 @@ mod tests {
         for task in further {
             assert!(task.await);
         }
+        copied(64 * FIRST_TASKS, 2 * LONG);
+        let begun = crew.pace.lock().expect("no panic").begun;
+        assert_eq!(begun, 64, "no more tasks begin than there are");
         crew.end();
         assert!(!last.await, "nothing is left to copy");
     }
